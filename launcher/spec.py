@@ -1,0 +1,298 @@
+"""The config of a run as frozen dataclasses: the one schema that launcher, rank program and docs share.
+
+Every field's docstring is its reference documentation (docs/config.md is made from it). Defaults are here and
+nowhere else. `launcher.config` reads what a user wrote into a `RunSpec`; `read_resolved` reads back what the
+launcher resolved, which is what every rank runs.
+
+Rejected: plain dicts with `.get(key, default)` at the point of use (a typo is then silent), and one class for
+all settings (a rank would carry scheduler settings, the launcher would carry optimizer code).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import yaml
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourcesSpec:
+    """What is asked of the scheduler. Unset values come from the cluster's own `resources` section."""
+
+    nodes: int = 1
+    """Number of nodes."""
+    gpus_per_node: int = 0
+    """GPUs on each node; 0 trains on CPU ranks over gloo."""
+    tasks_per_node: Optional[int] = None
+    """Ranks on each node; default one a GPU, and 1 without GPUs."""
+    cpus_per_task: Optional[int] = None
+    """CPU cores for each rank."""
+    memory_per_node: Optional[str] = None
+    """Host memory of a node in Slurm's notation, e.g. 200G; 0 asks for all of it."""
+    time: Optional[str] = None
+    """Time limit in Slurm's notation: minutes, HH:MM:SS or D-HH:MM:SS."""
+    partition: Optional[str] = None
+    """Slurm partition."""
+    account: Optional[str] = None
+    """Account the job is charged to."""
+    qos: Optional[str] = None
+    """Quality of service."""
+    constraint: Optional[str] = None
+    """Node features that are required."""
+    reservation: Optional[str] = None
+    """Reservation to run in."""
+    nodelist: Optional[str] = None
+    """Run on these nodes, in Slurm's host list notation."""
+    exclude: Optional[str] = None
+    """Never run on these nodes."""
+    exclusive: bool = False
+    """Ask for whole nodes."""
+    signal_seconds: int = 120
+    """Seconds before the time limit at which ranks are told to save and stop."""
+    extra_sbatch: list[str] = field(default_factory=list)
+    """Further sbatch options, one a list item, e.g. --mail-type=END."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes started on each node."""
+        return self.tasks_per_node if self.tasks_per_node is not None else max(1, self.gpus_per_node)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the job."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeSpec:
+    """The environment in which a rank's Python starts."""
+
+    kind: Literal["none", "venv", "conda", "pyxis", "apptainer"] = "none"
+    """none: `python` as it is; venv / conda: activated on each node; pyxis / apptainer: a container."""
+    python: Optional[str] = None
+    """Python program; default the launcher's own for kind none, else `python`."""
+    path: Optional[str] = None
+    """The venv's directory, or the conda environment's name or directory."""
+    image: Optional[str] = None
+    """Container image: a file or a registry reference."""
+    mounts: list[str] = field(default_factory=list)
+    """Bind mounts SOURCE:TARGET[:OPTIONS] for containers; the run directory is always mounted."""
+    modules: list[str] = field(default_factory=list)
+    """Environment modules to load first, with any kind."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterSpec:
+    """One machine or site: how its jobs are written and started. One YAML file each in cluster_configs/."""
+
+    name: str = "local"
+    """Name, the same as its file's."""
+    scheduler: Literal["slurm", "local"] = "local"
+    """slurm: sbatch; local: processes on this machine."""
+    template: Optional[str] = None
+    """Batch script template; default slurm.sh.j2 or local.sh.j2."""
+    gpu_directive: Literal["gpus_per_node", "gres", "gpus_per_task", "none"] = "gpus_per_node"
+    """How this site wants GPUs asked for; none where whole nodes are given out."""
+    gpu_type: Optional[str] = None
+    """GPU type for the directive, e.g. h100 gives --gres=gpu:h100:8."""
+    rendezvous: Literal["hostname", "node_addr"] = "hostname"
+    """How ranks address the first node: its host name, or the address Slurm itself uses for it."""
+    runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    """The environment a rank starts in."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of every rank. Never secrets: they would be written into the script."""
+    srun_args: list[str] = field(default_factory=list)
+    """Further srun options, one a list item, e.g. --mpi=none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopologySpec:
+    """How the model is spread over ranks. Data parallel size is derived: world size / (tp * pp * cp)."""
+
+    tensor_parallel: int = 1
+    """Ranks that share each layer's matrices; within one node."""
+    pipeline_parallel: int = 1
+    """Pipeline stages."""
+    virtual_pipeline: int = 1
+    """Model chunks on each stage (interleaved schedule); 1 is the plain 1F1B schedule."""
+    context_parallel: int = 1
+    """Ranks that share a sequence."""
+    sequence_parallel: bool = False
+    """Spread norms and residuals over the tensor parallel ranks as well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """The model to start from."""
+
+    path: str = ""
+    """A Hugging Face model directory, a .gguf file, or package:NAME/FILE for a file of an installed package."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """pretrained: load its weights; random: take only its shape and draw weights from train.seed."""
+    tokenizer: Optional[str] = None
+    """Tokenizer directory; default model.path."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities."""
+    hidden_dropout: float = 0.0
+    """Dropout on each residual branch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSpec:
+    """What to train on and which tokens count."""
+
+    train: list[str] = field(default_factory=list)
+    """Training files (jsonl); globs are allowed, order counts."""
+    validation: list[str] = field(default_factory=list)
+    """Held-out files; empty switches evaluation off."""
+    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
+    """How rows are read; auto looks at the first row's keys."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name -> the row's name, e.g. {prompt: question, completion: answer}."""
+    chat_template: str = "tokenizer"
+    """tokenizer: the tokenizer's own; none: prompt and completion are joined as they are; or a Jinja2 file."""
+    loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Tokens with loss: completions / every assistant turn, the last assistant turn only, or all."""
+    seq_length: int = 1024
+    """Longest example in tokens."""
+    length_policy: Literal["drop", "truncate_left", "truncate_right", "error"] = "truncate_right"
+    """What happens to longer examples; what is lost is counted and printed."""
+    pad_to_multiple: int = 8
+    """Batches are padded to their longest example, rounded up to this."""
+    shuffle: bool = True
+    """Draw a new order each epoch from train.seed."""
+    workers: Optional[int] = None
+    """Tokenizing processes; default one a core."""
+    cache_dir: Optional[str] = None
+    """Where tokenized data and converted models are kept; default .cache in run_root. Must be shared by all nodes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSpec:
+    """AdamW and its learning rate schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never on norms and biases."""
+    beta1: float = 0.9
+    """Adam's first moment decay."""
+    beta2: float = 0.95
+    """Adam's second moment decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    distributed: bool = True
+    """Spread optimizer state over data parallel ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSpec:
+    """Length, batch and numerics of the training."""
+
+    max_steps: Optional[int] = None
+    """Optimizer steps. Give either this or epochs."""
+    epochs: Optional[int] = None
+    """Passes over the training data."""
+    global_batch_size: int = 8
+    """Examples in one optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Examples in one forward pass of one rank."""
+    seed: int = 1234
+    """Seed of data order, random weights and dropout."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that are computed again in the backward pass."""
+    eval_every: Optional[int] = None
+    """Steps between evaluations; default only before the first and after the last step. Needs data.validation."""
+    deterministic: bool = False
+    """Refuse kernels whose result depends on timing."""
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    """AdamW and its schedule."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSpec:
+    """What is kept, and how often."""
+
+    every: Optional[int] = None
+    """Steps between checkpoints; the last step always has one."""
+    keep_last: int = 2
+    """Complete checkpoints to keep."""
+    resume_from: Optional[str] = None
+    """A complete checkpoint directory of another run to start from (weights, optimizer, data position)."""
+    export: bool = True
+    """Write a Hugging Face directory to export/ when training is done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingSpec:
+    """What is written down."""
+
+    every: int = 1
+    """Steps between log lines."""
+    progress_bar: bool = True
+    """Show a progress bar on rank 0."""
+    plot: bool = True
+    """Draw loss.png at the end."""
+    prompts: list[str] = field(default_factory=list)
+    """Questions answered greedily before and after training, printed side by side (needs checkpoint.export)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """Everything about one run."""
+
+    name: str = ""
+    """Name of the run: letters, digits, dot, dash, underscore."""
+    run_root: str = "runs"
+    """Directory that holds run directories; on a cluster on the shared file system."""
+    cluster: ClusterSpec = field(default_factory=ClusterSpec)
+    """A cluster's name (a file in cluster_configs/), or its settings."""
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+    """What is asked of the scheduler."""
+    topology: TopologySpec = field(default_factory=TopologySpec)
+    """How the model is spread over ranks."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The model to start from."""
+    data: DataSpec = field(default_factory=DataSpec)
+    """What to train on."""
+    train: TrainSpec = field(default_factory=TrainSpec)
+    """How to train."""
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    """What is kept."""
+    logging: LoggingSpec = field(default_factory=LoggingSpec)
+    """What is written down."""
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where tokenized data and converted models are kept."""
+        return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.run_root) / ".cache"
+
+
+def to_yaml(spec: RunSpec) -> str:
+    """The spec as YAML, keys in schema order: what RESOLVED.yaml holds."""
+    return yaml.safe_dump(dataclasses.asdict(spec), sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_resolved(path: Path) -> RunSpec:
+    """Read a config that `to_yaml` wrote (every key present, no names to resolve).
+
+    Raises OmegaConf's errors on a file that was edited into something else: a resolved config is not an input form.
+    """
+    from omegaconf import OmegaConf
+
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    spec: RunSpec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSpec), values))  # type: ignore[assignment]
+    return spec
