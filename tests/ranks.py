@@ -1,0 +1,106 @@
+"""Run a function on n real ranks (processes with torchrun's variables set) and collect what each returns.
+
+A fork server that has imported Megatron-core once starts each rank, so a 2-rank test costs about two seconds, and
+no rank inherits threads or state of the test process. The function must be importable (defined at module level).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.ranks_preload"])
+
+
+class RankFailure(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120.0,
+    env: dict[str, str] | None = None,
+    init: bool = False,
+) -> list[Any]:
+    """Results of `function(*args)` on ranks 0..world_size-1; `init` starts the gloo world first.
+
+    Raises RankFailure with the first rank's traceback; the others are then killed. TimeoutError after `timeout` s.
+    """
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
+    processes, pipes = [], []
+    for rank in range(world_size):
+        receiver, sender = _context.Pipe(duplex=False)
+        variables = {**rendezvous, **(env or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = _context.Process(target=_rank_main, args=(sender, variables, init, function, args), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+        pipes.append(receiver)
+    try:
+        return _collect(pipes, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            process.join(timeout=2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[multiprocessing.connection.Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = dict(enumerate(pipes))
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting)} did not answer in time")
+        for rank, pipe in list(waiting.items()):
+            if pipe not in ready:
+                continue
+            del waiting[rank]
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                raise RankFailure(f"rank {rank} died without a word") from None
+            if not ok:
+                raise RankFailure(f"rank {rank}:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in sorted(results)]
+
+
+def _rank_main(
+    sender: multiprocessing.connection.Connection,
+    variables: dict[str, str],
+    init: bool,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.update(variables)
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        if init:
+            dist.init_process_group("gloo", rank=int(variables["RANK"]), world_size=int(variables["WORLD_SIZE"]))
+        sender.send((True, function(*args)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    finally:
+        sender.close()
+        os._exit(0)  # a peer that failed may have left collectives in flight: no orderly teardown to wait for
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

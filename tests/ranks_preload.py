@@ -1,0 +1,10 @@
+"""What the fork server of tests.ranks imports once, before any rank exists."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytorch_lightning  # noqa: F401
+import transformers  # noqa: F401
+
+import sft.mcore  # noqa: F401
