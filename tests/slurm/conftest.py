@@ -1,0 +1,36 @@
+"""One cluster for all Slurm tests of a session; skipped with the reason where none can be started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import SlurmCluster, why_unavailable
+
+
+@pytest.fixture(scope="session")
+def slurm_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """The session's cluster; tests take `slurm`, which leaves its queue empty."""
+    reason = why_unavailable()
+    if reason:
+        pytest.skip(reason)
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm(slurm_session: SlurmCluster) -> Iterator[SlurmCluster]:
+    """A cluster of four idle nodes."""
+    yield slurm_session
+    slurm_session.cancel_all()
+
+
+@pytest.fixture
+def slurm_with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """A cluster of two nodes of its own, with slurmdbd and MariaDB behind it."""
+    reason = why_unavailable(accounting=True)
+    if reason:
+        pytest.skip(reason)
+    with SlurmCluster(tmp_path_factory.mktemp("slurmdbd"), nodes=2, accounting=True) as cluster:
+        yield cluster
