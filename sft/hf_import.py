@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,6 +19,13 @@ from torch import nn
 from sft.architecture import Architecture
 from sft.hf_files import WeightFiles
 from sft.hf_weights import Layout, canonical_name, hf_shapes, layer_parameters, layout_of, rank_pieces
+
+
+class TensorSource(Protocol):
+    """Where Hugging Face tensors come from: the files of a directory, or anything else that can be cut."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
+        """An object that gives rows, or rows and columns, of the tensor `name` when indexed."""
 
 
 def load_hf_weights(
@@ -29,11 +37,30 @@ def load_hf_weights(
     tensor_size: int,
     layer_offsets: Sequence[int],
 ) -> None:
+    """Fill every parameter of `chunks` from the files of `model_dir`; ModelError names file and tensor."""
+    fill_parameters(
+        chunks,
+        architecture,
+        WeightFiles(model_dir),
+        tensor_rank=tensor_rank,
+        tensor_size=tensor_size,
+        layer_offsets=layer_offsets,
+    )
+
+
+def fill_parameters(
+    chunks: Sequence[nn.Module],
+    architecture: Architecture,
+    source: TensorSource,
+    *,
+    tensor_rank: int,
+    tensor_size: int,
+    layer_offsets: Sequence[int],
+) -> None:
     """Fill every parameter of `chunks` in its own dtype and on its own device.
 
-    `layer_offsets` holds the global index of each chunk's first layer. ModelError names file and tensor.
+    `layer_offsets` holds the global index of each chunk's first layer.
     """
-    files = WeightFiles(model_dir)
     shapes = hf_shapes(architecture)
     for chunk, offset in zip(chunks, layer_offsets, strict=True):
         named = {canonical_name(name, offset): parameter for name, parameter in chunk.named_parameters()}
@@ -42,50 +69,48 @@ def load_hf_weights(
             layout = layout_of(name, architecture)
             if layout is None:
                 raise ValueError(f"parameter {name} has no counterpart in a {architecture.shape.model_type} model")
-            _check_shape(name, parameter, layout, tensor_size)
-            _fill(parameter, layout, files, shapes, tensor_rank, tensor_size)
+            _check_built(name, parameter, layout, tensor_size)
+            _fill(parameter, layout, source, shapes, tensor_rank, tensor_size)
 
 
 @torch.no_grad()
 def _fill(
     parameter: nn.Parameter,
     layout: Layout,
-    files: WeightFiles,
+    source: TensorSource,
     shapes: dict[str, tuple[int, ...]],
     rank: int,
     size: int,
 ) -> None:
     """Read this rank's pieces of one parameter into it; rows that no piece covers become zero."""
-    axis = _partition_axis(parameter)
-    if axis == 1:
+    if layout.split == 1:
         pieces, columns = list(layout.pieces), slice(rank * parameter.shape[1], (rank + 1) * parameter.shape[1])
     else:
-        pieces = rank_pieces(layout, *((rank, size) if axis == 0 else (0, 1)), rows=parameter.shape[0])
+        pieces = rank_pieces(layout, *((rank, size) if layout.split == 0 else (0, 1)), rows=parameter.shape[0])
         columns = slice(None)
     position = 0
     for piece in pieces:
-        tensor = files.tensor(piece.name, shapes[piece.name])
+        tensor = source.tensor(piece.name, shapes[piece.name])
         rows = slice(piece.start, piece.stop)
-        parameter[position : position + piece.rows].copy_(tensor[rows] if axis != 1 else tensor[rows, columns])
+        parameter[position : position + piece.rows].copy_(tensor[rows, columns] if layout.split == 1 else tensor[rows])
         position += piece.rows
     parameter[position:].zero_()
 
 
-def _partition_axis(parameter: nn.Parameter) -> int | None:
-    """The axis on which Megatron-core splits this parameter over tensor-parallel ranks; None where each has it all."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return int(parameter.partition_dim)  # type: ignore[attr-defined]
+def _check_built(name: str, parameter: nn.Parameter, layout: Layout, size: int) -> None:
+    """Our own bugs: a model not built from this architecture, or one whose split parameters are not marked as such.
 
-
-def _check_shape(name: str, parameter: nn.Parameter, layout: Layout, size: int) -> None:
-    """Our own bugs: a model that was not built from this architecture."""
-    axis = _partition_axis(parameter)
-    rows, columns = parameter.shape[0], parameter.shape[1] if parameter.dim() == 2 else None
-    rows, columns = rows * size if axis == 0 else rows, columns * size if columns and axis == 1 else columns
-    fits = rows >= layout.rows if layout.padded else rows == layout.rows
-    if not fits or columns != layout.columns:
-        raise ValueError(f"parameter {name} is {[rows, columns]} over all ranks, not {[layout.rows, layout.columns]}")
+    Megatron-core marks a weight only while it initialises it. Without the mark the gradient norm leaves out what the
+    other tensor-parallel ranks hold.
+    """
+    whole = [extent * (size if axis == layout.split else 1) for axis, extent in enumerate(parameter.shape)]
+    expected = [layout.rows] if layout.columns is None else [layout.rows, layout.columns]
+    fits = whole[0] >= expected[0] if layout.padded else whole[0] == expected[0]
+    if len(whole) != len(expected) or whole[1:] != expected[1:] or not fits:
+        raise ValueError(f"parameter {name} is {whole} over all ranks, not {expected}")
+    mark = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+    if size > 1 and mark != layout.split:
+        raise ValueError(f"parameter {name} is marked as split on axis {mark}, not {layout.split}")
 
 
 def _check_layers(names: Iterable[str], architecture: Architecture) -> None:

@@ -58,6 +58,8 @@ class Layout:
     blocks: tuple[tuple[Piece, ...], ...]
     columns: int | None = None
     """Length of a row; None for a vector."""
+    split: int | None = 0
+    """Axis that is split over tensor-parallel ranks; None where each rank has it all."""
     padded: bool = False
     """Rows of zeros may follow."""
 
@@ -77,12 +79,12 @@ def layout_of(name: str, architecture: Architecture) -> Layout | None:
     shape = architecture.shape
     hidden, vocab = shape.hidden_size, shape.vocab_size
     if name == FINAL_NORM:
-        return _whole("model.norm.weight", hidden)
+        return _norm("model.norm.weight", hidden)
     if name == EMBEDDING or (name == OUTPUT and shape.tied_embeddings):
         # The last pipeline stage holds its own copy of a tied embedding.
-        return _whole("model.embed_tokens.weight", vocab, hidden, padded=True)
+        return _vocabulary("model.embed_tokens.weight", vocab, hidden)
     if name == OUTPUT:
-        return _whole("lm_head.weight", vocab, hidden, padded=True)
+        return _vocabulary("lm_head.weight", vocab, hidden)
     match = _LAYER.fullmatch(name)
     if match is None or int(match[1]) >= shape.num_layers:
         return None
@@ -172,8 +174,16 @@ def _cut(pieces: tuple[Piece, ...], start: int, stop: int) -> list[Piece]:
     return found
 
 
-def _whole(name: str, rows: int, columns: int | None = None, padded: bool = False) -> Layout:
-    return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, padded=padded)
+def _whole(name: str, rows: int, columns: int, split: int) -> Layout:
+    return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, split=split)
+
+
+def _norm(name: str, rows: int) -> Layout:
+    return Layout(blocks=((Piece(name, 0, rows),),), split=None)
+
+
+def _vocabulary(name: str, rows: int, columns: int) -> Layout:
+    return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, padded=True)
 
 
 def _layer_layouts(architecture: Architecture, prefix: str) -> dict[str, Layout]:
@@ -182,23 +192,23 @@ def _layer_layouts(architecture: Architecture, prefix: str) -> dict[str, Layout]
     hidden, ffn, head = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
     layouts = {
-        "input_layernorm.weight": _whole(f"{prefix}input_layernorm.weight", hidden),
+        "input_layernorm.weight": _norm(f"{prefix}input_layernorm.weight", hidden),
         "self_attention.linear_qkv.weight": Layout(blocks=(_qkv(architecture, attention, "weight"),), columns=hidden),
         "self_attention.linear_proj.weight": _whole(
-            f"{attention}o_proj.weight", hidden, shape.num_attention_heads * head
+            f"{attention}o_proj.weight", hidden, shape.num_attention_heads * head, split=1
         ),
-        "pre_mlp_layernorm.weight": _whole(f"{prefix}post_attention_layernorm.weight", hidden),
+        "pre_mlp_layernorm.weight": _norm(f"{prefix}post_attention_layernorm.weight", hidden),
         "mlp.linear_fc1.weight": Layout(
             blocks=((Piece(f"{mlp}gate_proj.weight", 0, ffn),), (Piece(f"{mlp}up_proj.weight", 0, ffn),)),
             columns=hidden,
         ),
-        "mlp.linear_fc2.weight": _whole(f"{mlp}down_proj.weight", hidden, ffn),
+        "mlp.linear_fc2.weight": _whole(f"{mlp}down_proj.weight", hidden, ffn, split=1),
     }
     if architecture.qkv_bias:
         layouts["self_attention.linear_qkv.bias"] = Layout(blocks=(_qkv(architecture, attention, "bias"),))
     if architecture.qk_norm:
         for kind in ("q", "k"):
-            layouts[f"self_attention.{kind}_layernorm.weight"] = _whole(f"{attention}{kind}_norm.weight", head)
+            layouts[f"self_attention.{kind}_layernorm.weight"] = _norm(f"{attention}{kind}_norm.weight", head)
     return layouts
 
 

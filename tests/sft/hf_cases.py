@@ -1,0 +1,153 @@
+"""Tiny random Hugging Face models of every covered family, and Megatron-core ranks that import them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.spec import DataSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+
+BASE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rope_theta": 500000.0}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama_mha": ("Llama", {"num_key_value_heads": 6}),
+    "llama_one_kv_head": ("Llama", {"num_key_value_heads": 1}),
+    "llama3_rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama_wide_heads": ("Llama", {"head_dim": 16}),
+    "mistral": ("Mistral", {"sliding_window": None, "rope_theta": 1000000.0}),
+    "qwen2": ("Qwen2", {"rope_theta": 1000000.0}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+"""Name of a case -> transformers' family name and what differs from BASE."""
+
+
+def save_hf_model(
+    case: str, directory: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **more: Any
+) -> Path:
+    """Write the model of `case` with random weights, biases and norms."""
+    import transformers
+
+    family, changes = CASES[case]
+    config = getattr(transformers, f"{family}Config")(**{**BASE, **changes, **more})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard)
+    return directory
+
+
+def example_ids(vocab: int = 97, length: int = 24) -> torch.Tensor:
+    return torch.randint(0, vocab, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+def hf_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    """What vanilla transformers says."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids).logits
+    return logits
+
+
+def run_spec(directory: Path, world_size: int, precision: str = "fp32", **topology: Any) -> RunSpec:
+    """A config of `world_size` CPU ranks on one node."""
+    return RunSpec(
+        name="case",
+        resources=ResourcesSpec(tasks_per_node=world_size),
+        topology=TopologySpec(**topology),
+        model=ModelSpec(path=str(directory)),
+        data=DataSpec(seq_length=64),
+        train=dataclasses.replace(TrainSpec(), precision=precision, max_steps=1),  # type: ignore[arg-type]
+    )
+
+
+def build_and_load(spec: RunSpec) -> list[Any]:
+    """On a rank: this rank's chunks, filled from the Hugging Face directory."""
+    from launcher.topology import build_topology
+    from sft.architecture import read_architecture
+    from sft.distributed import init_model_parallel
+    from sft.hf_import import load_hf_weights
+    from sft.mcore import get_transformer_layer_offset, parallel_state
+    from sft.model import build_chunks, transformer_config
+
+    architecture = read_architecture(Path(spec.model.path))
+    topology = build_topology(spec, architecture.shape)
+    init_model_parallel(topology, seed=1)
+    config = transformer_config(spec, architecture, topology, on_gpu=False)
+    config.perform_initialization = True  # marks split parameters
+    chunks = build_chunks(spec, architecture, topology, config)
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))  # whatever import leaves out shows
+    stages: list[int | None] = list(range(len(chunks))) if len(chunks) > 1 else [None]
+    load_hf_weights(
+        chunks,
+        architecture,
+        Path(spec.model.path),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        layer_offsets=[get_transformer_layer_offset(config, stage) for stage in stages],
+    )
+    return chunks
+
+
+def rank_logits(spec: RunSpec, ids: list[list[int]]) -> Any:
+    """On a rank: logits of the imported model as an array; None on ranks before the last pipeline stage.
+
+    Arrays travel through the pipe by value; tensors would be shared memory that ends with the rank.
+    """
+    logits = forward_chunks(build_and_load(spec), torch.tensor(ids))
+    return None if logits is None else logits.numpy()
+
+
+@torch.no_grad()
+def forward_chunks(chunks: list[Any], ids: torch.Tensor) -> torch.Tensor | None:
+    """Pass hidden states from stage to stage, chunk after chunk; gather the vocabulary at the end."""
+    import torch.distributed as dist
+
+    from sft.mcore import parallel_state, tensor_parallel
+
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    before = parallel_state.get_pipeline_model_parallel_prev_rank()
+    after = parallel_state.get_pipeline_model_parallel_next_rank()
+    positions = torch.arange(ids.size(1)).expand_as(ids)
+    for chunk in (chunk.eval() for chunk in chunks):
+        if stages > 1 and not chunk.pre_process:
+            hidden = torch.empty(ids.size(1), ids.size(0), chunk.config.hidden_size, dtype=chunk.config.params_dtype)
+            dist.recv(hidden, before)
+            chunk.set_input_tensor(hidden)
+        output = chunk(ids, positions, None)
+        if chunk.post_process:
+            return tensor_parallel.gather_from_tensor_model_parallel_region(output)[..., :97].clone()
+        dist.send(output.contiguous(), after)
+    return None
