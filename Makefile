@@ -1,0 +1,29 @@
+# Two commands matter: `make run` trains the quickstart, `make test` runs every test this machine can run.
+# PYTHON=/path/to/python3.11 chooses another interpreter for .venv.
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run:  ## Fine-tune a real 135M model on this machine (about five minutes on two cores)
+	@scripts/bootstrap run
+	@scripts/quickstart
+
+test:  ## Install what the tests need, then run them: unit, parity, slurm
+	@scripts/bootstrap dev
+	@scripts/install-slurm
+	@scripts/test
+
+lint:  ## Check style, types, spelling and shell scripts
+	@scripts/bootstrap dev
+	@scripts/check
+
+format:  ## Rewrite the sources as `make lint` wants them
+	@scripts/bootstrap dev
+	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+clean:  ## Remove .venv, build outputs and caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	find launcher sft tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
