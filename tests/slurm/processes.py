@@ -99,9 +99,9 @@ def accepts_connections(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, below the range the kernel hands out to clients (so that none is taken meanwhile)."""
+    """Ports nobody listens on, below those of rendezvous (20000) and clients, so that none is taken meanwhile."""
     found: list[int] = []
-    for port in random.SystemRandom().sample(range(12000, 30000), 1000):
+    for port in random.SystemRandom().sample(range(11000, 20000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             found.append(port)
