@@ -1,0 +1,87 @@
+"""`python -m sft`: what runs inside a job. `prepare` and `export` are one process, `train` is every rank.
+
+Exit codes: launcher/exit_codes.py. Errors that a user can mend are printed without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from launcher.errors import LauncherError
+from launcher.exit_codes import ExitCode
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, and turn errors into exit codes."""
+    options = _parser().parse_args(arguments)
+    _quieten_libraries()
+    try:
+        return int(options.run(options))
+    except LauncherError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED
+    except Exception:  # the top of a rank: whatever it is must be in the log, and the other ranks must be freed
+        traceback.print_exc()
+        code = ExitCode.FAILURE
+    return int(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sft", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, what, argument in (
+        ("prepare", _prepare, "convert the model if need be, tokenize the data into the cache", "config"),
+        ("train", _train, "train; started once for each rank", "config"),
+        ("export", _export, "write the newest checkpoint as a Hugging Face directory", "run"),
+    ):
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("path", type=Path, metavar=argument.upper(), help=f"path of the {argument}")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> ExitCode:
+    from sft.job import prepare
+
+    return prepare(options.path)
+
+
+def _train(options: argparse.Namespace) -> ExitCode:
+    from sft.trainer import train
+
+    return train(options.path)
+
+
+def _export(options: argparse.Namespace) -> ExitCode:
+    from sft.job import export
+
+    return export(options.path)
+
+
+def _quieten_libraries() -> None:
+    """Keep other libraries' advice out of the logs; their errors, and our own warnings, stay."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|pytorch_lightning|lightning_fabric|transformers)\b.*")
+    for name in ("pytorch_lightning", "lightning_fabric", "megatron", "torch.distributed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _leave(code: int) -> None:
+    """End without waiting for peers: after an error, collectives in flight would hold an orderly exit up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _leave(main())

@@ -1,0 +1,82 @@
+"""MegatronStrategy: Lightning starts and loops, Megatron-core owns groups, gradients, optimizer state and checkpoints.
+
+Built on DDPStrategy for its process group and device handling only; torch's DistributedDataParallel is never used.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+
+from launcher.topology import Topology
+from sft.checkpoint import load_checkpoint, save_checkpoint
+from sft.distributed import ControlGroup, init_model_parallel
+from sft.mcore import parallel_state
+
+if TYPE_CHECKING:
+    from sft.module import SFTGPT
+
+
+class MegatronStrategy(DDPStrategy):
+    """Runs an SFTGPT under a Topology."""
+
+    strategy_name = "megatron"
+
+    def __init__(self, topology: Topology, seed: int, data_key: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.topology = topology
+        self.seed = seed
+        self.data_key = data_key
+        """Identifies data and order; a checkpoint of other data is refused."""
+        self.control: ControlGroup
+
+    @property
+    def megatron_module(self) -> SFTGPT:
+        return cast("SFTGPT", self.lightning_module)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        init_model_parallel(self.topology, self.seed)
+        self.control = ControlGroup()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {
+            "num_replicas": parallel_state.get_data_parallel_world_size(),
+            "rank": parallel_state.get_data_parallel_rank(),
+        }
+
+    def configure_ddp(self) -> None:
+        self.megatron_module.wrap_chunks()
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # the sharded load fills a built model and optimizer
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # tensors travel in the sharded checkpoint
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        pass
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        pass
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` (Lightning's counters) and all sharded state; called on every rank."""
+        save_checkpoint(Path(filepath), checkpoint, self.megatron_module, control=self.control, data_key=self.data_key)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill model and optimizer from a checkpoint directory; Lightning's counters are returned."""
+        return load_checkpoint(Path(checkpoint_path), self.megatron_module, data_key=self.data_key)
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            shutil.rmtree(filepath, ignore_errors=True)

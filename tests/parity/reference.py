@@ -1,0 +1,69 @@
+"""What training must give: one process, transformers and plain PyTorch, no Megatron-core, no Lightning.
+
+Only the tokenized examples and the order of global batches are shared with the code under test; both have tests of
+their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from launcher.spec import OptimizerSpec, RunSpec
+from sft.cache import TokenCache
+from sft.sampler import EMPTY_SLOT, BatchPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Loss and gradient norm of each step, and the loss of each target of the first, by example."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    first_step: dict[int, list[float]]
+
+
+def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, plan: BatchPlan, steps: int) -> Curve:
+    """Train with a constant learning rate by the definition: sum(w * nll) / sum(w) over each global batch."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    model.train()
+    optimizer = torch.optim.AdamW(_groups(model, spec.train.optimizer), **_adamw(spec.train.optimizer))
+    losses, norms, first_step = [], [], {}
+    for step in range(steps):
+        examples = [int(example) for example in plan.examples_at(step) if example != EMPTY_SLOT]
+        total, weight = torch.zeros(()), 0.0
+        for example in examples:
+            nll, weights = target_losses(model, cache, example)
+            total = total + (nll * weights).sum()
+            weight += float(weights.sum())
+            if step == 0:
+                first_step[example] = nll.tolist()
+        optimizer.zero_grad()
+        (total / weight).backward()  # type: ignore[no-untyped-call]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), spec.train.optimizer.clip_grad)))
+        optimizer.step()
+        losses.append(float(total.detach() / weight))
+    return Curve(losses, norms, first_step)
+
+
+def target_losses(model: PreTrainedModel, cache: TokenCache, example: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each target of one example, alone in its batch, and the targets' weights."""
+    ids, weights = cache.tokens(example)
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    logits = model(tokens[None]).logits[0, :-1]
+    return F.cross_entropy(logits, tokens[1:], reduction="none"), torch.tensor(weights[1:])
+
+
+def _groups(model: PreTrainedModel, spec: OptimizerSpec) -> list[dict[str, object]]:
+    """No decay on vectors: norms and biases."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    return [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _adamw(spec: OptimizerSpec) -> dict[str, object]:
+    return {"lr": spec.lr, "betas": (spec.beta1, spec.beta2), "eps": spec.eps}

@@ -1,0 +1,81 @@
+"""Small runs on CPU ranks: a run directory with a resolved config, and the rank main on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from launcher.exit_codes import ExitCode
+from launcher.rundir import RunPaths, read_lines
+from launcher.spec import (
+    CheckpointSpec,
+    DataSpec,
+    LoggingSpec,
+    ModelSpec,
+    OptimizerSpec,
+    ResourcesSpec,
+    RunSpec,
+    TopologySpec,
+    TrainSpec,
+    to_yaml,
+)
+from sft.trainer import train
+from tests.ranks import run_ranks
+
+
+def make_run(
+    root: Path,
+    model_dir: Path,
+    train_file: Path,
+    *,
+    ranks: int,
+    topology: dict[str, Any] | None = None,
+    name: str = "run",
+    max_steps: int = 5,
+    held_out: Path | None = None,
+    **settings: Any,
+) -> RunPaths:
+    """A run directory under `root`. `settings` replace fields of train, checkpoint or optimizer by their names."""
+    optimizer = {"lr": 1e-2, "weight_decay": 0.01, "schedule": "constant", "clip_grad": 1.0}
+    spec = RunSpec(
+        name=name,
+        run_root=str(root),
+        resources=ResourcesSpec(tasks_per_node=ranks),
+        topology=TopologySpec(**(topology or {})),
+        model=ModelSpec(path=str(model_dir)),
+        data=DataSpec(
+            train=[str(train_file)], validation=[str(held_out)] if held_out else [], seq_length=256, workers=1
+        ),
+        train=TrainSpec(
+            max_steps=max_steps,
+            **{"global_batch_size": 8, "micro_batch_size": 1, "precision": "fp32", **_of(TrainSpec, settings)},
+            optimizer=OptimizerSpec(**{**optimizer, **_of(OptimizerSpec, settings)}),  # type: ignore[arg-type]
+        ),
+        checkpoint=CheckpointSpec(**{"export": False, **_of(CheckpointSpec, settings)}),
+        logging=LoggingSpec(plot=False),
+    )
+    paths = RunPaths(root / name)
+    paths.root.mkdir(parents=True, exist_ok=True)
+    paths.config.write_text(to_yaml(spec))
+    return paths
+
+
+def run_training(paths: RunPaths, ranks: int, timeout: float = 120.0, function: Any = None) -> list[Any]:
+    """Run the rank main on real ranks; asserts that each one finished its steps unless `function` replaces it."""
+    results = run_ranks(ranks, function or train, paths.config, timeout=timeout)
+    if function is None:
+        assert results == [ExitCode.OK] * ranks
+    return results
+
+
+def curve(paths: RunPaths) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms by step, from metrics.jsonl."""
+    steps = [record for record in read_lines(paths.metrics) if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+    return [record["loss"] for record in steps], [record["grad_norm"] for record in steps]
+
+
+def _of(spec: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(spec)}
+    return {name: value for name, value in settings.items() if name in names}

@@ -1,0 +1,120 @@
+"""Every layout trains the same model: losses and gradient norms equal one process of plain PyTorch and transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sft.module
+from launcher.spec import read_resolved
+from sft.mcore import parallel_state
+from sft.prepare import open_or_build
+from sft.sampler import BatchPlan
+from sft.trainer import train
+from tests.parity.reference import Curve, train_reference
+from tests.parity.runs import curve, make_run, run_training
+from tests.ranks import run_ranks
+from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+
+pytestmark = pytest.mark.parity
+
+STEPS = 5
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    # name: (ranks, topology, other settings)
+    "tp1": (1, {}, {}),
+    "tp1_micro_batch_2": (1, {}, {"micro_batch_size": 2}),
+    "tp2": (2, {"tensor_parallel": 2}, {}),
+    "tp2_sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}, {}),
+    "pp2": (2, {"pipeline_parallel": 2}, {}),
+    "pp2_vpp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, {}),
+    "dp2": (2, {}, {}),
+    "dp2_plain_optimizer": (2, {}, {"distributed": False}),
+    "dp4_micro_batch_2": (4, {}, {"micro_batch_size": 2}),
+    "tp2_pp2_dp2_sp": (8, {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True}, {}),
+    "recompute_full": (1, {}, {"recompute": "full"}),
+    "recompute_selective": (1, {}, {"recompute": "selective"}),
+}
+FAMILIES = {"llama": {}, "llama_tied": {"tied": True}, "qwen2": {"family": "qwen2"}, "qwen3": {"family": "qwen3"}}
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 conversations: with batches of 8, the fifth step is short of examples."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", make_chat_rows(36, seed=3))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, model: Path, chat: Path) -> Curve:
+    return reference_curve(tmp_path_factory.mktemp("reference"), model, chat)
+
+
+def reference_curve(root: Path, model: Path, chat: Path) -> Curve:
+    """The reference for make_run's settings."""
+    spec = read_resolved(make_run(root, model, chat, ranks=1, max_steps=STEPS).config)
+    cache = open_or_build(spec, model, build=True).train
+    plan = BatchPlan(
+        num_examples=len(cache), global_batch_size=spec.train.global_batch_size, seed=spec.train.seed, shuffle=True
+    )
+    return train_reference(spec, model, cache, plan, STEPS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_follows_reference(
+    name: str, tmp_path: Path, model: Path, chat: Path, reference: Curve
+) -> None:
+    ranks, topology, settings = LAYOUTS[name]
+    paths = make_run(tmp_path, model, chat, ranks=ranks, topology=topology, max_steps=STEPS, **settings)
+    run_training(paths, ranks)
+    losses, norms = curve(paths)
+    assert losses == pytest.approx(reference.losses, rel=1e-5)
+    assert norms == pytest.approx(reference.grad_norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_follows_reference_under_tp2_pp2(family: str, tmp_path: Path, chat: Path) -> None:
+    """Trap 13 and 14: tied copies on two stages, QKV biases, norms on queries and keys, a padded vocabulary."""
+    model = make_tiny_model(tmp_path / "model", **FAMILIES[family])
+    expected = reference_curve(tmp_path / "reference", model, chat)
+    topology = {"tensor_parallel": 2, "pipeline_parallel": 2}
+    paths = make_run(tmp_path, model, chat, ranks=4, topology=topology, max_steps=STEPS)
+    run_training(paths, 4)
+    losses, norms = curve(paths)
+    assert losses == pytest.approx(expected.losses, rel=2e-5)
+    assert norms == pytest.approx(expected.grad_norms, rel=5e-5)
+
+
+@pytest.mark.parametrize("name", ["tp1", "tp2", "pp2"])
+def test_target_losses_of_first_step_equal_transformers(
+    name: str, tmp_path: Path, model: Path, chat: Path, reference: Curve
+) -> None:
+    ranks, topology, _ = LAYOUTS[name]
+    paths = make_run(tmp_path, model, chat, ranks=ranks, topology=topology, max_steps=1)
+    by_rank = run_ranks(ranks, losses_of_first_step, paths.config)
+    found = next(losses for losses in by_rank if losses)
+    expected = list(reference.first_step.values())
+    assert len(found) == len(expected)
+    for row, losses in zip(found, expected, strict=True):
+        assert row[: len(losses)] == pytest.approx(losses, abs=1e-4)
+
+
+def losses_of_first_step(config: Path) -> list[list[float]]:
+    """Runs on a rank: the loss of each position as the last stage computes it, by example (micro-batches of 1)."""
+    seen: list[list[float]] = []
+    weighted_sum = sft.module._weighted_sum
+
+    def spy(weights: torch.Tensor, losses: torch.Tensor) -> Any:
+        seen.append(losses.detach().flatten().tolist())
+        return weighted_sum(weights, losses)
+
+    sft.module._weighted_sum = spy
+    train(config)
+    assert bool(seen) == parallel_state.is_pipeline_last_stage()
+    return seen
