@@ -10,12 +10,15 @@ be read without reading all of it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from launcher.errors import ModelError
 from sft.architecture import Architecture
@@ -26,6 +29,10 @@ INDEX = "model.safetensors.index.json"
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _SHOWN = 3
+_ROWS_COMPARED = 4096
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,8 @@ def check_model_files(model_dir: Path, architecture: Architecture) -> None:
             problems += error.problems
     if not problems:
         problems = _tensor_problems(model_dir, files, headers, architecture)
+    if not problems and architecture.shape.tied_embeddings and HEAD in files:
+        problems = _tied_head_problems(model_dir, headers[files[HEAD]][HEAD], architecture)
     if problems:
         more = [f"{model_dir}: {len(problems) - _SHOWN} more such problems"] if len(problems) > _SHOWN else []
         raise ModelError([*problems[:_SHOWN], *more])
@@ -124,6 +133,24 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     return found
 
 
+def write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one weight file, readable to whom the umask lets (the library's own mode is owner only)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def sync_files(directory: Path) -> None:
+    """Make every file of a finished directory durable, before it is renamed to its name."""
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def _tensor_problems(
     model_dir: Path, files: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorHeader]], model: Architecture
 ) -> list[str]:
@@ -140,13 +167,25 @@ def _tensor_problems(
             problems += [problem] if problem else []
     # A weight that no layer takes would be lost without a word, and again at export. Old files keep RoPE's
     # frequencies, which are computed, and a tied model's head may be there as a copy of its embedding.
-    known = {*wanted, "lm_head.weight"} if model.shape.tied_embeddings else set(wanted)
+    known = {*wanted, HEAD} if model.shape.tied_embeddings else set(wanted)
     for name in sorted(set(files) - known):
         if not name.endswith("rotary_emb.inv_freq"):
             problems.append(
                 f"{model_dir / files[name]}: tensor {name} has no place in a {model.shape.model_type} model"
             )
     return problems
+
+
+def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture) -> list[str]:
+    """A tied model's second copy of its embedding must be a copy: transformers unties two that differ."""
+    shape = (model.shape.vocab_size, model.shape.hidden_size)
+    if head.shape == shape:
+        files = WeightFiles(model_dir)
+        copy, original = files.tensor(HEAD, shape), files.tensor(EMBEDDING, shape)
+        starts = range(0, shape[0], _ROWS_COMPARED)
+        if all(torch.equal(copy[row : row + _ROWS_COMPARED], original[row : row + _ROWS_COMPARED]) for row in starts):
+            return []
+    return [f"{model_dir}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}"]
 
 
 def _problem(path: Path, name: str, found: TensorHeader, shape: tuple[int, ...]) -> str | None:

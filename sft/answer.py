@@ -1,0 +1,69 @@
+"""Greedy answers of a Hugging Face directory: what the model says before and after training, side by side.
+
+Answers come from vanilla transformers and not from the trained ranks: they show what anyone gets who loads the
+export, and need no generation code for Megatron-core.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from launcher.rundir import RunPaths, append_line, read_lines
+
+
+def answer(model_dir: Path, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+    """One greedy answer a prompt; fp32 on CPU, as stored on a GPU."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    dtype = "auto" if device == "cuda" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    model.to(device).eval()
+    return [_answer_one(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+
+
+def record_answers(
+    paths: RunPaths, prompts: Sequence[str], model_dir: Path, label: Literal["before", "after"]
+) -> list[str]:
+    """Answer, print, and append to samples.jsonl; nothing is loaded where there is no prompt.
+
+    A run that is prepared again (after a requeue) keeps the answers it has.
+    """
+    known = {line["prompt"]: line["answer"] for line in read_lines(paths.samples) if line.get("label") == label}
+    missing = [prompt for prompt in prompts if label == "after" or prompt not in known]
+    fresh = dict(zip(missing, answer(model_dir, missing), strict=True)) if missing else {}
+    for prompt, text in fresh.items():
+        append_line(paths.samples, {"label": label, "prompt": prompt, "answer": text})
+    answers = [str({**known, **fresh}[prompt]) for prompt in prompts]
+    for prompt, text in zip(prompts, answers, strict=True):
+        print(f"[{label} training] {prompt}\n    {text}", file=sys.stdout, flush=True)
+    return answers
+
+
+def _answer_one(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    # Sampling settings that the model brings along would only be warned about; greedy is what is compared.
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
