@@ -9,10 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import socket
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
@@ -36,18 +40,24 @@ def run_ranks(
     Raises RankFailure with the first rank's traceback; the others are then killed. TimeoutError after `timeout` s.
     """
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
+    output = Path(tempfile.mkdtemp(prefix="ranks-"))
     processes, pipes = [], []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)
         variables = {**rendezvous, **(env or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = _context.Process(target=_rank_main, args=(sender, variables, init, function, args), daemon=True)
+        variables["RANK_OUTPUT"] = str(output / f"rank-{rank}.log")
+        process = _context.Process(target=_rank_main, args=(sender, variables, init, function, args))
         process.start()
         sender.close()
         processes.append(process)
         pipes.append(receiver)
     try:
         return _collect(pipes, time.monotonic() + timeout)
+    except (RankFailure, TimeoutError) as error:
+        error.add_note(_last_lines(output))
+        raise
     finally:
+        shutil.rmtree(output, ignore_errors=True)
         for process in processes:
             process.join(timeout=2)
             if process.is_alive():
@@ -76,6 +86,11 @@ def _collect(pipes: list[multiprocessing.connection.Connection], deadline: float
     return [results[rank] for rank in sorted(results)]
 
 
+def _last_lines(output: Path, lines: int = 15) -> str:
+    logs = sorted(output.iterdir())
+    return "\n".join(f"{log.name}:\n" + "\n".join(log.read_text().splitlines()[-lines:]) for log in logs)
+
+
 def _rank_main(
     sender: multiprocessing.connection.Connection,
     variables: dict[str, str],
@@ -84,6 +99,7 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     os.environ.update(variables)
+    _output_into(variables["RANK_OUTPUT"])
     try:
         import torch
         import torch.distributed as dist
@@ -95,8 +111,17 @@ def _rank_main(
     except BaseException:
         sender.send((False, traceback.format_exc()))
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         sender.close()
         os._exit(0)  # a peer that failed may have left collectives in flight: no orderly teardown to wait for
+
+
+def _output_into(path: str) -> None:
+    """Send what this process and its libraries print into a file of its own."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
 
 
 def _free_port() -> int:
