@@ -1,0 +1,194 @@
+"""Rules on a typed RunSpec: required values, ranges, forms, and files that must exist.
+
+Each rule yields `(dotted key, message)`; `launcher.config` adds where the value was written. Rules between parallel
+sizes are in `launcher.topology`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.rundir import COMPLETE, RUN_NAME
+from launcher.spec import RunSpec
+
+Problem = tuple[str, str]
+
+_TIME = re.compile(r"\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+_MEMORY = re.compile(r"\d+[KMGT]?B?", re.IGNORECASE)
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"TOKEN(?!IZER)|(?<!P)KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable of this name probably holds a secret (but not TOKENIZERS_PARALLELISM or NCCL_IB_PKEY)."""
+    return _SECRET.search(name) is not None
+
+
+def spec_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Everything wrong with the values themselves; looks at no file."""
+    yield from _required(spec)
+    yield from _ranges(spec)
+    yield from _scheduler(spec)
+    yield from _runtime(spec)
+    if spec.train.eval_every is not None and not spec.data.validation:
+        yield "train.eval_every", f"{spec.train.eval_every} needs data.validation, which is empty"
+    if spec.logging.prompts and not spec.checkpoint.export:
+        yield "logging.prompts", "answers need checkpoint.export: true"
+
+
+def _required(spec: RunSpec) -> Iterator[Problem]:
+    if not spec.name:
+        yield "name", "missing; give the run a name"
+    elif not RUN_NAME.fullmatch(spec.name):
+        yield (
+            "name",
+            f"{spec.name!r} is not a run name: letters, digits, '.', '_', '-', first a letter or digit, <= 128",
+        )
+    if not spec.model.path:
+        yield "model.path", "missing; a Hugging Face model directory, a .gguf file or package:NAME/FILE"
+    if not spec.data.train:
+        yield "data.train", "missing; one or more jsonl files"
+    if spec.train.max_steps is None and spec.train.epochs is None:
+        yield "train.max_steps", "missing; set train.max_steps or train.epochs"
+    if spec.train.max_steps is not None and spec.train.epochs is not None:
+        yield (
+            "train.max_steps",
+            f"{spec.train.max_steps} and train.epochs {spec.train.epochs} exclude each other; drop one",
+        )
+
+
+def _ranges(spec: RunSpec) -> Iterator[Problem]:
+    optimizer = spec.train.optimizer
+    least = {
+        ("train.max_steps", spec.train.max_steps): 1,
+        ("train.epochs", spec.train.epochs): 1,
+        ("train.eval_every", spec.train.eval_every): 1,
+        ("data.pad_to_multiple", spec.data.pad_to_multiple): 1,
+        ("data.workers", spec.data.workers): 1,
+        ("checkpoint.every", spec.checkpoint.every): 1,
+        ("checkpoint.keep_last", spec.checkpoint.keep_last): 1,
+        ("logging.every", spec.logging.every): 1,
+        ("resources.cpus_per_task", spec.resources.cpus_per_task): 1,
+        ("resources.signal_seconds", spec.resources.signal_seconds): 0,
+        ("train.optimizer.warmup_steps", optimizer.warmup_steps): 0,
+        ("train.optimizer.weight_decay", optimizer.weight_decay): 0,
+        ("train.optimizer.min_lr", optimizer.min_lr): 0,
+        ("train.optimizer.clip_grad", optimizer.clip_grad): 0,
+    }
+    for (key, value), smallest in least.items():
+        if value is not None and not smallest <= value < float("inf"):
+            yield key, f"{value} is not at least {smallest}"
+    for key, value in (("train.optimizer.lr", optimizer.lr), ("train.optimizer.eps", optimizer.eps)):
+        if not 0 < value < float("inf"):
+            yield key, f"{value} is not above 0"
+    fractions = {
+        "train.optimizer.beta1": optimizer.beta1,
+        "train.optimizer.beta2": optimizer.beta2,
+        "model.attention_dropout": spec.model.attention_dropout,
+        "model.hidden_dropout": spec.model.hidden_dropout,
+    }
+    for key, value in fractions.items():
+        if not 0 <= value < 1:
+            yield key, f"{value} is not in [0, 1)"
+    if optimizer.min_lr > optimizer.lr:
+        yield "train.optimizer.min_lr", f"{optimizer.min_lr} is above train.optimizer.lr {optimizer.lr}"
+
+
+def _scheduler(spec: RunSpec) -> Iterator[Problem]:
+    resources, cluster = spec.resources, spec.cluster
+    if resources.time is not None and not _TIME.fullmatch(resources.time):
+        yield "resources.time", f"{resources.time!r} is not a time limit: minutes, HH:MM:SS or D-HH:MM:SS"
+    if resources.memory_per_node is not None and not _MEMORY.fullmatch(resources.memory_per_node):
+        yield "resources.memory_per_node", f"{resources.memory_per_node!r} is not a size such as 200G"
+    for option in resources.extra_sbatch:
+        if not option.startswith("--"):
+            yield (
+                "resources.extra_sbatch",
+                f"{option!r} does not start with --; one option an item, e.g. --mail-type=END",
+            )
+    for option in cluster.srun_args:
+        if not option.startswith("-"):
+            yield "cluster.srun_args", f"{option!r} does not start with -; one option an item, e.g. --mpi=none"
+    for name in cluster.env:
+        if not _ENV_NAME.fullmatch(name):
+            yield "cluster.env", f"{name!r} is not the name of an environment variable"
+        elif is_secret_name(name):
+            yield (
+                "cluster.env",
+                f"{name} looks like a secret, and would be stored in the run directory; export it instead",
+            )
+    if cluster.scheduler == "local" and resources.nodes > 1:
+        yield (
+            "resources.nodes",
+            f"{resources.nodes} on cluster {cluster.name}, which is this machine alone; set it to 1",
+        )
+    if "\\" in spec.run_root:  # Slurm expands no %j in an --output that holds one
+        yield "run_root", f"{spec.run_root!r} holds a backslash, which Slurm does not take in a log's path"
+
+
+def _runtime(spec: RunSpec) -> Iterator[Problem]:
+    runtime = spec.cluster.runtime
+    if runtime.kind in ("venv", "conda") and not runtime.path:
+        yield "cluster.runtime.path", f"missing; runtime kind {runtime.kind} needs it"
+    if runtime.kind in ("pyxis", "apptainer") and not runtime.image:
+        yield "cluster.runtime.image", f"missing; runtime kind {runtime.kind} needs it"
+    if runtime.kind == "pyxis" and spec.cluster.scheduler == "local":
+        yield "cluster.runtime.kind", "pyxis is an extension of srun; a local run can use apptainer"
+    for mount in runtime.mounts:
+        if not re.fullmatch(r"[^:,]+:[^:,]+(:[^:,]+)?", mount):
+            yield "cluster.runtime.mounts", f"{mount!r} is not SOURCE:TARGET[:OPTIONS]"
+
+
+def file_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Files that are named and absent. Expects absolute paths and expanded globs."""
+    if spec.model.path:
+        yield from _model_file(spec.model.path)
+    if spec.model.tokenizer and not Path(spec.model.tokenizer).is_dir():
+        yield "model.tokenizer", f"{spec.model.tokenizer} is not a directory"
+    for key, files in (("data.train", spec.data.train), ("data.validation", spec.data.validation)):
+        for file in files:
+            if not Path(file).is_file():
+                yield key, f"no file matches {file}"
+    template = spec.data.chat_template
+    if template not in ("tokenizer", "none") and not Path(template).is_file():
+        yield "data.chat_template", f"{template} is not a file (nor the word tokenizer or none)"
+    resume = spec.checkpoint.resume_from
+    if resume and not (Path(resume) / COMPLETE).is_file():
+        yield "checkpoint.resume_from", f"{resume} is not a complete checkpoint: it has no file {COMPLETE}"
+    runtime = spec.cluster.runtime
+    if runtime.kind == "venv" and runtime.path and not (Path(runtime.path) / "bin" / "activate").is_file():
+        yield "cluster.runtime.path", f"{runtime.path} is not a venv: it has no bin/activate"
+
+
+def _model_file(path: str) -> Iterator[Problem]:
+    if not path.startswith("package:"):
+        found = Path(path)
+        if not found.is_dir() and not (found.is_file() and found.suffix == ".gguf"):
+            what = "is neither a directory nor a .gguf file" if found.exists() else "does not exist"
+            yield "model.path", f"{path} {what}"
+        return
+    package, _, file = path.removeprefix("package:").partition("/")
+    if package_file(path) is None:
+        why = (
+            f"package {package!r} is not installed here"
+            if _package_dir(package) is None
+            else f"it has no file {file!r}"
+        )
+        yield "model.path", f"{path}: {why}"
+
+
+def _package_dir(package: str) -> Path | None:
+    if not re.fullmatch(r"\w+", package):  # a dotted name would import its parent
+        return None
+    found = importlib.util.find_spec(package)
+    return Path(found.origin).parent if found is not None and found.origin else None
+
+
+def package_file(path: str) -> Path | None:
+    """The file that `package:NAME/FILE` names, without importing NAME; None where it is absent."""
+    package, _, file = path.removeprefix("package:").partition("/")
+    folder = _package_dir(package)
+    return folder / file if folder is not None and file and (folder / file).is_file() else None

@@ -1,0 +1,237 @@
+"""One YAML file plus `key=value` overrides → a checked RunSpec, and where each of its values came from.
+
+Layers, later ones win: schema defaults, the cluster file, the user's file, overrides. `${...}` interpolation is done
+on the merged layers, then every value is converted by OmegaConf's structured schema, one by one, so that every
+problem is reported at once with the line it was written on.
+
+Rejected: OmegaConf.load with one merge (it stops at the first problem and knows no lines), and Hydra (it owns the
+command line and the working directory).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from launcher import checks, resources
+from launcher.config_file import Leaf, Leaves, Source, describe, leaf_types, read_overrides, read_yaml
+from launcher.errors import ConfigError, did_you_mean
+from launcher.rundir import RUN_NAME
+from launcher.spec import ClusterSpec, ResourcesSpec, RunSpec, RuntimeSpec
+
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^}\s,'\"]*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedConfig:
+    """A checked spec with its history."""
+
+    spec: RunSpec
+    path: Path
+    sources: Mapping[str, Source]
+    """Dotted key → the layer its value came from, in schema order."""
+
+    def changed(self) -> Iterator[tuple[str, Any, Source]]:
+        """Key, value and source of everything that is not a schema default."""
+        for key, source in self.sources.items():
+            if source != "default":
+                yield key, value_at(self.spec, key), source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterFile(ClusterSpec):
+    """What a file in cluster_configs/ may hold: a cluster, and defaults for what is asked of it."""
+
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+
+
+def value_at(spec: RunSpec, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), spec)
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), cluster: str | None = None) -> LoadedConfig:
+    """Read and check a config; raises ConfigError with every problem."""
+    merged = _merged(path, overrides, cluster)
+    spec = _absolute(_typed(merged))
+    for key, message in (*checks.spec_problems(spec), *checks.file_problems(spec)):
+        if key not in merged.bad:
+            where = merged.values[key].where if key in merged.values else str(path)
+            merged.problems.append(f"{where}: {key}: {message}")
+    if merged.problems:
+        raise ConfigError(merged.problems)
+    sources: dict[str, Source] = {
+        key: merged.values[key].source if key in merged.values else "default" for key, _ in leaf_types(RunSpec)
+    }
+    return LoadedConfig(spec=spec, path=path, sources=sources)
+
+
+def _merged(path: Path, overrides: Sequence[str], cluster: str | None) -> Leaves:
+    """The layers laid over each other."""
+    written = read_yaml(_read_text(path), str(path), RunSpec, "file", named=("cluster",))
+    on_top = read_overrides(overrides, RunSpec)
+    named = _named_cluster(written, on_top, cluster)
+    beneath = _read_cluster(named) if named is not None else Leaves()
+    merged = Leaves(
+        values={**beneath.values, **written.values},
+        problems=[*beneath.problems, *written.problems, *on_top.problems],
+        bad=beneath.bad | written.bad,
+    )
+    for key, leaf in on_top.values.items():
+        if key.endswith("."):  # entries for a mapping, beside those it has
+            before = merged.values.get(key[:-1])
+            leaf = dataclasses.replace(leaf, value={**(before.value if before else {}), **leaf.value})
+        merged.values[key.rstrip(".")] = leaf
+        merged.bad.discard(key.rstrip("."))
+    return merged
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [item.name for item in path.parent.glob("*.y*ml")])
+        raise ConfigError(f"{path}: no such file{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def _named_cluster(written: Leaves, on_top: Leaves, option: str | None) -> Leaf | None:
+    """The name of the cluster, if one is named; by --cluster or override it displaces settings in the file."""
+    by_file, by_override = written.values.pop("cluster", None), on_top.values.pop("cluster", None)
+    named = Leaf(option, "override", f"--cluster {option}") if option else by_override or by_file
+    if named is not None and named is not by_file:
+        for key in [key for key in written.values if key.startswith("cluster.")]:
+            del written.values[key]
+    return named
+
+
+def _read_cluster(named: Leaf) -> Leaves:
+    """Leaves of the named cluster's file, keyed as in a RunSpec."""
+    if not isinstance(named.value, str) or not RUN_NAME.fullmatch(named.value):
+        return Leaves(problems=[f"{named.where}: cluster: {named.value!r} is not the name of a cluster file"])
+    path = resources.find("cluster_configs", named.value, ".yaml")
+    flat = read_yaml(_read_text(path), str(path), ClusterFile, "cluster")
+    leaves = Leaves(problems=flat.problems)
+    for key, leaf in flat.values.items():
+        leaves.values[key if key.startswith("resources.") else f"cluster.{key}"] = leaf
+    name = leaves.values.setdefault("cluster.name", Leaf(named.value, "cluster", str(path)))
+    if name.value != named.value:
+        leaves.problems.append(f"{name.where}: name: {name.value!r} is not the file's name {named.value!r}")
+    return leaves
+
+
+def _typed(merged: Leaves) -> RunSpec:
+    """The leaves as a RunSpec; what does not fit its type is reported and left at its default."""
+    schema = OmegaConf.structured(RunSpec)
+    kinds = dict(leaf_types(RunSpec))
+    raw = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), _nested(merged.values))
+    fitting: dict[str, Leaf] = {}
+    for key, leaf in merged.values.items():
+        try:
+            secret = _secret_in(leaf.value)
+            if secret is None:
+                typed = dataclasses.replace(leaf, value=_resolved(raw, key))
+                OmegaConf.merge(schema, _nested({key: typed}))
+                fitting[key] = typed
+                continue
+            problem = (
+                f"{secret} looks like a secret, and the resolved config is stored; export it in your shell instead"
+            )
+        except ValidationError:
+            problem = _not_a(leaf.value, kinds[key])
+        except OmegaConfBaseException as error:
+            reason = str(error).partition("\n")[0]
+            problem = f"{leaf.value!r} does not resolve: {reason}"
+        merged.bad.add(key)
+        merged.problems.append(f"{leaf.where}: {key}: {problem}")
+    return cast(RunSpec, OmegaConf.to_object(OmegaConf.merge(schema, _nested(fitting))))
+
+
+def _resolved(raw: Any, key: str) -> Any:
+    """The value of `key` with its interpolations done, as plain Python."""
+    value = OmegaConf.select(raw, key, throw_on_missing=True)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _not_a(value: Any, kind: Any) -> str:
+    shown = "null" if value is None else repr(value)
+    choices = [str(choice) for choice in get_args(kind) if get_origin(kind) is Literal]
+    return f"{shown} is not {describe(kind)}{did_you_mean(str(value), choices)}"
+
+
+def _nested(leaves: Mapping[str, Leaf]) -> dict[str, Any]:
+    """Dotted keys as nested mappings."""
+    tree: dict[str, Any] = {}
+    for key, leaf in leaves.items():
+        *sections, name = key.split(".")
+        functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[name] = leaf.value
+    return tree
+
+
+def _secret_in(value: Any) -> str | None:
+    """The secret that a value would take from the environment, if any: the resolved config is stored and shown."""
+    for name in _ENVIRONMENT.findall(str(value)):
+        if "$" in name or checks.is_secret_name(name):
+            return str(name)
+    return None
+
+
+def _absolute(spec: RunSpec) -> RunSpec:
+    """Relative paths made absolute against the working directory, and globs replaced by what they match."""
+    model, data, checkpoint, runtime = spec.model, spec.data, spec.checkpoint, spec.cluster.runtime
+    package = model.path.startswith("package:")
+    return dataclasses.replace(
+        spec,
+        run_root=_path(spec.run_root),
+        model=dataclasses.replace(
+            model,
+            path=model.path if package or not model.path else _path(model.path),
+            tokenizer=_path(model.tokenizer) if model.tokenizer else None,
+        ),
+        data=dataclasses.replace(
+            data,
+            train=_files(data.train),
+            validation=_files(data.validation),
+            chat_template=data.chat_template
+            if data.chat_template in ("tokenizer", "none")
+            else _path(data.chat_template),
+            cache_dir=_path(data.cache_dir) if data.cache_dir else None,
+        ),
+        checkpoint=dataclasses.replace(
+            checkpoint, resume_from=_path(checkpoint.resume_from) if checkpoint.resume_from else None
+        ),
+        cluster=dataclasses.replace(spec.cluster, runtime=_absolute_runtime(runtime)),
+    )
+
+
+def _absolute_runtime(runtime: RuntimeSpec) -> RuntimeSpec:
+    """A conda environment may be a name and an image a registry reference: those stay as they are."""
+    path, image = runtime.path, runtime.image
+    if path and (runtime.kind == "venv" or "/" in path):
+        path = _path(path)
+    if image and Path(image).expanduser().exists():
+        image = _path(image)
+    return dataclasses.replace(runtime, path=path, image=image)
+
+
+def _path(text: str) -> str:
+    return os.path.normpath(Path(text).expanduser().absolute())
+
+
+def _files(patterns: Sequence[str]) -> list[str]:
+    """Absolute files in the order given; a glob's matches sorted; a pattern without matches stays, to be reported."""
+    files: list[str] = []
+    for pattern in map(_path, patterns):
+        matches = [] if Path(pattern).exists() else sorted(map(str, Path("/").glob(pattern.removeprefix("/"))))
+        files += matches or [pattern]
+    return files

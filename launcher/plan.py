@@ -1,0 +1,43 @@
+"""What a command knows before it acts: the checked config, its layout and the directory its run would have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.checks import package_file
+from launcher.config import LoadedConfig, load_config
+from launcher.gguf_shape import read_gguf_shape
+from launcher.model_shape import ModelShape, read_model_shape
+from launcher.rundir import RunPaths
+from launcher.spec import RunSpec
+from launcher.topology import Topology, build_topology
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A run that could be submitted."""
+
+    config: LoadedConfig
+    topology: Topology
+    paths: RunPaths
+
+    @property
+    def spec(self) -> RunSpec:
+        """The resolved config."""
+        return self.config.spec
+
+
+def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = None) -> Plan:
+    """Load and check everything that can be checked without a scheduler."""
+    config = load_config(path, overrides, cluster)
+    topology = build_topology(config.spec, model_shape_of(config.spec))
+    return Plan(config=config, topology=topology, paths=RunPaths(Path(config.spec.run_root) / config.spec.name))
+
+
+def model_shape_of(spec: RunSpec) -> ModelShape | None:
+    """The model's sizes, or None where they cannot be read on this machine."""
+    packaged = package_file(spec.model.path) if spec.model.path.startswith("package:") else None
+    path = packaged or Path(spec.model.path)
+    return read_gguf_shape(path) if path.suffix == ".gguf" else read_model_shape(path)

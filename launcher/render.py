@@ -1,0 +1,155 @@
+"""(RunSpec, Topology, RunPaths) → the batch script, byte for byte the same for the same input.
+
+The script is plain bash made by Jinja2 templates that a site can override block by block. Nothing reaches it unquoted:
+each value passes a filter that makes it one word for its reader, which is the shell or sbatch. The two quote
+differently: sbatch splits directive lines itself and takes backslash as an escape within single quotes too.
+
+Rejected: building the script in Python (a site cannot change it), and wrapping a pickled function (a person can
+neither read nor rerun it).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from launcher import resources
+from launcher.errors import TemplateError
+from launcher.exit_codes import ExitCode
+from launcher.rundir import RunPaths
+from launcher.spec import RunSpec
+from launcher.topology import Topology
+
+
+def shell(value: Any) -> str:
+    """`value` as one word of bash."""
+    return shlex.quote(_one_line(value))
+
+
+def words(values: Iterable[Any]) -> str:
+    """Several words of bash."""
+    return " ".join(shell(value) for value in values)
+
+
+def sbatch(value: Any) -> str:
+    """`value` as one word of an #SBATCH line."""
+    text = _one_line(value)
+    if text and all(letter.isalnum() or letter in "-_=./:,@%+" for letter in text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def slurm_path(value: Any) -> str:
+    """A path for sbatch's --output, where % begins a pattern."""
+    return _one_line(value).replace("%", "%%")
+
+
+def _one_line(value: Any) -> str:
+    text = str(value)
+    bad = next((letter for letter in text if letter in "\n\r\0"), None)
+    if bad is not None:
+        raise TemplateError(f"{text!r} holds {bad!r}, which cannot stand in a batch script; take it out")
+    return text
+
+
+def render(spec: RunSpec, topology: Topology, paths: RunPaths, launcher_python: str = sys.executable) -> str:
+    """The batch script of a run."""
+    name = spec.cluster.template or f"{spec.cluster.scheduler}.sh.j2"
+    resources.find("templates", name)  # says where it looked, which Jinja2 does not
+    option, request = _gpu_directive(spec)
+    source_root = resources.checkout_root()
+    mounts = _mounts(spec, paths, source_root)
+    try:
+        text = (
+            _environment()
+            .get_template(name)
+            .render(
+                run=paths,
+                cluster=spec.cluster,
+                runtime=spec.cluster.runtime,
+                resources=spec.resources,
+                checkpoint=spec.checkpoint,
+                topology=topology,
+                cache_dir=str(spec.cache_dir),
+                python=_python(spec, mounts, launcher_python),
+                launcher_python=launcher_python,
+                source_root=str(source_root) if source_root else "",
+                srun_args=_srun_args(spec),
+                mounts=mounts,
+                gpu_option=option,
+                gpu_request=request,
+                exit_codes=ExitCode,
+            )
+        )
+    except jinja2.TemplateError as error:
+        line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise TemplateError(f"template {name}{line} does not render: {error}") from None
+    return text
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([str(folder) for folder in resources.search_path("templates")]),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(shell=shell, words=words, sbatch=sbatch, slurm_path=slurm_path)
+    return environment
+
+
+def _gpu_directive(spec: RunSpec) -> tuple[str, str]:
+    """Option and value that ask for GPUs in the cluster's dialect; no value where nothing is asked."""
+    gpus, dialect = spec.resources.gpus_per_node, spec.cluster.gpu_directive
+    if not gpus or dialect == "none":
+        return "", ""
+    kind = f"{spec.cluster.gpu_type}:" if spec.cluster.gpu_type else ""
+    if dialect == "gres":
+        return "--gres", f"gpu:{kind}{gpus}"
+    if dialect == "gpus_per_task":
+        return "--gpus-per-task", f"{kind}1"
+    return "--gpus-per-node", f"{kind}{gpus}"
+
+
+def _srun_args(spec: RunSpec) -> list[str]:
+    """The cluster's options; ranks whose GPUs are asked for by task may still see their neighbours', as NCCL must."""
+    by_task = spec.resources.gpus_per_node > 0 and spec.cluster.gpu_directive == "gpus_per_task"
+    return [*spec.cluster.srun_args, *(["--gpu-bind=none"] if by_task else [])]
+
+
+def _python(spec: RunSpec, mounts: list[str], launcher_python: str) -> list[str]:
+    """The words that start Python in the configured runtime."""
+    runtime = spec.cluster.runtime
+    python = runtime.python or (launcher_python if runtime.kind == "none" else "python")
+    if runtime.kind != "apptainer":
+        return [python]
+    gpu = ["--nv"] if spec.resources.gpus_per_node else []
+    binds = [word for mount in mounts for word in ("--bind", mount)]
+    return ["apptainer", "exec", *gpu, *binds, str(runtime.image), python]
+
+
+def _mounts(spec: RunSpec, paths: RunPaths, source_root: Path | None) -> list[str]:
+    """Bind mounts of a container: the user's, then every host directory the ranks read or write, outermost only."""
+    runtime = spec.cluster.runtime
+    if runtime.kind not in ("pyxis", "apptainer"):
+        return []
+    folders = {paths.root, spec.cache_dir, *(Path(file).parent for file in (*spec.data.train, *spec.data.validation))}
+    if not spec.model.path.startswith("package:"):
+        path = Path(spec.model.path)
+        folders.add(path.parent if path.suffix == ".gguf" else path)
+    if spec.data.chat_template not in ("tokenizer", "none"):
+        folders.add(Path(spec.data.chat_template).parent)
+    folders |= {Path(item) for item in (spec.model.tokenizer, spec.checkpoint.resume_from, source_root) if item}
+    outermost = sorted(folder for folder in folders if not any(parent in folders for parent in folder.parents))
+    bad = [str(folder) for folder in outermost if set(str(folder)) & set(":,")]
+    if bad:
+        raise TemplateError([f"{folder}: a container cannot mount a path with ':' or ','; rename it" for folder in bad])
+    return [*runtime.mounts, *(f"{os.fspath(folder)}:{os.fspath(folder)}" for folder in outermost)]

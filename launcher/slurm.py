@@ -1,0 +1,168 @@
+"""The only module that asks Slurm something after a job is submitted: commands with timeouts, and their parsers.
+
+Fields are asked for by name with a separator and without a header, user text last, so that neither a site's default
+format nor a job's name can move a column. A command that fails means "unknown", never "gone": SchedulerError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from launcher.errors import SchedulerError
+from launcher.state import JobState, from_slurm
+
+TIMEOUT_SECONDS = 30
+
+_HELD_REASONS = ("JobHeldUser", "JobHeldAdmin", "launch failed requeued held", "launch_failed_requeued_held")
+_ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRecord:
+    """What Slurm says of one job."""
+
+    job_id: str
+    state: JobState
+    reason: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    start: str = ""
+    name: str = ""
+
+
+def queue(job_ids: Sequence[str]) -> dict[str, JobRecord]:
+    """squeue's answer for these jobs; jobs it has forgotten are absent."""
+    if not job_ids:
+        return {}
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(job_ids)}", "--format=%i|%T|%r|%S|%j"]
+    try:
+        text = _run(command)
+    except SchedulerError as error:
+        if "Invalid job id" in str(error):  # its answer for a single job that it has forgotten
+            return {}
+        raise
+    return newest(parse_squeue(text))
+
+
+def accounting(job_ids: Sequence[str]) -> dict[str, JobRecord]:
+    """sacct's answer for these jobs; empty where the site keeps no accounts."""
+    if not job_ids:
+        return {}
+    fields = "JobID,State,ExitCode,Start,JobName"
+    command = [
+        "sacct",
+        "--allocations",
+        "--duplicates",
+        "--parsable2",
+        f"--jobs={','.join(job_ids)}",
+        f"--format={fields}",
+    ]
+    with contextlib.suppress(SchedulerError):
+        return newest(parse_sacct(_run(command)))
+    return {}
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """scancel; a job that has ended already is no error to Slurm."""
+    _run(["scancel", *job_ids])
+
+
+def _run(command: Sequence[str]) -> str:
+    what = command[0]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS, check=False
+        )
+    except FileNotFoundError:
+        raise SchedulerError(f"{what} is not on PATH; run this on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise SchedulerError(f"{what} gave no answer within {TIMEOUT_SECONDS} s; Slurm may be overloaded") from None
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        raise SchedulerError(f"{what} failed: {said}")
+    return done.stdout
+
+
+def parse_squeue(text: str) -> Iterator[JobRecord]:
+    """Records of lines `id|state|reason|start|name`; lines of another shape are passed over."""
+    for line in text.splitlines():
+        fields = line.split("|", 4)
+        if len(fields) != 5:
+            continue
+        job, state, reason, start, name = fields
+        for job_id in split_job_id(job):
+            yield JobRecord(
+                job_id=job_id,
+                state=JobState.HELD if reason in _HELD_REASONS else from_slurm(state),
+                reason="" if reason in ("None", "(null)") else reason,
+                start=start,
+                name=name,
+            )
+
+
+def parse_sacct(text: str, separator: str = "|") -> Iterator[JobRecord]:
+    """Allocations in a sacct answer that begins with a header; steps and broken lines are passed over."""
+    lines = text.splitlines()
+    header = lines[0].split(separator) if lines else []
+    for line in lines[1:]:
+        fields = line.split(separator)
+        row = dict(zip(header, fields, strict=False))
+        job = row.get("JobID", "").strip()
+        if len(fields) != len(header) or not job or "." in job:
+            continue
+        code, _, signal = row.get("ExitCode", "").partition(":")
+        for job_id in split_job_id(job):
+            yield JobRecord(
+                job_id=job_id,
+                state=from_slurm(row.get("State", "")),
+                exit_code=int(code) if code.isdigit() else None,
+                signal=int(signal) if signal.isdigit() else None,
+                start=row.get("Start", ""),
+                name=row.get("JobName", ""),
+            )
+
+
+def newest(records: Iterable[JobRecord]) -> dict[str, JobRecord]:
+    """The last attempt of each job id: a requeue keeps the id. Rows come in order; a later start wins over order."""
+    found: dict[str, JobRecord] = {}
+    for record in records:
+        before = found.get(record.job_id)
+        if before is None or _start(record) >= _start(before):
+            found[record.job_id] = record
+    return found
+
+
+def _start(record: JobRecord) -> str:
+    """ISO time, which sorts as text; a job that has not started sorts last, as it is the newest."""
+    return record.start if record.start[:1].isdigit() else "~"
+
+
+def split_job_id(text: str) -> list[str]:
+    """`20_[2-4,7%5]` → 20_2, 20_3, 20_4, 20_7; any other id is itself."""
+    match = _ARRAY.fullmatch(text.strip())
+    if match is None:
+        return [text.strip()]
+    tasks: list[str] = []
+    for part in match.group(2).split(","):
+        first, _, last = part.partition("-")
+        tasks += [f"{match.group(1)}_{task}" for task in range(int(first), int(last or first) + 1)]
+    return tasks
+
+
+def time_limit_minutes(text: str | None) -> float | None:
+    """Minutes of a limit in Slurm's notation; None for no limit."""
+    if text is None or not text[:1].isdigit():
+        return None
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:  # D-HH[:MM[:SS]]
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # MM[:SS]
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return (int(days or 0) * 24 + hours) * 60 + minutes + seconds / 60

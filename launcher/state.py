@@ -1,0 +1,107 @@
+"""Every state Slurm can name → the states we show.
+
+The map is total: a word that is not in it is UNKNOWN, never success. A state says two things a caller acts on: whether
+the job may still run (`active`), and whether starting again is the natural next step (`retryable`).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class JobState(str, Enum):
+    """State of a run's newest attempt."""
+
+    PENDING = "PENDING"
+    HELD = "HELD"
+    """Waits for a person: `scontrol release`."""
+    REQUEUED = "REQUEUED"
+    RUNNING = "RUNNING"
+    SUSPENDED = "SUSPENDED"
+    COMPLETING = "COMPLETING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    INTERRUPTED = "INTERRUPTED"
+    """Stopped on request with a complete checkpoint (exit code 75)."""
+    TIMEOUT = "TIMEOUT"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    NODE_FAIL = "NODE_FAIL"
+    PREEMPTED = "PREEMPTED"
+    UNKNOWN = "UNKNOWN"
+    """Nobody who would know has answered."""
+
+    @property
+    def active(self) -> bool:
+        """The job holds or waits for resources: a second one would write to the same files."""
+        return self in _ACTIVE
+
+    @property
+    def terminal(self) -> bool:
+        """The job will not run again by itself."""
+        return self not in _ACTIVE and self is not JobState.UNKNOWN
+
+    @property
+    def retryable(self) -> bool:
+        """Ended through no fault of its own: `resubmit` is likely to go on."""
+        return self in _RETRYABLE
+
+
+_ACTIVE = frozenset(
+    {
+        JobState.PENDING,
+        JobState.HELD,
+        JobState.REQUEUED,
+        JobState.RUNNING,
+        JobState.SUSPENDED,
+        JobState.COMPLETING,
+    }
+)
+_RETRYABLE = frozenset({JobState.INTERRUPTED, JobState.TIMEOUT, JobState.NODE_FAIL, JobState.PREEMPTED})
+
+SLURM_STATES: dict[str, tuple[str, JobState]] = {
+    "BOOT_FAIL": ("BF", JobState.NODE_FAIL),
+    "CANCELLED": ("CA", JobState.CANCELLED),
+    "COMPLETED": ("CD", JobState.COMPLETED),
+    "COMPLETING": ("CG", JobState.COMPLETING),
+    "CONFIGURING": ("CF", JobState.PENDING),
+    "DEADLINE": ("DL", JobState.TIMEOUT),
+    "EXPEDITING": ("EX", JobState.PENDING),
+    "FAILED": ("F", JobState.FAILED),
+    "LAUNCH_FAILED": ("LF", JobState.FAILED),
+    "NODE_FAIL": ("NF", JobState.NODE_FAIL),
+    "OUT_OF_MEMORY": ("OOM", JobState.OUT_OF_MEMORY),
+    "PENDING": ("PD", JobState.PENDING),
+    "POWER_UP_NODE": ("PN", JobState.PENDING),
+    "PREEMPTED": ("PR", JobState.PREEMPTED),
+    "RECONFIG_FAIL": ("RE", JobState.FAILED),
+    "REQUEUED": ("RQ", JobState.REQUEUED),
+    "REQUEUE_FED": ("RF", JobState.REQUEUED),
+    "REQUEUE_HOLD": ("RH", JobState.HELD),
+    "RESIZING": ("RS", JobState.RUNNING),
+    "RESV_DEL_HOLD": ("RD", JobState.HELD),
+    "REVOKED": ("RV", JobState.CANCELLED),
+    "RUNNING": ("R", JobState.RUNNING),
+    "SIGNALING": ("SI", JobState.RUNNING),
+    "SPECIAL_EXIT": ("SE", JobState.HELD),
+    "STAGE_OUT": ("SO", JobState.COMPLETING),
+    "STOPPED": ("ST", JobState.SUSPENDED),
+    "SUSPENDED": ("S", JobState.SUSPENDED),
+    "TIMEOUT": ("TO", JobState.TIMEOUT),
+    "UPDATE_DB": ("UD", JobState.COMPLETING),
+}
+"""Slurm's long name → its compact code and our state."""
+
+_BY_CODE = dict(SLURM_STATES.values())
+_SHORTEST_CUT = 7  # squeue's tables cut after 8 letters, sacct's after 9 and a `+`
+
+
+def from_slurm(text: str) -> JobState:
+    """Our state for Slurm's word: long, compact, cut short by a table, or `CANCELLED by 1000`."""
+    word = (text.split() or [""])[0].rstrip("+*").upper()
+    if word in SLURM_STATES:
+        return SLURM_STATES[word][1]
+    if word in _BY_CODE:
+        return _BY_CODE[word]
+    meant = [state for name, (_, state) in SLURM_STATES.items() if len(word) >= _SHORTEST_CUT and name.startswith(word)]
+    return meant[0] if len(meant) == 1 else JobState.UNKNOWN
