@@ -49,7 +49,10 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "
 
 def export_run(run_root: Path) -> Path:
     """The newest complete checkpoint of a run -> RUN/export; returns that directory."""
-    from sft.checkpoint import SHARDED, newest_usable  # imports Megatron-core, which export itself does without
+    # Here and not above: these bring Megatron-core in, which export itself does without. It has to come first, since
+    # its corrections (sft.mends, which checkpoint imports) can only be applied to a loaded one.
+    import sft.mcore  # noqa: F401
+    from sft.checkpoint import SHARDED, newest_usable
 
     paths = RunPaths(run_root)
     if not paths.config.is_file():

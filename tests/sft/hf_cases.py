@@ -103,7 +103,6 @@ def build_and_load(spec: RunSpec) -> list[Any]:
     topology = build_topology(spec, architecture.shape)
     init_model_parallel(topology, seed=1)
     config = transformer_config(spec, architecture, topology, on_gpu=False)
-    config.perform_initialization = True  # marks split parameters
     chunks = build_chunks(spec, architecture, topology, config)
     with torch.no_grad():
         for chunk in chunks:
@@ -126,12 +125,33 @@ def rank_logits(spec: RunSpec, ids: list[list[int]]) -> Any:
 
     Arrays travel through the pipe by value; tensors would be shared memory that ends with the rank.
     """
-    logits = forward_chunks(build_and_load(spec), torch.tensor(ids))
+    from launcher.model_shape import read_model_shape
+
+    vocab = read_model_shape(Path(spec.model.path)).vocab_size
+    logits = forward_chunks(build_and_load(spec), torch.tensor(ids), vocab)
     return None if logits is None else logits.numpy()
 
 
+def save_sharded(spec: RunSpec, directory: Path) -> None:
+    """On a rank: import, and write Megatron-core's distributed checkpoint to `directory`."""
+    import torch.distributed as dist
+
+    from sft.mcore import dist_checkpointing, parallel_state
+
+    chunks = build_and_load(spec)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = {
+        str(index): chunk.sharded_state_dict(metadata={"dp_cp_group": group}) for index, chunk in enumerate(chunks)
+    }
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(directory))
+    dist.barrier()
+
+
 @torch.no_grad()
-def forward_chunks(chunks: list[Any], ids: torch.Tensor) -> torch.Tensor | None:
+def forward_chunks(chunks: list[Any], ids: torch.Tensor, vocab: int) -> torch.Tensor | None:
     """Pass hidden states from stage to stage, chunk after chunk; gather the vocabulary at the end."""
     import torch.distributed as dist
 
@@ -148,6 +168,6 @@ def forward_chunks(chunks: list[Any], ids: torch.Tensor) -> torch.Tensor | None:
             chunk.set_input_tensor(hidden)
         output = chunk(ids, positions, None)
         if chunk.post_process:
-            return tensor_parallel.gather_from_tensor_model_parallel_region(output)[..., :97].clone()
+            return tensor_parallel.gather_from_tensor_model_parallel_region(output)[..., :vocab].clone()
         dist.send(output.contiguous(), after)
     return None
