@@ -7,6 +7,7 @@ What is unusual, and why:
 * GPUs are device nodes made for the test; a bare `Count=` would drain the nodes.
 * `cred_expire`: Slurm holds a requeued job back for this long (120 s if unset), so that old credentials lapse.
 * `AccountingStoragePass` is, with munge, the path of its socket.
+* `MinJobAge=2` with accounting: squeue soon forgets a job that has ended, and only sacct still knows it.
 * `FirstJobId` differs between clusters, because rendezvous ports are derived from job ids and clusters share a host.
 """
 
@@ -128,4 +129,5 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={layout.accounting_port}
 AccountingStoragePass={layout.munge_socket}
-JobAcctGatherType=jobacct_gather/linux"""
+JobAcctGatherType=jobacct_gather/linux
+MinJobAge=2"""

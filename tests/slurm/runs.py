@@ -1,0 +1,108 @@
+"""Submitting a small run to a test cluster with the command line, and reading what it left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.rundir import RunPaths, read_lines
+from launcher.state import JobState
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.processes import wait_until
+from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+
+CHECKOUT = Path(__file__).parents[2]
+
+Curve = dict[int, tuple[float, float]]
+"""Step -> (loss, grad norm)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """A folder with a model, data and a config for two nodes: tensor parallel 2 x data parallel 2."""
+
+    root: Path
+    cluster: SlurmCluster
+
+    @property
+    def config(self) -> Path:
+        return self.root / "tiny.yaml"
+
+    def run_paths(self, name: str) -> RunPaths:
+        return RunPaths(self.root / "runs" / name)
+
+    def launcher(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`python -m launcher ARGUMENTS`, as a user of the cluster would call it from the checkout."""
+        return self.cluster.run([sys.executable, "-m", "launcher", *arguments], check=check, cwd=CHECKOUT)
+
+    def submit(self, name: str, *overrides: str) -> RunPaths:
+        self.launcher("submit", str(self.config), f"name={name}", *overrides)
+        return self.run_paths(name)
+
+    def status(self, run: RunPaths) -> dict[str, Any]:
+        """The run's entry in `status --json`."""
+        (entry,) = json.loads(self.launcher("status", str(run.root), "--json").stdout)
+        return dict(entry)
+
+    def state(self, run: RunPaths) -> str:
+        return str(self.status(run)["state"])
+
+    def wait_for_state(self, run: RunPaths, state: str, timeout: float = 120) -> None:
+        """Wait for a state; a run that ends in another one fails at once, with its log."""
+
+        def reached() -> bool:
+            now = self.state(run)
+            if now != state and JobState(now).terminal:
+                raise AssertionError(f"{run.name} is {now}, not {state}\n{self.log(run)}")
+            return now == state
+
+        wait_until(reached, f"{run.name} to be {state}", timeout=timeout, interval=0.5)
+
+    def log(self, run: RunPaths) -> str:
+        """The batch log and rank logs of all attempts, ends only."""
+        files = sorted(run.logs.rglob("*.log"))
+        return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
+
+
+def make_workbench(root: Path, cluster: SlurmCluster) -> Workbench:
+    """Model, rows and config in `root`; 120 steps take some seconds, so that there is time to interfere."""
+    make_tiny_model(root / "model", layers=2)
+    write_jsonl(root / "train.jsonl", make_chat_rows(64, seed=1))
+    config = {
+        "cluster": "slurm-dev",
+        "run_root": str(root / "runs"),
+        "resources": {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": 0, "time": "10", "signal_seconds": 30},
+        "topology": {"tensor_parallel": 2, "sequence_parallel": True},
+        "model": {"path": str(root / "model"), "hidden_dropout": 0.1},
+        "data": {"train": [str(root / "train.jsonl")], "seq_length": 256, "workers": 1},
+        "train": {
+            "max_steps": 120,
+            "global_batch_size": 4,
+            "precision": "fp32",
+            "optimizer": {"lr": 1e-3, "warmup_steps": 5},
+        },
+        "checkpoint": {"every": 10},
+    }
+    bench = Workbench(root, cluster)
+    bench.config.write_text(yaml.safe_dump(config, sort_keys=False))
+    return bench
+
+
+def loss_curve(run: RunPaths) -> Curve:
+    """Loss and gradient norm of every step; steps done again after a restart count as they were the last time."""
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in read_lines(run.metrics) if "loss" in line}
+
+
+def events(run: RunPaths, name: str) -> list[dict[str, Any]]:
+    return [event for event in read_lines(run.events) if event["event"] == name]
+
+
+def wait_for_checkpoint(run: RunPaths, timeout: float = 120) -> None:
+    """Wait until a first complete checkpoint is there."""
+    wait_until(lambda: bool(run.complete_checkpoints()), f"a checkpoint of {run.name}", timeout=timeout, interval=0.1)
