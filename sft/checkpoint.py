@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.errors import CheckpointError, ConfigError
 from launcher.rundir import COMPLETE, read_json, sync_directory
 from launcher.topology import Topology
 from sft import mends
 from sft.distributed import ControlGroup
-from sft.mcore import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
+from sft.mcore import CheckpointingException, ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
 from sft.mcore import __version__ as megatron_version
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def save_checkpoint(
     target: Path, counters: dict[str, Any], module: SFTGPT, *, control: ControlGroup, data_key: str
 ) -> None:
     """Write a complete checkpoint to `target`; all ranks call this, all raise CheckpointError or none does."""
-    if (target / COMPLETE).is_file():
-        return
     leader = torch.distributed.get_rank() == 0
+    if control.any(leader and damage(target) is None):
+        return
     aside = target.parent / f".{target.name}.partial"
     state = _sharded_state(module, loading=False)
     needed = control.total(_local_bytes(state))
@@ -63,9 +64,10 @@ def save_checkpoint(
         dist_checkpointing.save(state, str(aside / SHARDED))
         if leader:
             _finish(aside, _trainer_state(counters, module.topology, data_key))
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one, or there would be nothing to write
             aside.rename(target)
             sync_directory(target.parent)
-    except (OSError, RuntimeError, dist_checkpointing.mapping.CheckpointingException) as problem:
+    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as problem:
         error = _describe(problem, aside)
     _raise_first(control, error, target, aside)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 
-from sft import cpu_support
+from sft import cpu_support, mends
 
 cpu_support.install()
 
@@ -17,6 +17,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron.core.tensor_parallel.random as _random
     from megatron.core import __version__, dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.distributed import (
@@ -39,12 +40,10 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 cpu_support.redirect_rng(_random)
-
-from sft import mends  # noqa: E402  (needs the names above)
-
-mends.apply()
+mends.apply(DistributedOptimizer, filesystem_async)
 
 __all__ = [
+    "CheckpointingException",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "DistributedOptimizer",

@@ -12,21 +12,20 @@ Seen in 0.16.1 and 0.19.2.
 from __future__ import annotations
 
 import queue
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from sft import mcore
+
+def apply(distributed_optimizer: type, filesystem_async: types.ModuleType) -> None:
+    """Install the corrections that are replacements, into the class and module given."""
+    distributed_optimizer._set_main_param_and_optimizer_states = _copy_main_param_and_states  # type: ignore[attr-defined]
+    filesystem_async._results_queue = queue.Queue()  # type: ignore[attr-defined]
 
 
-def apply() -> None:
-    """Install the corrections that are replacements; idempotent."""
-    mcore.DistributedOptimizer._set_main_param_and_optimizer_states = _copy_main_param_and_states
-    mcore.filesystem_async._results_queue = queue.Queue()
-
-
-def prime_states(optimizer: mcore.MegatronOptimizer) -> None:
+def prime_states(optimizer: Any) -> None:
     """Give a never stepped distributed optimizer the empty AdamW states that loading expects."""
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
@@ -39,7 +38,7 @@ def prime_states(optimizer: mcore.MegatronOptimizer) -> None:
                     }
 
 
-def unshare_steps(optimizer: mcore.MegatronOptimizer) -> None:
+def unshare_steps(optimizer: Any) -> None:
     """Give each parameter a `step` of its own again after a load."""
     for inner in _torch_optimizers(optimizer):
         for state in inner.state.values():
@@ -47,7 +46,7 @@ def unshare_steps(optimizer: mcore.MegatronOptimizer) -> None:
                 state["step"] = state["step"].clone()
 
 
-def _torch_optimizers(optimizer: mcore.MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         yield part.optimizer
 

@@ -1,0 +1,155 @@
+"""Checkpoints under faults: the last good one survives, a damaged one is passed over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sft.checkpoint
+from launcher.exit_codes import ExitCode
+from launcher.rundir import RunPaths, read_lines
+from sft.__main__ import main
+from sft.checkpoint import damage, newest_usable
+from tests.parity.runs import curve, make_run, run_training
+from tests.ranks import run_ranks
+from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("material")
+    return make_tiny_model(root / "model"), write_jsonl(root / "chat.jsonl", make_chat_rows(16, seed=3))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that holds one checkpoint of the tiny model and not two."""
+    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        pytest.skip("mounting a small file system needs root on Linux")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mount.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def exit_code(config: Path) -> int:
+    """Runs on a rank: the exit code of the rank main."""
+    return main(["train", str(config)])
+
+
+def exit_code_without_space_check(config: Path) -> int:
+    """The same on a file system that does not tell beforehand that it is full, as with a quota."""
+    sft.checkpoint._check_space = lambda directory, needed: None
+    return main(["train", str(config)])
+
+
+@pytest.mark.parametrize("function", [exit_code, exit_code_without_space_check])
+def test_full_disk_keeps_the_last_good_checkpoint(
+    function: object, small_disk: Path, tmp_path: Path, material: tuple[Path, Path]
+) -> None:
+    paths = make_run(tmp_path, *material, ranks=2, max_steps=4, every=1, keep_last=9)
+    paths.checkpoints.symlink_to(small_disk)
+    assert run_ranks(2, function, paths.config) == [ExitCode.IO_ERROR] * 2  # type: ignore[arg-type]
+    assert [path.name for path in paths.checkpoints.iterdir()] == ["step-00000001"]
+    assert damage(paths.checkpoint(1)) is None
+
+
+def test_full_disk_says_what_is_needed(small_disk: Path, tmp_path: Path, material: tuple[Path, Path]) -> None:
+    paths = make_run(tmp_path, *material, ranks=1, max_steps=4, every=1, keep_last=9)
+    paths.checkpoints.symlink_to(small_disk)
+    message = run_ranks(1, error_of_train, paths.config)[0]
+    assert message.startswith("checkpoint step-00000002 was not written: rank 0: it needs about ")
+    assert message.endswith(
+        "earlier complete checkpoints are untouched. Free space or set checkpoint.keep_last lower, then resubmit"
+    )
+
+
+def error_of_train(config: Path) -> str:
+    """Runs on a rank: the message of the CheckpointError that training ends with."""
+    from launcher.errors import CheckpointError
+    from sft.trainer import train
+
+    with pytest.raises(CheckpointError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_damaged_checkpoint_is_passed_over(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    paths = make_run(tmp_path, *material, ranks=1, max_steps=4, every=2, keep_last=9)
+    run_training(paths, 1)
+    whole = curve(paths)
+    newest = paths.checkpoint(4)
+    shard = next((newest / "sharded").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"step-00000004 is damaged and passed over: sharded/.* bytes, written were"):
+        assert newest_usable(paths.complete_checkpoints()) == paths.checkpoint(2)
+    run_training(paths, 1)
+    assert curve(paths) == whole
+    assert damage(newest) is None
+
+
+def test_unfinished_checkpoint_is_not_one(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    paths = make_run(tmp_path, *material, ranks=1, max_steps=2, every=1, keep_last=9)
+    run_training(paths, 1)
+    (paths.checkpoint(2) / "COMPLETE").unlink()
+    assert paths.complete_checkpoints() == [paths.checkpoint(1)]
+    assert damage(paths.checkpoint(2)) == "no COMPLETE: it was not finished"
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    paths = make_run(tmp_path, *material, ranks=2, max_steps=5, every=1, keep_last=2)
+    run_training(paths, 2)
+    assert paths.complete_checkpoints() == [paths.checkpoint(4), paths.checkpoint(5)]
+
+
+def test_other_data_is_refused(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    paths = make_run(tmp_path, *material, ranks=1, max_steps=2)
+    run_training(paths, 1)
+    model, _ = material
+    other = write_jsonl(tmp_path / "other.jsonl", make_chat_rows(16, seed=4))
+    make_run(tmp_path, model, other, ranks=1, max_steps=4)
+    assert run_ranks(1, exit_code, paths.config) == [ExitCode.BAD_INPUT]
+
+
+def test_signal_stops_at_a_step_boundary_with_a_checkpoint(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """One rank gets the signal; all save the same step and ask to be started again; nothing is lost or done twice."""
+    whole = make_run(tmp_path, *material, ranks=2, max_steps=6, name="whole")
+    run_training(whole, 2)
+    paths = make_run(tmp_path, *material, ranks=2, max_steps=6, name="stopped")
+    assert run_ranks(2, stop_after_third_step, paths.config) == [ExitCode.REQUEUE] * 2
+    assert paths.complete_checkpoints() == [paths.checkpoint(3)]
+    run_training(paths, 2)
+    assert curve(paths) == curve(whole)
+    assert [event["signal"] for event in events(paths, "stop_requested")] == [None]
+
+
+def stop_after_third_step(config: Path) -> int:
+    """Runs on a rank: rank 1 gets SIGUSR2 when it begins step 3."""
+    import signal
+
+    import sft.module
+
+    training_step = sft.module.SFTGPT.training_step
+
+    def step(self: sft.module.SFTGPT, batch: object, batch_idx: int) -> None:
+        if batch_idx == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR2)
+        training_step(self, batch, batch_idx)  # type: ignore[arg-type]
+
+    sft.module.SFTGPT.training_step = step  # type: ignore[method-assign]
+    return main(["train", str(config)])
+
+
+def events(paths: RunPaths, name: str) -> list[dict[str, object]]:
+    """Events of one kind, in order."""
+    return [record for record in read_lines(paths.events) if record["event"] == name]
