@@ -125,8 +125,8 @@ def _scheduler(spec: RunSpec) -> Iterator[Problem]:
             "resources.nodes",
             f"{resources.nodes} on cluster {cluster.name}, which is this machine alone; set it to 1",
         )
-    if "\\" in spec.run_root:  # Slurm expands no %j in an --output that holds one
-        yield "run_root", f"{spec.run_root!r} holds a backslash, which Slurm does not take in a log's path"
+    if set("%\\") & set(spec.run_root):  # both mean something in sbatch's --output and in submitit's folders
+        yield "run_root", f"{spec.run_root!r} holds % or a backslash, which Slurm reads as part of a pattern"
 
 
 def _runtime(spec: RunSpec) -> Iterator[Problem]:

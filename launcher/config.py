@@ -42,9 +42,11 @@ class LoadedConfig:
 
     def changed(self) -> Iterator[tuple[str, Any, Source]]:
         """Key, value and source of everything that is not a schema default."""
+        default = RunSpec()
         for key, source in self.sources.items():
-            if source != "default":
-                yield key, value_at(self.spec, key), source
+            value = value_at(self.spec, key)
+            if value != value_at(default, key):
+                yield key, value, source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

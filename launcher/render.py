@@ -45,11 +45,6 @@ def sbatch(value: Any) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def slurm_path(value: Any) -> str:
-    """A path for sbatch's --output, where % begins a pattern."""
-    return _one_line(value).replace("%", "%%")
-
-
 def _one_line(value: Any) -> str:
     text = str(value)
     bad = next((letter for letter in text if letter in "\n\r\0"), None)
@@ -102,7 +97,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(shell=shell, words=words, sbatch=sbatch, slurm_path=slurm_path)
+    environment.filters.update(shell=shell, words=words, sbatch=sbatch)
     return environment
 
 

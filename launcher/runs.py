@@ -75,6 +75,8 @@ class Snapshot:
 
     def failure(self) -> str:
         """Why the attempt failed, as far as the files tell."""
+        if self.cancelled:
+            return "by `launcher cancel`"
         try:
             words = (self.paths.logs / (self.attempt or "") / "failure").read_text(encoding="utf-8").split()
             who = f"rank {words[1]} on {words[2]} ended with"

@@ -94,10 +94,11 @@ def parse_squeue(text: str) -> Iterator[JobRecord]:
         if len(fields) != 5:
             continue
         job, state, reason, start, name = fields
+        ours = from_slurm(state)
         for job_id in split_job_id(job):
             yield JobRecord(
                 job_id=job_id,
-                state=JobState.HELD if reason in _HELD_REASONS else from_slurm(state),
+                state=JobState.HELD if ours is JobState.PENDING and reason in _HELD_REASONS else ours,
                 reason="" if reason in ("None", "(null)") else reason,
                 start=start,
                 name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import socket
 import time
@@ -124,7 +125,7 @@ def _short(value: object, limit: int = 60) -> str:
 def next_steps(plan: Plan, attempt: Attempt) -> str:
     """The job, and what to type now."""
     name, root = plan.paths.name, plan.paths.root.parent
-    where = "" if root == Path.cwd() / "runs" else f" --run-root {root}"
+    where = "" if root == Path.cwd() / "runs" else f" --run-root {shlex.quote(str(root))}"
     what = "job" if attempt.scheduler == "slurm" else "process"
     return (
         f"submitted  {what} {attempt.job_id}, script {plan.paths.script}\n"
