@@ -110,7 +110,7 @@ class TokenCache:
             if wrong or manifest["version"] != FORMAT_VERSION:
                 raise ValueError(f"{', '.join(wrong) or MANIFEST} does not fit the manifest")
             return cls(directory=directory, key=str(manifest["key"]), counts=counts, **arrays)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"data cache {directory} is damaged ({error}); delete it and prepare again") from error
 
     def __len__(self) -> int:

@@ -60,6 +60,7 @@ class ControlTokens:
         self._placeholders = {text: chr(_PLACEHOLDERS + n) for n, text in enumerate(self._spellings)}
         self._spelled = re.compile("|".join(map(re.escape, self._spellings)) or r"(?!)")
         self._hidden = re.compile(f"[{chr(_PLACEHOLDERS)}-{chr(_PLACEHOLDERS + len(spellings))}]")
+        self._spelling_ids = spellings
         self.ids = np.array(sorted(spellings.values()), dtype=np.int32)
 
     def hide(self, content: str) -> str:
@@ -82,7 +83,7 @@ class ControlTokens:
         if not self.hides_in(text):
             return whole
         pieces: list[Tokenized] = []
-        for first, last in self._runs(whole.ids):
+        for first, last in self._runs(whole):
             begin = int(whole.begins[first])
             piece = text[begin : int(whole.ends[last - 1])]
             part = slice(first, last)
@@ -92,12 +93,18 @@ class ControlTokens:
                 pieces.append(Tokenized(piece, whole.ids[part], whole.begins[part] - begin, whole.ends[part] - begin))
         return _join(pieces)
 
-    def _runs(self, ids: NDArray[np.int32]) -> list[tuple[int, int]]:
+    def _runs(self, tokens: Tokenized) -> list[tuple[int, int]]:
         """Where runs of plain tokens and of control tokens begin and end."""
-        is_control = np.isin(ids, self.ids)
-        edges = np.flatnonzero(np.diff(is_control)) + 1
-        bounds = [0, *edges.tolist(), len(ids)]
-        return list(pairwise(bounds))
+        edges = np.flatnonzero(np.diff(self._written(tokens))) + 1
+        return list(pairwise([0, *edges.tolist(), len(tokens.ids)]))
+
+    def _written(self, tokens: Tokenized) -> NDArray[np.bool_]:
+        """Which tokens are control tokens that the text spells; `<unk>` also stands for text that is unknown."""
+        written = np.isin(tokens.ids, self.ids)
+        for index in np.flatnonzero(written):
+            spelled = tokens.text[int(tokens.begins[index]) : int(tokens.ends[index])].strip()
+            written[index] = self._spelling_ids.get(spelled) == tokens.ids[index]
+        return written
 
     def _plain(self, piece: str, ids: NDArray[np.int32]) -> Tokenized:
         """Tokens of a piece with its placeholders revealed, as they are inside the conversation.
@@ -109,9 +116,10 @@ class ControlTokens:
             tried = self._after(anchor, piece)
             if tried is not None and np.array_equal(tried.ids, ids):
                 revealed = self._after(anchor, self.reveal(piece))
-                if revealed is not None:
+                # A vocabulary may hold the spelling as a word like any other.
+                if revealed is not None and not self._written(revealed).any():
                     return revealed
-        raise DataError("content spells a special token, and this tokenizer cannot write that as plain text in place")
+        raise DataError("the content spells a special token that this tokenizer cannot take as plain text there")
 
     def _after(self, anchor: str, piece: str) -> Tokenized | None:
         tokens = self._encode(anchor + piece, split_special_tokens=True)

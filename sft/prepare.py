@@ -10,6 +10,7 @@ tokenized, and would say nothing of why.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -89,8 +90,8 @@ def report(name: str, cache: TokenCache) -> str:
     c = cache.counts
     targets = c.tokens - c.examples
     lines = [
-        f"{name}: {c.examples:,} examples, {c.tokens:,} tokens (longest {c.longest:,}, mean {c.tokens / c.examples:.0f}), "
-        f"{c.supervised_tokens:,} trained ({c.supervised_tokens / targets:.1%})"
+        f"{name}: {c.examples:,} examples, {c.tokens:,} tokens (mean {c.tokens / c.examples:.0f}, "
+        f"longest {c.longest:,}), {c.supervised_tokens:,} trained ({c.supervised_tokens / targets:.1%})"
     ]
     if c.too_long:
         lines.append(f"  dropped: {c.too_long:,} rows longer than data.seq_length (longest {c.longest_row:,} tokens)")
@@ -194,7 +195,7 @@ def _check(counts: Counts, source: _Source) -> None:
 def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:
     deadline = time.monotonic() + wait_seconds
     told = False
-    while not (source.directory / MANIFEST).is_file():
+    while not _has_appeared(source.directory):
         if time.monotonic() >= deadline:
             raise DataError(
                 f"data.{source.name}: {source.directory} did not appear in {wait_seconds:.0f} s; "
@@ -205,6 +206,13 @@ def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:
             told = True
         time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
     return TokenCache.open(source.directory)
+
+
+def _has_appeared(directory: Path) -> bool:
+    # Reading the parent makes network file systems forget that the name was absent a moment ago.
+    with contextlib.suppress(FileNotFoundError):
+        return directory in set(directory.parent.iterdir())
+    return False
 
 
 def _remove_stale(parent: Path) -> None:
