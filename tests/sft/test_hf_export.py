@@ -19,9 +19,10 @@ from sft.architecture import read_architecture
 from sft.hf_export import export_checkpoint, export_run, plan_files
 from sft.hf_files import weight_map
 from sft.sharded_reader import ShardedReader
+from tests.parity.runs import make_run, run_training
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import example_ids, hf_logits, run_spec, save_hf_model, save_sharded
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 
 pytestmark = pytest.mark.parity
 
@@ -227,3 +228,24 @@ def test_a_run_is_exported_from_its_newest_checkpoint(source: Path, checkpoint: 
     (paths.checkpoint(5) / COMPLETE).write_text(json.dumps({"files": {}}))
     assert export_run(paths.root) == paths.export
     expect_equal(weights(paths.export), weights(source))
+
+
+def test_trained_runs_export_the_same_model_whatever_their_layout(source: Path, tmp_path: Path) -> None:
+    """With the optimizer's tensors in the checkpoint, and a tied embedding whose two copies took every step."""
+    chat = write_jsonl(tmp_path / "chat.jsonl", make_chat_rows(24, seed=3))
+    layouts: list[tuple[int, dict[str, Any]]] = [
+        (1, {}),
+        (2, {"pipeline_parallel": 2}),
+        (4, {"tensor_parallel": 2, "sequence_parallel": True}),
+    ]
+    exports = []
+    for ranks, topology in layouts:
+        paths = make_run(tmp_path, source, chat, name=f"run{ranks}", ranks=ranks, topology=topology, max_steps=3)
+        run_training(paths, ranks)
+        exports.append(export_run(paths.root))
+
+    first = hf_logits(exports[0], example_ids(vocab=331))
+    assert (first - hf_logits(source, example_ids(vocab=331))).abs().max() > 0.1
+    for export in exports:
+        assert weights(export).keys() == weights(source).keys()
+        assert (hf_logits(export, example_ids(vocab=331)) - first).abs().max() < 1e-4
