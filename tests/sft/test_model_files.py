@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -25,6 +24,8 @@ from sft.hf_weights import hf_shapes
 from sft.model_files import locate, resolve_model_dir
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import example_ids, hf_logits, rank_logits, run_spec, save_sharded, smollm2_spec
+
+gguf = pytest.importorskip("gguf", reason="package gguf is not installed (extra: examples)")
 
 
 def spec_of(path: object, cache: Path) -> RunSpec:
