@@ -142,12 +142,11 @@ _FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 
 def _submit(options: argparse.Namespace) -> int:
     from launcher.plan import make_plan
-    from launcher.render import render
-    from launcher.submit import next_steps, submit, summary
+    from launcher.submit import next_steps, script_of, submit, summary
 
     plan = make_plan(options.config, options.overrides, options.cluster)
     if options.dry_run:
-        print(f"{summary(plan)}\n\n{render(plan.spec, plan.topology, plan.paths)}", end="")
+        print(f"{summary(plan)}\n\n{script_of(plan)}", end="")
         return int(ExitCode.OK)
     attempt = submit(plan, options.command_line)
     if options.json:
@@ -159,10 +158,10 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _render(options: argparse.Namespace) -> int:
     from launcher.plan import make_plan
-    from launcher.render import render
+    from launcher.submit import script_of
 
     plan = make_plan(options.config, options.overrides, options.cluster)
-    print(render(plan.spec, plan.topology, plan.paths), end="")
+    print(script_of(plan), end="")
     return int(ExitCode.OK)
 
 

@@ -61,9 +61,14 @@ def value_at(spec: RunSpec, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), spec)
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), cluster: str | None = None) -> LoadedConfig:
-    """Read and check a config; raises ConfigError with every problem."""
-    merged = _merged(path, overrides, cluster)
+def load_config(
+    path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False
+) -> LoadedConfig:
+    """Read and check a config; raises ConfigError with every problem.
+
+    `resolved` says that the file is a run's own config.yaml, in which `${` is text.
+    """
+    merged = _merged(path, overrides, cluster, resolved)
     spec = _absolute(_typed(merged))
     for key, message in (*checks.spec_problems(spec), *checks.file_problems(spec)):
         if key not in merged.bad:
@@ -77,16 +82,20 @@ def load_config(path: Path, overrides: Sequence[str] = (), cluster: str | None =
     return LoadedConfig(spec=spec, path=path, sources=sources)
 
 
-def _merged(path: Path, overrides: Sequence[str], cluster: str | None) -> Leaves:
+def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:
     """The layers laid over each other."""
     written = read_yaml(_read_text(path), str(path), RunSpec, "file", named=("cluster",))
+    if resolved:
+        written.values = {
+            key: dataclasses.replace(leaf, value=_literal(leaf.value)) for key, leaf in written.values.items()
+        }
     on_top = read_overrides(overrides, RunSpec)
     named = _named_cluster(written, on_top, cluster)
     beneath = _read_cluster(named) if named is not None else Leaves()
     merged = Leaves(
         values={**beneath.values, **written.values},
         problems=[*beneath.problems, *written.problems, *on_top.problems],
-        bad=beneath.bad | written.bad,
+        bad=beneath.bad | written.bad | on_top.bad,
     )
     for key, leaf in on_top.values.items():
         if key.endswith("."):  # entries for a mapping, beside those it has
@@ -135,34 +144,83 @@ def _read_cluster(named: Leaf) -> Leaves:
 def _typed(merged: Leaves) -> RunSpec:
     """The leaves as a RunSpec; what does not fit its type is reported and left at its default."""
     schema = OmegaConf.structured(RunSpec)
-    kinds = dict(leaf_types(RunSpec))
+    for key in list(merged.values):
+        problem = _forbidden(merged.values[key].value)
+        if problem is not None:
+            _reject(merged, key, problem)
     raw = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), _nested(merged.values))
-    fitting: dict[str, Leaf] = {}
-    for key, leaf in merged.values.items():
+    try:  # all at once, which is quick
+        resolved = {key: dataclasses.replace(leaf, value=_resolved(raw, key)) for key, leaf in merged.values.items()}
+        return _built(schema, resolved)
+    except OmegaConfBaseException:
+        return _built(schema, _fitting(schema, raw, merged))
+
+
+def _built(schema: Any, leaves: Mapping[str, Leaf]) -> RunSpec:
+    return cast(RunSpec, OmegaConf.to_object(OmegaConf.merge(schema, _nested(leaves))))
+
+
+def _fitting(schema: Any, raw: Any, merged: Leaves) -> dict[str, Leaf]:
+    """The leaves that resolve and fit their type; each of the others is reported."""
+    kinds = dict(leaf_types(RunSpec))
+    fitting = {}
+    for key, leaf in list(merged.values.items()):
         try:
-            secret = _secret_in(leaf.value)
-            if secret is None:
-                typed = dataclasses.replace(leaf, value=_resolved(raw, key))
-                OmegaConf.merge(schema, _nested({key: typed}))
-                fitting[key] = typed
-                continue
-            problem = (
-                f"{secret} looks like a secret, and the resolved config is stored; export it in your shell instead"
-            )
+            typed = dataclasses.replace(leaf, value=_resolved(raw, key))
+            OmegaConf.merge(schema, _nested({key: typed}))
+            fitting[key] = typed
         except ValidationError:
-            problem = _not_a(leaf.value, kinds[key])
+            _reject(merged, key, _not_a(leaf.value, kinds[key]))
         except OmegaConfBaseException as error:
             reason = str(error).partition("\n")[0]
-            problem = f"{leaf.value!r} does not resolve: {reason}"
-        merged.bad.add(key)
-        merged.problems.append(f"{leaf.where}: {key}: {problem}")
-    return cast(RunSpec, OmegaConf.to_object(OmegaConf.merge(schema, _nested(fitting))))
+            _reject(merged, key, f"{leaf.value!r} does not resolve: {reason}")
+    return fitting
+
+
+def _reject(merged: Leaves, key: str, problem: str) -> None:
+    leaf = merged.values.pop(key)
+    merged.bad.add(key)
+    merged.problems.append(f"{leaf.where}: {key}: {problem}")
+
+
+def _forbidden(value: Any) -> str | None:
+    """Why OmegaConf must not see this value, if it must not."""
+    for text in _texts(value):
+        if text == "???":
+            return "'???' stands for a missing value; set it"
+        if "${" not in text:
+            continue
+        try:
+            OmegaConf.create({"value": text})
+        except OmegaConfBaseException as error:
+            reason = str(error).partition("\n")[0]
+            return f"{text!r} is not a valid ${{...}} interpolation: {reason}"
+        for name in _ENVIRONMENT.findall(text):
+            if "$" in name or checks.is_secret_name(name):
+                return f"{name} looks like a secret, and the resolved config is stored; export it in your shell instead"
+    return None
+
+
+def _texts(value: Any) -> list[str]:
+    items = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    return [item for item in items if isinstance(item, str)]
+
+
+def _literal(value: Any) -> Any:
+    """The value with every `${` escaped: it is what it is, and not to be interpolated (again)."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", value)
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _literal(item) for name, item in value.items()}
+    return value
 
 
 def _resolved(raw: Any, key: str) -> Any:
-    """The value of `key` with its interpolations done, as plain Python."""
+    """The value of `key` with its interpolations done; a `${` that is left is text."""
     value = OmegaConf.select(raw, key, throw_on_missing=True)
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return _literal(OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value)
 
 
 def _not_a(value: Any, kind: Any) -> str:
@@ -178,14 +236,6 @@ def _nested(leaves: Mapping[str, Leaf]) -> dict[str, Any]:
         *sections, name = key.split(".")
         functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[name] = leaf.value
     return tree
-
-
-def _secret_in(value: Any) -> str | None:
-    """The secret that a value would take from the environment, if any: the resolved config is stored and shown."""
-    for name in _ENVIRONMENT.findall(str(value)):
-        if "$" in name or checks.is_secret_name(name):
-            return str(name)
-    return None
 
 
 def _absolute(spec: RunSpec) -> RunSpec:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from launcher.errors import did_you_mean
+from launcher.errors import ConfigError, did_you_mean
 
 Source = Literal["default", "cluster", "file", "override"]
 
@@ -70,14 +70,13 @@ def is_dict(kind: Any) -> bool:
 def read_yaml(text: str, shown: str, schema: type, source: Source, named: Sequence[str] = ()) -> Leaves:
     """Leaves of a YAML document; `shown` names the file in messages.
 
-    `named` are sections that may be given by a name instead of a mapping.
+    `named` are sections that may be given by a name instead of a mapping. ConfigError where the text is not YAML.
     """
     leaves = Leaves()
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        leaves.problems.append(_syntax_problem(error, shown))
-        return leaves
+        raise ConfigError(_syntax_problem(error, shown)) from None
     if node is not None:
         _Walk(leaves, shown, source, tuple(named)).section(node, schema, "")
     return leaves
@@ -201,8 +200,11 @@ def read_overrides(overrides: Sequence[str], schema: type) -> Leaves:
             continue
         parent, _, entry = key.rpartition(".")
         if key in types or key == "cluster":
-            value = _override_value(text, types.get(key, str), where, leaves)
-            leaves.values[key] = Leaf(value, "override", where)
+            try:
+                leaves.values[key] = Leaf(_override_value(text, types.get(key, str)), "override", where)
+            except _NotThatType as error:
+                leaves.problems.append(f"{where}: {error}")
+                leaves.bad.add(key)
         elif is_dict(types.get(parent)):
             before = leaves.values.get(f"{parent}.")
             merged = {**(before.value if before else {}), entry: text}
@@ -212,19 +214,25 @@ def read_overrides(overrides: Sequence[str], schema: type) -> Leaves:
     return leaves
 
 
-def _override_value(text: str, kind: Any, where: str, leaves: Leaves) -> Any:
+class _NotThatType(ValueError):
+    """An override's text cannot be what its key wants."""
+
+
+def _override_value(text: str, kind: Any) -> Any:
     if text in ("", "null"):
         return None
     if not is_list(kind) and not is_dict(kind):
         return text
+    if is_list(kind) and not text.startswith("["):
+        return [text]
     read = Leaves()
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = _Walk(read, where, "override", ()).plain(node, kind, "") if node is not None else None
+        value = _Walk(read, "", "override", ()).plain(node, kind, "") if node is not None else None
     except yaml.YAMLError:
-        return [text] if is_list(kind) else text
+        raise _NotThatType(f"{text!r} is not valid YAML") from None
     if read.problems:
-        leaves.problems.append(f"{where}: {text!r} is not {describe(kind)}")
+        raise _NotThatType(f"{text!r} is not {describe(kind)}")
     return value
 
 

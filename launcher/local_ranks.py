@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace", type=float, default=GRACE_SECONDS, help="seconds before ranks are ended")
     parser.add_argument("command", nargs="+", help="what each rank runs, after --")
     options = parser.parse_args(arguments)
+    _die_with(os.getppid())()
     return run_ranks(options.command, options.ranks, options.log_dir, options.grace)
 
 
@@ -90,8 +91,7 @@ def _die_with(parent: int) -> Callable[[], None]:
     libc = ctypes.CDLL(None, use_errno=True)
 
     def ask() -> None:
-        # SIGINT is ignored in a background job of bash, and that is inherited
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # bash has background jobs ignore it
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or os.getppid() != parent:
             os._exit(1)
 

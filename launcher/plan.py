@@ -29,9 +29,9 @@ class Plan:
         return self.config.spec
 
 
-def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = None) -> Plan:
+def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False) -> Plan:
     """Load and check everything that can be checked without a scheduler."""
-    config = load_config(path, overrides, cluster)
+    config = load_config(path, overrides, cluster, resolved=resolved)
     topology = build_topology(config.spec, model_shape_of(config.spec))
     return Plan(config=config, topology=topology, paths=RunPaths(Path(config.spec.run_root) / config.spec.name))
 

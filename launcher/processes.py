@@ -12,7 +12,6 @@ import socket
 import time
 from pathlib import Path
 
-from launcher.errors import RunStateError
 from launcher.manifest import Attempt
 
 _TERM_SECONDS = 60.0
@@ -41,8 +40,6 @@ def is_alive(attempt: Attempt) -> bool:
 
 def end(attempt: Attempt, grace: float = _TERM_SECONDS) -> None:
     """TERM to the controller, which hands it down to the ranks once; KILL to the whole session after `grace`."""
-    if not is_here(attempt):
-        raise RunStateError(f"process {attempt.job_id} runs on {attempt.host}; cancel it there")
     pid = int(attempt.job_id)
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, _KILL_SECONDS)):
         if not is_alive(attempt):

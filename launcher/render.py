@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,17 @@ def _one_line(value: Any) -> str:
     return text
 
 
-def render(spec: RunSpec, topology: Topology, paths: RunPaths, launcher_python: str = sys.executable) -> str:
-    """The batch script of a run."""
+def render(
+    spec: RunSpec, topology: Topology, paths: RunPaths, launcher_python: str, source_root: Path | None = None
+) -> str:
+    """The batch script of a run.
+
+    `launcher_python` starts local ranks, and all of them where no runtime is configured; `source_root` is the checkout
+    to put on PYTHONPATH, if the launcher is not installed.
+    """
     name = spec.cluster.template or f"{spec.cluster.scheduler}.sh.j2"
     resources.find("templates", name)  # says where it looked, which Jinja2 does not
     option, request = _gpu_directive(spec)
-    source_root = resources.checkout_root()
     mounts = _mounts(spec, paths, source_root)
     try:
         text = (
@@ -75,8 +79,7 @@ def render(spec: RunSpec, topology: Topology, paths: RunPaths, launcher_python: 
                 python=_python(spec, mounts, launcher_python),
                 launcher_python=launcher_python,
                 source_root=str(source_root) if source_root else "",
-                srun_args=_srun_args(spec),
-                mounts=mounts,
+                srun_args=_srun_args(spec, mounts),
                 gpu_option=option,
                 gpu_request=request,
                 exit_codes=ExitCode,
@@ -114,10 +117,14 @@ def _gpu_directive(spec: RunSpec) -> tuple[str, str]:
     return "--gpus-per-node", f"{kind}{gpus}"
 
 
-def _srun_args(spec: RunSpec) -> list[str]:
-    """The cluster's options; ranks whose GPUs are asked for by task may still see their neighbours', as NCCL must."""
-    by_task = spec.resources.gpus_per_node > 0 and spec.cluster.gpu_directive == "gpus_per_task"
-    return [*spec.cluster.srun_args, *(["--gpu-bind=none"] if by_task else [])]
+def _srun_args(spec: RunSpec, mounts: list[str]) -> list[str]:
+    """The cluster's own options and the container's."""
+    arguments, runtime = list(spec.cluster.srun_args), spec.cluster.runtime
+    if spec.resources.gpus_per_node and spec.cluster.gpu_directive == "gpus_per_task":
+        arguments.append("--gpu-bind=none")  # a rank must see its neighbours' GPUs for NCCL's direct copies
+    if runtime.kind == "pyxis":
+        arguments += [f"--container-image={runtime.image}", f"--container-mounts={','.join(mounts)}"]
+    return arguments
 
 
 def _python(spec: RunSpec, mounts: list[str], launcher_python: str) -> list[str]:

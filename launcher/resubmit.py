@@ -1,11 +1,15 @@
 """Go on with a run: in the same directory, or with other settings as a child run that starts from its checkpoint.
 
-Two jobs must never write one run's checkpoints, so both ask the scheduler first and refuse where it cannot tell.
+Two jobs must never write one run's checkpoints, so both ask the scheduler first and refuse where it cannot tell; a
+lock keeps two of these commands from asking at the same moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
 
 from launcher import processes, slurm
 from launcher.errors import RunStateError, SchedulerError
@@ -37,12 +41,24 @@ def check_idle(paths: RunPaths) -> RunStatus:
 
 def same_run(paths: RunPaths) -> Attempt:
     """A new attempt of the same run; training goes on from its newest complete checkpoint."""
-    if check_idle(paths).state is JobState.COMPLETED:
-        raise RunStateError(
-            f"run {paths.name} has finished; to train on, raise its steps: "
-            f"`launcher resubmit {paths.name} train.max_steps=...`"
-        )
-    return start_again(paths, read_resolved(paths.config), read_manifest(paths))
+    with _lock(paths):
+        if check_idle(paths).state is JobState.COMPLETED:
+            raise RunStateError(
+                f"run {paths.name} has finished; to train on, raise its steps: "
+                f"`launcher resubmit {paths.name} train.max_steps=...`"
+            )
+        return start_again(paths, read_resolved(paths.config), read_manifest(paths))
+
+
+@contextlib.contextmanager
+def _lock(paths: RunPaths) -> Iterator[None]:
+    """Hold the run directory; whoever comes second waits, and then sees the first one's job."""
+    handle = os.open(paths.root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def child_plan(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -> Plan:
@@ -53,7 +69,7 @@ def child_plan(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -
     checkpoints = paths.complete_checkpoints()
     if checkpoints and "checkpoint.resume_from" not in words:
         added.append(f"checkpoint.resume_from={checkpoints[-1]}")
-    plan = make_plan(paths.config, [*added, *overrides], cluster)
+    plan = make_plan(paths.config, [*added, *overrides], cluster, resolved=True)
     if status.state is JobState.COMPLETED and not _trains_on(read_resolved(paths.config), plan.spec):
         raise RunStateError(
             f"run {paths.name} has finished, and these settings do not train longer; "
@@ -92,6 +108,8 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
         job = snapshot(paths).job
         if job is None:
             raise RunStateError(f"run {paths.name} has no job")
+        if job.scheduler == "local" and not processes.is_here(job):
+            raise RunStateError(f"run {paths.name} is process {job.job_id} on {job.host}; cancel it there")
         append_event(paths, "cancelled", job_id=job.job_id)
         if job.scheduler == "slurm":
             slurm.cancel([job.job_id])

@@ -11,11 +11,14 @@ all settings (a rank would carry scheduler settings, the launcher would carry op
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import yaml
+
+from launcher.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,17 +285,30 @@ class RunSpec:
 
 
 def to_yaml(spec: RunSpec) -> str:
-    """The spec as YAML, keys in schema order: what RESOLVED.yaml holds."""
+    """The spec as YAML, keys in schema order: what config.yaml holds."""
     return yaml.safe_dump(dataclasses.asdict(spec), sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_resolved(path: Path) -> RunSpec:
-    """Read a config that `to_yaml` wrote (every key present, no names to resolve).
+    """Read a config that `to_yaml` wrote: every key is there, and nothing is interpolated or converted.
 
-    Raises OmegaConf's errors on a file that was edited into something else: a resolved config is not an input form.
+    ConfigError on a file that was edited into something else: a resolved config is not an input form.
     """
-    from omegaconf import OmegaConf
-
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    spec: RunSpec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSpec), values))  # type: ignore[assignment]
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    spec: RunSpec = _build(RunSpec, values, f"{path}: ")
     return spec
+
+
+def _build(section: Any, values: Any, where: str) -> Any:
+    """The dataclass `section` with these values."""
+    types = typing.get_type_hints(section)
+    if not isinstance(values, dict) or values.keys() != types.keys():
+        raise ConfigError(
+            f"{where}these are not the keys of a resolved config; it was edited, or made by another version"
+        )
+    return section(
+        **{
+            name: _build(kind, values[name], f"{where}{name}.") if dataclasses.is_dataclass(kind) else values[name]
+            for name, kind in types.items()
+        }
+    )

@@ -107,7 +107,9 @@ def _judge_record(item: Snapshot, record: JobRecord) -> tuple[JobState, str]:
         return state, f"ended with exit code {record.exit_code}"
     if state is JobState.RUNNING:
         return state, item.phase
-    return state, "" if state is JobState.COMPLETED else reason
+    if state in (JobState.COMPLETED, JobState.CANCELLED):
+        return state, ""  # squeue goes on showing why the job once waited
+    return state, reason
 
 
 def _judge_local(item: Snapshot) -> tuple[JobState, str]:

@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,13 +16,14 @@ from launcher.errors import LauncherError, RunStateError, SchedulerError
 from launcher.manifest import Attempt, Manifest, describe_run, write_manifest
 from launcher.plan import Plan
 from launcher.render import render
+from launcher.resources import checkout_root
 from launcher.rundir import RunPaths, append_event, write_atomic
 from launcher.spec import RunSpec, to_yaml
 
 
 def submit(plan: Plan, command: Sequence[str], parent_run: str | None = None) -> Attempt:
     """Start a new run."""
-    script = render(plan.spec, plan.topology, plan.paths)
+    script = script_of(plan)
     with _new_directory(plan.paths):
         write_atomic(plan.paths.config, to_yaml(plan.spec))
         write_atomic(plan.paths.script, script, mode=0o755)
@@ -31,6 +33,11 @@ def submit(plan: Plan, command: Sequence[str], parent_run: str | None = None) ->
         attempt = _start(plan.paths, plan.spec)
     _record(plan.paths, manifest, attempt)
     return attempt
+
+
+def script_of(plan: Plan) -> str:
+    """The plan's batch script, for the Python and the checkout this process runs from."""
+    return render(plan.spec, plan.topology, plan.paths, sys.executable, checkout_root())
 
 
 def start_again(paths: RunPaths, spec: RunSpec, manifest: Manifest) -> Attempt:

@@ -1,0 +1,73 @@
+"""A folder with a small model's config, a data file and a run config, and commands that stand in for Slurm's."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+MODEL = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+}
+
+CONFIG = """\
+name: first
+model: {path: model}
+data: {train: "*.jsonl", seq_length: 128}
+train: {max_steps: 3, global_batch_size: 4}
+resources: {tasks_per_node: 2, time: 1:30:00}
+topology: {pipeline_parallel: 2}
+"""
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory of the test, with model/, a.jsonl and cfg.yaml."""
+    folder = tmp_path / "work"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text(json.dumps(MODEL))
+    (folder / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (folder / "cfg.yaml").write_text(CONFIG)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SFT_RUN_ROOT", raising=False)
+    monkeypatch.delenv("SFT_LAUNCHER_HOME", raising=False)
+    return folder
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """An empty folder in front of PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return Commands(folder)
+
+
+class Commands:
+    """Makes commands that stand in for real ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, name: str, body: str) -> Path:
+        """A bash script of this name; it logs its arguments to NAME.calls."""
+        path = self.folder / name
+        path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >>{self.folder}/{name}.calls\n{body}\n')
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    def calls(self, name: str) -> list[str]:
+        """Arguments of every call so far, one line each."""
+        path = self.folder / f"{name}.calls"
+        return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,194 @@
+"""What a user writes, right and wrong; for the wrong the exact message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from launcher.config import load_config
+from launcher.errors import ConfigError, TemplateError
+from launcher.spec import read_resolved, to_yaml
+
+CFG = Path("cfg.yaml")
+
+
+def problems(*overrides: str, cluster: str | None = None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CFG, overrides, cluster)
+    return caught.value.problems
+
+
+def problem_in(text: str) -> str:
+    """The only problem of a good config with `text` below it."""
+    CFG.write_text(CFG.read_text() + text)
+    (problem,) = problems()
+    return problem
+
+
+def test_values_paths_and_sources(workdir: Path) -> None:
+    loaded = load_config(CFG, ["train.seed=7", "cluster.env.A=b c", "data.validation=[a.jsonl]"])
+    spec = loaded.spec
+    assert (spec.train.seed, spec.cluster.env, spec.resources.time) == (7, {"A": "b c"}, "1:30:00")
+    assert spec.model.path == str(workdir / "model")
+    assert spec.run_root == str(workdir / "runs")
+    assert spec.data.train == spec.data.validation == [str(workdir / "a.jsonl")]
+    assert loaded.sources["train.seed"] == "override"
+    assert loaded.sources["train.max_steps"] == "file"
+    assert loaded.sources["train.precision"] == "default"
+    assert ("train.seed", 7, "override") in list(loaded.changed())
+    assert "train.precision" not in {key for key, _, _ in loaded.changed()}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("logging: {evry: 2}\n", "cfg.yaml:7: unknown key 'logging.evry'; did you mean 'every'?"),
+        ("loging: {every: 2}\n", "cfg.yaml:7: unknown key 'loging'; did you mean 'logging'?"),
+        ("logging:\n  every: ten\n", "cfg.yaml:8: logging.every: 'ten' is not an integer"),
+        ("logging: {every: 1.5}\n", "cfg.yaml:7: logging.every: '1.5' is not an integer"),
+        ("logging: {every: null}\n", "cfg.yaml:7: logging.every: null is not an integer"),
+        ("logging: {every: [1]}\n", "cfg.yaml:7: logging.every: a list is not an integer"),
+        ("logging: {plot: maybe}\n", "cfg.yaml:7: logging.plot: 'maybe' is not true or false"),
+        ("logging: {prompts: {a: b}}\n", "cfg.yaml:7: logging.prompts: a mapping is not a list of strings"),
+        ("logging: {prompts: [[a]]}\n", "cfg.yaml:7: logging.prompts[0]: a list is not a string"),
+        ("logging: [a]\n", "cfg.yaml:7: logging must be a mapping (key: value lines), not a list"),
+        ("logging: {every: 1, every: 2}\n", "cfg.yaml:7: key 'logging.every' is given twice; the first is on line 7"),
+        ("name: again\n", "cfg.yaml:7: key 'name' is given twice; the first is on line 1"),
+        ("logging:\n  every: ${nope.x}\n", "cfg.yaml:8: logging.every: '${nope.x}' does not resolve: "),
+        ("logging: {prompts: ['a ${b']}\n", "cfg.yaml:7: logging.prompts: 'a ${b' is not a valid ${...} interpol"),
+        ("logging: {prompts: ['???']}\n", "cfg.yaml:7: logging.prompts: '???' stands for a missing value; set it"),
+        ("checkpoint: {keep_last: 0}\n", "cfg.yaml:7: checkpoint.keep_last: 0 is not at least 1"),
+        (
+            "cluster: {gpu_directive: grse}\n",
+            "cfg.yaml:7: cluster.gpu_directive: 'grse' is not one of gpus_per_node, gres, gpus_per_task, none; "
+            "did you mean 'gres'?",
+        ),
+        (
+            "logging: {prompts: ['${oc.env:HF_TOKEN}']}\n",
+            "cfg.yaml:7: logging.prompts: HF_TOKEN looks like a secret, and the resolved config is stored; "
+            "export it in your shell instead",
+        ),
+        ("a: b: c\n", "cfg.yaml:7: not valid YAML: mapping values are not allowed here"),
+        ("<<: {name: x}\n", "cfg.yaml:7: a key must be a plain word"),
+    ],
+)  # fmt: skip
+def test_bad_file(workdir: Path, text: str, message: str) -> None:
+    assert problem_in(text).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("foo", "override 'foo': expected key=value"),
+        ("=3", "override '=3': expected key=value"),
+        ("train.sed=3", "override 'train.sed=3': unknown key 'train.sed'; did you mean 'train.seed'?"),
+        ("topology=3", "override 'topology=3': 'topology' is a section; set one of topology.tensor_parallel, "),
+        ("train.seed=x", "override 'train.seed=x': train.seed: 'x' is not an integer"),
+        ("train.seed=", "override 'train.seed=': train.seed: null is not an integer"),
+        ("name=../x", "override 'name=../x': name: '../x' is not a run name: letters, digits, '.', '_', '-', "),
+        ("name=.hidden", "override 'name=.hidden': name: '.hidden' is not a run name: "),
+        ("logging.prompts=[a", "override 'logging.prompts=[a': '[a' is not valid YAML"),
+        ("resources.time=1h", "override 'resources.time=1h': resources.time: '1h' is not a time limit: "),
+        ("data.train=b*.jsonl", "override 'data.train=b*.jsonl': data.train: no file matches /"),
+        ("model.path=nope", "override 'model.path=nope': model.path: /"),
+        ("model.path=package:nope_x/a.gguf", "override 'model.path=package:nope_x/a.gguf': model.path: "),
+        ("cluster=../x", "override 'cluster=../x': cluster: '../x' is not the name of a cluster file"),
+    ],
+)  # fmt: skip
+def test_bad_override(workdir: Path, override: str, message: str) -> None:
+    (problem,) = problems(override)
+    assert problem.startswith(message)
+
+
+def test_every_problem_at_once(workdir: Path) -> None:
+    CFG.write_text("train: {max_steps: ten, lr: 1}\ntopology: {tensor_paralel: 2}\n")
+    assert problems("foo") == (
+        "cfg.yaml:1: unknown key 'train.lr'",
+        "cfg.yaml:2: unknown key 'topology.tensor_paralel'; did you mean 'tensor_parallel'?",
+        "override 'foo': expected key=value",
+        "cfg.yaml:1: train.max_steps: 'ten' is not an integer",
+        "cfg.yaml: name: missing; give the run a name",
+        "cfg.yaml: model.path: missing; a Hugging Face model directory, a .gguf file or package:NAME/FILE",
+        "cfg.yaml: data.train: missing; one or more jsonl files",
+    )
+
+
+def test_steps_or_epochs(workdir: Path) -> None:
+    assert problems("train.max_steps=") == (
+        "override 'train.max_steps=': train.max_steps: missing; set train.max_steps or train.epochs",
+    )
+    assert problems("train.epochs=2") == (
+        "cfg.yaml:4: train.max_steps: 3 and train.epochs 2 exclude each other; drop one",
+    )
+
+
+def test_absent_file_names_a_near_one(workdir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^cgf\.yaml: no such file; did you mean 'cfg\.yaml'\?$"):
+        load_config(Path("cgf.yaml"))
+
+
+def test_what_yaml_would_misread_stays_as_written(workdir: Path) -> None:
+    CFG.write_text(CFG.read_text() + "cluster: {env: {A: no, B: 007, C: 1e3, D: 1:30}, gpu_type: 1_0}\n")
+    cluster = load_config(CFG, ["train.optimizer.lr=1e-4"]).spec.cluster
+    assert cluster.env == {"A": "no", "B": "007", "C": "1e3", "D": "1:30"}
+    assert cluster.gpu_type == "1_0"
+
+
+def test_interpolation(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "x")
+    CFG.write_text(
+        CFG.read_text()
+        + "logging: {prompts: ['${name} ${train.max_steps}', '\\${name}', '${oc.env:TOKENIZERS_PARALLELISM}']}\n"
+    )
+    assert load_config(CFG, ["train.max_steps=9"]).spec.logging.prompts == ["first 9", "${name}", "x"]
+
+
+def test_named_cluster_and_its_resources(workdir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ".config" / "slurm-sft-launcher" / "cluster_configs"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("scheduler: slurm\nresources: {time: 5, partition: p}\n")
+    loaded = load_config(CFG, cluster="mine")
+    assert (loaded.spec.cluster.name, loaded.spec.cluster.scheduler) == ("mine", "slurm")
+    assert (loaded.spec.resources.time, loaded.spec.resources.partition) == ("1:30:00", "p")
+    assert (loaded.sources["resources.time"], loaded.sources["resources.partition"]) == ("file", "cluster")
+    (folder / "mine.yaml").write_text("schedulr: slurm\nname: other\n")
+    assert [problem.partition(": ")[2] for problem in problems(cluster="mine")] == [
+        "unknown key 'schedulr'; did you mean 'scheduler'?",
+        "name: 'other' is not the file's name 'mine'",
+    ]
+
+
+def test_cluster_option_displaces_the_files_settings(workdir: Path) -> None:
+    CFG.write_text(CFG.read_text() + "cluster: {scheduler: local, gpu_type: h100}\n")
+    cluster = load_config(CFG, ["cluster.env.A=b"], "slurm-dev").spec.cluster
+    assert (cluster.name, cluster.gpu_type) == ("slurm-dev", None)
+    assert cluster.env == {"GLOO_SOCKET_IFNAME": "lo", "A": "b"}
+
+
+def test_unknown_cluster_prints_the_search_path(workdir: Path) -> None:
+    with pytest.raises(TemplateError) as caught:
+        load_config(CFG, cluster="slurm-dv")
+    text = str(caught.value)
+    assert text.startswith("cluster 'slurm-dv' not found; did you mean 'slurm-dev'?; looked for slurm-dv.yaml in:\n")
+    assert f"{Path.home()}/.config/slurm-sft-launcher/cluster_configs" in text
+
+
+def test_resolved_config_reads_back_the_same(workdir: Path) -> None:
+    CFG.write_text(CFG.read_text() + "logging: {prompts: ['\\${name} costs $5 \\\\\\${x}']}\n")
+    spec = load_config(CFG).spec
+    assert spec.logging.prompts == ["${name} costs $5 \\${x}"]
+    Path("config.yaml").write_text(to_yaml(spec))
+    assert load_config(Path("config.yaml"), resolved=True).spec == read_resolved(Path("config.yaml")) == spec
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(alphabet="ab:{}[]\n -'\"$?#&*!|>%@,.\\0", max_size=40), st.text(alphabet="a.={}[]$:\"' ", max_size=12))
+@example("train: &a {optimizer: *a}", "")
+@example("data: &a [*a]", "")
+def test_no_text_is_worse_than_a_config_error(workdir: Path, text: str, override: str) -> None:
+    CFG.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(CFG, [override])
