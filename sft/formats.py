@@ -99,7 +99,9 @@ def _load(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}") from None
+        # A pretty-printed .json file: its first line is a lone bracket.
+        hint = "; a data file holds one object a line" if line.strip() in (b"[", b"{") else ""
+        raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}{hint}") from None
     except RecursionError:
         raise DataError(f"{where}: JSON is nested too deeply") from None
     if not isinstance(row, dict):

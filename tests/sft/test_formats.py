@@ -40,6 +40,10 @@ def test_a_byte_order_mark_and_carriage_returns_are_harmless() -> None:
     ("row", "message"),
     [
         (b'{"messages": [}', "a.jsonl:3: malformed JSON at column 15: Expecting value"),
+        (
+            b"[\n",
+            "a.jsonl:3: malformed JSON at column 2: Expecting value; a data file holds one object a line",
+        ),
         (b"\xff", "a.jsonl:3: not UTF-8 (byte 1 of the line)"),
         (b"[1]", "a.jsonl:3: an array, where a JSON object is needed; a data file holds one object a line"),
         (b"[" * 100_000, "a.jsonl:3: JSON is nested too deeply"),

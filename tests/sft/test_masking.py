@@ -80,7 +80,7 @@ def test_loss_on_all_trains_everything_but_the_first_token() -> None:
 
 
 def test_trap_9_prompt_ids_are_those_of_generation() -> None:
-    """Seen to fail with turns tokenized one by one under a tokenizer that merges across turns."""
+    """Seen to fail with the prompt rendered without its generation header, which is then trained."""
     tokenizer = make_tokenizer()
     encoded = encode(CONVERSATION, tokenizer, DataSpec(loss_on="last_assistant"))
     prompt = tokenizer.apply_chat_template(
@@ -150,12 +150,13 @@ def test_a_token_across_the_edge_is_trained_and_counted(trim_offsets: bool) -> N
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
 def test_spaces_are_placed_by_the_text_and_not_by_trimmed_offsets(trim_offsets: bool) -> None:
-    """A token of spaces has no characters once offsets are trimmed, and would fall out of its own span."""
-    template = PLAIN_TEMPLATE.replace("Assistant: ", "Assistant:")
-    tokenizer = byte_level(template=template, trim_offsets=trim_offsets)
-    encoded = encode(chat("question  ", "  two spaces  "), tokenizer, DataSpec())
-    assert trained_texts(tokenizer, encoded) == ["  two spaces  <|im_end|>\n"]
+    """Trimmed, a token of spaces is no wider than the edge it ends at. Seen to fail (trained) with offsets as given."""
+    tokenizer = byte_level(template=PLAIN_TEMPLATE.replace("Assistant: ", "Assistant:  "), trim_offsets=trim_offsets)
+    encoded = encode(chat("question", ""), tokenizer, DataSpec())
+    assert trained_texts(tokenizer, encoded) == ["<|im_end|>\n"]
     assert encoded.straddling == 0
+    spaced = encode(chat("question  ", "x  "), tokenizer, DataSpec())
+    assert trained_texts(tokenizer, spaced) == ["x  <|im_end|>\n"]
 
 
 def test_characters_of_several_tokens_are_trained_as_a_whole() -> None:

@@ -111,7 +111,7 @@ def test_bad_rows_are_named_in_the_order_of_the_files(
     with pytest.raises(DataError) as caught:
         open_or_build(spec_of(tmp_path, train=[f"{tmp_path}/bad.jsonl"]), tokenizer_dir, build=True)
     assert caught.value.problems == (
-        f"{tmp_path}/bad.jsonl:4: malformed JSON at column 14: Expecting value",
+        f"{tmp_path}/bad.jsonl:4: malformed JSON at column 13: Expecting value",
         *(f"{tmp_path}/bad.jsonl:{n}: messages must be a list of messages, found the number 1" for n in range(6, 10)),
     )
     assert not list((tmp_path / "cache" / "tokens").iterdir()), "a failed build leaves nothing behind"
