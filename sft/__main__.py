@@ -57,6 +57,9 @@ def _prepare(options: argparse.Namespace) -> ExitCode:
 def _train(options: argparse.Namespace) -> ExitCode:
     from sft.trainer import train
 
+    # Importing Lightning sets the level of its loggers, so this comes after.
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     return train(options.path)
 
 
@@ -69,7 +72,7 @@ def _export(options: argparse.Namespace) -> ExitCode:
 def _quieten_libraries() -> None:
     """Keep other libraries' advice out of the logs; their errors, and our own warnings, stay."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|pytorch_lightning|lightning_fabric|transformers)\b.*")
-    for name in ("pytorch_lightning", "lightning_fabric", "megatron", "torch.distributed", "transformers"):
+    for name in ("megatron", "torch.distributed", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

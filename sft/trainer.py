@@ -80,7 +80,7 @@ def train(config: Path) -> ExitCode:
     stop = StopFlag()
     stop.install()
     leader = env.rank == 0
-    model_dir = resolve_model_dir(spec, convert=leader)
+    model_dir = resolve_model_dir(spec, convert=False)
     architecture = read_architecture(model_dir)
     topology = build_topology(spec, architecture.shape)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir

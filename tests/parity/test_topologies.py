@@ -67,9 +67,7 @@ def reference_curve(root: Path, model: Path, chat: Path) -> Curve:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_follows_reference(
-    name: str, tmp_path: Path, model: Path, chat: Path, reference: Curve
-) -> None:
+def test_layout_follows_reference(name: str, tmp_path: Path, model: Path, chat: Path, reference: Curve) -> None:
     ranks, topology, settings = LAYOUTS[name]
     paths = make_run(tmp_path, model, chat, ranks=ranks, topology=topology, max_steps=STEPS, **settings)
     run_training(paths, ranks)

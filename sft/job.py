@@ -1,0 +1,62 @@
+"""The two single-process steps of a job: `prepare` before the ranks start, `export` after they are done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.errors import RunStateError
+from launcher.exit_codes import ExitCode
+from launcher.rundir import RunPaths, append_event, read_lines
+from launcher.spec import RunSpec, read_resolved
+from launcher.topology import build_topology
+from sft.answer import record_answers
+from sft.architecture import read_architecture
+from sft.hf_export import export_run
+from sft.hf_files import check_model_files
+from sft.model_files import resolve_model_dir
+from sft.prepare import prepare_data
+from sft.rank_env import RankEnv
+
+
+def prepare(config: Path) -> ExitCode:
+    """Convert and check the model, tokenize the data, answer the prompts with the model as it is.
+
+    Everything that needs no other rank fails here, before a rank is started.
+    """
+    spec, paths = read_resolved(config), RunPaths(config.resolve().parent)
+    model_dir = resolve_model_dir(spec, convert=True)
+    architecture = read_architecture(model_dir)
+    build_topology(spec, architecture.shape)
+    if spec.model.init == "pretrained":
+        check_model_files(model_dir, architecture)
+    prepare_data(spec, Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir)
+    if _answers_wanted(spec):
+        record_answers(paths, spec.logging.prompts, model_dir, "before")
+    append_event(paths, "prepared", attempt=RankEnv.from_environ().attempt)
+    return ExitCode.OK
+
+
+def export(run: Path) -> ExitCode:
+    """Write RUN/export from the newest complete checkpoint, and print what training changed."""
+    paths = RunPaths(run.resolve())
+    if not paths.config.is_file():
+        raise RunStateError(f"{run}: no {paths.config.name}; it is not a run directory")
+    spec = read_resolved(paths.config)
+    directory = export_run(paths.root)
+    print(f"exported to {directory}", flush=True)
+    if _answers_wanted(spec):
+        record_answers(paths, spec.logging.prompts, directory, "after")
+    for line in _held_out_change(paths):
+        print(line, flush=True)
+    append_event(paths, "exported", attempt=RankEnv.from_environ().attempt, path=str(directory))
+    return ExitCode.OK
+
+
+def _answers_wanted(spec: RunSpec) -> bool:
+    return bool(spec.logging.prompts) and spec.checkpoint.export and spec.model.init == "pretrained"
+
+
+def _held_out_change(paths: RunPaths) -> list[str]:
+    """The held-out loss before and after training, where there was an evaluation."""
+    losses = [record["eval_loss"] for record in read_lines(paths.metrics) if "eval_loss" in record]
+    return [f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after training"] if len(losses) > 1 else []
