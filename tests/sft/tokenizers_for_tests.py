@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.util
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -75,5 +77,6 @@ def smollm2_dir() -> Path:
         str(folder), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", local_files_only=True
     )
     target = Path(tempfile.mkdtemp(prefix="smollm2-tokenizer-"))
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
     tokenizer.save_pretrained(target)
     return target
