@@ -36,7 +36,7 @@ A run's own exit code is what `submit --follow` and `logs -f` exit with."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = build_parser().parse_args(words)
+    options = _parse(words)
     options.command_line = ["launcher", *words]
     handler: Handler = options.handler
     try:
@@ -56,6 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {type(error).__name__}: {error} (unforeseen; --debug shows where)", file=sys.stderr)
         return int(ExitCode.FAILURE)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """argparse gives up on positional words after an option (`submit cfg.yaml --json a=b`): they are taken up here."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(words)
+    many = next((name for name in ("overrides", "runs") if hasattr(options, name)), None)
+    if rest and (many is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and many is not None:
+        setattr(options, many, [*getattr(options, many), *rest])
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -45,7 +45,7 @@ class LoadedConfig:
         default = RunSpec()
         for key, source in self.sources.items():
             value = value_at(self.spec, key)
-            if value != value_at(default, key):
+            if source != "default" and value != value_at(default, key):
                 yield key, value, source
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 from launcher.errors import RunStateError, did_you_mean
 from launcher.rundir import RunPaths
@@ -22,7 +21,7 @@ _POLL_SECONDS = 0.3
 _ASK_SECONDS = 10.0  # between questions to the scheduler while following
 
 
-def show(paths: RunPaths, *, rank: int | None, attempt: str | None, batch: bool, out: TextIO = sys.stdout) -> None:
+def show(paths: RunPaths, *, rank: int | None, attempt: str | None, batch: bool) -> None:
     """Print a log as it is now."""
     label = _attempt(paths, attempt)
     file = _log(paths, label, rank, batch) if label else None
@@ -32,13 +31,11 @@ def show(paths: RunPaths, *, rank: int | None, attempt: str | None, batch: bool,
         if rank is not None or chosen is None or not chosen.exists():
             return
         file = chosen
-    out.write(file.read_text(encoding="utf-8", errors="replace"))
-    out.flush()
+    sys.stdout.write(file.read_text(encoding="utf-8", errors="replace"))
+    sys.stdout.flush()
 
 
-def follow(
-    paths: RunPaths, *, rank: int | None, attempt: str | None, batch: bool, out: TextIO = sys.stdout
-) -> RunStatus:
+def follow(paths: RunPaths, *, rank: int | None, attempt: str | None, batch: bool) -> RunStatus:
     """Print logs as they grow until the attempt has ended; its last state."""
     offsets: dict[Path, int] = {}
     told, asked = "", 0.0
@@ -53,7 +50,7 @@ def follow(
                 print(f"# {line}", file=sys.stderr, flush=True)
                 told = line
         for file in _followed(paths, label, rank, batch):
-            offsets[file] = _copy(file, offsets.get(file, 0), out)
+            offsets[file] = _copy(file, offsets.get(file, 0))
         if over:
             return _status(paths)
         time.sleep(_POLL_SECONDS)
@@ -96,7 +93,7 @@ def _followed(paths: RunPaths, label: str | None, rank: int | None, batch: bool)
     return (_log(paths, label, 0, True), _log(paths, label, 0, False))
 
 
-def _copy(file: Path, offset: int, out: TextIO) -> int:
+def _copy(file: Path, offset: int) -> int:
     """Print what `file` holds beyond `offset`; the new offset."""
     try:
         with file.open("rb") as log:
@@ -105,8 +102,8 @@ def _copy(file: Path, offset: int, out: TextIO) -> int:
     except FileNotFoundError:
         return offset
     if new:
-        out.write(new.decode("utf-8", errors="replace"))
-        out.flush()
+        sys.stdout.write(new.decode("utf-8", errors="replace"))
+        sys.stdout.flush()
     return offset + len(new)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from launcher import __version__
 from launcher.errors import RunStateError
 from launcher.resources import checkout_root
-from launcher.rundir import RunPaths, read_json, write_atomic, write_json
+from launcher.rundir import RunPaths, read_json, write_json
 from launcher.topology import Topology
 
 _PACKAGES = (
@@ -68,16 +68,14 @@ class Manifest:
         return dataclasses.replace(self, attempts=(*self.attempts, attempt))
 
 
-def describe_run(paths: RunPaths, topology: Topology, command: Sequence[str], parent_run: str | None) -> Manifest:
-    """The manifest of a new run; writes source.diff where the code has uncommitted changes."""
+def describe_run(name: str, topology: Topology, command: Sequence[str], parent_run: str | None) -> tuple[Manifest, str]:
+    """The manifest of a new run, and the uncommitted changes of its code."""
     folders = {folder for folder in (checkout_root(), Path.cwd()) if folder is not None}
     tops = {top for folder in folders if (top := _git(folder, "rev-parse", "--show-toplevel")) is not None}
     source = {top: _git_state(Path(top)) for top in sorted(tops)}
-    diffs = [diff for top in source if (diff := _git(Path(top), "diff", "HEAD", strip=False))]
-    if diffs:
-        write_atomic(paths.source_diff, "".join(diffs))
-    return Manifest(
-        name=paths.name,
+    diff = "".join(_git(Path(top), "diff", "HEAD", strip=False) or "" for top in source)
+    manifest = Manifest(
+        name=name,
         created_at=time.time(),
         submitter=getpass.getuser(),
         host=socket.gethostname(),
@@ -87,6 +85,7 @@ def describe_run(paths: RunPaths, topology: Topology, command: Sequence[str], pa
         topology={**dataclasses.asdict(topology), "summary": topology.describe()},
         parent_run=parent_run,
     )
+    return manifest, diff
 
 
 def _versions() -> dict[str, str]:
@@ -100,7 +99,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git_state(top: Path) -> dict[str, Any]:
-    changed = (_git(top, "status", "--porcelain") or "").splitlines()
+    changed = (_git(top, "status", "--porcelain", strip=False) or "").splitlines()
     return {"commit": _git(top, "rev-parse", "HEAD"), "dirty": bool(changed), "changed": changed}
 
 

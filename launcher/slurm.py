@@ -18,6 +18,7 @@ from launcher.state import JobState, from_slurm
 TIMEOUT_SECONDS = 30
 
 _HELD_REASONS = ("JobHeldUser", "JobHeldAdmin", "launch failed requeued held", "launch_failed_requeued_held")
+_JOB_ID = re.compile(r"\d+(_\d+|_\[[\d,%-]+\])?(\+\d+)?")  # steps have a dot; a component of a heterogeneous job a plus
 _ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]")
 
 
@@ -91,7 +92,7 @@ def parse_squeue(text: str) -> Iterator[JobRecord]:
     """Records of lines `id|state|reason|start|name`; lines of another shape are passed over."""
     for line in text.splitlines():
         fields = line.split("|", 4)
-        if len(fields) != 5:
+        if len(fields) != 5 or not _JOB_ID.fullmatch(fields[0]):
             continue
         job, state, reason, start, name = fields
         ours = from_slurm(state)
@@ -113,7 +114,7 @@ def parse_sacct(text: str, separator: str = "|") -> Iterator[JobRecord]:
         fields = line.split(separator)
         row = dict(zip(header, fields, strict=False))
         job = row.get("JobID", "").strip()
-        if len(fields) != len(header) or not job or "." in job:
+        if len(fields) != len(header) or not _JOB_ID.fullmatch(job):
             continue
         code, _, signal = row.get("ExitCode", "").partition(":")
         for job_id in split_job_id(job):

@@ -24,11 +24,13 @@ from launcher.spec import RunSpec, to_yaml
 def submit(plan: Plan, command: Sequence[str], parent_run: str | None = None) -> Attempt:
     """Start a new run."""
     script = script_of(plan)
+    manifest, diff = describe_run(plan.paths.name, plan.topology, command, parent_run)
     with _new_directory(plan.paths):
         write_atomic(plan.paths.config, to_yaml(plan.spec))
         write_atomic(plan.paths.script, script, mode=0o755)
         plan.paths.logs.mkdir()
-        manifest = describe_run(plan.paths, plan.topology, command, parent_run)
+        if diff:
+            write_atomic(plan.paths.source_diff, diff)
         write_manifest(plan.paths, manifest)
         attempt = _start(plan.paths, plan.spec)
     _record(plan.paths, manifest, attempt)

@@ -71,3 +71,20 @@ class Commands:
         """Arguments of every call so far, one line each."""
         path = self.folder / f"{name}.calls"
         return path.read_text().splitlines() if path.exists() else []
+
+
+FAKE_PYTHON = """\
+phase=$3 # -m sft PHASE
+echo "$phase ${RANK-}"
+if [ "$phase" = train ]; then
+  trap 'echo "asked to stop"; exit 75' TERM USR2
+  for ((tick = 0; tick < ${FAKE_TICKS:-1}; tick++)); do sleep 0.05; done
+  [ "${RANK-}" != "${FAKE_BAD_RANK-none}" ] || exit "$FAKE_CODE"
+fi
+"""
+
+
+@pytest.fixture
+def fake_python(commands: Commands) -> str:
+    """Override that has a bash script stand in for the ranks' Python; FAKE_TICKS lengthens training."""
+    return f"cluster.runtime.python={commands.add('rank-python', FAKE_PYTHON)}"
