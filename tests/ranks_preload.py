@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Asking the driver whether there is a GPU would initialise CUDA, and a forked rank could then not use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import pytorch_lightning  # noqa: F401
 import transformers  # noqa: F401

@@ -18,9 +18,13 @@ from launcher.spec import (
     RunSpec,
     TopologySpec,
     TrainSpec,
+    read_resolved,
     to_yaml,
 )
+from sft.prepare import open_or_build
+from sft.sampler import BatchPlan
 from sft.trainer import train
+from tests.parity.reference import Curve, train_reference
 from tests.ranks import run_ranks
 
 
@@ -36,12 +40,12 @@ def make_run(
     held_out: Path | None = None,
     **settings: Any,
 ) -> RunPaths:
-    """A run directory under `root`. `settings` replace fields of train, checkpoint or optimizer by their names."""
+    """A run directory under `root`. `settings` replace fields of resources, train, checkpoint or optimizer by name."""
     optimizer = {"lr": 1e-2, "weight_decay": 0.01, "schedule": "constant", "clip_grad": 1.0}
     spec = RunSpec(
         name=name,
         run_root=str(root),
-        resources=ResourcesSpec(tasks_per_node=ranks),
+        resources=ResourcesSpec(tasks_per_node=ranks, **_of(ResourcesSpec, settings)),
         topology=TopologySpec(**(topology or {})),
         model=ModelSpec(path=str(model_dir)),
         data=DataSpec(
@@ -74,6 +78,16 @@ def curve(paths: RunPaths) -> tuple[list[float], list[float]]:
     steps = [record for record in read_lines(paths.metrics) if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
     return [record["loss"] for record in steps], [record["grad_norm"] for record in steps]
+
+
+def reference_curve(root: Path, model: Path, train_file: Path, *, steps: int, **settings: Any) -> Curve:
+    """What `make_run` with these settings must give, on one process."""
+    spec = read_resolved(make_run(root, model, train_file, ranks=1, max_steps=steps, **settings).config)
+    cache = open_or_build(spec, model, build=True).train
+    plan = BatchPlan(
+        num_examples=len(cache), global_batch_size=spec.train.global_batch_size, seed=spec.train.seed, shuffle=True
+    )
+    return train_reference(spec, model, cache, plan, steps)
 
 
 def _of(spec: Any, settings: dict[str, Any]) -> dict[str, Any]:

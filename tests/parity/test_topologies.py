@@ -9,13 +9,10 @@ import pytest
 import torch
 
 import sft.module
-from launcher.spec import read_resolved
 from sft.mcore import parallel_state
-from sft.prepare import open_or_build
-from sft.sampler import BatchPlan
 from sft.trainer import train
-from tests.parity.reference import Curve, train_reference
-from tests.parity.runs import curve, make_run, run_training
+from tests.parity.reference import Curve
+from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 
@@ -53,17 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, model: Path, chat: Path) -> Curve:
-    return reference_curve(tmp_path_factory.mktemp("reference"), model, chat)
-
-
-def reference_curve(root: Path, model: Path, chat: Path) -> Curve:
-    """The reference for make_run's settings."""
-    spec = read_resolved(make_run(root, model, chat, ranks=1, max_steps=STEPS).config)
-    cache = open_or_build(spec, model, build=True).train
-    plan = BatchPlan(
-        num_examples=len(cache), global_batch_size=spec.train.global_batch_size, seed=spec.train.seed, shuffle=True
-    )
-    return train_reference(spec, model, cache, plan, STEPS)
+    return reference_curve(tmp_path_factory.mktemp("reference"), model, chat, steps=STEPS)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -80,7 +67,7 @@ def test_layout_follows_reference(name: str, tmp_path: Path, model: Path, chat: 
 def test_family_follows_reference_under_tp2_pp2(family: str, tmp_path: Path, chat: Path) -> None:
     """Trap 13 and 14: tied copies on two stages, QKV biases, norms on queries and keys, a padded vocabulary."""
     model = make_tiny_model(tmp_path / "model", **FAMILIES[family])
-    expected = reference_curve(tmp_path / "reference", model, chat)
+    expected = reference_curve(tmp_path / "reference", model, chat, steps=STEPS)
     topology = {"tensor_parallel": 2, "pipeline_parallel": 2}
     paths = make_run(tmp_path, model, chat, ranks=4, topology=topology, max_steps=STEPS)
     run_training(paths, 4)

@@ -1,0 +1,61 @@
+"""The rank main on one CUDA device: the same code, the same numbers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parity.reference import Curve
+from tests.parity.runs import curve, make_run, reference_curve, run_training
+from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("material")
+    return make_tiny_model(root / "model"), write_jsonl(root / "chat.jsonl", make_chat_rows(100, seed=3))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, material: tuple[Path, Path]) -> Curve:
+    """fp32 on the CPU, plain PyTorch and transformers, at a rate at which rounding does not grow."""
+    return reference_curve(tmp_path_factory.mktemp("reference"), *material, steps=STEPS, lr=1e-3)
+
+
+def test_fp32_follows_reference(tmp_path: Path, material: tuple[Path, Path], reference: Curve) -> None:
+    paths = make_run(tmp_path, *material, ranks=1, gpus_per_node=1, max_steps=STEPS, lr=1e-3)
+    run_training(paths, 1)
+    losses, norms = curve(paths)
+    assert losses == pytest.approx(reference.losses, rel=1e-4)
+    assert norms[:5] == pytest.approx(reference.grad_norms[:5], rel=1e-4)
+
+
+def test_bf16_stays_near_fp32(tmp_path: Path, material: tuple[Path, Path], reference: Curve) -> None:
+    """Trap 22: fp32 master weights keep small updates; the residual has no drift."""
+    paths = make_run(tmp_path, *material, ranks=1, gpus_per_node=1, max_steps=STEPS, lr=1e-3, precision="bf16")
+    run_training(paths, 1)
+    residuals = [found - expected for found, expected in zip(curve(paths)[0], reference.losses, strict=True)]
+    assert max(map(abs, residuals)) < 5e-2
+    assert abs(sum(residuals) / STEPS) < 5e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bitwise(precision: str, tmp_path: Path, material: tuple[Path, Path]) -> None:
+    settings = {"gpus_per_node": 1, "max_steps": 8, "every": 4, "keep_last": 9, "precision": precision}
+    full = make_run(tmp_path, *material, ranks=1, name="full", **settings)
+    run_training(full, 1)
+    paths = make_run(tmp_path, *material, ranks=1, name="resumed", **settings)
+    shutil.copytree(full.checkpoint(4), paths.checkpoint(4))
+    shutil.copy(full.metrics, paths.metrics)
+    run_training(paths, 1)
+    assert curve(paths) == curve(full)
