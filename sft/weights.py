@@ -60,7 +60,8 @@ class DrawnWeights:
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
-            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+            fill = torch.zeros if name.endswith(".bias") else torch.ones
+            return fill(shape, device="cpu")
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return torch.randn(shape, generator=generator) * INITIAL_STD
+        return torch.randn(shape, generator=generator, device="cpu") * INITIAL_STD
