@@ -156,6 +156,11 @@ class SlurmCluster:
         self._wait(lambda: self.job_state(job_id) in states, f"job {job_id} to be {' or '.join(states)}", timeout)
         return self.job_state(job_id)
 
+    def nodes_of(self, job_id: str) -> list[str]:
+        """Names of the nodes a job runs on."""
+        nodes = self.run(["squeue", "-h", "-j", job_id, "-o", "%N"]).stdout.strip()
+        return self.run(["scontrol", "show", "hostnames", nodes]).stdout.split()
+
     def cancel_all(self) -> None:
         """Cancel every job and wait until the nodes are free: tests share a cluster, not its queue."""
         self.run(["scancel", "--user=root"])

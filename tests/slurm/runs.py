@@ -19,6 +19,9 @@ from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 
 CHECKOUT = Path(__file__).parents[2]
 
+STEPS = 60
+"""Some seconds of training, so that there is time to interfere."""
+
 Curve = dict[int, tuple[float, float]]
 """Step -> (loss, grad norm)."""
 
@@ -71,7 +74,7 @@ class Workbench:
 
 
 def make_workbench(root: Path, cluster: SlurmCluster) -> Workbench:
-    """Model, rows and config in `root`; 120 steps take some seconds, so that there is time to interfere."""
+    """Model, rows and config in `root`; dropout makes the curve depend on the random state as well."""
     make_tiny_model(root / "model", layers=2)
     write_jsonl(root / "train.jsonl", make_chat_rows(64, seed=1))
     config = {
@@ -82,7 +85,7 @@ def make_workbench(root: Path, cluster: SlurmCluster) -> Workbench:
         "model": {"path": str(root / "model"), "hidden_dropout": 0.1},
         "data": {"train": [str(root / "train.jsonl")], "seq_length": 256, "workers": 1},
         "train": {
-            "max_steps": 120,
+            "max_steps": STEPS,
             "global_batch_size": 4,
             "precision": "fp32",
             "optimizer": {"lr": 1e-3, "warmup_steps": 5},
