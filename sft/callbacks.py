@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 
 from launcher.rundir import RunPaths, append_event, append_line, write_json
 from launcher.spec import RunSpec
-from sft.datamodule import StepBatches
-from sft.distributed import ControlGroup
+from sft.data.datamodule import StepBatches
+from sft.megatron.distributed import ControlGroup
 from sft.module import SFTGPT, StepResult
 from sft.stop import StopFlag
 from sft.strategy import MegatronStrategy

@@ -26,10 +26,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from launcher.errors import CheckpointError, ConfigError
 from launcher.rundir import COMPLETE, read_json, sync_directory
 from launcher.topology import Topology
-from sft import mends
-from sft.distributed import ControlGroup
-from sft.mcore import CheckpointingException, ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
-from sft.mcore import __version__ as megatron_version
+from sft.megatron import mends
+from sft.megatron.distributed import ControlGroup
+from sft.megatron.mcore import (
+    CheckpointingException,
+    ShardedObject,
+    dist_checkpointing,
+    parallel_state,
+    tensor_parallel,
+)
+from sft.megatron.mcore import __version__ as megatron_version
 
 if TYPE_CHECKING:
     from sft.module import SFTGPT

@@ -9,12 +9,12 @@ from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, append_event, read_lines
 from launcher.spec import RunSpec, read_resolved
 from launcher.topology import build_topology
-from sft.answer import record_answers
-from sft.architecture import read_architecture
-from sft.hf_export import export_run
-from sft.hf_files import check_model_files
-from sft.model_files import resolve_model_dir
-from sft.prepare import prepare_data
+from sft.data.prepare import prepare_data
+from sft.hf.answer import record_answers
+from sft.hf.architecture import read_architecture
+from sft.hf.exporter import export_run
+from sft.hf.files import check_model_files
+from sft.hf.model_files import resolve_model_dir
 from sft.rank_env import RankEnv
 
 

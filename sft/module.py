@@ -24,9 +24,10 @@ from torch import Tensor
 
 from launcher.spec import RunSpec
 from launcher.topology import Topology
-from sft.architecture import Architecture
-from sft.batch import MicroBatch, StepBatch
-from sft.mcore import (
+from sft.data.batch import MicroBatch, StepBatch
+from sft.hf.architecture import Architecture
+from sft.megatron.initial_weights import load_initial_weights
+from sft.megatron.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     MegatronOptimizer,
@@ -36,9 +37,8 @@ from sft.mcore import (
     get_forward_backward_func,
     parallel_state,
 )
-from sft.model import build_chunks, transformer_config
-from sft.optimizer import LightningOptimizerShell, build_optimizer, build_scheduler
-from sft.weights import load_initial_weights
+from sft.megatron.model import build_chunks, transformer_config
+from sft.megatron.optimizer import LightningOptimizerShell, build_optimizer, build_scheduler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,8 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from launcher.topology import Topology
 from sft.checkpoint import load_checkpoint, save_checkpoint
-from sft.distributed import ControlGroup, init_model_parallel
-from sft.mcore import parallel_state
+from sft.megatron.distributed import ControlGroup, init_model_parallel
+from sft.megatron.mcore import parallel_state
 
 if TYPE_CHECKING:
     from sft.module import SFTGPT

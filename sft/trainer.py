@@ -19,14 +19,14 @@ from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, checkpoint_step, complete_checkpoints, read_lines, write_atomic
 from launcher.spec import RunSpec, read_resolved
 from launcher.topology import Topology, build_topology
-from sft.architecture import read_architecture
 from sft.callbacks import CheckpointCallback, EvaluationCallback, ProgressCallback, RunLog
 from sft.checkpoint import newest_usable
-from sft.datamodule import SFTDataModule
-from sft.model_files import resolve_model_dir
+from sft.data.datamodule import SFTDataModule
+from sft.data.prepare import open_or_build
+from sft.hf.architecture import read_architecture
+from sft.hf.model_files import resolve_model_dir
 from sft.module import SFTGPT
 from sft.plot import plot_loss
-from sft.prepare import open_or_build
 from sft.rank_env import RankClusterEnvironment, RankEnv
 from sft.stop import StopFlag
 from sft.strategy import MegatronStrategy

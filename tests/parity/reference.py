@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.spec import OptimizerSpec, RunSpec
-from sft.cache import TokenCache
-from sft.sampler import EMPTY_SLOT, BatchPlan
+from sft.data.cache import TokenCache
+from sft.data.sampler import EMPTY_SLOT, BatchPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from launcher.spec import (
     read_resolved,
     to_yaml,
 )
-from sft.prepare import open_or_build
-from sft.sampler import BatchPlan
+from sft.data.prepare import open_or_build
+from sft.data.sampler import BatchPlan
 from sft.trainer import train
 from tests.parity.reference import Curve, train_reference
 from tests.ranks import run_ranks

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-import sft.model
+import sft.megatron.model
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths
 from launcher.spec import read_resolved
 from launcher.topology import build_topology
-from sft import mends
-from sft.architecture import read_architecture
-from sft.mcore import DistributedOptimizer, TransformerConfig, parallel_state
+from sft.hf.architecture import read_architecture
+from sft.megatron import mends
+from sft.megatron.mcore import DistributedOptimizer, TransformerConfig, parallel_state
 from sft.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import RankFailure, run_ranks
@@ -59,9 +59,9 @@ def test_s1_batched_sends_would_be_wrong(tmp_path: Path, material: tuple[Path, P
 
 def train_with_batched_sends(config: Path) -> ExitCode:
     """Runs on a rank: Megatron-core's default for the interleaved schedule."""
-    settings = sft.model._parallel_settings
+    settings = sft.megatron.model._parallel_settings
     batched = {"overlap_p2p_comm": False, "batch_p2p_comm": True}
-    sft.model._parallel_settings = lambda *args: settings(*args) | batched
+    sft.megatron.model._parallel_settings = lambda *args: settings(*args) | batched
     return train(config)
 
 
@@ -141,7 +141,9 @@ def megatron_config(material: tuple[Path, Path], *, on_gpu: bool) -> Transformer
     model, chat = material
     paths = make_run(chat.parent, model, chat, ranks=2, topology=INTERLEAVED, name="config-only")
     spec, architecture = read_resolved(paths.config), read_architecture(model)
-    return sft.model.transformer_config(spec, architecture, build_topology(spec, architecture.shape), on_gpu=on_gpu)
+    return sft.megatron.model.transformer_config(
+        spec, architecture, build_topology(spec, architecture.shape), on_gpu=on_gpu
+    )
 
 
 def resumed(root: Path, material: tuple[Path, Path], plain: RunPaths) -> RunPaths:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sft.module
-from sft.mcore import parallel_state
+from sft.megatron.mcore import parallel_state
 from sft.trainer import train
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training

@@ -108,11 +108,11 @@ def run_spec(directory: Path, world_size: int, precision: str = "fp32", **topolo
 def build_and_load(spec: RunSpec) -> list[Any]:
     """On a rank: this rank's chunks, filled from the Hugging Face directory."""
     from launcher.topology import build_topology
-    from sft.architecture import read_architecture
-    from sft.distributed import init_model_parallel
-    from sft.hf_import import load_hf_weights
-    from sft.mcore import get_transformer_layer_offset, parallel_state
-    from sft.model import build_chunks, transformer_config
+    from sft.hf.architecture import read_architecture
+    from sft.hf.importer import load_hf_weights
+    from sft.megatron.distributed import init_model_parallel
+    from sft.megatron.mcore import get_transformer_layer_offset, parallel_state
+    from sft.megatron.model import build_chunks, transformer_config
 
     architecture = read_architecture(Path(spec.model.path))
     topology = build_topology(spec, architecture.shape)
@@ -151,7 +151,7 @@ def save_sharded(spec: RunSpec, directory: Path) -> None:
     """On a rank: import, and write Megatron-core's distributed checkpoint to `directory`."""
     import torch.distributed as dist
 
-    from sft.mcore import dist_checkpointing, parallel_state
+    from sft.megatron.mcore import dist_checkpointing, parallel_state
 
     chunks = build_and_load(spec)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -170,7 +170,7 @@ def forward_chunks(chunks: list[Any], ids: torch.Tensor, vocab: int) -> torch.Te
     """Pass hidden states from stage to stage, chunk after chunk; gather the vocabulary at the end."""
     import torch.distributed as dist
 
-    from sft.mcore import parallel_state, tensor_parallel
+    from sft.megatron.mcore import parallel_state, tensor_parallel
 
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     before = parallel_state.get_pipeline_model_parallel_prev_rank()

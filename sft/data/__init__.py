@@ -1,0 +1,1 @@
+"""Files of rows -> token caches -> the batches of each optimizer step."""

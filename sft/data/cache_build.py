@@ -1,0 +1,149 @@
+"""Tokenizing data files into a cache, in several processes.
+
+Processes are spawned: a fork of a process in which torch or a tokenizer has started threads can hang. A worker gets
+byte ranges and writes parts, so that neither it nor this process ever holds more than one range; results do not
+depend on the number of workers. Small data are tokenized here, which is faster than to start anybody.
+
+Bad rows are collected, a few at a time: the first ones in the order of the files, whoever found them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from launcher.errors import DataError, LauncherError
+from launcher.spec import DataSpec
+from sft.data.cache import Counts, Part, TokenPair, write_part
+from sft.data.files import ByteRange, cut, read_lines
+from sft.data.formats import parse_row
+from sft.data.length_policy import fit
+from sft.data.masking import Encoder
+from sft.data.tokenizer import control_tokens, load_tokenizer
+
+MAX_PROBLEMS = 5
+RANGE_BYTES = 4 << 20
+"""About what a worker takes at a time, and what is not worth a second process: some seconds of work."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a worker has to know."""
+
+    tokenizer_dir: Path
+    data: DataSpec
+    row_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A written part, or the first problems in its rows."""
+
+    part: Part
+    problems: tuple[str, ...]
+
+
+class Worker:
+    """Tokenizes byte ranges; one in each process."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        tokenizer = load_tokenizer(job.tokenizer_dir)
+        self._encoder = Encoder(tokenizer, job.data)
+        self._controls = np.array(sorted(control_tokens(tokenizer).values()), dtype=np.int32)
+
+    def run(self, work: tuple[ByteRange, Path]) -> Result:
+        """Tokenize one range into a part."""
+        rows, prefix = work
+        tally: Counter[str] = Counter()
+        pairs: list[TokenPair] = []
+        problems: list[str] = []
+        for number, line in read_lines(rows):
+            where = f"{rows.path}:{number}"
+            try:
+                pair = self._encode(line, where, tally)
+            except DataError as error:
+                problems += error.problems
+                if len(problems) >= MAX_PROBLEMS:
+                    break
+            else:
+                pairs += [pair] if pair is not None else []
+        part = write_part(prefix, [] if problems else pairs, Counts(**tally))
+        return Result(part, tuple(problems[:MAX_PROBLEMS]))
+
+    def _encode(self, line: bytes, where: str, tally: Counter[str]) -> TokenPair | None:
+        encoded = self._encoder.encode(parse_row(line, where, self._job.row_format, self._job.data.columns))
+        tally["rows"] += 1
+        tally["straddling"] += encoded.straddling
+        tally["escaped"] += encoded.escaped
+        try:
+            pair = fit(encoded, self._job.data, tally)
+        except DataError as error:
+            raise DataError([f"{where}: {problem}" for problem in error.problems]) from error
+        if pair is not None:
+            ids, weights = pair
+            tally["terminators"] += int(np.count_nonzero(weights[np.isin(ids, self._controls)]))
+        return pair
+
+
+def write_parts(job: Job, files: Sequence[Path], aside: Path, *, show_progress: bool, title: str) -> list[Part]:
+    """Tokenize `files` into parts in directory `aside`; DataError with the first problems."""
+    total = sum(path.stat().st_size for path in files)
+    workers = min(job.data.workers or len(os.sched_getaffinity(0)), -(-total // RANGE_BYTES))
+    # Several ranges for each worker, so that none of them is idle for long at the end.
+    size = max(min(RANGE_BYTES, total // (4 * max(workers, 1))), 1 << 16)
+    ranges = [rows for path in files for rows in cut(path, size)]
+    work = [(rows, aside / f"part-{index:06d}") for index, rows in enumerate(ranges)]
+    parts: list[Part] = []
+    with tqdm(
+        total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=not show_progress, mininterval=0.5
+    ) as bar:
+        for rows, result in zip(ranges, _run(job, work, workers), strict=True):
+            if result.problems:
+                raise DataError(result.problems)
+            parts.append(result.part)
+            bar.update(rows.end - rows.start)
+    return parts
+
+
+def _run(job: Job, work: Iterable[tuple[ByteRange, Path]], workers: int) -> Iterator[Result]:
+    """Results in the order of the work."""
+    if workers < 2:
+        yield from map(Worker(job).run, work)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=partial(_start_worker, job))
+    try:
+        yield from pool.map(_run_in_worker, work)
+    except BrokenProcessPool as error:
+        raise LauncherError(
+            f"one of {workers} tokenizing processes died; if memory ran out, set data.workers to fewer"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: Worker | None = None
+
+
+def _start_worker(job: Job) -> None:
+    global _worker
+    # The tokenizer's own threads would compete with the other workers for the same cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = Worker(job)
+
+
+def _run_in_worker(work: tuple[ByteRange, Path]) -> Result:
+    assert _worker is not None, "the pool's initializer makes it"
+    return _worker.run(work)

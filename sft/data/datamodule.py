@@ -1,0 +1,131 @@
+"""Feeds each rank its share of every global batch, from any step on.
+
+One item of the loader is one optimizer step (a StepBatch), so Lightning's batch index and its step count agree. What
+a step holds is a function of the step number alone (sft.data.sampler): to resume, the loader starts at the trainer's
+step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from launcher.spec import RunSpec
+from launcher.topology import Topology
+from sft.data.batch import StepBatch, collate
+from sft.data.cache import TokenCache
+from sft.data.prepare import PreparedData
+from sft.data.sampler import BatchPlan
+from sft.megatron.mcore import parallel_state
+
+
+class StepBatches(Dataset[StepBatch]):
+    """The batches of one data parallel rank, by step."""
+
+    def __init__(self, cache: TokenCache, plan: BatchPlan, spec: RunSpec, topology: Topology, steps: int) -> None:
+        self._cache = cache
+        self._plan = plan
+        self._spec = spec
+        self._topology = topology
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> StepBatch:
+        return collate(
+            self._cache,
+            self._plan,
+            step,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=self._topology.data_parallel,
+            micro_batch_size=self._spec.train.micro_batch_size,
+            pad_to_multiple=self._spec.data.pad_to_multiple,
+            sequence_multiple=self._topology.sequence_multiple,
+        )
+
+
+class StepLoader(DataLoader[StepBatch]):
+    """Loader of StepBatches that starts where the trainer stands.
+
+    `state_dict` and `load_state_dict` tell Lightning that it may resume in the middle of an epoch; the position itself
+    is the trainer's step count.
+    """
+
+    def __init__(self, batches: StepBatches, trainer: pl.Trainer, *, pin_memory: bool) -> None:
+        sampler = _RemainingSteps(trainer, len(batches))
+        super().__init__(batches, batch_size=None, sampler=sampler, collate_fn=_identity, pin_memory=pin_memory)
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+class SFTDataModule(pl.LightningDataModule):
+    """Training and held-out batches of a run."""
+
+    def __init__(self, spec: RunSpec, topology: Topology, data: PreparedData) -> None:
+        super().__init__()
+        self._spec = spec
+        self._topology = topology
+        self._data = data
+        self.plan = BatchPlan(
+            num_examples=len(data.train),
+            global_batch_size=spec.train.global_batch_size,
+            seed=spec.train.seed,
+            shuffle=spec.data.shuffle,
+        )
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self._spec.train
+        return train.max_steps if train.max_steps is not None else (train.epochs or 1) * self.plan.steps_per_epoch
+
+    @property
+    def data_key(self) -> str:
+        """Identity of the sequence of global batches: the data, their order and how they are cut."""
+        identity = [self._data.train.key, self.plan.global_batch_size, self.plan.seed, self.plan.shuffle]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def train_dataloader(self) -> StepLoader:
+        batches = StepBatches(self._data.train, self.plan, self._spec, self._topology, self.max_steps)
+        trainer = self.trainer
+        if trainer is None:
+            raise RuntimeError("the data module has no trainer yet")
+        return StepLoader(batches, trainer, pin_memory=self._spec.resources.gpus_per_node > 0)
+
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        return batch.to(device)
+
+    def validation_batches(self) -> StepBatches | None:
+        """Each held-out example once, in file order; None without held-out data."""
+        cache = self._data.validation
+        if cache is None:
+            return None
+        plan = BatchPlan(num_examples=len(cache), global_batch_size=self.plan.global_batch_size, seed=0, shuffle=False)
+        return StepBatches(cache, plan, self._spec, self._topology, plan.steps_per_epoch)
+
+
+class _RemainingSteps(Sampler[int]):
+    def __init__(self, trainer: pl.Trainer, steps: int) -> None:
+        self._trainer = trainer
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self._trainer.global_step, self._steps)
+
+
+def _identity(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,226 @@
+"""Data files -> token caches, built by one process and found by all ranks.
+
+A cache is named by what it was made from: bytes of the data, files of the tokenizer, template, policies, and the
+version of the code. So there is nothing to invalidate: other input has another name.
+
+`python -m sft prepare` builds it before any rank is started. Should it be missing all the same, global rank 0 builds
+it and the others look for it on the file system: a collective would hit its timeout long before a large data set is
+tokenized, and would say nothing of why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from launcher.errors import DataError
+from launcher.spec import DataSpec, RunSpec
+from sft.data.cache import FORMAT_VERSION, MANIFEST, Counts, TokenCache, assemble, publish
+from sft.data.cache_build import Job, write_parts
+from sft.data.files import digest, expand, file_identity, sha256_of
+from sft.data.formats import check_columns, detect_format
+from sft.data.tokenizer import tokenizer_files
+
+CODE_VERSION = 1
+"""Raised with every change that gives the same rows other tokens or weights."""
+
+WAIT_SECONDS = 6 * 3600.0
+_POLL_SECONDS = 1.0
+_STALE_SECONDS = 2 * 86400.0
+_POLICIES = ("columns", "loss_on", "seq_length", "length_policy")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """Tokenized training data and, where there is some, validation data."""
+
+    train: TokenCache
+    validation: TokenCache | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """One data set: its files, and where its cache belongs."""
+
+    name: str
+    files: tuple[Path, ...]
+    row_format: str
+    key: str
+    directory: Path
+
+
+def prepare_data(spec: RunSpec, tokenizer_dir: Path) -> PreparedData:
+    """Build what is missing and print what the run will train on."""
+    prepared = open_or_build(spec, tokenizer_dir, build=True)
+    print(report("train", prepared.train))
+    if prepared.validation is not None:
+        print(report("validation", prepared.validation))
+    return prepared
+
+
+def open_or_build(
+    spec: RunSpec, tokenizer_dir: Path, *, build: bool, wait_seconds: float = WAIT_SECONDS
+) -> PreparedData:
+    """The run's data. With `build` what is missing is made; without, it is waited for. Makes no collective calls."""
+    check_columns(spec.data)
+    if not spec.data.train:
+        raise DataError("data.train: no files")
+    caches = []
+    for name in ("train", "validation"):
+        if not getattr(spec.data, name):
+            continue
+        source = _source(spec, name, tokenizer_dir, write_notes=build)
+        if build:
+            caches.append(_open_or_make(spec, source, tokenizer_dir))
+        else:
+            caches.append(_wait_for(source, wait_seconds))
+    return PreparedData(caches[0], caches[1] if len(caches) > 1 else None)
+
+
+def report(name: str, cache: TokenCache) -> str:
+    """What a cache holds and what was lost on the way, for people."""
+    c = cache.counts
+    targets = c.tokens - c.examples
+    lines = [
+        f"{name}: {c.examples:,} examples, {c.tokens:,} tokens (mean {c.tokens / c.examples:.0f}, "
+        f"longest {c.longest:,}), {c.supervised_tokens:,} trained ({c.supervised_tokens / targets:.1%})"
+    ]
+    if c.too_long:
+        lines.append(f"  dropped: {c.too_long:,} rows longer than data.seq_length (longest {c.longest_row:,} tokens)")
+    if c.truncated:
+        lines.append(f"  truncated: {c.truncated:,} rows (longest {c.longest_row:,} tokens)")
+    if c.unsupervised:
+        lines.append(f"  dropped: {c.unsupervised:,} rows without any token to train on")
+    if c.tokens_lost:
+        lines.append(f"  lost so: {c.tokens_lost:,} tokens, {c.supervised_lost:,} of them to be trained")
+    if c.tokens_trimmed:
+        lines.append(f"  trimmed: {c.tokens_trimmed:,} tokens after the last trained one")
+    if c.straddling:
+        lines.append(f"  edges: {c.straddling:,} trained tokens hold text of prompt and answer")
+    if c.escaped:
+        lines.append(f"  escaped: special tokens spelled in {c.escaped:,} rows are trained as plain text")
+    return "\n".join(lines)
+
+
+def _source(spec: RunSpec, name: str, tokenizer_dir: Path, *, write_notes: bool) -> _Source:
+    files = tuple(expand(getattr(spec.data, name), f"data.{name}"))
+    row_format = detect_format(files, spec.data, f"data.{name}")
+    notes = spec.cache_dir / "digests"
+    content = [digest(path, notes, write=write_notes) for path in files]
+    key = cache_key(spec.data, row_format, content, tokenizer_dir)
+    return _Source(
+        name=name, files=files, row_format=row_format, key=key, directory=spec.cache_dir / "tokens" / key[:40]
+    )
+
+
+def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir: Path) -> str:
+    """SHA-256 over everything that decides the cache's bytes."""
+    template = data.chat_template
+    if template not in ("tokenizer", "none"):
+        try:
+            template = sha256_of(Path(template))
+        except OSError as error:
+            raise DataError(f"data.chat_template: {template} cannot be read: {error}") from error
+    made_from = {
+        "code": [CODE_VERSION, FORMAT_VERSION, version("transformers"), version("tokenizers")],
+        "data": content,
+        "format": row_format,
+        "tokenizer": {str(path.relative_to(tokenizer_dir)): sha256_of(path) for path in tokenizer_files(tokenizer_dir)},
+        "template": template,
+        "policies": {name: getattr(data, name) for name in _POLICIES},
+    }
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path) -> TokenCache:
+    if (source.directory / MANIFEST).is_file():
+        try:
+            return TokenCache.open(source.directory)
+        except DataError as error:
+            print(f"{error}; it is built again", file=sys.stderr)
+            shutil.rmtree(source.directory)
+    parent = source.directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(parent)
+    aside = Path(tempfile.mkdtemp(prefix=f".{source.key[:12]}-", dir=parent))
+    try:
+        _build(spec, source, tokenizer_dir, aside)
+        aside.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out of a shared cache
+        publish(aside, source.directory)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return TokenCache.open(source.directory)
+
+
+def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> None:
+    before = [file_identity(path) for path in source.files]
+    job = Job(tokenizer_dir=tokenizer_dir, data=spec.data, row_format=source.row_format)
+    title = f"tokenizing {source.name}"
+    parts = write_parts(job, source.files, aside, show_progress=spec.logging.progress_bar, title=title)
+    changed = [
+        str(path) for path, identity in zip(source.files, before, strict=True) if file_identity(path) != identity
+    ]
+    if changed:
+        raise DataError(f"data.{source.name}: {', '.join(changed)} changed while being read; start again")
+    counts = assemble(aside, source.key, parts, files=[str(path) for path in source.files], format=source.row_format)
+    _check(counts, source)
+
+
+def _check(counts: Counts, source: _Source) -> None:
+    names = ", ".join(str(path) for path in source.files)
+    if counts.rows == 0:
+        raise DataError(f"data.{source.name}: no rows in {names}")
+    if counts.supervised_tokens == 0:
+        raise DataError(
+            f"data.{source.name}: no token of {counts.rows:,} rows in {names} is left to train on "
+            f"({counts.unsupervised:,} without an assistant turn or cut before one, {counts.too_long:,} too long); "
+            "see data.loss_on, data.seq_length and data.length_policy"
+        )
+    if counts.terminators == 0:
+        raise DataError(
+            f"data.{source.name}: no answer in {names} ends with an end token that is trained, so the model would "
+            "never learn to stop; the chat template must write one after each assistant turn"
+        )
+
+
+def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:
+    deadline = time.monotonic() + wait_seconds
+    told = False
+    while not _has_appeared(source.directory):
+        if time.monotonic() >= deadline:
+            raise DataError(
+                f"data.{source.name}: {source.directory} did not appear in {wait_seconds:.0f} s; "
+                "is data.cache_dir on a file system that all nodes share?"
+            )
+        if not told:
+            print(f"waiting for {source.directory}", file=sys.stderr)
+            told = True
+        time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+    return TokenCache.open(source.directory)
+
+
+def _has_appeared(directory: Path) -> bool:
+    # Reading the parent makes network file systems forget that the name was absent a moment ago.
+    with contextlib.suppress(FileNotFoundError):
+        return directory in set(directory.parent.iterdir())
+    return False
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove what killed builds left behind; a living one touches its directory with every part."""
+    for path in parent.glob(".*-*"):
+        try:
+            old = time.time() - path.stat().st_mtime > _STALE_SECONDS
+        except FileNotFoundError:
+            continue
+        if old:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,215 @@
+"""Sharded Megatron-core checkpoint -> Hugging Face directory that vanilla transformers loads.
+
+One layer's parameter is read, taken apart into Hugging Face tensors and put into the current weight file; memory
+never holds more than one weight file. No model is built and no process group is needed, so any machine that sees the
+files can export. Import followed by export is bitwise the identity: numbers keep the type that the source has, tied
+heads stay tied, the padding of the vocabulary is cut off.
+
+The directory is written beside its target, read back (names, shapes, sizes), synced and renamed: an export is whole
+or absent.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from launcher.errors import CheckpointError, RunStateError
+from launcher.rundir import RunPaths, read_json, sync_directory, write_json
+from launcher.spec import read_resolved
+from sft.hf.architecture import Architecture, read_architecture
+from sft.hf.files import INDEX, SINGLE, check_model_files, read_header, sync_files, weight_map, write_weights
+from sft.hf.layouts import Layout, checkpoint_key, hf_shapes, layout_of, parameter_names, split_parameter
+from sft.hf.model_files import resolve_model_dir
+from sft.hf.sharded_reader import ShardedReader
+
+MAX_FILE_BYTES = 4 * 10**9
+"""Largest weight file: what a reader without slicing must hold at once."""
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates",
+    "*.model",
+    "*.tiktoken",
+)
+"""Of a tokenizer's directory, what is the tokenizer: not weights, not notes, not code."""
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def export_run(run_root: Path) -> Path:
+    """The newest complete checkpoint of a run -> RUN/export; returns that directory."""
+    # Here and not above: these bring Megatron-core in, which export itself does without. It has to come first, since
+    # its corrections (sft.megatron.mends, which checkpoint imports) can only be applied to a loaded one.
+    import sft.megatron.mcore  # noqa: F401
+    from sft.checkpoint import SHARDED, newest_usable
+
+    paths = RunPaths(run_root)
+    if not paths.config.is_file():
+        raise RunStateError(f"{run_root}: no {paths.config.name}; it is not a run directory")
+    spec = read_resolved(paths.config)
+    checkpoint = newest_usable(paths.complete_checkpoints())
+    if checkpoint is None:
+        raise RunStateError(f"{run_root}: no complete checkpoint to export; let the run reach its first one")
+    export_checkpoint(
+        checkpoint / SHARDED,
+        resolve_model_dir(spec, convert=False),
+        paths.export,
+        tokenizer_dir=Path(spec.model.tokenizer) if spec.model.tokenizer else None,
+        chat_template=None if spec.data.chat_template in ("tokenizer", "none") else Path(spec.data.chat_template),
+    )
+    return paths.export
+
+
+def export_checkpoint(
+    checkpoint_dir: Path,
+    model_dir: Path,
+    out_dir: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer_dir: Path | None = None,
+    chat_template: Path | None = None,
+) -> None:
+    """Write the model in `checkpoint_dir` to `out_dir`, with config and generation settings from `model_dir`.
+
+    `dtype` None keeps each tensor's type in `model_dir`, or where that has no weights the checkpoint's.
+    """
+    architecture = read_architecture(model_dir)
+    reader = ShardedReader(checkpoint_dir)
+    _check_checkpoint(reader, checkpoint_dir, architecture)
+    aside = out_dir.parent / f".{out_dir.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        dtypes = _export_dtypes(reader, model_dir, architecture, dtype)
+        _write_weights(reader, architecture, dtypes, aside)
+        _copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
+        _write_config(model_dir, aside, dtypes)
+        check_model_files(aside, architecture)
+        sync_files(aside)
+        _replace(out_dir, aside)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"export {out_dir}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], most: int) -> list[list[str]]:
+    """Parameters of each weight file, in model order, each file at most `most` bytes (or one parameter)."""
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, layout in _layouts(architecture):
+        elements = layout.rows * (layout.columns or 1)
+        size = elements * dtypes[layout.pieces[0].name].itemsize
+        if files[-1] and filled + size > most:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    return files
+
+
+def _layouts(architecture: Architecture) -> Iterator[tuple[str, Layout]]:
+    for name in parameter_names(architecture):
+        layout = layout_of(name, architecture)
+        assert layout is not None, name
+        yield name, layout
+
+
+def _check_checkpoint(reader: ShardedReader, checkpoint_dir: Path, architecture: Architecture) -> None:
+    """Refuse a checkpoint of another model before anything is written."""
+    for name, layout in _layouts(architecture):
+        key, index = checkpoint_key(name)
+        found = reader.shape(key)
+        layers = () if index is None else (architecture.shape.num_layers,)
+        columns = () if layout.columns is None else (layout.columns,)
+        expected = (*layers, layout.rows, *columns)
+        if layout.padded and len(found) == len(expected) and found[0] >= layout.rows:
+            found = (layout.rows, *found[1:])
+        if found != expected:
+            raise CheckpointError(
+                f"checkpoint {checkpoint_dir}: {key} is {list(reader.shape(key))}; config.json says {list(expected)}"
+            )
+
+
+def _export_dtypes(
+    reader: ShardedReader, model_dir: Path, architecture: Architecture, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Number type of every Hugging Face tensor."""
+    if dtype is not None:
+        return dict.fromkeys(hf_shapes(architecture), dtype)
+    if (model_dir / SINGLE).is_file() or (model_dir / INDEX).is_file():
+        files = weight_map(model_dir)
+        headers = {file: read_header(model_dir / file) for file in set(files.values())}
+        return {name: _DTYPES[headers[files[name]][name].dtype] for name in hf_shapes(architecture)}
+    return {
+        piece.name: reader.dtype(checkpoint_key(name)[0])
+        for name, layout in _layouts(architecture)
+        for piece in layout.pieces
+    }
+
+
+def _write_weights(
+    reader: ShardedReader, architecture: Architecture, dtypes: Mapping[str, torch.dtype], directory: Path
+) -> None:
+    """All weight files, and their index where there is more than one."""
+    plan = plan_files(architecture, dtypes, MAX_FILE_BYTES)
+    layouts = dict(_layouts(architecture))
+    where: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(plan, start=1):
+        tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            for hf_name, tensor in split_parameter(layouts[name], reader.tensor(*checkpoint_key(name))).items():
+                tensors[hf_name] = tensor.to(dtypes[hf_name])
+        file = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        write_weights(tensors, directory / file)
+        where |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(plan) > 1:
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | None, directory: Path) -> None:
+    """Tokenizer and generation settings, and the chat template the run was trained with."""
+    found = {path for pattern in _TOKENIZER_FILES for path in tokenizer_dir.glob(pattern)}
+    for path in [*sorted(found), model_dir / "generation_config.json"]:
+        if path.is_dir():
+            shutil.copytree(path, directory / path.name)
+        elif path.is_file():
+            shutil.copyfile(path, directory / path.name)
+    if chat_template is not None:
+        shutil.copyfile(chat_template, directory / "chat_template.jinja")
+
+
+def _write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+    """The source's config.json; only the number type is written anew, where the weights have another one."""
+    config: dict[str, Any] = read_json(model_dir / "config.json") or {}
+    used = set(dtypes.values())
+    dtype = str(used.pop()).removeprefix("torch.") if len(used) == 1 else None
+    stated = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    if dtype is None or all(config.get(key) == dtype for key in stated):
+        shutil.copyfile(model_dir / "config.json", directory / "config.json")
+    else:
+        write_json(directory / "config.json", config | dict.fromkeys(stated, dtype))
+
+
+def _replace(target: Path, aside: Path) -> None:
+    """Put `aside` in the place of `target`; an earlier export is removed only when the new one is complete."""
+    old = target.parent / f".{target.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,197 @@
+"""The safetensors files of a Hugging Face model directory: which tensor is where, whether all of it is there.
+
+A directory that was copied halfway fails here, in seconds and before any rank starts, with the name of the file and
+of the tensor. `check_model_files` reads only file headers: a header's last offset gives the size a file must have.
+
+Rejected: pickled weights (pytorch_model.bin). Unpickling runs code from the file, and a slice of one tensor cannot
+be read without reading all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from launcher.errors import ModelError
+from sft.hf.architecture import Architecture
+from sft.hf.layouts import hf_shapes
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_FLOATS = ("BF16", "F16", "F32", "F64")
+_SHOWN = 3
+_ROWS_COMPARED = 4096
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """A tensor as its file's header gives it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class WeightFiles:
+    """Reads tensors of a model directory by slices; a file is opened when the first tensor in it is needed."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self._files = weight_map(model_dir)
+        self._open: dict[str, Any] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
+        """An object whose indexing reads only those rows and columns of `name`."""
+        if name not in self._files:
+            raise ModelError(f"{self.model_dir}: no tensor {name} in any weight file")
+        path = self.model_dir / self._files[name]
+        try:
+            found = self._opened(path).get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: tensor {name} cannot be read ({error})") from None
+        problem = _problem(path, name, TensorHeader(found.get_dtype(), tuple(found.get_shape())), shape)
+        if problem:
+            raise ModelError(problem)
+        return found
+
+    def _opened(self, path: Path) -> Any:
+        if path.name not in self._open:
+            self._open[path.name] = safe_open(path, framework="pt")
+        return self._open[path.name]
+
+
+def check_model_files(model_dir: Path, architecture: Architecture) -> None:
+    """Raise one ModelError with everything that is missing, cut short, misshapen or not understood."""
+    files = weight_map(model_dir)
+    headers: dict[str, dict[str, TensorHeader]] = {}
+    problems: list[str] = []
+    for file in sorted(set(files.values())):
+        try:
+            headers[file] = read_header(model_dir / file)
+        except ModelError as error:
+            problems += error.problems
+    if not problems:
+        problems = _tensor_problems(model_dir, files, headers, architecture)
+    if not problems and architecture.shape.tied_embeddings and HEAD in files:
+        problems = _tied_head_problems(model_dir, headers[files[HEAD]][HEAD], architecture)
+    if problems:
+        more = [f"{model_dir}: {len(problems) - _SHOWN} more such problems"] if len(problems) > _SHOWN else []
+        raise ModelError([*problems[:_SHOWN], *more])
+
+
+def weight_map(model_dir: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the single weight file or else from the index, as transformers chooses."""
+    if (model_dir / SINGLE).is_file():
+        return dict.fromkeys(read_header(model_dir / SINGLE), SINGLE)
+    path = model_dir / INDEX
+    if not path.is_file():
+        pickled = any(model_dir.glob("pytorch_model*.bin"))
+        hint = "; pickled weights are not read, save the model with safe_serialization" if pickled else ""
+        raise ModelError(f"{model_dir}: neither {SINGLE} nor {INDEX}{hint}")
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        named = {str(name): str(file) for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not an index of weight files ({type(error).__name__}: {error})") from None
+    outside = sorted({file for file in named.values() if Path(file).name != file})
+    if outside:
+        raise ModelError(f"{path}: names {outside[0]!r}, which is not a file of this directory")
+    return named
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Tensors of a safetensors file; ModelError where the file is absent, damaged or shorter than it says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ModelError(f"{path}: truncated: {size} bytes, too few for its header")
+            header = json.loads(file.read(length))
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        found = {name: TensorHeader(entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing; {INDEX} names it") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ModelError(f"{path}: not a safetensors file") from None
+    if size < end:
+        raise ModelError(f"{path}: truncated: {size} bytes, its header says {end}")
+    return found
+
+
+def write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one weight file, readable to whom the umask lets (the library's own mode is owner only)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def sync_files(directory: Path) -> None:
+    """Make every file of a finished directory durable, before it is renamed to its name."""
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _tensor_problems(
+    model_dir: Path, files: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorHeader]], model: Architecture
+) -> list[str]:
+    """What is wrong with the tensors of complete files."""
+    wanted = hf_shapes(model)
+    problems = []
+    for name, shape in wanted.items():
+        if name not in files:
+            problems.append(f"{model_dir}: no tensor {name} in any weight file")
+        elif name not in headers[files[name]]:
+            problems.append(f"{model_dir / files[name]}: no tensor {name}, though {INDEX} names it")
+        else:
+            problem = _problem(model_dir / files[name], name, headers[files[name]][name], shape)
+            problems += [problem] if problem else []
+    # A weight that no layer takes would be lost without a word, and again at export. Old files keep RoPE's
+    # frequencies, which are computed, and a tied model's head may be there as a copy of its embedding.
+    known = {*wanted, HEAD} if model.shape.tied_embeddings else set(wanted)
+    for name in sorted(set(files) - known):
+        if not name.endswith("rotary_emb.inv_freq"):
+            problems.append(
+                f"{model_dir / files[name]}: tensor {name} has no place in a {model.shape.model_type} model"
+            )
+    return problems
+
+
+def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture) -> list[str]:
+    """A tied model's second copy of its embedding must be a copy: transformers unties two that differ."""
+    shape = (model.shape.vocab_size, model.shape.hidden_size)
+    if head.shape == shape:
+        files = WeightFiles(model_dir)
+        copy, original = files.tensor(HEAD, shape), files.tensor(EMBEDDING, shape)
+        starts = range(0, shape[0], _ROWS_COMPARED)
+        if all(torch.equal(copy[row : row + _ROWS_COMPARED], original[row : row + _ROWS_COMPARED]) for row in starts):
+            return []
+    return [f"{model_dir}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}"]
+
+
+def _problem(path: Path, name: str, found: TensorHeader, shape: tuple[int, ...]) -> str | None:
+    """Why this tensor is not the one the config describes, or None."""
+    if found.shape != shape:
+        return f"{path}: tensor {name} is {list(found.shape)}; by config.json it should be {list(shape)}"
+    if found.dtype not in _FLOATS:
+        return f"{path}: tensor {name} is {found.dtype}; supported are {', '.join(_FLOATS)}"
+    return None

@@ -1,0 +1,122 @@
+"""Fill the Megatron-core parameters of this rank from a Hugging Face directory, reading only this rank's slices.
+
+Parameters are filled one after another and piece by piece, straight into place: beside the model, a rank never holds
+more than the piece it is reading. What the pieces are is `sft.hf.layouts`' matter.
+
+Rejected: loading a transformers model on every rank and copying from it (world size times the whole model in host
+memory), and one rank that reads and sends (the others wait, and the interconnect carries what the file system could).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from sft.hf.architecture import Architecture
+from sft.hf.files import WeightFiles
+from sft.hf.layouts import Layout, canonical_name, hf_shapes, layer_parameters, layout_of, rank_pieces
+
+
+class TensorSource(Protocol):
+    """Where Hugging Face tensors come from: the files of a directory, or anything else that can be cut."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
+        """An object that gives rows, or rows and columns, of the tensor `name` when indexed."""
+
+
+def load_hf_weights(
+    chunks: Sequence[nn.Module],
+    architecture: Architecture,
+    model_dir: Path,
+    *,
+    tensor_rank: int,
+    tensor_size: int,
+    layer_offsets: Sequence[int],
+) -> None:
+    """Fill every parameter of `chunks` from the files of `model_dir`; ModelError names file and tensor."""
+    fill_parameters(
+        chunks,
+        architecture,
+        WeightFiles(model_dir),
+        tensor_rank=tensor_rank,
+        tensor_size=tensor_size,
+        layer_offsets=layer_offsets,
+    )
+
+
+def fill_parameters(
+    chunks: Sequence[nn.Module],
+    architecture: Architecture,
+    source: TensorSource,
+    *,
+    tensor_rank: int,
+    tensor_size: int,
+    layer_offsets: Sequence[int],
+) -> None:
+    """Fill every parameter of `chunks` in its own dtype and on its own device.
+
+    `layer_offsets` holds the global index of each chunk's first layer.
+    """
+    shapes = hf_shapes(architecture)
+    for chunk, offset in zip(chunks, layer_offsets, strict=True):
+        named = {canonical_name(name, offset): parameter for name, parameter in chunk.named_parameters()}
+        _check_layers(named, architecture)
+        for name, parameter in named.items():
+            layout = layout_of(name, architecture)
+            if layout is None:
+                raise ValueError(f"parameter {name} has no counterpart in a {architecture.shape.model_type} model")
+            _check_built(name, parameter, layout, tensor_size)
+            _fill(parameter, layout, source, shapes, tensor_rank, tensor_size)
+
+
+@torch.no_grad()
+def _fill(
+    parameter: nn.Parameter,
+    layout: Layout,
+    source: TensorSource,
+    shapes: dict[str, tuple[int, ...]],
+    rank: int,
+    size: int,
+) -> None:
+    """Read this rank's pieces of one parameter into it; rows that no piece covers become zero."""
+    if layout.split == 1:
+        pieces, columns = list(layout.pieces), slice(rank * parameter.shape[1], (rank + 1) * parameter.shape[1])
+    else:
+        pieces = rank_pieces(layout, *((rank, size) if layout.split == 0 else (0, 1)), rows=parameter.shape[0])
+        columns = slice(None)
+    position = 0
+    for piece in pieces:
+        tensor = source.tensor(piece.name, shapes[piece.name])
+        rows = slice(piece.start, piece.stop)
+        parameter[position : position + piece.rows].copy_(tensor[rows, columns] if layout.split == 1 else tensor[rows])
+        position += piece.rows
+    parameter[position:].zero_()
+
+
+def _check_built(name: str, parameter: nn.Parameter, layout: Layout, size: int) -> None:
+    """Our own bugs: a model not built from this architecture, or one whose split parameters are not marked as such.
+
+    Megatron-core marks a weight only while it initialises it. Without the mark the gradient norm leaves out what the
+    other tensor-parallel ranks hold.
+    """
+    whole = [extent * (size if axis == layout.split else 1) for axis, extent in enumerate(parameter.shape)]
+    expected = [layout.rows] if layout.columns is None else [layout.rows, layout.columns]
+    fits = whole[0] >= expected[0] if layout.padded else whole[0] == expected[0]
+    if len(whole) != len(expected) or whole[1:] != expected[1:] or not fits:
+        raise ValueError(f"parameter {name} is {whole} over all ranks, not {expected}")
+    mark = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+    if size > 1 and mark != layout.split:
+        raise ValueError(f"parameter {name} is marked as split on axis {mark}, not {layout.split}")
+
+
+def _check_layers(names: Iterable[str], architecture: Architecture) -> None:
+    """Our own bugs: a layer built without a bias or norm that the architecture has, whose weights would be lost."""
+    names = set(names)
+    layers = {name.split(".")[2] for name in names if name.startswith("decoder.layers.")}
+    expected = {f"decoder.layers.{layer}.{name}" for layer in layers for name in layer_parameters(architecture)}
+    if not expected <= names:
+        raise ValueError(f"the model lacks parameters of its architecture: {', '.join(sorted(expected - names))}")

@@ -1,0 +1,225 @@
+"""Which Hugging Face tensors make up a Megatron-core parameter, and where each row lies: data, no reading or writing.
+
+A parameter is described by the rows it takes from Hugging Face tensors, in order (`Layout`). The same description
+serves both directions: import reads the rows a rank needs, export puts rows back where they came from. Layouts:
+
+* linear_qkv: for each KV group its query heads, its key head, its value head. A tensor-parallel rank holds a
+  contiguous part; with more ranks than KV groups a part is less than a group and Megatron-core gathers it back.
+* linear_fc1: all gate rows, then all up rows; a rank holds its part of each half, hence two blocks.
+* embedding and output layer: the vocabulary, then rows of zeros up to Megatron-core's padded size.
+* linear_proj and linear_fc2 are split by columns; norms are whole on every rank.
+
+RoPE is not interleaved on either side, so that no row inside a head moves.
+
+Rejected: a converter that builds the full state dict of one side and renames it (needs the whole model in memory,
+and the layout rules twice, once a direction).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sft.hf.architecture import Architecture
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+_FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Our layer's names -> the names that checkpoints (and layers of Transformer Engine) use for the same norms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows `start` to `stop` of one Hugging Face tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """A whole Megatron-core parameter: blocks of pieces, each block split by itself over tensor-parallel ranks."""
+
+    blocks: tuple[tuple[Piece, ...], ...]
+    columns: int | None = None
+    """Length of a row; None for a vector."""
+    split: int | None = 0
+    """Axis that is split over tensor-parallel ranks; None where each rank has it all."""
+    padded: bool = False
+    """Rows of zeros may follow."""
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All pieces, in order."""
+        return tuple(piece for block in self.blocks for piece in block)
+
+    @property
+    def rows(self) -> int:
+        """Rows without padding."""
+        return sum(piece.rows for piece in self.pieces)
+
+
+def layout_of(name: str, architecture: Architecture) -> Layout | None:
+    """Layout of the parameter `name` (global layer index); None where there is no such parameter."""
+    shape = architecture.shape
+    hidden, vocab = shape.hidden_size, shape.vocab_size
+    if name == FINAL_NORM:
+        return _norm("model.norm.weight", hidden)
+    if name == EMBEDDING or (name == OUTPUT and shape.tied_embeddings):
+        # The last pipeline stage holds its own copy of a tied embedding.
+        return _vocabulary("model.embed_tokens.weight", vocab, hidden)
+    if name == OUTPUT:
+        return _vocabulary("lm_head.weight", vocab, hidden)
+    match = _LAYER.fullmatch(name)
+    if match is None or int(match[1]) >= shape.num_layers:
+        return None
+    return _layer_layouts(architecture, f"model.layers.{match[1]}.").get(match[2])
+
+
+def layer_parameters(architecture: Architecture) -> tuple[str, ...]:
+    """Parameter names within one layer."""
+    return tuple(_layer_layouts(architecture, ""))
+
+
+def parameter_names(architecture: Architecture) -> Iterator[str]:
+    """Every parameter of the whole model, first to last; a tied output layer is the embedding and not named."""
+    yield EMBEDDING
+    for layer in range(architecture.shape.num_layers):
+        for name in layer_parameters(architecture):
+            yield f"decoder.layers.{layer}.{name}"
+    yield FINAL_NORM
+    if not architecture.shape.tied_embeddings:
+        yield OUTPUT
+
+
+def canonical_name(name: str, layer_offset: int = 0) -> str:
+    """A module's own parameter name -> the name used here: no wrappers, global layer index, separate norms."""
+    name = re.sub(r"^(module\.)+", "", name)
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name
+    separate = {fused: own for own, fused in _FUSED_NORMS.items()}
+    return f"decoder.layers.{int(match[1]) + layer_offset}.{separate.get(match[2], match[2])}"
+
+
+def checkpoint_key(name: str) -> tuple[str, int | None]:
+    """Key of a parameter in a sharded checkpoint, and its index there: layers are stacked on a leading axis."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name, None
+    return f"decoder.layers.{_FUSED_NORMS.get(match[2], match[2])}", int(match[1])
+
+
+def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor of the model, in the order of `parameter_names`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in parameter_names(architecture):
+        layout = layout_of(name, architecture)
+        assert layout is not None, name
+        for piece in layout.pieces:
+            rows = max(piece.stop, shapes.get(piece.name, (0,))[0])
+            shapes[piece.name] = (rows,) if layout.columns is None else (rows, layout.columns)
+    return shapes
+
+
+def rank_pieces(layout: Layout, rank: int, size: int, rows: int) -> list[Piece]:
+    """The pieces of one of `size` ranks that holds `rows` rows; what is missing to `rows` is padding."""
+    if layout.padded:
+        return _cut(layout.pieces, rank * rows, (rank + 1) * rows)
+    found = []
+    for block in layout.blocks:
+        share = sum(piece.rows for piece in block) // size
+        found += _cut(block, rank * share, (rank + 1) * share)
+    return found
+
+
+def split_parameter(layout: Layout, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A whole Megatron-core parameter -> its Hugging Face tensors; padding is cut off."""
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    position = 0
+    for piece in layout.pieces:
+        parts.setdefault(piece.name, {})[piece.start] = parameter[position : position + piece.rows]
+        position += piece.rows
+    return {name: torch.cat([rows[start] for start in sorted(rows)]) for name, rows in parts.items()}
+
+
+def merge_parameter(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Hugging Face tensors -> the whole Megatron-core parameter, without padding."""
+    return torch.cat([tensors[piece.name][piece.start : piece.stop] for piece in layout.pieces])
+
+
+def _cut(pieces: tuple[Piece, ...], start: int, stop: int) -> list[Piece]:
+    """The part of `pieces`, laid end to end, between `start` and `stop`."""
+    found, position = [], 0
+    for piece in pieces:
+        first, last = max(start - position, 0), min(stop - position, piece.rows)
+        if first < last:
+            found.append(Piece(piece.name, piece.start + first, piece.start + last))
+        position += piece.rows
+    return found
+
+
+def _whole(name: str, rows: int, columns: int, split: int) -> Layout:
+    return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, split=split)
+
+
+def _norm(name: str, rows: int) -> Layout:
+    return Layout(blocks=((Piece(name, 0, rows),),), split=None)
+
+
+def _vocabulary(name: str, rows: int, columns: int) -> Layout:
+    return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, padded=True)
+
+
+def _layer_layouts(architecture: Architecture, prefix: str) -> dict[str, Layout]:
+    """Layouts of the parameters in the layer whose Hugging Face tensors start with `prefix`."""
+    shape = architecture.shape
+    hidden, ffn, head = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    layouts = {
+        "input_layernorm.weight": _norm(f"{prefix}input_layernorm.weight", hidden),
+        "self_attention.linear_qkv.weight": Layout(blocks=(_qkv(architecture, attention, "weight"),), columns=hidden),
+        "self_attention.linear_proj.weight": _whole(
+            f"{attention}o_proj.weight", hidden, shape.num_attention_heads * head, split=1
+        ),
+        "pre_mlp_layernorm.weight": _norm(f"{prefix}post_attention_layernorm.weight", hidden),
+        "mlp.linear_fc1.weight": Layout(
+            blocks=((Piece(f"{mlp}gate_proj.weight", 0, ffn),), (Piece(f"{mlp}up_proj.weight", 0, ffn),)),
+            columns=hidden,
+        ),
+        "mlp.linear_fc2.weight": _whole(f"{mlp}down_proj.weight", hidden, ffn, split=1),
+    }
+    if architecture.qkv_bias:
+        layouts["self_attention.linear_qkv.bias"] = Layout(blocks=(_qkv(architecture, attention, "bias"),))
+    if architecture.qk_norm:
+        for kind in ("q", "k"):
+            layouts[f"self_attention.{kind}_layernorm.weight"] = _norm(f"{attention}{kind}_norm.weight", head)
+    return layouts
+
+
+def _qkv(architecture: Architecture, prefix: str, kind: str) -> tuple[Piece, ...]:
+    """Group-major: the query heads of a KV group, its key head, its value head, then the next group."""
+    shape = architecture.shape
+    head = shape.head_dim
+    queries = shape.num_attention_heads // shape.num_query_groups * head
+    widths = {"q": queries, "k": head, "v": head}
+    return tuple(
+        Piece(f"{prefix}{which}_proj.{kind}", group * width, (group + 1) * width)
+        for group in range(shape.num_query_groups)
+        for which, width in widths.items()
+    )

@@ -1,0 +1,1 @@
+"""Megatron-core as this project uses it: import, corrections, layers, model, optimizer, groups."""

@@ -1,0 +1,66 @@
+"""Process groups: Megatron-core's for the model, and one over gloo for control messages.
+
+The control group carries flags and error strings between ranks without touching the device, so that agreeing to
+stop costs no GPU synchronisation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from launcher.topology import Topology
+from sft.megatron.mcore import parallel_state, tensor_parallel
+
+_DATA_RANK_SEED_STRIDE = 10_007
+_STAGE_SEED_STRIDE = 100
+
+
+def init_model_parallel(topology: Topology, seed: int) -> None:
+    """Build Megatron-core's groups in the initialised world, and seed the generators of this rank.
+
+    Dropout streams are equal within a tensor parallel group where activations are replicated, and differ between
+    pipeline stages and data parallel ranks.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tensor_parallel,
+        pipeline_model_parallel_size=topology.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=topology.virtual_pipeline if topology.virtual_pipeline > 1 else None,
+        context_parallel_size=topology.context_parallel,
+    )
+    rank_seed = (
+        seed
+        + _STAGE_SEED_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
+        + _DATA_RANK_SEED_STRIDE * parallel_state.get_data_parallel_rank()
+    )
+    torch.manual_seed(rank_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(rank_seed)
+
+
+class ControlGroup:
+    """Small agreements between all ranks over gloo."""
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(value)
+
+    def total(self, number: int) -> int:
+        """Sum over all ranks."""
+        value = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(value, group=self._group)
+        return int(value)
+
+    def first_error(self, error: str | None) -> str | None:
+        """The error of the lowest rank that has one, on every rank."""
+        errors: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(errors, error, group=self._group)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None), None)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self._group)

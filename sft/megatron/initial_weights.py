@@ -1,0 +1,67 @@
+"""The weights a run starts from: read from Hugging Face files, or drawn.
+
+Drawn weights depend on the tensor's Hugging Face name and the seed alone: each rank draws a whole tensor and keeps its
+slice, so that one seed gives one model under every topology.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from launcher.spec import RunSpec
+from sft.hf.architecture import Architecture
+from sft.hf.importer import fill_parameters, load_hf_weights
+from sft.megatron.mcore import TransformerConfig, get_transformer_layer_offset, parallel_state
+
+INITIAL_STD = 0.02
+"""Standard deviation of drawn matrices, the usual `initializer_range`."""
+_KEPT = 3
+
+
+def load_initial_weights(
+    chunks: Sequence[nn.Module],
+    spec: RunSpec,
+    architecture: Architecture,
+    config: TransformerConfig,
+    model_dir: Path,
+) -> None:
+    """Fill this rank's chunks."""
+    offsets = [get_transformer_layer_offset(config, getattr(chunk, "vp_stage", None)) for chunk in chunks]
+    place = {
+        "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "tensor_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "layer_offsets": offsets,
+    }
+    if spec.model.init == "random":
+        fill_parameters(chunks, architecture, DrawnWeights(spec.train.seed), **place)
+    else:
+        load_hf_weights(chunks, architecture, model_dir, **place)
+
+
+class DrawnWeights:
+    """A source of weights like sft.hf.files.WeightFiles: matrices from a normal distribution, norms 1, biases 0."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._recent: dict[str, Tensor] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The whole tensor `name`; a parameter's pieces come from up to three tensors in turn, so those are kept."""
+        if name not in self._recent:
+            while len(self._recent) >= _KEPT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[name] = self._draw(name, shape)
+        return self._recent[name]
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:
+            fill = torch.zeros if name.endswith(".bias") else torch.ones
+            return fill(shape, device="cpu")
+        digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.randn(shape, generator=generator, device="cpu") * INITIAL_STD

@@ -1,0 +1,146 @@
+"""From an `Architecture` and a `Topology` to the Megatron-core model chunks of this rank.
+
+Settings under which Megatron-core gives wrong results without an error are chosen here, never by the user:
+the interleaved schedule sends without batching (a two-stage pipeline would otherwise swap activations and
+gradients), gloo keeps stage outputs alive until they are sent, and the fused cross-entropy that casts gradients to
+bf16 stays off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launcher.errors import ModelError
+from launcher.spec import RunSpec
+from launcher.topology import Topology
+from sft.hf.architecture import Architecture
+from sft.megatron.layers import decoder_spec
+from sft.megatron.mcore import GPTModel, TransformerConfig, parallel_state
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Vocabulary rounded up so that each tensor parallel rank has equally many rows."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
+
+
+class SFTGPTModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose loss does not see the rows that only pad the vocabulary.
+
+    Megatron-core leaves padded rows in the softmax, where each adds exp(logit) to the partition function.
+    """
+
+    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._true_vocab_size = true_vocab_size
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Loss of each target, [b, s], from labels [b, s] and this rank's logits [s, b, vocab / tp]."""
+        local_rows = logits.size(-1)
+        first_row = local_rows * parallel_state.get_tensor_model_parallel_rank()
+        true_rows = min(max(self._true_vocab_size - first_row, 0), local_rows)
+        if true_rows < local_rows:
+            logits.narrow(-1, true_rows, local_rows - true_rows).fill_(torch.finfo(logits.dtype).min)
+        loss: Tensor = super().compute_language_model_loss(labels, logits)
+        return loss
+
+
+def transformer_config(
+    spec: RunSpec, architecture: Architecture, topology: Topology, *, on_gpu: bool
+) -> TransformerConfig:
+    """Megatron-core's configuration of this model under this layout."""
+    shape = architecture.shape
+    dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        attention_dropout=spec.model.attention_dropout,
+        hidden_dropout=spec.model.hidden_dropout,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        # Every weight is filled by name afterwards. Initialisation itself has to run all the same: it is what marks
+        # parameters as split over tensor parallel ranks.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        calculate_per_token_loss=True,
+        cross_entropy_loss_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        deterministic_mode=False,
+        **_parallel_settings(topology, on_gpu),
+        **_recompute_settings(spec.train.recompute),
+    )
+
+
+def _leave_as_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _parallel_settings(topology: Topology, on_gpu: bool) -> dict[str, Any]:
+    interleaved = topology.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": topology.tensor_parallel,
+        "pipeline_model_parallel_size": topology.pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": topology.virtual_pipeline if interleaved else None,
+        "context_parallel_size": topology.context_parallel,
+        "sequence_parallel": topology.sequence_parallel,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": on_gpu or not interleaved,
+    }
+
+
+def _recompute_settings(recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective"} if recompute == "selective" else {}
+
+
+def build_chunks(
+    spec: RunSpec, architecture: Architecture, topology: Topology, config: TransformerConfig
+) -> list[SFTGPTModel]:
+    """The model chunks of this pipeline stage, one a virtual stage, with uninitialised weights."""
+    if topology.context_parallel > 1:
+        raise ModelError(
+            f"topology.context_parallel {topology.context_parallel}: attention sees whole sequences only in this "
+            "version; set it to 1"
+        )
+    stages = range(topology.virtual_pipeline) if topology.virtual_pipeline > 1 else [None]
+    return [_build_chunk(spec, architecture, topology, config, stage) for stage in stages]
+
+
+def _build_chunk(
+    spec: RunSpec, architecture: Architecture, topology: Topology, config: TransformerConfig, vp_stage: int | None
+) -> SFTGPTModel:
+    shape = architecture.shape
+    scaling = architecture.rope_scaling_factor
+    return SFTGPTModel(
+        config,
+        decoder_spec(config, vp_stage),
+        vocab_size=padded_vocab_size(shape.vocab_size, topology.tensor_parallel),
+        true_vocab_size=shape.vocab_size,
+        max_sequence_length=spec.data.seq_length,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+        rope_scaling=scaling is not None,
+        **({} if scaling is None else {"rope_scaling_factor": scaling}),
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        vp_stage=vp_stage,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+    )

@@ -1,0 +1,183 @@
+"""Padded micro-batches: what is a target, what is padding, and the numbers of the global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sft.data.batch import MicroBatch, StepBatch, collate
+from sft.data.cache import TokenCache
+from sft.data.sampler import BatchPlan, rank_slice
+from tests.sft.caches_for_tests import make_cache, ragged_pairs
+
+
+def plan_of(cache: TokenCache, size: int = 8, shuffle: bool = True) -> BatchPlan:
+    return BatchPlan(num_examples=len(cache), global_batch_size=size, seed=3, shuffle=shuffle)
+
+
+def batch_of(cache: TokenCache, plan: BatchPlan, step: int, rank: int = 0, dp: int = 1, **sizes: int) -> StepBatch:
+    values = {"micro_batch_size": 2, "pad_to_multiple": 4, "sequence_multiple": 1} | sizes
+    return collate(cache, plan, step, dp_rank=rank, dp_size=dp, **values)
+
+
+def rows(batch: StepBatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    return [
+        (micro.tokens[i], micro.labels[i], micro.loss_weights[i])
+        for micro in batch.micro_batches
+        for i in range(len(micro.tokens))
+    ]
+
+
+def test_trap_5_an_example_of_n_tokens_has_n_minus_1_targets_of_its_own(tmp_path: Path) -> None:
+    """Seen to fail with labels rolled over the flat cache, where the last token predicts the next example's first."""
+    pairs = [([5, 6, 7], [1.0, 1.0, 1.0]), ([8, 9, 4, 3], [0.0, 0.0, 0.5, 1.0])]
+    cache = make_cache(tmp_path / "cache", pairs)
+    (batch,) = batch_of(cache, plan_of(cache, 2, shuffle=False), 0).micro_batches
+    assert batch.tokens.tolist() == [[5, 6, 0, 0], [8, 9, 4, 0]]
+    assert batch.labels.tolist() == [[6, 7, 0, 0], [9, 4, 3, 0]]
+    assert batch.loss_weights.tolist() == [[1, 1, 0, 0], [0, 0.5, 1, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert batch.cu_seqlens is None
+
+
+def test_trap_7_lengths_come_from_the_index_and_never_from_ids(tmp_path: Path) -> None:
+    """Padding and end ids anywhere change nothing. Seen to fail with a mask made of `tokens != 0`."""
+    pairs = ragged_pairs(40, vocab=3)
+    cache = make_cache(tmp_path / "cache", pairs)
+    plan = plan_of(cache)
+    for step in range(plan.steps_per_epoch):
+        for example, (tokens, labels, weights) in zip(
+            plan.examples_at(step), rows(batch_of(cache, plan, step)), strict=True
+        ):
+            ids, expected = pairs[int(example)]
+            assert tokens[: len(ids) - 1].tolist() == ids[:-1]
+            assert labels[: len(ids) - 1].tolist() == ids[1:]
+            assert weights[: len(ids) - 1].tolist() == expected[1:]
+            assert not weights[len(ids) - 1 :].any()
+
+
+def test_trap_8_an_end_token_that_is_the_padding_token_keeps_its_weight(tmp_path: Path) -> None:
+    """Seen to fail with weights cleared where the label is the padding id."""
+    cache = make_cache(tmp_path / "cache", [([4, 5, 0], [0.0, 1.0, 1.0]), ([4, 5, 6, 7, 8, 0], [0.0] * 5 + [1.0])])
+    (batch,) = batch_of(cache, plan_of(cache, 2, shuffle=False), 0).micro_batches
+    assert batch.loss_weights[0].tolist()[:3] == [1, 1, 0]
+    assert batch.loss_weights[1].tolist()[:5] == [0, 0, 0, 0, 1]
+
+
+def test_trap_16_every_data_parallel_size_trains_the_same_rows(tmp_path: Path) -> None:
+    """Seen to fail with a plan that is seeded by the rank."""
+    cache = make_cache(tmp_path / "cache", ragged_pairs(21))
+    plan = plan_of(cache)
+    for step in range(2 * plan.steps_per_epoch):
+        alone = batch_of(cache, plan, step)
+        for dp in (2, 4):
+            shares = [batch_of(cache, plan, step, rank, dp) for rank in range(dp)]
+            assert {share.global_weight for share in shares} == {alone.global_weight}
+            assert {(share.tokens, share.supervised_tokens, share.examples) for share in shares} == {
+                (alone.tokens, alone.supervised_tokens, alone.examples)
+            }
+            assert sorted(row for share in shares for row in targets(share)) == sorted(targets(alone))
+
+
+def targets(batch: StepBatch) -> list[tuple[list[int], list[float]]]:
+    """Labels and weights of each row without the padding, whose amount differs between ranks."""
+    found = []
+    for _, labels, weights in rows(batch):
+        count = int(weights.nonzero().max()) + 1 if weights.any() else 0
+        found.append((labels[:count].tolist(), weights[:count].tolist()))
+    return found
+
+
+def test_trap_17_empty_slots_change_neither_loss_nor_gradient(tmp_path: Path) -> None:
+    """5 examples in a batch of 8 train as 5 do. Seen to fail with empty slots filled by example 0."""
+    pairs = ragged_pairs(5)
+    cache = make_cache(tmp_path / "cache", pairs)
+    batch = batch_of(cache, plan_of(cache, 8), 0)
+    table = torch.nn.Parameter(torch.randn(50, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    summed = torch.stack([_weighted(table, *row) for row in rows(batch)]).sum() / batch.global_weight
+    (gradient,) = torch.autograd.grad(summed, table)
+    alone = [
+        (torch.tensor(ids[:-1]), torch.tensor(ids[1:]), torch.tensor(weights[1:], dtype=torch.float32))
+        for ids, weights in pairs
+    ]
+    expected = torch.stack([_weighted(table, *row) for row in alone]).sum() / sum(
+        float(weights.sum()) for _, _, weights in alone
+    )
+    (expected_gradient,) = torch.autograd.grad(expected, table)
+    assert batch.examples == 5
+    torch.testing.assert_close(summed, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def _weighted(table: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    losses = torch.nn.functional.cross_entropy(table[tokens], labels, reduction="none")
+    return (losses * weights).sum()
+
+
+def test_trap_19_evaluation_counts_every_example_once(tmp_path: Path) -> None:
+    """200 examples at batch 256 evaluate 200. Seen to fail with steps_per_epoch rounded down (0 steps)."""
+    cache = make_cache(tmp_path / "cache", ragged_pairs(200))
+    plan = plan_of(cache, 256, shuffle=False)
+    batches = [batch_of(cache, plan, 0, rank, 4) for rank in range(4)]
+    assert plan.steps_per_epoch == 1
+    assert batches[0].examples == 200
+    assert sum(len(ids) > 0 for batch in batches for ids, _ in targets(batch)) == 200
+    assert batches[0].global_weight == sum(float(w.sum()) for batch in batches for _, _, w in rows(batch))
+
+
+def test_numbers_of_the_global_batch(tmp_path: Path) -> None:
+    pairs = [([5, 6, 7], [9.0, 1.0, 1.0]), ([8, 9, 4, 3], [0.0, 0.0, 0.5, 1.0])]
+    cache = make_cache(tmp_path / "cache", pairs)
+    batch = batch_of(cache, plan_of(cache, 4), 0, micro_batch_size=1)
+    assert (batch.global_weight, batch.examples, batch.tokens, batch.supervised_tokens) == (3.5, 2, 5, 4)
+    assert len(batch.micro_batches) == 4
+
+
+def test_all_micro_batches_of_a_step_have_one_shape(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", ragged_pairs(30))
+    plan = plan_of(cache)
+    for step in range(plan.steps_per_epoch):
+        batch = batch_of(cache, plan, step, rank=1, dp=2, pad_to_multiple=4, sequence_multiple=6)
+        (shape,) = {micro.tokens.shape for micro in batch.micro_batches}
+        mine = [i for i in rank_slice(plan.examples_at(step), 1, 2) if i >= 0]
+        longest = max(int(cache.lengths[i]) - 1 for i in mine)
+        assert shape[1] % 12 == 0
+        assert longest <= shape[1] < longest + 12
+
+
+def test_a_rank_without_examples_gets_rows_without_weight(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", ragged_pairs(1))
+    batch = batch_of(cache, plan_of(cache, 4), 0, rank=1, dp=2)
+    assert [micro.tokens.shape for micro in batch.micro_batches] == [(2, 4)]
+    assert not any(micro.loss_weights.any() for micro in batch.micro_batches)
+    assert batch.global_weight > 0
+
+
+def test_batches_move_to_a_device_with_all_their_tensors() -> None:
+    tensors = {name: torch.ones(1, 2) for name in ("tokens", "labels", "loss_weights", "position_ids")}
+    micro = MicroBatch(**tensors, cu_seqlens=torch.tensor([0, 2]))
+    batch = StepBatch(micro_batches=(micro,), step=1, global_weight=2.0, examples=1, tokens=2, supervised_tokens=2).to(
+        "meta"
+    )
+    (moved,) = batch.micro_batches
+    assert moved.tokens.device.type == "meta"
+    assert moved.cu_seqlens is not None
+    assert moved.cu_seqlens.device.type == "meta"
+    assert batch.global_weight == 2.0
+
+
+def test_a_share_that_does_not_divide_into_micro_batches_is_refused(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", ragged_pairs(8))
+    with pytest.raises(ValueError, match="8 examples a rank do not divide into micro-batches of 3"):
+        batch_of(cache, plan_of(cache), 0, micro_batch_size=3)
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", ragged_pairs(8))
+    (micro, *_) = batch_of(cache, plan_of(cache), 0).micro_batches
+    assert [tensor.dtype for tensor in (micro.tokens, micro.labels, micro.position_ids)] == [torch.int64] * 3
+    assert micro.loss_weights.dtype == torch.float32
+    assert cache.target_weights.dtype == np.float64

@@ -1,0 +1,177 @@
+"""Every covered family is read in both config forms; every setting that is not covered is refused with its value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import ModelError
+from sft.hf.architecture import read_architecture
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def write_config(directory: Path, **changes: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    return directory
+
+
+def refusal(directory: Path, **changes: Any) -> list[str]:
+    with pytest.raises(ModelError) as caught:
+        read_architecture(write_config(directory, **changes))
+    where = f"{directory / 'config.json'}: "
+    assert all(problem.startswith(where) for problem in caught.value.problems)
+    return [problem.removeprefix(where) for problem in caught.value.problems]
+
+
+def test_plain_llama(tmp_path: Path) -> None:
+    architecture = read_architecture(write_config(tmp_path))
+
+    assert architecture.shape.head_dim == 8
+    assert architecture.layernorm_epsilon == 1e-5
+    assert architecture.rope_theta == 10000.0
+    assert architecture.rope_scaling_factor is None
+    assert not architecture.qkv_bias
+    assert not architecture.qk_norm
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
+        {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+        {"rope_scaling": {**LLAMA3, "rope_type": None, "type": "llama3"}, "rope_theta": 500000},
+    ],
+    ids=["transformers 5", "transformers 4", "key type"],
+)
+def test_rope_is_read_from_old_and_new_places(tmp_path: Path, rope: dict[str, Any]) -> None:
+    for value in rope.values():
+        if isinstance(value, dict) and value.get("rope_type") is None:
+            value.pop("rope_type", None)
+    architecture = read_architecture(write_config(tmp_path, **rope))
+
+    assert architecture.rope_theta == 500000.0
+    assert architecture.rope_scaling_factor == 32.0
+
+
+def test_old_default_rope_scaling_of_null(tmp_path: Path) -> None:
+    architecture = read_architecture(write_config(tmp_path, rope_scaling=None, rope_theta=1000000.0))
+
+    assert (architecture.rope_theta, architecture.rope_scaling_factor) == (1000000.0, None)
+
+
+def test_what_families_imply(tmp_path: Path) -> None:
+    qwen2 = read_architecture(write_config(tmp_path, model_type="qwen2", attention_bias=True))
+    qwen3 = read_architecture(write_config(tmp_path, model_type="qwen3", head_dim=16))
+    mistral = read_architecture(write_config(tmp_path, model_type="mistral", sliding_window=None))
+
+    assert (qwen2.qkv_bias, qwen2.qk_norm) == (True, False)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.shape.head_dim) == (False, True, 16)
+    assert (mistral.qkv_bias, mistral.qk_norm) == (False, False)
+
+
+def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
+    assert refusal(tmp_path, model_type="gpt2") == [
+        "model_type 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; only 'silu'"),
+        ({"attention_bias": True}, "attention_bias true is not supported"),
+        ({"mlp_bias": True}, "mlp_bias true is not supported"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config: quantized weights are not supported; use the unquantized model",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; only 1.0"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "RoPE settings that differ between layers are not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_type 'yarn' is not supported; supported are 'default', 'llama3'",
+        ),
+        (
+            {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0, "original_max_position_embeddings": 4096}},
+            "rope_type 'llama3' with low_freq_factor 2.0, not 1.0; original_max_position_embeddings 4096, not 8192: "
+            "Megatron-core has these numbers built in",
+        ),
+        (
+            {"rope_scaling": {key: LLAMA3[key] for key in LLAMA3 if key != "original_max_position_embeddings"}},
+            "rope_type 'llama3' with original_max_position_embeddings 128, not 8192: "
+            "Megatron-core has these numbers built in",
+        ),
+        (
+            {"rope_scaling": {key: LLAMA3[key] for key in LLAMA3 if key != "factor"}},
+            "rope_type 'llama3' without a factor",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": 4096},
+            "sliding_window 4096 is not supported; only null",
+        ),
+        (
+            {"model_type": "mistral"},
+            "no sliding_window, which a mistral config must state",
+        ),
+        (
+            {"model_type": "qwen3"},
+            "no head_dim, which a qwen3 config must state",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "a sliding window in 3 of 4 layers is not supported",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"] * 2},
+            "a sliding window in 2 of 4 layers is not supported",
+        ),
+    ],
+)
+def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    assert refusal(tmp_path, **changes) == [message]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28},
+        {"model_type": "llama", "sliding_window": 64},
+    ],
+    ids=["switched off", "above the last layer", "not read by this family"],
+)
+def test_a_window_that_no_layer_has_is_no_problem(tmp_path: Path, changes: dict[str, Any]) -> None:
+    read_architecture(write_config(tmp_path, **changes))
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    assert refusal(tmp_path, hidden_act="relu", mlp_bias=True, partial_rotary_factor=0.25) == [
+        "hidden_act 'relu' is not supported; only 'silu'",
+        "mlp_bias true is not supported",
+        "partial_rotary_factor 0.25 is not supported; only 1.0",
+    ]

@@ -1,0 +1,281 @@
+"""Imported ranks give transformers' logits under any layout; an incomplete directory is refused by file and tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from launcher.errors import ModelError
+from sft.hf.architecture import read_architecture
+from sft.hf.files import WeightFiles, check_model_files
+from sft.hf.importer import load_hf_weights
+from sft.hf.layouts import layout_of, parameter_names
+from tests.ranks import run_ranks
+from tests.sft.hf_cases import BASE, CASES, example_ids, hf_logits, rank_logits, run_spec, save_hf_model
+
+TOLERANCE = 1e-5
+"""Logits are of size 1; ten times what is seen on any case."""
+
+
+def expect_same_logits(directory: Path, ranks: int, **topology: int) -> None:
+    ids = example_ids()
+    expected = hf_logits(directory, ids)
+    found = run_ranks(ranks, rank_logits, run_spec(directory, ranks, **topology), ids.tolist(), init=True)
+    last = [torch.from_numpy(logits) for logits in found if logits is not None]
+    assert last
+    for logits in last:
+        assert (logits - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_one_rank(case: str, tmp_path: Path) -> None:
+    expect_same_logits(save_hf_model(case, tmp_path), 1)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("case", "ranks", "topology"),
+    [
+        ("llama", 3, {"tensor_parallel": 3}),
+        ("llama_mha", 2, {"tensor_parallel": 2}),
+        ("llama_one_kv_head", 2, {"tensor_parallel": 2}),
+        ("qwen2_tied", 3, {"tensor_parallel": 3}),
+        ("qwen2", 2, {"pipeline_parallel": 2}),
+        ("qwen3_tied", 2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+        ("qwen3", 3, {"tensor_parallel": 3}),
+        ("llama_tied", 6, {"tensor_parallel": 3, "pipeline_parallel": 2}),
+    ],
+)
+def test_logits_of_many_ranks(case: str, ranks: int, topology: dict[str, int], tmp_path: Path) -> None:
+    expect_same_logits(save_hf_model(case, tmp_path), ranks, **topology)
+
+
+@pytest.mark.parity
+def test_sharded_bf16_files_are_read_into_fp32_ranks(tmp_path: Path) -> None:
+    save_hf_model("qwen2", tmp_path, dtype=torch.bfloat16, shard="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    expect_same_logits(tmp_path, 3, tensor_parallel=3)
+
+
+class Chunk(nn.Module):
+    """Parameters under the names of a whole Megatron-core model, without Megatron-core."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32, padding: int = 3) -> None:
+        super().__init__()
+        model = read_architecture(directory)
+        for name in parameter_names(model):
+            layout = layout_of(name, model)
+            assert layout is not None
+            rows = layout.rows + (padding if layout.padded else 0)
+            shape = (rows,) if layout.columns is None else (rows, layout.columns)
+            *path, last = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, nn.Parameter(torch.full(shape, float("nan"), dtype=dtype)))
+
+
+def load(chunk: nn.Module, directory: Path) -> None:
+    load_hf_weights([chunk], read_architecture(directory), directory, tensor_rank=0, tensor_size=1, layer_offsets=[0])
+
+
+def test_padding_is_zero_and_numbers_take_the_parameters_type(tmp_path: Path) -> None:
+    save_hf_model("llama", tmp_path)
+    chunk = Chunk(tmp_path, dtype=torch.bfloat16)
+    load(chunk, tmp_path)
+    embedding = chunk.get_parameter("embedding.word_embeddings.weight")
+
+    stored = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(embedding[:97], stored.to(torch.bfloat16))
+    assert torch.equal(embedding[97:], torch.zeros(3, 48, dtype=torch.bfloat16))
+    assert all(parameter.isfinite().all() for parameter in chunk.parameters())
+
+
+def test_only_the_needed_slices_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_hf_model("llama", tmp_path)
+    chunk = Chunk(tmp_path)
+    read: list[int] = []
+    original = WeightFiles.tensor
+
+    class Counting:
+        def __init__(self, tensor: Any) -> None:
+            self.tensor = tensor
+
+        def __getitem__(self, place: Any) -> Any:
+            found = self.tensor[place]
+            read.append(found.numel())
+            return found
+
+    monkeypatch.setattr(WeightFiles, "tensor", lambda *args: Counting(original(*args)))
+    load(chunk, tmp_path)
+
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(read) == sum(tensor.numel() for tensor in stored.values())
+    assert max(read) == max(tensor.numel() for tensor in stored.values())
+
+
+def test_a_model_that_lacks_a_parameter_is_our_bug(tmp_path: Path) -> None:
+    save_hf_model("qwen2", tmp_path)
+    chunk = Chunk(tmp_path)
+    del chunk.get_submodule("decoder.layers.1.self_attention.linear_qkv")._parameters["bias"]
+
+    with pytest.raises(
+        ValueError, match=r"lacks parameters of its architecture: decoder\.layers\.1\..*linear_qkv\.bias"
+    ):
+        load(chunk, tmp_path)
+
+
+def test_a_split_parameter_must_carry_the_mark(tmp_path: Path) -> None:
+    save_hf_model("llama", tmp_path)
+    chunk = Chunk(tmp_path, padding=0)
+    weight = chunk.get_parameter("embedding.word_embeddings.weight")
+    weight.data = weight.data[:49]
+    arguments = {"tensor_rank": 0, "tensor_size": 2, "layer_offsets": [0]}
+
+    message = r"embedding\.word_embeddings\.weight is marked as split on axis None, not 0"
+    with pytest.raises(ValueError, match=message):
+        load_hf_weights([chunk], read_architecture(tmp_path), tmp_path, **arguments)  # type: ignore[arg-type]
+
+
+def problems(directory: Path) -> list[str]:
+    with pytest.raises(ModelError) as caught:
+        check_model_files(directory, read_architecture(directory))
+    return list(caught.value.problems)
+
+
+def rewrite(directory: Path, **changes: torch.Tensor | None) -> None:
+    """Replace, add or (None) drop tensors of a single weight file; double underscores stand for dots."""
+    path = directory / "model.safetensors"
+    tensors: dict[str, Any] = load_file(path) | {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    return save_hf_model("llama", tmp_path)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return save_hf_model("llama", tmp_path, shard="60KB")
+
+
+def test_complete_directories_pass(tmp_path: Path) -> None:
+    for case in CASES:
+        directory = tmp_path / case
+        save_hf_model(case, directory, shard="60KB")
+        check_model_files(directory, read_architecture(directory))
+
+
+def test_missing_tensor(single: Path) -> None:
+    rewrite(single, model__norm__weight=None)
+    assert problems(single) == [f"{single}: no tensor model.norm.weight in any weight file"]
+    with pytest.raises(ModelError, match=r"no tensor model\.norm\.weight in any weight file"):
+        load(Chunk(single), single)
+
+
+def test_wrong_shape(single: Path) -> None:
+    rewrite(single, lm_head__weight=torch.zeros(96, 48))
+    message = (
+        f"{single / 'model.safetensors'}: tensor lm_head.weight is [96, 48]; by config.json it should be "
+        f"[{BASE['vocab_size']}, 48]"
+    )
+    assert problems(single) == [message]
+    with pytest.raises(ModelError) as caught:
+        load(Chunk(single), single)
+    assert str(caught.value) == message
+
+
+def test_wrong_number_type(single: Path) -> None:
+    rewrite(single, lm_head__weight=torch.zeros(97, 48, dtype=torch.int8))
+    where = single / "model.safetensors"
+    assert problems(single) == [f"{where}: tensor lm_head.weight is I8; supported are BF16, F16, F32, F64"]
+
+
+def test_a_tensor_that_nothing_takes(single: Path) -> None:
+    rewrite(
+        single, model__layers__0__self_attn__q_proj__bias=torch.zeros(48), model__rotary_emb__inv_freq=torch.ones(4)
+    )
+    where = single / "model.safetensors"
+    assert problems(single) == [f"{where}: tensor model.layers.0.self_attn.q_proj.bias has no place in a llama model"]
+
+
+def test_truncated_file(single: Path) -> None:
+    path = single / "model.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-100])
+    assert problems(single) == [f"{path}: truncated: {size - 100} bytes, its header says {size}"]
+
+    path.write_bytes(path.read_bytes()[:20])
+    assert problems(single) == [f"{path}: truncated: 20 bytes, too few for its header"]
+
+    path.write_bytes((2).to_bytes(8, "little") + b"[]")
+    assert problems(single) == [f"{path}: not a safetensors file"]
+
+
+def test_truncated_file_met_by_a_rank(sharded: Path) -> None:
+    files = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    path = sharded / files["model.norm.weight"]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=rf"{path}: tensor .* cannot be read"):
+        load(Chunk(sharded), sharded)
+
+
+def test_file_of_the_index_is_missing(sharded: Path) -> None:
+    files = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    path = sharded / files["model.norm.weight"]
+    path.unlink()
+    assert problems(sharded) == [f"{path}: missing; model.safetensors.index.json names it"]
+    with pytest.raises(ModelError, match=f"{path}: tensor .* cannot be read"):
+        load(Chunk(sharded), sharded)
+
+
+def test_many_problems_are_counted(single: Path) -> None:
+    dropped = {f"model__layers__{layer}__mlp__up_proj__weight": None for layer in range(4)}
+    rewrite(single, **dropped, model__norm__weight=None)
+    found = problems(single)
+    assert len(found) == 4
+    assert found[0] == f"{single}: no tensor model.layers.0.mlp.up_proj.weight in any weight file"
+    assert found[-1] == f"{single}: 2 more such problems"
+
+
+def test_no_weights(single: Path) -> None:
+    (single / "model.safetensors").unlink()
+    assert problems(single) == [f"{single}: neither model.safetensors nor model.safetensors.index.json"]
+    (single / "pytorch_model.bin").touch()
+    assert problems(single) == [
+        f"{single}: neither model.safetensors nor model.safetensors.index.json; "
+        "pickled weights are not read, save the model with safe_serialization"
+    ]
+
+
+def test_an_index_that_points_out_of_the_directory(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "../other.safetensors"
+    index.write_text(json.dumps(content))
+    assert problems(sharded) == [f"{index}: names '../other.safetensors', which is not a file of this directory"]
+    index.write_text("{}")
+    assert problems(sharded) == [f"{index}: not an index of weight files (KeyError: 'weight_map')"]
+
+
+def test_a_tied_head_must_be_a_copy(tmp_path: Path) -> None:
+    save_hf_model("llama_tied", tmp_path)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(tmp_path, lm_head__weight=embedding.clone())
+    check_model_files(tmp_path, read_architecture(tmp_path))
+
+    embedding[-1, -1] += 1
+    rewrite(tmp_path, lm_head__weight=embedding)
+    assert problems(tmp_path) == [
+        f"{tmp_path}: config.json ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight"
+    ]
