@@ -55,6 +55,7 @@ def test_cancelled_run_goes_on_where_it_stopped(uninterrupted: RunPaths, bench: 
     wait_for_checkpoint(run)
     bench.launcher("cancel", str(run.root))
     bench.wait_for_state(run, "CANCELLED")
+    assert events(run, "attempt_ended")[0]["exit_code"] == ExitCode.REQUEUE
     stopped_at = checkpoint_step(run.complete_checkpoints()[-1])
     assert stopped_at < STEPS
     bench.launcher("resubmit", str(run.root))
