@@ -9,6 +9,9 @@ from typing import Any
 
 from launcher.errors import ModelError
 
+_TIED_BY_DEFAULT = ("gemma",)
+"""Model types whose config may leave `tie_word_embeddings` out and mean true."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
@@ -34,8 +37,9 @@ class ModelShape:
         if missing:
             raise ModelError(f"{where}: no integer {', '.join(missing)}; is this a decoder-only model's config?")
         heads: int = config["num_attention_heads"]
+        model_type = str(config.get("model_type", ""))
         return cls(
-            model_type=str(config.get("model_type", "")),
+            model_type=model_type,
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             ffn_hidden_size=config["intermediate_size"],
@@ -44,7 +48,7 @@ class ModelShape:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings") or 2**31,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
         )
 
 

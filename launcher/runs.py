@@ -136,7 +136,7 @@ def listing(runs: Sequence[RunPaths]) -> list[dict[str, Any]]:
     """What `launcher list` shows: name, state by the run's own files, creation time, topology, lineage."""
     rows = []
     for item in map(snapshot, runs):
-        state = item.own_state
+        state = item.own_state or (JobState.CANCELLED if item.cancelled else None)
         rows.append(
             {
                 "run": item.paths.name,

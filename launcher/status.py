@@ -94,6 +94,8 @@ def _judge(item: Snapshot, records: dict[str, JobRecord], problem: str | None) -
         return _judge_record(item, record)
     if item.own_state is not None:
         return item.own_state, item.failure()
+    if item.cancelled and problem is None:
+        return JobState.CANCELLED, item.failure()  # Slurm kills what does not end in time, the batch script too
     return JobState.UNKNOWN, problem or "Slurm knows the job no more, and it left no word of its end"
 
 

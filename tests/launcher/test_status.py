@@ -185,6 +185,14 @@ def test_local_process(tmp_path: Path) -> None:
     assert state_of(reused) == (JobState.COMPLETED, "")
 
 
+def test_cancelled_job_that_was_killed_before_its_last_word(tmp_path: Path, silent: Commands) -> None:
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    append_event(paths, "cancelled", job_id="7")
+    assert state_of(paths) == (JobState.CANCELLED, "by `launcher cancel`")
+    assert listing([paths])[0]["state"] == "CANCELLED"
+
+
 def test_cancelled_local_run(tmp_path: Path) -> None:
     paths = make_run(tmp_path, "a", scheduler="local", host=socket.gethostname())
     started(paths, "local-1")
