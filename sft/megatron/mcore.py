@@ -15,6 +15,7 @@ cpu_support.install()
 with warnings.catch_warnings():
     # Transformer Engine and Apex are optional here; Megatron-core warns on import that they are absent.
     warnings.simplefilter("ignore")
+    import megatron.core.optimizer.clip_grads as _clip_grads
     import megatron.core.tensor_parallel.random as _random
     from megatron.core import __version__, dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -40,7 +41,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 cpu_support.redirect_rng(_random)
-mends.apply(DistributedOptimizer, filesystem_async)
+mends.apply(DistributedOptimizer, filesystem_async, _clip_grads)
 
 __all__ = [
     "CheckpointingException",

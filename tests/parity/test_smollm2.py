@@ -1,0 +1,64 @@
+"""A real pretrained model under every layout that its 9 heads, 3 KV heads and 30 layers allow on few ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.reference import Curve
+from tests.parity.runs import curve, make_run, reference_curve, run_training
+from tests.parity.test_topologies import losses_of_first_step
+from tests.ranks import run_ranks
+from tests.tiny_model import write_jsonl
+
+pytestmark = pytest.mark.parity
+
+SETTINGS: dict[str, Any] = {"max_steps": 3, "global_batch_size": 4, "lr": 1e-5, "clip_grad": 1.0}
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "tp1": (1, {}),
+    "tp3": (3, {"tensor_parallel": 3}),
+    "pp2": (2, {"pipeline_parallel": 2}),
+    "dp2": (2, {}),
+}
+ROWS = [
+    ("Which metal is liquid at room temperature?", "Mercury."),
+    ("Name a bird that cannot fly.", "The ostrich cannot fly, and neither can the emu."),
+    ("How many legs has a spider?", "Eight."),
+    ("What do bees make?", "Bees make honey, and wax for their combs."),
+    ("Who wrote Hamlet?", "William Shakespeare."),
+    ("What is ice?", "Water that is frozen."),
+]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"prompt": question, "completion": answer} for question, answer in ROWS]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "questions.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, questions: Path) -> Curve:
+    steps = SETTINGS["max_steps"]
+    settings = {name: value for name, value in SETTINGS.items() if name != "max_steps"}
+    return reference_curve(tmp_path_factory.mktemp("reference"), smollm2, questions, steps=steps, **settings)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_follows_reference(name: str, tmp_path: Path, smollm2: Path, questions: Path, reference: Curve) -> None:
+    ranks, topology = LAYOUTS[name]
+    paths = make_run(tmp_path, smollm2, questions, ranks=ranks, topology=topology, **SETTINGS)
+    run_training(paths, ranks, timeout=240)
+    losses, norms = curve(paths)
+    assert losses == pytest.approx(reference.losses, rel=1e-5)
+    assert norms == pytest.approx(reference.grad_norms, rel=1e-5)
+
+
+def test_target_losses_equal_transformers(tmp_path: Path, smollm2: Path, questions: Path, reference: Curve) -> None:
+    paths = make_run(
+        tmp_path, smollm2, questions, ranks=3, topology={"tensor_parallel": 3}, **{**SETTINGS, "max_steps": 1}
+    )
+    found = run_ranks(3, losses_of_first_step, paths.config, timeout=240)[0]
+    for row, losses in zip(found, reference.first_step.values(), strict=True):
+        assert row[: len(losses)] == pytest.approx(losses, abs=1e-4)
