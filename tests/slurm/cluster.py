@@ -172,7 +172,11 @@ class SlurmCluster:
         kill_all_with(self._node_env(name))
 
     def start_node(self, name: str) -> None:
-        """Switch a killed node on again and wait until it is idle."""
+        """Switch a killed node on again and wait until it is idle.
+
+        The controller may still have to deliver the end of what ran there before: a requeued job that starts on a node
+        which is back at once can be hit by it. Let such a job finish elsewhere first.
+        """
         self._start_slurmd(name)
         self.wait_for_nodes({"idle"}, [name])
 
