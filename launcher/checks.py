@@ -31,6 +31,7 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     """Everything wrong with the values themselves; looks at no file."""
     yield from _required(spec)
     yield from _ranges(spec)
+    yield from _batches(spec)
     yield from _scheduler(spec)
     yield from _runtime(spec)
     if spec.train.eval_every is not None and not spec.data.validation:
@@ -95,6 +96,32 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
             yield key, f"{value} is not in [0, 1)"
     if optimizer.min_lr > optimizer.lr:
         yield "train.optimizer.min_lr", f"{optimizer.min_lr} is above train.optimizer.lr {optimizer.lr}"
+
+
+def _batches(spec: RunSpec) -> Iterator[Problem]:
+    data, train = spec.data, spec.train
+    if data.packing and train.micro_batch_size != 1:
+        yield (
+            "train.micro_batch_size",
+            f"{train.micro_batch_size} with data.packing: a packed row holds many examples already; set it to 1, and "
+            "make rows longer with data.seq_length",
+        )
+    if train.global_batch_unit == "tokens" and data.seq_length > 0 and train.global_batch_size % data.seq_length:
+        below = train.global_batch_size // data.seq_length * data.seq_length
+        nearest = ", ".join(str(size) for size in (below, below + data.seq_length) if size)
+        yield (
+            "train.global_batch_size",
+            f"{train.global_batch_size} tokens are not a number of rows of data.seq_length {data.seq_length}; "
+            f"nearest valid: {nearest}",
+        )
+    if data.group_by_length:
+        others = {
+            "data.packing, which makes rows of any lengths full": data.packing,
+            "train.global_batch_unit tokens, which sorts by length already": train.global_batch_unit == "tokens",
+            "data.shuffle false, which keeps the order of the files": not data.shuffle,
+        }
+        for other in (name for name, given in others.items() if given):
+            yield "data.group_by_length", f"excludes {other}; drop one"
 
 
 def _scheduler(spec: RunSpec) -> Iterator[Problem]:

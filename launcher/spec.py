@@ -163,8 +163,13 @@ class DataSpec:
     """Longest example in tokens."""
     length_policy: Literal["drop", "truncate_left", "truncate_right", "error"] = "truncate_right"
     """What happens to longer examples; what is lost is counted and printed."""
+    packing: bool = False
+    """Put several examples into one row of up to seq_length tokens, kept apart from each other; needs micro_batch_size
+    1, since a row is many examples already. The same examples make the same steps with or without it."""
     pad_to_multiple: int = 8
-    """Batches are padded to their longest example, rounded up to this."""
+    """Batches are padded to their longest row, rounded up to this."""
+    group_by_length: bool = False
+    """Without packing: draw batches of examples of similar lengths, which need less padding; needs shuffle."""
     shuffle: bool = True
     """Draw a new order each epoch from train.seed."""
     workers: Optional[int] = None
@@ -208,7 +213,10 @@ class TrainSpec:
     epochs: Optional[int] = None
     """Passes over the training data."""
     global_batch_size: int = 8
-    """Examples in one optimizer step, over all ranks."""
+    """Examples (or tokens, see global_batch_unit) in one optimizer step, over all ranks."""
+    global_batch_unit: Literal["examples", "tokens"] = "examples"
+    """examples: a step holds equally many of them; tokens: each epoch is packed into rows of seq_length tokens, and a
+    step holds the examples of global_batch_size / seq_length rows. Means the same with data.packing or without it."""
     micro_batch_size: int = 1
     """Examples in one forward pass of one rank."""
     seed: int = 1234

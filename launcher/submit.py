@@ -19,6 +19,7 @@ from launcher.render import render
 from launcher.resources import checkout_root
 from launcher.rundir import RunPaths, append_event, write_atomic
 from launcher.spec import RunSpec, to_yaml
+from launcher.topology import describe_batch
 
 
 def submit(plan: Plan, command: Sequence[str], parent_run: str | None = None) -> Attempt:
@@ -109,13 +110,11 @@ def summary(plan: Plan) -> str:
     spec, topology = plan.spec, plan.topology
     resources = spec.resources
     device = f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else "CPU"
-    tokens = topology.global_batch_size * spec.data.seq_length
     lines = [
         f"run        {spec.name} on cluster {spec.cluster.name} ({spec.cluster.scheduler})",
         f"nodes      {resources.nodes} x {resources.ranks_per_node} ranks ({device})",
         f"topology   {topology.describe()}",
-        f"batch      {topology.global_batch_size} examples a step = micro-batch {topology.micro_batch_size} "
-        f"x dp {topology.data_parallel} x {topology.micro_batches} accumulated; at most {tokens:,} tokens",
+        f"batch      {describe_batch(spec, topology)}",
         f"directory  {plan.paths.root}",
         "values that are not defaults:",
     ]

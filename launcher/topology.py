@@ -42,13 +42,18 @@ class Topology:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes of one rank in one optimizer step (gradient accumulation)."""
+        """Forward passes of one rank in one optimizer step (gradient accumulation), where each step has as many."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     @property
     def sequence_multiple(self) -> int:
         """Padded sequence lengths must be a multiple of this."""
         return _sequence_multiple(self.tensor_parallel, self.context_parallel, self.sequence_parallel)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The micro-batches of a rank in a step must be a multiple of this: the interleaved schedule's rule."""
+        return self.pipeline_parallel if self.virtual_pipeline > 1 else 1
 
     def coordinates(self, rank: int) -> RankCoordinates:
         """Place of `rank` in Megatron-core's default order: tp fastest, then cp, dp, pp."""
@@ -100,6 +105,25 @@ def build_topology(spec: RunSpec, shape: ModelShape | None) -> Topology:
         micro_batch_size=spec.train.micro_batch_size,
         global_batch_size=spec.train.global_batch_size,
     )
+
+
+def steps_vary(spec: RunSpec) -> bool:
+    """Whether the micro-batches of a step depend on its examples; each rank then gets equally many, some empty."""
+    return spec.data.packing or spec.train.global_batch_unit == "tokens"
+
+
+def describe_batch(spec: RunSpec, topology: Topology) -> str:
+    """What one optimizer step holds and how it is cut."""
+    size, unit = spec.train.global_batch_size, spec.train.global_batch_unit
+    ranks, rows = topology.data_parallel, spec.train.micro_batch_size
+    if spec.data.packing:
+        cut = f"packed into rows of at most {spec.data.seq_length:,} tokens over dp {ranks}"
+    elif steps_vary(spec):
+        cut = f"in micro-batches of {rows} over dp {ranks}"
+    else:
+        cut = f"= micro-batch {rows} x dp {ranks} x {topology.micro_batches} accumulated"
+    most = f"; at most {size * spec.data.seq_length:,} tokens" if unit == "examples" else ""
+    return f"{size:,} {unit} a step {cut}{most}"
 
 
 def _model_parallel(spec: RunSpec) -> int:
@@ -154,7 +178,7 @@ def _world_problems(spec: RunSpec) -> list[str]:
             f"tensor_parallel {tensor} x pipeline_parallel {topo.pipeline_parallel} x context_parallel "
             f"{topo.context_parallel} = {model_parallel}; nearest valid numbers of ranks: {_some(nearest)}"
         )
-    else:
+    elif not steps_vary(spec):
         step = train.micro_batch_size * (world // model_parallel)
         if train.global_batch_size % step:
             below = train.global_batch_size // step * step
@@ -182,7 +206,7 @@ def _pipeline_problems(spec: RunSpec) -> list[str]:
         return []
     if topo.pipeline_parallel == 1:
         return [f"topology.virtual_pipeline {topo.virtual_pipeline} needs pipeline_parallel > 1; set it to 1"]
-    if spec.resources.world_size % _model_parallel(spec):
+    if spec.resources.world_size % _model_parallel(spec) or steps_vary(spec):
         return []
     data_parallel = spec.resources.world_size // _model_parallel(spec)
     micro_batches = train.global_batch_size // (train.micro_batch_size * data_parallel)

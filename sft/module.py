@@ -27,6 +27,7 @@ from launcher.topology import Topology
 from sft.data.batch import MicroBatch, StepBatch
 from sft.hf.architecture import Architecture
 from sft.megatron.initial_weights import load_initial_weights
+from sft.megatron.layers import packed_sequences
 from sft.megatron.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -192,7 +193,8 @@ class SFTGPT(pl.LightningModule):
 def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
     """Megatron-core's forward step: on the last stage the output is the loss of each target, [b, s]."""
     batch = next(iterator)
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    packed = packed_sequences(batch.cu_seqlens, batch.seq_lengths)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
     return output, partial(_weighted_sum, batch.loss_weights)
 
 

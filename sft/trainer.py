@@ -18,7 +18,7 @@ from launcher.errors import CheckpointError, ConfigError
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, checkpoint_step, complete_checkpoints, read_lines, write_atomic
 from launcher.spec import RunSpec, read_resolved
-from launcher.topology import Topology, build_topology
+from launcher.topology import Topology, build_topology, describe_batch
 from sft.callbacks import CheckpointCallback, EvaluationCallback, ProgressCallback, RunLog
 from sft.checkpoint import newest_usable
 from sft.data.datamodule import SFTDataModule
@@ -101,7 +101,7 @@ def train(config: Path) -> ExitCode:
     module = SFTGPT(spec, architecture, topology, model_dir, max_steps)
     if leader:
         _drop_metrics_after(paths, begin)
-    log.say(f"{topology.describe()}; {topology.micro_batches} micro-batches of {topology.micro_batch_size} a step")
+    log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
     log.say(f"resuming after step {begin} from {resume}" if resume else f"starting from {model_dir}")
     log.event("training_started", step=begin, max_steps=max_steps)
     began = time.monotonic()

@@ -1,7 +1,11 @@
-"""The batch of one optimizer step on one rank: padded micro-batches and the numbers of the global batch.
+"""The batch of one optimizer step on one rank: micro-batches and the numbers of the global batch.
 
 Every number that belongs to the whole global batch (its weight above all, by which the loss is divided) is computed
 by each rank from the cache's own index. No rank has to ask another, and no two can disagree.
+
+A micro-batch is either rows with one example each, padded behind it, or (`data.packing`) one row of many examples
+with the places where they begin. Padding behind a packed row belongs to no example: it is cut into sequences of its
+own, short ones, so that it costs next to nothing in attention.
 
 What is padding follows from stored lengths and is expressed in weights alone. Token ids never decide: in many
 tokenizers the padding token is the end token, which must keep its weight.
@@ -12,42 +16,68 @@ All micro-batches of a rank in a step have one shape, because pipeline stages ex
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sft.data.cache import TokenCache
-from sft.data.sampler import EMPTY_SLOT, BatchPlan, rank_slice
+from sft.data.packing import EMPTY_ROW, assign_rows, pack_step, row_cost
+from sft.data.sampler import EMPTY_SLOT, StepPlan, complete, rank_slice
+
+_PADDING_SEQUENCE = 128
+"""Longest sequence that padding is cut into: the tile of attention kernels, below which nothing is saved."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankShare:
+    """Which part of a global batch a rank computes, and in what form."""
+
+    dp_rank: int
+    dp_size: int
+    micro_batch_size: int
+    """Rows of a micro-batch; with packing 1."""
+    pad_to_multiple: int = 1
+    sequence_multiple: int = 1
+    """What the topology asks of a row's length (Topology.sequence_multiple)."""
+    micro_batch_multiple: int = 1
+    """What the topology asks of the number of micro-batches (Topology.micro_batch_multiple)."""
+    row_length: Optional[int] = None
+    """Most tokens of a packed row; None gives each example a row of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Input of one forward pass; all tensors are [micro_batch_size, padded length]."""
+    """Input of one forward pass; tensors but cu_seqlens are [micro_batch_size, row length]."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    """The token after each token; 0 where there is none."""
+    """The token after each token in its example; 0 where there is none."""
     loss_weights: torch.Tensor
     """Weight of each label in the loss; 0 on padding and on empty slots."""
     position_ids: torch.Tensor
+    """Place of each token in its own sequence."""
     cu_seqlens: Optional[torch.Tensor] = None
-    """Where sequences begin when several share a row; None in padded batches."""
+    """int32: where the sequences of a packed row begin, and its end; None without packing."""
+    seq_lengths: Optional[tuple[int, ...]] = None
+    """Lengths of the same sequences, padding last. On the host, so that no step waits for the device to know them."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MicroBatch:
         """This micro-batch on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
-        return MicroBatch(**moved)
+        return replace(
+            self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
+        )
 
     def pin_memory(self) -> MicroBatch:
         """This micro-batch in page-locked memory; Lightning and DataLoader call it by this name."""
-        return MicroBatch(**{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,59 +105,88 @@ class StepBatch:
         return replace(self, micro_batches=tuple(batch.pin_memory() for batch in self.micro_batches))
 
 
-def collate(
-    cache: TokenCache,
-    plan: BatchPlan,
-    step: int,
-    *,
-    dp_rank: int,
-    dp_size: int,
-    micro_batch_size: int,
-    pad_to_multiple: int = 1,
-    sequence_multiple: int = 1,
-) -> StepBatch:
-    """The batch of `step` for one data parallel rank.
-
-    `sequence_multiple` is what the topology asks of a sequence's length (Topology.sequence_multiple).
-    """
+def collate(cache: TokenCache, plan: StepPlan, step: int, share: RankShare) -> StepBatch:
+    """The batch of `step` for one data parallel rank."""
     slots = plan.examples_at(step)
-    mine = rank_slice(slots, dp_rank, dp_size)
-    if len(mine) % micro_batch_size:
-        raise ValueError(f"{len(mine)} examples a rank do not divide into micro-batches of {micro_batch_size}")
-    present = slots[slots != EMPTY_SLOT]
+    examples = slots[slots != EMPTY_SLOT]
     lengths = cache.lengths
-    longest = max((int(lengths[i]) - 1 for i in mine if i != EMPTY_SLOT), default=1)
-    multiple = math.lcm(pad_to_multiple, sequence_multiple)
-    padded = -(-longest // multiple) * multiple
-    groups = mine.reshape(-1, micro_batch_size)
+    rows = _padded_rows(slots, share) if share.row_length is None else _packed_rows(plan, step, lengths, share)
+    longest = max((int((lengths[row] - 1).sum()) for batch in rows for row in batch), default=1)
+    multiple = math.lcm(share.pad_to_multiple, share.sequence_multiple)
+    padded = -(-max(longest, 1) // multiple) * multiple
     return StepBatch(
-        micro_batches=tuple(_pad(cache, group, padded) for group in groups),
+        micro_batches=tuple(_micro_batch(cache, batch, padded, share.row_length is not None) for batch in rows),
         step=step,
-        global_weight=float(cache.target_weights[present].sum()),
-        examples=len(present),
-        tokens=int(lengths[present].sum()) - len(present),
-        supervised_tokens=int(cache.supervised[present].sum()),
+        global_weight=float(cache.target_weights[examples].sum()),
+        examples=len(examples),
+        tokens=int(lengths[examples].sum()) - len(examples),
+        supervised_tokens=int(cache.supervised[examples].sum()),
     )
 
 
-def _pad(cache: TokenCache, slots: NDArray[np.int64], padded: int) -> MicroBatch:
+Row = NDArray[np.int64]
+"""The examples of one row."""
+
+
+def _padded_rows(slots: NDArray[np.int64], share: RankShare) -> list[list[Row]]:
+    """Micro-batches of rows with one example each, or none."""
+    slots = complete(slots, share.dp_size * share.micro_batch_size * share.micro_batch_multiple)
+    mine = [slot[slot != EMPTY_SLOT] for slot in rank_slice(slots, share.dp_rank, share.dp_size)[:, None]]
+    size = share.micro_batch_size
+    return [mine[first : first + size] for first in range(0, len(mine), size)]
+
+
+def _packed_rows(plan: StepPlan, step: int, lengths: NDArray[np.int64], share: RankShare) -> list[list[Row]]:
+    """Micro-batches of one row of examples each, or none."""
+    assert share.row_length is not None
+    if share.micro_batch_size != 1:
+        raise ValueError(f"a packed row is a micro-batch of its own; micro_batch_size is {share.micro_batch_size}")
+    rows = plan.rows_at(step)
+    if rows is None:
+        slots = plan.examples_at(step)
+        examples = slots[slots != EMPTY_SLOT]
+        found = pack_step(lengths[examples] - 1, share.row_length, share.dp_size, share.micro_batch_multiple)
+        packed = [examples[row] for row in found]
+    else:
+        packed = list(rows)
+    table = assign_rows([row_cost(lengths[row] - 1) for row in packed], share.dp_size, share.micro_batch_multiple)
+    nothing = np.zeros(0, dtype=np.int64)
+    return [[nothing if row == EMPTY_ROW else packed[row]] for row in table[share.dp_rank].tolist()]
+
+
+def _micro_batch(cache: TokenCache, rows: Sequence[Row], padded: int, packed: bool) -> MicroBatch:
     """Rows of `padded` length. An example of n tokens gives n - 1 inputs: its last token is only ever a target."""
-    shape = (len(slots), padded)
+    shape = (len(rows), padded)
     tokens = np.zeros(shape, dtype=np.int64)
     labels = np.zeros(shape, dtype=np.int64)
     loss_weights = np.zeros(shape, dtype=np.float32)
-    for row, example in enumerate(slots):
-        if example == EMPTY_SLOT:
-            continue
-        ids, weights = cache.tokens(int(example))
-        count = len(ids) - 1
-        tokens[row, :count] = ids[:-1]
-        labels[row, :count] = ids[1:]
-        loss_weights[row, :count] = weights[1:]
     positions = np.broadcast_to(np.arange(padded, dtype=np.int64), shape).copy()
+    seq_lengths: list[int] = []
+    for row, examples in enumerate(rows):
+        start = 0
+        for example in examples.tolist():
+            ids, weights = cache.tokens(example)
+            count = len(ids) - 1
+            place = slice(start, start + count)
+            tokens[row, place] = ids[:-1]
+            labels[row, place] = ids[1:]
+            loss_weights[row, place] = weights[1:]
+            seq_lengths.append(count)
+            start += count
+    if packed:
+        seq_lengths += _padding(padded - sum(seq_lengths))
+        positions[0] = np.concatenate([np.arange(count, dtype=np.int64) for count in seq_lengths])
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         loss_weights=torch.from_numpy(loss_weights),
         position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.tensor(np.cumsum([0, *seq_lengths]), dtype=torch.int32) if packed else None,
+        seq_lengths=tuple(seq_lengths) if packed else None,
     )
+
+
+def _padding(count: int) -> list[int]:
+    """`count` tokens of padding as sequences of their own."""
+    whole, rest = divmod(count, _PADDING_SEQUENCE)
+    return [_PADDING_SEQUENCE] * whole + [rest] * (rest > 0)

@@ -18,17 +18,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from launcher.spec import RunSpec
 from launcher.topology import Topology
-from sft.data.batch import StepBatch, collate
+from sft.data.batch import RankShare, StepBatch, collate
 from sft.data.cache import TokenCache
 from sft.data.prepare import PreparedData
-from sft.data.sampler import BatchPlan
+from sft.data.sampler import BatchPlan, StepPlan, TokenBatchPlan
 from sft.megatron.mcore import parallel_state
 
 
 class StepBatches(Dataset[StepBatch]):
     """The batches of one data parallel rank, by step."""
 
-    def __init__(self, cache: TokenCache, plan: BatchPlan, spec: RunSpec, topology: Topology, steps: int) -> None:
+    def __init__(self, cache: TokenCache, plan: StepPlan, spec: RunSpec, topology: Topology, steps: int) -> None:
         self._cache = cache
         self._plan = plan
         self._spec = spec
@@ -39,16 +39,16 @@ class StepBatches(Dataset[StepBatch]):
         return self._steps
 
     def __getitem__(self, step: int) -> StepBatch:
-        return collate(
-            self._cache,
-            self._plan,
-            step,
+        share = RankShare(
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=self._topology.data_parallel,
             micro_batch_size=self._spec.train.micro_batch_size,
             pad_to_multiple=self._spec.data.pad_to_multiple,
             sequence_multiple=self._topology.sequence_multiple,
+            micro_batch_multiple=self._topology.micro_batch_multiple,
+            row_length=self._spec.data.seq_length if self._spec.data.packing else None,
         )
+        return collate(self._cache, self._plan, step, share)
 
 
 class StepLoader(DataLoader[StepBatch]):
@@ -77,12 +77,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._spec = spec
         self._topology = topology
         self._data = data
-        self.plan = BatchPlan(
-            num_examples=len(data.train),
-            global_batch_size=spec.train.global_batch_size,
-            seed=spec.train.seed,
-            shuffle=spec.data.shuffle,
-        )
+        self.plan = step_plan(spec, data.train, shuffle=spec.data.shuffle)
 
     @property
     def max_steps(self) -> int:
@@ -92,8 +87,12 @@ class SFTDataModule(pl.LightningDataModule):
 
     @property
     def data_key(self) -> str:
-        """Identity of the sequence of global batches: the data, their order and how they are cut."""
-        identity = [self._data.train.key, self.plan.global_batch_size, self.plan.seed, self.plan.shuffle]
+        """Identity of the sequence of global batches: the data, their order, how they are cut and laid into rows.
+
+        Together with the step it is the whole state of the data.
+        """
+        row_length = self._spec.data.seq_length if self._spec.data.packing else None
+        identity = [self._data.train.key, row_length, *self.plan.identity]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def train_dataloader(self) -> StepLoader:
@@ -107,12 +106,32 @@ class SFTDataModule(pl.LightningDataModule):
         return batch.to(device)
 
     def validation_batches(self) -> StepBatches | None:
-        """Each held-out example once, in file order; None without held-out data."""
+        """Each held-out example once, in batches like those of training; None without held-out data."""
         cache = self._data.validation
         if cache is None:
             return None
-        plan = BatchPlan(num_examples=len(cache), global_batch_size=self.plan.global_batch_size, seed=0, shuffle=False)
+        plan = step_plan(self._spec, cache, shuffle=False)
         return StepBatches(cache, plan, self._spec, self._topology, plan.steps_per_epoch)
+
+
+def step_plan(spec: RunSpec, cache: TokenCache, *, shuffle: bool) -> StepPlan:
+    """Which examples of `cache` each step holds."""
+    train = spec.train
+    if train.global_batch_unit == "tokens":
+        return TokenBatchPlan(
+            lengths=cache.lengths - 1,
+            row_length=spec.data.seq_length,
+            rows_per_step=train.global_batch_size // spec.data.seq_length,
+            seed=train.seed,
+            shuffle=shuffle,
+        )
+    return BatchPlan(
+        num_examples=len(cache),
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+        shuffle=shuffle,
+        group_lengths=cache.lengths if spec.data.group_by_length and shuffle else None,
+    )
 
 
 class _RemainingSteps(Sampler[int]):

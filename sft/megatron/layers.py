@@ -7,6 +7,8 @@ Column- and row-parallel linears, MLP and residual handling stay Megatron-core's
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from sft.megatron.mcore import (
     MegatronModule,
+    PackedSeqParams,
     ProcessGroupCollection,
     TransformerBlockSubmodules,
     TransformerConfig,
@@ -35,10 +38,45 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-class CoreAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention by torch's scaled_dot_product_attention; KV heads are shared, not repeated.
+@dataclass
+class PackedSequences(PackedSeqParams):  # type: ignore[misc]
+    """Where the sequences of a packed row lie, for RoPE and attention of every layer."""
 
-    Batches are padded on the right: a real token never sees padding behind it, so no mask is needed.
+    seq_lengths: tuple[int, ...] = ()
+    """The same on the host."""
+
+
+def packed_sequences(cu_seqlens: Tensor | None, seq_lengths: tuple[int, ...] | None) -> PackedSequences | None:
+    """What the layers must know of a packed row; None for rows of one sequence each.
+
+    Megatron-core's RoPE reads the offsets as Python numbers in every layer, and prefers the `padded` ones: they are
+    kept on the host, where that makes nobody wait. No sequence is padded by itself, so that both are the same. Its
+    positions start anew at each offset as long as max_seqlen is shorter than the row, which holds here wherever there
+    is more than one sequence.
+    """
+    if cu_seqlens is None or seq_lengths is None:
+        return None
+    on_host = torch.tensor([0, *itertools.accumulate(seq_lengths)], dtype=torch.int32)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=on_host,
+        cu_seqlens_kv_padded=on_host,
+        max_seqlen_q=max(seq_lengths),
+        max_seqlen_kv=max(seq_lengths),
+        seq_lengths=seq_lengths,
+    )
+
+
+class CoreAttention(MegatronModule):  # type: ignore[misc]
+    """Causal attention by torch's own kernels; KV heads are shared, not repeated.
+
+    A row of one sequence is padded on the right: a real token never sees padding behind it, so no mask is needed.
+
+    A packed row goes through `varlen_attn`, which knows CUDA and half precision without dropout; everything else
+    takes its sequences one by one. Either way nothing is computed between sequences. Rejected: a block-diagonal mask
+    over the row, whose memory and time grow with the square of the row and not of its sequences.
     """
 
     def __init__(
@@ -54,7 +92,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     ) -> None:
         super().__init__(config=config)
         self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self._scale = softmax_scale  # None is 1/sqrt(head_dim), the default of the kernel too
+        self._scale = softmax_scale  # None is 1/sqrt(head_dim), the default of the kernels too
 
     def forward(
         self,
@@ -64,21 +102,55 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """query [s, b, heads, dim], key and value [s, b, groups, dim] -> [s, b, heads * dim]."""
-        query_heads, kv_heads = query.size(2), key.size(2)
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, dim]
-        context = F.scaled_dot_product_attention(
+        """query [s, b, heads, dim], key and value [s, b, groups, dim] -> [s, b, heads * dim]; packed without b."""
+        if packed_seq_params is None:
+            # [b, heads, s, dim]
+            context = self._causal(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
+            return context.permute(2, 0, 1, 3).flatten(2)
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if query.is_cuda and half and not (self.training and self._dropout):
+            return self._packed_kernel(query, key, value, packed_seq_params).flatten(1)
+        return self._one_by_one(query, key, value, packed_seq_params.seq_lengths).flatten(1)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[..., heads, s, dim] -> the same."""
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
             dropout_p=self._dropout if self.training else 0.0,
             is_causal=True,
             scale=self._scale,
-            enable_gqa=query_heads != kv_heads,
+            enable_gqa=query.size(-3) != key.size(-3),
         )
-        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """[t, heads, dim] -> the same, in one kernel."""
+        from torch.nn.attention.varlen import varlen_attn  # newer than the rest of what we use, and not needed on CPU
+
+        context = varlen_attn(
+            query,
+            key,
+            value,
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=self._scale,
+            window_size=(-1, 0),  # causal
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        assert isinstance(context, Tensor)  # a tuple only where more is asked for
+        return context
+
+    def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, seq_lengths: tuple[int, ...]) -> Tensor:
+        """[t, heads, dim] -> the same, sequence after sequence."""
+        lengths = list(seq_lengths)
+        parts = [torch.split(tensor.transpose(0, 1)[None], lengths, dim=2) for tensor in (query, key, value)]
+        context = torch.cat([self._causal(*sequence) for sequence in zip(*parts, strict=True)], dim=2)
+        return context[0].transpose(0, 1)
 
 
 def decoder_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

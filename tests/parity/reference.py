@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.spec import OptimizerSpec, RunSpec
 from sft.data.cache import TokenCache
-from sft.data.sampler import EMPTY_SLOT, BatchPlan
+from sft.data.sampler import EMPTY_SLOT, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Curve:
     first_step: dict[int, list[float]]
 
 
-def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, plan: BatchPlan, steps: int) -> Curve:
+def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, plan: StepPlan, steps: int) -> Curve:
     """Train with a constant learning rate by the definition: sum(w * nll) / sum(w) over each global batch."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     model.train()

@@ -21,8 +21,8 @@ from launcher.spec import (
     read_resolved,
     to_yaml,
 )
+from sft.data.datamodule import step_plan
 from sft.data.prepare import open_or_build
-from sft.data.sampler import BatchPlan
 from sft.trainer import train
 from tests.parity.reference import Curve, train_reference
 from tests.ranks import run_ranks
@@ -40,7 +40,7 @@ def make_run(
     held_out: Path | None = None,
     **settings: Any,
 ) -> RunPaths:
-    """A run directory under `root`. `settings` replace fields of resources, train, checkpoint or optimizer by name."""
+    """A run directory under `root`. `settings` replace fields of any section by name."""
     optimizer = {"lr": 1e-2, "weight_decay": 0.01, "schedule": "constant", "clip_grad": 1.0}
     spec = RunSpec(
         name=name,
@@ -49,7 +49,9 @@ def make_run(
         topology=TopologySpec(**(topology or {})),
         model=ModelSpec(path=str(model_dir)),
         data=DataSpec(
-            train=[str(train_file)], validation=[str(held_out)] if held_out else [], seq_length=256, workers=1
+            train=[str(train_file)],
+            validation=[str(held_out)] if held_out else [],
+            **{"seq_length": 256, "workers": 1, **_of(DataSpec, settings)},  # type: ignore[arg-type]
         ),
         train=TrainSpec(
             max_steps=max_steps,
@@ -84,10 +86,7 @@ def reference_curve(root: Path, model: Path, train_file: Path, *, steps: int, **
     """What `make_run` with these settings must give, on one process."""
     spec = read_resolved(make_run(root, model, train_file, ranks=1, max_steps=steps, **settings).config)
     cache = open_or_build(spec, model, build=True).train
-    plan = BatchPlan(
-        num_examples=len(cache), global_batch_size=spec.train.global_batch_size, seed=spec.train.seed, shuffle=True
-    )
-    return train_reference(spec, model, cache, plan, steps)
+    return train_reference(spec, model, cache, step_plan(spec, cache, shuffle=True), steps)
 
 
 def _of(spec: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
-from sft.data.batch import MicroBatch, StepBatch, collate
+from sft.data.batch import MicroBatch, RankShare, StepBatch, collate
 from sft.data.cache import TokenCache
 from sft.data.sampler import BatchPlan, rank_slice
 from tests.sft.caches_for_tests import make_cache, ragged_pairs
@@ -20,7 +19,7 @@ def plan_of(cache: TokenCache, size: int = 8, shuffle: bool = True) -> BatchPlan
 
 def batch_of(cache: TokenCache, plan: BatchPlan, step: int, rank: int = 0, dp: int = 1, **sizes: int) -> StepBatch:
     values = {"micro_batch_size": 2, "pad_to_multiple": 4, "sequence_multiple": 1} | sizes
-    return collate(cache, plan, step, dp_rank=rank, dp_size=dp, **values)
+    return collate(cache, plan, step, RankShare(dp_rank=rank, dp_size=dp, **values))
 
 
 def rows(batch: StepBatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -169,10 +168,11 @@ def test_batches_move_to_a_device_with_all_their_tensors() -> None:
     assert batch.global_weight == 2.0
 
 
-def test_a_share_that_does_not_divide_into_micro_batches_is_refused(tmp_path: Path) -> None:
+def test_a_share_that_does_not_divide_is_completed_with_empty_slots(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", ragged_pairs(8))
-    with pytest.raises(ValueError, match="8 examples a rank do not divide into micro-batches of 3"):
-        batch_of(cache, plan_of(cache), 0, micro_batch_size=3)
+    batch = batch_of(cache, plan_of(cache), 0, micro_batch_size=3, micro_batch_multiple=2)
+    assert len(batch.micro_batches) == 4
+    assert sum(bool(weights.any()) for _, _, weights in rows(batch)) == 8
 
 
 def test_dtypes(tmp_path: Path) -> None:
