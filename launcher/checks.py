@@ -32,10 +32,10 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from _required(spec)
     yield from _ranges(spec)
     yield from _batches(spec)
+    yield from _lora(spec)
     yield from _scheduler(spec)
     yield from _runtime(spec)
-    if spec.train.eval_every is not None and not spec.data.validation:
-        yield "train.eval_every", f"{spec.train.eval_every} needs data.validation, which is empty"
+    yield from _evaluation(spec)
     if spec.logging.prompts and not spec.checkpoint.export:
         yield "logging.prompts", "answers need checkpoint.export: true"
 
@@ -64,6 +64,7 @@ def _required(spec: RunSpec) -> Iterator[Problem]:
 def _ranges(spec: RunSpec) -> Iterator[Problem]:
     optimizer = spec.train.optimizer
     least = {
+        ("model.lora.rank", spec.model.lora.rank): 1,
         ("train.max_steps", spec.train.max_steps): 1,
         ("train.epochs", spec.train.epochs): 1,
         ("train.eval_every", spec.train.eval_every): 1,
@@ -71,6 +72,13 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
         ("data.workers", spec.data.workers): 1,
         ("checkpoint.every", spec.checkpoint.every): 1,
         ("checkpoint.keep_last", spec.checkpoint.keep_last): 1,
+        ("checkpoint.keep_best", spec.checkpoint.keep_best): 0,
+        ("train.early_stopping.patience", spec.train.early_stopping.patience): 1,
+        ("train.early_stopping.min_delta", spec.train.early_stopping.min_delta): 0,
+        ("evaluation.max_new_tokens", spec.evaluation.max_new_tokens): 1,
+        ("evaluation.temperature", spec.evaluation.temperature): 0,
+        ("evaluation.top_k", spec.evaluation.top_k): 1,
+        ("evaluation.batch_size", spec.evaluation.batch_size): 1,
         ("logging.every", spec.logging.every): 1,
         ("resources.cpus_per_task", spec.resources.cpus_per_task): 1,
         ("resources.signal_seconds", spec.resources.signal_seconds): 0,
@@ -90,12 +98,31 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
         "train.optimizer.beta2": optimizer.beta2,
         "model.attention_dropout": spec.model.attention_dropout,
         "model.hidden_dropout": spec.model.hidden_dropout,
+        "model.lora.dropout": spec.model.lora.dropout,
     }
     for key, value in fractions.items():
         if not 0 <= value < 1:
             yield key, f"{value} is not in [0, 1)"
     if optimizer.min_lr > optimizer.lr:
         yield "train.optimizer.min_lr", f"{optimizer.min_lr} is above train.optimizer.lr {optimizer.lr}"
+
+
+def _lora(spec: RunSpec) -> Iterator[Problem]:
+    lora = spec.model.lora
+    if lora.rank is None:
+        given = {"model.lora.alpha": lora.alpha, "model.lora.targets": lora.targets, "model.lora.dropout": lora.dropout}
+        for key, value in (*given.items(), ("checkpoint.export_merged", spec.checkpoint.export_merged)):
+            if value:
+                yield key, f"{value} needs model.lora.rank, which is unset"
+        return
+    if lora.alpha is not None and not 0 < lora.alpha < float("inf"):
+        yield "model.lora.alpha", f"{lora.alpha} is not above 0"
+    if len(set(lora.targets)) < len(lora.targets):
+        yield "model.lora.targets", f"{lora.targets} names a layer twice"
+    if spec.model.init == "random":
+        yield "model.init", "random with model.lora.rank: adapters need weights to adapt, and only they are saved"
+    if spec.checkpoint.export_merged and not spec.checkpoint.export:
+        yield "checkpoint.export_merged", "needs checkpoint.export: true"
 
 
 def _batches(spec: RunSpec) -> Iterator[Problem]:
@@ -122,6 +149,42 @@ def _batches(spec: RunSpec) -> Iterator[Problem]:
         }
         for other in (name for name, given in others.items() if given):
             yield "data.group_by_length", f"excludes {other}; drop one"
+
+
+def evaluation_metrics(spec: RunSpec) -> set[str]:
+    """Names that evaluations give to their results; what evaluation.metric returns is not known beforehand."""
+    held_out = ["", *(f"/{name}" for name in spec.data.validation_sets)][0 if spec.data.validation else 1 :]
+    return {f"{kind}{name}" for kind in ("eval_loss", "perplexity") for name in held_out}
+
+
+def _evaluation(spec: RunSpec) -> Iterator[Problem]:
+    evaluation, train = spec.evaluation, spec.train
+    known = evaluation_metrics(spec)
+    if train.eval_every is not None and not known and not evaluation.prompts:
+        yield (
+            "train.eval_every",
+            f"{train.eval_every} needs data.validation, data.validation_sets or evaluation.prompts, and all are empty",
+        )
+    for name in spec.data.validation_sets:
+        if not RUN_NAME.fullmatch(name):
+            yield "data.validation_sets", f"{name!r} is not a name: letters, digits, '.', '_', '-'"
+    if evaluation.metric and not evaluation.prompts:
+        yield "evaluation.metric", f"{evaluation.metric} needs evaluation.prompts, which is unset"
+    if evaluation.metric and not re.fullmatch(r"[\w.]+:\w+", evaluation.metric):
+        yield "evaluation.metric", f"{evaluation.metric!r} is not package.module:function"
+    if not 0 < evaluation.top_p <= 1:
+        yield "evaluation.top_p", f"{evaluation.top_p} is not in (0, 1]"
+    if train.spike_factor is not None and not 1 < train.spike_factor < float("inf"):
+        yield "train.spike_factor", f"{train.spike_factor} is not above 1"
+    wanted = []
+    if train.early_stopping.patience is not None:
+        wanted.append(("train.early_stopping.metric", train.early_stopping.metric))
+    if spec.checkpoint.keep_best:
+        wanted.append(("checkpoint.best_metric", spec.checkpoint.best_metric))
+    for key, metric in wanted:
+        if metric not in known and not (metric.startswith("metric/") and evaluation.metric):
+            given = ", ".join(sorted(known) + (["metric/<name>"] if evaluation.metric else [])) or "none"
+            yield key, f"{metric!r} is not what evaluations of this run give: {given}"
 
 
 def _scheduler(spec: RunSpec) -> Iterator[Problem]:
@@ -179,6 +242,12 @@ def file_problems(spec: RunSpec) -> Iterator[Problem]:
         for file in files:
             if not Path(file).is_file():
                 yield key, f"no file matches {file}"
+    for name, pattern in spec.data.validation_sets.items():
+        if not Path(pattern).exists() and not any(Path("/").glob(pattern.removeprefix("/"))):
+            yield "data.validation_sets", f"{name}: no file matches {pattern}"
+    prompts = spec.evaluation.prompts
+    if prompts and not Path(prompts).is_file():
+        yield "evaluation.prompts", f"{prompts} is not a file"
     template = spec.data.chat_template
     if template not in ("tokenizer", "none") and not Path(template).is_file():
         yield "data.chat_template", f"{template} is not a file (nor the word tokenizer or none)"

@@ -128,6 +128,25 @@ class TopologySpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """Train low-rank adapters and leave the model's own weights as they are."""
+
+    rank: Optional[int] = None
+    """Rank of each adapter; unset trains all weights."""
+    alpha: Optional[float] = None
+    """Adapters count alpha / rank; default the rank, which makes that 1."""
+    targets: list[str] = field(default_factory=list)
+    """Linear layers by their Hugging Face names, e.g. [q_proj, v_proj]; empty adapts every one of them."""
+    dropout: float = 0.0
+    """Dropout on each adapter's input."""
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """The model to start from."""
 
@@ -141,6 +160,8 @@ class ModelSpec:
     """Dropout on attention probabilities."""
     hidden_dropout: float = 0.0
     """Dropout on each residual branch."""
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    """Train low-rank adapters instead of all weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,21 +169,29 @@ class DataSpec:
     """What to train on and which tokens count."""
 
     train: list[str] = field(default_factory=list)
-    """Training files (jsonl); globs are allowed, order counts."""
+    """Training files: jsonl, json, csv, tsv, parquet, saved Hugging Face datasets; globs allowed, order counts."""
     validation: list[str] = field(default_factory=list)
-    """Held-out files; empty switches evaluation off."""
-    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
+    """Held-out files, one data set; its loss is eval_loss. Empty, with no validation_sets: no held-out loss."""
+    validation_sets: dict[str, str] = field(default_factory=dict)
+    """Further held-out data sets, name -> file or glob; the loss of each is eval_loss/<name>."""
+    format: Literal["auto", "prompt_completion", "messages", "sharegpt", "tokens", "text"] = "auto"
     """How rows are read; auto looks at the first row's keys."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name -> the row's name, e.g. {prompt: question, completion: answer}."""
+    """Our name -> the row's name, e.g. {prompt: question, completion: instances.0.output}; dots go down."""
     chat_template: str = "tokenizer"
     """tokenizer: the tokenizer's own; none: prompt and completion are joined as they are; or a Jinja2 file."""
+    chat_template_kwargs: dict[str, str] = field(default_factory=dict)
+    """Variables for the chat template, read as YAML, e.g. {enable_thinking: true}."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Tokens with loss: completions / every assistant turn, the last assistant turn only, or all."""
+    on_mismatch: Literal["error", "split"] = "error"
+    """Chat templates that rewrite earlier turns: refuse them, or train such turns as examples of their own."""
     seq_length: int = 1024
     """Longest example in tokens."""
-    length_policy: Literal["drop", "truncate_left", "truncate_right", "error"] = "truncate_right"
-    """What happens to longer examples; what is lost is counted and printed."""
+    length_policy: Literal["drop", "truncate_left", "truncate_right", "split", "error"] = "truncate_right"
+    """What happens to longer examples (split: pieces of seq_length); what is lost is counted and printed."""
+    max_lost_percent: float = 100.0
+    """Refuse data of which the length policy takes away more of the tokens to be trained than this."""
     packing: bool = False
     """Put several examples into one row of up to seq_length tokens, kept apart from each other; needs micro_batch_size
     1, since a row is many examples already. The same examples make the same steps with or without it."""
@@ -205,6 +234,20 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyStoppingSpec:
+    """End the training when evaluations no longer improve."""
+
+    patience: Optional[int] = None
+    """Evaluations in a row without improvement after which training ends; unset never ends it early."""
+    metric: str = "eval_loss"
+    """What has to improve: eval_loss, eval_loss/<set>, or metric/<name> of evaluation.metric."""
+    mode: Literal["min", "max"] = "min"
+    """Whether lower or higher is better."""
+    min_delta: float = 0.0
+    """Smaller improvements than this count as none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSpec:
     """Length, batch and numerics of the training."""
 
@@ -226,11 +269,51 @@ class TrainSpec:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass."""
     eval_every: Optional[int] = None
-    """Steps between evaluations; default only before the first and after the last step. Needs data.validation."""
+    """Steps between evaluations; default only before the first and after the last step. Needs something to evaluate:
+    data.validation, data.validation_sets or evaluation.prompts."""
+    objective: Literal["token_mean", "example_mean", "microbatch_mean"] = "token_mean"
+    """What is minimised. token_mean: the mean over all trained tokens of the global batch; example_mean: the mean over
+    examples of each one's mean; microbatch_mean: the mean of micro-batch means, which depends on micro_batch_size and
+    is there for comparison with trainers that minimise it. Evaluation is always the token mean."""
+    on_bad_step: Literal["skip", "stop", "rewind"] = "stop"
+    """What follows a step whose loss or gradient norm is NaN or infinite, or a spike. Its update is never applied, and
+    the ids of its examples go to bad_steps.jsonl. skip: go on; stop: save, and end with exit code 1; rewind: weights
+    and optimizer go back to the newest checkpoint from before that step, and the data since then are left out. Ten bad
+    steps in a row stop the run in any case."""
+    spike_factor: Optional[float] = None
+    """A gradient norm above this many times its running mean over good steps makes a bad step; unset: only NaN and
+    infinity do."""
     deterministic: bool = False
     """Refuse kernels whose result depends on timing."""
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     """AdamW and its schedule."""
+    early_stopping: EarlyStoppingSpec = field(default_factory=EarlyStoppingSpec)
+    """When to end before the last step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSpec:
+    """Answers during training, at every evaluation, and what is measured on them."""
+
+    prompts: Optional[str] = None
+    """A jsonl file of prompts to answer: rows with prompt, or with messages that end before an answer."""
+    metric: Optional[str] = None
+    """package.module:function, called as function(samples=, prompts=, outputs=) with lists of texts; returns name ->
+    number, or name -> one number a prompt. Logged as metric/<name>, averaged over all prompts."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; above it tokens are drawn."""
+    top_k: Optional[int] = None
+    """Draw from this many likeliest tokens only."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 1234
+    """Seed of the draws; each prompt has a stream of its own, whatever the topology."""
+    stop_tokens: list[str] = field(default_factory=list)
+    """Further tokens that end an answer, beside the end tokens of model and tokenizer."""
+    batch_size: int = 8
+    """Prompts that one model replica answers together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,11 +323,22 @@ class CheckpointSpec:
     every: Optional[int] = None
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = 2
-    """Complete checkpoints to keep."""
+    """Newest complete checkpoints to keep."""
+    keep_best: int = 0
+    """Checkpoints to keep beside the newest: those with the best best_metric. An evaluation that is among the best so
+    far saves one."""
+    best_metric: str = "eval_loss"
+    """What keep_best compares: eval_loss, eval_loss/<set>, or metric/<name> of evaluation.metric."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether lower or higher is better."""
+    asynchronous: bool = False
+    """Train on while a checkpoint is written; takes host memory for a copy of what each rank saves."""
     resume_from: Optional[str] = None
     """A complete checkpoint directory of another run to start from (weights, optimizer, data position)."""
     export: bool = True
-    """Write a Hugging Face directory to export/ when training is done."""
+    """Write a Hugging Face directory to export/ when training is done; of a LoRA run the PEFT adapter."""
+    export_merged: bool = False
+    """Of a LoRA run: write the model with the adapter added to its weights, and the adapter into export/adapter/."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,6 +375,8 @@ class RunSpec:
     """What to train on."""
     train: TrainSpec = field(default_factory=TrainSpec)
     """How to train."""
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    """Answers during training."""
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     """What is kept."""
     logging: LoggingSpec = field(default_factory=LoggingSpec)

@@ -12,6 +12,7 @@ from launcher.topology import build_topology
 from sft.data.prepare import prepare_data
 from sft.hf.answer import record_answers
 from sft.hf.architecture import read_architecture
+from sft.hf.checks import check_model_settings
 from sft.hf.exporter import export_run
 from sft.hf.files import check_model_files
 from sft.hf.model_files import resolve_model_dir
@@ -27,6 +28,7 @@ def prepare(config: Path) -> ExitCode:
     model_dir = resolve_model_dir(spec, convert=True)
     architecture = read_architecture(model_dir)
     build_topology(spec, architecture.shape)
+    check_model_settings(spec, architecture)
     if spec.model.init == "pretrained":
         check_model_files(model_dir, architecture)
     prepare_data(spec, Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir)

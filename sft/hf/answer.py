@@ -14,16 +14,20 @@ from typing import Any, Literal
 import torch
 
 from launcher.rundir import RunPaths, append_line, read_lines
+from sft.hf.adapter_export import adapted_model, add_adapter
 
 
 def answer(model_dir: Path, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-    """One greedy answer a prompt; fp32 on CPU, as stored on a GPU."""
+    """One greedy answer a prompt, of a model or of an adapter's; fp32 on CPU, as stored on a GPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     dtype = "auto" if device == "cuda" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    base = adapted_model(model_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(base or model_dir, dtype=dtype)
+    if base is not None:
+        add_adapter(model, model_dir)
     model.to(device).eval()
     return [_answer_one(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
 

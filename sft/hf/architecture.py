@@ -1,8 +1,9 @@
 """What Megatron-core must build for a Hugging Face `config.json`; what is not covered is refused by name.
 
 One row of `FAMILIES` a model family says what its code in transformers does that its config does not state (a QKV
-bias, norms on queries and keys, which keys have a default other than Llama's). Everything else is read from the
-file, with json: transformers fills in defaults without telling, takes seconds to import, and runs on every rank.
+bias, norms on queries and keys, scaled embeddings, which keys have a default other than Llama's). Everything else is
+read from the file, with json: transformers fills in defaults without telling, takes seconds to import, and runs on
+every rank.
 
 Rejected: to build whatever resembles Llama and to hope. A setting that is read over (a bias, a sliding window, a
 scaled RoPE) trains without any error, on another model than the one that is exported.
@@ -17,6 +18,9 @@ from typing import Any, Literal
 
 from launcher.errors import ModelError
 from launcher.model_shape import ModelShape, read_model_shape
+from sft.hf.rope import Rope, read_rope
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,22 +29,50 @@ class Family:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    fused: bool = False
+    """Query, key and value are one tensor in the files, and so are gate and up."""
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + weight."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by the square root of the hidden size."""
+    activations: tuple[str, ...] = ("silu",)
+    """Values of `hidden_act` that are covered; the first is the family's default."""
+    activation: Activation = "silu"
+    """What each of them means."""
+    partial_rotary: bool = False
+    """Whether transformers reads `partial_rotary_factor` for this family."""
     window: Literal["none", "by_layer", "all_layers"] = "none"
     """Whether, and how, transformers reads `sliding_window` for this family."""
     stated: tuple[str, ...] = ()
-    """Keys that must be in the file, because this family's default is not what `ModelShape` assumes."""
+    """Keys that must be in the file, because this family's default is not what we assume."""
 
 
 FAMILIES: dict[str, Family] = {
+    "gemma": Family(
+        zero_centered_norm=True,
+        scaled_embedding=True,
+        # Gemma's first files say "gelu" and mean its tanh form; transformers reads them so too.
+        activations=("gelu_pytorch_tanh", "gelu"),
+        activation="gelu_tanh",
+        stated=("num_key_value_heads", "head_dim"),
+    ),
     "llama": Family(),
     "mistral": Family(window="all_layers", stated=("num_key_value_heads", "sliding_window")),
+    "phi3": Family(fused=True, partial_rotary=True, window="all_layers", stated=("rms_norm_eps",)),
     "qwen2": Family(qkv_bias=True, window="by_layer", stated=("num_key_value_heads",)),
     "qwen3": Family(qk_norm=True, window="by_layer", stated=("num_key_value_heads", "head_dim")),
 }
 """Families whose logits are proven equal to transformers'."""
 
-_LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Numbers of Llama 3's RoPE scaling that Megatron-core has built in."""
+_KNOWN_GAPS = {
+    "gemma2": "it caps attention scores and logits by tanh and norms each sublayer's output",
+    "gemma3": "it norms each sublayer's output and has another RoPE in its sliding layers",
+    "gemma3_text": "it norms each sublayer's output and has another RoPE in its sliding layers",
+    "mixtral": "it is a mixture of experts",
+    "qwen2_moe": "it is a mixture of experts",
+    "qwen3_moe": "it is a mixture of experts",
+}
+"""Families that look covered and are not, and what is missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +81,18 @@ class Architecture:
 
     shape: ModelShape
     layernorm_epsilon: float
-    rope_theta: float
-    rope_scaling_factor: float | None
-    """Factor of Llama 3's RoPE scaling; None is plain RoPE."""
-    qkv_bias: bool
-    qk_norm: bool
+    rope: Rope
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    fused: bool = False
+    """Query, key and value are one tensor in the files, and so are gate and up."""
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + weight."""
+    activation: Activation = "silu"
+    embedding_scale: float | None = None
+    """Embeddings are multiplied by it."""
+    attention_window: int | None = None
+    """Longest sequence in which every token still sees all before it; None is without bound."""
 
 
 def read_architecture(model_dir: Path) -> Architecture:
@@ -63,84 +102,71 @@ def read_architecture(model_dir: Path) -> Architecture:
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     family = FAMILIES.get(shape.model_type)
     if family is None:
+        gap = _KNOWN_GAPS.get(shape.model_type)
         raise ModelError(
-            f"{path}: model_type {shape.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+            f"{path}: model_type {shape.model_type!r} is not supported{f' ({gap})' if gap else ''}; supported are "
+            f"{', '.join(sorted(FAMILIES))}"
         )
-    rope = _rope_parameters(config)
+    rope, rope_problems = read_rope(
+        config, max_position_embeddings=shape.max_position_embeddings, partial=family.partial_rotary
+    )
+    window, window_problems = _attention_window(config, family, shape)
     problems = [
         *(f"no {key}, which a {shape.model_type} config must state" for key in family.stated if key not in config),
         *_module_problems(config, family),
-        *_window_problems(config, family, shape),
-        *_rope_problems(rope, shape),
+        *window_problems,
+        *rope_problems,
     ]
-    if problems:
+    if problems or rope is None:
         raise ModelError([f"{path}: {problem}" for problem in problems])
     return Architecture(
         shape=shape,
         layernorm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling_factor=float(rope["factor"]) if rope["rope_type"] == "llama3" else None,
+        rope=rope,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
+        fused=family.fused,
+        zero_centered_norm=family.zero_centered_norm,
+        activation=family.activation,
+        embedding_scale=shape.hidden_size**0.5 if family.scaled_embedding else None,
+        attention_window=window,
     )
-
-
-def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings in the form of transformers 5, with its precedence; earlier files keep them at top level."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    return rope
 
 
 def _module_problems(config: dict[str, Any], family: Family) -> list[str]:
     """Settings of layers that our layer spec does not build."""
     problems = []
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        problems.append(f"hidden_act {activation!r} is not supported; only 'silu'")
+    activation = config.get("hidden_act", family.activations[0])
+    if activation not in family.activations:
+        problems.append(
+            f"hidden_act {activation!r} is not supported; only {' or '.join(map(repr, family.activations))}"
+        )
     # Qwen2's code has its QKV bias whatever the config says.
     biases = ("mlp_bias",) if family.qkv_bias else ("attention_bias", "mlp_bias")
-    problems += [f"{key} true is not supported" for key in biases if config.get(key)]
+    unbuilt = (*biases, "use_bidirectional_attention")
+    problems += [f"{key} true is not supported" for key in unbuilt if config.get(key)]
     if config.get("quantization_config"):
         problems.append("quantization_config: quantized weights are not supported; use the unquantized model")
     return problems
 
 
-def _window_problems(config: dict[str, Any], family: Family, shape: ModelShape) -> list[str]:
-    """A sliding window that some layer really has."""
+def _attention_window(config: dict[str, Any], family: Family, shape: ModelShape) -> tuple[int | None, list[str]]:
+    """The sliding window that some layer really has, and what is wrong with it.
+
+    In sequences no longer than the window it hides nothing, so such a model is covered up to that length.
+    """
     window = config.get("sliding_window")
     if family.window == "none" or (family.window == "all_layers" and window is None):
-        return []
-    if family.window == "all_layers":
-        return [f"sliding_window {window} is not supported; only null"]
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        sliding = sum(kind != "full_attention" for kind in kinds)
-    elif config.get("use_sliding_window") and window is not None:
-        sliding = max(0, shape.num_layers - config.get("max_window_layers", 28))
-    else:
-        sliding = 0
-    return [f"a sliding window in {sliding} of {shape.num_layers} layers is not supported"] if sliding else []
-
-
-def _rope_problems(rope: dict[str, Any], shape: ModelShape) -> list[str]:
-    """RoPE variants other than plain and Llama 3's."""
-    problems = []
-    if rope["partial_rotary_factor"] != 1.0:
-        problems.append(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; only 1.0")
-    if not isinstance(rope["rope_theta"], (int, float)) or any(isinstance(value, dict) for value in rope.values()):
-        problems.append("RoPE settings that differ between layers are not supported")
-    kind = rope["rope_type"]
-    if kind == "default":
-        return problems
-    if kind != "llama3":
-        return [*problems, f"rope_type {kind!r} is not supported; supported are 'default', 'llama3'"]
-    if not isinstance(rope.get("factor"), (int, float)):
-        problems.append("rope_type 'llama3' without a factor")
-    given = {"original_max_position_embeddings": shape.max_position_embeddings, **rope}
-    wrong = [f"{key} {given.get(key)}, not {fixed}" for key, fixed in _LLAMA3_FIXED.items() if given.get(key) != fixed]
-    if wrong:
-        problems.append(f"rope_type 'llama3' with {'; '.join(wrong)}: Megatron-core has these numbers built in")
-    return problems
+        return None, []
+    sliding = shape.num_layers
+    if family.window == "by_layer":
+        kinds = config.get("layer_types")
+        if kinds is not None:
+            sliding = sum(kind != "full_attention" for kind in kinds)
+        elif config.get("use_sliding_window") and window is not None:
+            sliding = max(0, shape.num_layers - config.get("max_window_layers", 28))
+        else:
+            sliding = 0
+    if sliding and not isinstance(window, int):
+        return None, [f"{sliding} of {shape.num_layers} layers have a sliding window, and sliding_window is {window}"]
+    return (window if sliding else None), []

@@ -12,7 +12,8 @@ or absent.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def export_run(run_root: Path) -> Path:
     # its corrections (sft.megatron.mends, which checkpoint imports) can only be applied to a loaded one.
     import sft.megatron.mcore  # noqa: F401
     from sft.checkpoint import SHARDED, newest_usable
+    from sft.hf.adapter_export import export_adapter  # builds on this module
 
     paths = RunPaths(run_root)
     if not paths.config.is_file():
@@ -61,13 +63,23 @@ def export_run(run_root: Path) -> Path:
     checkpoint = newest_usable(paths.complete_checkpoints())
     if checkpoint is None:
         raise RunStateError(f"{run_root}: no complete checkpoint to export; let the run reach its first one")
-    export_checkpoint(
-        checkpoint / SHARDED,
-        resolve_model_dir(spec, convert=False),
-        paths.export,
-        tokenizer_dir=Path(spec.model.tokenizer) if spec.model.tokenizer else None,
-        chat_template=None if spec.data.chat_template in ("tokenizer", "none") else Path(spec.data.chat_template),
-    )
+    model_dir = resolve_model_dir(spec, convert=False)
+    tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else None
+    template = None if spec.data.chat_template in ("tokenizer", "none") else Path(spec.data.chat_template)
+    if spec.model.lora.rank is not None:
+        export_adapter(
+            checkpoint / SHARDED,
+            model_dir,
+            paths.export,
+            spec.model.lora,
+            merged=spec.checkpoint.export_merged,
+            tokenizer_dir=tokenizer_dir,
+            chat_template=template,
+        )
+    else:
+        export_checkpoint(
+            checkpoint / SHARDED, model_dir, paths.export, tokenizer_dir=tokenizer_dir, chat_template=template
+        )
     return paths.export
 
 
@@ -87,15 +99,28 @@ def export_checkpoint(
     architecture = read_architecture(model_dir)
     reader = ShardedReader(checkpoint_dir)
     _check_checkpoint(reader, checkpoint_dir, architecture)
+    layouts = dict(_layouts(architecture))
+    with whole_directory(out_dir) as aside:
+        dtypes = _export_dtypes(reader, model_dir, architecture, dtype)
+        write_model(
+            lambda name: split_parameter(layouts[name], reader.tensor(*checkpoint_key(name))),
+            architecture,
+            dtypes,
+            aside,
+        )
+        copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
+        write_config(model_dir, aside, dtypes)
+        check_model_files(aside, architecture)
+
+
+@contextmanager
+def whole_directory(out_dir: Path) -> Iterator[Path]:
+    """A directory to write into, which takes the place of `out_dir` when the block ends without an error."""
     aside = out_dir.parent / f".{out_dir.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        dtypes = _export_dtypes(reader, model_dir, architecture, dtype)
-        _write_weights(reader, architecture, dtypes, aside)
-        _copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
-        _write_config(model_dir, aside, dtypes)
-        check_model_files(aside, architecture)
+        yield aside
         sync_files(aside)
         _replace(out_dir, aside)
     except (OSError, SafetensorError) as error:
@@ -149,9 +174,7 @@ def _export_dtypes(
     if dtype is not None:
         return dict.fromkeys(hf_shapes(architecture), dtype)
     if (model_dir / SINGLE).is_file() or (model_dir / INDEX).is_file():
-        files = weight_map(model_dir)
-        headers = {file: read_header(model_dir / file) for file in set(files.values())}
-        return {name: _DTYPES[headers[files[name]][name].dtype] for name in hf_shapes(architecture)}
+        return file_dtypes(model_dir, architecture)
     return {
         piece.name: reader.dtype(checkpoint_key(name)[0])
         for name, layout in _layouts(architecture)
@@ -159,18 +182,30 @@ def _export_dtypes(
     }
 
 
-def _write_weights(
-    reader: ShardedReader, architecture: Architecture, dtypes: Mapping[str, torch.dtype], directory: Path
+def file_dtypes(model_dir: Path, architecture: Architecture) -> dict[str, torch.dtype]:
+    """Number type of every tensor of a model directory."""
+    files = weight_map(model_dir)
+    headers = {file: read_header(model_dir / file) for file in set(files.values())}
+    return {name: _DTYPES[headers[files[name]][name].dtype] for name in hf_shapes(architecture)}
+
+
+def write_model(
+    tensors_of: Callable[[str], Mapping[str, torch.Tensor]],
+    architecture: Architecture,
+    dtypes: Mapping[str, torch.dtype],
+    directory: Path,
 ) -> None:
-    """All weight files, and their index where there is more than one."""
+    """All weight files, and their index where there is more than one.
+
+    `tensors_of` gives the Hugging Face tensors that make up a parameter.
+    """
     plan = plan_files(architecture, dtypes, MAX_FILE_BYTES)
-    layouts = dict(_layouts(architecture))
     where: dict[str, str] = {}
     total = 0
     for number, names in enumerate(plan, start=1):
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
-            for hf_name, tensor in split_parameter(layouts[name], reader.tensor(*checkpoint_key(name))).items():
+            for hf_name, tensor in tensors_of(name).items():
                 tensors[hf_name] = tensor.to(dtypes[hf_name])
         file = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         write_weights(tensors, directory / file)
@@ -180,7 +215,7 @@ def _write_weights(
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | None, directory: Path) -> None:
+def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | None, directory: Path) -> None:
     """Tokenizer and generation settings, and the chat template the run was trained with."""
     found = {path for pattern in _TOKENIZER_FILES for path in tokenizer_dir.glob(pattern)}
     for path in [*sorted(found), model_dir / "generation_config.json"]:
@@ -192,7 +227,7 @@ def _copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | N
         shutil.copyfile(chat_template, directory / "chat_template.jinja")
 
 
-def _write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+def write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
     """The source's config.json; only the number type is written anew, where the weights have another one."""
     config: dict[str, Any] = read_json(model_dir / "config.json") or {}
     used = set(dtypes.values())

@@ -22,6 +22,10 @@ from sft.hf.architecture import Architecture, read_architecture
 from sft.hf.files import SINGLE, check_model_files, write_weights
 from sft.hf.layouts import hf_shapes
 
+_COVERED = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose tensors a GGUF holds under names of their own, unchanged but for the order of rows. Not so Gemma, to
+whose norms llama.cpp adds 1."""
+
 _INTERLEAVED = ("llama", "mistral")
 """Families whose RoPE llama.cpp computes on neighbouring pairs."""
 
@@ -56,6 +60,11 @@ def convert_gguf(source: Path, directory: Path) -> None:
         raise ModelError(f"model.path: reading {source} needs the package gguf: pip install gguf") from None
     _write_config(source, directory)
     architecture = read_architecture(directory)
+    if _kind(architecture) not in _COVERED:
+        raise ModelError(
+            f"model.path: {source}: GGUF files of {_kind(architecture)} models are not converted, only those of "
+            f"{', '.join(_COVERED)}; use the Hugging Face directory"
+        )
     try:
         reader = gguf.GGUFReader(source)
     except (OSError, ValueError, IndexError) as error:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from sft.hf.adapter import MARK as ADAPTER_MARK
 from sft.hf.architecture import Architecture
 from sft.hf.files import WeightFiles
 from sft.hf.layouts import Layout, canonical_name, hf_shapes, layer_parameters, layout_of, rank_pieces
@@ -57,13 +58,17 @@ def fill_parameters(
     tensor_size: int,
     layer_offsets: Sequence[int],
 ) -> None:
-    """Fill every parameter of `chunks` in its own dtype and on its own device.
+    """Fill every parameter of `chunks` but adapters, in its own dtype and on its own device.
 
     `layer_offsets` holds the global index of each chunk's first layer.
     """
     shapes = hf_shapes(architecture)
     for chunk, offset in zip(chunks, layer_offsets, strict=True):
-        named = {canonical_name(name, offset): parameter for name, parameter in chunk.named_parameters()}
+        named = {
+            canonical_name(name, offset): parameter
+            for name, parameter in chunk.named_parameters()
+            if ADAPTER_MARK not in name
+        }
         _check_layers(named, architecture)
         for name, parameter in named.items():
             layout = layout_of(name, architecture)

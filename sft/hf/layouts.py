@@ -5,7 +5,9 @@ serves both directions: import reads the rows a rank needs, export puts rows bac
 
 * linear_qkv: for each KV group its query heads, its key head, its value head. A tensor-parallel rank holds a
   contiguous part; with more ranks than KV groups a part is less than a group and Megatron-core gathers it back.
-* linear_fc1: all gate rows, then all up rows; a rank holds its part of each half, hence two blocks.
+  Where the files hold one tensor (Phi-3), it is all query heads, then all key heads, then all value heads.
+* linear_fc1: all gate rows, then all up rows, which may be one tensor in the files; a rank holds its part of each
+  half, hence two blocks.
 * embedding and output layer: the vocabulary, then rows of zeros up to Megatron-core's padded size.
 * linear_proj and linear_fc2 are split by columns; norms are whole on every rank.
 
@@ -198,10 +200,7 @@ def _layer_layouts(architecture: Architecture, prefix: str) -> dict[str, Layout]
             f"{attention}o_proj.weight", hidden, shape.num_attention_heads * head, split=1
         ),
         "pre_mlp_layernorm.weight": _norm(f"{prefix}post_attention_layernorm.weight", hidden),
-        "mlp.linear_fc1.weight": Layout(
-            blocks=((Piece(f"{mlp}gate_proj.weight", 0, ffn),), (Piece(f"{mlp}up_proj.weight", 0, ffn),)),
-            columns=hidden,
-        ),
+        "mlp.linear_fc1.weight": Layout(blocks=_gate_and_up(architecture, mlp), columns=hidden),
         "mlp.linear_fc2.weight": _whole(f"{mlp}down_proj.weight", hidden, ffn, split=1),
     }
     if architecture.qkv_bias:
@@ -215,11 +214,25 @@ def _layer_layouts(architecture: Architecture, prefix: str) -> dict[str, Layout]
 def _qkv(architecture: Architecture, prefix: str, kind: str) -> tuple[Piece, ...]:
     """Group-major: the query heads of a KV group, its key head, its value head, then the next group."""
     shape = architecture.shape
-    head = shape.head_dim
-    queries = shape.num_attention_heads // shape.num_query_groups * head
-    widths = {"q": queries, "k": head, "v": head}
+    head, groups = shape.head_dim, shape.num_query_groups
+    queries = shape.num_attention_heads // groups * head
+    # (tensor, its first row, rows of a group) of each of the three
+    if architecture.fused:
+        name = f"{prefix}qkv_proj.{kind}"
+        parts = [(name, 0, queries), (name, groups * queries, head), (name, groups * (queries + head), head)]
+    else:
+        parts = [(f"{prefix}{which}_proj.{kind}", 0, queries if which == "q" else head) for which in "qkv"]
     return tuple(
-        Piece(f"{prefix}{which}_proj.{kind}", group * width, (group + 1) * width)
-        for group in range(shape.num_query_groups)
-        for which, width in widths.items()
+        Piece(name, first + group * width, first + (group + 1) * width)
+        for group in range(groups)
+        for name, first, width in parts
     )
+
+
+def _gate_and_up(architecture: Architecture, prefix: str) -> tuple[tuple[Piece, ...], ...]:
+    """Two blocks: the gate's rows, then those of the up projection."""
+    ffn = architecture.shape.ffn_hidden_size
+    if architecture.fused:
+        name = f"{prefix}gate_up_proj.weight"
+        return (Piece(name, 0, ffn),), (Piece(name, ffn, 2 * ffn),)
+    return (Piece(f"{prefix}gate_proj.weight", 0, ffn),), (Piece(f"{prefix}up_proj.weight", 0, ffn),)

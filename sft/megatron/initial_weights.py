@@ -1,7 +1,7 @@
 """The weights a run starts from: read from Hugging Face files, or drawn.
 
 Drawn weights depend on the tensor's Hugging Face name and the seed alone: each rank draws a whole tensor and keeps its
-slice, so that one seed gives one model under every topology.
+slice, so that one seed gives one model under every topology. So do LoRA adapters, which no file holds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from launcher.spec import RunSpec
 from sft.hf.architecture import Architecture
 from sft.hf.importer import fill_parameters, load_hf_weights
+from sft.megatron.lora import reset_adapters
 from sft.megatron.mcore import TransformerConfig, get_transformer_layer_offset, parallel_state
 
 INITIAL_STD = 0.02
@@ -38,16 +39,22 @@ def load_initial_weights(
         "layer_offsets": offsets,
     }
     if spec.model.init == "random":
-        fill_parameters(chunks, architecture, DrawnWeights(spec.train.seed), **place)
+        norm = 0.0 if architecture.zero_centered_norm else 1.0
+        fill_parameters(chunks, architecture, DrawnWeights(spec.train.seed, norm=norm), **place)
     else:
         load_hf_weights(chunks, architecture, model_dir, **place)
+    reset_adapters(chunks, spec.train.seed)
 
 
 class DrawnWeights:
-    """A source of weights like sft.hf.files.WeightFiles: matrices from a normal distribution, norms 1, biases 0."""
+    """A source of weights like sft.hf.files.WeightFiles: matrices from a normal distribution, biases 0.
 
-    def __init__(self, seed: int) -> None:
+    `norm` is what norms are filled with.
+    """
+
+    def __init__(self, seed: int, *, norm: float = 1.0) -> None:
         self._seed = seed
+        self._norm = norm
         self._recent: dict[str, Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -60,8 +67,7 @@ class DrawnWeights:
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
-            fill = torch.zeros if name.endswith(".bias") else torch.ones
-            return fill(shape, device="cpu")
+            return torch.full(shape, 0.0 if name.endswith(".bias") else self._norm, device="cpu")
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return torch.randn(shape, generator=generator, device="cpu") * INITIAL_STD

@@ -39,6 +39,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 cpu_support.redirect_rng(_random)
 mends.apply(DistributedOptimizer, filesystem_async, _clip_grads)
@@ -69,6 +70,7 @@ __all__ = [
     "get_megatron_optimizer",
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
+    "make_sharded_tensors_for_checkpoint",
     "parallel_state",
     "tensor_parallel",
 ]

@@ -8,18 +8,29 @@ bf16 stays off.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from launcher.errors import ModelError
 from launcher.spec import RunSpec
 from launcher.topology import Topology
-from sft.hf.architecture import Architecture
+from sft.hf.adapter import MARK
+from sft.hf.architecture import Activation, Architecture
+from sft.hf.checks import check_model_settings
 from sft.megatron.layers import decoder_spec
-from sft.megatron.mcore import GPTModel, TransformerConfig, parallel_state
+from sft.megatron.lora import attach_adapters, use_lora_linears
+from sft.megatron.mcore import GPTModel, TransformerBlockSubmodules, TransformerConfig, parallel_state
+from sft.megatron.norms import ZeroCenteredRMSNorm
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
@@ -36,6 +47,8 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
     def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._true_vocab_size = true_vocab_size
+        self.adapted = False
+        """Only adapters are trained, and only they are in checkpoints."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Loss of each target, [b, s], from labels [b, s] and this rank's logits [s, b, vocab / tp]."""
@@ -46,6 +59,20 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
             logits.narrow(-1, true_rows, local_rows - true_rows).fill_(torch.finfo(logits.dtype).min)
         loss: Tensor = super().compute_language_model_loss(labels, logits)
         return loss
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron-core's; of an adapted model its adapters alone, since all else is in the files it came from."""
+        state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if MARK in key} if self.adapted else state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Torch's; an adapted model must find its adapters and nothing else."""
+        if not (self.adapted and strict):
+            return super().load_state_dict(state_dict, strict, assign)
+        wanted = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if wanted != state_dict.keys():
+            raise RuntimeError(f"adapters that do not match: {', '.join(sorted(wanted ^ state_dict.keys()))}")
+        return super().load_state_dict(state_dict, False, assign)
 
 
 def transformer_config(
@@ -64,7 +91,8 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=architecture.layernorm_epsilon,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=_ACTIVATIONS[architecture.activation],
+        layernorm_zero_centered_gamma=architecture.zero_centered_norm,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
@@ -120,6 +148,7 @@ def build_chunks(
             f"topology.context_parallel {topology.context_parallel}: attention sees whole sequences only in this "
             "version; set it to 1"
         )
+    check_model_settings(spec, architecture)
     stages = range(topology.virtual_pipeline) if topology.virtual_pipeline > 1 else [None]
     return [_build_chunk(spec, architecture, topology, config, stage) for stage in stages]
 
@@ -128,19 +157,44 @@ def _build_chunk(
     spec: RunSpec, architecture: Architecture, topology: Topology, config: TransformerConfig, vp_stage: int | None
 ) -> SFTGPTModel:
     shape = architecture.shape
-    scaling = architecture.rope_scaling_factor
-    return SFTGPTModel(
+    chunk = SFTGPTModel(
         config,
-        decoder_spec(config, vp_stage),
+        _decoder(spec, architecture, config, vp_stage),
         vocab_size=padded_vocab_size(shape.vocab_size, topology.tensor_parallel),
         true_vocab_size=shape.vocab_size,
         max_sequence_length=spec.data.seq_length,
         position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
-        rope_scaling=scaling is not None,
-        **({} if scaling is None else {"rope_scaling_factor": scaling}),
+        rotary_base=architecture.rope.theta,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         vp_stage=vp_stage,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
     )
+    # Megatron-core's own scaling has Llama 3's numbers built in.
+    rotary = chunk.rotary_pos_emb
+    rotary.inv_freq = architecture.rope.inverse_frequencies(shape.head_dim).to(rotary.inv_freq.device)
+    if chunk.pre_process and architecture.embedding_scale is not None:
+        chunk.embedding.register_forward_hook(partial(_scale_embedding, architecture.embedding_scale))
+    if spec.model.lora.rank is not None:
+        attach_adapters(chunk, spec.model.lora, architecture, config)
+        chunk.adapted = True
+    return chunk
+
+
+def _decoder(
+    spec: RunSpec, architecture: Architecture, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Our decoder spec, with the norm of this family and linears that take adapters where there are some."""
+    block = decoder_spec(config, vp_stage)
+    if spec.model.lora.rank is not None:
+        use_lora_linears(block)
+    if architecture.zero_centered_norm:
+        block.layer_norm = ZeroCenteredRMSNorm
+        for layer in block.layer_specs:
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = ZeroCenteredRMSNorm
+    return block
+
+
+def _scale_embedding(scale: float, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """The factor is rounded to the embedding's type first, as transformers does."""
+    return output * torch.tensor(scale, dtype=output.dtype, device="cpu")

@@ -37,8 +37,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_mha": ("Llama", {"num_key_value_heads": 6}),
     "llama_one_kv_head": ("Llama", {"num_key_value_heads": 1}),
     "llama3_rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama3_rope_other_numbers": (
+        "Llama",
+        {
+            "rope_parameters": {
+                **LLAMA3_ROPE,
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 2.0,
+                "high_freq_factor": 8.0,
+                "original_max_position_embeddings": 256,
+            }
+        },
+    ),
+    "llama_linear_rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}),
     "llama_wide_heads": ("Llama", {"head_dim": 16}),
     "mistral": ("Mistral", {"sliding_window": None, "rope_theta": 1000000.0}),
+    "mistral_window": ("Mistral", {"sliding_window": 64}),
+    "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma_untied": ("Gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "phi3_partial_rope": (
+        "Phi3",
+        {"pad_token_id": 0, "partial_rotary_factor": 0.75, "num_key_value_heads": 6, "sliding_window": 64},
+    ),
     "qwen2": ("Qwen2", {"rope_theta": 1000000.0}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),

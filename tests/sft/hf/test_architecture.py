@@ -10,6 +10,7 @@ import pytest
 
 from launcher.errors import ModelError
 from sft.hf.architecture import read_architecture
+from sft.hf.rope import Llama3Scaling, Rope
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -50,8 +51,12 @@ def test_plain_llama(tmp_path: Path) -> None:
 
     assert architecture.shape.head_dim == 8
     assert architecture.layernorm_epsilon == 1e-5
-    assert architecture.rope_theta == 10000.0
-    assert architecture.rope_scaling_factor is None
+    assert architecture.rope == Rope(theta=10000.0)
+    assert (architecture.activation, architecture.embedding_scale, architecture.attention_window) == (
+        "silu",
+        None,
+        None,
+    )
     assert not architecture.qkv_bias
     assert not architecture.qk_norm
 
@@ -71,14 +76,14 @@ def test_rope_is_read_from_old_and_new_places(tmp_path: Path, rope: dict[str, An
             value.pop("rope_type", None)
     architecture = read_architecture(write_config(tmp_path, **rope))
 
-    assert architecture.rope_theta == 500000.0
-    assert architecture.rope_scaling_factor == 32.0
+    llama3 = Llama3Scaling(low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
+    assert architecture.rope == Rope(theta=500000.0, factor=32.0, llama3=llama3)
 
 
 def test_old_default_rope_scaling_of_null(tmp_path: Path) -> None:
     architecture = read_architecture(write_config(tmp_path, rope_scaling=None, rope_theta=1000000.0))
 
-    assert (architecture.rope_theta, architecture.rope_scaling_factor) == (1000000.0, None)
+    assert architecture.rope == Rope(theta=1000000.0)
 
 
 def test_what_families_imply(tmp_path: Path) -> None:
@@ -91,9 +96,33 @@ def test_what_families_imply(tmp_path: Path) -> None:
     assert (mistral.qkv_bias, mistral.qk_norm) == (False, False)
 
 
+@pytest.mark.parametrize("activation", [{}, {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}])
+def test_gemma(tmp_path: Path, activation: dict[str, Any]) -> None:
+    """The first files leave tied embeddings out, and call the activation by another's name."""
+    gemma = read_architecture(write_config(tmp_path, model_type="gemma", head_dim=16, **activation))
+
+    assert (gemma.activation, gemma.zero_centered_norm, gemma.embedding_scale) == ("gelu_tanh", True, 48**0.5)
+    assert gemma.shape.tied_embeddings
+
+
+def test_phi3(tmp_path: Path) -> None:
+    phi3 = read_architecture(
+        write_config(tmp_path, model_type="phi3", partial_rotary_factor=0.75, sliding_window=2047, rope_scaling=None)
+    )
+
+    assert (phi3.fused, phi3.attention_window, phi3.rope) == (True, 2047, Rope(theta=10000.0, fraction=0.75))
+
+
 def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
     assert refusal(tmp_path, model_type="gpt2") == [
-        "model_type 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"
+        "model_type 'gpt2' is not supported; supported are gemma, llama, mistral, phi3, qwen2, qwen3"
+    ]
+
+
+def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) -> None:
+    assert refusal(tmp_path, model_type="gemma2") == [
+        "model_type 'gemma2' is not supported (it caps attention scores and logits by tanh and norms each sublayer's "
+        "output); supported are gemma, llama, mistral, phi3, qwen2, qwen3"
     ]
 
 
@@ -114,25 +143,32 @@ def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
         ),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_type 'yarn' is not supported; supported are 'default', 'llama3'",
+            "rope_type 'yarn' is not supported; supported are 'default', 'linear', 'llama3'",
         ),
         (
-            {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0, "original_max_position_embeddings": 4096}},
-            "rope_type 'llama3' with low_freq_factor 2.0, not 1.0; original_max_position_embeddings 4096, not 8192: "
-            "Megatron-core has these numbers built in",
+            {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+            "rope_type 'longrope' is not supported; supported are 'default', 'linear', 'llama3'",
         ),
         (
-            {"rope_scaling": {key: LLAMA3[key] for key in LLAMA3 if key != "original_max_position_embeddings"}},
-            "rope_type 'llama3' with original_max_position_embeddings 128, not 8192: "
-            "Megatron-core has these numbers built in",
+            {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+            "rope_type 'llama3' with low_freq_factor 4.0 and high_freq_factor 4.0; the first must be above 0 and below "
+            "the second",
         ),
         (
-            {"rope_scaling": {key: LLAMA3[key] for key in LLAMA3 if key != "factor"}},
-            "rope_type 'llama3' without a factor",
+            {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0}},
+            "rope_type 'llama3' without a number for factor, high_freq_factor",
         ),
         (
-            {"model_type": "mistral", "sliding_window": 4096},
-            "sliding_window 4096 is not supported; only null",
+            {"rope_scaling": {"rope_type": "linear"}},
+            "rope_type 'linear' without a number for factor",
+        ),
+        (
+            {"model_type": "gemma", "head_dim": 16, "hidden_act": "silu"},
+            "hidden_act 'silu' is not supported; only 'gelu_pytorch_tanh' or 'gelu'",
+        ),
+        (
+            {"model_type": "gemma", "head_dim": 16, "use_bidirectional_attention": True},
+            "use_bidirectional_attention true is not supported",
         ),
         (
             {"model_type": "mistral"},
@@ -143,12 +179,8 @@ def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
             "no head_dim, which a qwen3 config must state",
         ),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-            "a sliding window in 3 of 4 layers is not supported",
-        ),
-        (
             {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"] * 2},
-            "a sliding window in 2 of 4 layers is not supported",
+            "2 of 4 layers have a sliding window, and sliding_window is None",
         ),
     ],
 )
@@ -157,16 +189,19 @@ def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "window"),
     [
-        {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1},
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28},
-        {"model_type": "llama", "sliding_window": 64},
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, 64),
+        ({"model_type": "qwen2", "sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"] * 2}, 32),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}, None),
+        ({"model_type": "llama", "sliding_window": 64}, None),
     ],
-    ids=["switched off", "above the last layer", "not read by this family"],
+    ids=["all layers", "upper layers", "by layer", "switched off", "above the last layer", "not read by this family"],
 )
-def test_a_window_that_no_layer_has_is_no_problem(tmp_path: Path, changes: dict[str, Any]) -> None:
-    read_architecture(write_config(tmp_path, **changes))
+def test_the_window_that_layers_have(tmp_path: Path, changes: dict[str, Any], window: int | None) -> None:
+    assert read_architecture(write_config(tmp_path, **changes)).attention_window == window
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama_one_kv_head", 2, {"tensor_parallel": 2}, torch.float32),
         ("qwen2_tied", 2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, torch.float32),
         ("qwen3", 3, {"tensor_parallel": 3}, torch.bfloat16),
+        ("mistral_window", 2, {"pipeline_parallel": 2}, torch.float32),
+        ("gemma", 3, {"tensor_parallel": 3}, torch.float32),
+        ("phi3", 3, {"tensor_parallel": 3}, torch.bfloat16),
+        ("phi3_partial_rope", 4, {"tensor_parallel": 2, "pipeline_parallel": 2}, torch.float32),
         ("llama_tied", 6, {"tensor_parallel": 3, "pipeline_parallel": 2}, torch.float32),
     ],
 )

@@ -23,10 +23,11 @@ from sft.hf.layouts import (
     rank_pieces,
     split_parameter,
 )
+from sft.hf.rope import Rope
 
 
 def architecture(
-    heads: int = 6, groups: int = 3, tied: bool = False, bias: bool = True, norm: bool = True
+    heads: int = 6, groups: int = 3, tied: bool = False, bias: bool = True, norm: bool = True, fused: bool = False
 ) -> Architecture:
     shape = ModelShape(
         model_type="llama",
@@ -41,7 +42,7 @@ def architecture(
         tied_embeddings=tied,
     )
     return Architecture(
-        shape=shape, layernorm_epsilon=1e-5, rope_theta=1e4, rope_scaling_factor=None, qkv_bias=bias, qk_norm=norm
+        shape=shape, layernorm_epsilon=1e-5, rope=Rope(theta=1e4), qkv_bias=bias, qk_norm=norm, fused=fused
     )
 
 
@@ -84,10 +85,13 @@ def test_gate_comes_before_up_and_a_rank_holds_a_part_of_each() -> None:
     bias=st.booleans(),
     norm=st.booleans(),
     tied=st.booleans(),
+    fused=st.booleans(),
     padding=st.integers(0, 5),
 )
-def test_merge_then_split_is_the_identity(groups: int, bias: bool, norm: bool, tied: bool, padding: int) -> None:
-    model = architecture(groups=groups, bias=bias, norm=norm, tied=tied)
+def test_merge_then_split_is_the_identity(
+    groups: int, bias: bool, norm: bool, tied: bool, fused: bool, padding: int
+) -> None:
+    model = architecture(groups=groups, bias=bias, norm=norm, tied=tied, fused=fused)
     tensors = hf_tensors(model)
     found: dict[str, torch.Tensor] = {}
     for name in parameter_names(model):
@@ -102,9 +106,28 @@ def test_merge_then_split_is_the_identity(groups: int, bias: bool, norm: bool, t
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+def test_fused_tensors_hold_the_same_rows() -> None:
+    """Phi-3's file has all queries, all keys, all values in one tensor, and all gates, all ups in another."""
+    separate, fused = architecture(bias=False), architecture(bias=False, fused=True)
+    tensors = hf_tensors(separate)
+    layer = "model.layers.1."
+    joined = {
+        f"{layer}self_attn.qkv_proj.weight": [f"{layer}self_attn.{which}_proj.weight" for which in "qkv"],
+        f"{layer}mlp.gate_up_proj.weight": [f"{layer}mlp.{which}_proj.weight" for which in ("gate", "up")],
+    }
+    together = {name: torch.cat([tensors[part] for part in parts]) for name, parts in joined.items()}
+    for parameter in ("self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"):
+        ours, theirs = (layout_of(f"decoder.layers.1.{parameter}", model) for model in (separate, fused))
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(merge_parameter(ours, tensors), merge_parameter(theirs, together))
+    assert hf_shapes(fused)[f"{layer}self_attn.qkv_proj.weight"] == (48, 8)
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_ranks_together_hold_every_row_once(size: int) -> None:
-    model = architecture(heads=6, groups=3)
+def test_ranks_together_hold_every_row_once(size: int, fused: bool) -> None:
+    model = architecture(heads=6, groups=3, fused=fused)
     for name in parameter_names(model):
         layout = layout_of(name, model)
         assert layout is not None

@@ -1,0 +1,173 @@
+"""Low-rank adapters by Hugging Face names: which layers have one, and where its rows lie in Megatron-core's linears.
+
+An adapter adds scale * B(A(x)) to a linear layer of the *files* (q_proj, gate_proj, ...), as PEFT has it. Megatron-core
+fuses several of these into one linear, whose layout (`sft.hf.layouts`) tells the rows of each. So every target keeps
+an A and a B of its own, and an adapter trained here is an adapter there.
+
+B is kept by blocks of the layout: within a block a tensor-parallel rank holds a contiguous part, so that a checkpoint
+can be cut anew for another number of ranks. Only Phi-3's gate_up_proj has two blocks.
+
+Rejected: one adapter a fused linear (q, k and v would share an A, which no PEFT adapter can express).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from launcher.spec import LoraSpec
+from sft.hf.architecture import Architecture
+from sft.hf.layouts import Layout, Piece, checkpoint_key, layer_parameters, layout_of, split_parameter
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+MARK = ".lora."
+"""In the name of every adapter parameter, and of no other."""
+
+_WEIGHT = ".weight"
+
+
+class CheckpointTensors(Protocol):
+    """What is needed of `sft.hf.sharded_reader.ShardedReader`."""
+
+    def tensor(self, key: str, index: int | None = None) -> torch.Tensor:
+        """A whole tensor, or one layer of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterTarget:
+    """One linear layer of the files that has an adapter."""
+
+    name: str
+    """q_proj and the like."""
+    module: str
+    """The layer's whole Hugging Face name."""
+    layer: int
+    linear: str
+    """The Megatron-core linear that holds its rows, within the layer."""
+    layout: Layout
+    """Its rows in that linear, in the order in which the linear has them."""
+
+    @property
+    def columns(self) -> int:
+        """Size of its input."""
+        assert self.layout.columns is not None
+        return self.layout.columns
+
+    @property
+    def split_input(self) -> bool:
+        """Whether tensor-parallel ranks hold parts of its input (and else parts of its rows)."""
+        return self.layout.split == 1
+
+    @property
+    def block_rows(self) -> list[int]:
+        """Rows of each block, over all ranks."""
+        return [sum(piece.rows for piece in block) for block in self.layout.blocks]
+
+    def parameter(self, which: str) -> str:
+        """Name of the parameter `lora_A` or `lora_B.<block>` in the whole model."""
+        return f"decoder.layers.{self.layer}.{self.linear}{MARK}{self.name}.{which}"
+
+    def draw_a(self, rank: int, seed: int) -> torch.Tensor:
+        """The whole A as it starts: PEFT's distribution, drawn by name and seed alone."""
+        digest = hashlib.sha256(f"{seed} {self.module}.lora_A.weight".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        bound = float(self.columns**-0.5)
+        return torch.empty((rank, self.columns), device="cpu").uniform_(-bound, bound, generator=generator)
+
+    def read(self, source: CheckpointTensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a sharded checkpoint, B's rows in the order of the files."""
+        blocks = range(len(self.layout.blocks))
+        a = source.tensor(*checkpoint_key(self.parameter("lora_A")))
+        b = torch.cat([source.tensor(*checkpoint_key(self.parameter(f"lora_B.{block}"))) for block in blocks])
+        return a, split_parameter(self.layout, b)[f"{self.module}{_WEIGHT}"]
+
+
+def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> list[AdapterTarget]:
+    """The adapters of one layer, in the order of the files."""
+    found = []
+    for parameter in layer_parameters(architecture):
+        layout = layout_of(f"decoder.layers.{layer}.{parameter}", architecture)
+        assert layout is not None
+        if layout.columns is None:
+            continue
+        for weight in dict.fromkeys(piece.name for piece in layout.pieces):
+            module = weight.removesuffix(_WEIGHT)
+            name = module.rpartition(".")[2]
+            if not lora.targets or name in lora.targets:
+                found.append(
+                    AdapterTarget(
+                        name=name,
+                        module=module,
+                        layer=layer,
+                        linear=parameter.removesuffix(_WEIGHT),
+                        layout=_rows_of(weight, layout),
+                    )
+                )
+    return found
+
+
+def all_targets(architecture: Architecture, lora: LoraSpec) -> list[AdapterTarget]:
+    """The adapters of the whole model."""
+    layers = range(architecture.shape.num_layers)
+    return [target for layer in layers for target in adapter_targets(architecture, lora, layer)]
+
+
+def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: int) -> list[str]:
+    """What of these settings the model cannot follow."""
+    if lora.rank is None:
+        return []
+    every = [target.name for target in adapter_targets(architecture, LoraSpec(rank=lora.rank), 0)]
+    problems = [
+        f"model.lora.targets: a {architecture.shape.model_type} model has no linear layer {name}; it has "
+        f"{', '.join(every)}"
+        for name in lora.targets
+        if name not in every
+    ]
+    groups = architecture.shape.num_query_groups
+    uneven = [name for name in (lora.targets or every) if name in ("q_proj", "k_proj", "v_proj")]
+    if tensor_parallel > groups and uneven:
+        problems.append(
+            f"model.lora.targets: adapters of {', '.join(uneven)} need topology.tensor_parallel {tensor_parallel} to "
+            f"be at most the {groups} KV heads; with more, ranks hold unequal parts of them"
+        )
+    return problems
+
+
+def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[str, Any]:
+    """adapter_config.json: what PEFT needs to put the adapter on the model in `base`."""
+    assert lora.rank is not None
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": lora.rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [target.name for target in adapter_targets(architecture, lora, 0)],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def added_weight(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """What an adapter amounts to as a change of its layer's weight, in fp32."""
+    return scale * (b.float() @ a.float())
+
+
+def _rows_of(weight: str, layout: Layout) -> Layout:
+    """The part of a fused linear's layout that comes from one tensor of the files."""
+    blocks: list[tuple[Piece, ...]] = [
+        tuple(piece for piece in block if piece.name == weight) for block in layout.blocks
+    ]
+    return Layout(blocks=tuple(block for block in blocks if block), columns=layout.columns, split=layout.split)

@@ -1,0 +1,143 @@
+"""Adapters of a sharded checkpoint -> a PEFT adapter directory, or the model with the adapter added to its weights.
+
+The directory holds what `peft` and vLLM load: adapter_config.json, adapter_model.safetensors, and the tokenizer with
+the chat template the run was trained with. Merging adds scale * B A in fp32 and rounds once, to the type the file has.
+
+Rejected: to write it with `peft`. It would build the whole model to save a few matrices, and be one more dependency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from launcher.errors import CheckpointError
+from launcher.rundir import read_json, write_json
+from launcher.spec import LoraSpec
+from sft.hf.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
+    AdapterTarget,
+    added_weight,
+    all_targets,
+    peft_config,
+)
+from sft.hf.architecture import Architecture, read_architecture
+from sft.hf.exporter import copy_settings, file_dtypes, whole_directory, write_config, write_model
+from sft.hf.files import WeightFiles, check_model_files, write_weights
+from sft.hf.layouts import checkpoint_key, hf_shapes, layout_of
+from sft.hf.sharded_reader import ShardedReader
+
+MERGED_ADAPTER = "adapter"
+"""Where a merged export keeps the adapter that went into it."""
+
+
+def export_adapter(
+    checkpoint_dir: Path,
+    model_dir: Path,
+    out_dir: Path,
+    lora: LoraSpec,
+    *,
+    merged: bool = False,
+    tokenizer_dir: Path | None = None,
+    chat_template: Path | None = None,
+) -> None:
+    """Write the adapter in `checkpoint_dir` to `out_dir`; `merged`: the model it makes, and itself beside that."""
+    architecture = read_architecture(model_dir)
+    reader = ShardedReader(checkpoint_dir)
+    targets = all_targets(architecture, lora)
+    _check_checkpoint(reader, checkpoint_dir, targets, lora)
+    with whole_directory(out_dir) as aside:
+        copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
+        own = aside / MERGED_ADAPTER if merged else aside
+        own.mkdir(exist_ok=True)
+        _write_adapter(reader, targets, own)
+        write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir))
+        if merged:
+            dtypes = file_dtypes(model_dir, architecture)
+            merge = _Merger(reader, model_dir, architecture, targets, lora.scale)
+            write_model(merge.tensors_of, architecture, dtypes, aside)
+            write_config(model_dir, aside, dtypes)
+            check_model_files(aside, architecture)
+
+
+def adapted_model(directory: Path) -> Path | None:
+    """The model that the adapter in `directory` belongs to; None where there is no adapter but a model."""
+    if (directory / "config.json").is_file() or not (directory / ADAPTER_CONFIG).is_file():
+        return None
+    config: dict[str, Any] = read_json(directory / ADAPTER_CONFIG) or {}
+    return Path(config["base_model_name_or_path"])
+
+
+@torch.no_grad()
+def add_adapter(model: torch.nn.Module, directory: Path) -> None:
+    """Add the adapter in `directory` to the weights of a transformers model."""
+    config: dict[str, Any] = read_json(directory / ADAPTER_CONFIG) or {}
+    tensors = load_file(directory / ADAPTER_WEIGHTS)
+    for name, a in tensors.items():
+        module, found, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")
+        if found:
+            weight = model.get_parameter(f"{module}.weight")
+            b = tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"]
+            weight.copy_(weight.float() + added_weight(a, b, config["lora_alpha"] / config["r"]))
+
+
+class _Merger:
+    """The model's tensors from its own files, with the adapter added."""
+
+    def __init__(
+        self,
+        reader: ShardedReader,
+        model_dir: Path,
+        architecture: Architecture,
+        targets: list[AdapterTarget],
+        scale: float,
+    ) -> None:
+        self._reader = reader
+        self._files = WeightFiles(model_dir)
+        self._architecture = architecture
+        self._shapes = hf_shapes(architecture)
+        self._targets = {f"{target.module}.weight": target for target in targets}
+        self._scale = scale
+
+    def tensors_of(self, parameter: str) -> Mapping[str, torch.Tensor]:
+        """The tensors that make up one parameter."""
+        layout = layout_of(parameter, self._architecture)
+        assert layout is not None, parameter
+        return {name: self._tensor(name) for name in dict.fromkeys(piece.name for piece in layout.pieces)}
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        whole: torch.Tensor = self._files.tensor(name, self._shapes[name])[:]
+        target = self._targets.get(name)
+        if target is None:
+            return whole
+        return whole.float() + added_weight(*target.read(self._reader), self._scale)
+
+
+def _write_adapter(reader: ShardedReader, targets: list[AdapterTarget], directory: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for target in targets:
+        a, b = target.read(reader)
+        tensors[f"{PEFT_PREFIX}{target.module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PEFT_PREFIX}{target.module}.lora_B.weight"] = b.contiguous()
+    write_weights(tensors, directory / ADAPTER_WEIGHTS)
+
+
+def _check_checkpoint(
+    reader: ShardedReader, checkpoint_dir: Path, targets: list[AdapterTarget], lora: LoraSpec
+) -> None:
+    """Refuse the checkpoint of another rank, other targets or another model before anything is written."""
+    layers = max(target.layer for target in targets) + 1
+    for target in targets:
+        key = checkpoint_key(target.parameter("lora_A"))[0]
+        expected = (layers, lora.rank, target.columns)
+        if reader.shape(key) != expected:
+            raise CheckpointError(
+                f"checkpoint {checkpoint_dir}: {key} is {list(reader.shape(key))}; by model.lora and config.json it "
+                f"should be {list(expected)}"
+            )

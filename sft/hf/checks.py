@@ -1,0 +1,28 @@
+"""Settings of a run that depend on its model: checked by `prepare`, before a rank starts, and by each rank."""
+
+from __future__ import annotations
+
+from launcher.errors import ModelError
+from launcher.spec import RunSpec
+from sft.hf.adapter import lora_problems
+from sft.hf.architecture import Architecture
+
+
+def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
+    """ModelError with every setting that this model cannot follow."""
+    problems = [
+        *_window_problems(spec, architecture),
+        *lora_problems(spec.model.lora, architecture, spec.topology.tensor_parallel),
+    ]
+    if problems:
+        raise ModelError(problems)
+
+
+def _window_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
+    window, length = architecture.attention_window, spec.data.seq_length
+    if window is None or length <= window:
+        return []
+    return [
+        f"data.seq_length {length}: this model's layers see the last {window} tokens only, which is not supported; "
+        f"set it to at most {window}, where that changes nothing"
+    ]

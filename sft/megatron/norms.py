@@ -1,0 +1,23 @@
+"""Norms of single model families; Llama's is in `sft.megatron.layers`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sft.megatron.layers import RMSNorm
+from sft.megatron.mcore import TransformerConfig
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """Gemma's: multiplies by 1 + weight, in fp32 up to the end, where Llama's rounds before it multiplies."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **others: Any) -> None:
+        super().__init__(config, hidden_size, eps, **others)
+        self.weight.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm over the last dimension, in the type of `x`."""
+        return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
