@@ -150,6 +150,9 @@ class CheckpointCallback(pl.Callback):
         self._log = log
         self._max_steps = max_steps
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop.install()
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         strategy = cast(MegatronStrategy, trainer.strategy)
         step = trainer.global_step

@@ -17,7 +17,11 @@ class StopFlag:
         self.signal_name: str | None = None
 
     def install(self) -> None:
-        """Register the handlers; before Lightning's trainer, which then leaves them alone."""
+        """Register the handlers in place of whatever is there.
+
+        To be called again once Lightning's trainer runs: it puts a handler of its own before ours, which makes a
+        collective call inside the signal handler and so hangs the ranks that were not signalled at the same point.
+        """
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 

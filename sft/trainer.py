@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytorch_lightning as pl
 import torch
@@ -106,6 +107,8 @@ def train(config: Path) -> ExitCode:
     log.event("training_started", step=begin, max_steps=max_steps)
     began = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    # srun ends all ranks when one exits other than 0: none may leave while another is still writing.
+    cast(MegatronStrategy, trainer.strategy).control.barrier()
     if trainer.global_step < max_steps:
         return ExitCode.REQUEUE
     log.event("training_finished", step=max_steps, seconds=round(time.monotonic() - began, 1))

@@ -30,6 +30,9 @@ class Curve:
 def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, plan: StepPlan, steps: int) -> Curve:
     """Train with a constant learning rate by the definition: sum(w * nll) / sum(w) over each global batch."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    # transformers drops the input side of the padding token's embedding gradient. Where padding and end token are one,
+    # as in SmolLM2, that is the gradient of a real token.
+    model.get_input_embeddings().padding_idx = None
     model.train()
     optimizer = torch.optim.AdamW(_groups(model, spec.train.optimizer), **_adamw(spec.train.optimizer))
     losses, norms, first_step = [], [], {}
