@@ -9,7 +9,7 @@ from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, append_event, read_lines
 from launcher.spec import RunSpec, read_resolved
 from launcher.topology import build_topology
-from sft.data.prepare import prepare_data
+from sft.data.prepare import check_vocabulary, prepare_data
 from sft.hf.answer import record_answers
 from sft.hf.architecture import read_architecture
 from sft.hf.checks import check_model_settings
@@ -31,7 +31,8 @@ def prepare(config: Path) -> ExitCode:
     check_model_settings(spec, architecture)
     if spec.model.init == "pretrained":
         check_model_files(model_dir, architecture)
-    prepare_data(spec, Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir)
+    prepared = prepare_data(spec, Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir)
+    check_vocabulary(prepared, architecture.shape.vocab_size)
     if _answers_wanted(spec):
         record_answers(paths, spec.logging.prompts, model_dir, "before")
     append_event(paths, "prepared", attempt=RankEnv.from_environ().attempt)

@@ -54,6 +54,8 @@ class Counts:
     """Tokens of the examples."""
     supervised_tokens: int = 0
     """Targets with a weight other than 0."""
+    answers: int = 0
+    """Answers of those examples, as they were before the length policy."""
     terminators: int = 0
     """Targets that end an answer."""
     longest: int = 0
@@ -64,6 +66,10 @@ class Counts:
     too_long: int = 0
     """Rows that the length policy dropped."""
     truncated: int = 0
+    split: int = 0
+    """Rows that the length policy cut into pieces."""
+    rewritten: int = 0
+    """Rows that became several examples, because the template rewrites earlier turns."""
     unsupervised: int = 0
     """Rows dropped because no target is left in them."""
     tokens_lost: int = 0
@@ -72,6 +78,8 @@ class Counts:
     """Targets among the lost tokens."""
     tokens_trimmed: int = 0
     """Tokens after the last target: nothing is learnt from them."""
+    messages_trimmed: int = 0
+    """Messages after the last trained one."""
     straddling: int = 0
     """Tokens that lie across the edge of what is trained."""
     escaped: int = 0

@@ -29,8 +29,8 @@ from sft.data.cache import Counts, Part, TokenPair, write_part
 from sft.data.files import ByteRange, cut, read_lines
 from sft.data.formats import parse_row
 from sft.data.length_policy import fit
-from sft.data.masking import Encoder
-from sft.data.tokenizer import control_tokens, load_tokenizer
+from sft.data.masking import Encoded, Encoder
+from sft.data.tokenizer import load_tokenizer
 
 MAX_PROBLEMS = 5
 RANGE_BYTES = 4 << 20
@@ -59,9 +59,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        tokenizer = load_tokenizer(job.tokenizer_dir)
-        self._encoder = Encoder(tokenizer, job.data)
-        self._controls = np.array(sorted(control_tokens(tokenizer).values()), dtype=np.int32)
+        self._encoder = Encoder(load_tokenizer(job.tokenizer_dir), job.data)
 
     def run(self, work: tuple[ByteRange, Path]) -> Result:
         """Tokenize one range into a part."""
@@ -72,29 +70,33 @@ class Worker:
         for number, line in read_lines(rows):
             where = f"{rows.path}:{number}"
             try:
-                pair = self._encode(line, where, tally)
+                found = self._encode(line, where, tally)
             except DataError as error:
                 problems += error.problems
                 if len(problems) >= MAX_PROBLEMS:
                     break
             else:
-                pairs += [pair] if pair is not None else []
+                pairs += found
         part = write_part(prefix, [] if problems else pairs, Counts(**tally))
         return Result(part, tuple(problems[:MAX_PROBLEMS]))
 
-    def _encode(self, line: bytes, where: str, tally: Counter[str]) -> TokenPair | None:
-        encoded = self._encoder.encode(parse_row(line, where, self._job.row_format, self._job.data.columns))
+    def _encode(self, line: bytes, where: str, tally: Counter[str]) -> list[TokenPair]:
+        examples = self._encoder.encode(parse_row(line, where, self._job.row_format, self._job.data.columns))
         tally["rows"] += 1
-        tally["straddling"] += encoded.straddling
-        tally["escaped"] += encoded.escaped
-        try:
-            pair = fit(encoded, self._job.data, tally)
-        except DataError as error:
-            raise DataError([f"{where}: {problem}" for problem in error.problems]) from error
-        if pair is not None:
-            ids, weights = pair
-            tally["terminators"] += int(np.count_nonzero(weights[np.isin(ids, self._controls)]))
-        return pair
+        tally["rewritten"] += len(examples) > 1
+        tally["escaped"] += any(encoded.escaped for encoded in examples)
+        kept: list[Encoded] = []
+        for encoded in examples:
+            try:
+                pieces = fit(encoded, self._job.data, tally)
+            except DataError as error:
+                raise DataError([f"{where}: {problem}" for problem in error.problems]) from error
+            tally["straddling"] += encoded.straddling
+            tally["messages_trimmed"] += encoded.unused
+            tally["answers"] += encoded.answers if pieces else 0
+            kept += pieces
+        tally["terminators"] += sum(int(np.count_nonzero(piece.weights[piece.ends])) for piece in kept)
+        return [(piece.ids, piece.weights) for piece in kept]
 
 
 def write_parts(job: Job, files: Sequence[Path], aside: Path, *, show_progress: bool, title: str) -> list[Part]:

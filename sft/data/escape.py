@@ -15,6 +15,7 @@ and cutting the text at each hidden spelling (which breaks the words around it).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,6 +29,9 @@ from sft.data.tokenizer import control_tokens
 
 _PLACEHOLDERS = 0x100000
 """First placeholder: the last private plane of Unicode, which no text has a use for."""
+
+_ESCAPED = re.compile(r"\\udbc0\\udc[0-9a-f]{2}")
+"""A placeholder as `tojson` writes it when told to write ASCII."""
 
 _ANCHORS = ("", "\n", "a", "\u00e9")
 """Texts to put in front of a piece so that it is tokenized as it would be inside a conversation."""
@@ -59,6 +63,8 @@ class ControlTokens:
         self._spellings = sorted(spellings, key=len, reverse=True)
         self._placeholders = {text: chr(_PLACEHOLDERS + n) for n, text in enumerate(self._spellings)}
         self._spelled = re.compile("|".join(map(re.escape, self._spellings)) or r"(?!)")
+        self._first = re.compile(rf"\s*(?:{self._spelled.pattern})")
+        self._endings = tuple(self._spellings)
         self._hidden = re.compile(f"[{chr(_PLACEHOLDERS)}-{chr(_PLACEHOLDERS + len(spellings))}]")
         self._spelling_ids = spellings
         self.ids = np.array(sorted(spellings.values()), dtype=np.int32)
@@ -68,6 +74,35 @@ class ControlTokens:
         if reserved := self._hidden.search(content):
             raise DataError(f"the content holds U+{ord(reserved[0]):X}, a private character that stands for a token")
         return self._spelled.sub(lambda match: self._placeholders[match[0]], content)
+
+    def hide_in(self, value: Any) -> Any:
+        """A JSON value with placeholders in all its texts, keys among them."""
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, Mapping):
+            return {self.hide_in(name): self.hide_in(item) for name, item in value.items()}
+        return [self.hide_in(item) for item in value] if isinstance(value, list) else value
+
+    def trailing(self, text: str) -> list[int]:
+        """Lengths that `text` may be cut to by taking control tokens off its end, the longest first."""
+        cuts = [len(text)]
+        while True:
+            end = len(text[: cuts[-1]].rstrip())
+            if end < cuts[-1]:
+                cuts.append(end)
+            spelled = next((spelled for spelled in self._spellings if text.endswith(spelled, 0, end)), None)
+            if spelled is None:
+                return cuts
+            cuts.append(end - len(spelled))
+
+    def ends_with_control(self, text: str) -> bool:
+        """Whether a control token ends `text`, spaces aside."""
+        return text.rstrip().endswith(self._endings)
+
+    def leading(self, text: str) -> int:
+        """Length of the control token that `text` begins with, spaces before it included; 0 where there is none."""
+        found = self._first.match(text)
+        return found.end() if found else 0
 
     def reveal(self, text: str) -> str:
         """`text` with control tokens spelled out again."""
@@ -79,6 +114,8 @@ class ControlTokens:
 
     def tokenize(self, text: str) -> Tokenized:
         """Ids of a rendered text; where it hides control tokens, they are revealed and tokenized as plain text."""
+        if _ESCAPED.search(text):
+            raise DataError("the chat template writes a special token, which the content spells, in JSON escapes")
         whole = self._encode(text)
         if not self.hides_in(text):
             return whole

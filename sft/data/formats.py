@@ -1,57 +1,71 @@
 """Rows of a data file -> examples: the one place that knows how people write data down.
 
-    prompt_completion   {"prompt": "...", "completion": "..."}
-    messages            {"messages": [{"role": "user", "content": "..."}, ...]}
+    prompt_completion   {"prompt": "...", "completion": "..."}; `input` and `system` where data.columns names them;
+                        both may be lists of messages: those of the prompt are not trained
+    messages            {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
+    sharegpt            {"conversations": [{"from": "human", "value": "..."}, ...], "system": "...", "tools": "[...]"}
+    tokens              {"input_ids": [...], "labels": [...]} (-100: not trained), or "loss_mask" in place of labels
     text                {"text": "..."}
 
-data.columns maps our names to the row's. What cannot be read is an error that names file, line and key; what we
-would have to leave out to read a row (tool calls, weights of single messages) is an error too, because a
-model would be trained on something the user did not write.
+data.columns maps our names to the row's, which may be dotted (sft/data/row.py). What cannot be read is an error that
+names file, line and key (turns: sft/data/messages.py).
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from launcher.errors import DataError, did_you_mean
 from launcher.spec import DataSpec
 from sft.data.files import ByteRange, read_lines
+from sft.data.messages import (
+    MESSAGE_COLUMNS,
+    TURN_COLUMNS,
+    Message,
+    read_messages,
+    read_sharegpt,
+    read_tools,
+    refuse_unread,
+)
+from sft.data.row import MISSING, find, get, get_text, kind, load, loss_weight, names
 
-COLUMNS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
-"""Keys that a row of each format must have."""
+COLUMNS = {
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "tokens": ("input_ids",),
+    "text": ("text",),
+}
+"""Keys that a row of each format must have, in the order in which they are looked for."""
 
-_MESSAGE_COLUMNS = ("role", "content")
-_NOT_READ = ("tools", "tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking", "train", "weight")
-"""Keys that change what should be trained, and that are not read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+_OPTIONAL_COLUMNS = ("input", "system", "tools", "labels", "loss_mask")
+_NOT_A_LABEL = -100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One row: either messages, or a prompt with its completion, or a text."""
+    """One row: messages, or a prompt with its completion, or a text, or token ids."""
 
     where: str
     """File and line, for errors."""
     messages: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     prompt: str = ""
-    completion: str | None = None
-    text: str | None = None
+    completion: Optional[str] = None
+    text: Optional[str] = None
+    ids: Optional[tuple[int, ...]] = None
+    weights: tuple[float, ...] = ()
+    """Loss weight of each of `ids`."""
 
 
 def check_columns(spec: DataSpec) -> None:
     """Refuse names in data.columns that no format has."""
-    known = {name for names in COLUMNS.values() for name in names} | set(_MESSAGE_COLUMNS)
+    known = {name for columns in COLUMNS.values() for name in columns}
+    known |= {*MESSAGE_COLUMNS, *TURN_COLUMNS, *_OPTIONAL_COLUMNS}
     problems = [
         f"data.columns: unknown name {name!r}{did_you_mean(name, known)}; known: {', '.join(sorted(known))}"
         for name in spec.columns
@@ -67,100 +81,90 @@ def detect_format(files: Sequence[Path], spec: DataSpec, key: str) -> str:
         return spec.format
     for path in files:
         for number, line in read_lines(ByteRange(path, 0, path.stat().st_size, 1)):
-            where = f"{path}:{number}"
-            row = _load(line, where)
-            for name, columns in COLUMNS.items():
-                if all(spec.columns.get(column, column) in row for column in columns):
-                    return name
-            wanted = "; ".join(" and ".join(columns) for columns in COLUMNS.values())
-            raise DataError(
-                f"{where}: the format cannot be told from the keys {_names(row)}; "
-                f"known are {wanted}; map names with data.columns, e.g. {{prompt: question}}"
-            )
+            return format_of(load(line, f"{path}:{number}"), f"{path}:{number}", spec.columns)
     raise DataError(f"{key}: no rows in {', '.join(map(str, files))}")
+
+
+def format_of(row: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> str:
+    """The format whose keys a row has."""
+    for name, wanted in COLUMNS.items():
+        if all(find(row, columns.get(column, column)) is not MISSING for column in wanted):
+            return name
+    known = "; ".join(" and ".join(wanted) for wanted in COLUMNS.values())
+    raise DataError(
+        f"{where}: the format cannot be told from the keys {names(row)}; "
+        f"known are {known}; map names with data.columns, e.g. {{prompt: question}}"
+    )
 
 
 def parse_row(line: bytes, where: str, row_format: str, columns: Mapping[str, str]) -> Example:
     """The example in one line; DataError names `where` and the key."""
-    row = _load(line, where)
-    _refuse_unread(row, where)
-    if row_format == "messages":
-        key = columns.get("messages", "messages")
-        return Example(where=where, messages=_messages(_get(row, key, where), f"{where}: {key}", columns))
+    row = load(line, where)
+    refuse_unread(row, where)
     if row_format == "text":
-        return Example(where=where, text=_text(row, columns.get("text", "text"), where))
-    prompt, completion = (_text(row, columns.get(name, name), where) for name in COLUMNS["prompt_completion"])
-    return Example(where=where, prompt=prompt, completion=completion)
+        return Example(where=where, text=get_text(row, columns.get("text", "text"), where))
+    if row_format == "tokens":
+        return _tokens(row, where, columns)
+    tools_key = columns.get("tools", "tools")
+    tools = read_tools(row.get(tools_key), f"{where}: {tools_key!r}")
+    if row_format == "prompt_completion":
+        return _pair(row, where, columns, tools)
+    (name,) = COLUMNS[row_format]
+    key = columns.get(name, name)
+    read = read_messages if row_format == "messages" else read_sharegpt
+    turns = read(get(row, key, where), f"{where}: {key}", columns)
+    optional = columns.get("system", "system" if row_format == "sharegpt" else "")
+    return Example(where=where, messages=(*_system(row, optional, where), *turns), tools=tools)
 
 
-def _load(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig").rstrip())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        # A pretty-printed .json file: its first line is a lone bracket.
-        hint = "; a data file holds one object a line" if line.strip() in (b"[", b"{") else ""
-        raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}{hint}") from None
-    except RecursionError:
-        raise DataError(f"{where}: JSON is nested too deeply") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: {_kind(row)}, where a JSON object is needed; a data file holds one object a line")
-    return row
+def _pair(
+    row: Mapping[str, Any], where: str, columns: Mapping[str, str], tools: tuple[Mapping[str, Any], ...]
+) -> Example:
+    prompt_key, completion_key = (columns.get(name, name) for name in COLUMNS["prompt_completion"])
+    system = _system(row, columns.get("system", ""), where)
+    prompt, completion = get(row, prompt_key, where), get(row, completion_key, where)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        asked = read_messages(prompt, f"{where}: {prompt_key}", columns)
+        answers = read_messages(completion, f"{where}: {completion_key}", columns)
+        untrained = tuple(dataclasses.replace(message, weight=message.weight or 0.0) for message in asked)
+        return Example(where=where, messages=(*system, *untrained, *answers), tools=tools)
+    question = get_text(row, prompt_key, where)
+    if "input" in columns and (more := get_text(row, columns["input"], where)):
+        question = f"{question}\n\n{more}"
+    answer = get_text(row, completion_key, where)
+    if system or tools:
+        turns = (*system, Message("user", question), Message("assistant", answer))
+        return Example(where=where, messages=turns, tools=tools)
+    return Example(where=where, prompt=question, completion=answer)
 
 
-def _messages(value: Any, where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where} must be a list of messages, found {_kind(value)}")
-    messages = []
-    for index, item in enumerate(value):
-        at = f"{where}[{index}]"
-        if not isinstance(item, dict):
-            raise DataError(f"{at} must be an object with role and content, found {_kind(item)}")
-        _refuse_unread(item, at)
-        role, content = (_text(item, columns.get(name, name), at) for name in _MESSAGE_COLUMNS)
-        messages.append(Message(role, content))
-    return tuple(messages)
+def _system(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]:
+    """The system turn that a column of its own holds; none where it is absent or empty."""
+    if not key or find(row, key) in (MISSING, None, ""):
+        return ()
+    return (Message("system", get_text(row, key, where)),)
 
 
-def _get(row: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in row:
-        raise DataError(f"{where}: no key {key!r}; found {_names(row)}{did_you_mean(key, row)}")
-    return row[key]
-
-
-def _text(row: Mapping[str, Any], key: str, where: str) -> str:
-    value = _get(row, key, where)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} must be a text, found {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        found = f"\\u{ord(value[error.start]):04x}"
-        raise DataError(f"{where}: {key!r} holds half a surrogate pair ({found}), which is no text") from None
-    return value
-
-
-def _refuse_unread(row: Mapping[str, Any], where: str) -> None:
-    unread = [key for key in _NOT_READ if row.get(key) not in (None, [], {}, "", "[]")]
-    unread = [key for key in unread if key not in ("train", "weight") or row[key] != 1]
-    if unread:
-        raise DataError(f"{where}: {', '.join(unread)} would be left out of training; remove it from the data")
-
-
-def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(repr(key) for key in row) or "none"
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return f"the boolean {str(value).lower()}"
-    if isinstance(value, (int, float)):
-        return f"the number {value}"
-    if isinstance(value, str):
-        return f"the text {value[:40]!r}"
-    if isinstance(value, list):
-        return "an array" if value else "an empty array"
-    return "an object"
+def _tokens(row: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Example:
+    id_key, label_key, mask_key = (columns.get(name, name) for name in ("input_ids", "labels", "loss_mask"))
+    ids = get(row, id_key, where)
+    if not isinstance(ids, list) or not all(type(item) is int and 0 <= item < 2**31 for item in ids):
+        raise DataError(f"{where}: {id_key!r} must be a list of token ids, found {kind(ids)}")
+    mask, labels = row.get(mask_key), row.get(label_key)
+    values = labels if mask is None else mask
+    if not isinstance(values, list) or len(values) != len(ids):
+        raise DataError(
+            f"{where}: {len(ids)} {id_key!r} need as many {label_key!r} or {mask_key!r}, "
+            f"found {len(values) if isinstance(values, list) else kind(values)}"
+        )
+    if mask is not None:
+        weights = [loss_weight(float(w) if isinstance(w, bool) else w, f"{where}: {mask_key!r}") for w in mask]
+    else:
+        for index, (token, label) in enumerate(zip(ids, values, strict=True)):
+            if label not in (token, _NOT_A_LABEL):
+                raise DataError(
+                    f"{where}: {label_key}[{index}] is {label}, {id_key}[{index}] is {token}: a label is the token "
+                    f"at its own place or {_NOT_A_LABEL}; they are shifted in training, not in the data"
+                )
+        weights = [float(label != _NOT_A_LABEL) for label in values]
+    return Example(where=where, ids=tuple(ids), weights=tuple(weights))

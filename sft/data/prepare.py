@@ -23,19 +23,20 @@ from pathlib import Path
 
 from launcher.errors import DataError
 from launcher.spec import DataSpec, RunSpec
-from sft.data.cache import FORMAT_VERSION, MANIFEST, Counts, TokenCache, assemble, publish
+from sft.data.cache import FORMAT_VERSION, MANIFEST, TokenCache, assemble, publish
 from sft.data.cache_build import Job, write_parts
 from sft.data.files import digest, expand, file_identity, sha256_of
 from sft.data.formats import check_columns, detect_format
+from sft.data.report import check_counts, check_lost, report
 from sft.data.tokenizer import tokenizer_files
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised with every change that gives the same rows other tokens or weights."""
 
 WAIT_SECONDS = 6 * 3600.0
 _POLL_SECONDS = 1.0
 _STALE_SECONDS = 2 * 86400.0
-_POLICIES = ("columns", "loss_on", "seq_length", "length_policy")
+_POLICIES = ("columns", "chat_template_kwargs", "loss_on", "on_mismatch", "seq_length", "length_policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,32 +83,18 @@ def open_or_build(
             caches.append(_open_or_make(spec, source, tokenizer_dir))
         else:
             caches.append(_wait_for(source, wait_seconds))
+        check_lost(caches[-1].counts, f"data.{name}", spec.data)
     return PreparedData(caches[0], caches[1] if len(caches) > 1 else None)
 
 
-def report(name: str, cache: TokenCache) -> str:
-    """What a cache holds and what was lost on the way, for people."""
-    c = cache.counts
-    targets = c.tokens - c.examples
-    lines = [
-        f"{name}: {c.examples:,} examples, {c.tokens:,} tokens (mean {c.tokens / c.examples:.0f}, "
-        f"longest {c.longest:,}), {c.supervised_tokens:,} trained ({c.supervised_tokens / targets:.1%})"
-    ]
-    if c.too_long:
-        lines.append(f"  dropped: {c.too_long:,} rows longer than data.seq_length (longest {c.longest_row:,} tokens)")
-    if c.truncated:
-        lines.append(f"  truncated: {c.truncated:,} rows (longest {c.longest_row:,} tokens)")
-    if c.unsupervised:
-        lines.append(f"  dropped: {c.unsupervised:,} rows without any token to train on")
-    if c.tokens_lost:
-        lines.append(f"  lost so: {c.tokens_lost:,} tokens, {c.supervised_lost:,} of them to be trained")
-    if c.tokens_trimmed:
-        lines.append(f"  trimmed: {c.tokens_trimmed:,} tokens after the last trained one")
-    if c.straddling:
-        lines.append(f"  edges: {c.straddling:,} trained tokens hold text of prompt and answer")
-    if c.escaped:
-        lines.append(f"  escaped: special tokens spelled in {c.escaped:,} rows are trained as plain text")
-    return "\n".join(lines)
+def check_vocabulary(prepared: PreparedData, vocab_size: int) -> None:
+    """Refuse token ids that the model has no embedding for: a GPU would only say `device-side assert`."""
+    for name, cache in (("train", prepared.train), ("validation", prepared.validation)):
+        if cache is not None and cache.counts.largest_id >= vocab_size:
+            raise DataError(
+                f"data.{name}: token id {cache.counts.largest_id} is not in the model's vocabulary of {vocab_size} "
+                "(vocab_size in its config.json); model.tokenizer, or who made the ids, belongs to another model"
+            )
 
 
 def _source(spec: RunSpec, name: str, tokenizer_dir: Path, *, write_notes: bool) -> _Source:
@@ -172,24 +159,7 @@ def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> 
     if changed:
         raise DataError(f"data.{source.name}: {', '.join(changed)} changed while being read; start again")
     counts = assemble(aside, source.key, parts, files=[str(path) for path in source.files], format=source.row_format)
-    _check(counts, source)
-
-
-def _check(counts: Counts, source: _Source) -> None:
-    names = ", ".join(str(path) for path in source.files)
-    if counts.rows == 0:
-        raise DataError(f"data.{source.name}: no rows in {names}")
-    if counts.supervised_tokens == 0:
-        raise DataError(
-            f"data.{source.name}: no token of {counts.rows:,} rows in {names} is left to train on "
-            f"({counts.unsupervised:,} without an assistant turn or cut before one, {counts.too_long:,} too long); "
-            "see data.loss_on, data.seq_length and data.length_policy"
-        )
-    if counts.terminators == 0:
-        raise DataError(
-            f"data.{source.name}: no answer in {names} ends with an end token that is trained, so the model would "
-            "never learn to stop; the chat template must write one after each assistant turn"
-        )
+    check_counts(counts, f"data.{source.name}", source.files)
 
 
 def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.errors import DataError, ModelError
 from launcher.spec import DataSpec
-from sft.data.formats import Example, Message, parse_row
-from sft.data.masking import Encoded, Encoder, encode
+from sft.data import masking
+from sft.data.formats import Example, parse_row
+from sft.data.masking import Encoded, Encoder
+from sft.data.messages import Message
 from sft.data.tokenizer import load_tokenizer
 from tests.sft.tokenizers_for_tests import SHARED_DATA, byte_level, sentencepiece_like, smollm2_dir
 from tests.tiny_model import CHAT_TEMPLATE, make_chat_rows, make_tokenizer
@@ -38,6 +41,11 @@ def chat(*contents: str, system: str | None = None) -> Example:
     roles = ("user", "assistant")
     turns = [Message(roles[index % 2], content) for index, content in enumerate(contents)]
     return Example(where="a.jsonl:1", messages=(*([Message("system", system)] if system else []), *turns))
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> Encoded:
+    (only,) = masking.encode(example, tokenizer, spec)
+    return only
 
 
 def as_dicts(example: Example) -> list[dict[str, str]]:
@@ -103,6 +111,131 @@ def test_trap_9_a_template_that_rewrites_history_is_refused_with_the_turn() -> N
     )
     last = encode(example, tokenizer, DataSpec(loss_on="last_assistant"))
     assert trained_texts(tokenizer, last) == ["<think>so</think>an answer<|im_end|>\n"]
+
+
+def test_trap_9_turns_that_are_rewritten_become_examples_of_their_own() -> None:
+    """Each behind the prompt of generation. Seen to fail with all turns masked in the whole conversation."""
+    example = chat("hi", "<think>hm</think>yo", "and?", "plain", "so?", "<think>so</think>an answer")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = THINK_TEMPLATE
+    first, both = masking.encode(example, tokenizer, DataSpec(on_mismatch="split"))
+    assert trained_texts(tokenizer, first) == ["<think>hm</think>yo<|im_end|>\n"]
+    assert trained_texts(tokenizer, both) == ["plain<|im_end|>\n", "<think>so</think>an answer<|im_end|>\n"]
+    for encoded, turn in ((first, 1), (both, 3), (both, 5)):
+        prompt: Any = tokenizer.apply_chat_template(
+            as_dicts(example)[:turn], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        assert encoded.ids[: len(prompt)].tolist() == prompt
+        assert encoded.weights[len(prompt)] == 1.0
+
+
+def test_trap_9_turns_that_agree_stay_one_example_under_split() -> None:
+    tokenizer = make_tokenizer()
+    assert len(masking.encode(CONVERSATION, tokenizer, DataSpec(on_mismatch="split"))) == 1
+
+
+def test_trap_9_an_end_of_the_whole_is_no_end_of_a_turn() -> None:
+    """As Phi-3 writes it. Seen to be refused where a turn had to be in the whole with all that ends it alone."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{% endif %}", "{% else %}<|endoftext|>{% endif %}")
+    encoded = encode(CONVERSATION, tokenizer, DataSpec())
+    assert trained_texts(tokenizer, encoded) == ["yo<|im_end|>\n", "an answer<|im_end|>\n<|endoftext|>"]
+    tokenizer.chat_template = (
+        PLAIN_TEMPLATE.replace("{{ eos_token }}", "") + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"message 3 \(assistant\): the chat template rewrites"):
+        encode(CONVERSATION, tokenizer, DataSpec())
+
+
+def test_trap_8_a_turn_that_the_next_header_ends_is_trained_with_it() -> None:
+    """As GLM-4 writes it. Seen to fail (answers without an end) with the span of the turn alone."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_end|>' if m['role'] == 'user' else '<|im_start|>' }}{{ m['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    encoded = encode(chat("hi", "yo", "and?", "an answer"), tokenizer, DataSpec())
+    assert trained_texts(tokenizer, encoded) == ["yo<|im_end|>", "an answer<|im_end|>"]
+    assert (encoded.answers, encoded.ends.sum()) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"content": "{{ m['content'][:3] }}"},
+            r"message 3 \(assistant\): the chat template does not write its content",
+        ),
+        ({"system": ""}, r"message 1 \(system\): the chat template does not write it"),
+    ],
+)
+def test_a_template_that_leaves_something_out_is_refused(changes: dict[str, str], message: str) -> None:
+    """Seen to fail (trained on answers to what is not in the prompt) without the check."""
+    content = changes.get("content", "{{ m['content'] }}")
+    skipped = "{% if m['role'] != 'system' %}" if "system" in changes else "{% if true %}"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{skipped}<|im_start|>{{{{ m['role'] }}}}\n{content}<|im_end|>\n{{% endif %}}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(DataError, match=message):
+        encode(chat("hi", "an answer", system="be brief"), tokenizer, DataSpec())
+
+
+def test_reasoning_calls_and_tools_that_a_template_leaves_out_are_refused() -> None:
+    """Seen to fail (trained without them) without the check."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    asked = Message("user", "hi")
+    for example, message in (
+        (Example(where="", messages=(asked, Message("assistant", "", None, {"tool_calls": [call]}))), "tool_calls"),
+        (Example(where="", messages=(asked, Message("assistant", "yo", None, {"thinking": "hm"}))), "thinking"),
+        (Example(where="", messages=(asked, Message("assistant", "yo")), tools=(call,)), "does not write the tools"),
+    ):
+        with pytest.raises(DataError, match=message):
+            encode(example, make_tokenizer(), DataSpec())
+
+
+def weighted(*weights: float | None) -> Example:
+    roles = ("system", "user", "assistant", "user", "assistant")
+    texts = ("be brief", "hi", "yo", "and?", "an answer")
+    turns = [Message(*turn) for turn in zip(roles, texts, weights, strict=True)]
+    return Example(where="a.jsonl:1", messages=tuple(turns))
+
+
+def test_messages_weigh_what_the_row_says() -> None:
+    """Seen to fail with the weights of messages passed over."""
+    tokenizer = make_tokenizer()
+    encoded = encode(weighted(None, None, 0.5, None, None), tokenizer, DataSpec())
+    assert [w for w, _ in itertools.groupby(encoded.weights)] == [0.0, 0.5, 0.0, 1.0]
+    left_out = encode(weighted(None, None, 0.0, None, None), tokenizer, DataSpec())
+    assert trained_texts(tokenizer, left_out) == ["an answer<|im_end|>\n"]
+    assert (left_out.answers, encoded.answers) == (1, 2)
+
+
+def test_other_turns_are_trained_only_if_a_row_asks() -> None:
+    """Seen to fail with a default weight of 1 for every role."""
+    tokenizer = make_tokenizer()
+    asked = encode(weighted(None, 1.0, 0.0, None, None), tokenizer, DataSpec(loss_on="last_assistant"))
+    assert trained_texts(tokenizer, asked) == ["<|im_start|>user\nhi<|im_end|>\n", "an answer<|im_end|>\n"]
+    everything = encode(weighted(None, None, 0.0, None, 0.5), tokenizer, DataSpec(loss_on="all"))
+    assert [w for w, _ in itertools.groupby(everything.weights)] == [0.0, 1.0, 0.0, 1.0, 0.5]
+
+
+def test_messages_after_the_last_trained_one_are_left_out_and_counted() -> None:
+    tokenizer = make_tokenizer()
+    encoded = encode(chat("hi", "yo", "bye"), tokenizer, DataSpec())
+    assert encoded.ids.tolist() == encode(chat("hi", "yo"), tokenizer, DataSpec()).ids.tolist()
+    assert encoded.unused == 1
+
+
+def test_ids_are_taken_as_they_are() -> None:
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token_id
+    example = Example(where="", ids=(7, 8, end, 9, end), weights=(1.0, 0.5, 0.5, 0.0, 1.0))
+    encoded = encode(example, tokenizer, DataSpec(chat_template="none"))
+    assert encoded.ids.tolist() == [7, 8, end, 9, end]
+    assert encoded.weights.tolist() == [0.0, 0.5, 0.5, 0.0, 1.0]
+    assert (encoded.answers, encoded.ends.tolist()) == (2, [False, False, True, False, True])
 
 
 def test_trap_9_a_generation_prompt_that_the_turn_does_not_begin_with_is_refused() -> None:
@@ -227,7 +360,7 @@ def test_smollm2_on_gsm8k_has_the_known_number_of_targets() -> None:
     encoder = Encoder(tokenizer, DataSpec())
     with file.open("rb") as lines:
         rows = [parse_row(next(lines), f"gsm8k:{n}", "prompt_completion", columns) for n in range(1, 33)]
-    encoded = [encoder.encode(row) for row in rows]
+    encoded = [only for row in rows for only in encoder.encode(row)]
     assert sum(np.count_nonzero(row.weights) for row in encoded) == 4127
     with file.open("rb") as lines:
         answer = json.loads(next(lines))["answer"]

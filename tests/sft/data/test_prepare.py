@@ -17,7 +17,8 @@ from launcher.errors import DataError, LauncherError
 from launcher.spec import DataSpec, LoggingSpec, RunSpec
 from sft.data import cache_build, prepare
 from sft.data.cache import MANIFEST, TokenCache
-from sft.data.prepare import open_or_build, prepare_data, report
+from sft.data.prepare import check_vocabulary, open_or_build, prepare_data
+from sft.data.report import report
 from tests.tiny_model import make_chat_rows, make_tokenizer, write_jsonl
 
 
@@ -276,3 +277,42 @@ def test_the_manifest_says_what_the_cache_was_made_from(tmp_path: Path, tokenize
     assert manifest["files"] == spec.data.train
     assert manifest["format"] == "messages"
     assert manifest["key"].startswith(cache.directory.name)
+
+
+def test_ids_that_the_model_does_not_have_are_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Seen to fail (an index error on a rank, or a device-side assert) without the check."""
+    rows = [{"input_ids": [5, 400, 2], "labels": [-100, 400, 2]}]
+    spec = spec_of(tmp_path, train=[str(write_jsonl(tmp_path / "ids.jsonl", rows))])
+    prepared = open_or_build(spec, tokenizer_dir, build=True)
+    check_vocabulary(prepared, 401)
+    with pytest.raises(DataError, match=r"data\.train: token id 400 is not in the model's vocabulary of 331"):
+        check_vocabulary(prepared, 331)
+
+
+def test_data_of_which_too_much_is_lost_are_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Also where the cache is there already. Seen to fail with the check at building alone."""
+    lossy = {"seq_length": 48, "length_policy": "truncate_right"}
+    spec = spec_of(tmp_path, **lossy)
+    counts = open_or_build(spec, tokenizer_dir, build=True).train.counts
+    assert counts.answers > counts.terminators
+    limit = 100 * counts.supervised_lost / (counts.supervised_lost + counts.supervised_tokens)
+    open_or_build(spec_of(tmp_path, max_lost_percent=limit + 0.1, **lossy), tokenizer_dir, build=True)
+    with pytest.raises(DataError, match=r"tokens to be trained \(\d+\.\d %\); data\.max_lost_percent \d+"):
+        open_or_build(spec_of(tmp_path, max_lost_percent=limit - 0.1, **lossy), tokenizer_dir, build=False)
+    with pytest.raises(DataError, match=r"data\.max_lost_percent 101 must be between 0 and 100"):
+        open_or_build(spec_of(tmp_path, max_lost_percent=101.0), tokenizer_dir, build=True)
+    pieces = open_or_build(spec_of(tmp_path, seq_length=48, length_policy="split"), tokenizer_dir, build=True)
+    assert pieces.train.counts.supervised_lost == 0
+    assert pieces.train.counts.split > 0
+    assert len(pieces.train) > 40
+    assert "split: " in report("train", pieces.train)
+
+
+def test_policies_that_change_tokens_change_the_key(tmp_path: Path, tokenizer_dir: Path) -> None:
+    specs = [
+        spec_of(tmp_path),
+        spec_of(tmp_path, on_mismatch="split"),
+        spec_of(tmp_path, chat_template_kwargs={"a": "1"}),
+    ]
+    keys = {open_or_build(spec, tokenizer_dir, build=True).train.key for spec in specs}
+    assert len(keys) == 3
