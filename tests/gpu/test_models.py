@@ -1,0 +1,51 @@
+"""Families and adapters on one CUDA device: the same numbers as plain PyTorch on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parity.runs import curve, reference_curve, run_training
+from tests.parity.test_families import family_model
+from tests.parity.test_lora import ALL, STEPS, adapted, expected_curve, lora_run
+from tests.tiny_model import make_chat_rows, write_jsonl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", make_chat_rows(36, seed=3))
+
+
+@pytest.mark.parametrize("family", ["gemma", "phi3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_family_follows_reference(family: str, precision: str, tmp_path: Path, chat: Path) -> None:
+    model = family_model(tmp_path / "model", family)
+    expected = reference_curve(tmp_path / "reference", model, chat, steps=STEPS, lr=1e-3)
+    full = dataclasses.replace(ALL, rank=None, alpha=None)
+    paths = lora_run(
+        tmp_path, model, chat, full, ranks=1, gpus_per_node=1, max_steps=STEPS, lr=1e-3, precision=precision
+    )
+    run_training(paths, 1)
+    assert curve(paths)[0] == pytest.approx(expected.losses, rel=1e-4 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lora_follows_reference(precision: str, recompute: str, tmp_path: Path, chat: Path) -> None:
+    model = family_model(tmp_path / "model", "phi3")
+    expected = expected_curve(tmp_path / "reference", model, chat, lambda spec: adapted(model, ALL, spec.train.seed))
+    paths = lora_run(
+        tmp_path, model, chat, ALL, ranks=1, gpus_per_node=1, max_steps=STEPS, precision=precision, recompute=recompute
+    )
+    run_training(paths, 1)
+    losses, norms = curve(paths)
+    assert losses == pytest.approx(expected.losses, rel=1e-4 if precision == "fp32" else 2e-2)
+    assert norms == pytest.approx(expected.grad_norms, rel=1e-3 if precision == "fp32" else 1e-1)
