@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from launcher.errors import DataError, LauncherError
 from launcher.spec import DataSpec
@@ -30,6 +28,8 @@ from sft.data.files import ByteRange, cut, read_lines
 from sft.data.formats import parse_row
 from sft.data.length_policy import fit
 from sft.data.masking import Encoded, Encoder
+from sft.data.progress import Progress
+from sft.data.tables import holds_lines, write_lines
 from sft.data.tokenizer import load_tokenizer
 
 MAX_PROBLEMS = 5
@@ -68,9 +68,8 @@ class Worker:
         pairs: list[TokenPair] = []
         problems: list[str] = []
         for number, line in read_lines(rows):
-            where = f"{rows.path}:{number}"
             try:
-                found = self._encode(line, where, tally)
+                found = self._encode(line, rows.where(number), tally)
             except DataError as error:
                 problems += error.problems
                 if len(problems) >= MAX_PROBLEMS:
@@ -101,22 +100,32 @@ class Worker:
 
 def write_parts(job: Job, files: Sequence[Path], aside: Path, *, show_progress: bool, title: str) -> list[Part]:
     """Tokenize `files` into parts in directory `aside`; DataError with the first problems."""
-    total = sum(path.stat().st_size for path in files)
+    lines = [(path, None) if holds_lines(path) else (_written_out(path, aside), path) for path in files]
+    total = sum(path.stat().st_size for path, _ in lines)
     workers = min(job.data.workers or len(os.sched_getaffinity(0)), -(-total // RANGE_BYTES))
     # Several ranges for each worker, so that none of them is idle for long at the end.
     size = max(min(RANGE_BYTES, total // (4 * max(workers, 1))), 1 << 16)
-    ranges = [rows for path in files for rows in cut(path, size)]
+    ranges = [rows for path, source in lines for rows in cut(path, size, source)]
     work = [(rows, aside / f"part-{index:06d}") for index, rows in enumerate(ranges)]
     parts: list[Part] = []
-    with tqdm(
-        total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=not show_progress, mininterval=0.5
-    ) as bar:
+    with Progress(title, total, shown=show_progress) as progress:
         for rows, result in zip(ranges, _run(job, work, workers), strict=True):
             if result.problems:
                 raise DataError(result.problems)
             parts.append(result.part)
-            bar.update(rows.end - rows.start)
+            progress.advance(rows.end - rows.start)
+    for path, source in lines:
+        if source is not None:
+            path.unlink()
     return parts
+
+
+def _written_out(path: Path, aside: Path) -> Path:
+    """The rows of a file that does not hold lines, as lines in a file of their own."""
+    number = sum(1 for _ in aside.glob("rows-*"))
+    target = aside / f"rows-{number:06d}"
+    write_lines(path, target)
+    return target
 
 
 def _run(job: Job, work: Iterable[tuple[ByteRange, Path]], workers: int) -> Iterator[Result]:

@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 from launcher.errors import DataError
 from launcher.rundir import read_json, write_json
+from sft.data.tables import dataset_files, place
 
 _BLOCK = 1 << 20
 _SETTLED_SECONDS = 2.0
@@ -33,6 +35,12 @@ class ByteRange:
     start: int
     end: int
     first_line: int
+    source: Optional[Path] = None
+    """The data file whose rows were written out as these lines, each with a number in front."""
+
+    def where(self, number: int) -> str:
+        """How errors name a row."""
+        return place(self.source or self.path, number)
 
 
 def expand(patterns: Sequence[str], key: str) -> list[Path]:
@@ -41,14 +49,25 @@ def expand(patterns: Sequence[str], key: str) -> list[Path]:
     problems: list[str] = []
     for pattern in patterns:
         # A name is taken as it is before it is taken as a pattern: file names may hold brackets.
-        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-        files = [Path(match) for match in matches if Path(match).is_file()]
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+        try:
+            files = [file for match in matches for file in _files_of(Path(match), key, alone=len(matches) == 1)]
+        except DataError as error:
+            problems += error.problems
+            continue
         if not files:
-            problems.append(f"{key}: no file {pattern!r}" if not matches else f"{key}: {pattern!r} is no file")
+            problems.append(f"{key}: no file {pattern!r}")
         found += files
     if problems:
         raise DataError(problems)
     return found
+
+
+def _files_of(path: Path, key: str, *, alone: bool) -> list[Path]:
+    """The file, or those of a saved data set; other directories that a pattern happens to match are passed over."""
+    if not path.is_dir():
+        return [path]
+    return dataset_files(path, key) if alone or (path / "state.json").is_file() else []
 
 
 def digest(path: Path, notes: Path, *, write: bool) -> str:
@@ -79,25 +98,28 @@ def sha256_of(path: Path) -> str:
     return value.hexdigest()
 
 
-def cut(path: Path, size: int) -> Iterator[ByteRange]:
-    """The file in ranges of about `size` bytes that end at line ends."""
+def cut(path: Path, size: int, source: Optional[Path] = None) -> Iterator[ByteRange]:
+    """The file in ranges of about `size` bytes that end at line ends; `source` is what its lines were made from."""
     start, line = 0, 1
     with path.open("rb") as file:
         while block := file.read(size):
             rest = b"" if block.endswith(b"\n") else file.readline()
             end = start + len(block) + len(rest)
-            yield ByteRange(path, start, end, line)
+            yield ByteRange(path, start, end, line, source)
             line += block.count(b"\n") + rest.count(b"\n")
             start = end
 
 
 def read_lines(part: ByteRange) -> Iterator[tuple[int, bytes]]:
-    """Line numbers and lines of a range; blank lines are passed over."""
+    """Numbers and lines of a range; blank lines are passed over."""
     with part.path.open("rb") as file:
         file.seek(part.start)
         position, number = part.start, part.first_line
         while position < part.end and (line := file.readline()):
-            if line.strip():
+            if part.source is not None:
+                noted, _, row = line.partition(b"\t")
+                yield int(noted), row
+            elif line.strip():
                 yield number, line
             position += len(line)
             number += 1

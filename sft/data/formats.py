@@ -14,7 +14,7 @@ names file, line and key (turns: sft/data/messages.py).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -31,7 +31,8 @@ from sft.data.messages import (
     read_tools,
     refuse_unread,
 )
-from sft.data.row import MISSING, find, get, get_text, kind, load, loss_weight, names
+from sft.data.row import MISSING, find, get, get_text, kind, load, loss_weight, names, parse_json
+from sft.data.tables import holds_lines, place, read_rows
 
 COLUMNS = {
     "prompt_completion": ("prompt", "completion"),
@@ -80,9 +81,17 @@ def detect_format(files: Sequence[Path], spec: DataSpec, key: str) -> str:
     if spec.format != "auto":
         return spec.format
     for path in files:
-        for number, line in read_lines(ByteRange(path, 0, path.stat().st_size, 1)):
-            return format_of(load(line, f"{path}:{number}"), f"{path}:{number}", spec.columns)
+        for where, row in _rows(path):
+            return format_of(row, where, spec.columns)
     raise DataError(f"{key}: no rows in {', '.join(map(str, files))}")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if holds_lines(path):
+        lines = ByteRange(path, 0, path.stat().st_size, 1)
+        yield from ((lines.where(number), load(line, lines.where(number))) for number, line in read_lines(lines))
+    else:
+        yield from ((place(path, number), row) for number, row in read_rows(path))
 
 
 def format_of(row: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> str:
@@ -112,7 +121,10 @@ def parse_row(line: bytes, where: str, row_format: str, columns: Mapping[str, st
     (name,) = COLUMNS[row_format]
     key = columns.get(name, name)
     read = read_messages if row_format == "messages" else read_sharegpt
-    turns = read(get(row, key, where), f"{where}: {key}", columns)
+    value = get(row, key, where)
+    if isinstance(value, str) and value.lstrip().startswith("["):  # CSV has no lists
+        value = parse_json(value, f"{where}: {key!r}")
+    turns = read(value, f"{where}: {key}", columns)
     optional = columns.get("system", "system" if row_format == "sharegpt" else "")
     return Example(where=where, messages=(*_system(row, optional, where), *turns), tools=tools)
 

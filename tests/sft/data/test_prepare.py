@@ -15,7 +15,7 @@ import pytest
 
 from launcher.errors import DataError, LauncherError
 from launcher.spec import DataSpec, LoggingSpec, RunSpec
-from sft.data import cache_build, prepare
+from sft.data import cache_build, prepare, progress
 from sft.data.cache import MANIFEST, TokenCache
 from sft.data.prepare import check_vocabulary, open_or_build, prepare_data
 from sft.data.report import report
@@ -91,6 +91,7 @@ def test_spawned_workers_give_the_same_bytes(
     files = [str(write_jsonl(tmp_path / f"{n}.jsonl", make_chat_rows(400, n))) for n in range(2)]
     alone = open_or_build(spec_of(tmp_path, train=files, cache_dir=str(tmp_path / "alone")), tokenizer_dir, build=True)
     monkeypatch.setattr(cache_build, "RANGE_BYTES", 1 << 16)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     spec = spec_of(tmp_path, train=files, workers=2, bar=True, cache_dir=str(tmp_path / "together"))
     together = open_or_build(spec, tokenizer_dir, build=True)
     assert len(together.train) == 800

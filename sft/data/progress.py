@@ -1,0 +1,54 @@
+"""How far a long step is: a bar on a terminal, a line now and then in a log file.
+
+A bar redraws itself with carriage returns, which in a log file are one line of a million characters.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0
+"""Between two lines in a log; a step that is quicker prints none."""
+
+
+class Progress:
+    """Counts bytes of `total`; prints to stderr if `shown`."""
+
+    def __init__(self, title: str, total: int, *, shown: bool) -> None:
+        self._title = title
+        self._total = total
+        self._done = 0
+        self._bar: Any = None
+        if shown and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, mininterval=0.5)
+        self._lines = shown and self._bar is None
+        self._started = self._printed = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, count: int) -> None:
+        """Another `count` bytes are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        now = time.monotonic()
+        if self._lines and now - self._printed >= LINE_SECONDS:
+            self._printed = now
+            print(self._line(now - self._started), file=sys.stderr, flush=True)
+
+    def _line(self, seconds: float) -> str:
+        left = seconds * (self._total - self._done) / max(self._done, 1)
+        return (
+            f"{self._title}: {100 * self._done / max(self._total, 1):.0f} % of {self._total / 1e6:,.0f} MB, "
+            f"{self._done / 1e6 / seconds:.1f} MB/s, {left:,.0f} s left"
+        )
