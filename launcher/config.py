@@ -254,10 +254,14 @@ def _absolute(spec: RunSpec) -> RunSpec:
             data,
             train=_files(data.train),
             validation=_files(data.validation),
+            validation_sets={name: _path(pattern) for name, pattern in data.validation_sets.items()},
             chat_template=data.chat_template
             if data.chat_template in ("tokenizer", "none")
             else _path(data.chat_template),
             cache_dir=_path(data.cache_dir) if data.cache_dir else None,
+        ),
+        evaluation=dataclasses.replace(
+            spec.evaluation, prompts=_path(spec.evaluation.prompts) if spec.evaluation.prompts else None
         ),
         checkpoint=dataclasses.replace(
             checkpoint, resume_from=_path(checkpoint.resume_from) if checkpoint.resume_from else None

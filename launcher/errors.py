@@ -8,6 +8,7 @@ LauncherError               exit 1
 |   +-- TemplateError       exit 2   a template or cluster file is missing or does not render
 +-- SchedulerError          exit 3   Slurm cannot be reached or refused the job
 +-- RunStateError           exit 4   the run is unknown, or its state does not allow the request
++-- TrainingError           exit 1   the numbers went wrong: steps without a finite loss or gradient
 +-- CheckpointError         exit 74  a checkpoint cannot be written or read
 
 A message says what is wrong (dotted key and value), why (the arithmetic) and what to do. All problems of one
@@ -64,6 +65,10 @@ class RunStateError(LauncherError):
     """The run does not exist, or its state forbids what was asked."""
 
     exit_code = ExitCode.CONFLICT
+
+
+class TrainingError(LauncherError):
+    """Training stopped itself because its numbers went wrong."""
 
 
 class CheckpointError(LauncherError):

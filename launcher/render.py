@@ -143,7 +143,9 @@ def _mounts(spec: RunSpec, paths: RunPaths, source_root: Path | None) -> list[st
     runtime = spec.cluster.runtime
     if runtime.kind not in ("pyxis", "apptainer"):
         return []
-    folders = {paths.root, spec.cache_dir, *(Path(file).parent for file in (*spec.data.train, *spec.data.validation))}
+    files = [*spec.data.train, *spec.data.validation, *spec.data.validation_sets.values()]
+    files += [spec.evaluation.prompts] if spec.evaluation.prompts else []
+    folders = {paths.root, spec.cache_dir, *(_fixed_folder(Path(file)) for file in files)}
     if not spec.model.path.startswith("package:"):
         path = Path(spec.model.path)
         folders.add(path.parent if path.suffix == ".gguf" else path)
@@ -155,3 +157,10 @@ def _mounts(spec: RunSpec, paths: RunPaths, source_root: Path | None) -> list[st
     if bad:
         raise TemplateError([f"{folder}: a container cannot mount a path with ':' or ','; rename it" for folder in bad])
     return [*runtime.mounts, *(f"{os.fspath(folder)}:{os.fspath(folder)}" for folder in outermost)]
+
+
+def _fixed_folder(file: Path) -> Path:
+    """The folder of a file, or of all that a pattern may match."""
+    parts = file.parts
+    fixed = next((index for index, part in enumerate(parts) if set(part) & set("*?[")), len(parts) - 1)
+    return Path(*parts[: min(fixed, len(parts) - 1)])

@@ -10,6 +10,8 @@
       progress.json         the newest numbers, replaced as a whole
       logs/<attempt>/       batch.log and rank-<N>.log
       checkpoints/step-<N>/ complete when it holds COMPLETE
+      bad_steps.jsonl       steps whose update was not applied, with the ids of their examples
+      generations.jsonl     answers given during training
       export/               Hugging Face directory
       loss.png              the loss curve
 
@@ -89,6 +91,14 @@ class RunPaths:
     @property
     def loss_plot(self) -> Path:
         return self.root / "loss.png"
+
+    @property
+    def bad_steps(self) -> Path:
+        return self.root / "bad_steps.jsonl"
+
+    @property
+    def generations(self) -> Path:
+        return self.root / "generations.jsonl"
 
     @property
     def samples(self) -> Path:

@@ -1,81 +1,72 @@
-"""Sharded checkpoints: written by all ranks, complete or absent, readable under another topology.
+"""What a checkpoint holds, and reading it back, under another topology too.
 
     step-00000010/
       sharded/        Megatron-core's distributed checkpoint: weights, optimizer, random generators
       trainer.json    Lightning's counters, topology, identity of the data, versions
-      COMPLETE        written last: the size of every file
+      COMPLETE        written last: size and checksum of every file
 
-All is written into a hidden directory beside the target, synced, marked, and renamed. A full disk is met before the
-first byte where the file system tells, and else leaves only the hidden directory, which the next save removes. The
-sizes in the marker let a reader pass over a checkpoint that was cut short later.
+All is written into a hidden directory beside the target, synced, marked, and renamed (sft.checkpoint_save). A full
+disk is met before the first byte where the file system tells, and else leaves only the hidden directory, which the
+next save removes. Size and checksum let a reader pass over a checkpoint that was damaged later.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.errors import CheckpointError, ConfigError
-from launcher.rundir import COMPLETE, read_json, sync_directory
+from launcher.rundir import checkpoint_step, complete_checkpoints
 from launcher.topology import Topology
+from sft.checkpoint_files import changed_bytes, damage
+from sft.checkpoint_save import SHARDED, TRAINER
 from sft.megatron import mends
 from sft.megatron.distributed import ControlGroup
-from sft.megatron.mcore import (
-    CheckpointingException,
-    ShardedObject,
-    dist_checkpointing,
-    parallel_state,
-    tensor_parallel,
-)
+from sft.megatron.mcore import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
 from sft.megatron.mcore import __version__ as megatron_version
 
 if TYPE_CHECKING:
     from sft.module import SFTGPT
 
-FORMAT = 1
-SHARDED = "sharded"
-TRAINER = "trainer.json"
-_SPACE_MARGIN = 1.02
-"""File headers and metadata beside the tensors."""
+__all__ = [
+    "SHARDED",
+    "damage",
+    "load_checkpoint",
+    "load_newest",
+    "newest_usable",
+    "read_trainer_state",
+    "sharded_state",
+    "trainer_json",
+]
+
+FORMAT = 2
+"""Version of the directory's layout; 2 has checksums."""
 
 
-def save_checkpoint(
-    target: Path, counters: dict[str, Any], module: SFTGPT, *, control: ControlGroup, data_key: str
-) -> None:
-    """Write a complete checkpoint to `target`; all ranks call this, all raise CheckpointError or none does."""
-    leader = torch.distributed.get_rank() == 0
-    if control.any(leader and damage(target) is None):
-        return
-    aside = target.parent / f".{target.name}.partial"
-    state = _sharded_state(module, loading=False)
-    needed = control.total(_local_bytes(state))
-    error: str | None = None
-    try:
-        if leader:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / SHARDED).mkdir(parents=True)
-            _check_space(aside, needed)
-    except OSError as problem:
-        error = _describe(problem, aside)
-    _raise_first(control, error, target, aside)
-    try:
-        dist_checkpointing.save(state, str(aside / SHARDED))
-        if leader:
-            _finish(aside, _trainer_state(counters, module.topology, data_key))
-            shutil.rmtree(target, ignore_errors=True)  # a damaged one, or there would be nothing to write
-            aside.rename(target)
-            sync_directory(target.parent)
-    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as problem:
-        error = _describe(problem, aside)
-    _raise_first(control, error, target, aside)
+def load_newest(source: Path, module: SFTGPT, *, control: ControlGroup, data_key: str) -> tuple[Path, dict[str, Any]]:
+    """Load `source`, or the newest older one whose bytes are as they were written; where from, and the counters.
+
+    Each rank reads a part of the files for the checksums, and all ranks come to the same checkpoint.
+    """
+    older = [path for path in complete_checkpoints(source.parent) if checkpoint_step(path) < checkpoint_step(source)]
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    problem: str | None = None
+    for path in (source, *reversed(older)):
+        found = damage(path) or changed_bytes(path, share=rank, shares=size)
+        problem = control.first_error(found)
+        if problem is None:
+            return path, load_checkpoint(path, module, data_key=data_key)
+        if rank == 0:
+            warnings.warn(f"checkpoint {path} is damaged and passed over: {problem}", stacklevel=2)
+    raise CheckpointError(
+        f"no checkpoint in {source.parent} is undamaged; the last one looked at: {problem}. Remove them to start again"
+    )
 
 
 def load_checkpoint(source: Path, module: SFTGPT, *, data_key: str) -> dict[str, Any]:
@@ -89,7 +80,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: str) -> dict[str,
         )
     same_topology = trainer["topology"] == dataclasses.asdict(module.topology)
     hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]
-    wanted = _sharded_state(module, loading=True, with_rng=same_topology)
+    wanted = sharded_state(module, loading=True, with_rng=same_topology)
     loaded = dist_checkpointing.load(wanted, str(source / SHARDED))
     for index, chunk in enumerate(module.chunks):
         chunk.module.load_state_dict(loaded[_chunk_key(index, len(module.chunks))])
@@ -123,25 +114,7 @@ def newest_usable(checkpoints: list[Path]) -> Path | None:
     return None
 
 
-def damage(source: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None: the files must be there in the size they were written."""
-    try:
-        marker = read_json(source / COMPLETE)
-    except json.JSONDecodeError:
-        return f"{COMPLETE} is not readable"
-    if marker is None:
-        return f"no {COMPLETE}: it was not finished"
-    for name, size in marker["files"].items():
-        try:
-            found = (source / name).stat().st_size
-        except FileNotFoundError:
-            return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes, written were {size}"
-    return None
-
-
-def _sharded_state(module: SFTGPT, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+def sharded_state(module: SFTGPT, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
     """The sharded view of everything in a checkpoint. The metadata makes optimizer state readable at any tp/pp/dp."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -197,75 +170,13 @@ def _keep_hyperparameters(module: SFTGPT, groups: list[dict[str, Any]]) -> None:
         group.update({key: value for key, value in configured.items() if key not in ("params", "step")})
 
 
-def _trainer_state(counters: dict[str, Any], topology: Topology, data_key: str) -> dict[str, Any]:
-    return {
+def trainer_json(counters: Mapping[str, Any], topology: Topology, data_key: str) -> str:
+    """Content of trainer.json."""
+    state = {
         "format": FORMAT,
         "lightning": counters,
         "topology": dataclasses.asdict(topology),
         "data_key": data_key,
         "versions": {"torch": torch.__version__, "megatron_core": megatron_version},
     }
-
-
-def _finish(aside: Path, trainer: dict[str, Any]) -> None:
-    """Write what rank 0 writes alone, then the marker; everything synced."""
-    _write_synced(aside / TRAINER, json.dumps(trainer, indent=1))
-    files = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
-    for name in files:
-        _sync_file(aside / name)
-    sync_directory(aside / SHARDED)
-    _write_synced(aside / COMPLETE, json.dumps({"files": files}, indent=1))
-    sync_directory(aside)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _local_bytes(state: Any) -> int:
-    """Bytes of the tensors that this rank holds in `state`; replicas are counted on each, an upper bound."""
-    if isinstance(state, dict):
-        return sum(_local_bytes(value) for value in state.values())
-    if isinstance(state, list | tuple):
-        return sum(_local_bytes(value) for value in state)
-    replica = getattr(state, "replica_id", 0)
-    if any(replica) if isinstance(replica, tuple) else replica:
-        return 0
-    data = getattr(state, "data", None)
-    return data.numel() * data.element_size() if isinstance(data, torch.Tensor) else 0
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if needed * _SPACE_MARGIN > free:
-        raise OSError(
-            f"it needs about {needed * _SPACE_MARGIN / 2**20:,.0f} MiB, "
-            f"and {free / 2**20:,.0f} MiB are free in {directory.parent}"
-        )
-
-
-def _describe(problem: BaseException, aside: Path) -> str:
-    text = str(problem).strip().splitlines()
-    return text[-1] if text else type(problem).__name__
-
-
-def _raise_first(control: ControlGroup, error: str | None, target: Path, aside: Path) -> None:
-    """Raise on all ranks what went wrong on one, after the partial directory is gone."""
-    first = control.first_error(error)
-    if first is None:
-        return
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-    raise CheckpointError(
-        f"checkpoint {target.name} was not written: {first}; earlier complete checkpoints are untouched. "
-        "Free space or set checkpoint.keep_last lower, then resubmit"
-    )
+    return json.dumps(state, indent=1)

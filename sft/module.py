@@ -27,6 +27,7 @@ from launcher.topology import Topology
 from sft.data.batch import MicroBatch, StepBatch
 from sft.hf.architecture import Architecture
 from sft.megatron.initial_weights import load_initial_weights
+from sft.megatron.judge import StepJudge
 from sft.megatron.layers import packed_sequences
 from sft.megatron.mcore import (
     DistributedDataParallel,
@@ -40,16 +41,19 @@ from sft.megatron.mcore import (
 )
 from sft.megatron.model import build_chunks, transformer_config
 from sft.megatron.optimizer import LightningOptimizerShell, build_optimizer, build_scheduler
+from sft.objective import weighted_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one optimizer step gave; `loss` stays on the device until somebody logs it."""
+    """What one optimizer step gave; tensors stay on the device until somebody logs them."""
 
     step: int
     """Optimizer steps done, this one included."""
     loss: Tensor
-    grad_norm: float
+    grad_norm: Tensor
+    bad: Tensor
+    """1.0 where the update was not applied, because loss or norm is not finite or the norm is a spike."""
     lr: float
     examples: int
     tokens: int
@@ -83,6 +87,7 @@ class SFTGPT(pl.LightningModule):
         self.model_dir = model_dir
         self.max_steps = max_steps
         self.chunks: list[DistributedDataParallel] = []
+        self.judge = StepJudge(spec.train.spike_factor)
         self.last_step: StepResult | None = None
         self.config: TransformerConfig
         self.megatron_optimizer: MegatronOptimizer
@@ -118,7 +123,7 @@ class SFTGPT(pl.LightningModule):
         self.megatron_optimizer = build_optimizer(optimizer, self.chunks, self.config.params_dtype)
         self.schedule = build_scheduler(optimizer, self.megatron_optimizer, self.max_steps)
         self.config.grad_scale_func = self.megatron_optimizer.scale_loss
-        return LightningOptimizerShell(self.megatron_optimizer)
+        return LightningOptimizerShell(self.megatron_optimizer, self.judge)
 
     # Training ----------------------------------------------------------------------------------------------------
 
@@ -128,15 +133,18 @@ class SFTGPT(pl.LightningModule):
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()  # type: ignore[union-attr]
+        batch = weighted_for(self.spec.train.objective, batch, self.topology.data_parallel)
         self.config.finalize_model_grads_func = partial(_finalize, global_weight=batch.global_weight)
-        loss_sum = self.forward_backward(batch, forward_only=False)
+        loss = _divide(self.forward_backward(batch, forward_only=False), batch.global_weight)
         learning_rate = self._set_learning_rate(batch.step)
-        optimizer.step()  # type: ignore[union-attr]
         shell: LightningOptimizerShell = optimizer.optimizer  # type: ignore[union-attr,assignment]
+        shell.loss = loss
+        optimizer.step()  # type: ignore[union-attr]
         self.last_step = StepResult(
             step=batch.step + 1,
-            loss=_divide(loss_sum, batch.global_weight),
+            loss=loss,
             grad_norm=shell.grad_norm,
+            bad=shell.bad,
             lr=learning_rate,
             examples=batch.examples,
             tokens=batch.tokens,

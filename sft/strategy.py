@@ -13,7 +13,8 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 
 from launcher.topology import Topology
-from sft.checkpoint import load_checkpoint, save_checkpoint
+from sft.checkpoint import load_newest, sharded_state, trainer_json
+from sft.checkpoint_save import CheckpointSaver
 from sft.megatron.distributed import ControlGroup, init_model_parallel
 from sft.megatron.mcore import parallel_state
 
@@ -33,6 +34,8 @@ class MegatronStrategy(DDPStrategy):
         self.data_key = data_key
         """Identifies data and order; a checkpoint of other data is refused."""
         self.control: ControlGroup
+        self.saver: CheckpointSaver
+        self.resumed_from: Path | None = None
 
     @property
     def megatron_module(self) -> SFTGPT:
@@ -42,6 +45,7 @@ class MegatronStrategy(DDPStrategy):
         super().setup_environment()
         init_model_parallel(self.topology, self.seed)
         self.control = ControlGroup()
+        self.saver = CheckpointSaver(self.control)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -70,12 +74,23 @@ class MegatronStrategy(DDPStrategy):
         pass
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` (Lightning's counters) and all sharded state; called on every rank."""
-        save_checkpoint(Path(filepath), checkpoint, self.megatron_module, control=self.control, data_key=self.data_key)
+        """Begin to write `checkpoint` (Lightning's counters) and all sharded state; `saver.finish` ends it."""
+        module = self.megatron_module
+        trainer = trainer_json(checkpoint, self.topology, self.data_key)
+        state = sharded_state(module, loading=False)
+        self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill model and optimizer from a checkpoint directory; Lightning's counters are returned."""
-        return load_checkpoint(Path(checkpoint_path), self.megatron_module, data_key=self.data_key)
+        """Fill model and optimizer from a checkpoint or, where it is damaged, from an older one beside it.
+
+        Returns Lightning's counters.
+        """
+        self.resumed_from, counters = self.load_weights(Path(checkpoint_path))
+        return counters
+
+    def load_weights(self, source: Path) -> tuple[Path, dict[str, Any]]:
+        """Fill model and optimizer; which checkpoint it was, and Lightning's counters, which nobody has to heed."""
+        return load_newest(source, self.megatron_module, control=self.control, data_key=self.data_key)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:

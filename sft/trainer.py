@@ -6,7 +6,6 @@ progress bar or checkpoint callback of its own, because Megatron-core or this pa
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +14,24 @@ from typing import cast
 import pytorch_lightning as pl
 import torch
 
-from launcher.errors import CheckpointError, ConfigError
+from launcher.errors import CheckpointError, ConfigError, TrainingError
 from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, checkpoint_step, complete_checkpoints, read_lines, write_atomic
+from launcher.rundir import RunPaths, checkpoint_step, complete_checkpoints
 from launcher.spec import RunSpec, read_resolved
 from launcher.topology import Topology, build_topology, describe_batch
-from sft.callbacks import CheckpointCallback, EvaluationCallback, ProgressCallback, RunLog
-from sft.checkpoint import newest_usable
+from sft.callbacks import CheckpointCallback
+from sft.checkpoint import newest_usable, read_trainer_state
 from sft.data.datamodule import SFTDataModule
 from sft.data.prepare import open_or_build
+from sft.data.sampler import EMPTY_SLOT
+from sft.evaluation import EarlyStopping, EvaluationCallback, held_out_batches, open_validation_sets
+from sft.guard import GuardCallback
 from sft.hf.architecture import read_architecture
 from sft.hf.model_files import resolve_model_dir
 from sft.module import SFTGPT
 from sft.plot import plot_loss
 from sft.rank_env import RankClusterEnvironment, RankEnv
+from sft.run_log import ProgressCallback, RunLog
 from sft.stop import StopFlag
 from sft.strategy import MegatronStrategy
 
@@ -75,7 +78,7 @@ def megatron_trainer(
 def train(config: Path) -> ExitCode:
     """Train the run whose resolved config is `config`, from its newest complete checkpoint if it has one.
 
-    Called on every rank. OK when all steps are done, REQUEUE when asked to stop before.
+    Called on every rank. OK when all steps are done or more would not help, REQUEUE when asked to stop before.
     """
     spec, paths, env = read_resolved(config), RunPaths(config.resolve().parent), RankEnv.from_environ()
     stop = StopFlag()
@@ -86,35 +89,59 @@ def train(config: Path) -> ExitCode:
     topology = build_topology(spec, architecture.shape)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
     data = SFTDataModule(spec, topology, open_or_build(spec, tokenizer_dir, build=leader))
-    max_steps = data.max_steps
-    log = RunLog(paths, spec, attempt=env.attempt, max_steps=max_steps, is_writer=leader)
+    held_out = held_out_batches(spec, topology, data, open_validation_sets(spec, tokenizer_dir, build=leader))
+    log = RunLog(paths, spec, attempt=env.attempt, max_steps=data.max_steps, is_writer=leader)
     resume = _resume_point(spec, paths)
-    begin = checkpoint_step(resume) if resume else 0
-    if begin >= max_steps:
-        log.say(f"all {max_steps} steps are done ({resume}); nothing to train")
+    done = _nothing_to_do(spec, resume, data.max_steps)
+    if done:
+        log.say(f"{done} ({resume}); nothing to train")
         return ExitCode.OK
-    callbacks: list[pl.Callback] = [ProgressCallback(log, data.plan.consumed_examples)]
-    held_out = data.validation_batches()
-    if held_out is not None:
-        callbacks.append(EvaluationCallback(held_out, spec.train.eval_every, log, max_steps))
-    callbacks.append(CheckpointCallback(paths, spec, stop, log, max_steps))
-    trainer = megatron_trainer(spec, topology, env, max_steps=max_steps, data_key=data.data_key, callbacks=callbacks)
-    module = SFTGPT(spec, architecture, topology, model_dir, max_steps)
-    if leader:
-        _drop_metrics_after(paths, begin)
+    evaluation = EvaluationCallback(spec, held_out, None, log)
+    guard = GuardCallback(spec.train, log, lambda step: _examples_at(data, step))
+    callbacks = [
+        ProgressCallback(log, data.plan.consumed_examples),
+        guard,
+        evaluation,
+        CheckpointCallback(spec.checkpoint, stop, evaluation, guard, log),
+    ]
+    trainer = megatron_trainer(
+        spec, topology, env, max_steps=data.max_steps, data_key=data.data_key, callbacks=callbacks
+    )
+    module = SFTGPT(spec, architecture, topology, model_dir, data.max_steps)
     log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
-    log.say(f"resuming after step {begin} from {resume}" if resume else f"starting from {model_dir}")
-    log.event("training_started", step=begin, max_steps=max_steps)
-    began = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
     # srun ends all ranks when one exits other than 0: none may leave while another is still writing.
     cast(MegatronStrategy, trainer.strategy).control.barrier()
-    if trainer.global_step < max_steps:
+    if guard.failure is not None:
+        raise TrainingError(f"stopped after step {trainer.global_step}: {guard.failure}; see {paths.bad_steps}")
+    return _finish(trainer.global_step, evaluation, spec, log)
+
+
+def _finish(step: int, evaluation: EvaluationCallback, spec: RunSpec, log: RunLog) -> ExitCode:
+    """Say how it ended."""
+    if step < log.max_steps and not evaluation.early_stopping.is_due:
         return ExitCode.REQUEUE
-    log.event("training_finished", step=max_steps, seconds=round(time.monotonic() - began, 1))
-    if leader and spec.logging.plot:
-        plot_loss(paths)
+    log.event("training_finished", step=step, seconds=round(log.seconds, 1))
+    if log.is_writer and spec.logging.plot:
+        plot_loss(log.paths)
     return ExitCode.OK
+
+
+def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | None:
+    """Why there is nothing to train behind this checkpoint, if so."""
+    if resume is None:
+        return None
+    if checkpoint_step(resume) >= max_steps:
+        return f"all {max_steps} steps are done"
+    states = read_trainer_state(resume)["lightning"].get("callbacks", {})
+    early = EarlyStopping(spec.train.early_stopping)
+    early.load_state_dict(states.get(EvaluationCallback.STATE_KEY, early.state_dict()))
+    return f"training ended early after step {checkpoint_step(resume)}" if early.is_due else None
+
+
+def _examples_at(data: SFTDataModule, step: int) -> list[int]:
+    slots = data.plan.examples_at(step)
+    return [int(example) for example in slots[slots != EMPTY_SLOT]]
 
 
 def _resume_point(spec: RunSpec, paths: RunPaths) -> Path | None:
@@ -126,11 +153,3 @@ def _resume_point(spec: RunSpec, paths: RunPaths) -> Path | None:
     if given not in complete_checkpoints(given.parent):
         raise CheckpointError(f"checkpoint.resume_from: {given} is not a complete checkpoint (no COMPLETE file in it)")
     return given
-
-
-def _drop_metrics_after(paths: RunPaths, step: int) -> None:
-    """Forget metrics of steps that an earlier attempt did after its last checkpoint: they are done again now."""
-    import json
-
-    kept = [record for record in read_lines(paths.metrics) if record["step"] <= step]
-    write_atomic(paths.metrics, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))

@@ -6,6 +6,9 @@ stop costs no GPU synchronisation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 
@@ -37,6 +40,9 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed)
 
 
+T = TypeVar("T")
+
+
 class ControlGroup:
     """Small agreements between all ranks over gloo."""
 
@@ -49,6 +55,12 @@ class ControlGroup:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group)
         return bool(value)
 
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """`any` of each flag, in one message."""
+        values = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(value) for value in values]
+
     def total(self, number: int) -> int:
         """Sum over all ranks."""
         value = torch.tensor(number, dtype=torch.int64)
@@ -57,9 +69,20 @@ class ControlGroup:
 
     def first_error(self, error: str | None) -> str | None:
         """The error of the lowest rank that has one, on every rank."""
-        errors: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(errors, error, group=self._group)
+        errors = self.gather(error)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None), None)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, by rank, on every rank."""
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_leader(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -45,6 +46,7 @@ cpu_support.redirect_rng(_random)
 mends.apply(DistributedOptimizer, filesystem_async, _clip_grads)
 
 __all__ = [
+    "AsyncRequest",
     "CheckpointingException",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",

@@ -38,30 +38,35 @@ def prime_states(optimizer: Any) -> None:
             for param in group["params"]:
                 if not inner.state[param]:
                     inner.state[param] = {
-                        "step": torch.tensor(0.0),
+                        "step": torch.zeros((), device=param.device),
                         "exp_avg": torch.zeros_like(param),
                         "exp_avg_sq": torch.zeros_like(param),
                     }
 
 
 def unshare_steps(optimizer: Any) -> None:
-    """Give each parameter a `step` of its own again after a load."""
+    """Give each parameter a `step` of its own again after a load, where the fused AdamW looks for it."""
     for inner in _torch_optimizers(optimizer):
-        for state in inner.state.values():
+        for param, state in inner.state.items():
             if "step" in state:
-                state["step"] = state["step"].clone()
+                state["step"] = torch.as_tensor(state["step"]).to(device=param.device, dtype=torch.float32, copy=True)
 
 
 def _l2_norm(
     chunk_size: int, overflow: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
 ) -> tuple[torch.Tensor, None]:
     """Euclidean norm, [1], of all tensors together, in the calling form of Apex's `multi_tensor_l2norm`."""
-    tensors = tensor_lists[0]
+    return total_norm(tensor_lists[0]).reshape(1), None
+
+
+def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of all tensors together, on their device."""
     if tensors[0].is_cuda:  # tree reductions: fp32 is accurate enough there
         norms = torch.stack(torch._foreach_norm(tensors))
     else:
         norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
-    return torch.linalg.vector_norm(norms).float().reshape(1), None
+    norm: torch.Tensor = torch.linalg.vector_norm(norms).float()
+    return norm
 
 
 def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:

@@ -2,6 +2,12 @@
 
 The schedule is Megatron-core's too: linear warm-up from 0, then cosine, linear or no decay to `min_lr` at the last
 step. Step k (from 0) runs at the schedule's value for k.
+
+The step itself never waits for the device. Norm, clipping and the verdict on the step are tensors; a step that must
+not be applied is passed over by torch's fused AdamW itself, by the flag that mixed precision scalers use
+(`found_inf`): weights, moments and step count stay as they are. Megatron-core's own step fetches the gradient norm to
+the host, and can only refuse a step there. Multiplying gradients by 0 would not do: 0 * NaN is NaN, and AdamW moves
+weights for a gradient of 0 too.
 """
 
 from __future__ import annotations
@@ -11,8 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from launcher.spec import OptimizerSpec
+from sft.megatron import mends
 from sft.megatron.mcore import (
     DistributedDataParallel,
     MegatronOptimizer,
@@ -40,7 +49,11 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=spec.distributed,
     )
-    return get_megatron_optimizer(config, list(chunks))
+    optimizer = get_megatron_optimizer(config, list(chunks))
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group.update(fused=True, foreach=False)
+    return optimizer
 
 
 def build_scheduler(spec: OptimizerSpec, optimizer: MegatronOptimizer, max_steps: int) -> OptimizerParamScheduler:
@@ -62,6 +75,45 @@ def build_scheduler(spec: OptimizerSpec, optimizer: MegatronOptimizer, max_steps
     )
 
 
+Judge = Callable[[Tensor, Tensor], Tensor]
+"""Of loss and gradient norm: 1.0 where the step must not be applied, else 0.0; all of them on the device."""
+
+
+@torch.no_grad()
+def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, judge: Judge) -> tuple[Tensor, Tensor]:
+    """Clip and step unless `judge` finds the step bad; gradient norm before clipping, and the verdict."""
+    parts = _parts(optimizer)
+    optimizer.prepare_grads()
+    norm = _gradient_norm(parts, loss.device)
+    bad = judge(loss, norm)
+    for part in parts:
+        grads = [param.grad for param in part.get_parameters() if param.grad is not None]
+        if grads and part.config.clip_grad < math.inf:
+            factor = (part.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+    for inner in _torch_optimizers(optimizer):
+        inner.found_inf = bad  # type: ignore[attr-defined]
+    optimizer.step_with_ready_grads()
+    return norm, bad
+
+
+def _gradient_norm(parts: Sequence[MegatronOptimizer], device: torch.device) -> Tensor:
+    """Global gradient norm in fp64, each parameter counted once, on every rank and on the device."""
+    grads = [grad for part in parts for grad in part.get_main_grads_for_grad_norm()]
+    norm = mends.total_norm(grads) if grads else torch.zeros((), device=device)
+    squared = norm.double().square()
+    dist.all_reduce(squared, group=parts[0].get_grad_stats_parallel_group())
+    return squared.sqrt()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
+
+
 class LightningOptimizerShell(torch.optim.Optimizer):
     """What Lightning holds in place of the Megatron-core optimizer.
 
@@ -69,10 +121,15 @@ class LightningOptimizerShell(torch.optim.Optimizer):
     checkpoint, so `state_dict` is empty.
     """
 
-    def __init__(self, inner: MegatronOptimizer) -> None:
+    def __init__(self, inner: MegatronOptimizer, judge: Judge) -> None:
         self.inner = inner
-        self.grad_norm: float = math.nan
+        self.loss: Tensor
+        """Loss of the step that comes next; the module sets it."""
+        self.grad_norm: Tensor
         """Global gradient norm before clipping, of the last step."""
+        self.bad: Tensor
+        """1.0 where the last step was not applied."""
+        self._judge = judge
         super().__init__([torch.zeros(1)], {})
 
     @property
@@ -90,7 +147,7 @@ class LightningOptimizerShell(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         if closure is not None:
             closure()
-        _, self.grad_norm, _ = self.inner.step()
+        self.grad_norm, self.bad = guarded_step(self.inner, self.loss, self._judge)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)

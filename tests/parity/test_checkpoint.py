@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import sft.checkpoint
+import sft.checkpoint_files
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, read_lines
 from sft.__main__ import main
@@ -50,7 +50,7 @@ def exit_code(config: Path) -> int:
 
 def exit_code_without_space_check(config: Path) -> int:
     """The same on a file system that does not tell beforehand that it is full, as with a quota."""
-    sft.checkpoint._check_space = lambda directory, needed: None
+    sft.checkpoint_files.check_space = lambda directory, needed: None
     return main(["train", str(config)])
 
 

@@ -1,0 +1,152 @@
+"""What a run says about itself while it trains: log lines, metrics.jsonl, events.jsonl, progress.json.
+
+Numbers of a step stay on the device until a line is due, so that logging every n-th step waits for the device every
+n-th step. Log lines are also the progress bar: logs are files, and a bar redrawn in place would be one long line.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytorch_lightning as pl
+
+from launcher.rundir import RunPaths, append_event, append_line, read_lines, write_atomic, write_json
+from launcher.spec import RunSpec
+from sft.module import SFTGPT, StepResult
+from sft.strategy import MegatronStrategy
+
+_PROGRESS_INTERVAL_SECONDS = 2.0
+"""progress.json is synced to a shared file system; more often would only cost."""
+_BAR_WIDTH = 20
+
+
+class RunLog:
+    """The log lines, metrics and progress of a run; only rank 0 writes."""
+
+    def __init__(self, paths: RunPaths, spec: RunSpec, *, attempt: str, max_steps: int, is_writer: bool) -> None:
+        self.paths = paths
+        self.max_steps = max_steps
+        self.is_writer = is_writer
+        self._spec = spec
+        self._attempt = attempt
+        self._step_seconds: deque[float] = deque(maxlen=20)
+        self._last_written = 0.0
+        self._checkpoint: str | None = None
+        self._record: dict[str, Any] = {}
+        self._tokens = 0
+        self._seconds = 0.0
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since training began."""
+        return time.monotonic() - self._began
+
+    def begin(self, step: int, source: str) -> None:
+        """Training begins after `step` steps; what an earlier attempt logged of later ones is done again now."""
+        self._began = time.monotonic()
+        if self.is_writer:
+            kept = [record for record in read_lines(self.paths.metrics) if record["step"] <= step]
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            write_atomic(self.paths.metrics, "".join(lines))
+        self.say(f"resuming after step {step} from {source}" if step else f"starting from {source}")
+        self.event("training_started", step=step, max_steps=self.max_steps)
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        if self.is_writer:
+            print(text, flush=True)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Record an event on rank 0."""
+        if self.is_writer:
+            append_event(self.paths, name, attempt=self._attempt, **fields)
+
+    def metrics(self, **fields: Any) -> None:
+        """Append a line to metrics.jsonl on rank 0."""
+        if self.is_writer:
+            append_line(self.paths.metrics, fields)
+
+    def checkpoint_saved(self, name: str) -> None:
+        """Show `name` as the newest checkpoint from now on."""
+        self._checkpoint = name
+        if self.is_writer and self._record:
+            self._write_progress()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step gets a log line."""
+        return step % self._spec.logging.every == 0 or step == self.max_steps
+
+    def step(self, result: StepResult, seconds: float, consumed_examples: int) -> None:
+        """Log one optimizer step that took `seconds`."""
+        self._step_seconds.append(seconds)
+        self._tokens += result.tokens
+        self._seconds += seconds
+        if not self.is_writer or not self.is_due(result.step):
+            return
+        tokens_per_second = self._tokens / max(self._seconds, 1e-9)
+        self._tokens, self._seconds = 0, 0.0
+        record = {
+            "step": result.step,
+            "loss": float(result.loss),
+            "grad_norm": float(result.grad_norm),
+            "lr": result.lr,
+            "tokens_per_second": round(tokens_per_second, 1),
+            "consumed_examples": consumed_examples,
+        }
+        counts = {
+            "examples": result.examples,
+            "tokens": result.tokens,
+            "supervised_tokens": result.supervised_tokens,
+        }
+        self.metrics(**record, **counts)
+        eta = (self.max_steps - result.step) * sorted(self._step_seconds)[len(self._step_seconds) // 2]
+        self._record = {**record, "eta_seconds": round(eta, 1)}
+        if self._spec.logging.progress_bar:
+            self.say(_progress_line(record, self.max_steps, eta))
+        if result.step == self.max_steps or time.time() - self._last_written >= _PROGRESS_INTERVAL_SECONDS:
+            self._write_progress()
+
+    def _write_progress(self) -> None:
+        self._last_written = time.time()
+        head = {"attempt": self._attempt, "max_steps": self.max_steps}
+        tail = {"checkpoint": self._checkpoint, "time": self._last_written}
+        write_json(self.paths.progress, {**head, **self._record, **tail})
+
+
+class ProgressCallback(pl.Callback):
+    """Times the steps and hands them to the RunLog."""
+
+    def __init__(self, log: RunLog, consumed_examples: Callable[[int], int]) -> None:
+        self._log = log
+        self._consumed_examples = consumed_examples
+        self._began = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        resumed = cast(MegatronStrategy, trainer.strategy).resumed_from
+        self._log.begin(trainer.global_step, str(resumed or cast(SFTGPT, pl_module).model_dir))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        result = cast(SFTGPT, pl_module).last_step
+        if result is None:
+            raise RuntimeError("a batch ended without a step")
+        self._log.step(result, time.perf_counter() - self._began, self._consumed_examples(result.step))
+
+
+def _progress_line(record: dict[str, Any], max_steps: int, eta: float) -> str:
+    done = record["step"] * _BAR_WIDTH // max_steps
+    minutes, seconds = divmod(int(eta), 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return (
+        f"step {record['step']:>{len(str(max_steps))}}/{max_steps} [{'#' * done}{'.' * (_BAR_WIDTH - done)}] "
+        f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  ETA {clock}"
+    )
