@@ -38,7 +38,7 @@ export OMP_NUM_THREADS=1
 export NCCL_IB_HCA=mlx5
 export NCCL_DEBUG=WARN
 python=(python3)
-srun_args=(--mpi=none '--container-image=nvcr.io#nvidia/pytorch:25.10-py3' --container-mounts=/lustre/shared:/lustre/shared:ro,/data:/data,/models/llama:/models/llama,/shared/runs/.cache:/shared/runs/.cache,/shared/runs/demo:/shared/runs/demo)
+srun_args=(--mpi=none --container-image=/shared/images/sft.sqsh --container-mounts=/lustre/shared:/lustre/shared:ro,/data:/data,/models/llama:/models/llama,/shared/runs/.cache:/shared/runs/.cache,/shared/runs/demo:/shared/runs/demo)
 
 trap 'echo "asked to stop"' TERM # Slurm tells the ranks itself; this shell stays to record how they ended
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
