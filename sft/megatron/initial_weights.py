@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from launcher.spec import RunSpec
 from sft.hf.architecture import Architecture
+from sft.hf.files import weights_identity
 from sft.hf.importer import fill_parameters, load_hf_weights
 from sft.megatron.lora import reset_adapters
 from sft.megatron.mcore import TransformerConfig, get_transformer_layer_offset, parallel_state
@@ -43,7 +44,11 @@ def load_initial_weights(
         fill_parameters(chunks, architecture, DrawnWeights(spec.train.seed, norm=norm), **place)
     else:
         load_hf_weights(chunks, architecture, model_dir, **place)
-    reset_adapters(chunks, spec.train.seed)
+    if spec.model.lora.rank is not None:
+        base = weights_identity(model_dir)
+        for chunk in chunks:
+            chunk.base_weights = base  # type: ignore[assignment]
+        reset_adapters(chunks, spec.train.seed)
 
 
 class DrawnWeights:

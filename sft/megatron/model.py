@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launcher.errors import ModelError
+from launcher.errors import CheckpointError, ModelError
 from launcher.spec import RunSpec
 from launcher.topology import Topology
 from sft.hf.adapter import MARK
@@ -26,6 +26,8 @@ from sft.megatron.layers import decoder_spec
 from sft.megatron.lora import attach_adapters, use_lora_linears
 from sft.megatron.mcore import GPTModel, TransformerBlockSubmodules, TransformerConfig, parallel_state
 from sft.megatron.norms import ZeroCenteredRMSNorm
+
+_BASE = "base_weights"
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -49,6 +51,8 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         self._true_vocab_size = true_vocab_size
         self.adapted = False
         """Only adapters are trained, and only they are in checkpoints."""
+        self.base_weights = ""
+        """Identifies the frozen weights of an adapted model."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Loss of each target, [b, s], from labels [b, s] and this rank's logits [s, b, vocab / tp]."""
@@ -61,18 +65,25 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         return loss
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Megatron-core's; of an adapted model its adapters alone, since all else is in the files it came from."""
+        """Megatron-core's; of an adapted model its adapters alone, and what they were trained on."""
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if MARK in key} if self.adapted else state
+        if not self.adapted:
+            return state
+        return {key: value for key, value in state.items() if MARK in key} | {_BASE: self.base_weights}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Torch's; an adapted model must find its adapters and nothing else."""
+        """Torch's; an adapted model must find its adapters, of its own frozen weights, and nothing else."""
         if not (self.adapted and strict):
             return super().load_state_dict(state_dict, strict, assign)
+        adapters = dict(state_dict)
+        if adapters.pop(_BASE, None) != self.base_weights:
+            raise CheckpointError(
+                "the checkpoint's adapters were trained on other weights than those in model.path; put model.path back"
+            )
         wanted = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if wanted != state_dict.keys():
-            raise RuntimeError(f"adapters that do not match: {', '.join(sorted(wanted ^ state_dict.keys()))}")
-        return super().load_state_dict(state_dict, False, assign)
+        if wanted != adapters.keys():
+            raise CheckpointError(f"adapters that do not match: {', '.join(sorted(wanted ^ adapters.keys()))}")
+        return super().load_state_dict(adapters, False, assign)
 
 
 def transformer_config(

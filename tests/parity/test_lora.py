@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from launcher.errors import ModelError
+from launcher.errors import CheckpointError, ModelError
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths
 from launcher.spec import LoraSpec, RunSpec, read_resolved, to_yaml
@@ -256,6 +256,21 @@ def test_resume(
     else:
         assert curve(paths)[0] == pytest.approx(curve(finished)[0], rel=1e-5)
         assert curve(paths)[1] == pytest.approx(curve(finished)[1], rel=3e-5)
+
+
+def test_adapters_of_other_weights_are_not_resumed(tmp_path: Path, chat: Path, finished: RunPaths) -> None:
+    """The frozen weights are not in the checkpoint: of the same shape, they would go unnoticed."""
+    other = make_tiny_model(tmp_path / "other", tied=True, seed=1)
+    paths = lora_run(tmp_path, other, chat, ALL, ranks=1, max_steps=6, every=3, keep_last=9)
+    shutil.copytree(finished.checkpoint(3), paths.checkpoint(3))
+    assert "trained on other weights than those in model.path" in run_ranks(1, error_of_train, paths.config)[0]
+
+
+def error_of_train(config: Path) -> str:
+    """Runs on a rank: the message that training ends with."""
+    with pytest.raises(CheckpointError) as caught:
+        train(config)
+    return str(caught.value)
 
 
 def exported(paths: RunPaths, root: Path, *, merged: bool) -> Path:

@@ -1,0 +1,90 @@
+"""Targets by Hugging Face names, their rows in the fused linears, and the settings PEFT reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.errors import ModelError
+from launcher.spec import LoraSpec
+from sft.hf import gguf
+from sft.hf.adapter import AdapterTarget, adapter_targets, added_weight, all_targets, peft_config
+from tests.sft.hf.test_architecture import write_config
+from tests.sft.hf.test_layouts import architecture
+
+
+def by_name(fused: bool = False, targets: list[str] | None = None) -> dict[str, AdapterTarget]:
+    lora = LoraSpec(rank=2, targets=targets or [])
+    return {target.name: target for target in adapter_targets(architecture(bias=True, fused=fused), lora, 1)}
+
+
+def test_every_linear_layer_is_a_target() -> None:
+    found = by_name()
+    assert list(found) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [target.linear for target in found.values()] == [
+        *["self_attention.linear_qkv"] * 3,
+        "self_attention.linear_proj",
+        *["mlp.linear_fc1"] * 2,
+        "mlp.linear_fc2",
+    ]
+    assert [name for name, target in found.items() if target.split_input] == ["o_proj", "down_proj"]
+    assert [sum(target.block_rows) for target in found.values()] == [24, 12, 12, 8, 12, 12, 8]
+    assert found["k_proj"].module == "model.layers.1.self_attn.k_proj"
+    assert found["k_proj"].parameter("lora_B.0") == "decoder.layers.1.self_attention.linear_qkv.lora.k_proj.lora_B.0"
+
+
+def test_chosen_targets() -> None:
+    assert list(by_name(targets=["v_proj", "q_proj"])) == ["q_proj", "v_proj"]
+    assert len(all_targets(architecture(), LoraSpec(rank=2, targets=["v_proj"]))) == 2
+
+
+def test_a_fused_tensor_is_one_target() -> None:
+    found = by_name(fused=True)
+    assert list(found) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    assert found["qkv_proj"].block_rows == [48]
+    assert found["gate_up_proj"].block_rows == [12, 12]
+
+
+def test_b_comes_back_in_the_order_of_the_files() -> None:
+    """In the linear, query, key and value rows of each KV group are neighbours."""
+    target = by_name(fused=True)["qkv_proj"]
+    rows = [row for piece in target.layout.pieces for row in range(piece.start, piece.stop)]
+    assert rows != sorted(rows)
+
+    class Checkpoint:
+        def tensor(self, key: str, index: int | None = None) -> torch.Tensor:
+            assert index == 1
+            return torch.ones(2, 8) if key.endswith("lora_A") else torch.tensor(rows)[:, None].expand(-1, 2)
+
+    a, b = target.read(Checkpoint())
+    assert b[:, 0].tolist() == list(range(48))
+    assert torch.equal(added_weight(a, b, 0.5), torch.arange(48.0)[:, None].expand(-1, 8))
+
+
+def test_first_values_depend_on_name_and_seed_alone() -> None:
+    found = by_name()
+    first = found["q_proj"].draw_a(4, seed=1)
+    assert torch.equal(first, by_name(targets=["q_proj"])["q_proj"].draw_a(4, seed=1))
+    assert not torch.equal(first, found["k_proj"].draw_a(4, seed=1))
+    assert not torch.equal(first, found["q_proj"].draw_a(4, seed=2))
+    assert first.abs().max() <= 8**-0.5
+
+
+def test_settings_for_peft() -> None:
+    config = peft_config(LoraSpec(rank=4, alpha=8.0, targets=["o_proj"]), architecture(), Path("/models/base"))
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ["o_proj"])
+    assert config["base_model_name_or_path"] == "/models/base"
+    assert peft_config(LoraSpec(rank=4), architecture(), Path("/models/base"))["lora_alpha"] == 4
+
+
+def test_a_gguf_of_a_family_that_is_stored_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(
+        gguf, "_write_config", lambda source, directory: write_config(directory, model_type="gemma", head_dim=16)
+    )
+    with pytest.raises(ModelError, match="GGUF files of gemma models are not converted, only those of llama, "):
+        gguf.convert_gguf(tmp_path / "model.gguf", tmp_path)
