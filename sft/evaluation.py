@@ -22,10 +22,12 @@ from launcher.spec import EarlyStoppingSpec, RunSpec
 from launcher.topology import Topology
 from sft.data.datamodule import SFTDataModule, StepBatches
 from sft.data.prepare import PreparedData, open_or_build
+from sft.megatron.distributed import ControlGroup
 from sft.module import SFTGPT
 from sft.run_log import RunLog
+from sft.strategy import MegatronStrategy
 
-Answers = Callable[[SFTGPT, int], dict[str, float]]
+Answers = Callable[[SFTGPT, ControlGroup, int], dict[str, float]]
 """Answers the prompts at a step and gives what the metric function made of them."""
 
 
@@ -119,14 +121,14 @@ class EvaluationCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0:
-            self._evaluate(cast(SFTGPT, pl_module), 0)
+            self._evaluate(trainer, cast(SFTGPT, pl_module), 0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._log.max_steps or (self._every and step % self._every == 0):
-            self._evaluate(cast(SFTGPT, pl_module), step)
+            self._evaluate(trainer, cast(SFTGPT, pl_module), step)
 
-    def _evaluate(self, module: SFTGPT, step: int) -> None:
+    def _evaluate(self, trainer: pl.Trainer, module: SFTGPT, step: int) -> None:
         metrics: dict[str, float] = {}
         for suffix, batches in self._held_out.items():
             result = module.evaluate(batches[index] for index in range(len(batches)))
@@ -136,7 +138,7 @@ class EvaluationCallback(pl.Callback):
                 f"perplexity {result.perplexity:.2f} ({result.examples} examples, {result.supervised_tokens} targets)"
             )
         if self._answers is not None:
-            metrics |= self._answers(module, step)
+            metrics |= self._answers(module, cast(MegatronStrategy, trainer.strategy).control, step)
         self._latest = (step, metrics)
         if metrics:
             self._log.metrics(step=step, **metrics)

@@ -30,6 +30,7 @@ from sft.hf.architecture import read_architecture
 from sft.hf.model_files import resolve_model_dir
 from sft.module import SFTGPT
 from sft.plot import plot_loss
+from sft.prompts import PromptAnswers
 from sft.rank_env import RankClusterEnvironment, RankEnv
 from sft.run_log import ProgressCallback, RunLog
 from sft.stop import StopFlag
@@ -96,29 +97,26 @@ def train(config: Path) -> ExitCode:
     if done:
         log.say(f"{done} ({resume}); nothing to train")
         return ExitCode.OK
-    evaluation = EvaluationCallback(spec, held_out, None, log)
+    answers = PromptAnswers(spec, tokenizer_dir, model_dir, log) if spec.evaluation.prompts else None
+    evaluation = EvaluationCallback(spec, held_out, answers, log)
     guard = GuardCallback(spec.train, log, lambda step: _examples_at(data, step))
-    callbacks = [
-        ProgressCallback(log, data.plan.consumed_examples),
-        guard,
-        evaluation,
-        CheckpointCallback(spec.checkpoint, stop, evaluation, guard, log),
-    ]
-    trainer = megatron_trainer(
-        spec, topology, env, max_steps=data.max_steps, data_key=data.data_key, callbacks=callbacks
-    )
-    module = SFTGPT(spec, architecture, topology, model_dir, data.max_steps)
+    progress = ProgressCallback(log, data.plan.consumed_examples)
+    # In this order at each step boundary: each builds on what those before it found.
+    callbacks = [progress, guard, evaluation, CheckpointCallback(spec.checkpoint, stop, evaluation, guard, log)]
+    steps, key = data.max_steps, data.data_key
+    trainer = megatron_trainer(spec, topology, env, max_steps=steps, data_key=key, callbacks=callbacks)
+    module = SFTGPT(spec, architecture, topology, model_dir, steps)
     log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
     # srun ends all ranks when one exits other than 0: none may leave while another is still writing.
     cast(MegatronStrategy, trainer.strategy).control.barrier()
-    if guard.failure is not None:
-        raise TrainingError(f"stopped after step {trainer.global_step}: {guard.failure}; see {paths.bad_steps}")
-    return _finish(trainer.global_step, evaluation, spec, log)
+    return _finish(trainer.global_step, guard, evaluation, spec, log)
 
 
-def _finish(step: int, evaluation: EvaluationCallback, spec: RunSpec, log: RunLog) -> ExitCode:
+def _finish(step: int, guard: GuardCallback, evaluation: EvaluationCallback, spec: RunSpec, log: RunLog) -> ExitCode:
     """Say how it ended."""
+    if guard.failure is not None:
+        raise TrainingError(f"stopped after step {step}: {guard.failure}; see {log.paths.bad_steps}")
     if step < log.max_steps and not evaluation.early_stopping.is_due:
         return ExitCode.REQUEUE
     log.event("training_finished", step=step, seconds=round(log.seconds, 1))

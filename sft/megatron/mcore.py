@@ -27,6 +27,7 @@ with warnings.catch_warnings():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -61,6 +62,7 @@ __all__ = [
     "ProcessGroupCollection",
     "ShardedObject",
     "ShardedTensor",
+    "StaticInferenceContext",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "__version__",

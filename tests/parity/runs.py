@@ -11,6 +11,7 @@ from launcher.rundir import RunPaths, read_lines
 from launcher.spec import (
     CheckpointSpec,
     DataSpec,
+    EvaluationSpec,
     LoggingSpec,
     ModelSpec,
     OptimizerSpec,
@@ -40,7 +41,7 @@ def make_run(
     held_out: Path | None = None,
     **settings: Any,
 ) -> RunPaths:
-    """A run directory under `root`. `settings` replace fields of any section by name."""
+    """A run directory under `root`. `settings` replace fields of any section by name, `evaluation` as a whole."""
     optimizer = {"lr": 1e-2, "weight_decay": 0.01, "schedule": "constant", "clip_grad": 1.0}
     spec = RunSpec(
         name=name,
@@ -58,6 +59,7 @@ def make_run(
             **{"global_batch_size": 8, "micro_batch_size": 1, "precision": "fp32", **_of(TrainSpec, settings)},
             optimizer=OptimizerSpec(**{**optimizer, **_of(OptimizerSpec, settings)}),  # type: ignore[arg-type]
         ),
+        evaluation=settings.get("evaluation", EvaluationSpec()),
         checkpoint=CheckpointSpec(**{"export": False, **_of(CheckpointSpec, settings)}),
         logging=LoggingSpec(plot=False),
     )
