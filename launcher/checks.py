@@ -51,7 +51,7 @@ def _required(spec: RunSpec) -> Iterator[Problem]:
     if not spec.model.path:
         yield "model.path", "missing; a Hugging Face model directory, a .gguf file or package:NAME/FILE"
     if not spec.data.train:
-        yield "data.train", "missing; one or more jsonl files"
+        yield "data.train", "missing; one or more data files"
     if spec.train.max_steps is None and spec.train.epochs is None:
         yield "train.max_steps", "missing; set train.max_steps or train.epochs"
     if spec.train.max_steps is not None and spec.train.epochs is not None:
@@ -240,7 +240,7 @@ def file_problems(spec: RunSpec) -> Iterator[Problem]:
         yield "model.tokenizer", f"{spec.model.tokenizer} is not a directory"
     for key, files in (("data.train", spec.data.train), ("data.validation", spec.data.validation)):
         for file in files:
-            if not Path(file).is_file():
+            if not Path(file).exists():  # a saved data set is a directory
                 yield key, f"no file matches {file}"
     for name, pattern in spec.data.validation_sets.items():
         if not Path(pattern).exists() and not any(Path("/").glob(pattern.removeprefix("/"))):

@@ -1,5 +1,7 @@
 """`python -m sft`: what runs inside a job. `prepare` and `export` are one process, `train` is every rank.
 
+`audit` runs wherever the data are, before there is a job.
+
 Exit codes: launcher/exit_codes.py. Errors that a user can mend are printed without a traceback.
 """
 
@@ -39,12 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, what, argument in (
         ("prepare", _prepare, "convert the model if need be, tokenize the data into the cache", "config"),
+        (
+            "audit",
+            _audit,
+            "look at the data before training: what is trained, what is lost; writes an HTML report",
+            "config",
+        ),
         ("train", _train, "train; started once for each rank", "config"),
         ("export", _export, "write the newest checkpoint as a Hugging Face directory", "run"),
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("path", type=Path, metavar=argument.upper(), help=f"path of the {argument}")
         command.set_defaults(run=run)
+        if name == "audit":
+            command.add_argument("--output", type=Path, help="file of the report; default CONFIG.audit.html beside it")
     return parser
 
 
@@ -52,6 +62,12 @@ def _prepare(options: argparse.Namespace) -> ExitCode:
     from sft.job import prepare
 
     return prepare(options.path)
+
+
+def _audit(options: argparse.Namespace) -> ExitCode:
+    from sft.audit import audit
+
+    return audit(options.path, options.output)
 
 
 def _train(options: argparse.Namespace) -> ExitCode:

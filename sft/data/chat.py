@@ -17,6 +17,7 @@ occur twice); taking what two renderings have in common (off by a turn without a
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,20 @@ class ChatRenderer:
         if not trained:
             return [Rendered(conversation.answered(len(example.messages) - 1), ())]
         return conversation.split(trained, may_split=self._spec.on_mismatch == "split")
+
+    def turn_ends(self, example: Example, text: str) -> list[tuple[str, int]]:
+        """Role of each turn that `text`, one of the example's, holds, and where it ends; for people to look at."""
+        conversation = _Conversation(self, example)
+        found: list[tuple[str, int]] = []
+        for turn, message in enumerate(example.messages):
+            try:
+                written = conversation.answered(turn)
+            except DataError:  # a template may refuse to end there
+                continue
+            end = len(os.path.commonprefix([written, text]))  # noqa: RUF071 (characters are what is compared)
+            if end > (found[-1][1] if found else 0):
+                found.append((message.role, end))
+        return found
 
     def apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool) -> str:
         """The template's text; DataError where it refuses."""

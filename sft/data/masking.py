@@ -71,10 +71,22 @@ class Encoder:
             return [self._trained_from(self._closed(self._opened(example.text)), 0)]
         if example.completion is not None and self._spec.chat_template == "none":
             return [self._joined(example.prompt, example.completion)]
-        if example.completion is not None:
-            turns = (Message("user", example.prompt), Message("assistant", example.completion))
-            example = Example(where=example.where, messages=turns)
-        return self._conversation(example)
+        return self._conversation(_as_turns(example))
+
+    def inspect(self, example: Example) -> list[tuple[Encoded, list[str]]]:
+        """What `encode` gives, and the role that each token belongs to."""
+        encoded = self.encode(example)
+        if not (example.messages or (example.completion is not None and self._spec.chat_template != "none")):
+            return [(each, ["trained" if weight else "prompt" for weight in each.weights]) for each in encoded]
+        renderer, example = self._chat_renderer(), _as_turns(example)
+        found = []
+        for each, rendered in zip(encoded, renderer.render(example), strict=True):
+            turns = renderer.turn_ends(example, rendered.text)
+            ends = [len(renderer.controls.reveal(rendered.text[:end])) for _, end in turns]
+            begins = renderer.controls.tokenize(rendered.text).begins
+            names = [*(role for role, _ in turns), "end"]
+            found.append((each, [names[index] for index in np.searchsorted(ends, begins, side="right")]))
+        return found
 
     def _joined(self, prompt: str, completion: str) -> Encoded:
         prompt_ids = self._opened(prompt)
@@ -142,6 +154,14 @@ class Encoder:
             escaped=controls.hides_in(rendered.text),
             unused=rendered.unused,
         )
+
+
+def _as_turns(example: Example) -> Example:
+    """The example as a conversation."""
+    if example.completion is None:
+        return example
+    turns = (Message("user", example.prompt), Message("assistant", example.completion))
+    return Example(where=example.where, messages=turns)
 
 
 def _tokens_of(tokens: Tokenized, first: int, last: int, is_control: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -18,7 +18,7 @@ import datetime
 import decimal
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,12 @@ def write_lines(path: Path, target: Path) -> None:
     """Write the rows of a file as lines: number, tab, JSON object."""
     with target.open("w", encoding="ascii") as file:
         for number, row in read_rows(path):
-            file.write(f"{number}\t{json.dumps(row, default=_plain)}\n")
+            file.write(f"{number}\t{as_json(row)}\n")
+
+
+def as_json(row: Mapping[str, Any]) -> str:
+    """A row as one line."""
+    return json.dumps(row, default=_plain)
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
