@@ -55,6 +55,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2_vpp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, {}),
     "dp2": (2, {}, {}),
     "tp2_pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}, {}),
+    "tp2_sp_packed": (2, {"tensor_parallel": 2, "sequence_parallel": True}, {"packing": True}),
     "recompute_full": (1, {}, {"recompute": "full"}),
 }
 
