@@ -20,11 +20,13 @@ from sft.data.sampler import EMPTY_SLOT, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Loss and gradient norm of each step, and the loss of each target of the first, by example."""
+    """Loss, gradient norm and gradients (before clipping) of each step; the loss of each target of the first step."""
 
     losses: list[float]
     grad_norms: list[float]
     first_step: dict[int, list[float]]
+    """By example."""
+    gradients: list[dict[str, torch.Tensor]]
 
 
 def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, plan: StepPlan, steps: int) -> Curve:
@@ -35,7 +37,7 @@ def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, plan: Ste
     model.get_input_embeddings().padding_idx = None
     model.train()
     optimizer = torch.optim.AdamW(_groups(model, spec.train.optimizer), **_adamw(spec.train.optimizer))
-    losses, norms, first_step = [], [], {}
+    losses, norms, first_step, gradients = [], [], {}, []
     for step in range(steps):
         examples = [int(example) for example in plan.examples_at(step) if example != EMPTY_SLOT]
         total, weight = torch.zeros(()), 0.0
@@ -47,10 +49,19 @@ def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, plan: Ste
                 first_step[example] = nll.tolist()
         optimizer.zero_grad()
         (total / weight).backward()  # type: ignore[no-untyped-call]
+        gradients.append(_gradients(model))
         norms.append(clip_gradients(model, spec.train.optimizer.clip_grad))
         optimizer.step()
         losses.append(float(total.detach() / weight))
-    return Curve(losses, norms, first_step)
+    return Curve(losses, norms, first_step, gradients)
+
+
+def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.clone()
+    return found
 
 
 def clip_gradients(model: PreTrainedModel, limit: float) -> float:

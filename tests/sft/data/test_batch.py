@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from sft.data.batch import MicroBatch, RankShare, StepBatch, collate
 from sft.data.cache import TokenCache
-from sft.data.sampler import BatchPlan, rank_slice
+from sft.data.sampler import BatchPlan, StepPlan, TokenBatchPlan, rank_slice
 from tests.sft.caches_for_tests import make_cache, ragged_pairs
 
 
@@ -17,8 +19,10 @@ def plan_of(cache: TokenCache, size: int = 8, shuffle: bool = True) -> BatchPlan
     return BatchPlan(num_examples=len(cache), global_batch_size=size, seed=3, shuffle=shuffle)
 
 
-def batch_of(cache: TokenCache, plan: BatchPlan, step: int, rank: int = 0, dp: int = 1, **sizes: int) -> StepBatch:
-    values = {"micro_batch_size": 2, "pad_to_multiple": 4, "sequence_multiple": 1} | sizes
+def batch_of(
+    cache: TokenCache, plan: StepPlan, step: int, rank: int = 0, dp: int = 1, **sizes: int | None
+) -> StepBatch:
+    values: dict[str, Any] = {"micro_batch_size": 2, "pad_to_multiple": 4, "sequence_multiple": 1} | sizes
     return collate(cache, plan, step, RankShare(dp_rank=rank, dp_size=dp, **values))
 
 
@@ -181,3 +185,112 @@ def test_dtypes(tmp_path: Path) -> None:
     assert [tensor.dtype for tensor in (micro.tokens, micro.labels, micro.position_ids)] == [torch.int64] * 3
     assert micro.loss_weights.dtype == torch.float32
     assert cache.target_weights.dtype == np.float64
+
+
+PACKED: dict[str, int | None] = {"micro_batch_size": 1, "row_length": 24}
+
+
+def packed_sequences(batch: StepBatch) -> list[tuple[list[int], list[int], list[float], list[int]]]:
+    """Tokens, labels, weights and positions of each sequence of a packed batch, padding included."""
+    found = []
+    for micro in batch.micro_batches:
+        assert micro.seq_lengths is not None and micro.cu_seqlens is not None
+        assert micro.cu_seqlens.tolist() == [0, *np.cumsum(micro.seq_lengths).tolist()]
+        fields = (micro.tokens[0], micro.labels[0], micro.loss_weights[0], micro.position_ids[0])
+        for start, end in zip(micro.cu_seqlens[:-1].tolist(), micro.cu_seqlens[1:].tolist(), strict=True):
+            found.append(tuple(tensor[start:end].tolist() for tensor in fields))
+    return found  # type: ignore[return-value]
+
+
+def plans_of(cache: TokenCache) -> list[StepPlan]:
+    lengths = cache.lengths - 1
+    return [
+        plan_of(cache),
+        TokenBatchPlan(lengths=lengths, row_length=24, rows_per_step=3, seed=3, shuffle=True),
+    ]
+
+
+def test_trap_5_and_12_packed_examples_are_what_they_are_alone(tmp_path: Path) -> None:
+    """Labels end with the example's own last token, positions begin at 0, as many targets as tokens less one. Seen to
+    fail with labels rolled over the row (5) and with positions that run on (12)."""
+    pairs = ragged_pairs(40, vocab=1000)
+    cache = make_cache(tmp_path / "cache", pairs)
+    for plan in plans_of(cache):
+        found = []
+        for step in range(plan.steps_per_epoch):
+            batch = batch_of(cache, plan, step, **PACKED)
+            found += [sequence for sequence in packed_sequences(batch) if any(sequence[0])]
+        expected = [(ids[:-1], ids[1:], weights[1:], list(range(len(ids) - 1))) for ids, weights in pairs]
+        assert sorted(found) == sorted(expected)
+
+
+def test_trap_6_padding_of_a_packed_row_is_a_sequence_of_its_own(tmp_path: Path) -> None:
+    """Offsets cover the whole row. Seen to fail with the padding added to the last example's length."""
+    cache = make_cache(tmp_path / "cache", [([5, 6, 7, 8], [1.0] * 4), ([9, 9, 9], [1.0] * 3)])
+    plan = plan_of(cache, 2, shuffle=False)
+    (micro,) = batch_of(cache, plan, 0, **PACKED, pad_to_multiple=300).micro_batches
+    assert micro.seq_lengths == (3, 2, 128, 128, 39)
+    assert micro.position_ids[0, 3:8].tolist() == [0, 1, 0, 1, 2]
+    assert not micro.loss_weights[0, 5:].any()
+    (full,) = batch_of(cache, plan, 0, **PACKED, pad_to_multiple=5).micro_batches
+    assert full.seq_lengths == (3, 2)
+
+
+@pytest.mark.parametrize("unit", [0, 1], ids=["examples", "tokens"])
+def test_trap_16_every_data_parallel_size_trains_the_same_packed_examples(unit: int, tmp_path: Path) -> None:
+    """Seen to fail with ranks that take every dp-th row of the whole, unassigned list, and each the rest as well."""
+    cache = make_cache(tmp_path / "cache", ragged_pairs(61, vocab=1000))
+    plan = plans_of(cache)[unit]
+    for step in range(plan.steps_per_epoch):
+        alone = batch_of(cache, plan, step, **PACKED)
+        for dp, multiple in ((2, 1), (3, 1), (4, 2)):
+            sizes = {**PACKED, "micro_batch_multiple": multiple}
+            shares = [batch_of(cache, plan, step, rank, dp, **sizes) for rank in range(dp)]
+            assert len({len(share.micro_batches) for share in shares}) == 1
+            assert len(shares[0].micro_batches) % multiple == 0
+            assert {share.global_weight for share in shares} == {alone.global_weight}
+            found = [sequence for share in shares for sequence in packed_sequences(share) if any(sequence[0])]
+            assert sorted(found) == sorted(sequence for sequence in packed_sequences(alone) if any(sequence[0]))
+
+
+@pytest.mark.parametrize("unit", [0, 1], ids=["examples", "tokens"])
+def test_trap_17_places_without_a_row_have_no_weight(unit: int, tmp_path: Path) -> None:
+    """5 examples for 8 ranks. Seen to fail with empty places filled by the first row."""
+    cache = make_cache(tmp_path / "cache", ragged_pairs(5))
+    shares = [batch_of(cache, plans_of(cache)[unit], 0, rank, 8, **PACKED) for rank in range(8)]
+    micro_batches = [micro for share in shares for micro in share.micro_batches]
+    assert len(micro_batches) == 8
+    assert sum(float(micro.loss_weights.sum()) for micro in micro_batches) == shares[0].global_weight
+    assert shares[0].examples == 5
+    assert not all(micro.loss_weights.any() for micro in micro_batches)
+
+
+def test_trap_20_a_step_holds_the_same_examples_packed_or_padded(tmp_path: Path) -> None:
+    """In both units. Seen to fail with a batch of 8 packed rows."""
+    cache = make_cache(tmp_path / "cache", ragged_pairs(61))
+    for plan in plans_of(cache):
+        for step in range(plan.steps_per_epoch):
+            packed, padded = batch_of(cache, plan, step, **PACKED), batch_of(cache, plan, step)
+            assert numbers(packed) == numbers(padded)
+            assert sum(float(micro.loss_weights.sum()) for micro in packed.micro_batches) == packed.global_weight
+            assert sum(float(micro.loss_weights.sum()) for micro in padded.micro_batches) == packed.global_weight
+
+
+def numbers(batch: StepBatch) -> tuple[float, int, int, int]:
+    return batch.global_weight, batch.examples, batch.tokens, batch.supervised_tokens
+
+
+def test_packed_rows_of_a_step_have_one_shape(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", ragged_pairs(61))
+    for plan in plans_of(cache):
+        for step in range(plan.steps_per_epoch):
+            batch = batch_of(cache, plan, step, rank=1, dp=2, **PACKED, pad_to_multiple=2, sequence_multiple=4)
+            (shape,) = {micro.tokens.shape for micro in batch.micro_batches}
+            assert shape[0] == 1
+            assert shape[1] % 4 == 0 and shape[1] <= 24
+
+
+def test_packed_rows_are_a_micro_batch_each(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", ragged_pairs(8))
+    with pytest.raises(ValueError, match="micro_batch_size is 2"):
+        batch_of(cache, plan_of(cache), 0, row_length=24)

@@ -1,0 +1,97 @@
+"""Gradients of Megatron-core ranks under their Hugging Face names, whole, whatever the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+import sft.module
+from launcher.spec import read_resolved
+from sft.hf.architecture import Architecture, read_architecture
+from sft.hf.layouts import canonical_name, hf_shapes, layout_of, rank_pieces
+from sft.megatron.mcore import get_transformer_layer_offset, parallel_state
+from sft.trainer import train
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows and columns of the gradient of one Hugging Face tensor."""
+
+    name: str
+    rows: slice
+    columns: slice
+    values: NDArray[np.float32]
+
+
+def train_and_capture(config: Path) -> list[list[Part]]:
+    """Runs on a rank: what this rank holds of the gradients of each step, as the optimizer gets them."""
+    architecture = read_architecture(Path(read_resolved(config).model.path))
+    steps: list[list[Part]] = []
+    finalize = sft.module._finalize
+
+    def spy(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
+        finalize(chunks, *args, **kwargs)
+        steps.append(_parts(chunks, architecture))
+
+    sft.module._finalize = spy
+    train(config)
+    return steps
+
+
+def join(by_rank: list[list[list[Part]]], architecture: Architecture) -> list[dict[str, torch.Tensor]]:
+    """Whole gradients of each step. Parts that several ranks hold must be the same, and none may be missing."""
+    return [_join_step([part for rank in step for part in rank], architecture) for step in zip(*by_rank, strict=True)]
+
+
+def _join_step(parts: list[Part], architecture: Architecture) -> dict[str, torch.Tensor]:
+    whole = {name: torch.full(shape, torch.nan) for name, shape in hf_shapes(architecture).items()}
+    for part in parts:
+        index = (part.rows, part.columns)[: whole[part.name].ndim]
+        place, values = whole[part.name][index], torch.from_numpy(part.values)
+        seen = ~place.isnan()
+        torch.testing.assert_close(place[seen], values[seen], rtol=1e-5, atol=1e-9)
+        whole[part.name][index] = values
+    missing = [name for name, tensor in whole.items() if tensor.isnan().any()]
+    assert not missing
+    return whole
+
+
+def _parts(chunks: list[Any], architecture: Architecture) -> list[Part]:
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    found = []
+    for index, chunk in enumerate(chunks):
+        _gather_shards(chunk)
+        offset = get_transformer_layer_offset(chunk.config, index if len(chunks) > 1 else None)
+        for name, parameter in chunk.named_parameters():
+            layout = layout_of(canonical_name(name, offset), architecture)
+            assert layout is not None, name
+            split_rows = (rank, size) if layout.split == 0 else (0, 1)
+            gradient = parameter.main_grad.detach().float().cpu().numpy().copy()
+            width = gradient.shape[-1]
+            columns = slice(rank * width, (rank + 1) * width) if layout.split == 1 else slice(None)
+            position = 0
+            for piece in rank_pieces(layout, *split_rows, rows=gradient.shape[0]):
+                rows = slice(piece.start, piece.stop)
+                found.append(Part(piece.name, rows, columns, gradient[position : position + piece.rows]))
+                position += piece.rows
+    return found
+
+
+def _gather_shards(chunk: Any) -> None:
+    """With the distributed optimizer each data parallel rank has reduced only its own shard of the buffers."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            whole = bucket.grad_data
+            share = whole.numel() // group.size()
+            mine = whole[group.rank() * share : (group.rank() + 1) * share].clone()
+            dist.all_gather_into_tensor(whole, mine, group=group)
