@@ -7,7 +7,10 @@ Column- and row-parallel linears, MLP and residual handling stay Megatron-core's
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,21 +131,15 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
 
     def _packed_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """[t, heads, dim] -> the same, in one kernel."""
-        from torch.nn.attention.varlen import varlen_attn  # newer than the rest of what we use, and not needed on CPU
-
-        context = varlen_attn(
-            query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            scale=self._scale,
-            window_size=(-1, 0),  # causal
-            enable_gqa=query.size(1) != key.size(1),
-        )
-        assert isinstance(context, Tensor)  # a tuple only where more is asked for
+        kernel, options, shares_kv_heads = _packed_attention()
+        if self._scale is not None:
+            options = {**options, "scale": self._scale}
+        if shares_kv_heads:
+            options = {**options, "enable_gqa": query.size(1) != key.size(1)}
+        else:
+            key, value = (tensor.repeat_interleave(query.size(1) // key.size(1), dim=1) for tensor in (key, value))
+        offsets, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        context: Tensor = kernel(query, key, value, offsets, offsets, longest, longest, **options)
         return context
 
     def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, seq_lengths: tuple[int, ...]) -> Tensor:
@@ -151,6 +148,20 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         parts = [torch.split(tensor.transpose(0, 1)[None], lengths, dim=2) for tensor in (query, key, value)]
         context = torch.cat([self._causal(*sequence) for sequence in zip(*parts, strict=True)], dim=2)
         return context[0].transpose(0, 1)
+
+
+@functools.cache
+def _packed_attention() -> tuple[Callable[..., Any], dict[str, Any], bool]:
+    """torch's kernel for packed sequences, the options that make it causal, and whether it shares KV heads by itself.
+
+    It is young: torch 2.10 says causal by `is_causal`, later ones by a window, and from 2.13 on it shares KV heads.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # newer than the rest of what we use, and not needed on CPU
+
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    kernel: Callable[..., Any] = varlen_attn  # a pair only where more than the context is asked for
+    return kernel, causal, "enable_gqa" in known
 
 
 def decoder_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

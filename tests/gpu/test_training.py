@@ -59,3 +59,14 @@ def test_resume_is_bitwise(precision: str, tmp_path: Path, material: tuple[Path,
     shutil.copy(full.metrics, paths.metrics)
     run_training(paths, 1)
     assert curve(paths) == curve(full)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_packed_follows_reference(
+    precision: str, tolerance: float, tmp_path: Path, material: tuple[Path, Path], reference: Curve
+) -> None:
+    """fp32 takes sequences one by one, bf16 the kernel for sequences of different lengths."""
+    settings = {"gpus_per_node": 1, "max_steps": STEPS, "lr": 1e-3, "packing": True, "precision": precision}
+    paths = make_run(tmp_path, *material, ranks=1, **settings)
+    run_training(paths, 1)
+    assert curve(paths)[0] == pytest.approx(reference.losses, rel=tolerance)
