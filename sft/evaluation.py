@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +20,7 @@ import pytorch_lightning as pl
 from launcher.spec import EarlyStoppingSpec, RunSpec
 from launcher.topology import Topology
 from sft.data.datamodule import SFTDataModule, StepBatches
-from sft.data.prepare import PreparedData, open_or_build
+from sft.held_out import open_validation_sets
 from sft.megatron.distributed import ControlGroup
 from sft.module import SFTGPT
 from sft.run_log import RunLog
@@ -31,23 +30,13 @@ Answers = Callable[[SFTGPT, ControlGroup, int], dict[str, float]]
 """Answers the prompts at a step and gives what the metric function made of them."""
 
 
-def open_validation_sets(spec: RunSpec, tokenizer_dir: Path, *, build: bool) -> dict[str, PreparedData]:
-    """The data of each set in data.validation_sets: training data as ever, and the set in place of data.validation."""
-    opened = {}
-    for name, pattern in spec.data.validation_sets.items():
-        data = replace(spec.data, validation=[pattern])
-        opened[name] = open_or_build(replace(spec, data=data), tokenizer_dir, build=build)
-    return opened
-
-
 def held_out_batches(
-    spec: RunSpec, topology: Topology, data: SFTDataModule, sets: Mapping[str, PreparedData]
+    spec: RunSpec, topology: Topology, data: SFTDataModule, tokenizer_dir: Path, *, build: bool
 ) -> dict[str, StepBatches]:
-    """What is evaluated, by the suffix that its metrics carry: `` for data.validation, `/name` for a named set."""
+    """What is evaluated, by the suffix that its metrics carry: nothing for data.validation, `/name` for a set."""
     found = {"": data.validation_batches()}
-    found |= {
-        f"/{name}": SFTDataModule(spec, topology, prepared).validation_batches() for name, prepared in sets.items()
-    }
+    for name, prepared in open_validation_sets(spec, tokenizer_dir, build=build):
+        found[f"/{name}"] = SFTDataModule(spec, topology, prepared).validation_batches()
     return {suffix: batches for suffix, batches in found.items() if batches is not None}
 
 

@@ -89,17 +89,19 @@ class GuardCallback(pl.Callback):
         if result is None:
             raise RuntimeError("a batch ended without a step")
         before, self._pending = self._pending, _Pending.of(result)
-        bad = before is not None and self._examine(before)
-        if bad or result.step == self._log.max_steps:
-            bad = self._examine_rest() or bad
-        if not bad:
+        first_bad = before.step if before is not None and self._examine(before) else None
+        if first_bad is not None or result.step == self._log.max_steps:
+            # What follows concerns the step just done as well, and it is the last of its weights or of all.
+            bad = self._examine_rest()
+            first_bad = result.step if first_bad is None and bad else first_bad
+        if first_bad is None:
             return
         if self._in_a_row >= MAX_IN_A_ROW:
             self.failure = f"{self._in_a_row} bad steps in a row"
         elif self._policy == "stop":
             self.failure = "a bad step, and train.on_bad_step is stop"
         elif self._policy == "rewind":
-            self._rewind(cast(MegatronStrategy, trainer.strategy), result.step)
+            self._rewind(cast(MegatronStrategy, trainer.strategy), result.step, first_bad)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._examine_rest()
@@ -129,9 +131,8 @@ class GuardCallback(pl.Callback):
         )
         self._log.event("bad_step", step=step, reason=reason, policy=self._policy, examples=len(examples), **numbers)
 
-    def _rewind(self, strategy: MegatronStrategy, step: int) -> None:
+    def _rewind(self, strategy: MegatronStrategy, step: int, first_bad: int) -> None:
         """Load the newest checkpoint from before the bad step; without one, leaving its update out has to do."""
-        first_bad = step - self._in_a_row + 1
         complete = strategy.control.from_leader([str(path) for path in self._log.paths.complete_checkpoints()])
         earlier = [Path(path) for path in complete if checkpoint_step(Path(path)) < first_bad]
         if not earlier:

@@ -10,12 +10,15 @@ from launcher.rundir import RunPaths, append_event, read_lines
 from launcher.spec import RunSpec, read_resolved
 from launcher.topology import build_topology
 from sft.data.prepare import check_vocabulary, prepare_data
+from sft.data.report import report
+from sft.held_out import open_validation_sets
 from sft.hf.answer import record_answers
 from sft.hf.architecture import read_architecture
 from sft.hf.checks import check_model_settings
 from sft.hf.exporter import export_run
 from sft.hf.files import check_model_files
 from sft.hf.model_files import resolve_model_dir
+from sft.prompts import check_prompts
 from sft.rank_env import RankEnv
 
 
@@ -31,8 +34,13 @@ def prepare(config: Path) -> ExitCode:
     check_model_settings(spec, architecture)
     if spec.model.init == "pretrained":
         check_model_files(model_dir, architecture)
-    prepared = prepare_data(spec, Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir)
-    check_vocabulary(prepared, architecture.shape.vocab_size)
+    tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
+    check_vocabulary(prepare_data(spec, tokenizer_dir), architecture.shape.vocab_size)
+    for name, prepared in open_validation_sets(spec, tokenizer_dir, build=True):
+        check_vocabulary(prepared, architecture.shape.vocab_size)
+        if prepared.validation is not None:
+            print(report(name, prepared.validation))
+    check_prompts(spec, tokenizer_dir, model_dir)
     if _answers_wanted(spec):
         record_answers(paths, spec.logging.prompts, model_dir, "before")
     append_event(paths, "prepared", attempt=RankEnv.from_environ().attempt)

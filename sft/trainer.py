@@ -19,18 +19,18 @@ from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, checkpoint_step, complete_checkpoints
 from launcher.spec import RunSpec, read_resolved
 from launcher.topology import Topology, build_topology, describe_batch
+from sft.answers import PromptAnswers
 from sft.callbacks import CheckpointCallback
 from sft.checkpoint import newest_usable, read_trainer_state
 from sft.data.datamodule import SFTDataModule
 from sft.data.prepare import open_or_build
 from sft.data.sampler import EMPTY_SLOT
-from sft.evaluation import EarlyStopping, EvaluationCallback, held_out_batches, open_validation_sets
+from sft.evaluation import EarlyStopping, EvaluationCallback, held_out_batches
 from sft.guard import GuardCallback
 from sft.hf.architecture import read_architecture
 from sft.hf.model_files import resolve_model_dir
 from sft.module import SFTGPT
 from sft.plot import plot_loss
-from sft.prompts import PromptAnswers
 from sft.rank_env import RankClusterEnvironment, RankEnv
 from sft.run_log import ProgressCallback, RunLog
 from sft.stop import StopFlag
@@ -90,7 +90,7 @@ def train(config: Path) -> ExitCode:
     topology = build_topology(spec, architecture.shape)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
     data = SFTDataModule(spec, topology, open_or_build(spec, tokenizer_dir, build=leader))
-    held_out = held_out_batches(spec, topology, data, open_validation_sets(spec, tokenizer_dir, build=leader))
+    held_out = held_out_batches(spec, topology, data, tokenizer_dir, build=leader)
     log = RunLog(paths, spec, attempt=env.attempt, max_steps=data.max_steps, is_writer=leader)
     resume = _resume_point(spec, paths)
     done = _nothing_to_do(spec, resume, data.max_steps)

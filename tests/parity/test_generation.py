@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import sft.prompts
+import sft.answers
 from launcher.exit_codes import ExitCode
 from launcher.rundir import read_lines
 from launcher.spec import EvaluationSpec
@@ -92,7 +92,7 @@ def evaluation(material: Material, **settings: Any) -> dict[str, Any]:
 def answers_of(config: Path) -> dict[int, list[int]]:
     """Runs on a rank: prompt number -> token ids of the answer before the first step."""
     found: dict[int, list[int]] = {}
-    generate = sft.prompts.generate
+    generate = sft.answers.generate
 
     def spy(module: Any, prompts: Sequence[Any], spec: Any, **more: Any) -> list[list[int]]:
         answers = generate(module, prompts, spec, **more)
@@ -100,7 +100,7 @@ def answers_of(config: Path) -> dict[int, list[int]]:
             found.setdefault(number, answer)
         return answers
 
-    sft.prompts.generate = spy
+    sft.answers.generate = spy
     train(config)
     return found
 
