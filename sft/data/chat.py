@@ -16,6 +16,7 @@ occur twice); taking what two renderings have in common (off by a turn without a
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from sft.data.messages import Message
 Span = tuple[int, int, float]
 """First character, the one after the last, and the loss weight."""
 
+_RESERVED = ("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _SPLIT_HINT = "; a mask would be wrong, and data.on_mismatch split trains each such turn behind a prompt of its own"
 
@@ -65,7 +67,7 @@ class ChatRenderer:
         self._template = template
         self._controls = controls
         self._spec = spec
-        self._variables = {name: yaml.safe_load(value) for name, value in spec.chat_template_kwargs.items()}
+        self._variables = {name: _variable(name, value) for name, value in spec.chat_template_kwargs.items()}
 
     def render(self, example: Example) -> list[Rendered]:
         """The texts of a conversation: one, or several where the template rewrites turns and may be split."""
@@ -186,7 +188,12 @@ class _Conversation:
             said = self._difference(f"{name}: the chat template rewrites, once turns follow,", answered, text)
             raise Rewritten(said + _SPLIT_HINT)
         self._require_answer(turn, text[len(prompt) : end], name)
-        return len(prompt), end
+        if is_answer:
+            return len(prompt), end
+        # Nobody generates the header of such a turn, nor what a template puts in front of the first one: it begins
+        # where what it says is written, which is the last thing before the end token.
+        said = next(iter(_texts(self._messages[turn]["content"])), "").strip()
+        return max(text.rfind(said, len(prompt), self._controls.trailing(text[:end])[-1]), len(prompt)), end
 
     def _context(self, turn: int, text: str) -> str:
         """What is in front of a turn that is no answer."""
@@ -253,6 +260,17 @@ class _Conversation:
         at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
         before, after = expected[max(0, at - 20) : at + 20], found[max(0, at - 20) : at + 20]
         return f"{what} {before!r}: it becomes {after!r}"
+
+
+def _variable(name: str, text: str) -> Any:
+    """The value of a template variable. What YAML makes a date of stays the text it is."""
+    if name in _RESERVED:
+        raise DataError(f"data.chat_template_kwargs: {name} is set by the rows and by what is asked of the template")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise DataError(f"data.chat_template_kwargs.{name}: {text!r} is not valid YAML") from None
+    return text if isinstance(value, datetime.date) else value
 
 
 def _texts(content: Any) -> list[str]:

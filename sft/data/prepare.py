@@ -30,7 +30,7 @@ from sft.data.formats import check_columns, detect_format
 from sft.data.report import check_counts, check_lost, report
 from sft.data.tokenizer import tokenizer_files
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised with every change that gives the same rows other tokens or weights."""
 
 WAIT_SECONDS = 6 * 3600.0

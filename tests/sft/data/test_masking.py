@@ -216,9 +216,30 @@ def test_other_turns_are_trained_only_if_a_row_asks() -> None:
     """Seen to fail with a default weight of 1 for every role."""
     tokenizer = make_tokenizer()
     asked = encode(weighted(None, 1.0, 0.0, None, None), tokenizer, DataSpec(loss_on="last_assistant"))
-    assert trained_texts(tokenizer, asked) == ["<|im_start|>user\nhi<|im_end|>\n", "an answer<|im_end|>\n"]
+    assert trained_texts(tokenizer, asked) == ["hi<|im_end|>\n", "an answer<|im_end|>\n"]
     everything = encode(weighted(None, None, 0.0, None, 0.5), tokenizer, DataSpec(loss_on="all"))
     assert [w for w, _ in itertools.groupby(everything.weights)] == [0.0, 1.0, 0.0, 1.0, 0.5]
+
+
+def test_a_system_turn_that_a_template_inserts_is_not_trained_with_the_first_turn() -> None:
+    """Seen to fail with the first turn trained from where the text begins."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "<|im_start|>system\nYou are hi-tech.<|im_end|>\n" + CHAT_TEMPLATE
+    for said in ("hi", "end", "hi-tech"):
+        turns = (Message("user", said, 1.0), Message("assistant", "yo"))
+        encoded = encode(Example(where="", messages=turns), tokenizer, DataSpec())
+        assert trained_texts(tokenizer, encoded) == [f"{said}<|im_end|>\n", "yo<|im_end|>\n"]
+
+
+def test_template_variables_are_yaml_and_dates_stay_text() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ day }} {{ none is none }} {{ flag is true }} {{ n + 1 }}" + CHAT_TEMPLATE
+    given = {"day": "2024-07-26", "none": "null", "flag": "true", "n": "2"}
+    encoded = encode(chat("hi", "yo"), tokenizer, DataSpec(chat_template_kwargs=given))
+    assert str(tokenizer.decode(encoded.ids)).startswith("2024-07-26 True True 3<|im_start|>")
+    for name, text, message in (("a", "[", "is not valid YAML"), ("tools", "1", "tools is set by the rows")):
+        with pytest.raises(DataError, match=rf"data\.chat_template_kwargs.*{message}"):
+            encode(chat("hi", "yo"), tokenizer, DataSpec(chat_template_kwargs={name: text}))
 
 
 def test_messages_after_the_last_trained_one_are_left_out_and_counted() -> None:
