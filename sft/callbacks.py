@@ -117,7 +117,12 @@ class CheckpointCallback(pl.Callback):
         if saved is None:
             return
         if self._log.is_writer:
-            complete = self._log.paths.complete_checkpoints()
+            # Later ones than this were found damaged, or the run would have resumed from them.
+            complete = [
+                path
+                for path in self._log.paths.complete_checkpoints()
+                if checkpoint_step(path) <= checkpoint_step(saved.path)
+            ]
             keep = complete[-self._spec.keep_last :] + [self._log.paths.checkpoint(best) for best in self._best.steps]
             checkpoint_files.remove_all_but(complete, keep)
         strategy.control.barrier()

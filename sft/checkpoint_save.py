@@ -81,12 +81,11 @@ class CheckpointSaver:
     def begin(self, target: Path, state: dict[str, Any], trainer_json: str, *, copy: bool) -> None:
         """Start writing `state` for `target`. Tensors on the host are copied first where `copy` says so.
 
-        Does nothing where `target` is a checkpoint already. On CheckpointError nothing is left behind, on any rank.
+        A checkpoint that is at `target` already was found damaged, or its step would not be done again: it is
+        replaced. On CheckpointError nothing is left behind, on any rank.
         """
         if self._save is not None:
             raise RuntimeError("a save is still in flight")
-        if self._control.any(self._leader and checkpoint_files.damage(target) is None):
-            return
         save = _Save(target, target.parent / f".{target.name}.partial", trainer_json, time.perf_counter())
         needed = self._control.total(checkpoint_files.local_bytes(state))
         self._attempt(save, lambda: self._make_room(save, needed))
@@ -141,7 +140,7 @@ class CheckpointSaver:
             return
         checkpoint_files.write_synced(save.aside / TRAINER, save.trainer_json)
         checkpoint_files.seal(save.aside, {name: value for part in gathered for name, value in part.items()})
-        shutil.rmtree(save.target, ignore_errors=True)  # a damaged one, or there would be nothing to write
+        checkpoint_files.remove(save.target)
         save.aside.rename(save.target)
         sync_directory(save.target.parent)
 

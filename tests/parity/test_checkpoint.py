@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sft.checkpoint_files
+import sft.checkpoint_save
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, read_lines
 from sft.__main__ import main
@@ -97,6 +101,96 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, material: tuple[Path,
     run_training(paths, 1)
     assert curve(paths) == whole
     assert damage(newest) is None
+
+
+def test_changed_bytes_are_found_by_checksum(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """One bit flips in a file of the right size: without checksums the run would go on from other weights."""
+    whole = make_run(tmp_path, *material, ranks=2, max_steps=6, name="whole")
+    run_training(whole, 2)
+    run_training(make_run(tmp_path, *material, ranks=2, max_steps=4, every=2, keep_last=9), 2)
+    paths = make_run(tmp_path, *material, ranks=2, max_steps=6, every=3, keep_last=1)
+    flip_a_bit(paths.checkpoint(4))
+    assert damage(paths.checkpoint(4)) is None
+    run_training(paths, 2)
+    assert curve(paths) == curve(whole)
+    assert [event["step"] for event in events(paths, "training_started")] == [0, 2]
+    assert paths.complete_checkpoints() == [paths.checkpoint(6)]
+
+
+def test_no_undamaged_checkpoint_is_an_error(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    run_training(make_run(tmp_path, *material, ranks=1, max_steps=2), 1)
+    paths = make_run(tmp_path, *material, ranks=1, max_steps=4)
+    flip_a_bit(paths.checkpoint(2))
+    assert run_ranks(1, exit_code, paths.config) == [ExitCode.IO_ERROR]
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    shard = max((checkpoint / "sharded").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def train_with_slow_disk(config: Path) -> tuple[int, int]:
+    """Runs on a rank: files are written a while after the save began; exit code, and steps begun meanwhile."""
+    from sft.module import SFTGPT
+
+    write, training_step = sft.checkpoint_save._write, SFTGPT.training_step
+    writing: list[bool] = []
+    meanwhile: list[int] = []
+
+    def slow(save: sft.checkpoint_save._Save) -> None:
+        writing.append(True)
+        time.sleep(0.7)
+        write(save)
+        writing.pop()
+
+    def step(self: SFTGPT, batch: Any, batch_idx: int) -> None:
+        meanwhile.extend([batch_idx] if writing else [])
+        training_step(self, batch, batch_idx)
+
+    sft.checkpoint_save._write = slow
+    SFTGPT.training_step = step  # type: ignore[method-assign]
+    return main(["train", str(config)]), len(meanwhile)
+
+
+@pytest.mark.parametrize("settings", [{}, {"distributed": False}], ids=["distributed", "plain"])
+def test_asynchronous_save_is_of_the_step_it_began_at(
+    settings: dict[str, Any], tmp_path: Path, material: tuple[Path, Path]
+) -> None:
+    """Training goes on while it is written; without the copy in host memory, later weights would be in it."""
+    topology = {"tensor_parallel": 2}
+    settings = {"every": 2, "keep_last": 9, "max_steps": 7, **settings}
+    whole = make_run(tmp_path, *material, ranks=2, topology=topology, name="whole", **settings)
+    run_training(whole, 2)
+    paths = make_run(tmp_path, *material, ranks=2, topology=topology, asynchronous=True, **settings)
+    assert [code for code, _ in run_ranks(2, train_with_slow_disk, paths.config)] == [ExitCode.OK] * 2
+    assert curve(paths) == curve(whole)
+    assert paths.complete_checkpoints() == [paths.checkpoint(step) for step in (2, 4, 6, 7)]
+    again = make_run(tmp_path, *material, ranks=2, topology=topology, name="again", **settings)
+    shutil.copytree(paths.checkpoint(2), again.checkpoint(2))
+    shutil.copy(paths.metrics, again.metrics)
+    run_training(again, 2)
+    assert curve(again) == curve(whole)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    paths = make_run(tmp_path, *material, ranks=1, max_steps=60, every=10, asynchronous=True)
+    ((code, meanwhile),) = run_ranks(1, train_with_slow_disk, paths.config)
+    assert code == ExitCode.OK
+    assert meanwhile > 1
+    assert [event["step"] for event in events(paths, "checkpoint_saved")][-1] == 60  # the last one is waited for
+
+
+@pytest.mark.parametrize("function", [exit_code, exit_code_without_space_check])
+def test_full_disk_while_training_goes_on(
+    function: object, small_disk: Path, tmp_path: Path, material: tuple[Path, Path]
+) -> None:
+    paths = make_run(tmp_path, *material, ranks=2, max_steps=4, every=1, keep_last=9, asynchronous=True)
+    paths.checkpoints.symlink_to(small_disk)
+    assert run_ranks(2, function, paths.config) == [ExitCode.IO_ERROR] * 2  # type: ignore[arg-type]
+    assert [path.name for path in paths.checkpoints.iterdir()] == ["step-00000001"]
+    assert damage(paths.checkpoint(1)) is None
 
 
 def test_unfinished_checkpoint_is_not_one(tmp_path: Path, material: tuple[Path, Path]) -> None:
