@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from sft.data.cache import TokenCache
-from sft.data.packing import EMPTY_ROW, assign_rows, pack_step, row_cost
+from sft.data.packing import EMPTY_ROW, Rows, assign_rows, pack_step, row_cost
 from sft.data.sampler import EMPTY_SLOT, StepPlan, complete, rank_slice
 
 _PADDING_SEQUENCE = 128
@@ -141,14 +141,13 @@ def _packed_rows(plan: StepPlan, step: int, lengths: NDArray[np.int64], share: R
     assert share.row_length is not None
     if share.micro_batch_size != 1:
         raise ValueError(f"a packed row is a micro-batch of its own; micro_batch_size is {share.micro_batch_size}")
-    rows = plan.rows_at(step)
-    if rows is None:
-        slots = plan.examples_at(step)
-        examples = slots[slots != EMPTY_SLOT]
-        found = pack_step(lengths[examples] - 1, share.row_length, share.dp_size, share.micro_batch_multiple)
-        packed = [examples[row] for row in found]
-    else:
-        packed = list(rows)
+    slots = plan.examples_at(step)
+    examples = slots[slots != EMPTY_SLOT]
+    planned = plan.rows_at(step)
+    if planned is not None:
+        planned = Rows(np.arange(len(examples)), planned.offsets)
+    found = pack_step(lengths[examples] - 1, share.row_length, share.dp_size, share.micro_batch_multiple, planned)
+    packed = [examples[row] for row in found]
     table = assign_rows([row_cost(lengths[row] - 1) for row in packed], share.dp_size, share.micro_batch_multiple)
     nothing = np.zeros(0, dtype=np.int64)
     return [[nothing if row == EMPTY_ROW else packed[row]] for row in table[share.dp_rank].tolist()]

@@ -8,7 +8,7 @@ The result is that of the textbook algorithm (each example, longest first, into 
 Two units of the global batch, two ways to use it (`train.global_batch_unit`):
 
 * tokens: the whole epoch is packed at once and a step takes a fixed number of rows (`sampler.TokenBatchPlan`). Rows
-  are as full as they can be; how many examples a step holds varies.
+  are as full as they can be and stay as they are whatever the layout; how many examples a step holds varies.
 * examples: a step holds exactly the examples that it would hold without packing, and is packed by itself. Packing
   is then no more than a way to compute the same gradients. Fewer examples leave the last row half empty, which
   `levelled` mends: the same number of rows, all of them a little shorter, and rows are only computed up to the
@@ -141,13 +141,18 @@ def levelled(lengths: NDArray[np.int64], rows: int, capacity: int) -> Optional[R
     return Rows.of([np.array(row, dtype=np.int64) for row in members])
 
 
-def pack_step(lengths: NDArray[np.int64], capacity: int, ranks: int, multiple: int = 1) -> Rows:
-    """The rows of a step that was drawn example by example.
+def pack_step(
+    lengths: NDArray[np.int64], capacity: int, ranks: int, multiple: int = 1, planned: Optional[Rows] = None
+) -> Rows:
+    """The rows of a step whose examples have these lengths.
 
-    As few rows as best-fit decreasing needs, rounded up to what the ranks need anyway, and levelled where that works.
+    As few as best-fit decreasing needs, rounded up to what the ranks need anyway, and levelled where that works.
+    Rows that are `planned` stay as they are if there is one for each place, as in every full step counted in tokens.
     """
-    packed = best_fit_decreasing(lengths, capacity)
+    packed = best_fit_decreasing(lengths, capacity) if planned is None else planned
     places = ranks * rows_a_rank(len(packed), ranks, multiple)
+    if planned is not None and len(planned) == places:
+        return planned
     return levelled(lengths, places, capacity) or packed
 
 

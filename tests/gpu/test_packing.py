@@ -42,7 +42,7 @@ def packed() -> Any:
 @pytest.mark.parametrize("groups", [2, 8])
 @pytest.mark.parametrize("dtype", HALF)
 def test_kernel_agrees_with_sequences_one_by_one(dtype: torch.dtype, groups: int) -> None:
-    """Output and gradients, against fp32. KV heads are shared without being repeated."""
+    """Output and gradients, against fp32, with KV heads that are shared and with one for each query head."""
     found, exact = inputs(dtype, groups=groups), inputs(torch.float32, groups=groups)
     with torch.no_grad():
         for wide, half in zip(exact, found, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import sft.data.packing
 from sft.data.batch import MicroBatch, RankShare, StepBatch, collate
 from sft.data.cache import TokenCache
 from sft.data.sampler import BatchPlan, StepPlan, TokenBatchPlan, rank_slice
@@ -253,9 +254,14 @@ def test_trap_16_every_data_parallel_size_trains_the_same_packed_examples(unit: 
             assert sorted(found) == sorted(sequence for sequence in packed_sequences(alone) if any(sequence[0]))
 
 
+@pytest.mark.parametrize("level", [True, False], ids=["empty_rows", "no_rows"])
 @pytest.mark.parametrize("unit", [0, 1], ids=["examples", "tokens"])
-def test_trap_17_places_without_a_row_have_no_weight(unit: int, tmp_path: Path) -> None:
+def test_trap_17_places_without_a_row_have_no_weight(
+    unit: int, level: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """5 examples for 8 ranks. Seen to fail with empty places filled by the first row."""
+    if not level:
+        monkeypatch.setattr(sft.data.packing, "levelled", lambda *_: None)
     cache = make_cache(tmp_path / "cache", ragged_pairs(5))
     shares = [batch_of(cache, plans_of(cache)[unit], 0, rank, 8, **PACKED) for rank in range(8)]
     micro_batches = [micro for share in shares for micro in share.micro_batches]

@@ -106,6 +106,13 @@ def test_a_step_that_needs_less_than_its_rows_makes_all_of_them_shorter() -> Non
     assert [len(row) for row in pack_step(lengths, 200, ranks=4)] == [3, 3, 3, 3]
 
 
+def test_planned_rows_are_levelled_only_where_places_would_stay_empty() -> None:
+    lengths = np.array([50] * 12)
+    planned = best_fit_decreasing(lengths, 200)
+    assert pack_step(lengths, 200, ranks=3, planned=planned) is planned
+    assert [len(row) for row in pack_step(lengths, 200, ranks=2, planned=planned)] == [3, 3, 3, 3]
+
+
 @given(LENGTHS, st.sampled_from([1, 2, 3, 8]), st.sampled_from([1, 2, 4]))
 @settings(max_examples=100, deadline=None)
 def test_every_rank_has_equally_many_places_and_each_row_has_one(

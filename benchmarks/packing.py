@@ -1,0 +1,124 @@
+"""How full rows are on real chat data, and how long an epoch takes to plan. Prints the rows of docs/measured.md.
+
+    python benchmarks/packing.py --trees oasst_en_100_tree.jsonl --model MODEL
+    python benchmarks/packing.py --plan 10000000
+
+MODEL is as in model.path of a config; its tokenizer and chat template are used. Conversations are all paths from the
+prompt of an OpenAssistant tree to a leaf that an assistant wrote. What counts is what a step computes: the places of
+all rows of all ranks, empty rows included, as `collate` makes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launcher.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
+from sft.data.batch import RankShare, collate
+from sft.data.cache import TokenCache
+from sft.data.datamodule import step_plan
+from sft.data.prepare import open_or_build
+from sft.data.sampler import TokenBatchPlan
+from sft.hf.model_files import resolve_model_dir
+
+ROW_LENGTHS = (2048, 4096)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--trees", type=Path, help="OpenAssistant trees, one a line")
+    parser.add_argument("--model", default="", help="whose tokenizer and chat template to use")
+    parser.add_argument("--plan", type=int, help="plan an epoch of so many examples of drawn lengths")
+    arguments = parser.parse_args()
+    if arguments.trees:
+        with tempfile.TemporaryDirectory() as folder:
+            measure_fill(arguments.trees, arguments.model, Path(folder))
+    if arguments.plan:
+        measure_planning(arguments.plan)
+
+
+def measure_fill(trees: Path, model: str, folder: Path) -> None:
+    """Fill of every way to make batches, in both row lengths."""
+    rows = [row for line in trees.read_text(encoding="utf-8").splitlines() for row in conversations(json.loads(line))]
+    file = folder / "chat.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for length in ROW_LENGTHS:
+        spec = RunSpec(
+            run_root=str(folder),
+            model=ModelSpec(path=model),
+            data=DataSpec(train=[str(file)], seq_length=length),
+            train=TrainSpec(epochs=1),
+        )
+        cache = open_or_build(spec, resolve_model_dir(spec, convert=True), build=True).train
+        print(f"{len(cache)} examples, {int((cache.lengths - 1).sum()):,} tokens, rows of {length}")
+        whole = TokenBatchPlan(lengths=cache.lengths - 1, row_length=length, rows_per_step=1, seed=1, shuffle=True)
+        fill = (cache.lengths - 1).sum() / (whole.steps_per_epoch * length)
+        print(f"  the epoch's rows: {fill:.2%} full, {whole.steps_per_epoch} rows")
+        for ranks in (1, 8):
+            report(spec, cache, length, ranks)
+
+
+def report(spec: RunSpec, cache: TokenCache, length: int, ranks: int) -> None:
+    """Fill of the steps of an epoch over `ranks` data parallel ranks."""
+    tokens = {"global_batch_unit": "tokens", "global_batch_size": 32 * length}
+    ways: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+        # data, train, micro-batch size
+        "packed, 32 rows a step": ({"packing": True}, tokens, 1),
+        "packed, 128 examples a step": ({"packing": True}, {"global_batch_size": 128}, 1),
+        "packed, 32 examples a step": ({"packing": True}, {"global_batch_size": 32}, 1),
+        "padded, 128 examples, grouped by length": ({"group_by_length": True}, {"global_batch_size": 128}, 4),
+        "padded, 128 examples": ({}, {"global_batch_size": 128}, 4),
+    }
+    for name, (data, train, micro_batch) in ways.items():
+        settings = RunSpec(data=DataSpec(seq_length=length, **data), train=TrainSpec(**train))
+        plan = step_plan(settings, cache, shuffle=True)
+        places = used = 0
+        for step in range(plan.steps_per_epoch):
+            for rank in range(ranks):
+                share = RankShare(
+                    dp_rank=rank,
+                    dp_size=ranks,
+                    micro_batch_size=micro_batch,
+                    pad_to_multiple=8,
+                    row_length=length if settings.data.packing else None,
+                )
+                batch = collate(cache, plan, step, share)
+                places += sum(micro.tokens.numel() for micro in batch.micro_batches)
+            used += batch.tokens
+        print(f"  dp {ranks}, {name}: {used / places:.2%} full")
+
+
+def conversations(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every path from the prompt to an assistant's leaf."""
+    waiting: list[tuple[dict[str, Any], list[dict[str, str]]]] = [(tree["prompt"], [])]
+    while waiting:
+        node, before = waiting.pop()
+        role = "user" if node["role"] == "prompter" else "assistant"
+        messages = [*before, {"role": role, "content": node["text"]}]
+        replies = node.get("replies") or []
+        waiting += [(reply, messages) for reply in replies]
+        if not replies and role == "assistant":
+            yield {"messages": messages}
+
+
+def measure_planning(examples: int) -> None:
+    """Order, packing and order of rows of one epoch."""
+    drawn = np.random.default_rng(0).lognormal(np.log(375), 1.0, examples)
+    lengths = np.clip(drawn, 2, 4095).astype(np.int64)
+    plan = TokenBatchPlan(lengths=lengths, row_length=4096, rows_per_step=64, seed=1, shuffle=True)
+    began, cpu = time.perf_counter(), time.process_time()
+    plan.examples_at(0)
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    fill = lengths.sum() / (plan.steps_per_epoch * 64 * 4096)
+    print(f"{examples:,} examples: planned in {wall:.1f} s ({cpu:.1f} s of one core), rows {fill:.2%} full")
+
+
+if __name__ == "__main__":
+    main()
