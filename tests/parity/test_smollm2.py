@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.rundir import read_lines
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_topologies import losses_of_first_step
 from tests.ranks import run_ranks
 from tests.tiny_model import write_jsonl
+
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
 
 pytestmark = pytest.mark.parity
 
@@ -62,3 +66,25 @@ def test_target_losses_equal_transformers(tmp_path: Path, smollm2: Path, questio
     found = run_ranks(3, losses_of_first_step, paths.config, timeout=240)[0]
     for row, losses in zip(found, reference.first_step.values(), strict=True):
         assert row[: len(losses)] == pytest.approx(losses, abs=1e-4)
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason=f"{GSM8K.name} is not beside this checkout")
+def test_mean_loss_on_gsm8k(tmp_path: Path, smollm2: Path) -> None:
+    """32 rows, answers with `<|im_end|>` and its newline: 1.42250 over 4,127 targets, as transformers gives by itself."""
+    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()[:32]]
+    questions = write_jsonl(tmp_path / "gsm8k.jsonl", rows)
+    paths = make_run(
+        tmp_path,
+        smollm2,
+        questions,
+        ranks=2,
+        topology={"pipeline_parallel": 2},
+        columns={"prompt": "question", "completion": "answer"},
+        seq_length=1024,
+        max_steps=1,
+        global_batch_size=32,
+    )
+    run_training(paths, 2, timeout=280)
+    step = next(record for record in read_lines(paths.metrics) if "loss" in record)
+    assert step["supervised_tokens"] == 4127
+    assert step["loss"] == pytest.approx(1.42250, abs=2e-5)
