@@ -58,7 +58,7 @@ def test_kernel_agrees_with_sequences_one_by_one(dtype: torch.dtype, groups: int
 
 
 def test_trap_4_no_gradient_reaches_a_neighbour_in_the_kernel() -> None:
-    """Exactly 0. Seen to fail with offsets (0, length of the row)."""
+    """Exactly 0, as on a CPU (tests/parity/test_packing.py)."""
     tensors = inputs(torch.bfloat16)
     output = attention()(*tensors, None, packed_seq_params=packed())
     first, second = sum(LENGTHS[:2]), sum(LENGTHS[:3])

@@ -1,0 +1,97 @@
+"""Tokens a second that one core turns from chat rows into ids and loss weights: ours against `datasets.map`.
+
+    python benchmarks/tokenization.py --rows gsm8k_test.jsonl --model SMOLLM2
+
+Both read the same prompt/completion rows and give the same ids and the same trained tokens, which is checked. The map
+function is what trainers on `datasets` do: the chat template once for the prompt and once for the whole row, and a mask
+by the prompt's length. Needs the package `datasets`. What counts is processor time, of child processes too, so that
+other work on the machine does not; importing is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launcher.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
+from sft.data.prepare import open_or_build
+from sft.data.tokenizer import load_tokenizer
+from sft.hf.model_files import resolve_model_dir
+
+COLUMNS = {"prompt": "question", "completion": "answer"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rows", type=Path, required=True, help="jsonl with question and answer")
+    parser.add_argument("--model", required=True, help="whose tokenizer and chat template to use")
+    parser.add_argument("--copies", type=int, default=8, help="how many times over the file is taken")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        compare(arguments.rows, arguments.copies, arguments.model, Path(folder))
+
+
+def compare(rows: Path, copies: int, model: str, folder: Path) -> None:
+    """Tokenize the rows both ways and print the rates."""
+    file = folder / "rows.jsonl"
+    file.write_text(rows.read_text(encoding="utf-8") * copies, encoding="utf-8")
+    data = DataSpec(train=[str(file)], columns=COLUMNS, seq_length=4096, workers=1)
+    spec = RunSpec(run_root=str(folder), model=ModelSpec(path=model), data=data, train=TrainSpec(epochs=1))
+    model_dir = resolve_model_dir(spec, convert=True)
+    cache, ours = timed(lambda: open_or_build(spec, model_dir, build=True).train)
+    mapped, theirs = timed(lambda: map_rows(file, model_dir, folder))
+    check_same(cache, mapped)
+    tokens = int(cache.offsets[-1])
+    print(f"{len(cache):,} rows, {tokens:,} tokens, one core")
+    print(f"sft prepare   {tokens / ours:>10,.0f} tokens/s")
+    print(f"datasets.map  {tokens / theirs:>10,.0f} tokens/s")
+    print(f"ratio         {theirs / ours:>10.2f}")
+
+
+def map_rows(file: Path, model_dir: Path, folder: Path) -> Any:
+    """The same rows through `datasets.map`, one process."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    tokenizer = load_tokenizer(model_dir)
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(turns, return_dict=False)
+        return {"ids": ids, "mask": [0] * len(prompt) + [1] * (len(ids) - len(prompt))}
+
+    rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(folder / "datasets"))
+    return rows.map(encode, remove_columns=rows.column_names)
+
+
+def check_same(cache: Any, mapped: Any) -> None:
+    """Both ways must have done the same work."""
+    for index in range(0, len(cache), max(1, len(cache) // 200)):
+        ids, weights = cache.tokens(index)
+        row = mapped[index]
+        if not np.array_equal(ids, row["ids"]) or not np.array_equal(weights > 0, np.array(row["mask"]) > 0):
+            raise SystemExit(f"row {index} differs")
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Result and processor seconds of `work`."""
+    before = processor_seconds()
+    result = work()
+    return result, processor_seconds() - before
+
+
+def processor_seconds() -> float:
+    """User and system time of this process and of its ended children."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+if __name__ == "__main__":
+    main()
