@@ -74,7 +74,7 @@ def test_target_losses_equal_transformers(tmp_path: Path, smollm2: Path, questio
 def test_mean_loss_on_gsm8k(tmp_path: Path, smollm2: Path) -> None:
     """1.4238 over 4,127 targets, as transformers gives by itself: answers with `<|im_end|>` and its newline, 32 rows.
 
-    That is with the weights as transformers loads a GGUF by default, rounded to bf16. Our conversion keeps what the file
+    That is with weights as transformers loads a GGUF by default, rounded to bf16. Our conversion keeps what the file
     says in fp32, and both programs then give 1.4225.
     """
     model = rounded_to_bf16(smollm2, tmp_path / "bf16")
