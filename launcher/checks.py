@@ -31,6 +31,7 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     """Everything wrong with the values themselves; looks at no file."""
     yield from _required(spec)
     yield from _ranges(spec)
+    yield from _not_yet(spec)
     yield from _batches(spec)
     yield from _lora(spec)
     yield from _scheduler(spec)
@@ -105,6 +106,13 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
             yield key, f"{value} is not in [0, 1)"
     if optimizer.min_lr > optimizer.lr:
         yield "train.optimizer.min_lr", f"{optimizer.min_lr} is above train.optimizer.lr {optimizer.lr}"
+
+
+def _not_yet(spec: RunSpec) -> Iterator[Problem]:
+    """What the schema has a place for and the ranks cannot do: refused here, before a queue is waited in."""
+    size = spec.topology.context_parallel
+    if size > 1:
+        yield "topology.context_parallel", f"{size}: attention sees whole sequences only in this version; set it to 1"
 
 
 def _lora(spec: RunSpec) -> Iterator[Problem]:
