@@ -64,8 +64,8 @@ def test_layout_follows_reference(name: str, tmp_path: Path, model: Path, chat: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_follows_reference_under_tp2_pp2(family: str, tmp_path: Path, chat: Path) -> None:
-    """Trap 13 and 14: tied copies on two stages, QKV biases, norms on queries and keys, a padded vocabulary."""
+def test_trap_14_family_follows_reference_under_tp2_pp2(family: str, tmp_path: Path, chat: Path) -> None:
+    """Seen to fail when the rows that pad the vocabulary stay in the softmax."""
     model = make_tiny_model(tmp_path / "model", **FAMILIES[family])
     expected = reference_curve(tmp_path / "reference", model, chat, steps=STEPS)
     topology = {"tensor_parallel": 2, "pipeline_parallel": 2}
