@@ -48,9 +48,8 @@ def test_trap_2_and_18_gradient_norm_is_that_of_one_process(
 ) -> None:
     """Clipping bites in every step. The norm is of the mean over tokens, and counts the tied embedding once.
 
-    Seen to fail: without the division before clipping norms are 400 times too large; with `param_is_not_shared` always
-    true they are 5 to 20 % off under pp2; with Megatron-core's own count of tokens they are right, but not for weights
-    that are fractions.
+    Seen to fail: without the division before clipping norms are 350 times too large; with every parameter counted on
+    every rank they are 10 % too large under pp2.
     """
     ranks, topology, settings = LAYOUTS[name]
     settings = {"clip_grad": 0.1, "lr": 1e-3, **settings}
@@ -165,7 +164,7 @@ def dropout_masks(config: Path) -> tuple[tuple[int, int, int], list[str]]:
 def test_trap_15_dropout_masks(
     topology: dict[str, Any], equal_within_tp: bool, tmp_path: Path, material: Material
 ) -> None:
-    """Equal where activations are replicated, different where they are other activations.
+    """Equal where activations are replicated, different where activations differ.
 
     All examples are the same, so that masks have the same shape on all ranks. Seen to fail: with one seed for all ranks
     data parallel ranks and stages draw the same masks; with a seed of its own for each rank those of a tp group differ.
