@@ -31,9 +31,8 @@ class StepJudge:
         total, weight, steps = self._norms
         mean = total / weight.clamp(min=1e-12)
         bad |= (steps >= _FIRST_STEPS) & (norm > self._factor * mean)
-        added = torch.stack([norm.double() * (1 - _DECAY), torch.full_like(weight, 1 - _DECAY), torch.ones_like(steps)])
-        kept = self._norms * self._norms.new_tensor([_DECAY, _DECAY, 1.0])
-        self._norms = torch.where(bad, self._norms, kept + added)
+        with_this = (_DECAY * total + (1 - _DECAY) * norm, _DECAY * weight + (1 - _DECAY), steps + 1)
+        self._norms = torch.where(bad, self._norms, torch.stack(with_this))
         return bad.float()
 
     def state(self) -> list[float]:

@@ -65,7 +65,7 @@ def digest(module: sft.module.SFTGPT) -> str:
             for param in group["params"]:
                 tensors += [param, *inner.state[param].values()]
     for tensor in tensors:
-        found.update(tensor.detach().float().numpy().tobytes())
+        found.update(tensor.detach().float().cpu().numpy().tobytes())
     return found.hexdigest()
 
 
