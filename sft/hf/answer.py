@@ -20,7 +20,9 @@ from sft.hf.adapter_export import adapted_model, add_adapter
 def answer(model_dir: Path, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
     """One greedy answer a prompt, of a model or of an adapter's; fp32 on CPU, as stored on a GPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # redrawn in place, it would be one long line of a log
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     dtype = "auto" if device == "cuda" else torch.float32
