@@ -22,7 +22,8 @@ def answer(model_dir: Path, prompts: Sequence[str], max_new_tokens: int = 64) ->
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # redrawn in place, it would be one long line of a log
+    # Redrawn in place, it would be one long line of a log.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     dtype = "auto" if device == "cuda" else torch.float32
