@@ -388,9 +388,16 @@ class RunSpec:
         return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.run_root) / ".cache"
 
 
+_YAML_LINE_BREAKS = "\x85\u2028\u2029"
+
+
 def to_yaml(spec: RunSpec) -> str:
     """The spec as YAML, keys in schema order: what config.yaml holds."""
-    return yaml.safe_dump(dataclasses.asdict(spec), sort_keys=False, allow_unicode=True, width=120)
+    values = dataclasses.asdict(spec)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if any(character in text for character in _YAML_LINE_BREAKS):  # the writer would leave them bare, and fold them
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=120)
+    return text
 
 
 def read_resolved(path: Path) -> RunSpec:

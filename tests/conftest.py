@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("ci", derandomize=True)  # a push is judged by what it changes; luck is for everybody else
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 TIERS = ("parity", "slurm", "gpu", "slow")
 """Markers in the order in which their tests run; tests without one of them come first."""

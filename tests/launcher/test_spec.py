@@ -16,6 +16,8 @@ from launcher.spec import DataSpec, LoggingSpec, OptimizerSpec, RunSpec, TrainSp
 @given(st.text(), st.floats(allow_nan=False))
 @example("${x} \\${y} ???", 1e-5)
 @example("1:30:00", 1e22)
+@example("\x85", 0.0)
+@example("a\u2028b", 0.0)
 def test_round_trip(tmp_path: Path, text: str, number: float) -> None:
     spec = RunSpec(
         name=text,
