@@ -1,0 +1,59 @@
+"""resubmit, cancel: go on with a run, or end it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from launcher.commands import (
+    chosen_run,
+    chosen_runs,
+    command,
+    json_option,
+    override_arguments,
+    print_json,
+    run_argument,
+    runs_argument,
+)
+from launcher.exit_codes import ExitCode
+
+
+def add(commands: Any) -> None:
+    """Declare the commands."""
+    resubmit = command(commands, "resubmit", _resubmit, "go on with a run from its newest complete checkpoint")
+    run_argument(resubmit)
+    override_arguments(resubmit)
+    cancel = command(commands, "cancel", _cancel, "end the jobs of runs")
+    runs_argument(cancel, "+")
+    json_option(resubmit)
+    json_option(cancel)
+
+
+def _resubmit(options: argparse.Namespace) -> int:
+    from launcher.resubmit import child_plan, same_run
+    from launcher.submit import next_steps, submit, summary
+
+    paths = chosen_run(options)
+    if options.overrides or options.cluster:
+        plan = child_plan(paths, options.overrides, options.cluster)
+        attempt = submit(plan, options.command_line, parent_run=str(paths.root))
+        run, text = plan.paths, f"{summary(plan)}\n{next_steps(plan, attempt)}"
+    else:
+        attempt = same_run(paths)
+        run, text = paths, f"submitted  run {paths.name} again as job {attempt.job_id}"
+    if options.json:
+        print_json({"run": run.name, "directory": str(run.root), "job": attempt.job_id})
+    else:
+        print(text)
+    return int(ExitCode.OK)
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from launcher.resubmit import cancel
+
+    lines = cancel(chosen_runs(options))
+    if options.json:
+        print_json({"cancelled": options.runs})
+    else:
+        print("\n".join(lines))
+    return int(ExitCode.OK)
