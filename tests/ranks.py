@@ -2,6 +2,9 @@
 
 A fork server that has imported Megatron-core once starts each rank, so a 2-rank test costs about two seconds, and
 no rank inherits threads or state of the test process. The function must be importable (defined at module level).
+
+The test process hosts the rendezvous, as torchrun does, on a port that the system gives it when it listens. Rejected:
+to look for a free port and let rank 0 listen there, which two test runs at once can both find.
 """
 
 from __future__ import annotations
@@ -10,14 +13,16 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.ranks_preload"])
@@ -39,7 +44,14 @@ def run_ranks(
 
     Raises RankFailure with the first rank's traceback; the others are then killed. TimeoutError after `timeout` s.
     """
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(world_size),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torchrun's word for: rank 0 connects, too, and hosts nothing
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     output = Path(tempfile.mkdtemp(prefix="ranks-"))
     processes, pipes = [], []
     for rank in range(world_size):
@@ -122,10 +134,3 @@ def _output_into(path: str) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
