@@ -20,6 +20,9 @@ _EPILOG = """exit codes:
    4  the run's state does not allow it (still active, already finished, unknown run)
   74  a checkpoint or file could not be written; the last complete checkpoint is untouched
   75  stopped on request with a complete checkpoint: resubmit goes on
+  76  no rank finished a step for too long
+  77  a node failed its preflight checks
+  93  never to be started again by itself
  130  interrupted (Ctrl-C)
 
 A run's own exit code is what `submit --follow` and `logs -f` exit with."""

@@ -26,5 +26,11 @@ class ExitCode(IntEnum):
     """A checkpoint or file could not be written; the last complete checkpoint is untouched."""
     REQUEUE = 75
     """Stopped on request at a step boundary with a complete checkpoint: start again to go on."""
+    HANG = 76
+    """No rank finished a step for too long; the watchdog wrote down where each of them stood, and ended them."""
+    BAD_NODE = 77
+    """A node failed its preflight checks: the run belongs on other nodes."""
+    NEVER_REQUEUE = 93
+    """A program's word that another start would end the same way; other resiliency tools use the same number."""
     INTERRUPTED = 130
     """Ctrl-C."""
