@@ -9,8 +9,17 @@ from typing import Any
 
 from launcher.errors import ModelError
 
-_TIED_BY_DEFAULT = ("gemma",)
+_TIED_BY_DEFAULT = ("gemma", "gpt2")
 """Model types whose config may leave `tie_word_embeddings` out and mean true."""
+
+_GPT2_KEYS = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+"""What GPT-2's config calls the sizes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,16 +37,22 @@ class ModelShape:
     vocab_size: int
     max_position_embeddings: int
     tied_embeddings: bool
+    gated_mlp: bool = True
+    """Whether the MLP has a gate beside its up projection."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> ModelShape:
-        """Read the keys shared by Llama-like configs; `where` names the file in errors."""
+        """Read the keys shared by Llama-like configs, or GPT-2's; `where` names the file in errors."""
+        model_type = str(config.get("model_type", ""))
+        if model_type == "gpt2":
+            named = {ours: config.get(theirs, config.get(ours)) for ours, theirs in _GPT2_KEYS.items()}
+            config = config | named | {"num_key_value_heads": None, "head_dim": None}  # which GPT-2 does not read
+            config["intermediate_size"] = config.get("intermediate_size") or 4 * (config.get("hidden_size") or 0)
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         missing = [key for key in needed if not isinstance(config.get(key), int)]
         if missing:
             raise ModelError(f"{where}: no integer {', '.join(missing)}; is this a decoder-only model's config?")
         heads: int = config["num_attention_heads"]
-        model_type = str(config.get("model_type", ""))
         return cls(
             model_type=model_type,
             num_layers=config["num_hidden_layers"],
@@ -49,6 +64,7 @@ class ModelShape:
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings") or 2**31,
             tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
+            gated_mlp=model_type != "gpt2",
         )
 
 

@@ -159,7 +159,7 @@ def _micro_batch(cache: TokenCache, rows: Sequence[Row], padded: int, packed: bo
     tokens = np.zeros(shape, dtype=np.int64)
     labels = np.zeros(shape, dtype=np.int64)
     loss_weights = np.zeros(shape, dtype=np.float32)
-    positions = np.broadcast_to(np.arange(padded, dtype=np.int64), shape).copy()
+    positions = np.zeros(shape, dtype=np.int64)  # stays 0 on padding, which may be longer than a model's positions
     seq_lengths: list[int] = []
     for row, examples in enumerate(rows):
         start = 0
@@ -170,11 +170,11 @@ def _micro_batch(cache: TokenCache, rows: Sequence[Row], padded: int, packed: bo
             tokens[row, place] = ids[:-1]
             labels[row, place] = ids[1:]
             loss_weights[row, place] = weights[1:]
+            positions[row, place] = np.arange(count)
             seq_lengths.append(count)
             start += count
     if packed:
         seq_lengths += _padding(padded - sum(seq_lengths))
-        positions[0] = np.concatenate([np.arange(count, dtype=np.int64) for count in seq_lengths])
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),

@@ -12,7 +12,8 @@ scaled RoPE) trains without any error, on another model than the one that is exp
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from launcher.errors import ModelError
 from launcher.model_shape import ModelShape, read_model_shape
 from sft.hf.rope import Rope, read_rope
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +36,16 @@ class Family:
     """Norms multiply by 1 + weight."""
     scaled_embedding: bool = False
     """Embeddings are multiplied by the square root of the hidden size."""
-    activations: tuple[str, ...] = ("silu",)
-    """Values of `hidden_act` that are covered; the first is the family's default."""
-    activation: Activation = "silu"
-    """What each of them means."""
+    activation_key: str = "hidden_act"
+    """What the config calls its activation."""
+    activations: Mapping[str, Activation] = field(default_factory=lambda: {"silu": "silu"})
+    """Values of it that are covered, and what each means; the first is the family's default."""
+    epsilon_key: str = "rms_norm_eps"
+    """What the config calls the norms' epsilon."""
+    epsilon: float = 1e-6
+    """The epsilon of a config that states none."""
+    gpt2: bool = False
+    """GPT-2's blocks: LayerNorm, learned positions, an MLP without a gate, a bias in each linear."""
     partial_rotary: bool = False
     """Whether transformers reads `partial_rotary_factor` for this family."""
     window: Literal["none", "by_layer", "all_layers"] = "none"
@@ -52,9 +59,15 @@ FAMILIES: dict[str, Family] = {
         zero_centered_norm=True,
         scaled_embedding=True,
         # Gemma's first files say "gelu" and mean its tanh form; transformers reads them so too.
-        activations=("gelu_pytorch_tanh", "gelu"),
-        activation="gelu_tanh",
+        activations={"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"},
         stated=("num_key_value_heads", "head_dim"),
+    ),
+    "gpt2": Family(
+        gpt2=True,
+        activation_key="activation_function",
+        activations={"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"},
+        epsilon_key="layer_norm_epsilon",
+        epsilon=1e-5,
     ),
     "llama": Family(),
     "mistral": Family(window="all_layers", stated=("num_key_value_heads", "sliding_window")),
@@ -81,13 +94,16 @@ class Architecture:
 
     shape: ModelShape
     layernorm_epsilon: float
-    rope: Rope
+    rope: Rope | None
+    """Rotary positions; None: learned ones."""
     qkv_bias: bool = False
     qk_norm: bool = False
     fused: bool = False
     """Query, key and value are one tensor in the files, and so are gate and up."""
     zero_centered_norm: bool = False
     """Norms multiply by 1 + weight."""
+    gpt2: bool = False
+    """GPT-2's blocks: LayerNorm, learned positions, an MLP without a gate, a bias in each linear."""
     activation: Activation = "silu"
     embedding_scale: float | None = None
     """Embeddings are multiplied by it."""
@@ -107,9 +123,7 @@ def read_architecture(model_dir: Path) -> Architecture:
             f"{path}: model_type {shape.model_type!r} is not supported{f' ({gap})' if gap else ''}; supported are "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    rope, rope_problems = read_rope(
-        config, max_position_embeddings=shape.max_position_embeddings, partial=family.partial_rotary
-    )
+    rope, rope_problems = _positions(config, family, shape)
     window, window_problems = _attention_window(config, family, shape)
     problems = [
         *(f"no {key}, which a {shape.model_type} config must state" for key in family.stated if key not in config),
@@ -117,34 +131,43 @@ def read_architecture(model_dir: Path) -> Architecture:
         *window_problems,
         *rope_problems,
     ]
-    if problems or rope is None:
+    if problems:
         raise ModelError([f"{path}: {problem}" for problem in problems])
     return Architecture(
         shape=shape,
-        layernorm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        layernorm_epsilon=float(config.get(family.epsilon_key, family.epsilon)),
         rope=rope,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         fused=family.fused,
         zero_centered_norm=family.zero_centered_norm,
-        activation=family.activation,
+        gpt2=family.gpt2,
+        activation=family.activations[config.get(family.activation_key, next(iter(family.activations)))],
         embedding_scale=shape.hidden_size**0.5 if family.scaled_embedding else None,
         attention_window=window,
     )
 
 
+def _positions(config: dict[str, Any], family: Family, shape: ModelShape) -> tuple[Rope | None, list[str]]:
+    """The rotary positions, where the family has them, and what is wrong with them."""
+    if family.gpt2:
+        return None, []
+    return read_rope(config, max_position_embeddings=shape.max_position_embeddings, partial=family.partial_rotary)
+
+
 def _module_problems(config: dict[str, Any], family: Family) -> list[str]:
     """Settings of layers that our layer spec does not build."""
     problems = []
-    activation = config.get("hidden_act", family.activations[0])
+    activation = config.get(family.activation_key, next(iter(family.activations)))
     if activation not in family.activations:
-        problems.append(
-            f"hidden_act {activation!r} is not supported; only {' or '.join(map(repr, family.activations))}"
-        )
+        covered = " or ".join(map(repr, family.activations))
+        problems.append(f"{family.activation_key} {activation!r} is not supported; only {covered}")
     # Qwen2's code has its QKV bias whatever the config says.
     biases = ("mlp_bias",) if family.qkv_bias else ("attention_bias", "mlp_bias")
-    unbuilt = (*biases, "use_bidirectional_attention")
+    unbuilt = (*biases, "use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "add_cross_attention")
     problems += [f"{key} true is not supported" for key in unbuilt if config.get(key)]
+    if not config.get("scale_attn_weights", True):
+        problems.append("scale_attn_weights false is not supported")
     if config.get("quantization_config"):
         problems.append("quantization_config: quantized weights are not supported; use the unquantized model")
     return problems

@@ -12,10 +12,18 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
     """ModelError with every setting that this model cannot follow."""
     problems = [
         *_window_problems(spec, architecture),
+        *_position_problems(spec, architecture),
         *lora_problems(spec.model.lora, architecture, spec.topology.tensor_parallel),
     ]
     if problems:
         raise ModelError(problems)
+
+
+def _position_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
+    positions, length = architecture.shape.max_position_embeddings, spec.data.seq_length
+    if architecture.rope is not None or length <= positions:
+        return []
+    return [f"data.seq_length {length}: this model has learned {positions} positions; set it to at most {positions}"]
 
 
 def _window_problems(spec: RunSpec, architecture: Architecture) -> list[str]:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from launcher.errors import ModelError
 from sft.hf.architecture import Architecture
-from sft.hf.layouts import hf_shapes
+from sft.hf.layouts import embedding_name, hf_shapes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,8 +33,9 @@ _SHOWN = 3
 _ROWS_COMPARED = 4096
 _END_BYTES = 2**20
 
-EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+_COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of the names of RoPE's frequencies and GPT-2's causal masks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +182,11 @@ def _tensor_problems(
         else:
             problem = _problem(model_dir / files[name], name, headers[files[name]][name], shape)
             problems += [problem] if problem else []
-    # A weight that no layer takes would be lost without a word, and again at export. Old files keep RoPE's
-    # frequencies, which are computed, and a tied model's head may be there as a copy of its embedding.
+    # A weight that no layer takes would be lost without a word, and again at export. Old files keep what is computed,
+    # and a tied model's head may be there as a copy of its embedding.
     known = {*wanted, HEAD} if model.shape.tied_embeddings else set(wanted)
     for name in sorted(set(files) - known):
-        if not name.endswith("rotary_emb.inv_freq"):
+        if not name.endswith(_COMPUTED):
             problems.append(
                 f"{model_dir / files[name]}: tensor {name} has no place in a {model.shape.model_type} model"
             )
@@ -197,11 +198,11 @@ def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture
     shape = (model.shape.vocab_size, model.shape.hidden_size)
     if head.shape == shape:
         files = WeightFiles(model_dir)
-        copy, original = files.tensor(HEAD, shape), files.tensor(EMBEDDING, shape)
+        copy, original = files.tensor(HEAD, shape), files.tensor(embedding_name(model), shape)
         starts = range(0, shape[0], _ROWS_COMPARED)
         if all(torch.equal(copy[row : row + _ROWS_COMPARED], original[row : row + _ROWS_COMPARED]) for row in starts):
             return []
-    return [f"{model_dir}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}"]
+    return [f"{model_dir}: config.json ties the embeddings, but {HEAD} differs from {embedding_name(model)}"]
 
 
 def _problem(path: Path, name: str, found: TensorHeader, shape: tuple[int, ...]) -> str | None:

@@ -97,7 +97,11 @@ def _fill(
     for piece in pieces:
         tensor = source.tensor(piece.name, shapes[piece.name])
         rows = slice(piece.start, piece.stop)
-        parameter[position : position + piece.rows].copy_(tensor[rows, columns] if layout.split == 1 else tensor[rows])
+        place = parameter[position : position + piece.rows]
+        if layout.transposed:
+            place.copy_(tensor[columns, rows].T)
+        else:
+            place.copy_(tensor[rows, columns] if layout.split == 1 else tensor[rows])
         position += piece.rows
     parameter[position:].zero_()
 

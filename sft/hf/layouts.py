@@ -10,6 +10,7 @@ serves both directions: import reads the rows a rank needs, export puts rows bac
   half, hence two blocks.
 * embedding and output layer: the vocabulary, then rows of zeros up to Megatron-core's padded size.
 * linear_proj and linear_fc2 are split by columns; norms are whole on every rank.
+* GPT-2's files hold matrices turned over ([input, output]), and query, key and value in one tensor as Phi-3's do.
 
 RoPE is not interleaved on either side, so that no row inside a head moves.
 
@@ -25,17 +26,21 @@ from dataclasses import dataclass
 
 import torch
 
+from launcher.model_shape import ModelShape
 from sft.hf.architecture import Architecture
 
 EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
+FINAL_NORM_BIAS = "decoder.final_layernorm.bias"
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 _FUSED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    f"{norm}.{kind}": f"{linear}.layer_norm_{kind}"
+    for norm, linear in (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
+    for kind in ("weight", "bias")
 }
 """Our layer's names -> the names that checkpoints (and layers of Transformer Engine) use for the same norms."""
 
@@ -64,6 +69,8 @@ class Layout:
     """Axis that is split over tensor-parallel ranks; None where each rank has it all."""
     padded: bool = False
     """Rows of zeros may follow."""
+    transposed: bool = False
+    """The files hold the matrix turned over: its rows are their columns."""
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -79,34 +86,34 @@ class Layout:
 def layout_of(name: str, architecture: Architecture) -> Layout | None:
     """Layout of the parameter `name` (global layer index); None where there is no such parameter."""
     shape = architecture.shape
-    hidden, vocab = shape.hidden_size, shape.vocab_size
-    if name == FINAL_NORM:
-        return _norm("model.norm.weight", hidden)
-    if name == EMBEDDING or (name == OUTPUT and shape.tied_embeddings):
-        # The last pipeline stage holds its own copy of a tied embedding.
-        return _vocabulary("model.embed_tokens.weight", vocab, hidden)
-    if name == OUTPUT:
-        return _vocabulary("lm_head.weight", vocab, hidden)
     match = _LAYER.fullmatch(name)
-    if match is None or int(match[1]) >= shape.num_layers:
+    if match is None:
+        return _outer_layouts(architecture).get(name)
+    if int(match[1]) >= shape.num_layers:
         return None
-    return _layer_layouts(architecture, f"model.layers.{match[1]}.").get(match[2])
+    return _layer_layouts(architecture, int(match[1])).get(match[2])
 
 
 def layer_parameters(architecture: Architecture) -> tuple[str, ...]:
     """Parameter names within one layer."""
-    return tuple(_layer_layouts(architecture, ""))
+    return tuple(_layer_layouts(architecture, 0))
 
 
 def parameter_names(architecture: Architecture) -> Iterator[str]:
     """Every parameter of the whole model, first to last; a tied output layer is the embedding and not named."""
-    yield EMBEDDING
+    outer = list(_outer_layouts(architecture))
+    yield from (name for name in outer if name.startswith("embedding."))
     for layer in range(architecture.shape.num_layers):
         for name in layer_parameters(architecture):
             yield f"decoder.layers.{layer}.{name}"
-    yield FINAL_NORM
+    yield from (name for name in outer if name.startswith("decoder."))
     if not architecture.shape.tied_embeddings:
         yield OUTPUT
+
+
+def embedding_name(architecture: Architecture) -> str:
+    """The Hugging Face name of the token embedding."""
+    return "transformer.wte.weight" if architecture.gpt2 else "model.embed_tokens.weight"
 
 
 def canonical_name(name: str, layer_offset: int = 0) -> str:
@@ -134,8 +141,9 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         layout = layout_of(name, architecture)
         assert layout is not None, name
         for piece in layout.pieces:
-            rows = max(piece.stop, shapes.get(piece.name, (0,))[0])
-            shapes[piece.name] = (rows,) if layout.columns is None else (rows, layout.columns)
+            rows = max(piece.stop, shapes.get(piece.name, (0,))[-1 if layout.transposed else 0])
+            shape = (rows,) if layout.columns is None else (rows, layout.columns)
+            shapes[piece.name] = shape[::-1] if layout.transposed else shape
     return shapes
 
 
@@ -157,7 +165,8 @@ def split_parameter(layout: Layout, parameter: torch.Tensor) -> dict[str, torch.
     for piece in layout.pieces:
         parts.setdefault(piece.name, {})[piece.start] = parameter[position : position + piece.rows]
         position += piece.rows
-    return {name: torch.cat([rows[start] for start in sorted(rows)]) for name, rows in parts.items()}
+    whole = {name: torch.cat([rows[start] for start in sorted(rows)]) for name, rows in parts.items()}
+    return {name: tensor.T.contiguous() for name, tensor in whole.items()} if layout.transposed else whole
 
 
 def merge_parameter(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -176,26 +185,49 @@ def _cut(pieces: tuple[Piece, ...], start: int, stop: int) -> list[Piece]:
     return found
 
 
-def _whole(name: str, rows: int, columns: int, split: int) -> Layout:
-    return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, split=split)
+def _whole(name: str, rows: int, columns: int | None, split: int | None, *, transposed: bool = False) -> Layout:
+    return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, split=split, transposed=transposed)
 
 
 def _norm(name: str, rows: int) -> Layout:
-    return Layout(blocks=((Piece(name, 0, rows),),), split=None)
+    return _whole(name, rows, None, None)
 
 
 def _vocabulary(name: str, rows: int, columns: int) -> Layout:
     return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, padded=True)
 
 
-def _layer_layouts(architecture: Architecture, prefix: str) -> dict[str, Layout]:
-    """Layouts of the parameters in the layer whose Hugging Face tensors start with `prefix`."""
+def _outer_layouts(architecture: Architecture) -> dict[str, Layout]:
+    """Layouts of the parameters outside layers, a tied output layer among them."""
     shape = architecture.shape
+    hidden = shape.hidden_size
+    embedding = embedding_name(architecture)
+    # The last pipeline stage holds its own copy of a tied embedding.
+    head = embedding if shape.tied_embeddings else "lm_head.weight"
+    layouts = {EMBEDDING: _vocabulary(embedding, shape.vocab_size, hidden)}
+    if architecture.gpt2:
+        layouts[POSITIONS] = _whole("transformer.wpe.weight", shape.max_position_embeddings, hidden, None)
+        layouts[FINAL_NORM] = _norm("transformer.ln_f.weight", hidden)
+        layouts[FINAL_NORM_BIAS] = _norm("transformer.ln_f.bias", hidden)
+    else:
+        layouts[FINAL_NORM] = _norm("model.norm.weight", hidden)
+    layouts[OUTPUT] = _vocabulary(head, shape.vocab_size, hidden)
+    return layouts
+
+
+def _layer_layouts(architecture: Architecture, layer: int) -> dict[str, Layout]:
+    """Layouts of the parameters in one layer."""
+    if architecture.gpt2:
+        return _gpt2_layer_layouts(architecture, f"transformer.h.{layer}.")
+    shape, prefix = architecture.shape, f"model.layers.{layer}."
     hidden, ffn, head = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    joined = "qkv_proj" if architecture.fused else None
     layouts = {
         "input_layernorm.weight": _norm(f"{prefix}input_layernorm.weight", hidden),
-        "self_attention.linear_qkv.weight": Layout(blocks=(_qkv(architecture, attention, "weight"),), columns=hidden),
+        "self_attention.linear_qkv.weight": Layout(
+            blocks=(_qkv(shape, attention, "weight", joined=joined),), columns=hidden
+        ),
         "self_attention.linear_proj.weight": _whole(
             f"{attention}o_proj.weight", hidden, shape.num_attention_heads * head, split=1
         ),
@@ -204,21 +236,45 @@ def _layer_layouts(architecture: Architecture, prefix: str) -> dict[str, Layout]
         "mlp.linear_fc2.weight": _whole(f"{mlp}down_proj.weight", hidden, ffn, split=1),
     }
     if architecture.qkv_bias:
-        layouts["self_attention.linear_qkv.bias"] = Layout(blocks=(_qkv(architecture, attention, "bias"),))
+        layouts["self_attention.linear_qkv.bias"] = Layout(blocks=(_qkv(shape, attention, "bias", joined=joined),))
     if architecture.qk_norm:
         for kind in ("q", "k"):
             layouts[f"self_attention.{kind}_layernorm.weight"] = _norm(f"{attention}{kind}_norm.weight", head)
     return layouts
 
 
-def _qkv(architecture: Architecture, prefix: str, kind: str) -> tuple[Piece, ...]:
-    """Group-major: the query heads of a KV group, its key head, its value head, then the next group."""
+def _gpt2_layer_layouts(architecture: Architecture, prefix: str) -> dict[str, Layout]:
+    """Layouts of one of GPT-2's layers, whose Hugging Face tensors start with `prefix`."""
     shape = architecture.shape
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    weight, bias = (_qkv(shape, f"{prefix}attn.", kind, joined="c_attn") for kind in ("weight", "bias"))
+    attention, mlp = "self_attention.linear_", "mlp.linear_"
+    layouts = {
+        f"{attention}qkv.weight": Layout(blocks=(weight,), columns=hidden, transposed=True),
+        f"{attention}qkv.bias": Layout(blocks=(bias,)),
+        f"{attention}proj.weight": _whole(f"{prefix}attn.c_proj.weight", hidden, hidden, 1, transposed=True),
+        f"{attention}proj.bias": _norm(f"{prefix}attn.c_proj.bias", hidden),
+        f"{mlp}fc1.weight": _whole(f"{prefix}mlp.c_fc.weight", ffn, hidden, 0, transposed=True),
+        f"{mlp}fc1.bias": _whole(f"{prefix}mlp.c_fc.bias", ffn, None, 0),
+        f"{mlp}fc2.weight": _whole(f"{prefix}mlp.c_proj.weight", hidden, ffn, 1, transposed=True),
+        f"{mlp}fc2.bias": _norm(f"{prefix}mlp.c_proj.bias", hidden),
+    }
+    for ours, theirs in (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2")):
+        for kind in ("weight", "bias"):
+            layouts[f"{ours}.{kind}"] = _norm(f"{prefix}{theirs}.{kind}", hidden)
+    return layouts
+
+
+def _qkv(shape: ModelShape, prefix: str, kind: str, *, joined: str | None) -> tuple[Piece, ...]:
+    """Group-major: the query heads of a KV group, its key head, its value head, then the next group.
+
+    `joined` names the tensor that holds all queries, all keys and all values, where the files have one.
+    """
     head, groups = shape.head_dim, shape.num_query_groups
     queries = shape.num_attention_heads // groups * head
     # (tensor, its first row, rows of a group) of each of the three
-    if architecture.fused:
-        name = f"{prefix}qkv_proj.{kind}"
+    if joined is not None:
+        name = f"{prefix}{joined}.{kind}"
         parts = [(name, 0, queries), (name, groups * queries, head), (name, groups * (queries + head), head)]
     else:
         parts = [(f"{prefix}{which}_proj.{kind}", 0, queries if which == "q" else head) for which in "qkv"]

@@ -25,13 +25,14 @@ from sft.hf.checks import check_model_settings
 from sft.megatron.layers import decoder_spec
 from sft.megatron.lora import attach_adapters, use_lora_linears
 from sft.megatron.mcore import GPTModel, TransformerBlockSubmodules, TransformerConfig, parallel_state
-from sft.megatron.norms import ZeroCenteredRMSNorm
+from sft.megatron.norms import LayerNorm, ZeroCenteredRMSNorm
 
 _BASE = "base_weights"
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
 }
 
 
@@ -99,12 +100,12 @@ def transformer_config(
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
-        normalization="RMSNorm",
+        normalization="LayerNorm" if architecture.gpt2 else "RMSNorm",
         layernorm_epsilon=architecture.layernorm_epsilon,
-        gated_linear_unit=True,
+        gated_linear_unit=shape.gated_mlp,
         activation_func=_ACTIVATIONS[architecture.activation],
         layernorm_zero_centered_gamma=architecture.zero_centered_norm,
-        add_bias_linear=False,
+        add_bias_linear=architecture.gpt2,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
         attention_dropout=spec.model.attention_dropout,
@@ -167,23 +168,24 @@ def build_chunks(
 def _build_chunk(
     spec: RunSpec, architecture: Architecture, topology: Topology, config: TransformerConfig, vp_stage: int | None
 ) -> SFTGPTModel:
-    shape = architecture.shape
+    shape, rope = architecture.shape, architecture.rope
     chunk = SFTGPTModel(
         config,
         _decoder(spec, architecture, config, vp_stage),
         vocab_size=padded_vocab_size(shape.vocab_size, topology.tensor_parallel),
         true_vocab_size=shape.vocab_size,
-        max_sequence_length=spec.data.seq_length,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope.theta,
+        # Learned positions are a table of that many rows.
+        max_sequence_length=spec.data.seq_length if rope is not None else shape.max_position_embeddings,
+        position_embedding_type="rope" if rope is not None else "learned_absolute",
         share_embeddings_and_output_weights=shape.tied_embeddings,
         vp_stage=vp_stage,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
     )
-    # Megatron-core's own scaling has Llama 3's numbers built in.
-    rotary = chunk.rotary_pos_emb
-    rotary.inv_freq = architecture.rope.inverse_frequencies(shape.head_dim).to(rotary.inv_freq.device)
+    if rope is not None:
+        # Megatron-core's own scaling has Llama 3's numbers built in.
+        rotary = chunk.rotary_pos_emb
+        rotary.inv_freq = rope.inverse_frequencies(shape.head_dim).to(rotary.inv_freq.device)
     if chunk.pre_process and architecture.embedding_scale is not None:
         chunk.embedding.register_forward_hook(partial(_scale_embedding, architecture.embedding_scale))
     if spec.model.lora.rank is not None:
@@ -199,10 +201,11 @@ def _decoder(
     block = decoder_spec(config, vp_stage)
     if spec.model.lora.rank is not None:
         use_lora_linears(block)
-    if architecture.zero_centered_norm:
-        block.layer_norm = ZeroCenteredRMSNorm
+    norm = LayerNorm if architecture.gpt2 else ZeroCenteredRMSNorm if architecture.zero_centered_norm else None
+    if norm is not None:
+        block.layer_norm = norm
         for layer in block.layer_specs:
-            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = ZeroCenteredRMSNorm
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     return block
 
 

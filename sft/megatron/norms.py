@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sft.megatron.layers import RMSNorm
 from sft.megatron.mcore import TransformerConfig
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """GPT-2's: torch's LayerNorm, with the constructor and the sequence-parallel marks that Megatron-core expects."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class ZeroCenteredRMSNorm(RMSNorm):

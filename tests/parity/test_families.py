@@ -27,6 +27,8 @@ SIZES: dict[str, Any] = {
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {}),
+    "gpt2": ("gpt2", {"n_inner": 160}),
+    "gpt2_untied": ("gpt2_untied", {"n_inner": 160}),
     "phi3": ("phi3", {}),
     "phi3_partial_rope": ("phi3_partial_rope", {"num_key_value_heads": 2, "sliding_window": 256}),
     "mistral_window": ("mistral_window", {"sliding_window": 256}),
@@ -58,9 +60,21 @@ def test_family_follows_reference_under_tp2_pp2(name: str, tmp_path: Path, chat:
     assert norms == pytest.approx(expected.grad_norms, rel=5e-5)
 
 
-def test_gemma_under_sequence_parallel(tmp_path: Path, chat: Path) -> None:
-    """Its norms are ours too, and their gradients are partial sums there."""
-    model = family_model(tmp_path / "model", "gemma")
+def test_learned_positions_in_packed_rows(tmp_path: Path, chat: Path) -> None:
+    """Each example of a row begins at position 0, whatever layer knows of it."""
+    model = family_model(tmp_path / "model", "gpt2")
+    expected = reference_curve(tmp_path / "reference", model, chat, steps=STEPS, lr=3e-3)
+    paths = make_run(tmp_path, model, chat, ranks=1, max_steps=STEPS, lr=3e-3, packing=True)
+    run_training(paths, 1)
+    losses, norms = curve(paths)
+    assert losses == pytest.approx(expected.losses, rel=2e-5)
+    assert norms == pytest.approx(expected.grad_norms, rel=5e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt2"])
+def test_norms_of_a_family_under_sequence_parallel(family: str, tmp_path: Path, chat: Path) -> None:
+    """They are ours, and their gradients are partial sums there; so are those of GPT-2's output biases."""
+    model = family_model(tmp_path / "model", family)
     expected = reference_curve(tmp_path / "reference", model, chat, steps=STEPS, lr=3e-3)
     topology = {"tensor_parallel": 2, "sequence_parallel": True}
     paths = make_run(tmp_path, model, chat, ranks=2, topology=topology, max_steps=STEPS, lr=3e-3)

@@ -31,7 +31,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+GPT2_WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+"""transformers drops out a tenth unless told otherwise."""
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {"n_inner": 72, "tie_word_embeddings": True, **GPT2_WITHOUT_DROPOUT}),
+    "gpt2_untied": ("GPT2", {"activation_function": "gelu", **GPT2_WITHOUT_DROPOUT}),
     "llama": ("Llama", {"rope_theta": 500000.0}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "llama_mha": ("Llama", {"num_key_value_heads": 6}),
@@ -78,10 +83,10 @@ def save_hf_model(
     family, changes = CASES[case]
     config = getattr(transformers, f"{family}Config")(**{**BASE, **changes, **more})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
+            parameter.normal_(1.0 if "norm" in name or ".ln_" in name else 0.0, 0.1)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard)
     return directory
 

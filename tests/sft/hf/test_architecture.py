@@ -114,15 +114,15 @@ def test_phi3(tmp_path: Path) -> None:
 
 
 def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
-    assert refusal(tmp_path, model_type="gpt2") == [
-        "model_type 'gpt2' is not supported; supported are gemma, llama, mistral, phi3, qwen2, qwen3"
+    assert refusal(tmp_path, model_type="gpt_neo") == [
+        "model_type 'gpt_neo' is not supported; supported are gemma, gpt2, llama, mistral, phi3, qwen2, qwen3"
     ]
 
 
 def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert refusal(tmp_path, model_type="gemma2") == [
         "model_type 'gemma2' is not supported (it caps attention scores and logits by tanh and norms each sublayer's "
-        "output); supported are gemma, llama, mistral, phi3, qwen2, qwen3"
+        "output); supported are gemma, gpt2, llama, mistral, phi3, qwen2, qwen3"
     ]
 
 
