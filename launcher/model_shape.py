@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ModelError
+import yaml
+
+from launcher.errors import ModelError, did_you_mean
+
+_NAMED = Path(__file__).with_name("model_shapes.yaml")
 
 _TIED_BY_DEFAULT = ("gemma", "gpt2")
 """Model types whose config may leave `tie_word_embeddings` out and mean true."""
@@ -82,3 +86,17 @@ def read_model_shape(model_dir: Path) -> ModelShape:
     if not isinstance(config, dict):
         raise ModelError(f"model.path: {path} holds a {type(config).__name__}, not an object")
     return ModelShape.from_config(config, str(path))
+
+
+def named_model_config(name: str) -> dict[str, Any]:
+    """The config.json values of a named size (model_shapes.yaml), for planning and benchmarks."""
+    values = yaml.safe_load(_NAMED.read_text(encoding="utf-8"))
+    if name not in values:
+        raise ModelError(f"{name!r} is no named model size{did_you_mean(name, values)}; known: {', '.join(values)}")
+    config: dict[str, Any] = values[name]
+    return config
+
+
+def named_model_shape(name: str) -> ModelShape:
+    """The sizes of a named model (model_shapes.yaml)."""
+    return ModelShape.from_config(named_model_config(name), f"{_NAMED.name}: {name}")
