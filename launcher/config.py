@@ -148,12 +148,23 @@ def _typed(merged: Leaves) -> RunSpec:
         problem = _forbidden(merged.values[key].value)
         if problem is not None:
             _reject(merged, key, problem)
-    raw = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), _nested(merged.values))
     try:  # all at once, which is quick
-        resolved = {key: dataclasses.replace(leaf, value=_resolved(raw, key)) for key, leaf in merged.values.items()}
-        return _built(schema, resolved)
+        return _built(schema, _interpolated(schema, merged.values))
     except OmegaConfBaseException:
-        return _built(schema, _fitting(schema, raw, merged))
+        return _built(schema, _fitting(schema, _untyped(schema, merged.values), merged))
+
+
+def _interpolated(schema: Any, leaves: Mapping[str, Leaf]) -> Mapping[str, Leaf]:
+    """The leaves with their interpolations done; most configs have none, and need no second tree for it."""
+    if not any("${" in text for leaf in leaves.values() for text in _texts(leaf.value)):
+        return leaves
+    raw = _untyped(schema, leaves)
+    return {key: dataclasses.replace(leaf, value=_resolved(raw, key)) for key, leaf in leaves.items()}
+
+
+def _untyped(schema: Any, leaves: Mapping[str, Leaf]) -> Any:
+    """Defaults and leaves in one tree that refuses no type: what interpolations are looked up in."""
+    return OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(schema)), _nested(leaves))
 
 
 def _built(schema: Any, leaves: Mapping[str, Leaf]) -> RunSpec:

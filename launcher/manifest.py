@@ -1,13 +1,12 @@
-"""manifest.json: who submitted a run, when, from which code, and every job it has had."""
+"""manifest.json: who submitted a run, when, from which code, and every job it has had.
+
+Reading one is what every command does: what only the writer needs is imported there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import getpass
-import importlib.metadata
-import platform
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -70,6 +69,8 @@ class Manifest:
 
 def describe_run(name: str, topology: Topology, command: Sequence[str], parent_run: str | None) -> tuple[Manifest, str]:
     """The manifest of a new run, and the uncommitted changes of its code."""
+    import getpass
+
     folders = {folder for folder in (checkout_root(), Path.cwd()) if folder is not None}
     tops = {top for folder in folders if (top := _git(folder, "rev-parse", "--show-toplevel")) is not None}
     source = {top: _git_state(Path(top)) for top in sorted(tops)}
@@ -89,6 +90,9 @@ def describe_run(name: str, topology: Topology, command: Sequence[str], parent_r
 
 
 def _versions() -> dict[str, str]:
+    import importlib.metadata
+    import platform
+
     versions = {"launcher": __version__, "python": platform.python_version(), "executable": sys.executable}
     for package in _PACKAGES:
         try:
@@ -105,6 +109,8 @@ def _git_state(top: Path) -> dict[str, Any]:
 
 def _git(folder: Path, *arguments: str, strip: bool = True) -> str | None:
     """git's answer, or None outside a repository or without git."""
+    import subprocess
+
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],

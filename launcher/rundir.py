@@ -24,7 +24,6 @@ import contextlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,6 +139,8 @@ def checkpoint_step(path: Path) -> int:
 
 def write_atomic(path: Path, text: str, mode: int | None = None) -> None:
     """Replace `path` by `text`: written beside it, synced, renamed. `mode` defaults to what the umask gives."""
+    import tempfile  # loads random and hashlib, which a command that only reads need not wait for
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
