@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from sft.megatron.mcore import (
     TransformerConfig,
     get_gpt_layer_local_spec,
     get_num_layers_to_build,
+    tensor_parallel,
 )
 
 
@@ -110,12 +112,25 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         """query [s, b, heads, dim], key and value [s, b, groups, dim] -> [s, b, heads * dim]; packed without b."""
         if packed_seq_params is None:
             # [b, heads, s, dim]
-            context = self._causal(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
+            with self._own_stream():
+                context = self._causal(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
             return context.permute(2, 0, 1, 3).flatten(2)
         half = query.dtype in (torch.bfloat16, torch.float16)
         if query.is_cuda and half and not (self.training and self._dropout):
             return self._packed_kernel(query, key, value, packed_seq_params).flatten(1)
-        return self._one_by_one(query, key, value, packed_seq_params.seq_lengths).flatten(1)
+        with self._own_stream():
+            return self._one_by_one(query, key, value, packed_seq_params.seq_lengths).flatten(1)
+
+    def _own_stream(self) -> AbstractContextManager[None]:
+        """Where dropout is drawn: each tensor parallel rank has other heads, which need masks of their own.
+
+        With sequence parallel the whole decoder draws from that stream already. To fork it once more would start it
+        anew in a recomputed layer, which then drew other masks than the first time.
+        """
+        if not (self.training and self._dropout) or self.config.sequence_parallel:
+            return nullcontext()
+        stream: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
+        return stream
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[..., heads, s, dim] -> the same."""

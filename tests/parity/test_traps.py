@@ -6,11 +6,15 @@ Traps of data and packing are tested with those; resume (16, 21), evaluation (19
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sft.module
 from sft.megatron.mcore import parallel_state
@@ -132,52 +136,94 @@ def test_trap_13_tied_embedding_copies_stay_bitwise_equal(
     assert first != second
 
 
-def dropout_masks(config: Path) -> tuple[tuple[int, int, int], list[str]]:
-    """Runs on a rank: its (tensor, pipeline, data) coordinates, and a digest of each mask on residual branches."""
-    masks: list[str] = []
-    dropout = torch.nn.functional.dropout
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """Digests of the masks that a rank drew, in order."""
 
-    def spy(inputs: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    residual: list[str]
+    attention: list[str]
+    """One for each head."""
+
+
+def dropout_masks(config: Path) -> tuple[tuple[int, int, int], Masks]:
+    """Runs on a rank: its (tensor, pipeline, data) coordinates, and what dropout hid on it."""
+    drawn = Masks([], [])
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+
+    def spy_dropout(inputs: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         kept = dropout(torch.ones_like(inputs), p, training)
-        masks.append(hashlib.sha256((kept == 0).numpy().tobytes()).hexdigest())
+        drawn.residual.append(_digest(kept == 0))
         return inputs * kept
 
-    torch.nn.functional.dropout = spy  # type: ignore[assignment]
+    def spy_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The same numbers, by way of the attention weights: they are what comes out for the unit matrix."""
+        unit = torch.eye(value.size(-2)).expand(*value.shape[:-1], -1)
+        weights = attention(query, key, unit, **options)
+        if value.size(-2) > 16:  # masks of a packed row's short padding can be alike by chance
+            drawn.attention.extend(_digest(head) for head in (weights == 0).flatten(0, -3))
+        return weights @ value.repeat_interleave(query.size(-3) // value.size(-3), dim=-3)
+
+    F.dropout = spy_dropout  # type: ignore[assignment]
+    F.scaled_dot_product_attention = spy_attention  # type: ignore[assignment]
     train(config)
     place = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
     )
-    return place, masks
+    return place, drawn
+
+
+def _digest(mask: torch.Tensor) -> str:
+    return hashlib.sha256(mask.numpy().tobytes()).hexdigest()
+
+
+TENSOR = {"tensor_parallel": 2}
+SEQUENCE = {**TENSOR, "sequence_parallel": True}
 
 
 @pytest.mark.parametrize(
-    ("topology", "equal_within_tp"),
+    ("ranks", "topology", "settings", "times_drawn"),
     [
-        ({"tensor_parallel": 2}, True),
-        ({"tensor_parallel": 2, "sequence_parallel": True}, False),
-        ({"tensor_parallel": 2, "pipeline_parallel": 2}, True),
+        (4, TENSOR, {}, ({1}, {1})),
+        (4, SEQUENCE, {}, ({1}, {1})),
+        (4, {**TENSOR, "pipeline_parallel": 2}, {}, ({1}, {1})),
+        (2, TENSOR, {"recompute": "selective"}, ({1}, {2})),
+        (2, TENSOR, {"recompute": "full", "packing": True}, ({1, 2}, {2})),
+        (2, SEQUENCE, {"recompute": "full"}, ({1, 2}, {2})),
     ],
-    ids=["tp2_dp2", "tp2_sp_dp2", "tp2_pp2"],
+    ids=["tp2_dp2", "tp2_sp_dp2", "tp2_pp2", "selective", "full_packed", "full_sp"],
 )
 def test_trap_15_dropout_masks(
-    topology: dict[str, Any], equal_within_tp: bool, tmp_path: Path, material: Material
+    ranks: int,
+    topology: dict[str, Any],
+    settings: dict[str, Any],
+    times_drawn: tuple[set[int], set[int]],
+    tmp_path: Path,
+    material: Material,
 ) -> None:
-    """Equal where activations are replicated, different where activations differ.
+    """Equal where activations are replicated, different where activations differ; drawn alike when recomputed.
 
-    All examples are the same, so that masks have the same shape on all ranks. Seen to fail: with one seed for all ranks
-    data parallel ranks and stages draw the same masks; with a seed of its own for each rank those of a tp group differ.
+    `times_drawn` is how often each mask is drawn, of residual branches (the embedding's is never recomputed) and of
+    attention. All examples are the same, so that masks have the same shape on all ranks.
+
+    Seen to fail: with one seed for all ranks data parallel ranks and stages draw the same masks; with a seed of its own
+    for each rank those of a tp group differ; without the stream of its own for attention, tensor parallel ranks hide
+    the same of their different heads; with that stream under sequence parallel too, recomputed layers draw other masks.
     """
     same = write_jsonl(tmp_path / "same.jsonl", make_chat_rows(1, seed=3) * 16)
-    paths = make_run(tmp_path, material[0], same, ranks=4, topology=topology, max_steps=1)
-    paths.config.write_text(paths.config.read_text().replace("hidden_dropout: 0.0", "hidden_dropout: 0.5"))
-    by_place = dict(run_ranks(4, dropout_masks, paths.config))
-    for (tensor, pipeline, data), masks in by_place.items():
-        assert len(set(masks)) == len(masks) > 0
-        others = {place: set(found) for place, found in by_place.items() if place != (tensor, pipeline, data)}
-        for place, found in others.items():
-            if place[1:] == (pipeline, data):
-                assert (found == set(masks)) if equal_within_tp else not (found & set(masks))
+    paths = make_run(tmp_path, material[0], same, ranks=ranks, topology=topology, max_steps=1, **settings)
+    config = paths.config.read_text()
+    paths.config.write_text(re.sub(r"(hidden|attention)_dropout: 0.0", r"\1_dropout: 0.5", config))
+    by_place = dict(run_ranks(ranks, dropout_masks, paths.config))
+    for place, masks in by_place.items():
+        assert set(Counter(masks.residual).values()) == times_drawn[0]
+        assert set(Counter(masks.attention).values()) == times_drawn[1]
+        for other, theirs in by_place.items():
+            if other == place:
+                continue
+            assert not set(masks.attention) & set(theirs.attention)
+            if other[1:] == place[1:] and not topology.get("sequence_parallel"):
+                assert set(masks.residual) == set(theirs.residual)
             else:
-                assert not found & set(masks)
+                assert not set(masks.residual) & set(theirs.residual)
