@@ -11,7 +11,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor
 
+from launcher.environment import clean_environment
 from launcher.errors import SchedulerError
+from launcher.intent import SBATCH_TIMEOUT, TOKEN_VARIABLE
 from launcher.slurm import time_limit_minutes
 
-SBATCH_TIMEOUT = 60
-"""Seconds for sbatch to answer; a loaded controller takes some."""
-
 _TIMED_OUT = 124  # what coreutils `timeout` exits with
+_LOST = ("timed out", "zero bytes", "send/recv", "transport endpoint", "connection reset", "unexpected message")
+"""Words of an sbatch whose job was sent and whose answer was lost; one that cannot connect has sent nothing."""
 
 
 class SubmissionUnknown(SchedulerError):
@@ -33,9 +34,9 @@ class SubmissionUnknown(SchedulerError):
 
 
 class ScriptSlurmExecutor(SlurmExecutor):
-    """sbatch of a given text."""
+    """sbatch of a given text, with `options` on its command line and without the variables `hidden`."""
 
-    def __init__(self, folder: Path, script: str) -> None:
+    def __init__(self, folder: Path, script: str, options: Sequence[str] = (), hidden: Collection[str] = ()) -> None:
         try:
             super().__init__(folder)
         except RuntimeError:
@@ -43,17 +44,23 @@ class ScriptSlurmExecutor(SlurmExecutor):
                 "Slurm's commands are not on PATH; submit from a login node of the cluster, or use --cluster local"
             ) from None
         self.script = script
+        self.options = tuple(options)
+        self.hidden = frozenset(hidden)
 
     def submit_script(self) -> str:
         """Submit and return the job id."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with _clean_environment():
+            with _environment(clean_environment(self.hidden)):
                 return str(self._submit_command("").job_id)
         except FailedJobError as error:
             code = getattr(error.__cause__, "returncode", None)
             if code == _TIMED_OUT:
                 raise SubmissionUnknown(f"sbatch gave no answer within {SBATCH_TIMEOUT} s") from None
+            if code is not None and code < 0:
+                raise SubmissionUnknown(f"sbatch was ended by signal {-code}") from None
+            if any(words in str(error).lower() for words in _LOST):
+                raise SubmissionUnknown(f"sbatch lost the controller's answer:\n{_said(error)}") from None
             raise SchedulerError(f"sbatch refused the job:\n{_said(error)}") from None
         except FailedSubmissionError as error:
             raise SubmissionUnknown(f"sbatch answered without a job id: {error}") from None
@@ -66,7 +73,8 @@ class ScriptSlurmExecutor(SlurmExecutor):
         return self.script
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        return ["timeout", "--kill-after=5", str(SBATCH_TIMEOUT), "sbatch", "--parsable", str(submission_file_path)]
+        bounded = ["timeout", "--kill-after=5", str(SBATCH_TIMEOUT)]
+        return [*bounded, "sbatch", "--parsable", *self.options, str(submission_file_path)]
 
     @staticmethod
     def _get_job_id_from_submission_command(string: bytes | str) -> str:
@@ -81,8 +89,9 @@ class ScriptSlurmExecutor(SlurmExecutor):
 class ScriptLocalExecutor(LocalExecutor):
     """A given script under submitit's local controller, in a session of its own: it outlives the shell."""
 
-    def __init__(self, folder: Path, time_limit: str | None, signal_seconds: int) -> None:
+    def __init__(self, folder: Path, time_limit: str | None, signal_seconds: int, token: str = "") -> None:
         super().__init__(folder)
+        self.token = token
         a_year = 365 * 24 * 60.0
         self.update_parameters(
             timeout_min=time_limit_minutes(time_limit) or a_year, signal_delay_s=signal_seconds, stderr_to_stdout=True
@@ -96,6 +105,7 @@ class ScriptLocalExecutor(LocalExecutor):
         # submitit's start_controller leaves the controller in the shell's session, where it dies with the terminal.
         environment = {
             **os.environ,
+            TOKEN_VARIABLE: self.token,
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_NTASKS": "1",
             "SUBMITIT_LOCAL_COMMAND": command,
@@ -122,16 +132,16 @@ class ScriptLocalExecutor(LocalExecutor):
 
 
 @contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Without what an enclosing job or a shell profile would press on the new job; SLURM_CONF says which cluster."""
-    prefixes = ("SLURM_", "SBATCH_", "PMI")
-    hidden = {name: os.environ[name] for name in list(os.environ) if name.startswith(prefixes) and name != "SLURM_CONF"}
-    for name in hidden:
-        del os.environ[name]
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """These variables for the processes started in the body: submitit passes on os.environ as it is."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(values)
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _said(error: Exception) -> str:

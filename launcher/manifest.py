@@ -44,6 +44,8 @@ class Attempt:
     """Where a local process runs."""
     process_start: int | None = None
     """Start time of a local process in clock ticks since boot: with the id it names one process for good."""
+    token: str = ""
+    """Random mark of this submission, by which its job is found again (launcher/intent.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,6 +38,26 @@ def is_alive(attempt: Attempt) -> bool:
     return start_ticks(int(attempt.job_id)) == attempt.process_start and attempt.process_start is not None
 
 
+def with_text(text: str) -> list[int]:
+    """Our processes on this machine that carry `text` in their arguments or their environment, besides this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            seen = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+        except OSError:  # gone, or not ours
+            continue
+        if text.encode() in seen and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def is_session_leader(pid: int) -> bool:
+    """Whether the process leads a session of its own, as the controller of a local run does."""
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid) == pid
+    return False
+
+
 def end(attempt: Attempt, grace: float = _TERM_SECONDS) -> None:
     """TERM to the controller, which hands it down to the ranks once; KILL to the whole session after `grace`."""
     pid = int(attempt.job_id)

@@ -6,21 +6,19 @@ lock keeps two of these commands from asking at the same moment.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from launcher import processes, slurm
+from launcher.claim import claim
 from launcher.errors import RunStateError, SchedulerError
-from launcher.manifest import Attempt, read_manifest
+from launcher.manifest import Attempt
 from launcher.plan import Plan, make_plan
 from launcher.rundir import RunPaths, append_event
 from launcher.runs import snapshot
 from launcher.spec import RunSpec, read_resolved
 from launcher.state import JobState
 from launcher.status import RunStatus, collect
-from launcher.submit import start_again
+from launcher.submit import start
 
 
 def check_idle(paths: RunPaths) -> RunStatus:
@@ -41,24 +39,13 @@ def check_idle(paths: RunPaths) -> RunStatus:
 
 def same_run(paths: RunPaths) -> Attempt:
     """A new attempt of the same run; training goes on from its newest complete checkpoint."""
-    with _lock(paths):
+    with claim(paths.root):
         if check_idle(paths).state is JobState.COMPLETED:
             raise RunStateError(
                 f"run {paths.name} has finished; to train on, raise its steps: "
                 f"`launcher resubmit {paths.name} train.max_steps=...`"
             )
-        return start_again(paths, read_resolved(paths.config), read_manifest(paths))
-
-
-@contextlib.contextmanager
-def _lock(paths: RunPaths) -> Iterator[None]:
-    """Hold the run directory; whoever comes second waits, and then sees the first one's job."""
-    handle = os.open(paths.root, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        return start(paths, read_resolved(paths.config))
 
 
 def child_plan(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -> Plan:

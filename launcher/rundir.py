@@ -3,6 +3,7 @@
     RUN/
       config.yaml           the resolved config: what every rank runs
       job.sh                the batch script, exactly as submitted; runs again by hand
+      submission.json       a submission that was begun and is not recorded yet
       manifest.json         who submitted what, when, from which code; one entry an attempt
       source.diff           uncommitted changes of the source tree at submit
       events.jsonl          what happened, one JSON object a line (launcher, batch script, rank 0)
@@ -58,6 +59,10 @@ class RunPaths:
     @property
     def manifest(self) -> Path:
         return self.root / "manifest.json"
+
+    @property
+    def submission(self) -> Path:
+        return self.root / "submission.json"
 
     @property
     def source_diff(self) -> Path:

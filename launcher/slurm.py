@@ -7,11 +7,14 @@ format nor a job's name can move a column. A command that fails means "unknown",
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from launcher.environment import clean_environment
 from launcher.errors import SchedulerError
 from launcher.state import JobState, from_slurm
 
@@ -67,6 +70,27 @@ def accounting(job_ids: Sequence[str]) -> dict[str, JobRecord]:
     return {}
 
 
+def find_job(name: str, token: str, since: float) -> str | None:
+    """The id of our job of this name whose comment, or whose sbatch command line, holds `token`.
+
+    `since` is when it was submitted at the earliest (seconds since the epoch). The queue must answer; the accounts add
+    jobs that it has forgotten, where a site keeps any.
+    """
+    mine = [f"--user={os.getuid()}", f"--name={name}", "--noheader"]
+    in_queue = _run(["squeue", *mine, "--states=all", "--format=%F|%k"])
+    start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 3600))
+    command = ["sacct", *mine, "--allocations", "--parsable2", f"--starttime={start}"]
+    accounts = ""
+    if token not in in_queue:
+        with contextlib.suppress(SchedulerError):
+            accounts = _run([*command, "--format=JobID,Comment,SubmitLine"])
+    for line in (*in_queue.splitlines(), *accounts.splitlines()):
+        job_id, _, text = line.partition("|")
+        if token in text:
+            return re.split(r"[_+.]", job_id.strip())[0]
+    return None
+
+
 def cancel(job_ids: Sequence[str]) -> None:
     """scancel; a job that has ended already is no error to Slurm."""
     _run(["scancel", *job_ids])
@@ -76,7 +100,13 @@ def _run(command: Sequence[str]) -> str:
     what = command[0]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+            env=clean_environment(),
         )
     except FileNotFoundError:
         raise SchedulerError(f"{what} is not on PATH; run this on a login node of the cluster") from None

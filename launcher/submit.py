@@ -10,32 +10,30 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from launcher import processes
+from launcher.claim import LOCK_FILE, claim
 from launcher.errors import LauncherError, RunStateError, SchedulerError
-from launcher.manifest import Attempt, Manifest, describe_run, write_manifest
+from launcher.intent import Intent, begin, end, find, pending
+from launcher.manifest import Attempt, Manifest, describe_run, read_manifest, write_manifest
 from launcher.plan import Plan
 from launcher.render import render
 from launcher.resources import checkout_root
-from launcher.rundir import RunPaths, append_event, write_atomic
+from launcher.rundir import RunPaths, append_event, read_lines, write_atomic
 from launcher.spec import RunSpec, to_yaml
 from launcher.topology import describe_batch
 
 
 def submit(plan: Plan, command: Sequence[str], parent_run: str | None = None) -> Attempt:
-    """Start a new run."""
-    script = script_of(plan)
-    manifest, diff = describe_run(plan.paths.name, plan.topology, command, parent_run)
-    with _new_directory(plan.paths):
-        write_atomic(plan.paths.config, to_yaml(plan.spec))
-        write_atomic(plan.paths.script, script, mode=0o755)
-        plan.paths.logs.mkdir()
-        if diff:
-            write_atomic(plan.paths.source_diff, diff)
-        write_manifest(plan.paths, manifest)
-        attempt = _start(plan.paths, plan.spec)
-    _record(plan.paths, manifest, attempt)
-    return attempt
+    """Start a new run, or finish the submission of this very run that was interrupted.
+
+    Killed at any point and called again, it makes one job: what is on disk says how far the first call came.
+    """
+    with _directory(plan.paths):
+        if not _is_unfinished(plan):
+            _prepare(plan, command, parent_run)
+        return start(plan.paths, plan.spec)
 
 
 def script_of(plan: Plan) -> str:
@@ -43,22 +41,61 @@ def script_of(plan: Plan) -> str:
     return render(plan.spec, plan.topology, plan.paths, sys.executable, checkout_root())
 
 
-def start_again(paths: RunPaths, spec: RunSpec, manifest: Manifest) -> Attempt:
-    """Submit the script of an existing run once more."""
-    attempt = _start(paths, spec)
-    _record(paths, manifest, attempt)
+def start(paths: RunPaths, spec: RunSpec) -> Attempt:
+    """Submit the run's script, unless a submission that was begun before has a job already. Needs the claim."""
+    manifest = read_manifest(paths)
+    intent = pending(paths)
+    attempt = find(paths, manifest, intent) if intent is not None else None
+    if attempt is None:
+        intent = begin(paths, spec.cluster.scheduler)
+        attempt = _send_once(paths, spec, manifest, intent)
+    if attempt not in manifest.attempts:
+        write_manifest(paths, manifest.with_attempt(attempt))
+    if not any(event.get("job_id") == attempt.job_id for event in _submissions(paths)):
+        append_event(paths, "submitted", job_id=attempt.job_id, scheduler=attempt.scheduler)
+    end(paths)
     return attempt
 
 
-def _start(paths: RunPaths, spec: RunSpec) -> Attempt:
+def _send_once(paths: RunPaths, spec: RunSpec, manifest: Manifest, intent: Intent) -> Attempt:
+    """Hand the script over; where that leaves open whether a job was made, ask for it."""
+    from launcher.executor import SubmissionUnknown
+
+    try:
+        return _send(paths, spec, intent)
+    except SubmissionUnknown as error:
+        attempt = _ask_for(paths, manifest, intent, error)
+    except BaseException:
+        end(paths)
+        raise
+    return attempt
+
+
+def _ask_for(paths: RunPaths, manifest: Manifest, intent: Intent, error: Exception) -> Attempt:
+    print(f"{error}; asking Slurm what became of the job", file=sys.stderr)
+    try:
+        attempt = find(paths, manifest, intent)
+    except SchedulerError as silence:
+        raise SchedulerError(
+            f"{error}\nThe job may be queued all the same, and Slurm cannot be asked now: {silence}\n"
+            "Give the same command again later: it adopts the job if there is one, and submits it otherwise."
+        ) from None
+    if attempt is None:
+        end(paths)
+        raise SchedulerError(f"{error}\nSlurm has no such job, so nothing was submitted; try again.") from None
+    return attempt
+
+
+def _send(paths: RunPaths, spec: RunSpec, intent: Intent) -> Attempt:
     from launcher.executor import ScriptLocalExecutor, ScriptSlurmExecutor
 
     aside = paths.root / "submitit"
     aside.mkdir(exist_ok=True)
     if spec.cluster.scheduler == "slurm":
-        job_id = ScriptSlurmExecutor(aside, paths.script.read_text(encoding="utf-8")).submit_script()
-        return Attempt(job_id=job_id, scheduler="slurm", submitted_at=time.time())
-    local = ScriptLocalExecutor(aside, spec.resources.time, spec.resources.signal_seconds)
+        script = paths.script.read_text(encoding="utf-8")
+        job_id = ScriptSlurmExecutor(aside, script, _sbatch_options(spec, intent)).submit_script()
+        return Attempt(job_id=job_id, scheduler="slurm", submitted_at=time.time(), token=intent.token)
+    local = ScriptLocalExecutor(aside, spec.resources.time, spec.resources.signal_seconds, intent.token)
     job_id = local.submit_script(paths.script)
     return Attempt(
         job_id=job_id,
@@ -66,43 +103,83 @@ def _start(paths: RunPaths, spec: RunSpec) -> Attempt:
         submitted_at=time.time(),
         host=socket.gethostname(),
         process_start=processes.start_ticks(int(job_id)),
+        token=intent.token,
     )
 
 
-def _record(paths: RunPaths, manifest: Manifest, attempt: Attempt) -> None:
-    write_manifest(paths, manifest.with_attempt(attempt))
-    append_event(paths, "submitted", job_id=attempt.job_id, scheduler=attempt.scheduler)
+def _sbatch_options(spec: RunSpec, intent: Intent) -> list[str]:
+    """The token as the job's comment, beside the user's own."""
+    given = [option.partition("=")[2] for option in spec.resources.extra_sbatch if option.startswith("--comment=")]
+    return [f"--comment={' '.join([*given[-1:], intent.token])}"]
+
+
+def _submissions(paths: RunPaths) -> list[dict[str, Any]]:
+    return [event for event in read_lines(paths.events) if event.get("event") == "submitted"]
+
+
+def _prepare(plan: Plan, command: Sequence[str], parent_run: str | None) -> None:
+    """Fill the run directory; the manifest comes last and says that all is there."""
+    script = script_of(plan)
+    manifest, diff = describe_run(plan.paths.name, plan.topology, command, parent_run)
+    write_atomic(plan.paths.config, to_yaml(plan.spec))
+    write_atomic(plan.paths.script, script, mode=0o755)
+    plan.paths.logs.mkdir()
+    if diff:
+        write_atomic(plan.paths.source_diff, diff)
+    write_manifest(plan.paths, manifest)
+
+
+def _is_unfinished(plan: Plan) -> bool:
+    """Whether the directory holds this run, on its way to the scheduler; RunStateError if it holds another."""
+    paths = plan.paths
+    begun = paths.manifest.is_file() and pending(paths) is not None
+    if not begun and _has_jobs(paths):
+        raise _exists(paths)
+    if not begun:
+        for entry in paths.root.iterdir():  # of a launcher that was killed before it asked for a job
+            if entry.name != LOCK_FILE:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return False
+    if paths.config.read_text(encoding="utf-8") != to_yaml(plan.spec):
+        raise RunStateError(
+            f"the submission of run {paths.name} was interrupted, and this config is not the one it had; "
+            f"finish it with `launcher resubmit {paths.name}`, or choose another name (name=...)"
+        )
+    return True
+
+
+def _exists(paths: RunPaths) -> RunStateError:
+    return RunStateError(
+        f"run {paths.name} exists in {paths.root.parent}; "
+        f"go on with `launcher resubmit {paths.name}`, or choose another name (name=...)"
+    )
 
 
 @contextlib.contextmanager
-def _new_directory(paths: RunPaths) -> Iterator[None]:
-    """The run directory, made by whoever comes first and removed again if the body fails before a job exists."""
-    from launcher.executor import SubmissionUnknown
-
+def _directory(paths: RunPaths) -> Iterator[None]:
+    """The run directory, claimed; a body that fails and surely made no job leaves nothing new behind."""
     made = [folder for folder in (paths.root.parent, *paths.root.parent.parents) if not folder.exists()]
-    try:
-        paths.root.parent.mkdir(parents=True, exist_ok=True)
-        paths.root.mkdir(mode=0o700)
-    except FileExistsError:
-        raise RunStateError(
-            f"run {paths.name} exists in {paths.root.parent}; "
-            f"go on with `launcher resubmit {paths.name}`, or choose another name (name=...)"
-        ) from None
-    except OSError as error:
-        raise LauncherError(f"run_root: {paths.root} cannot be created: {error.strerror}") from None
-    try:
-        yield
-    except SubmissionUnknown as error:
-        raise SchedulerError(
-            f"{error}\nThe job may be queued all the same: look with `squeue --me --name={paths.name}`. "
-            f"If it is not there, remove {paths.root} and submit again."
-        ) from None
-    except BaseException:
-        shutil.rmtree(paths.root, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+    if paths.root.is_dir() and any(paths.root.iterdir()) and not (paths.root / LOCK_FILE).exists():
+        raise _exists(paths)  # made by somebody else: not ours to fill
+    with contextlib.ExitStack() as held:
+        try:
+            paths.root.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(claim(paths.root, create=True))
+        except OSError as error:
+            raise LauncherError(f"run_root: {paths.root} cannot be created: {error.strerror}") from None
+        try:
+            yield
+        except BaseException:
+            if not paths.submission.exists() and not _has_jobs(paths):
+                shutil.rmtree(paths.root, ignore_errors=True)
+                for folder in made:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+            raise
+
+
+def _has_jobs(paths: RunPaths) -> bool:
+    return paths.manifest.is_file() and bool(read_manifest(paths).attempts)
 
 
 def summary(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from submitit.core.utils import CommandFunction, FailedJobError, FailedSubmissio
 from submitit.local import local
 from submitit.slurm.slurm import SlurmExecutor
 
+from launcher.environment import clean_environment
 from launcher.errors import SchedulerError
 from launcher.executor import ScriptLocalExecutor, ScriptSlurmExecutor, SubmissionUnknown
 from tests.launcher.conftest import Commands
@@ -58,13 +59,16 @@ def sbatch(commands: Commands) -> Commands:
 def test_sbatch_gets_the_script_and_a_clean_environment(
     tmp_path: Path, sbatch: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("SLURM_JOB_ID", "SBATCH_PARTITION", "PMIX_RANK", "SLURM_CONF", "KEPT"):
+    foreign = {"SLURM_JOB_ID", "SLURMD_NODENAME", "SBATCH_PARTITION", "PMIX_RANK", "PMI_RANK", "CUDA_VISIBLE_DEVICES"}
+    for name in (*foreign, "HF_TOKEN", "SLURM_CONF", "KEPT"):
         monkeypatch.setenv(name, "x")
-    assert ScriptSlurmExecutor(tmp_path / "aside", SCRIPT).submit_script() == "12"
+    executor = ScriptSlurmExecutor(tmp_path / "aside", SCRIPT, ["--comment=a b"], hidden=["HF_TOKEN"])
+    assert executor.submit_script() == "12"
+    assert sbatch.calls("sbatch")[0].startswith("--parsable --comment=a b /")
     assert (sbatch.folder / "sbatch.script").read_text() == SCRIPT
     given = dict(line.partition("=")[::2] for line in (sbatch.folder / "sbatch.env").read_text().splitlines())
     assert {"SLURM_CONF", "KEPT"} <= given.keys()
-    assert not {"SLURM_JOB_ID", "SBATCH_PARTITION", "PMIX_RANK"} & given.keys()
+    assert not {*foreign, "HF_TOKEN"} & given.keys()
     assert os.environ["SLURM_JOB_ID"] == "x"
     assert (tmp_path / "aside" / "12_submission.sh").read_text() == SCRIPT
     assert not list(tmp_path.rglob("*.pkl"))
@@ -86,6 +90,12 @@ def test_no_answer_is_not_a_refusal(tmp_path: Path, sbatch: Commands, monkeypatc
     sbatch.add("sbatch", "echo hello")
     with pytest.raises(SubmissionUnknown, match=r"^sbatch answered without a job id: 'hello'$"):
         ScriptSlurmExecutor(tmp_path, SCRIPT).submit_script()
+
+
+def test_devices_outside_a_job_are_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert clean_environment()["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_machine_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
