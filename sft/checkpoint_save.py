@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from launcher.errors import CheckpointError
 from launcher.rundir import sync_directory
 from sft import checkpoint_files
+from sft.megatron import mends
 from sft.megatron.distributed import ControlGroup
 from sft.megatron.mcore import AsyncRequest, CheckpointingException, dist_checkpointing, filesystem_async
 
@@ -124,6 +125,7 @@ class CheckpointSaver:
 
     def _plan(self, save: _Save, state: dict[str, Any], copy: bool) -> None:
         request = dist_checkpointing.save(state, str(save.aside / SHARDED), async_sharded_save=True)
+        mends.raise_write_error()
         if request.preload_fn is not None:
             rank, buckets, results = request.async_fn_args
             staged = request.preload_fn()  # copies from the device
@@ -136,6 +138,7 @@ class CheckpointSaver:
         if save.request is not None:
             for finalize in save.request.finalize_fns:
                 finalize()
+            mends.raise_write_error()
         if not self._leader:
             return
         checkpoint_files.write_synced(save.aside / TRAINER, save.trainer_json)

@@ -18,10 +18,12 @@ with warnings.catch_warnings():
     import megatron.core.optimizer.clip_grads as _clip_grads
     import megatron.core.tensor_parallel.random as _random
     from megatron.core import __version__, dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing import serialization as _serialization
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy as _TorchCommonSaveStrategy
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -44,7 +46,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 cpu_support.redirect_rng(_random)
-mends.apply(DistributedOptimizer, filesystem_async, _clip_grads)
+mends.apply(DistributedOptimizer, filesystem_async, _clip_grads, _TorchCommonSaveStrategy, _serialization)
 
 __all__ = [
     "AsyncRequest",

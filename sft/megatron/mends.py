@@ -8,27 +8,61 @@
 * The gradient norm without Transformer Engine and Apex is taken tensor by tensor with `torch.norm`, each result fetched
   to the host. On a CPU that sums in fp32 one after another: 1.6e-3 too small for the embedding of a 135M model, so
   clipping is off as much. On a GPU it is one synchronisation a parameter.
+* Rank 0 writes `common.pt`, `.metadata` and `metadata.json` alone, between two collectives of a save. Where the disk is
+  full it leaves by an error, and the other ranks wait in the second one. Here it goes on, and raises when all are done.
 
 Seen in 0.16.1; the first two in 0.19.2 as well.
 """
 
 from __future__ import annotations
 
+import functools
 import queue
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+_write_errors: list[OSError | RuntimeError] = []
 
-def apply(distributed_optimizer: type, filesystem_async: types.ModuleType, clip_grads: types.ModuleType) -> None:
-    """Install the corrections that are replacements, into the class and modules given."""
+
+def apply(
+    distributed_optimizer: type,
+    filesystem_async: types.ModuleType,
+    clip_grads: types.ModuleType,
+    save_common: type,
+    serialization: types.ModuleType,
+) -> None:
+    """Install the corrections that are replacements, into the classes and modules given."""
     distributed_optimizer._set_main_param_and_optimizer_states = _copy_main_param_and_states  # type: ignore[attr-defined]
     filesystem_async._results_queue = queue.Queue()  # type: ignore[attr-defined]
 
     if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":  # neither Transformer Engine nor Apex
         clip_grads.l2_norm_impl = _l2_norm  # type: ignore[attr-defined]
+
+    writer = filesystem_async.FileSystemWriterAsync
+    for holder, name in ((save_common, "save_common"), (writer, "finish"), (serialization, "save_config")):
+        setattr(holder, name, _raising_later(getattr(holder, name)))
+
+
+def raise_write_error() -> None:
+    """Raise what went wrong with a file that rank 0 writes alone, since this was last called."""
+    errors = _write_errors.copy()
+    _write_errors.clear()
+    if errors:
+        raise errors[0]
+
+
+def _raising_later(write: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(write)
+    def attempt(*args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch.save gives the second for a full disk
+            _write_errors.append(error)
+
+    return attempt
 
 
 def prime_states(optimizer: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import sft.checkpoint_files
 import sft.checkpoint_save
@@ -20,6 +24,7 @@ from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, read_lines
 from sft.__main__ import main
 from sft.checkpoint import damage, newest_usable
+from sft.checkpoint_files import changed_bytes
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
@@ -36,11 +41,21 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system that holds one checkpoint of the tiny model and not two."""
+    yield from mounted(tmp_path / "disk", "5m")
+
+
+@pytest.fixture
+def larger_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that holds a few checkpoints."""
+    yield from mounted(tmp_path / "disk", "20m")
+
+
+def mounted(disk: Path, size: str) -> Iterator[Path]:
+    """A file system in memory of this size, while it is needed."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         pytest.skip("mounting a small file system needs root on Linux")
-    disk = tmp_path / "disk"
     disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(disk)], capture_output=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
     if mount.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {mount.stderr.decode().strip()}")
     yield disk
@@ -77,6 +92,48 @@ def test_full_disk_says_what_is_needed(small_disk: Path, tmp_path: Path, materia
     assert message.endswith(
         "earlier complete checkpoints are untouched. Free space or set checkpoint.keep_last lower, then resubmit"
     )
+
+
+def exit_code_when_full_before(config: Path, file: str) -> int:
+    """Runs on a rank: rank 0 fills the disk just before it writes this file of the second checkpoint."""
+    holder, name = {
+        "common.pt": (torch, "save"),
+        ".metadata": (FileSystemWriter, "finish"),
+        "metadata.json": (json, "dump"),
+        "trainer.json": (sft.checkpoint_files, "write_synced"),
+        "COMPLETE": (sft.checkpoint_files, "seal"),
+    }[file]
+    write = getattr(holder, name)
+    checkpoints = config.parent / "checkpoints"
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if (checkpoints / "step-00000001").exists() and os.environ["RANK"] == "0":
+            fill(checkpoints / "filler")
+        return write(*args, **kwargs)
+
+    setattr(holder, name, full)
+    return main(["train", str(config)])
+
+
+def fill(path: Path) -> None:
+    """Leave no byte free on a disk."""
+    with path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize("file", ["common.pt", ".metadata", "metadata.json", "trainer.json", "COMPLETE"])
+def test_disk_full_for_what_rank_0_writes_alone(
+    file: str, asynchronous: bool, larger_disk: Path, tmp_path: Path, material: tuple[Path, Path]
+) -> None:
+    """Seen to fail: without `raise_write_error` the other rank waits in a collective of Megatron-core."""
+    paths = make_run(tmp_path, *material, ranks=2, max_steps=4, every=1, keep_last=9, asynchronous=asynchronous)
+    paths.checkpoints.symlink_to(larger_disk)
+    assert run_ranks(2, exit_code_when_full_before, paths.config, file) == [ExitCode.IO_ERROR] * 2
+    assert sorted(path.name for path in paths.checkpoints.iterdir()) == ["filler", "step-00000001"]
+    assert damage(paths.checkpoint(1)) is None
+    assert changed_bytes(paths.checkpoint(1)) is None
 
 
 def error_of_train(config: Path) -> str:
