@@ -216,8 +216,15 @@ def _scheduler(spec: RunSpec) -> Iterator[Problem]:
         elif is_secret_name(name):
             yield (
                 "cluster.env",
-                f"{name} looks like a secret, and would be stored in the run directory; export it instead",
+                f"{name} looks like a secret, and would be stored in the run directory; "
+                f"name it in env_from: [{name}] instead, and export it in your shell",
             )
+    for key, names in (("cluster.env_from", cluster.env_from), ("env_from", spec.env_from)):
+        for name in names:
+            if not _ENV_NAME.fullmatch(name):
+                yield key, f"{name!r} is not the name of an environment variable"
+            elif name in cluster.env or name.startswith(("SLURM_", "SFT_")):
+                yield key, f"{name} is set by {'cluster.env' if name in cluster.env else 'the launcher'}; drop one"
     if cluster.scheduler == "local" and resources.nodes > 1:
         yield (
             "resources.nodes",

@@ -208,7 +208,7 @@ def _forbidden(value: Any) -> str | None:
             return f"{text!r} is not a valid ${{...}} interpolation: {reason}"
         for name in _ENVIRONMENT.findall(text):
             if "$" in name or checks.is_secret_name(name):
-                return f"{name} looks like a secret, and the resolved config is stored; export it in your shell instead"
+                return f"{name} looks like a secret, and the resolved config is stored; name it in env_from instead"
     return None
 
 
@@ -277,7 +277,11 @@ def _absolute(spec: RunSpec) -> RunSpec:
         checkpoint=dataclasses.replace(
             checkpoint, resume_from=_path(checkpoint.resume_from) if checkpoint.resume_from else None
         ),
-        cluster=dataclasses.replace(spec.cluster, runtime=_absolute_runtime(runtime)),
+        cluster=dataclasses.replace(
+            spec.cluster,
+            runtime=_absolute_runtime(runtime),
+            secrets_dir=_path(spec.cluster.secrets_dir) if spec.cluster.secrets_dir else None,
+        ),
     )
 
 

@@ -22,6 +22,7 @@ from launcher import resources
 from launcher.errors import TemplateError
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths
+from launcher.secret_files import secrets_file
 from launcher.spec import RunSpec
 from launcher.topology import Topology
 
@@ -79,6 +80,8 @@ def render(
                 python=_python(spec, mounts, launcher_python),
                 launcher_python=launcher_python,
                 source_root=str(source_root) if source_root else "",
+                secrets_file=str(secrets_file(spec, paths) or ""),
+                secret_names=spec.secret_names,
                 srun_args=_srun_args(spec, mounts),
                 gpu_option=option,
                 gpu_request=request,

@@ -15,6 +15,7 @@ from launcher.manifest import Attempt
 from launcher.plan import Plan, make_plan
 from launcher.rundir import RunPaths, append_event
 from launcher.runs import snapshot
+from launcher.secret_files import remove_secrets
 from launcher.spec import RunSpec, read_resolved
 from launcher.state import JobState
 from launcher.status import RunStatus, collect
@@ -100,6 +101,7 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
         append_event(paths, "cancelled", job_id=job.job_id)
         if job.scheduler == "slurm":
             slurm.cancel([job.job_id])
+            remove_secrets(read_resolved(paths.config), paths)
         else:
             processes.end(job)
         done.append(f"cancelled run {row.run} (job {job.job_id})")

@@ -106,7 +106,13 @@ class ClusterSpec:
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     """The environment a rank starts in."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of every rank. Never secrets: they would be written into the script."""
+    """Environment variables of every rank. Never secrets, which env_from is for: these are written into the script."""
+    env_from: list[str] = field(default_factory=list)
+    """Names of variables whose values every run takes from the shell that submits it, e.g. HF_TOKEN; never stored in
+    the run directory."""
+    secrets_dir: Optional[str] = None
+    """Private folder for the values of env_from on their way to a job, on a file system that all nodes see; default
+    ~/.config/slurm-sft-launcher/secrets."""
     srun_args: list[str] = field(default_factory=list)
     """Further srun options, one a list item, e.g. --mpi=none."""
 
@@ -365,6 +371,8 @@ class RunSpec:
     """Directory that holds run directories; on a cluster on the shared file system."""
     cluster: ClusterSpec = field(default_factory=ClusterSpec)
     """A cluster's name (a file in cluster_configs/), or its settings."""
+    env_from: list[str] = field(default_factory=list)
+    """Like cluster.env_from, for this run: names of variables, e.g. [WANDB_API_KEY]."""
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
     """What is asked of the scheduler."""
     topology: TopologySpec = field(default_factory=TopologySpec)
@@ -381,6 +389,11 @@ class RunSpec:
     """What is kept."""
     logging: LoggingSpec = field(default_factory=LoggingSpec)
     """What is written down."""
+
+    @property
+    def secret_names(self) -> tuple[str, ...]:
+        """Variables whose values come from the submitting shell."""
+        return tuple(dict.fromkeys([*self.cluster.env_from, *self.env_from]))
 
     @property
     def cache_dir(self) -> Path:

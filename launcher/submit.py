@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import socket
@@ -21,6 +22,7 @@ from launcher.plan import Plan
 from launcher.render import render
 from launcher.resources import checkout_root
 from launcher.rundir import RunPaths, append_event, read_lines, write_atomic
+from launcher.secret_files import check_secrets, remove_secrets, write_secrets
 from launcher.spec import RunSpec, to_yaml
 from launcher.topology import describe_batch
 
@@ -30,6 +32,7 @@ def submit(plan: Plan, command: Sequence[str], parent_run: str | None = None) ->
 
     Killed at any point and called again, it makes one job: what is on disk says how far the first call came.
     """
+    check_secrets(plan.spec)
     with _directory(plan.paths):
         if not _is_unfinished(plan):
             _prepare(plan, command, parent_run)
@@ -47,6 +50,7 @@ def start(paths: RunPaths, spec: RunSpec) -> Attempt:
     intent = pending(paths)
     attempt = find(paths, manifest, intent) if intent is not None else None
     if attempt is None:
+        write_secrets(spec, paths)
         intent = begin(paths, spec.cluster.scheduler)
         attempt = _send_once(paths, spec, manifest, intent)
     if attempt not in manifest.attempts:
@@ -66,6 +70,7 @@ def _send_once(paths: RunPaths, spec: RunSpec, manifest: Manifest, intent: Inten
     except SubmissionUnknown as error:
         attempt = _ask_for(paths, manifest, intent, error)
     except BaseException:
+        remove_secrets(spec, paths)
         end(paths)
         raise
     return attempt
@@ -93,7 +98,7 @@ def _send(paths: RunPaths, spec: RunSpec, intent: Intent) -> Attempt:
     aside.mkdir(exist_ok=True)
     if spec.cluster.scheduler == "slurm":
         script = paths.script.read_text(encoding="utf-8")
-        job_id = ScriptSlurmExecutor(aside, script, _sbatch_options(spec, intent)).submit_script()
+        job_id = ScriptSlurmExecutor(aside, script, _sbatch_options(spec, intent), spec.secret_names).submit_script()
         return Attempt(job_id=job_id, scheduler="slurm", submitted_at=time.time(), token=intent.token)
     local = ScriptLocalExecutor(aside, spec.resources.time, spec.resources.signal_seconds, intent.token)
     job_id = local.submit_script(paths.script)
@@ -159,8 +164,8 @@ def _exists(paths: RunPaths) -> RunStateError:
 def _directory(paths: RunPaths) -> Iterator[None]:
     """The run directory, claimed; a body that fails and surely made no job leaves nothing new behind."""
     made = [folder for folder in (paths.root.parent, *paths.root.parent.parents) if not folder.exists()]
-    if paths.root.is_dir() and any(paths.root.iterdir()) and not (paths.root / LOCK_FILE).exists():
-        raise _exists(paths)  # made by somebody else: not ours to fill
+    if _is_foreign(paths.root):
+        raise _exists(paths)
     with contextlib.ExitStack() as held:
         try:
             paths.root.parent.mkdir(parents=True, exist_ok=True)
@@ -176,6 +181,15 @@ def _directory(paths: RunPaths) -> Iterator[None]:
                     with contextlib.suppress(OSError):
                         folder.rmdir()
             raise
+
+
+def _is_foreign(root: Path) -> bool:
+    """Whether something is at `root` that no launcher of ours made: a link, another user's, or a folder with files."""
+    if not os.path.lexists(root):
+        return False
+    if root.is_symlink() or not root.is_dir() or root.stat().st_uid != os.getuid():
+        return True
+    return any(root.iterdir()) and not (root / LOCK_FILE).exists()
 
 
 def _has_jobs(paths: RunPaths) -> bool:

@@ -69,7 +69,7 @@ def test_values_paths_and_sources(workdir: Path) -> None:
         (
             "logging: {prompts: ['${oc.env:HF_TOKEN}']}\n",
             "cfg.yaml:7: logging.prompts: HF_TOKEN looks like a secret, and the resolved config is stored; "
-            "export it in your shell instead",
+            "name it in env_from instead",
         ),
         ("a: b: c\n", "cfg.yaml:7: not valid YAML: mapping values are not allowed here"),
         ("<<: {name: x}\n", "cfg.yaml:7: a key must be a plain word"),
