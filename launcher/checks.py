@@ -32,6 +32,7 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from _required(spec)
     yield from _ranges(spec)
     yield from _not_yet(spec)
+    yield from _sources(spec)
     yield from _batches(spec)
     yield from _lora(spec)
     yield from _scheduler(spec)
@@ -51,8 +52,8 @@ def _required(spec: RunSpec) -> Iterator[Problem]:
         )
     if not spec.model.path:
         yield "model.path", "missing; a Hugging Face model directory, a .gguf file or package:NAME/FILE"
-    if not spec.data.train:
-        yield "data.train", "missing; one or more data files"
+    if not spec.data.train and not spec.data.sources:
+        yield "data.train", "missing; one or more data files, or several sources with weights in data.sources"
     if spec.train.max_steps is None and spec.train.epochs is None:
         yield "train.max_steps", "missing; set train.max_steps or train.epochs"
     if spec.train.max_steps is not None and spec.train.epochs is not None:
@@ -131,6 +132,17 @@ def _lora(spec: RunSpec) -> Iterator[Problem]:
         yield "model.init", "random with model.lora.rank: adapters need weights to adapt, and only they are saved"
     if spec.checkpoint.export_merged and not spec.checkpoint.export:
         yield "checkpoint.export_merged", "needs checkpoint.export: true"
+
+
+def _sources(spec: RunSpec) -> Iterator[Problem]:
+    if spec.data.train and spec.data.sources:
+        yield "data.train", "excludes data.sources; give these files a name and a weight among the sources"
+    for name, source in spec.data.sources.items():
+        key = f"data.sources.{name}"
+        if not source.files:
+            yield f"{key}.files", "missing; one or more data files"
+        if not 0 < source.weight < float("inf"):
+            yield f"{key}.weight", f"{source.weight:g} is not above 0; to train without this source, take it out"
 
 
 def _batches(spec: RunSpec) -> Iterator[Problem]:
@@ -253,7 +265,9 @@ def file_problems(spec: RunSpec) -> Iterator[Problem]:
         yield from _model_file(spec.model.path)
     if spec.model.tokenizer and not Path(spec.model.tokenizer).is_dir():
         yield "model.tokenizer", f"{spec.model.tokenizer} is not a directory"
-    for key, files in (("data.train", spec.data.train), ("data.validation", spec.data.validation)):
+    data = {"data.train": spec.data.train, "data.validation": spec.data.validation}
+    data |= {f"data.sources.{name}.files": source.files for name, source in spec.data.sources.items()}
+    for key, files in data.items():
         for file in files:
             if not Path(file).exists():  # a saved data set is a directory
                 yield key, f"no file matches {file}"

@@ -23,10 +23,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from launcher import checks, resources
-from launcher.config_file import Leaf, Leaves, Source, describe, leaf_types, read_overrides, read_yaml
+from launcher.config_file import (
+    ANY_NAME,
+    Leaf,
+    Leaves,
+    Source,
+    describe,
+    leaf_types,
+    read_overrides,
+    read_yaml,
+    type_of,
+)
 from launcher.errors import ConfigError, did_you_mean
 from launcher.rundir import RUN_NAME
-from launcher.spec import ClusterSpec, ResourcesSpec, RunSpec, RuntimeSpec
+from launcher.spec import ClusterSpec, ResourcesSpec, RunSpec, RuntimeSpec, SourceSpec
 
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^}\s,'\"]*)")
 
@@ -43,6 +53,8 @@ class LoadedConfig:
     def changed(self) -> Iterator[tuple[str, Any, Source]]:
         """Key, value and source of everything that is not a schema default."""
         default = RunSpec()
+        unset = {name: SourceSpec() for name in self.spec.data.sources}
+        default = dataclasses.replace(default, data=dataclasses.replace(default.data, sources=unset))
         for key, source in self.sources.items():
             value = value_at(self.spec, key)
             if source != "default" and value != value_at(default, key):
@@ -58,7 +70,18 @@ class ClusterFile(ClusterSpec):
 
 def value_at(spec: RunSpec, key: str) -> Any:
     """The value of a dotted key."""
-    return functools.reduce(getattr, key.split("."), spec)
+    return functools.reduce(_below, key.split("."), spec)
+
+
+def _below(node: Any, name: str) -> Any:
+    return node[name] if isinstance(node, Mapping) else getattr(node, name)
+
+
+def _keys(spec: RunSpec) -> Iterator[str]:
+    """Dotted key of every value of `spec`."""
+    for key, _ in leaf_types(RunSpec):
+        parent, placeholder, rest = key.partition(f".{ANY_NAME}.")
+        yield from (f"{parent}.{name}.{rest}" for name in value_at(spec, parent)) if placeholder else (key,)
 
 
 def load_config(
@@ -72,14 +95,21 @@ def load_config(
     spec = _absolute(_typed(merged))
     for key, message in (*checks.spec_problems(spec), *checks.file_problems(spec)):
         if key not in merged.bad:
-            where = merged.values[key].where if key in merged.values else str(path)
-            merged.problems.append(f"{where}: {key}: {message}")
+            merged.problems.append(f"{_where(merged, key, path)}: {key}: {message}")
     if merged.problems:
         raise ConfigError(merged.problems)
     sources: dict[str, Source] = {
-        key: merged.values[key].source if key in merged.values else "default" for key, _ in leaf_types(RunSpec)
+        key: merged.values[key].source if key in merged.values else "default" for key in _keys(spec)
     }
     return LoadedConfig(spec=spec, path=path, sources=sources)
+
+
+def _where(merged: Leaves, key: str, path: Path) -> str:
+    """Where `key` was written; for one that is missing in a section that the user named, where that begins."""
+    section = f"{key.rpartition('.')[0]}."
+    beside = [name for name in merged.values if name.startswith(section)] if section.count(".") > 2 else []
+    written = [key, *beside] if key in merged.values else beside
+    return merged.values[written[0]].where if written else str(path)
 
 
 def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:
@@ -173,7 +203,6 @@ def _built(schema: Any, leaves: Mapping[str, Leaf]) -> RunSpec:
 
 def _fitting(schema: Any, raw: Any, merged: Leaves) -> dict[str, Leaf]:
     """The leaves that resolve and fit their type; each of the others is reported."""
-    kinds = dict(leaf_types(RunSpec))
     fitting = {}
     for key, leaf in list(merged.values.items()):
         try:
@@ -181,7 +210,7 @@ def _fitting(schema: Any, raw: Any, merged: Leaves) -> dict[str, Leaf]:
             OmegaConf.merge(schema, _nested({key: typed}))
             fitting[key] = typed
         except ValidationError:
-            _reject(merged, key, _not_a(leaf.value, kinds[key]))
+            _reject(merged, key, _not_a(leaf.value, type_of(RunSpec, key)))
         except OmegaConfBaseException as error:
             reason = str(error).partition("\n")[0]
             _reject(merged, key, f"{leaf.value!r} does not resolve: {reason}")
@@ -264,6 +293,9 @@ def _absolute(spec: RunSpec) -> RunSpec:
         data=dataclasses.replace(
             data,
             train=_files(data.train),
+            sources={
+                name: dataclasses.replace(source, files=_files(source.files)) for name, source in data.sources.items()
+            },
             validation=_files(data.validation),
             validation_sets={name: _path(pattern) for name, pattern in data.validation_sets.items()},
             chat_template=data.chat_template

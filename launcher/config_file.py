@@ -8,6 +8,7 @@ the user wrote: OmegaConf's schema converts them later, and YAML's own guesses (
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,11 @@ from typing import Any, Literal
 import yaml
 
 from launcher.errors import ConfigError, did_you_mean
+from launcher.spec import mapped_section
 
+ANY_NAME = "NAME"
+"""Stands in a dotted key for a name of the user's own."""
+_SECTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 Source = Literal["default", "cluster", "file", "override"]
 
 
@@ -49,12 +54,28 @@ def field_types(section: type) -> dict[str, Any]:
 
 
 def leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and type of every value below `section`, in schema order."""
+    """Dotted key and type of every value below `section`, in schema order; ANY_NAME where the user names sections."""
     for name, kind in field_types(section).items():
-        if dataclasses.is_dataclass(kind):
+        inner = mapped_section(kind)
+        if inner is not None:
+            yield from leaf_types(inner, f"{prefix}{name}.{ANY_NAME}.")
+        elif dataclasses.is_dataclass(kind):
             yield from leaf_types(typing.cast(type, kind), f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", kind
+
+
+def type_of(section: type, key: str) -> Any:
+    """The type of the value at a dotted key below `section`; None where there is no such value."""
+    kind: Any = section
+    for name in key.split("."):
+        inner = mapped_section(kind)
+        if inner is not None:
+            kind = inner if _SECTION_NAME.fullmatch(name) else None
+        else:
+            is_section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+            kind = field_types(kind).get(name) if is_section else None
+    return None if dataclasses.is_dataclass(kind) or mapped_section(kind) else kind
 
 
 def is_list(kind: Any) -> bool:
@@ -114,10 +135,24 @@ class _Walk:
             kind = types.get(name)
             if kind is None:
                 self.problem(key, f"unknown key '{dotted}'{did_you_mean(name, types)}")
+            elif (inner := mapped_section(kind)) is not None:
+                self.sections(value, inner, dotted)
             elif dataclasses.is_dataclass(kind) and not (dotted in self.named and isinstance(value, yaml.ScalarNode)):
                 self.section(value, typing.cast(type, kind), f"{dotted}.")
             else:
                 self.leaf(key, value, kind, dotted)
+
+    def sections(self, node: yaml.Node, section: type, prefix: str) -> None:
+        """Sections below names of the user's own."""
+        if _is_null(node):
+            return
+        for name, key, value in self.pairs(node, prefix):
+            if not _SECTION_NAME.fullmatch(name):
+                self.problem(key, f"{prefix}: {name!r} is not a name: letters, digits, '_', '-', first a letter")
+            elif _is_null(value) or (isinstance(value, yaml.MappingNode) and not value.value):
+                self.problem(key, f"{prefix}.{name} is empty; it needs {next(iter(field_types(section)))}")
+            else:
+                self.section(value, section, f"{prefix}.{name}.")
 
     def leaf(self, key: yaml.Node, node: yaml.Node, kind: Any, dotted: str) -> None:
         before = len(self.leaves.problems)
@@ -191,7 +226,6 @@ def describe(kind: Any) -> str:
 def read_overrides(overrides: Sequence[str], schema: type) -> Leaves:
     """Leaves of `key=value` words; later ones win."""
     leaves = Leaves()
-    types = dict(leaf_types(schema))
     for word in overrides:
         where = f"override {word!r}"
         key, equals, text = word.partition("=")
@@ -199,18 +233,19 @@ def read_overrides(overrides: Sequence[str], schema: type) -> Leaves:
             leaves.problems.append(f"{where}: expected key=value")
             continue
         parent, _, entry = key.rpartition(".")
-        if key in types or key == "cluster":
+        kind = str if key == "cluster" else type_of(schema, key)
+        if kind is not None:
             try:
-                leaves.values[key] = Leaf(_override_value(text, types.get(key, str)), "override", where)
+                leaves.values[key] = Leaf(_override_value(text, kind), "override", where)
             except _NotThatType as error:
                 leaves.problems.append(f"{where}: {error}")
                 leaves.bad.add(key)
-        elif is_dict(types.get(parent)):
+        elif is_dict(type_of(schema, parent)):
             before = leaves.values.get(f"{parent}.")
             merged = {**(before.value if before else {}), entry: text}
             leaves.values[f"{parent}."] = Leaf(merged, "override", where)  # the dot: entries, not the whole
         else:
-            leaves.problems.append(f"{where}: {_unknown(key, types)}")
+            leaves.problems.append(f"{where}: {_unknown(key, schema)}")
     return leaves
 
 
@@ -236,8 +271,16 @@ def _override_value(text: str, kind: Any) -> Any:
     return value
 
 
-def _unknown(key: str, types: dict[str, Any]) -> str:
+def _unknown(key: str, schema: type) -> str:
+    types = [_filled(name, key) for name, _ in leaf_types(schema)]
     inside = [name for name in types if name.startswith(f"{key}.")]
     if inside:
         return f"'{key}' is a section; set one of {', '.join(inside)}"
     return f"unknown key '{key}'{did_you_mean(key, types)}"
+
+
+def _filled(known: str, key: str) -> str:
+    """The known key with the names that `key` has where ANY_NAME stands."""
+    names = key.split(".")
+    words = enumerate(known.split("."))
+    return ".".join(names[at] if word == ANY_NAME and at < len(names) else word for at, word in words)

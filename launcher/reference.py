@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from launcher import spec
-from launcher.config_file import describe, field_types, is_dict, is_list
-from launcher.spec import RunSpec
+from launcher.config_file import ANY_NAME, describe, field_types, is_dict, is_list
+from launcher.spec import RunSpec, mapped_section
 
 _INTRO = """# Config reference
 
@@ -29,16 +29,22 @@ def _sections(section: type, prefix: str, docs: dict[str, dict[str, str]]) -> It
     """This section's table, then those of its subsections."""
     types = field_types(section)
     fields = {item.name: item for item in dataclasses.fields(section)}
-    leaves = {name: kind for name, kind in types.items() if not dataclasses.is_dataclass(kind)}
+    inner = {name: below for name, kind in types.items() if (below := _inner(kind)) is not None}
+    leaves = {name: kind for name, kind in types.items() if name not in inner}
     title = prefix.rstrip(".") or "top level"
     about = (section.__doc__ or "").partition("\n")[0]
     yield f"\n## {title}\n\n{about}\n\n| key | value | default | meaning |\n|---|---|---|---|\n"
     for name, kind in leaves.items():
         meaning = docs[section.__name__][name].replace("|", "\\|")
         yield f"| `{prefix}{name}` | {describe(kind)} | {_default(fields[name], kind)} | {meaning} |\n"
-    for name, kind in types.items():
-        if name not in leaves:
-            yield from _sections(cast(type, kind), f"{prefix}{name}.", docs)
+    for name, below in inner.items():
+        named = f"{name}.{ANY_NAME}" if is_dict(types[name]) else name
+        yield from _sections(below, f"{prefix}{named}.", docs)
+
+
+def _inner(kind: Any) -> type | None:
+    """The section that a field holds, or maps names to."""
+    return cast(type, kind) if dataclasses.is_dataclass(kind) else mapped_section(kind)
 
 
 def _default(item: dataclasses.Field[Any], kind: Any) -> str:

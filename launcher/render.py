@@ -147,6 +147,7 @@ def _mounts(spec: RunSpec, paths: RunPaths, source_root: Path | None) -> list[st
     if runtime.kind not in ("pyxis", "apptainer"):
         return []
     files = [*spec.data.train, *spec.data.validation, *spec.data.validation_sets.values()]
+    files += [file for source in spec.data.sources.values() for file in source.files]
     files += [spec.evaluation.prompts] if spec.evaluation.prompts else []
     folders = {paths.root, spec.cache_dir, *(_fixed_folder(Path(file)) for file in files)}
     if not spec.model.path.startswith("package:"):

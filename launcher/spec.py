@@ -171,11 +171,35 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSpec:
+    """A source of training data by a name of your own, one of several in place of data.train."""
+
+    files: list[str] = field(default_factory=list)
+    """Files of this source, as in data.train."""
+    weight: float = 1.0
+    """How often an epoch holds the source's n examples: it takes weight x n of them, rounded to the nearest whole
+    number (a half up). 2.5 is two whole copies and half of the examples; 0.1 is a tenth. What is no whole copy goes on
+    where the epoch before ended, round and round in one shuffled order: over any number of epochs no example is
+    used more than once more often than another."""
+    format: Optional[Literal["auto", "prompt_completion", "messages", "sharegpt", "tokens", "text"]] = None
+    """How rows are read; unset: data.format."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name -> the row's name; empty: data.columns."""
+    loss_on: Optional[Literal["assistant", "last_assistant", "all"]] = None
+    """Tokens with loss; unset: data.loss_on."""
+    chat_template_kwargs: dict[str, str] = field(default_factory=dict)
+    """Variables for the chat template; empty: data.chat_template_kwargs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataSpec:
     """What to train on and which tokens count."""
 
     train: list[str] = field(default_factory=list)
-    """Training files: jsonl, json, csv, tsv, parquet, saved Hugging Face datasets; globs allowed, order counts."""
+    """Training files: jsonl, json, csv, tsv, parquet, saved Hugging Face datasets; globs allowed, order counts. An
+    epoch is every example once. For several sources with weights give data.sources instead."""
+    sources: dict[str, SourceSpec] = field(default_factory=dict)
+    """Several sources of training data, by name."""
     validation: list[str] = field(default_factory=list)
     """Held-out files, one data set; its loss is eval_loss. Empty, with no validation_sets: no held-out loss."""
     validation_sets: dict[str, str] = field(default_factory=dict)
@@ -211,6 +235,13 @@ class DataSpec:
     """Tokenizing processes; default one a core."""
     cache_dir: Optional[str] = None
     """Where tokenized data and converted models are kept; default .cache in run_root. Must be shared by all nodes."""
+
+    def of_source(self, name: str) -> DataSpec:
+        """The settings of one source, its files as `train`: its own where it has some, else those of all."""
+        source = self.sources[name]
+        special = ("format", "columns", "loss_on", "chat_template_kwargs")
+        own = {key: value for key in special if (value := getattr(source, key))}
+        return dataclasses.replace(self, train=source.files, sources={}, **own)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -426,13 +457,27 @@ def read_resolved(path: Path) -> RunSpec:
 def _build(section: Any, values: Any, where: str) -> Any:
     """The dataclass `section` with these values."""
     types = typing.get_type_hints(section)
-    if not isinstance(values, dict) or values.keys() != types.keys():
+    _check_keys(values, types, where)
+    return section(**{name: _value(kind, values[name], f"{where}{name}.") for name, kind in types.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    inner = mapped_section(kind)
+    if inner is not None:
+        _check_keys(value, value, where)
+        return {name: _build(inner, item, f"{where}{name}.") for name, item in value.items()}
+    return _build(kind, value, where) if dataclasses.is_dataclass(kind) else value
+
+
+def _check_keys(values: Any, wanted: Any, where: str) -> None:
+    if not isinstance(values, dict) or values.keys() != wanted.keys():
         raise ConfigError(
             f"{where}these are not the keys of a resolved config; it was edited, or made by another version"
         )
-    return section(
-        **{
-            name: _build(kind, values[name], f"{where}{name}.") if dataclasses.is_dataclass(kind) else values[name]
-            for name, kind in types.items()
-        }
-    )
+
+
+def mapped_section(kind: Any) -> type | None:
+    """The dataclass that a field of this type maps names of the user's own to; None for fields of other types."""
+    arguments = typing.get_args(kind)
+    is_mapped = typing.get_origin(kind) is dict and dataclasses.is_dataclass(arguments[1])
+    return typing.cast(type, arguments[1]) if is_mapped else None

@@ -38,7 +38,7 @@ def audit(config: Path, output: Optional[Path] = None) -> ExitCode:
     print(coloured(audits[0].samples[:_PRINTED_EXAMPLES], colours=sys.stdout.isatty()))
     print(f"report: {target}", flush=True)
     for each in audits:
-        check_lost(each.cache.counts, f"data.{each.name}", spec.data)
+        check_lost(each.cache.counts, each.key, spec.data)
     return ExitCode.OK
 
 

@@ -45,11 +45,13 @@ __all__ = [
     "trainer_json",
 ]
 
-FORMAT = 2
-"""Version of the directory's layout; 2 has checksums."""
+FORMAT = 3
+"""Version of the directory's layout; 2 has checksums, 3 says what the data were."""
 
 
-def load_newest(source: Path, module: SFTGPT, *, control: ControlGroup, data_key: str) -> tuple[Path, dict[str, Any]]:
+def load_newest(
+    source: Path, module: SFTGPT, *, control: ControlGroup, data_key: Mapping[str, object]
+) -> tuple[Path, dict[str, Any]]:
     """Load `source`, or the newest older one whose bytes are as they were written; where from, and the counters.
 
     Each rank reads a part of the files for the checksums, and all ranks come to the same checkpoint.
@@ -69,14 +71,14 @@ def load_newest(source: Path, module: SFTGPT, *, control: ControlGroup, data_key
     )
 
 
-def load_checkpoint(source: Path, module: SFTGPT, *, data_key: str) -> dict[str, Any]:
+def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, object]) -> dict[str, Any]:
     """Fill model, optimizer and (on the same topology) random generators; returns Lightning's counters."""
     trainer = read_trainer_state(source)
     if trainer["data_key"] != data_key:
         raise ConfigError(
-            f"{source} was written by a run over other data, order or batch size ({trainer['data_key'][:12]}, now "
-            f"{data_key[:12]}); going on would repeat or skip examples. Put the data settings back, or start a new "
-            "run with model.path set to the exported model"
+            f"{source} was written by a run over other batches: {_differences(trainer['data_key'], data_key)}. Going "
+            "on would repeat or skip examples. Put that back, or start a new run with model.path set to the exported "
+            "model"
         )
     same_topology = trainer["topology"] == dataclasses.asdict(module.topology)
     hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]
@@ -91,6 +93,19 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: str) -> dict[str,
         _restore_rng(loaded["rng"])
     counters: dict[str, Any] = trainer["lightning"]
     return counters
+
+
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """What of two data keys differs, by the keys of the config."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}" for name in names)
+
+
+def _shown(value: object) -> str:
+    """A value for people: of the hash of a cache a part is enough."""
+    if isinstance(value, str) and value.startswith("sha256:"):
+        return value[: len("sha256:") + 12]
+    return "unset" if value is None else json.dumps(value)
 
 
 def read_trainer_state(source: Path) -> dict[str, Any]:
@@ -170,7 +185,7 @@ def _keep_hyperparameters(module: SFTGPT, groups: list[dict[str, Any]]) -> None:
         group.update({key: value for key, value in configured.items() if key not in ("params", "step")})
 
 
-def trainer_json(counters: Mapping[str, Any], topology: Topology, data_key: str) -> str:
+def trainer_json(counters: Mapping[str, Any], topology: Topology, data_key: Mapping[str, object]) -> str:
     """Content of trainer.json."""
     state = {
         "format": FORMAT,

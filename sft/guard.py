@@ -62,10 +62,10 @@ class _Pending:
 class GuardCallback(pl.Callback):
     """Reads verdicts one step late, writes down the examples of bad steps, and carries the policy out."""
 
-    def __init__(self, spec: TrainSpec, log: RunLog, examples_at: Callable[[int], Sequence[int]]) -> None:
+    def __init__(self, spec: TrainSpec, log: RunLog, example_ids: Callable[[int], Sequence[int | str]]) -> None:
         self._policy = spec.on_bad_step
         self._log = log
-        self._examples_at = examples_at
+        self._example_ids = example_ids
         self._pending: _Pending | None = None
         self._in_a_row = 0
         self.failure: str | None = None
@@ -121,7 +121,7 @@ class GuardCallback(pl.Callback):
     def _record(self, step: int, loss: float, norm: float) -> None:
         finite = math.isfinite(loss) and math.isfinite(norm)
         reason = "spike" if finite else "not finite"
-        examples = [int(example) for example in self._examples_at(step - 1)]
+        examples = list(self._example_ids(step - 1))
         numbers = {"loss": _json_number(loss), "grad_norm": _json_number(norm)}
         if self._log.is_writer:
             append_line(self._log.paths.bad_steps, {"step": step, "reason": reason, **numbers, "examples": examples})

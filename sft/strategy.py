@@ -6,6 +6,7 @@ Built on DDPStrategy for its process group and device handling only; torch's Dis
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +28,7 @@ class MegatronStrategy(DDPStrategy):
 
     strategy_name = "megatron"
 
-    def __init__(self, topology: Topology, seed: int, data_key: str, **kwargs: Any) -> None:
+    def __init__(self, topology: Topology, seed: int, data_key: Mapping[str, object], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.topology = topology
         self.seed = seed

@@ -7,7 +7,7 @@ progress bar or checkpoint callback of its own, because Megatron-core or this pa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +24,6 @@ from sft.callbacks import CheckpointCallback
 from sft.checkpoint import newest_usable, read_trainer_state
 from sft.data.datamodule import SFTDataModule
 from sft.data.prepare import open_or_build
-from sft.data.sampler import EMPTY_SLOT
 from sft.evaluation import EarlyStopping, EvaluationCallback, held_out_batches
 from sft.guard import GuardCallback
 from sft.hf.architecture import read_architecture
@@ -43,7 +42,7 @@ def megatron_trainer(
     env: RankEnv,
     *,
     max_steps: int,
-    data_key: str,
+    data_key: Mapping[str, object],
     callbacks: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
     """A trainer for SFTGPT on this rank: process groups and checkpoints by MegatronStrategy, CPU or GPU."""
@@ -99,7 +98,7 @@ def train(config: Path) -> ExitCode:
         return ExitCode.OK
     answers = PromptAnswers(spec, tokenizer_dir, model_dir, log) if spec.evaluation.prompts else None
     evaluation = EvaluationCallback(spec, held_out, answers, log)
-    guard = GuardCallback(spec.train, log, lambda step: _examples_at(data, step))
+    guard = GuardCallback(spec.train, log, data.example_ids)
     progress = ProgressCallback(log, data.plan.consumed_examples)
     # In this order at each step boundary: each builds on what those before it found.
     callbacks = [progress, guard, evaluation, CheckpointCallback(spec.checkpoint, stop, evaluation, guard, log)]
@@ -135,11 +134,6 @@ def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | 
     early = EarlyStopping(spec.train.early_stopping)
     early.load_state_dict(states.get(EvaluationCallback.STATE_KEY, early.state_dict()))
     return f"training ended early after step {checkpoint_step(resume)}" if early.is_due else None
-
-
-def _examples_at(data: SFTDataModule, step: int) -> list[int]:
-    slots = data.plan.examples_at(step)
-    return [int(example) for example in slots[slots != EMPTY_SLOT]]
 
 
 def _resume_point(spec: RunSpec, paths: RunPaths) -> Path | None:

@@ -21,13 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from launcher.spec import DataSpec, RunSpec
+from launcher.spec import RunSpec
 from sft.data.cache import TokenCache
 from sft.data.files import cut, expand, read_lines
 from sft.data.formats import Example, detect_format, parse_row
 from sft.data.masking import Encoder
 from sft.data.packing import best_fit_decreasing
 from sft.data.prepare import open_or_build
+from sft.data.report import epoch_shares
+from sft.data.sources import DataSet, Sources, held_out_sets, training_sets
 from sft.data.tables import as_json, holds_lines, place, read_rows
 from sft.data.tokenizer import load_tokenizer
 
@@ -59,9 +61,11 @@ class Audit:
     """What is known of one data set."""
 
     name: str
+    key: str
+    """How errors name it."""
     cache: TokenCache
     duplicates: int
-    """Examples that are there before, token for token."""
+    """Examples that are there before, token for token, in this source or one above it."""
     held_out_in_train: int
     """Held-out examples that are trained on."""
     packing: float
@@ -69,6 +73,8 @@ class Audit:
     roles: dict[str, tuple[int, int]]
     """Tokens, and trained tokens, of each role in the sample."""
     samples: tuple[Sample, ...]
+    epoch: str = ""
+    """What an epoch takes of it, where that is not each example once."""
 
 
 def audit_data(spec: RunSpec, tokenizer_dir: Path) -> list[Audit]:
@@ -76,19 +82,27 @@ def audit_data(spec: RunSpec, tokenizer_dir: Path) -> list[Audit]:
     unlimited = dataclasses.replace(spec, data=dataclasses.replace(spec.data, max_lost_percent=100.0))
     prepared = open_or_build(unlimited, tokenizer_dir, build=True)
     tokenizer = load_tokenizer(tokenizer_dir)
-    trained = _digests(prepared.train)
-    audits = [_audit(spec.data, "train", prepared.train, tokenizer, _doubled(trained), 0)]
+    audits = []
+    trained = np.zeros(0, dtype=np.uint64)
+    taken = epoch_shares(prepared.train) if isinstance(prepared.train, Sources) else [""]
+    for data_set, cache, epoch in zip(training_sets(spec.data), prepared.training_caches, taken, strict=True):
+        own = _digests(cache)
+        found = _audit(data_set, cache, tokenizer, _doubled(own, trained), 0)
+        audits.append(dataclasses.replace(found, epoch=epoch))
+        trained = np.concatenate([trained, own])
     if prepared.validation is not None:
+        (data_set,) = held_out_sets(spec.data)
         held_out = _digests(prepared.validation)
         seen = int(np.count_nonzero(np.isin(held_out, trained)))
-        audits.append(_audit(spec.data, "validation", prepared.validation, tokenizer, _doubled(held_out), seen))
+        audits.append(_audit(data_set, prepared.validation, tokenizer, _doubled(held_out, trained[:0]), seen))
     return audits
 
 
 def summary(audit: Audit) -> list[str]:
     """Lines for people, beside those of the report."""
     counts = audit.cache.counts
-    lines = [f"  ended: {counts.terminators:,} of {counts.answers:,} answers end with a trained end token"]
+    lines = [f"  epoch: {audit.epoch}"] if audit.epoch else []
+    lines += [f"  ended: {counts.terminators:,} of {counts.answers:,} answers end with a trained end token"]
     total = sum(trained for _, trained in audit.roles.values())
     for role, (tokens, trained) in audit.roles.items():
         share = trained / max(total, 1)
@@ -97,18 +111,20 @@ def summary(audit: Audit) -> list[str]:
     if audit.duplicates:
         lines.append(f"  duplicates: {audit.duplicates:,} examples are there before, token for token")
     if audit.held_out_in_train:
-        lines.append(f"  leaked: {audit.held_out_in_train:,} held-out examples are in data.train, token for token")
+        lines.append(f"  leaked: {audit.held_out_in_train:,} held-out examples are trained on, token for token")
     return lines
 
 
 def _audit(
-    data: DataSpec, name: str, cache: TokenCache, tokenizer: PreTrainedTokenizerBase, duplicates: int, leaked: int
+    data_set: DataSet, cache: TokenCache, tokenizer: PreTrainedTokenizerBase, duplicates: int, leaked: int
 ) -> Audit:
-    samples, roles = _inspect(_sampled(data, name), Encoder(tokenizer, data), tokenizer)
+    data = data_set.data
+    samples, roles = _inspect(_sampled(data_set), Encoder(tokenizer, data), tokenizer)
     inputs = cache.lengths - 1
     rows = best_fit_decreasing(inputs, data.seq_length)
     return Audit(
-        name=name,
+        name=data_set.name,
+        key=data_set.key,
         cache=cache,
         duplicates=duplicates,
         held_out_in_train=leaked,
@@ -146,10 +162,11 @@ def _runs(roles: Sequence[str], weights: Sequence[float]) -> Iterator[tuple[str,
             start = index
 
 
-def _sampled(data: DataSpec, name: str) -> list[Example]:
+def _sampled(data_set: DataSet) -> list[Example]:
     """Up to SAMPLED_ROWS examples from all over the files, the same ones each time."""
-    files = expand(getattr(data, name), f"data.{name}")
-    row_format = detect_format(files, data, f"data.{name}")
+    data = data_set.data
+    files = expand(data.train, data_set.key)
+    row_format = detect_format(files, data, data_set.key)
     total = max(sum(path.stat().st_size for path in files), 1)
     lines: list[tuple[str, bytes]] = []
     for path in files:
@@ -181,5 +198,6 @@ def _digests(cache: TokenCache) -> NDArray[np.uint64]:
     return values
 
 
-def _doubled(digests: NDArray[np.uint64]) -> int:
-    return len(digests) - len(np.unique(digests))
+def _doubled(digests: NDArray[np.uint64], earlier: NDArray[np.uint64]) -> int:
+    """How many have an equal one before them or among the `earlier`."""
+    return len(digests) - int(np.count_nonzero(~np.isin(np.unique(digests), earlier)))

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sft.data.cache import TokenCache
+from sft.data.cache import Examples
 from sft.data.packing import EMPTY_ROW, Rows, assign_rows, pack_step, row_cost
 from sft.data.sampler import EMPTY_SLOT, StepPlan, complete, rank_slice
 
@@ -105,7 +105,7 @@ class StepBatch:
         return replace(self, micro_batches=tuple(batch.pin_memory() for batch in self.micro_batches))
 
 
-def collate(cache: TokenCache, plan: StepPlan, step: int, share: RankShare) -> StepBatch:
+def collate(cache: Examples, plan: StepPlan, step: int, share: RankShare) -> StepBatch:
     """The batch of `step` for one data parallel rank."""
     slots = plan.examples_at(step)
     examples = slots[slots != EMPTY_SLOT]
@@ -153,7 +153,7 @@ def _packed_rows(plan: StepPlan, step: int, lengths: NDArray[np.int64], share: R
     return [[nothing if row == EMPTY_ROW else packed[row]] for row in table[share.dp_rank].tolist()]
 
 
-def _micro_batch(cache: TokenCache, rows: Sequence[Row], padded: int, packed: bool) -> MicroBatch:
+def _micro_batch(cache: Examples, rows: Sequence[Row], padded: int, packed: bool) -> MicroBatch:
     """Rows of `padded` length. An example of n tokens gives n - 1 inputs: its last token is only ever a target."""
     shape = (len(rows), padded)
     tokens = np.zeros(shape, dtype=np.int64)

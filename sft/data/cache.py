@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,31 @@ _PART_ARRAYS = ("ids", "weights", "lengths", "target_weights", "supervised")
 
 TokenPair = tuple[NDArray[np.int32], NDArray[np.float32]]
 """Ids of one example, and the weight of each as a target."""
+
+
+class Examples(Protocol):
+    """Tokenized examples by number, and what plans and batches need of each."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example."""
+        ...
+
+    @property
+    def target_weights(self) -> NDArray[np.float64]:
+        """Sum of each example's target weights."""
+        ...
+
+    @property
+    def supervised(self) -> NDArray[np.int64]:
+        """Number of each example's targets with a weight other than 0."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, example: int) -> TokenPair:
+        """Ids and weights of one example."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,8 +7,6 @@ step.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,16 +17,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from launcher.spec import RunSpec
 from launcher.topology import Topology
 from sft.data.batch import RankShare, StepBatch, collate
-from sft.data.cache import TokenCache
+from sft.data.cache import Examples
+from sft.data.mixture import Mixture
 from sft.data.prepare import PreparedData
-from sft.data.sampler import BatchPlan, StepPlan, TokenBatchPlan
+from sft.data.sampler import EMPTY_SLOT, BatchPlan, StepPlan, TokenBatchPlan
+from sft.data.sources import Sources
 from sft.megatron.mcore import parallel_state
 
 
 class StepBatches(Dataset[StepBatch]):
     """The batches of one data parallel rank, by step."""
 
-    def __init__(self, cache: TokenCache, plan: StepPlan, spec: RunSpec, topology: Topology, steps: int) -> None:
+    def __init__(self, cache: Examples, plan: StepPlan, spec: RunSpec, topology: Topology, steps: int) -> None:
         self._cache = cache
         self._plan = plan
         self._spec = spec
@@ -83,17 +83,28 @@ class SFTDataModule(pl.LightningDataModule):
     def max_steps(self) -> int:
         """Optimizer steps of the whole run."""
         train = self._spec.train
-        return train.max_steps if train.max_steps is not None else (train.epochs or 1) * self.plan.steps_per_epoch
+        return train.max_steps if train.max_steps is not None else self.plan.steps_in(train.epochs or 1)
 
     @property
-    def data_key(self) -> str:
+    def data_key(self) -> dict[str, object]:
         """Identity of the sequence of global batches: the data, their order, how they are cut and laid into rows.
 
-        Together with the step it is the whole state of the data.
+        By the keys of the config, so that what differs can be named. Together with the step it is the whole state of
+        the data.
         """
-        row_length = self._spec.data.seq_length if self._spec.data.packing else None
-        identity = [self._data.train.key, row_length, *self.plan.identity]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        data, train = self._spec.data, self._data.train
+        rows = {"data.packing": data.packing, **({"data.seq_length": data.seq_length} if data.packing else {})}
+        if not isinstance(train, Sources):
+            return {"data.train": f"sha256:{train.key}", **rows, **self.plan.identity}
+        pairs = zip(train.shares, train.caches, strict=True)
+        contents = {f"data.sources.{share.name}": f"sha256:{cache.key}" for share, cache in pairs}
+        return {**contents, **rows, **self.plan.identity}
+
+    def example_ids(self, step: int) -> list[int | str]:
+        """The examples of `step` (from 0) as records name them: numbers in data.train, or source and number there."""
+        slots, train = self.plan.examples_at(step), self._data.train
+        examples = [int(example) for example in slots[slots != EMPTY_SLOT]]
+        return [train.id_of(example) for example in examples] if isinstance(train, Sources) else list(examples)
 
     def train_dataloader(self) -> StepLoader:
         batches = StepBatches(self._data.train, self.plan, self._spec, self._topology, self.max_steps)
@@ -114,9 +125,10 @@ class SFTDataModule(pl.LightningDataModule):
         return StepBatches(cache, plan, self._spec, self._topology, plan.steps_per_epoch)
 
 
-def step_plan(spec: RunSpec, cache: TokenCache, *, shuffle: bool) -> StepPlan:
+def step_plan(spec: RunSpec, cache: Examples, *, shuffle: bool) -> StepPlan:
     """Which examples of `cache` each step holds."""
     train = spec.train
+    mixture = Mixture(shares=cache.shares, seed=train.seed, shuffle=shuffle) if isinstance(cache, Sources) else None
     if train.global_batch_unit == "tokens":
         return TokenBatchPlan(
             lengths=cache.lengths - 1,
@@ -124,12 +136,14 @@ def step_plan(spec: RunSpec, cache: TokenCache, *, shuffle: bool) -> StepPlan:
             rows_per_step=train.global_batch_size // spec.data.seq_length,
             seed=train.seed,
             shuffle=shuffle,
+            mixture=mixture,
         )
     return BatchPlan(
         num_examples=len(cache),
         global_batch_size=train.global_batch_size,
         seed=train.seed,
         shuffle=shuffle,
+        mixture=mixture,
         group_lengths=cache.lengths if spec.data.group_by_length and shuffle else None,
     )
 

@@ -63,13 +63,13 @@ class Example:
     """Loss weight of each of `ids`."""
 
 
-def check_columns(spec: DataSpec) -> None:
-    """Refuse names in data.columns that no format has."""
-    known = {name for columns in COLUMNS.values() for name in columns}
+def check_columns(columns: Mapping[str, str], key: str) -> None:
+    """Refuse names in data.columns that no format has; `key` names them in errors."""
+    known = {name for needed in COLUMNS.values() for name in needed}
     known |= {*MESSAGE_COLUMNS, *TURN_COLUMNS, *_OPTIONAL_COLUMNS}
     problems = [
-        f"data.columns: unknown name {name!r}{did_you_mean(name, known)}; known: {', '.join(sorted(known))}"
-        for name in spec.columns
+        f"{key}: unknown name {name!r}{did_you_mean(name, known)}; known: {', '.join(sorted(known))}"
+        for name in columns
         if name not in known
     ]
     if problems:

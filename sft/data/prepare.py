@@ -27,7 +27,8 @@ from sft.data.cache import FORMAT_VERSION, MANIFEST, TokenCache, assemble, publi
 from sft.data.cache_build import Job, write_parts
 from sft.data.files import digest, expand, file_identity, sha256_of
 from sft.data.formats import check_columns, detect_format
-from sft.data.report import check_counts, check_lost, report
+from sft.data.report import check_counts, check_lost, epoch_report, report
+from sft.data.sources import DataSet, Sources, held_out_sets, joined, training_sets
 from sft.data.tokenizer import tokenizer_files
 
 CODE_VERSION = 3
@@ -43,15 +44,21 @@ _POLICIES = ("columns", "chat_template_kwargs", "loss_on", "on_mismatch", "seq_l
 class PreparedData:
     """Tokenized training data and, where there is some, validation data."""
 
-    train: TokenCache
+    train: TokenCache | Sources
+    """Of several sources where the config names them."""
     validation: TokenCache | None
+
+    @property
+    def training_caches(self) -> tuple[TokenCache, ...]:
+        """The cache of each source."""
+        return self.train.caches if isinstance(self.train, Sources) else (self.train,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
     """One data set: its files, and where its cache belongs."""
 
-    name: str
+    of: DataSet
     files: tuple[Path, ...]
     row_format: str
     key: str
@@ -61,9 +68,10 @@ class _Source:
 def prepare_data(spec: RunSpec, tokenizer_dir: Path) -> PreparedData:
     """Build what is missing and print what the run will train on."""
     prepared = open_or_build(spec, tokenizer_dir, build=True)
-    print(report("train", prepared.train))
-    if prepared.validation is not None:
-        print(report("validation", prepared.validation))
+    for _, name, cache in _named_caches(prepared):
+        print(report(name, cache))
+    if isinstance(prepared.train, Sources):
+        print(epoch_report(prepared.train))
     return prepared
 
 
@@ -71,41 +79,52 @@ def open_or_build(
     spec: RunSpec, tokenizer_dir: Path, *, build: bool, wait_seconds: float = WAIT_SECONDS
 ) -> PreparedData:
     """The run's data. With `build` what is missing is made; without, it is waited for. Makes no collective calls."""
-    check_columns(spec.data)
-    if not spec.data.train:
-        raise DataError("data.train: no files")
+    check_columns(spec.data.columns, "data.columns")
+    for name, given in spec.data.sources.items():
+        check_columns(given.columns, f"data.sources.{name}.columns")
+    training = training_sets(spec.data)
     caches = []
-    for name in ("train", "validation"):
-        if not getattr(spec.data, name):
-            continue
-        source = _source(spec, name, tokenizer_dir, write_notes=build)
+    for data_set in (*training, *held_out_sets(spec.data)):
+        source = _source(spec, data_set, tokenizer_dir, write_notes=build)
         if build:
             caches.append(_open_or_make(spec, source, tokenizer_dir))
         else:
             caches.append(_wait_for(source, wait_seconds))
-        check_lost(caches[-1].counts, f"data.{name}", spec.data)
-    return PreparedData(caches[0], caches[1] if len(caches) > 1 else None)
+        check_lost(caches[-1].counts, data_set.key, spec.data)
+    train, held_out = caches[: len(training)], caches[len(training) :]
+    return PreparedData(joined(training, train, spec.data), held_out[0] if held_out else None)
 
 
 def check_vocabulary(prepared: PreparedData, vocab_size: int) -> None:
     """Refuse token ids that the model has no embedding for: a GPU would only say `device-side assert`."""
-    for name, cache in (("train", prepared.train), ("validation", prepared.validation)):
-        if cache is not None and cache.counts.largest_id >= vocab_size:
+    for key, _, cache in _named_caches(prepared):
+        if cache.counts.largest_id >= vocab_size:
             raise DataError(
-                f"data.{name}: token id {cache.counts.largest_id} is not in the model's vocabulary of {vocab_size} "
+                f"{key}: token id {cache.counts.largest_id} is not in the model's vocabulary of {vocab_size} "
                 "(vocab_size in its config.json); model.tokenizer, or who made the ids, belongs to another model"
             )
 
 
-def _source(spec: RunSpec, name: str, tokenizer_dir: Path, *, write_notes: bool) -> _Source:
-    files = tuple(expand(getattr(spec.data, name), f"data.{name}"))
-    row_format = detect_format(files, spec.data, f"data.{name}")
+def _named_caches(prepared: PreparedData) -> list[tuple[str, str, TokenCache]]:
+    """Key, name and cache of each data set."""
+    train = prepared.train
+    if isinstance(train, Sources):
+        pairs = zip(train.shares, train.caches, strict=True)
+        found = [(f"data.sources.{share.name}", share.name, cache) for share, cache in pairs]
+    else:
+        found = [("data.train", "train", train)]
+    validation = prepared.validation
+    return found if validation is None else [*found, ("data.validation", "validation", validation)]
+
+
+def _source(spec: RunSpec, data_set: DataSet, tokenizer_dir: Path, *, write_notes: bool) -> _Source:
+    files = tuple(expand(data_set.data.train, data_set.key))
+    row_format = detect_format(files, data_set.data, data_set.key)
     notes = spec.cache_dir / "digests"
     content = [digest(path, notes, write=write_notes) for path in files]
-    key = cache_key(spec.data, row_format, content, tokenizer_dir)
-    return _Source(
-        name=name, files=files, row_format=row_format, key=key, directory=spec.cache_dir / "tokens" / key[:40]
-    )
+    key = cache_key(data_set.data, row_format, content, tokenizer_dir)
+    directory = spec.cache_dir / "tokens" / key[:40]
+    return _Source(of=data_set, files=files, row_format=row_format, key=key, directory=directory)
 
 
 def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir: Path) -> str:
@@ -150,16 +169,16 @@ def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path) -> TokenC
 
 def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> None:
     before = [file_identity(path) for path in source.files]
-    job = Job(tokenizer_dir=tokenizer_dir, data=spec.data, row_format=source.row_format)
-    title = f"tokenizing {source.name}"
+    job = Job(tokenizer_dir=tokenizer_dir, data=source.of.data, row_format=source.row_format)
+    title = f"tokenizing {source.of.name}"
     parts = write_parts(job, source.files, aside, show_progress=spec.logging.progress_bar, title=title)
     changed = [
         str(path) for path, identity in zip(source.files, before, strict=True) if file_identity(path) != identity
     ]
     if changed:
-        raise DataError(f"data.{source.name}: {', '.join(changed)} changed while being read; start again")
+        raise DataError(f"{source.of.key}: {', '.join(changed)} changed while being read; start again")
     counts = assemble(aside, source.key, parts, files=[str(path) for path in source.files], format=source.row_format)
-    check_counts(counts, f"data.{source.name}", source.files)
+    check_counts(counts, source.of.key, source.files)
 
 
 def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:
@@ -168,7 +187,7 @@ def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:
     while not _has_appeared(source.directory):
         if time.monotonic() >= deadline:
             raise DataError(
-                f"data.{source.name}: {source.directory} did not appear in {wait_seconds:.0f} s; "
+                f"{source.of.key}: {source.directory} did not appear in {wait_seconds:.0f} s; "
                 "is data.cache_dir on a file system that all nodes share?"
             )
         if not told:

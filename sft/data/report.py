@@ -11,6 +11,7 @@ from pathlib import Path
 from launcher.errors import DataError
 from launcher.spec import DataSpec
 from sft.data.cache import Counts, TokenCache
+from sft.data.sources import Sources
 
 
 def report(name: str, cache: TokenCache) -> str:
@@ -47,6 +48,30 @@ def report(name: str, cache: TokenCache) -> str:
     if c.escaped:
         lines.append(f"  escaped: special tokens spelled in {c.escaped:,} rows are trained as plain text")
     return "\n".join(lines)
+
+
+def epoch_report(sources: Sources) -> str:
+    """What an epoch takes of each source, for people."""
+    total = sum(share.taken for share in sources.shares)
+    lines = [f"an epoch takes {total:,} examples of {len(sources.shares)} sources:"]
+    lines += [f"  {share.name}: {text}" for share, text in zip(sources.shares, epoch_shares(sources), strict=True)]
+    return "\n".join(lines)
+
+
+def epoch_shares(sources: Sources) -> list[str]:
+    """What an epoch takes of each source; of trained tokens the mean over epochs, which may take other examples."""
+    total = sum(share.taken for share in sources.shares)
+    counts = [cache.counts for cache in sources.caches]
+    trained = [share.taken * c.supervised_tokens / c.examples for share, c in zip(sources.shares, counts, strict=True)]
+    found = []
+    for share, mine in zip(sources.shares, trained, strict=True):
+        copies = f"{share.copies} x {share.examples:,}"
+        how = f"{copies} + {share.rest:,}" if share.rest and share.copies else "" if share.rest else copies
+        found.append(
+            f"{share.taken:,} examples, weight {share.weight:g} of {share.examples:,}{f' ({how})' if how else ''}; "
+            f"{share.taken / total:.1%} of the examples, {mine / sum(trained):.1%} of the trained tokens"
+        )
+    return found
 
 
 def lost_percent(counts: Counts) -> float:

@@ -70,9 +70,10 @@ def _facts(audit: Audit) -> str:
         ("rows truncated", f"{counts.truncated:,}"),
         ("tokens to be trained that are lost", f"{counts.supervised_lost:,} ({lost_percent(counts):.1f} %)"),
         ("examples that are there before, token for token", f"{audit.duplicates:,}"),
-        ("held-out examples that are in data.train", f"{audit.held_out_in_train:,}"),
+        ("held-out examples that are trained on", f"{audit.held_out_in_train:,}"),
         ("packed rows would be full to", f"{audit.packing:.1%}"),
     ]
+    rows += [("an epoch takes", audit.epoch)] if audit.epoch else []
     bad = {0: counts.terminators < counts.answers, 5: audit.held_out_in_train > 0}
     cells = [
         f"<tr><td>{name}</td><td{' class=bad' if bad.get(index) else ''}>{_text(value)}</td></tr>"

@@ -20,6 +20,7 @@ from typing import Optional, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.data.mixture import Mixture, permutation
 from sft.data.packing import Rows, best_fit_decreasing
 
 EMPTY_SLOT = -1
@@ -34,12 +35,16 @@ class StepPlan(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every example is seen once; the last one may be short of examples."""
+        """Steps of the first epoch, and of every other that takes the same examples; the last one may be short."""
         ...
 
     @property
-    def identity(self) -> list[object]:
-        """What, beside the data themselves, decides the sequence of global batches."""
+    def identity(self) -> dict[str, object]:
+        """What, beside the data themselves, decides the sequence of global batches, by the key of the config."""
+        ...
+
+    def steps_in(self, epochs: int) -> int:
+        """Steps of the first `epochs` epochs."""
         ...
 
     def examples_at(self, step: int) -> NDArray[np.int64]:
@@ -60,9 +65,12 @@ class BatchPlan:
     """The order of examples for `seed`, cut into global batches of equally many."""
 
     num_examples: int
+    """Examples that there are."""
     global_batch_size: int
     seed: int
     shuffle: bool
+    mixture: Optional[Mixture] = None
+    """What an epoch takes of them; None takes each once."""
     group_lengths: Optional[NDArray[np.int64]] = None
     """Length of each example where batches are to be of similar lengths; None leaves the order alone."""
 
@@ -71,12 +79,27 @@ class BatchPlan:
             raise ValueError(f"no batches of {self.global_batch_size} from {self.num_examples} examples")
 
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.num_examples // self.global_batch_size)
+    def epoch_size(self) -> int:
+        """Places of an epoch."""
+        return self.num_examples if self.mixture is None else self.mixture.size
 
     @property
-    def identity(self) -> list[object]:
-        return ["examples", self.global_batch_size, self.seed, self.shuffle, self.group_lengths is not None]
+    def steps_per_epoch(self) -> int:
+        return -(-self.epoch_size // self.global_batch_size)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {
+            "train.global_batch_unit": "examples",
+            "train.global_batch_size": self.global_batch_size,
+            "train.seed": self.seed,
+            "data.shuffle": self.shuffle,
+            "data.group_by_length": self.group_lengths is not None,
+            **_mixed(self.mixture),
+        }
+
+    def steps_in(self, epochs: int) -> int:
+        return epochs * self.steps_per_epoch
 
     def epoch_of(self, step: int) -> int:
         """Epoch, from 0, that `step` belongs to."""
@@ -87,9 +110,10 @@ class BatchPlan:
             raise ValueError(f"step {step} is negative")
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * self.global_batch_size
-        last = min(first + self.global_batch_size, self.num_examples)
+        last = min(first + self.global_batch_size, self.epoch_size)
         slots = np.full(self.global_batch_size, EMPTY_SLOT, dtype=np.int64)
-        slots[: last - first] = self._order(epoch)[first:last] if self.shuffle else np.arange(first, last)
+        places = self._order(epoch)[first:last] if self.shuffle else np.arange(first, last)
+        slots[: last - first] = _examples(self.mixture, epoch, places)
         return slots
 
     def rows_at(self, step: int) -> Optional[Rows]:
@@ -97,11 +121,11 @@ class BatchPlan:
 
     def consumed_examples(self, steps: int) -> int:
         epochs, rest = divmod(steps, self.steps_per_epoch)
-        return epochs * self.num_examples + rest * self.global_batch_size
+        return epochs * self.epoch_size + rest * self.global_batch_size
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if self.group_lengths is None:
-            return _epoch_order(self.num_examples, self.seed, epoch)
+            return _epoch_order(self.epoch_size, self.seed, epoch)
         return _grouped_order(self, epoch)
 
 
@@ -109,8 +133,9 @@ class BatchPlan:
 class TokenBatchPlan:
     """Every epoch packed into rows of `row_length` tokens, and a step of `rows_per_step` of them.
 
-    The rows of an epoch are as many whatever the epoch; which of equally long examples share a row, and in which
-    order rows come, is drawn anew each time.
+    Which of equally long examples share a row, and in which order rows come, is drawn anew each time. The rows of an
+    epoch are as many whatever the epoch, unless a mixture takes other examples: then the epochs before a step have to
+    be packed as well to know where it is, 10 million examples in some seconds an epoch.
     """
 
     lengths: NDArray[np.int64]
@@ -119,18 +144,35 @@ class TokenBatchPlan:
     rows_per_step: int
     seed: int
     shuffle: bool
+    mixture: Optional[Mixture] = None
+    """What an epoch takes of the examples; None takes each once."""
 
     def __post_init__(self) -> None:
         if len(self.lengths) < 1 or self.rows_per_step < 1:
             raise ValueError(f"no steps of {self.rows_per_step} rows from {len(self.lengths)} examples")
 
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-_rows_per_epoch(self) // self.rows_per_step)
+    def epoch_size(self) -> int:
+        """Examples of an epoch."""
+        return len(self.lengths) if self.mixture is None else self.mixture.size
 
     @property
-    def identity(self) -> list[object]:
-        return ["tokens", self.row_length, self.rows_per_step, self.seed, self.shuffle]
+    def steps_per_epoch(self) -> int:
+        return self._steps_of(0)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {
+            "train.global_batch_unit": "tokens",
+            "train.global_batch_size": self.rows_per_step * self.row_length,
+            "data.seq_length": self.row_length,
+            "train.seed": self.seed,
+            "data.shuffle": self.shuffle,
+            **_mixed(self.mixture),
+        }
+
+    def steps_in(self, epochs: int) -> int:
+        return sum(map(self._steps_of, range(epochs))) if self._varies else epochs * self.steps_per_epoch
 
     def examples_at(self, step: int) -> NDArray[np.int64]:
         return self.rows_at(step).items
@@ -138,19 +180,39 @@ class TokenBatchPlan:
     def rows_at(self, step: int) -> Rows:
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        epoch, index = divmod(step, self.steps_per_epoch)
+        epoch, index = self._place(step)
         rows = self._rows(epoch)
         first = index * self.rows_per_step
         bounds = rows.offsets[first : min(first + self.rows_per_step, len(rows)) + 1]
         return Rows(rows.items[bounds[0] : bounds[-1]], bounds - bounds[0])
 
     def consumed_examples(self, steps: int) -> int:
-        epochs, rest = divmod(steps, self.steps_per_epoch)
-        seen = self._rows(epochs).offsets[rest * self.rows_per_step] if rest else 0
-        return epochs * len(self.lengths) + int(seen)
+        if steps == 0:
+            return 0
+        # Asked about the last step and not the next, which may be of an epoch that nobody has to pack yet.
+        epoch, index = self._place(steps - 1)
+        rows = self._rows(epoch)
+        return epoch * self.epoch_size + int(rows.offsets[min((index + 1) * self.rows_per_step, len(rows))])
+
+    @property
+    def _varies(self) -> bool:
+        return self.mixture is not None and self.mixture.varies
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """Epoch of a step, and its place there."""
+        if not self._varies:
+            return divmod(step, self.steps_per_epoch)
+        epoch = 0
+        while step >= self._steps_of(epoch):
+            step -= self._steps_of(epoch)
+            epoch += 1
+        return epoch, step
+
+    def _steps_of(self, epoch: int) -> int:
+        return -(-_rows_of_epoch(self, epoch if self._varies else 0) // self.rows_per_step)
 
     def _rows(self, epoch: int) -> Rows:
-        return _epoch_rows(self, epoch if self.shuffle else 0)
+        return _epoch_rows(self, epoch if self.shuffle or self._varies else 0)
 
 
 def complete(slots: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
@@ -173,6 +235,18 @@ def _epoch_order(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return order
 
 
+def _examples(mixture: Optional[Mixture], epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Example ids in these places of an epoch."""
+    return places if mixture is None else mixture.examples(epoch, places)
+
+
+def _mixed(mixture: Optional[Mixture]) -> dict[str, object]:
+    """What of a mixture decides the batches, beside the examples of its sources."""
+    shares = () if mixture is None else mixture.shares
+    weights: dict[str, object] = {f"data.sources.{share.name}.weight": share.weight for share in shares}
+    return {**weights, "order of data.sources": [share.name for share in shares]} if shares else {}
+
+
 @lru_cache(maxsize=2)
 def _grouped_order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
     """The epoch's permutation, sorted by length within windows, and the batches of all windows shuffled.
@@ -180,12 +254,12 @@ def _grouped_order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
     The short batch, if there is one, is the permutation's tail and stays last: every step but the last is full.
     """
     assert plan.group_lengths is not None
-    order = _permutation(plan.num_examples, plan.seed, epoch)
+    order = _permutation(plan.epoch_size, plan.seed, epoch)
     size = plan.global_batch_size
-    full = plan.num_examples // size
+    full = plan.epoch_size // size
     head = order[: full * size]
     window = np.arange(len(head)) // (size * _WINDOW_BATCHES)
-    head = head[np.lexsort((plan.group_lengths[head], window))]
+    head = head[np.lexsort((plan.group_lengths[_examples(plan.mixture, epoch, head)], window))]
     batches = head.reshape(full, size)[_permutation(full, plan.seed, epoch, stream=1)]
     grouped = np.concatenate([batches.ravel(), order[full * size :]])
     grouped.setflags(write=False)
@@ -194,22 +268,29 @@ def _grouped_order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=4)
 def _epoch_rows(plan: TokenBatchPlan, epoch: int) -> Rows:
+    examples = _epoch_examples(plan, epoch)
+    lengths = plan.lengths[examples]
     if plan.shuffle:
-        order = _permutation(len(plan.lengths), plan.seed, epoch)
-        rows = best_fit_decreasing(plan.lengths, plan.row_length, order)
-        return _reordered(rows, _permutation(len(rows), plan.seed, epoch, stream=1))
-    # Rows are made by length; the order of the files is kept as far as they allow, by each row's first example.
-    rows = best_fit_decreasing(plan.lengths, plan.row_length)
-    return _reordered(rows, np.argsort(_first_examples(rows), kind="stable"))
+        rows = best_fit_decreasing(lengths, plan.row_length, _permutation(len(lengths), plan.seed, epoch))
+        order = _permutation(len(rows), plan.seed, epoch, stream=1)
+    else:
+        # Rows are made by length; the order of the files is kept as far as they allow, by each row's first place.
+        rows = best_fit_decreasing(lengths, plan.row_length)
+        order = np.argsort(np.minimum.reduceat(rows.items, rows.offsets[:-1]), kind="stable")
+    ordered = _reordered(rows, order)
+    return Rows(examples[ordered.items], ordered.offsets)
 
 
-@lru_cache(maxsize=16)
-def _rows_per_epoch(plan: TokenBatchPlan) -> int:
-    return len(_epoch_rows(plan, 0))
+@lru_cache(maxsize=4096)
+def _rows_of_epoch(plan: TokenBatchPlan, epoch: int) -> int:
+    """How many rows; their number depends on the lengths alone."""
+    if epoch == 0:
+        return len(_epoch_rows(plan, 0))  # they are wanted in any case
+    return len(best_fit_decreasing(plan.lengths[_epoch_examples(plan, epoch)], plan.row_length))
 
 
-def _first_examples(rows: Rows) -> NDArray[np.int64]:
-    return np.minimum.reduceat(rows.items, rows.offsets[:-1])
+def _epoch_examples(plan: TokenBatchPlan, epoch: int) -> NDArray[np.int64]:
+    return _examples(plan.mixture, epoch, np.arange(plan.epoch_size, dtype=np.int64))
 
 
 def _reordered(rows: Rows, order: NDArray[np.int64]) -> Rows:
@@ -221,11 +302,4 @@ def _reordered(rows: Rows, order: NDArray[np.int64]) -> Rows:
 
 
 def _permutation(count: int, seed: int, epoch: int, stream: int = 0) -> NDArray[np.int64]:
-    """A permutation that depends on nothing but its arguments.
-
-    numpy keeps the raw stream of a bit generator the same in all versions, which it does not promise for
-    Generator.permutation; a run that is resumed after an upgrade must go on in the same order.
-    """
-    entropy = [seed % 2**64, epoch, *([stream] if stream else [])]
-    raw = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count)
-    return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
+    return permutation(count, [seed % 2**64, epoch, *([stream] if stream else [])])

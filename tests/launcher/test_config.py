@@ -112,8 +112,82 @@ def test_every_problem_at_once(workdir: Path) -> None:
         "cfg.yaml:1: train.max_steps: 'ten' is not an integer",
         "cfg.yaml: name: missing; give the run a name",
         "cfg.yaml: model.path: missing; a Hugging Face model directory, a .gguf file or package:NAME/FILE",
-        "cfg.yaml: data.train: missing; one or more data files",
+        "cfg.yaml: data.train: missing; one or more data files, or several sources with weights in data.sources",
     )
+
+
+SOURCES = """\
+data:
+  seq_length: 128
+  sources:
+    chat: {files: "*.jsonl"}
+    math:
+      files: [a.jsonl, a.jsonl]
+      weight: 2.5
+      columns: {prompt: question}
+"""
+
+
+def with_sources(text: str = SOURCES) -> str:
+    """The folder's config with these lines in place of its data."""
+    return CFG.read_text().replace('data: {train: "*.jsonl", seq_length: 128}\n', text)
+
+
+def test_sources_of_training_data(workdir: Path) -> None:
+    CFG.write_text(with_sources())
+    loaded = load_config(CFG, ["data.sources.math.weight=0.5", "data.sources.math.columns.completion=answer"])
+    chat, math = loaded.spec.data.sources.values()
+    file = str(workdir / "a.jsonl")
+    assert (chat.files, chat.weight, math.files, math.weight) == ([file], 1.0, [file, file], 0.5)
+    assert math.columns == {"prompt": "question", "completion": "answer"}
+    assert loaded.sources["data.sources.math.weight"] == "override"
+    assert loaded.sources["data.sources.chat.weight"] == "default"
+    changed = {key.removeprefix("data.sources.") for key, *_ in loaded.changed() if key.startswith("data.sources.")}
+    assert changed == {"chat.files", "math.files", "math.weight", "math.columns"}
+    Path("config.yaml").write_text(to_yaml(loaded.spec))
+    assert load_config(Path("config.yaml"), resolved=True).spec == read_resolved(Path("config.yaml")) == loaded.spec
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{files: a.jsonl, weight: 0}", "5: data.sources.x.weight: 0 is not above 0; to train without this source"),
+        ("{files: a.jsonl, weight: -1}", "5: data.sources.x.weight: -1 is not above 0"),
+        ("{files: a.jsonl, weight: nan}", "5: data.sources.x.weight: nan is not above 0"),
+        ("{files: a.jsonl, weight: much}", "5: data.sources.x.weight: 'much' is not a number"),
+        ("{files: a.jsonl, wieght: 1}", "5: unknown key 'data.sources.x.wieght'; did you mean 'weight'?"),
+        ("{files: b.jsonl}", "5: data.sources.x.files: no file matches /"),
+        ("{weight: 1}", "5: data.sources.x.files: missing; one or more data files"),
+        ("{files: [], weight: 1}", "5: data.sources.x.files: missing; one or more data files"),
+        ("{files: a.jsonl, loss_on: some}", "5: data.sources.x.loss_on: 'some' is not one of assistant, "),
+        ("{}", "5: data.sources.x is empty; it needs files"),
+        ("", "5: data.sources.x is empty; it needs files"),
+        ("a.jsonl", "5: data.sources.x must be a mapping (key: value lines), not 'a.jsonl'"),
+        ("{files: a.jsonl}\n    x: {files: b}", "6: key 'data.sources.x' is given twice; the first is on line 5"),
+        ("{files: a.jsonl}\n    a.b: {files: a.jsonl}", "6: data.sources: 'a.b' is not a name: letters, digits, "),
+        ("{files: a.jsonl}\n  train: a.jsonl", "6: data.train: excludes data.sources; give these files a name and"),
+    ],
+)  # fmt: skip
+def test_bad_source(source: str, message: str, workdir: Path) -> None:
+    CFG.write_text(with_sources(f"data:\n  sources:\n    x: {source}\n"))
+    (problem,) = (problem for problem in problems() if not problem.startswith("cfg.yaml: data.train: missing"))
+    assert problem.startswith(f"cfg.yaml:{message}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources=a.jsonl", "'data.sources' is a section; set one of data.sources.NAME.files, data.sources.NAME."),
+        ("data.sources.math=a.jsonl", "'data.sources.math' is a section; set one of data.sources.math.files, "),
+        ("data.sources.math.wieght=2", "unknown key 'data.sources.math.wieght'; did you mean 'data.sources.math.w"),
+        ("data.sources.a b.weight=2", "unknown key 'data.sources.a b.weight'"),
+        ("data.sources.new.weight=2", "data.sources.new.files: missing; one or more data files"),
+    ],
+)  # fmt: skip
+def test_bad_override_of_a_source(override: str, message: str, workdir: Path) -> None:
+    CFG.write_text(with_sources())
+    (problem,) = problems(override)
+    assert problem.startswith(f"override '{override}': {message}")
 
 
 def test_steps_or_epochs(workdir: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import ConfigError
-from launcher.spec import DataSpec, LoggingSpec, OptimizerSpec, RunSpec, TrainSpec, read_resolved, to_yaml
+from launcher.spec import DataSpec, LoggingSpec, OptimizerSpec, RunSpec, SourceSpec, TrainSpec, read_resolved, to_yaml
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -21,7 +21,7 @@ from launcher.spec import DataSpec, LoggingSpec, OptimizerSpec, RunSpec, TrainSp
 def test_round_trip(tmp_path: Path, text: str, number: float) -> None:
     spec = RunSpec(
         name=text,
-        data=DataSpec(columns={text: text}),
+        data=DataSpec(columns={text: text}, sources={text: SourceSpec(files=[text], weight=number)}),
         train=TrainSpec(optimizer=OptimizerSpec(lr=number)),
         logging=LoggingSpec(prompts=[text]),
     )
@@ -34,6 +34,9 @@ def test_edited_into_something_else(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(RunSpec()).replace("max_steps", "max_step"))
     with pytest.raises(ConfigError, match=r"config\.yaml: train\.these are not the keys of a resolved config"):
+        read_resolved(path)
+    path.write_text(to_yaml(RunSpec()).replace("sources: {}", "sources: []"))
+    with pytest.raises(ConfigError, match=r"data\.sources\.these are not the keys of a resolved config"):
         read_resolved(path)
     path.write_text("")
     with pytest.raises(ConfigError, match=r"config\.yaml: these are not the keys of a resolved config"):

@@ -19,6 +19,7 @@ from sft.audit import audit, coloured, read_config
 from sft.data import audit as measures
 from sft.data.audit import Sample, Segment, audit_data, summary
 from sft.data.report_html import write_report
+from sft.data.sources import training_sets
 from tests.tiny_model import make_chat_rows, make_tiny_model, make_tokenizer, write_jsonl
 
 EVIL = '<script>alert(1)</script>\x1b[31m & "quotes"'
@@ -98,13 +99,13 @@ def test_the_sample_is_spread_over_the_files_and_always_the_same(
     monkeypatch.setattr(measures, "SAMPLED_ROWS", 10)
     rows = [{"text": f"{n:04}"} for n in range(1000)]
     data = spec_of(tmp_path, rows).data
-    picked = [int(str(example.text)) for example in measures._sampled(data, "train")]
+    picked = [int(str(example.text)) for example in measures._sampled(training_sets(data)[0])]
     assert 10 <= len(picked) <= 11
     assert np.diff(picked).min() > 50
     table = tmp_path / "a.csv"
     table.write_text("text\n" + "".join(f"{n:04}\n" for n in range(1000)))
     data = dataclasses.replace(data, train=[str(table)])
-    again = [measures._sampled(data, "train") for _ in range(2)]
+    again = [measures._sampled(training_sets(data)[0]) for _ in range(2)]
     assert again[0] == again[1]
     assert len(again[0]) == 10
     assert max(int(str(example.text)) for example in again[0]) > 500

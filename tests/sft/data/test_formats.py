@@ -241,5 +241,5 @@ def test_an_unknown_format_names_the_keys(tmp_path: Path) -> None:
 
 def test_an_unknown_column_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(DataError, match=r"data\.columns: unknown name 'promt'; did you mean 'prompt'\?"):
-        check_columns(DataSpec(columns={"promt": "question"}))
-    check_columns(DataSpec(columns={"prompt": "question", "completion": "answer"}))
+        check_columns({"promt": "question"}, "data.columns")
+    check_columns({"prompt": "question", "completion": "answer"}, "data.columns")
