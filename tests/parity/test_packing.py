@@ -274,7 +274,7 @@ def test_trap_16_other_packing_is_refused(
     unit, before = full
     paths = resumed(tmp_path, material, before, 1, **{**PACKED[unit], "packing": False})
     (message,) = run_training(paths, 1, function=refused)
-    assert "was written by a run over other data, order or batch size" in message
+    assert "was written by a run over other batches: data.packing was true, is false" in message
 
 
 @pytest.mark.parametrize("unit", PACKED)
