@@ -363,7 +363,7 @@ class CheckpointSpec:
     """Newest complete checkpoints to keep."""
     keep_best: int = 0
     """Checkpoints to keep beside the newest: those with the best best_metric. An evaluation that is among the best so
-    far saves one."""
+    far saves one. With early_stopping the best by its metric is kept also at 0."""
     best_metric: str = "eval_loss"
     """What keep_best compares: eval_loss, eval_loss/<set>, or metric/<name> of evaluation.metric."""
     best_mode: Literal["min", "max"] = "min"
@@ -372,6 +372,9 @@ class CheckpointSpec:
     """Train on while a checkpoint is written; takes host memory for a copy of what each rank saves."""
     resume_from: Optional[str] = None
     """A complete checkpoint directory of another run to start from (weights, optimizer, data position)."""
+    export_step: Literal["best", "newest"] = "best"
+    """Which checkpoint is exported. best: the one with the best best_metric, where keep_best is set; with
+    early_stopping and without keep_best the best by its metric, which is kept for that; without either the newest."""
     export: bool = True
     """Write a Hugging Face directory to export/ when training is done; of a LoRA run the PEFT adapter."""
     export_merged: bool = False
@@ -425,6 +428,14 @@ class RunSpec:
     def secret_names(self) -> tuple[str, ...]:
         """Variables whose values come from the submitting shell."""
         return tuple(dict.fromkeys([*self.cluster.env_from, *self.env_from]))
+
+    @property
+    def checkpoint_ranking(self) -> CheckpointSpec:
+        """Which checkpoints count as the best: keep_best, best_metric and best_mode as they are meant."""
+        early = self.train.early_stopping
+        if self.checkpoint.keep_best or early.patience is None:
+            return self.checkpoint
+        return dataclasses.replace(self.checkpoint, keep_best=1, best_metric=early.metric, best_mode=early.mode)
 
     @property
     def cache_dir(self) -> Path:

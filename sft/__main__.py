@@ -48,13 +48,15 @@ def _parser() -> argparse.ArgumentParser:
             "config",
         ),
         ("train", _train, "train; started once for each rank", "config"),
-        ("export", _export, "write the newest checkpoint as a Hugging Face directory", "run"),
+        ("export", _export, "write the best or newest checkpoint as a Hugging Face directory", "run"),
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("path", type=Path, metavar=argument.upper(), help=f"path of the {argument}")
         command.set_defaults(run=run)
         if name == "audit":
             command.add_argument("--output", type=Path, help="file of the report; default CONFIG.audit.html beside it")
+        if name == "export":
+            command.add_argument("--step", type=int, help="this checkpoint; default what checkpoint.export_step says")
     return parser
 
 
@@ -82,7 +84,7 @@ def _train(options: argparse.Namespace) -> ExitCode:
 def _export(options: argparse.Namespace) -> ExitCode:
     from sft.job import export
 
-    return export(options.path)
+    return export(options.path, options.step)
 
 
 def _quieten_libraries() -> None:

@@ -24,8 +24,7 @@ import torch
 from launcher.errors import CheckpointError, ConfigError
 from launcher.rundir import checkpoint_step, complete_checkpoints
 from launcher.topology import Topology
-from sft.checkpoint_files import changed_bytes, damage
-from sft.checkpoint_save import SHARDED, TRAINER
+from sft.checkpoint_files import SHARDED, TRAINER, changed_bytes, damage
 from sft.megatron import mends
 from sft.megatron.distributed import ControlGroup
 from sft.megatron.mcore import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
@@ -33,17 +32,6 @@ from sft.megatron.mcore import __version__ as megatron_version
 
 if TYPE_CHECKING:
     from sft.module import SFTGPT
-
-__all__ = [
-    "SHARDED",
-    "damage",
-    "load_checkpoint",
-    "load_newest",
-    "newest_usable",
-    "read_trainer_state",
-    "sharded_state",
-    "trainer_json",
-]
 
 FORMAT = 3
 """Version of the directory's layout; 2 has checksums, 3 says what the data were."""

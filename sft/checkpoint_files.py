@@ -19,6 +19,10 @@ import torch
 
 from launcher.rundir import COMPLETE, read_json, sync_directory
 
+SHARDED = "sharded"
+"""Megatron-core's part of a checkpoint directory."""
+TRAINER = "trainer.json"
+"""Lightning's counters, and what the checkpoint belongs to."""
 _SPACE_MARGIN = 1.02
 """File headers and metadata beside the tensors."""
 _BLOCK = 1 << 22

@@ -28,13 +28,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from launcher.errors import CheckpointError
 from launcher.rundir import sync_directory
 from sft import checkpoint_files
+from sft.checkpoint_files import SHARDED, TRAINER
 from sft.megatron import mends
 from sft.megatron.distributed import ControlGroup
 from sft.megatron.mcore import AsyncRequest, CheckpointingException, dist_checkpointing, filesystem_async
 
-SHARDED = "sharded"
-"""Megatron-core's part of a checkpoint directory."""
-TRAINER = "trainer.json"
 _FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
 
 

@@ -11,11 +11,11 @@ from launcher.spec import RunSpec, read_resolved
 from launcher.topology import build_topology
 from sft.data.prepare import check_vocabulary, prepare_data
 from sft.data.report import report
+from sft.export import export_run
 from sft.held_out import open_validation_sets
 from sft.hf.answer import record_answers
 from sft.hf.architecture import read_architecture
 from sft.hf.checks import check_model_settings
-from sft.hf.exporter import export_run
 from sft.hf.files import check_model_files
 from sft.hf.model_files import resolve_model_dir
 from sft.prompts import check_prompts
@@ -47,19 +47,20 @@ def prepare(config: Path) -> ExitCode:
     return ExitCode.OK
 
 
-def export(run: Path) -> ExitCode:
-    """Write RUN/export from the newest complete checkpoint, and print what training changed."""
+def export(run: Path, step: int | None = None) -> ExitCode:
+    """Write RUN/export from the best, newest or given checkpoint, and print what training changed."""
     paths = RunPaths(run.resolve())
     if not paths.config.is_file():
         raise RunStateError(f"{run}: no {paths.config.name}; it is not a run directory")
     spec = read_resolved(paths.config)
-    directory = export_run(paths.root)
-    print(f"exported to {directory}", flush=True)
+    choice = export_run(paths.root, step)
+    print(f"exported to {paths.export}", flush=True)
     if _answers_wanted(spec):
-        record_answers(paths, spec.logging.prompts, directory, "after")
-    for line in _held_out_change(paths):
+        record_answers(paths, spec.logging.prompts, paths.export, "after")
+    for line in _held_out_change(paths, choice.step):
         print(line, flush=True)
-    append_event(paths, "exported", attempt=RankEnv.from_environ().attempt, path=str(directory))
+    attempt = RankEnv.from_environ().attempt
+    append_event(paths, "exported", attempt=attempt, path=str(paths.export), step=choice.step, why=choice.why)
     return ExitCode.OK
 
 
@@ -67,7 +68,9 @@ def _answers_wanted(spec: RunSpec) -> bool:
     return bool(spec.logging.prompts) and spec.checkpoint.export and spec.model.init == "pretrained"
 
 
-def _held_out_change(paths: RunPaths) -> list[str]:
-    """The held-out loss before and after training, where there was an evaluation."""
-    losses = [record["eval_loss"] for record in read_lines(paths.metrics) if "eval_loss" in record]
-    return [f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after training"] if len(losses) > 1 else []
+def _held_out_change(paths: RunPaths, step: int) -> list[str]:
+    """The held-out loss before training and at the exported step (or the last before it that was evaluated)."""
+    records = [record for record in read_lines(paths.metrics) if "eval_loss" in record and record["step"] <= step]
+    if len(records) < 2:
+        return []
+    return [f"held-out loss: {records[0]['eval_loss']:.4f} before, {records[-1]['eval_loss']:.4f} after training"]

@@ -101,7 +101,7 @@ def train(config: Path) -> ExitCode:
     guard = GuardCallback(spec.train, log, data.example_ids)
     progress = ProgressCallback(log, data.plan.consumed_examples)
     # In this order at each step boundary: each builds on what those before it found.
-    callbacks = [progress, guard, evaluation, CheckpointCallback(spec.checkpoint, stop, evaluation, guard, log)]
+    callbacks = [progress, guard, evaluation, CheckpointCallback(spec.checkpoint_ranking, stop, evaluation, guard, log)]
     steps, key = data.max_steps, data.data_key
     trainer = megatron_trainer(spec, topology, env, max_steps=steps, data_key=key, callbacks=callbacks)
     module = SFTGPT(spec, architecture, topology, model_dir, steps)

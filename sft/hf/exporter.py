@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from launcher.errors import CheckpointError, RunStateError
-from launcher.rundir import RunPaths, read_json, sync_directory, write_json
-from launcher.spec import read_resolved
+from launcher.errors import CheckpointError
+from launcher.rundir import read_json, sync_directory, write_json
 from sft.hf.architecture import Architecture, read_architecture
 from sft.hf.files import INDEX, SINGLE, check_model_files, read_header, sync_files, weight_map, write_weights
 from sft.hf.layouts import Layout, checkpoint_key, hf_shapes, layout_of, parameter_names, split_parameter
-from sft.hf.model_files import resolve_model_dir
 from sft.hf.sharded_reader import ShardedReader
 
 MAX_FILE_BYTES = 4 * 10**9
@@ -46,41 +44,6 @@ _TOKENIZER_FILES = (
 """Of a tokenizer's directory, what is the tokenizer: not weights, not notes, not code."""
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-
-
-def export_run(run_root: Path) -> Path:
-    """The newest complete checkpoint of a run -> RUN/export; returns that directory."""
-    # Here and not above: these bring Megatron-core in, which export itself does without. It has to come first, since
-    # its corrections (sft.megatron.mends, which checkpoint imports) can only be applied to a loaded one.
-    import sft.megatron.mcore  # noqa: F401
-    from sft.checkpoint import SHARDED, newest_usable
-    from sft.hf.adapter_export import export_adapter  # builds on this module
-
-    paths = RunPaths(run_root)
-    if not paths.config.is_file():
-        raise RunStateError(f"{run_root}: no {paths.config.name}; it is not a run directory")
-    spec = read_resolved(paths.config)
-    checkpoint = newest_usable(paths.complete_checkpoints())
-    if checkpoint is None:
-        raise RunStateError(f"{run_root}: no complete checkpoint to export; let the run reach its first one")
-    model_dir = resolve_model_dir(spec, convert=False)
-    tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else None
-    template = None if spec.data.chat_template in ("tokenizer", "none") else Path(spec.data.chat_template)
-    if spec.model.lora.rank is not None:
-        export_adapter(
-            checkpoint / SHARDED,
-            model_dir,
-            paths.export,
-            spec.model.lora,
-            merged=spec.checkpoint.export_merged,
-            tokenizer_dir=tokenizer_dir,
-            chat_template=template,
-        )
-    else:
-        export_checkpoint(
-            checkpoint / SHARDED, model_dir, paths.export, tokenizer_dir=tokenizer_dir, chat_template=template
-        )
-    return paths.export
 
 
 def export_checkpoint(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import sft.module
@@ -14,6 +16,7 @@ from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, checkpoint_step, read_lines
 from launcher.spec import EarlyStoppingSpec, read_resolved
 from sft.data.prepare import open_or_build
+from sft.job import export
 from sft.trainer import train
 from tests.parity.reference import target_losses
 from tests.parity.runs import curve, make_run, run_training
@@ -114,11 +117,39 @@ def test_early_stopping_ends_the_run_for_good(tmp_path: Path, material: Material
     paths = make_run(tmp_path, *material[:2], ranks=2, max_steps=20, **settings)
     run_training(paths, 2)
     assert len(curve(paths)[0]) == 4
-    assert paths.complete_checkpoints() == [paths.checkpoint(4)]
+    assert [checkpoint_step(path) for path in paths.complete_checkpoints()] == [2, 4]  # the best and the newest
     assert [event["best_step"] for event in events(paths, "stopped_early")] == [0]
     assert [event["step"] for event in events(paths, "training_finished")] == [4]
     run_training(paths, 2)  # started again, it has nothing to do
     assert len(curve(paths)[0]) == 4
+
+
+def test_the_checkpoint_that_early_stopping_found_best_is_kept_and_exported(tmp_path: Path, material: Material) -> None:
+    """At this learning rate the held-out loss grows again. Seen to fail: the newest one was exported."""
+    settings = {"eval_every": 1, "early_stopping": EarlyStoppingSpec(patience=3), "held_out": material[2]}
+    paths = make_run(tmp_path, *material[:2], ranks=1, max_steps=20, lr=0.1, keep_last=1, **settings)
+    run_training(paths, 1)
+    losses = {record["step"]: record["eval_loss"] for record in evaluations(paths) if record["step"] > 0}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < max(losses) < 20
+    assert export(paths.root) == ExitCode.OK
+    assert [event["step"] for event in events(paths, "exported")] == [best]
+    assert torch.equal(first_weight(paths.export), first_weight(asked(paths, best)))
+    assert not torch.equal(first_weight(paths.export), first_weight(asked(paths, max(losses))))
+
+
+def asked(paths: RunPaths, step: int) -> Path:
+    """The export of a step, set aside."""
+    copy = RunPaths(paths.root.with_name(f"asked-{step}"))
+    copy.root.mkdir()
+    copy.checkpoints.symlink_to(paths.checkpoints)
+    shutil.copy(paths.config, copy.config)
+    assert export(copy.root, step) == ExitCode.OK
+    return copy.export
+
+
+def first_weight(directory: Path) -> torch.Tensor:
+    return load_file(directory / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
 
 
 def test_early_stopping_counts_on_after_a_resume(tmp_path: Path, material: Material) -> None:
