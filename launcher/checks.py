@@ -87,6 +87,8 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
         ("train.optimizer.warmup_steps", optimizer.warmup_steps): 0,
         ("train.optimizer.weight_decay", optimizer.weight_decay): 0,
         ("train.optimizer.min_lr", optimizer.min_lr): 0,
+        ("train.optimizer.initial_lr", optimizer.initial_lr): 0,
+        ("train.optimizer.decay_steps", optimizer.decay_steps): optimizer.warmup_steps + 1,
         ("train.optimizer.clip_grad", optimizer.clip_grad): 0,
     }
     for (key, value), smallest in least.items():
@@ -105,8 +107,9 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
     for key, value in fractions.items():
         if not 0 <= value < 1:
             yield key, f"{value} is not in [0, 1)"
-    if optimizer.min_lr > optimizer.lr:
-        yield "train.optimizer.min_lr", f"{optimizer.min_lr} is above train.optimizer.lr {optimizer.lr}"
+    for name, rate in (("min_lr", optimizer.min_lr), ("initial_lr", optimizer.initial_lr)):
+        if rate > optimizer.lr:
+            yield f"train.optimizer.{name}", f"{rate} is above train.optimizer.lr {optimizer.lr}"
 
 
 def _not_yet(spec: RunSpec) -> Iterator[Problem]:

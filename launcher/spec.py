@@ -255,7 +255,11 @@ class OptimizerSpec:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from initial_lr."""
+    initial_lr: float = 0.0
+    """Learning rate of the first step of a warm-up."""
+    decay_steps: Optional[int] = None
+    """The step, warm-up included, from which on the learning rate is min_lr; default the last one."""
     weight_decay: float = 0.0
     """Decoupled weight decay; never on norms and biases."""
     beta1: float = 0.9

@@ -1,7 +1,7 @@
 """AdamW by Megatron-core (master weights, sharding, clipping) with the face that Lightning expects.
 
-The schedule is Megatron-core's too: linear warm-up from 0, then cosine, linear or no decay to `min_lr` at the last
-step. Step k (from 0) runs at the schedule's value for k.
+The schedule is Megatron-core's too: linear warm-up, then cosine, linear or no decay to `min_lr`. Step k (from 0) runs
+at the schedule's value for k.
 
 The step itself never waits for the device. Norm, clipping and the verdict on the step are tensors; a step that must
 not be applied is passed over by torch's fused AdamW itself, by the flag that mixed precision scalers use
@@ -60,11 +60,11 @@ def build_scheduler(spec: OptimizerSpec, optimizer: MegatronOptimizer, max_steps
     """The learning rate schedule over `max_steps` optimizer steps."""
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=spec.initial_lr,
         max_lr=spec.lr,
         min_lr=spec.lr if spec.schedule == "constant" else spec.min_lr,
         lr_warmup_steps=spec.warmup_steps,
-        lr_decay_steps=max(max_steps, spec.warmup_steps + 1),
+        lr_decay_steps=max(spec.decay_steps or max_steps, spec.warmup_steps + 1),
         lr_decay_style=spec.schedule,
         start_wd=spec.weight_decay,
         end_wd=spec.weight_decay,
