@@ -49,6 +49,8 @@ class LoadedConfig:
     path: Path
     sources: Mapping[str, Source]
     """Dotted key → the layer its value came from, in schema order."""
+    described: Mapping[str, Any] | None = None
+    """config.json of the model that a NeMo config spells out; the one in model.path must be like it."""
 
     def changed(self) -> Iterator[tuple[str, Any, Source]]:
         """Key, value and source of everything that is not a schema default."""
@@ -92,7 +94,7 @@ def load_config(
     `resolved` says that the file is a run's own config.yaml, in which `${` is text.
     """
     merged = _merged(path, overrides, cluster, resolved)
-    spec = _absolute(_typed(merged))
+    spec = _absolute(typed(merged))
     for key, message in (*checks.spec_problems(spec), *checks.file_problems(spec)):
         if key not in merged.bad:
             merged.problems.append(f"{_where(merged, key, path)}: {key}: {message}")
@@ -101,7 +103,7 @@ def load_config(
     sources: dict[str, Source] = {
         key: merged.values[key].source if key in merged.values else "default" for key in _keys(spec)
     }
-    return LoadedConfig(spec=spec, path=path, sources=sources)
+    return LoadedConfig(spec=spec, path=path, sources=sources, described=merged.described)
 
 
 def _where(merged: Leaves, key: str, path: Path) -> str:
@@ -114,7 +116,7 @@ def _where(merged: Leaves, key: str, path: Path) -> str:
 
 def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:
     """The layers laid over each other."""
-    written = read_yaml(_read_text(path), str(path), RunSpec, "file", named=("cluster",))
+    written = _read_file(path)
     if resolved:
         written.values = {
             key: dataclasses.replace(leaf, value=_literal(leaf.value)) for key, leaf in written.values.items()
@@ -126,6 +128,7 @@ def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved:
         values={**beneath.values, **written.values},
         problems=[*beneath.problems, *written.problems, *on_top.problems],
         bad=beneath.bad | written.bad | on_top.bad,
+        described=written.described,
     )
     for key, leaf in on_top.values.items():
         if key.endswith("."):  # entries for a mapping, beside those it has
@@ -136,7 +139,20 @@ def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved:
     return merged
 
 
-def _read_text(path: Path) -> str:
+def _read_file(path: Path) -> Leaves:
+    """The leaves of the user's file, which may be a NeMo config."""
+    text = read_text(path)
+    if "trainer" in text:
+        from launcher.nemo.convert import read_leaves
+        from launcher.nemo.document import is_nemo
+
+        if is_nemo(text):
+            return read_leaves(text, str(path))
+    return read_yaml(text, str(path), RunSpec, "file", named=("cluster",))
+
+
+def read_text(path: Path) -> str:
+    """The text of a config file; ConfigError where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -161,7 +177,7 @@ def _read_cluster(named: Leaf) -> Leaves:
     if not isinstance(named.value, str) or not RUN_NAME.fullmatch(named.value):
         return Leaves(problems=[f"{named.where}: cluster: {named.value!r} is not the name of a cluster file"])
     path = resources.find("cluster_configs", named.value, ".yaml")
-    flat = read_yaml(_read_text(path), str(path), ClusterFile, "cluster")
+    flat = read_yaml(read_text(path), str(path), ClusterFile, "cluster")
     leaves = Leaves(problems=flat.problems)
     for key, leaf in flat.values.items():
         leaves.values[key if key.startswith("resources.") else f"cluster.{key}"] = leaf
@@ -171,7 +187,7 @@ def _read_cluster(named: Leaf) -> Leaves:
     return leaves
 
 
-def _typed(merged: Leaves) -> RunSpec:
+def typed(merged: Leaves) -> RunSpec:
     """The leaves as a RunSpec; what does not fit its type is reported and left at its default."""
     schema = OmegaConf.structured(RunSpec)
     for key in list(merged.values):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -44,6 +44,8 @@ class Leaves:
     problems: list[str] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)
     """Keys with a problem: no value is kept, and no further rule complains about them."""
+    described: Mapping[str, Any] | None = None
+    """config.json of the model that a NeMo config spells out."""
 
 
 @cache
