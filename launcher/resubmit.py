@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher import processes, slurm
+from launcher import processes, scheduler, slurm
 from launcher.claim import claim
 from launcher.errors import RunStateError, SchedulerError
 from launcher.manifest import Attempt
@@ -24,7 +24,7 @@ from launcher.submit import start
 
 def check_idle(paths: RunPaths) -> RunStatus:
     """The run's state, if no job of it can still be at work."""
-    rows, problem = collect([paths])
+    rows, problem = collect([paths], fresh=True)
     status = rows[0]
     if status.state.active:
         raise RunStateError(
@@ -85,7 +85,7 @@ def _free_name(paths: RunPaths) -> str:
 
 def cancel(runs: Sequence[RunPaths]) -> list[str]:
     """End the jobs of these runs; what was done, one line each."""
-    rows, problem = collect(runs)
+    rows, problem = collect(runs, fresh=True)
     idle = [f"run {row.run} is {row.state.value}: nothing to cancel" for row in rows if row.state.terminal]
     if idle:
         raise RunStateError("\n".join(idle))
@@ -101,6 +101,7 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
         append_event(paths, "cancelled", job_id=job.job_id)
         if job.scheduler == "slurm":
             slurm.cancel([job.job_id])
+            scheduler.forget()
             remove_secrets(read_resolved(paths.config), paths)
         else:
             processes.end(job)

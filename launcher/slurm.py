@@ -19,10 +19,15 @@ from launcher.errors import SchedulerError
 from launcher.state import JobState, from_slurm
 
 TIMEOUT_SECONDS = 30
+_CLOCK_SKEW_SECONDS = 3600
+_NO_NAME_YET = "allocation"  # what slurmdbd shows for a job whose name the controller has not sent yet
+_NO_ACCOUNTING = ("accounting storage is disabled", "is not on PATH")
 
 _HELD_REASONS = ("JobHeldUser", "JobHeldAdmin", "launch failed requeued held", "launch_failed_requeued_held")
-_JOB_ID = re.compile(r"\d+(_\d+|_\[[\d,%-]+\])?(\+\d+)?")  # steps have a dot; a component of a heterogeneous job a plus
-_ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]")
+_JOB_ID = re.compile(r"[0-9]+(_[0-9]+|_\[[0-9,:%-]+\])?(\+[0-9]+)?")  # steps have a dot; components of a job a plus
+_ARRAY = re.compile(r"([0-9]+)_\[([0-9,:-]+)(?:%[0-9]+)?\]")
+_TASKS = re.compile(r"([0-9]{1,7})(?:-([0-9]{1,7})(?::([1-9][0-9]{0,6}))?)?")
+_MOST_TASKS = 4_000_001  # Slurm's own bound on MaxArraySize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,37 +42,33 @@ class JobRecord:
     start: str = ""
     name: str = ""
 
+    @property
+    def expected_start(self) -> str | None:
+        """When a waiting job is to start, local time; None where Slurm has no plan for it yet."""
+        return self.start.replace("T", " ") if self.start[:1].isdigit() else None
 
-def queue(job_ids: Sequence[str]) -> dict[str, JobRecord]:
-    """squeue's answer for these jobs; jobs it has forgotten are absent."""
-    if not job_ids:
-        return {}
-    command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(job_ids)}", "--format=%i|%T|%r|%S|%j"]
-    try:
-        text = _run(command)
-    except SchedulerError as error:
-        if "Invalid job id" in str(error):  # its answer for a single job that it has forgotten
-            return {}
-        raise
+
+def queue(users: Sequence[int]) -> dict[str, JobRecord]:
+    """squeue's answer for all jobs of the users with these ids; jobs it has forgotten are absent."""
+    owners = ",".join(map(str, users))
+    text = _run(["squeue", "--noheader", "--states=all", f"--user={owners}", "--format=%i|%T|%r|%S|%j"])
     return newest(parse_squeue(text))
 
 
-def accounting(job_ids: Sequence[str]) -> dict[str, JobRecord]:
-    """sacct's answer for these jobs; empty where the site keeps no accounts."""
-    if not job_ids:
-        return {}
-    fields = "JobID,State,ExitCode,Start,JobName"
-    command = [
-        "sacct",
-        "--allocations",
-        "--duplicates",
-        "--parsable2",
-        f"--jobs={','.join(job_ids)}",
-        f"--format={fields}",
-    ]
-    with contextlib.suppress(SchedulerError):
+def accounting(job_ids: Sequence[str], since: float) -> dict[str, JobRecord]:
+    """sacct's answer for these jobs, all submitted at `since` or later; empty where the site keeps no accounts.
+
+    Without a start time sacct would find what had the same id before ids began again from 1.
+    """
+    began = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - _CLOCK_SKEW_SECONDS))
+    command = ["sacct", "--allocations", "--duplicates", "--parsable2", f"--starttime={began}"]
+    command += [f"--jobs={','.join(job_ids)}", "--format=JobID,State,ExitCode,Start,JobName"]
+    try:
         return newest(parse_sacct(_run(command)))
-    return {}
+    except SchedulerError as error:
+        if any(words in str(error) for words in _NO_ACCOUNTING):
+            return {}
+        raise
 
 
 def find_job(name: str, token: str, since: float) -> str | None:
@@ -106,7 +107,7 @@ def _run(command: Sequence[str]) -> str:
             errors="replace",
             timeout=TIMEOUT_SECONDS,
             check=False,
-            env=clean_environment(),
+            env={**clean_environment(), "SLURM_BITSTR_LEN": "0"},  # ids of arrays in full
         )
     except FileNotFoundError:
         raise SchedulerError(f"{what} is not on PATH; run this on a login node of the cluster") from None
@@ -154,7 +155,7 @@ def parse_sacct(text: str, separator: str = "|") -> Iterator[JobRecord]:
                 exit_code=int(code) if code.isdigit() else None,
                 signal=int(signal) if signal.isdigit() else None,
                 start=row.get("Start", ""),
-                name=row.get("JobName", ""),
+                name=row.get("JobName", "").removeprefix(_NO_NAME_YET),
             )
 
 
@@ -174,14 +175,14 @@ def _start(record: JobRecord) -> str:
 
 
 def split_job_id(text: str) -> list[str]:
-    """`20_[2-4,7%5]` → 20_2, 20_3, 20_4, 20_7; any other id is itself."""
+    """`20_[2-4,7%5]` → 20_2, 20_3, 20_4, 20_7; `20_[1-5:2]` → 20_1, 20_3, 20_5; any other id is itself."""
     match = _ARRAY.fullmatch(text.strip())
     if match is None:
         return [text.strip()]
     tasks: list[str] = []
-    for part in match.group(2).split(","):
-        first, _, last = part.partition("-")
-        tasks += [f"{match.group(1)}_{task}" for task in range(int(first), int(last or first) + 1)]
+    for part in filter(None, map(_TASKS.fullmatch, match.group(2).split(","))):
+        first, last = int(part[1]), min(int(part[2] or part[1]), _MOST_TASKS)
+        tasks += [f"{match.group(1)}_{task}" for task in range(first, last + 1, int(part[3] or 1))]
     return tasks
 
 

@@ -1,21 +1,25 @@
 """State of runs: the scheduler's word merged with what each run wrote itself.
 
-However many runs are shown, Slurm is asked at most twice: one squeue for all jobs whose end is not known, and one sacct
-for those squeue has forgotten. A job in neither answer is judged by its own last event, or is UNKNOWN; it is never
-taken for finished because nobody mentions it.
+However many runs are shown, Slurm is asked at most twice (`launcher.scheduler`): one squeue for all jobs whose end is
+not known, and one sacct for those squeue has forgotten. A job in neither answer is judged by its own last event, or is
+UNKNOWN; it is never taken for finished because nobody mentions it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import pwd
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher import processes, slurm
-from launcher.errors import LauncherError, SchedulerError
+from launcher import processes
+from launcher.errors import LauncherError
 from launcher.rundir import RunPaths
 from launcher.runs import Snapshot, snapshot
+from launcher.scheduler import Answer, ask
 from launcher.slurm import JobRecord
 from launcher.state import JobState
 
@@ -41,16 +45,22 @@ class RunStatus:
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     checkpoint: str | None = None
+    mfu: float | None = None
     exit_code: int | None = None
     reason: str = ""
+    expected_start: str | None = None
+    """When Slurm means to start a waiting job, local time; None where it has not planned it yet."""
 
     def as_json(self) -> dict[str, Any]:
         """For --json."""
         return {**dataclasses.asdict(self), "state": self.state.value}
 
 
-def collect(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str | None]:
-    """State of every run, and the scheduler's complaint if it could not be asked."""
+def collect(runs: Sequence[RunPaths], *, fresh: bool = False) -> tuple[list[RunStatus], str | None]:
+    """State of every run, and the scheduler's complaint if it could not be asked.
+
+    `fresh` is for who acts on the answer; others may get one that is some seconds old.
+    """
     rows: list[RunStatus] = []
     readable: list[Snapshot] = []
     for paths in runs:
@@ -59,27 +69,35 @@ def collect(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str | None]:
         except (LauncherError, ValueError, KeyError) as error:
             reason = f"unreadable: {error}"
             rows.append(RunStatus(run=paths.name, directory=str(paths.root), state=JobState.UNKNOWN, reason=reason))
-    records, problem = _ask(readable)
-    rows += [_row(item, *_judge(item, records, problem)) for item in readable]
+    answer = _ask(readable, fresh)
+    rows += [_row(item, answer) for item in readable]
     order = {str(paths.root): place for place, paths in enumerate(runs)}
-    return sorted(rows, key=lambda row: order[row.directory]), problem
+    return sorted(rows, key=lambda row: order[row.directory]), answer.problem
 
 
-def _ask(snapshots: Sequence[Snapshot]) -> tuple[dict[str, JobRecord], str | None]:
+def _ask(snapshots: Sequence[Snapshot], fresh: bool) -> Answer:
     """Slurm's records of all jobs that may still change."""
-    open_ids = [
-        item.job.job_id
-        for item in snapshots
-        if item.job is not None and item.job.scheduler == "slurm" and item.own_state is not JobState.COMPLETED
-    ]
-    try:
-        records = slurm.queue(open_ids)
-    except SchedulerError as error:
-        return {}, str(error)
-    return {**slurm.accounting([job for job in open_ids if job not in records]), **records}, None
+    waiting = [item for item in snapshots if item.own_state is not JobState.COMPLETED]
+    jobs = {item.job.job_id: item.job.submitted_at for item in waiting if item.job and item.job.scheduler == "slurm"}
+    return ask(jobs, _owners(waiting), fresh=fresh)
 
 
-def _judge(item: Snapshot, records: dict[str, JobRecord], problem: str | None) -> tuple[JobState, str]:
+def _owners(snapshots: Sequence[Snapshot]) -> list[int]:
+    """User ids of whoever submitted these runs; this user's in any case."""
+    owners = {os.getuid()}
+    for name in {item.manifest.submitter for item in snapshots} - {os.environ.get("LOGNAME"), os.environ.get("USER")}:
+        with contextlib.suppress(KeyError):
+            owners.add(pwd.getpwnam(name).pw_uid)
+    return sorted(owners)
+
+
+def _record_of(item: Snapshot, answer: Answer) -> JobRecord | None:
+    """Slurm's record of the run's job; not that of another job to which Slurm gave the same id."""
+    record = answer.records.get(item.job.job_id) if item.job else None
+    return None if record is not None and record.name not in ("", item.manifest.name) else record
+
+
+def _judge(item: Snapshot, record: JobRecord | None, answer: Answer) -> tuple[JobState, str]:
     """State and reason of a run."""
     if item.job is None:
         return JobState.UNKNOWN, "no job is recorded"
@@ -87,16 +105,14 @@ def _judge(item: Snapshot, records: dict[str, JobRecord], problem: str | None) -
         return JobState.COMPLETED, ""
     if item.job.scheduler == "local":
         return _judge_local(item)
-    record = records.get(item.job.job_id)
-    if record is not None and record.name not in ("", item.manifest.name):
-        record = None  # job ids are used again
     if record is not None:
         return _judge_record(item, record)
     if item.own_state is not None:
         return item.own_state, item.failure()
-    if item.cancelled and problem is None:
+    if item.cancelled and answer.problem is None:
         return JobState.CANCELLED, item.failure()  # Slurm kills what does not end in time, the batch script too
-    return JobState.UNKNOWN, problem or "Slurm knows the job no more, and it left no word of its end"
+    silence = "Slurm knows the job no more, and it left no word of its end"
+    return JobState.UNKNOWN, answer.problem or answer.doubt or silence
 
 
 def _judge_record(item: Snapshot, record: JobRecord) -> tuple[JobState, str]:
@@ -130,7 +146,9 @@ def _judge_local(item: Snapshot) -> tuple[JobState, str]:
     return JobState.FAILED, f"process {item.job.job_id} is gone and left no word of its end"
 
 
-def _row(item: Snapshot, state: JobState, reason: str) -> RunStatus:
+def _row(item: Snapshot, answer: Answer) -> RunStatus:
+    record = _record_of(item, answer) if item.job and item.job.scheduler == "slurm" else None
+    state, reason = _judge(item, record, answer)
     progress = item.progress
     checkpoints = item.paths.complete_checkpoints()
     return RunStatus(
@@ -144,44 +162,10 @@ def _row(item: Snapshot, state: JobState, reason: str) -> RunStatus:
         max_steps=progress.get("max_steps"),
         loss=progress.get("loss"),
         tokens_per_second=progress.get("tokens_per_second"),
+        mfu=progress.get("mfu"),
         eta_seconds=progress.get("eta_seconds") if state is JobState.RUNNING else None,
         checkpoint=checkpoints[-1].name if checkpoints else None,
         exit_code=item.exit_code,
         reason=reason,
+        expected_start=record.expected_start if record and state is JobState.PENDING else None,
     )
-
-
-def table(rows: Sequence[RunStatus]) -> str:
-    """Aligned columns, one row a run."""
-    head = ("RUN", "STATE", "ATTEMPT", "JOB", "STEP", "LOSS", "TOKENS/S", "ETA", "CHECKPOINT", "REASON")
-    return columns([head, *(_cells(row) for row in rows)])
-
-
-def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Text columns as wide as their widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def _cells(row: RunStatus) -> tuple[str, ...]:
-    return (
-        row.run,
-        row.state.value,
-        row.attempt or "-",
-        row.job or "-",
-        "-" if row.step is None else f"{row.step}/{row.max_steps or '?'}",
-        "-" if row.loss is None else f"{row.loss:.4f}",
-        "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-        "-" if row.eta_seconds is None else duration(row.eta_seconds),
-        row.checkpoint or "-",
-        row.reason,
-    )
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

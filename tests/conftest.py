@@ -7,6 +7,8 @@ import os
 
 # Before anything imports torch: tests start several ranks, and their threads would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The scheduler's answers are not shared between tests, whose schedulers change their minds at once.
+os.environ["SFT_SCHEDULER_CACHE_SECONDS"] = "0"
 
 from pathlib import Path
 

@@ -24,7 +24,8 @@ def add(commands: Any) -> None:
 
 def _status(options: argparse.Namespace) -> int:
     from launcher.runs import all_runs, default_run_root
-    from launcher.status import collect, table
+    from launcher.status import collect
+    from launcher.table import table, terminal_width
 
     root = options.run_root or default_run_root()
     runs = chosen_runs(options) or all_runs(root)
@@ -32,7 +33,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.json:
         print_json([row.as_json() for row in rows])
     elif rows:
-        print(table(rows))
+        print(table(rows, terminal_width()))
     else:
         print(f"no runs in {root.absolute()}", file=sys.stderr)
     if problem is not None:
@@ -43,7 +44,7 @@ def _status(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     from launcher.runs import all_runs, default_run_root, listing
-    from launcher.status import columns
+    from launcher.table import columns
 
     rows = listing(all_runs(options.run_root or default_run_root()))
     if options.json:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from launcher import slurm
 from launcher.errors import SchedulerError
 from launcher.slurm import JobRecord, newest, parse_sacct, parse_squeue, split_job_id, time_limit_minutes
-from launcher.state import JobState
+from launcher.state import SLURM_STATES, JobState
 from tests.launcher.conftest import Commands
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "slurm"
@@ -38,6 +41,19 @@ def test_array_ids() -> None:
         ["20_0"],
         [f"12_{task}" for task in (2, *range(4, 13))],
     ]
+
+
+def test_array_ids_with_a_step() -> None:
+    """Seen on Slurm 22.05, which shortens `--array=1,3,5` to this."""
+    assert split_job_id("7_[1-5:2%5]") == ["7_1", "7_3", "7_5"]
+    assert split_job_id("7_[0-8:4,9]") == ["7_0", "7_4", "7_8", "7_9"]
+    assert [record.job_id for record in parse_squeue("7_[1-3:2%5]|PENDING|None|N/A|a")] == ["7_1", "7_3"]
+
+
+def test_name_that_accounting_does_not_know_yet() -> None:
+    """Seen on Slurm 22.05 with slurmdbd, in the first seconds after a job began."""
+    (record,) = parse_sacct("JobID|State|JobName\n7|RUNNING|allocation\n")
+    assert record.name == ""
 
 
 def test_sacct_steps_and_array() -> None:
@@ -135,38 +151,96 @@ def test_squeue_of_a_job_held_after_a_failed_launch() -> None:
     assert record.state is JobState.CANCELLED
 
 
+def test_squeue_table_of_a_site(commands: Commands) -> None:
+    """The table is never parsed: it is refused line by line. The state it cuts is known all the same."""
+    table = fixture("squeue-table-cut")
+    assert list(parse_squeue(table)) == []
+    job, _, name, _, state = table.splitlines()[1].split()[:5]
+    (record,) = parse_squeue(f"{job}|{state}|None|N/A|{name}")
+    assert record.state is JobState.PENDING
+
+
+def test_squeue_that_calls_a_job_invalid_has_not_answered(commands: Commands) -> None:
+    words = fixture("squeue-unknown-job").split("stderr: ")[1].strip()
+    commands.add("squeue", f"echo '{words}' >&2; exit 1")
+    with pytest.raises(SchedulerError, match="Invalid job id specified"):
+        slurm.queue([0])
+
+
 def test_squeue_names_may_hold_the_separator_and_odd_lines_are_passed_over() -> None:
     records = list(parse_squeue("7|RUNNING|None|N/A|a|b\nslurm says hello\n|||||\n"))
     assert [(record.job_id, record.name) for record in records] == [("7", "a|b")]
 
 
-def test_queue_asks_once_and_takes_a_forgotten_job_for_absent(commands: Commands) -> None:
+def test_queue_asks_for_all_jobs_of_the_users(commands: Commands) -> None:
     commands.add("squeue", "echo '7|RUNNING|None|2026-01-01T00:00:00|a'")
-    assert list(slurm.queue(["7", "8"])) == ["7"]
-    assert commands.calls("squeue") == ["--noheader --states=all --jobs=7,8 --format=%i|%T|%r|%S|%j"]
-    commands.add("squeue", f"echo '{fixture('squeue-unknown-job').split('stderr: ')[1].strip()}' >&2; exit 1")
-    assert slurm.queue(["7"]) == {}
-    assert slurm.queue([]) == {}
+    assert list(slurm.queue([0, 1000])) == ["7"]
+    assert commands.calls("squeue") == ["--noheader --states=all --user=0,1000 --format=%i|%T|%r|%S|%j"]
+
+
+def test_a_users_own_filters_hide_no_job(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SQUEUE_PARTITION", "SQUEUE_STATES", "SACCT_FEDERATION"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    commands.add("squeue", 'echo "7|RUNNING|None|${SLURM_TIME_FORMAT-unset}|${SQUEUE_PARTITION-}${SQUEUE_STATES-}"')
+    assert (slurm.queue([0])["7"].start, slurm.queue([0])["7"].name) == ("unset", "")
 
 
 def test_queue_that_fails_is_no_answer(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     commands.add("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(SchedulerError, match=r"^squeue failed: slurm_load_jobs error: Unable to contact"):
-        slurm.queue(["7"])
+        slurm.queue([0])
     commands.add("squeue", "exec sleep 10")
     monkeypatch.setattr(slurm, "TIMEOUT_SECONDS", 0.2)
     with pytest.raises(SchedulerError, match=r"^squeue gave no answer within 0\.2 s"):
-        slurm.queue(["7"])
+        slurm.queue([0])
     monkeypatch.setenv("PATH", str(commands.folder / "nothing"))
     with pytest.raises(SchedulerError, match=r"^squeue is not on PATH"):
-        slurm.queue(["7"])
+        slurm.queue([0])
 
 
-def test_site_without_accounting(commands: Commands) -> None:
+def test_site_without_accounting(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     commands.add("sacct", f"echo '{fixture('sacct-no-accounting').split('stderr: ')[1].strip()}' >&2; exit 1")
-    assert slurm.accounting(["7"]) == {}
-    assert slurm.accounting([]) == {}
-    assert len(commands.calls("sacct")) == 1
+    assert slurm.accounting(["7"], since=0.0) == {}
+    monkeypatch.setenv("PATH", str(commands.folder / "nothing"))
+    assert slurm.accounting(["7"], since=0.0) == {}
+
+
+def test_sacct_that_fails_is_no_answer(commands: Commands) -> None:
+    commands.add("sacct", "echo 'slurm_persist_conn_open: Connection refused' >&2; exit 1")
+    with pytest.raises(SchedulerError, match=r"^sacct failed: slurm_persist_conn_open"):
+        slurm.accounting(["7"], since=0.0)
+
+
+def test_sacct_is_not_asked_for_what_had_the_same_id_before(commands: Commands) -> None:
+    commands.add("sacct", "")
+    slurm.accounting(["7", "8_3"], since=1_700_000_000.0)
+    (call,) = commands.calls("sacct")
+    began = time.mktime(time.strptime(call.split("--starttime=")[1].split()[0], "%Y-%m-%dT%H:%M:%S"))
+    assert began == 1_700_000_000 - 3600
+    assert "--jobs=7,8_3 " in call
+
+
+_JOB = st.sampled_from(
+    ["7", "7_1", "7_[1-3%2]", "7_[0-2,5]", "7+1", "7.batch", "7_[3-1]", "7_[,]", "7_[-]", "7_[1-]", "x", ""]
+)
+_WORD = st.one_of(st.sampled_from([*SLURM_STATES, "CANCELLED by 0", "OUT_OF_ME+"]), st.text(max_size=12))
+_ROW = st.lists(st.one_of(_JOB, _WORD), max_size=6).map("|".join)
+_ANSWER = st.one_of(st.text(max_size=80), st.tuples(_JOB, st.lists(_ROW, max_size=4)).map(lambda it: "\n".join(it[1])))
+
+
+@given(_ANSWER)
+@example("7_[0-99999999999]|RUNNING|||")
+@example("\N{ARABIC-INDIC DIGIT SEVEN}|RUNNING|None|N/A|a")
+def test_no_answer_breaks_the_parsers(text: str) -> None:
+    for record in [
+        *parse_squeue(text),
+        *parse_sacct(text),
+        *parse_sacct(f"JobID|State|ExitCode|Start|JobName\n{text}"),
+    ]:
+        assert record.state in JobState
+        assert record.job_id
+    newest(parse_squeue(text))
 
 
 @pytest.mark.parametrize(
