@@ -116,7 +116,7 @@ def _where(merged: Leaves, key: str, path: Path) -> str:
 
 def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:
     """The layers laid over each other."""
-    written = _read_file(path)
+    written = _read_file(path, ("lock",) if resolved else ())
     if resolved:
         written.values = {
             key: dataclasses.replace(leaf, value=_literal(leaf.value)) for key, leaf in written.values.items()
@@ -139,8 +139,8 @@ def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved:
     return merged
 
 
-def _read_file(path: Path) -> Leaves:
-    """The leaves of the user's file, which may be a NeMo config."""
+def _read_file(path: Path, others: Sequence[str]) -> Leaves:
+    """The leaves of the user's file, which may be a NeMo config; `others` are sections that are not a run's."""
     text = read_text(path)
     if "trainer" in text:
         from launcher.nemo.convert import read_leaves
@@ -148,7 +148,7 @@ def _read_file(path: Path) -> Leaves:
 
         if is_nemo(text):
             return read_leaves(text, str(path))
-    return read_yaml(text, str(path), RunSpec, "file", named=("cluster",))
+    return read_yaml(text, str(path), RunSpec, "file", named=("cluster",), others=others)
 
 
 def read_text(path: Path) -> str:

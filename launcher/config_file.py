@@ -90,10 +90,13 @@ def is_dict(kind: Any) -> bool:
     return typing.get_origin(kind) is dict
 
 
-def read_yaml(text: str, shown: str, schema: type, source: Source, named: Sequence[str] = ()) -> Leaves:
+def read_yaml(
+    text: str, shown: str, schema: type, source: Source, named: Sequence[str] = (), others: Sequence[str] = ()
+) -> Leaves:
     """Leaves of a YAML document; `shown` names the file in messages.
 
-    `named` are sections that may be given by a name instead of a mapping. ConfigError where the text is not YAML.
+    `named` are sections that may be given by a name instead of a mapping, `others` those that are not of this schema.
+    ConfigError where the text is not YAML.
     """
     leaves = Leaves()
     try:
@@ -101,7 +104,7 @@ def read_yaml(text: str, shown: str, schema: type, source: Source, named: Sequen
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_problem(error, shown)) from None
     if node is not None:
-        _Walk(leaves, shown, source, tuple(named)).section(node, schema, "")
+        _Walk(leaves, shown, source, tuple(named), tuple(others)).section(node, schema, "")
     return leaves
 
 
@@ -121,6 +124,7 @@ class _Walk:
     shown: str
     source: Source
     named: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
     def where(self, node: yaml.Node) -> str:
         return f"{self.shown}:{node.start_mark.line + 1}"
@@ -135,6 +139,8 @@ class _Walk:
         for name, key, value in self.pairs(node, prefix.rstrip(".")):
             dotted = f"{prefix}{name}"
             kind = types.get(name)
+            if dotted in self.others:
+                continue
             if kind is None:
                 self.problem(key, f"unknown key '{dotted}'{did_you_mean(name, types)}")
             elif (inner := mapped_section(kind)) is not None:

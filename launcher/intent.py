@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from launcher import processes, slurm
 from launcher.errors import RunStateError
-from launcher.manifest import Attempt, Manifest
+from launcher.manifest import Attempt, Manifest, read_manifest
 from launcher.rundir import RunPaths, read_json, read_lines, write_json
 
 TOKEN_VARIABLE = "SFT_SUBMISSION"
@@ -70,6 +70,21 @@ def end(paths: RunPaths) -> None:
     """The submission is recorded, or is known to have failed."""
     with contextlib.suppress(FileNotFoundError):
         paths.submission.unlink()
+
+
+def free_name(paths: RunPaths) -> str:
+    """The next name after this run's that no run has, or that has a run whose submission was begun and not finished."""
+    stem, dash, number = paths.name.rpartition("-")
+    base, first = (stem, int(number) + 1) if dash and number.isdigit() else (paths.name, 2)
+    while _is_taken(RunPaths(paths.root.parent / f"{base}-{first}")):
+        first += 1
+    return f"{base}-{first}"
+
+
+def _is_taken(paths: RunPaths) -> bool:
+    if not paths.root.exists() or paths.submission.exists():
+        return False
+    return not paths.manifest.is_file() or bool(read_manifest(paths).attempts)
 
 
 def find(paths: RunPaths, manifest: Manifest, intent: Intent) -> Attempt | None:

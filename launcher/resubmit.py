@@ -10,7 +10,10 @@ from collections.abc import Sequence
 
 from launcher import processes, scheduler, slurm
 from launcher.claim import claim
+from launcher.code_snapshot import digest
 from launcher.errors import RunStateError, SchedulerError
+from launcher.intent import free_name
+from launcher.lockfile import read_lock
 from launcher.manifest import Attempt
 from launcher.plan import Plan, make_plan
 from launcher.rundir import RunPaths, append_event
@@ -46,14 +49,25 @@ def same_run(paths: RunPaths) -> Attempt:
                 f"run {paths.name} has finished; to train on, raise its steps: "
                 f"`launcher resubmit {paths.name} train.max_steps=...`"
             )
+        _check_code(paths)
         return start(paths, read_resolved(paths.config))
+
+
+def _check_code(paths: RunPaths) -> None:
+    """The run's copy of its code is what was submitted first."""
+    then = read_lock(paths.lock).get("code") if paths.lock.is_file() else None
+    if then is not None and digest(paths.code) != then["sha256"]:
+        raise RunStateError(
+            f"{paths.code} was changed since run {paths.name} was submitted; restore it, "
+            f"or start a new run with the code that is here: `launcher submit {paths.lock}`"
+        )
 
 
 def child_plan(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -> Plan:
     """The plan of a child run with `overrides`, resuming from the parent's newest complete checkpoint."""
     status = check_idle(paths)
     words = {word.partition("=")[0] for word in overrides}
-    added = [] if "name" in words else [f"name={_free_name(paths)}"]
+    added = [] if "name" in words else [f"name={free_name(paths)}"]
     checkpoints = paths.complete_checkpoints()
     if checkpoints and "checkpoint.resume_from" not in words:
         added.append(f"checkpoint.resume_from={checkpoints[-1]}")
@@ -73,14 +87,6 @@ def _trains_on(parent: RunSpec, child: RunSpec) -> bool:
     if before.epochs is not None and after.epochs is not None:
         return after.epochs > before.epochs
     return True  # steps became epochs or the other way round: only the ranks know how long that is
-
-
-def _free_name(paths: RunPaths) -> str:
-    stem, dash, number = paths.name.rpartition("-")
-    base, first = (stem, int(number) + 1) if dash and number.isdigit() else (paths.name, 2)
-    while (paths.root.parent / f"{base}-{first}").exists():
-        first += 1
-    return f"{base}-{first}"
 
 
 def cancel(runs: Sequence[RunPaths]) -> list[str]:

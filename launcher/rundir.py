@@ -2,6 +2,8 @@
 
     RUN/
       config.yaml           the resolved config: what every rank runs
+      run.lock.yaml         the same with what its files held and which code it had; `submit` makes a new run of it
+      bundle/code/          the code that the ranks run, as it was at submit; environment.json: Python and packages
       job.sh                the batch script, exactly as submitted; runs again by hand
       submission.json       a submission that was begun and is not recorded yet
       manifest.json         who submitted what, when, from which code; one entry an attempt
@@ -51,6 +53,19 @@ class RunPaths:
     @property
     def config(self) -> Path:
         return self.root / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "run.lock.yaml"
+
+    @property
+    def code(self) -> Path:
+        """Copy of the code, first on the PYTHONPATH of every rank."""
+        return self.root / "bundle" / "code"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "bundle" / "environment.json"
 
     @property
     def script(self) -> Path:

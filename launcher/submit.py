@@ -15,12 +15,13 @@ from typing import Any
 
 from launcher import processes
 from launcher.claim import LOCK_FILE, claim
+from launcher.code_snapshot import has_own_code, take_snapshot
 from launcher.errors import LauncherError, RunStateError, SchedulerError
 from launcher.intent import Intent, begin, end, find, pending
+from launcher.lockfile import write_lock
 from launcher.manifest import Attempt, Manifest, describe_run, read_manifest, write_manifest
 from launcher.plan import Plan
 from launcher.render import render
-from launcher.resources import checkout_root
 from launcher.rundir import RunPaths, append_event, read_lines, write_atomic
 from launcher.secret_files import check_secrets, remove_secrets, write_secrets
 from launcher.spec import RunSpec, to_yaml
@@ -40,8 +41,9 @@ def submit(plan: Plan, command: Sequence[str], parent_run: str | None = None) ->
 
 
 def script_of(plan: Plan) -> str:
-    """The plan's batch script, for the Python and the checkout this process runs from."""
-    return render(plan.spec, plan.topology, plan.paths, sys.executable, checkout_root())
+    """The plan's batch script, for the Python this process runs in and the copy of its code."""
+    code = plan.paths.code if has_own_code(plan.spec) else None
+    return render(plan.spec, plan.topology, plan.paths, sys.executable, code)
 
 
 def start(paths: RunPaths, spec: RunSpec) -> Attempt:
@@ -131,6 +133,10 @@ def _prepare(plan: Plan, command: Sequence[str], parent_run: str | None) -> None
     plan.paths.logs.mkdir()
     if diff:
         write_atomic(plan.paths.source_diff, diff)
+    code = take_snapshot(plan.spec, plan.paths.code) if has_own_code(plan.spec) else None
+    if code is not None and code.left_out:
+        print(f"left out of the run's code, too large: {', '.join(code.left_out)}", file=sys.stderr)
+    write_lock(plan.paths, plan.spec, manifest, code)
     write_manifest(plan.paths, manifest)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from launcher.commands import command, config_argument, json_option, override_arguments, print_json
 from launcher.commands.logs import exit_with
 from launcher.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from launcher.plan import Plan
 
 
 def add(commands: Any) -> None:
@@ -25,14 +29,13 @@ def add(commands: Any) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from launcher.plan import make_plan
     from launcher.submit import next_steps, script_of, submit, summary
 
-    plan = make_plan(options.config, options.overrides, options.cluster)
+    plan, parent = _plan(options)
     if options.dry_run:
         print(f"{summary(plan)}\n\n{script_of(plan)}", end="")
         return int(ExitCode.OK)
-    attempt = submit(plan, options.command_line)
+    attempt = submit(plan, options.command_line, parent)
     if options.json:
         print_json({"run": plan.paths.name, "directory": str(plan.paths.root), "job": attempt.job_id})
     else:
@@ -40,11 +43,23 @@ def _submit(options: argparse.Namespace) -> int:
     return _follow(plan.paths) if options.follow else int(ExitCode.OK)
 
 
-def _render(options: argparse.Namespace) -> int:
+def _plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
+    """The plan of a config, or of a run's lock file, and then the run it comes from."""
+    from launcher.lockfile import code_note, is_lock, plan_of_lock
     from launcher.plan import make_plan
+
+    if not is_lock(options.config):
+        return make_plan(options.config, options.overrides, options.cluster), None
+    note = code_note(options.config)
+    if note:
+        print(note, file=sys.stderr)
+    return plan_of_lock(options.config, options.overrides, options.cluster)
+
+
+def _render(options: argparse.Namespace) -> int:
     from launcher.submit import script_of
 
-    plan = make_plan(options.config, options.overrides, options.cluster)
+    plan, _ = _plan(options)
     print(script_of(plan), end="")
     return int(ExitCode.OK)
 
@@ -52,10 +67,9 @@ def _render(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from launcher.plan import make_plan
     from launcher.submit import summary
 
-    plan = make_plan(options.config, options.overrides, options.cluster)
+    plan, _ = _plan(options)
     if options.json:
         print_json(
             {

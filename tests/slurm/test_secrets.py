@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from tests.slurm.runs import make_workbench
 
 pytestmark = pytest.mark.slurm
 
-CANARY = "hf_canaryQ7x'$(id)"
+MARK = f"hf_{secrets.token_hex(8)}"
+CANARY = f"{MARK}'$(id)"
 
 PYTHON = """\
 #!/bin/bash
@@ -54,7 +56,7 @@ def holders(folder: Path) -> list[Path]:
     """Files that hold the secret, as it is or as a shell quotes it."""
     found = []
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink() and b"hf_canaryQ7x" in path.read_bytes():
+        if path.is_file() and not path.is_symlink() and MARK.encode() in path.read_bytes():
             found.append(path)
     return found
 

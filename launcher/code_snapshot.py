@@ -1,0 +1,138 @@
+"""The code a run uses, copied into its directory: edits to the source tree after submit change nothing.
+
+From a checkout that is everything git would add (tracked files as they are now, untracked ones that are not ignored),
+so the snapshot is itself a checkout: `cd RUN/bundle/code && python -m launcher ...` runs this very version. Where the
+launcher is installed its version says it all. Modules that a config names by import path go along in both cases.
+
+Rejected: `git archive` and a patch, unpacked by the job (one more thing that can fail when the queue has been waited
+for), and a git worktree a run (it stays tied to the repository).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import ConfigError
+from launcher.resources import checkout_root
+from launcher.spec import RunSpec
+
+LARGEST_FILE = 10 << 20
+"""Bytes; a larger file is data, and is left out with a warning."""
+
+LARGEST_SNAPSHOT = 100 << 20
+"""Bytes; every run has its own copy."""
+
+_OURS = ("launcher", "sft", "templates", "cluster_configs", "setup.cfg", "pyproject.toml", "README.md")
+_CACHE = "__pycache__"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """What was copied."""
+
+    files: int
+    bytes: int
+    sha256: str
+    """Over names and contents."""
+    left_out: tuple[str, ...]
+    """Files over LARGEST_FILE."""
+
+
+def has_own_code(spec: RunSpec) -> bool:
+    """Whether this run uses code that is not installed."""
+    return checkout_root() is not None or next(_named_modules(spec), None) is not None
+
+
+def take_snapshot(spec: RunSpec, target: Path) -> Snapshot:
+    """Copy the run's code to `target`, read-only; ConfigError where it is too much to be code."""
+    files = _sources(spec)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    left_out = sorted(name for name, size in sizes.items() if size > LARGEST_FILE)
+    kept = {name: path for name, path in files.items() if name not in left_out}
+    total = sum(sizes[name] for name in kept)
+    if total > LARGEST_SNAPSHOT:
+        largest = sorted(kept, key=lambda name: -sizes[name])[:5]
+        shown = ", ".join(f"{name} ({sizes[name] >> 20} MiB)" for name in largest)
+        raise ConfigError(
+            f"the code snapshot of {checkout_root()} would be {total >> 20} MiB, more than {LARGEST_SNAPSHOT >> 20}; "
+            f"keep data out of the checkout or list it in .gitignore. Largest: {shown}"
+        )
+    for name, path in kept.items():
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o555 if os.access(path, os.X_OK) else 0o444)
+    return Snapshot(files=len(kept), bytes=total, sha256=digest(target), left_out=tuple(left_out))
+
+
+def digest(folder: Path) -> str:
+    """One hash over the names and contents of all files below `folder`, but not of what Python compiled there."""
+    whole = hashlib.sha256()
+    for name, path in sorted(_below(folder).items()):
+        whole.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _sources(spec: RunSpec) -> dict[str, Path]:
+    """Name in the snapshot -> file."""
+    root = checkout_root()
+    found = dict(_checkout_files(root)) if root is not None else {}
+    for module in _named_modules(spec):
+        if module.is_dir():
+            found |= {f"{module.name}/{name}": path for name, path in _below(module).items()}
+        else:
+            found[module.name] = module
+    return found
+
+
+def _checkout_files(root: Path) -> Mapping[str, Path]:
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+        names = [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+    except (OSError, subprocess.SubprocessError):
+        names = []
+    if "launcher/__init__.py" not in names:  # no repository, or one that ignores this folder: a snapshot in its runs
+        return {name: path for part in _OURS for name, path in _prefixed(root, part)}
+    return {name: root / name for name in names if (root / name).is_file()}
+
+
+def _prefixed(root: Path, part: str) -> Iterable[tuple[str, Path]]:
+    if (root / part).is_file():
+        return [(part, root / part)]
+    return [(f"{part}/{name}", path) for name, path in _below(root / part).items()]
+
+
+def _below(folder: Path) -> dict[str, Path]:
+    return {
+        str(path.relative_to(folder)): path
+        for path in folder.rglob("*")
+        if path.is_file() and _CACHE not in path.parts[len(folder.parts) :]
+    }
+
+
+def _named_modules(spec: RunSpec) -> Iterator[Path]:
+    """Packages and modules that the config names by import path and that no package manager has installed."""
+    for word in (spec.evaluation.metric,):
+        top = (word or "").partition(":")[0].partition(".")[0]
+        found = importlib.util.find_spec(top) if top.isidentifier() else None
+        if found is None:
+            continue
+        places = [*(found.submodule_search_locations or []), *([found.origin] if found.origin else [])]
+        path = Path(places[0]).absolute() if places else None
+        if path is not None and path.exists() and not _is_installed(path):
+            yield path
+
+
+def _is_installed(path: Path) -> bool:
+    homes = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
+    in_packages = {"site-packages", "dist-packages"} & set(path.parts)
+    return bool(in_packages) or any(path.resolve().is_relative_to(home) for home in homes)
