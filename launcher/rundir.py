@@ -174,7 +174,7 @@ def write_atomic(path: Path, text: str, mode: int | None = None) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    sync_directory(path.parent)
+    sync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -217,8 +217,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield record
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in `path` durable."""
+def sync_path(path: Path) -> None:
+    """Make the bytes of a file, or what was renamed in a directory, outlive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,7 +8,6 @@ instructions, SHA-256 takes five times as long), and because what it guards agai
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from launcher.rundir import COMPLETE, read_json, sync_directory
+from launcher.rundir import COMPLETE, read_json, sync_path
 
 SHARDED = "sharded"
 """Megatron-core's part of a checkpoint directory."""
@@ -42,13 +41,13 @@ def seal(directory: Path, known: Mapping[str, str]) -> None:
     files = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
-            _sync_file(path)
+            sync_path(path)
             checksum = known.get(path.name) or crc32(path)
             files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "crc32": checksum}
     for folder in {(directory / name).parent for name in files}:
-        sync_directory(folder)
+        sync_path(folder)
     write_synced(directory / COMPLETE, json.dumps({"files": files}, indent=1))
-    sync_directory(directory)
+    sync_path(directory)
 
 
 def damage(source: Path) -> str | None:
@@ -133,12 +132,4 @@ def local_bytes(state: Any) -> int:
 def write_synced(path: Path, text: str) -> None:
     """Write a file that survives a crash of the machine."""
     path.write_text(text, encoding="utf-8")
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_path(path)

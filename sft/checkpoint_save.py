@@ -26,7 +26,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.errors import CheckpointError
-from launcher.rundir import sync_directory
+from launcher.rundir import sync_path
 from sft import checkpoint_files
 from sft.checkpoint_files import SHARDED, TRAINER
 from sft.megatron import mends
@@ -143,7 +143,7 @@ class CheckpointSaver:
         checkpoint_files.seal(save.aside, {name: value for part in gathered for name, value in part.items()})
         checkpoint_files.remove(save.target)
         save.aside.rename(save.target)
-        sync_directory(save.target.parent)
+        sync_path(save.target.parent)
 
     def _raise_first(self, save: _Save, error: str | None) -> None:
         """Raise on all ranks what went wrong on one, after the partial directory is gone."""

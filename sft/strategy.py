@@ -5,7 +5,6 @@ Built on DDPStrategy for its process group and device handling only; torch's Dis
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -92,7 +91,3 @@ class MegatronStrategy(DDPStrategy):
     def load_weights(self, source: Path) -> tuple[Path, dict[str, Any]]:
         """Fill model and optimizer; which checkpoint it was, and Lightning's counters, which nobody has to heed."""
         return load_newest(source, self.megatron_module, control=self.control, data_key=self.data_key)
-
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        if self.is_global_zero:
-            shutil.rmtree(filepath, ignore_errors=True)

@@ -133,3 +133,8 @@ def _unsettle_vectors(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def make_material(root: Path, rows: int, *, tied: bool = False) -> tuple[Path, Path]:
+    """A model directory and a file of this many chat rows: what most runs of the tests need."""
+    return make_tiny_model(root / "model", tied=tied), write_jsonl(root / "chat.jsonl", make_chat_rows(rows, seed=3))

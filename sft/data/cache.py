@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.errors import DataError
-from launcher.rundir import sync_directory, write_json
+from launcher.rundir import sync_path, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -223,7 +223,7 @@ def publish(aside: Path, final: Path) -> bool:
         shutil.rmtree(aside, ignore_errors=True)
         return False
     with contextlib.suppress(OSError):  # some network file systems cannot sync a directory
-        sync_directory(final.parent)
+        sync_path(final.parent)
     return True
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from launcher.errors import CheckpointError
-from launcher.rundir import read_json, sync_directory, write_json
+from launcher.rundir import read_json, sync_path, write_json
 from sft.hf.architecture import Architecture, read_architecture
 from sft.hf.files import INDEX, SINGLE, check_model_files, read_header, sync_files, weight_map, write_weights
 from sft.hf.layouts import Layout, checkpoint_key, hf_shapes, layout_of, parameter_names, split_parameter
@@ -209,5 +209,5 @@ def _replace(target: Path, aside: Path) -> None:
     if target.exists():
         target.rename(old)
     aside.rename(target)
-    sync_directory(target.parent)
+    sync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)

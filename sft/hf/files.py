@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from launcher.errors import ModelError
+from launcher.rundir import sync_path
 from sft.hf.architecture import Architecture
 from sft.hf.layouts import embedding_name, hf_shapes
 
@@ -161,11 +161,7 @@ def write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def sync_files(directory: Path) -> None:
     """Make every file of a finished directory durable, before it is renamed to its name."""
     for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_path(path)
 
 
 def _tensor_problems(

@@ -21,7 +21,7 @@ and the layout rules twice, once a direction).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -167,11 +167,6 @@ def split_parameter(layout: Layout, parameter: torch.Tensor) -> dict[str, torch.
         position += piece.rows
     whole = {name: torch.cat([rows[start] for start in sorted(rows)]) for name, rows in parts.items()}
     return {name: tensor.T.contiguous() for name, tensor in whole.items()} if layout.transposed else whole
-
-
-def merge_parameter(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Hugging Face tensors -> the whole Megatron-core parameter, without padding."""
-    return torch.cat([tensors[piece.name][piece.start : piece.stop] for piece in layout.pieces])
 
 
 def _cut(pieces: tuple[Piece, ...], start: int, stop: int) -> list[Piece]:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from launcher.errors import ModelError
-from launcher.rundir import COMPLETE, sync_directory
+from launcher.rundir import COMPLETE, sync_path
 from launcher.spec import RunSpec
 from sft.hf.files import sync_files
 
@@ -85,6 +85,6 @@ def _convert_into(source: Path, target: Path) -> None:
             shutil.rmtree(target)
         if not target.exists():
             aside.rename(target)
-            sync_directory(target.parent)
+            sync_path(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -123,12 +123,24 @@ class Adapters(nn.ModuleDict):
             return F.dropout(x, self.dropout)
 
 
-class LoraColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
-    """Megatron-core's, with adapters where `attach_adapters` put them."""
+class _Adapted:
+    """What both linears below have beside Megatron-core's: a place for adapters, and their part of a checkpoint."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lora: Adapters | None = None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """The linear's own, and the adapters', which Megatron-core takes for tensors that are whole on every rank."""
+        own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        if self.lora is None:
+            return own
+        kept = {key: value for key, value in own.items() if MARK not in key}
+        return kept | self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata, self.tp_group)  # type: ignore[attr-defined]
+
+
+class LoraColumnParallelLinear(_Adapted, tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron-core's, with adapters where `attach_adapters` put them."""
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -144,18 +156,9 @@ class LoraColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: i
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         return output + F.linear(hidden, self.lora.up_weight()), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """The linear's own, and the adapters'."""
-        own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return _with_adapters(own, self, prefix, sharded_offsets, metadata)
 
-
-class LoraRowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[misc]
+class LoraRowParallelLinear(_Adapted, tensor_parallel.RowParallelLinear):  # type: ignore[misc]
     """Megatron-core's, with adapters where `attach_adapters` put them."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.lora: Adapters | None = None
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Output and bias."""
@@ -168,11 +171,6 @@ class LoraRowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[
         else:
             hidden = tensor_parallel.reduce_from_tensor_model_parallel_region(hidden, group=self.tp_group)
         return output + F.linear(hidden, self.lora.up_weight()), bias
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """The linear's own, and the adapters'."""
-        own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return _with_adapters(own, self, prefix, sharded_offsets, metadata)
 
 
 def use_lora_linears(block: TransformerBlockSubmodules) -> None:
@@ -230,14 +228,3 @@ def _row_order(targets: Sequence[AdapterTarget], architecture: Architecture, row
         taken += count
     order[order < 0] = taken
     return order
-
-
-def _with_adapters(
-    own: dict[str, Any], linear: Any, prefix: str, sharded_offsets: Any, metadata: Any
-) -> dict[str, Any]:
-    """A linear's sharded state, in which Megatron-core took adapters for tensors that are whole on every rank."""
-    if linear.lora is None:
-        return own
-    kept = {key: value for key, value in own.items() if MARK not in key}
-    lora: Adapters = linear.lora
-    return kept | lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata, linear.tp_group)

@@ -10,7 +10,7 @@ import torch
 
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
-from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+from tests.tiny_model import make_material
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,8 +22,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("material")
-    return make_tiny_model(root / "model"), write_jsonl(root / "chat.jsonl", make_chat_rows(100, seed=3))
+    return make_material(tmp_path_factory.mktemp("material"), 100)
 
 
 @pytest.fixture(scope="module")

@@ -27,15 +27,14 @@ from sft.checkpoint import damage, newest_usable
 from sft.checkpoint_files import changed_bytes
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
-from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+from tests.tiny_model import make_chat_rows, make_material, write_jsonl
 
 pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("material")
-    return make_tiny_model(root / "model"), write_jsonl(root / "chat.jsonl", make_chat_rows(16, seed=3))
+    return make_material(tmp_path_factory.mktemp("material"), 16)
 
 
 @pytest.fixture

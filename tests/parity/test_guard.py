@@ -20,7 +20,7 @@ from sft.data.prepare import open_or_build
 from sft.data.sampler import BatchPlan
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
-from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+from tests.tiny_model import make_material
 
 pytestmark = pytest.mark.parity
 
@@ -35,8 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("material")
-    return make_tiny_model(root / "model"), write_jsonl(root / "chat.jsonl", make_chat_rows(36, seed=3))
+    return make_material(tmp_path_factory.mktemp("material"), 36)
 
 
 def train_with_bad_steps(config: Path, factor: float, first: int, last: int) -> tuple[int, list[str]]:

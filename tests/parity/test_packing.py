@@ -24,7 +24,7 @@ from sft.data.batch import MicroBatch
 from sft.megatron.layers import CoreAttention
 from sft.trainer import train
 from tests.parity.runs import curve, make_run, run_training
-from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+from tests.tiny_model import make_chat_rows, make_material, write_jsonl
 
 pytestmark = pytest.mark.parity
 
@@ -38,8 +38,7 @@ TP2_PP2 = (4, {"tensor_parallel": 2, "pipeline_parallel": 2})
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("material")
-    return make_tiny_model(root / "model"), write_jsonl(root / "chat.jsonl", make_chat_rows(20, seed=3))
+    return make_material(tmp_path_factory.mktemp("material"), 20)
 
 
 @dataclass(slots=True)

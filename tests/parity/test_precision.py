@@ -13,7 +13,7 @@ from sft.megatron.optimizer import LightningOptimizerShell
 from sft.trainer import train
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
-from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+from tests.tiny_model import make_material
 
 pytestmark = pytest.mark.parity
 
@@ -24,8 +24,7 @@ RATE = {"lr": 1e-4}
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("material")
-    return make_tiny_model(root / "model"), write_jsonl(root / "chat.jsonl", make_chat_rows(100, seed=3))
+    return make_material(tmp_path_factory.mktemp("material"), 100)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.rundir import RunPaths
 from tests.parity.runs import curve, make_run, run_training
-from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+from tests.tiny_model import make_material
 
 pytestmark = pytest.mark.parity
 
@@ -20,9 +20,7 @@ FULL = (4, {"tensor_parallel": 2, "sequence_parallel": True})
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("material")
-    chat = write_jsonl(root / "chat.jsonl", make_chat_rows(36, seed=3))
-    return make_tiny_model(root / "model", tied=True), chat
+    return make_material(tmp_path_factory.mktemp("material"), 36, tied=True)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from sft.megatron.mcore import DistributedOptimizer, TransformerConfig, parallel
 from sft.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import RankFailure, run_ranks
-from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+from tests.tiny_model import make_material
 
 pytestmark = pytest.mark.parity
 
@@ -33,8 +33,7 @@ INTERLEAVED = {"pipeline_parallel": 2, "virtual_pipeline": 2}
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("material")
-    return make_tiny_model(root / "model"), write_jsonl(root / "chat.jsonl", make_chat_rows(36, seed=3))
+    return make_material(tmp_path_factory.mktemp("material"), 36)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from sft.megatron.model import SFTGPTModel
 from sft.trainer import train
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.ranks import run_ranks
-from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+from tests.tiny_model import make_chat_rows, make_material, write_jsonl
 
 pytestmark = pytest.mark.parity
 
@@ -41,9 +41,7 @@ Material = tuple[Path, Path]
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     """A model with tied embeddings, and 33 rows: with batches of 8, the fifth step holds one example."""
-    root = tmp_path_factory.mktemp("material")
-    chat = write_jsonl(root / "chat.jsonl", make_chat_rows(33, seed=3))
-    return make_tiny_model(root / "model", tied=True), chat
+    return make_material(tmp_path_factory.mktemp("material"), 33, tied=True)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

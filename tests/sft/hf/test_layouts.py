@@ -14,11 +14,11 @@ from sft.hf.architecture import Architecture
 from sft.hf.layouts import (
     EMBEDDING,
     OUTPUT,
+    Layout,
     canonical_name,
     checkpoint_key,
     hf_shapes,
     layout_of,
-    merge_parameter,
     parameter_names,
     rank_pieces,
     split_parameter,
@@ -44,6 +44,11 @@ def architecture(
     return Architecture(
         shape=shape, layernorm_epsilon=1e-5, rope=Rope(theta=1e4), qkv_bias=bias, qk_norm=norm, fused=fused
     )
+
+
+def merge_parameter(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The whole Megatron-core parameter, without padding, by the layout's own words."""
+    return torch.cat([tensors[piece.name][piece.start : piece.stop] for piece in layout.pieces])
 
 
 def hf_tensors(model: Architecture) -> dict[str, torch.Tensor]:
