@@ -23,9 +23,10 @@ _EPILOG = """exit codes:
   76  no rank finished a step for too long
   77  a node failed its preflight checks
   93  never to be started again by itself
+ 124  wait --timeout: the runs go on
  130  interrupted (Ctrl-C)
 
-A run's own exit code is what `submit --follow` and `logs -f` exit with."""
+A run's own exit code is what `submit --follow`, `logs -f` and `wait` exit with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,5 +32,7 @@ class ExitCode(IntEnum):
     """A node failed its preflight checks: the run belongs on other nodes."""
     NEVER_REQUEUE = 93
     """A program's word that another start would end the same way; other resiliency tools use the same number."""
+    TIMED_OUT = 124
+    """`launcher wait --timeout`: the runs go on."""
     INTERRUPTED = 130
     """Ctrl-C."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.errors import RunStateError, did_you_mean
 from launcher.exit_codes import ExitCode
+from launcher.first_failure import first_failure
 from launcher.manifest import Attempt, Manifest, read_manifest
 from launcher.rundir import RunPaths, read_json, read_lines
 from launcher.state import JobState
@@ -77,11 +78,8 @@ class Snapshot:
         """Why the attempt failed, as far as the files tell."""
         if self.cancelled:
             return "by `launcher cancel`"
-        try:
-            words = (self.paths.logs / (self.attempt or "") / "failure").read_text(encoding="utf-8").split()
-            who = f"rank {words[1]} on {words[2]} ended with"
-        except (OSError, IndexError):
-            who = "ended with"
+        first = first_failure(self.paths, self.attempt or "")
+        who = f"{first} ended with" if first else "ended with"
         return f"{who} exit code {self.exit_code}{_meaning(self.exit_code)}"
 
 

@@ -1,40 +1,60 @@
-"""logs: what a run printed."""
+"""logs, wait: what a run prints, and how it ends."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from launcher.commands import chosen_run, command, run_argument
+from launcher.commands import chosen_run, chosen_runs, command, run_argument, runs_argument
 from launcher.exit_codes import ExitCode
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
+    """Declare the commands."""
     parser = command(commands, "logs", _logs, "print the logs of a run")
     run_argument(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--rank", type=int, metavar="N", help="this rank's log (default 0)")
+    which.add_argument("--rank", metavar="RANKS", help="logs of these ranks, e.g. 3 or 0,3-5 (default 0)")
+    which.add_argument("--all", action="store_true", help="logs of all ranks, each line with its rank")
     which.add_argument("--batch", action="store_true", help="the batch script's log: prepare, export, how ranks ended")
+    which.add_argument("--failed", action="store_true", help="last words of the rank that failed first")
     parser.add_argument("--attempt", metavar="A", help="default: the newest")
     parser.add_argument("-f", "--follow", action="store_true", help="print more as it comes, until the attempt ends")
+    wait = command(commands, "wait", _wait, "wait until runs have ended; exits with the first code that is not 0")
+    runs_argument(wait, "+")
+    wait.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long, with exit code 124")
 
 
 def _logs(options: argparse.Namespace) -> int:
     from launcher import logs
 
+    choice = logs.Choice(
+        ranks=logs.parse_ranks(options.rank) if options.rank else (),
+        all_ranks=options.all,
+        batch=options.batch,
+        failed=options.failed,
+        attempt=options.attempt,
+    )
     paths = chosen_run(options)
-    choice = {"rank": options.rank, "attempt": options.attempt, "batch": options.batch}
-    if options.follow:
-        return exit_with(logs.follow(paths, **choice))
-    logs.show(paths, **choice)
+    if options.follow and not options.failed:
+        return exit_with(logs.follow(paths, choice))
+    logs.show(paths, choice)
     return int(ExitCode.OK)
+
+
+def _wait(options: argparse.Namespace) -> int:
+    from launcher.watch import wait
+
+    rows = wait(chosen_runs(options), options.timeout)
+    if rows is None:
+        return int(ExitCode.TIMED_OUT)
+    return next((code for code in map(exit_with, rows) if code), int(ExitCode.OK))
 
 
 def exit_with(status: Any) -> int:
     """The run's own exit code; a run that ended without one has failed."""
     from launcher.state import JobState
 
-    if status.exit_code is not None:
-        return int(status.exit_code)
-    return int(ExitCode.OK if status.state is JobState.COMPLETED else ExitCode.FAILURE)
+    if status.state is JobState.COMPLETED:
+        return int(ExitCode.OK)
+    return int(status.exit_code or ExitCode.FAILURE)

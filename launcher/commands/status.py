@@ -18,8 +18,19 @@ def add(commands: Any) -> None:
     runs_argument(status, "*")
     listing = command(commands, "list", _list, "runs by their files alone; asks no scheduler")
     run_root_option(listing)
-    json_option(status)
-    json_option(listing)
+    status.add_argument("--watch", action="store_true", help="show it again and again, until all runs have ended")
+    for parser in (status, listing):
+        json_option(parser)
+        parser.add_argument("--name", metavar="GLOB", help="runs whose name fits the pattern, e.g. 'llama-*'")
+        parser.add_argument("--since", metavar="WHEN", help="created since then: 12h, 3d, 2026-11-24")
+        parser.add_argument("--state", action="append", default=[], metavar="STATE", help="e.g. running,pending")
+
+
+def _selection(options: argparse.Namespace) -> Any:
+    from launcher.selection import Selection, parse_since, parse_states
+
+    since = parse_since(options.since) if options.since else None
+    return Selection(name=options.name, since=since, states=parse_states(options.state))
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -27,9 +38,18 @@ def _status(options: argparse.Namespace) -> int:
     from launcher.status import collect
     from launcher.table import table, terminal_width
 
-    root = options.run_root or default_run_root()
-    runs = chosen_runs(options) or all_runs(root)
-    rows, problem = collect(runs)
+    root, selection = options.run_root or default_run_root(), _selection(options)
+
+    def pick() -> Any:
+        rows, problem = collect(selection.of(chosen_runs(options) or all_runs(root)))
+        return [row for row in rows if selection.fits(row.state)], problem
+
+    if options.watch:
+        from launcher.watch import watch
+
+        watch(pick)
+        return int(ExitCode.OK)
+    rows, problem = pick()
     if options.json:
         print_json([row.as_json() for row in rows])
     elif rows:
@@ -46,7 +66,11 @@ def _list(options: argparse.Namespace) -> int:
     from launcher.runs import all_runs, default_run_root, listing
     from launcher.table import columns
 
-    rows = listing(all_runs(options.run_root or default_run_root()))
+    selection = _selection(options)
+    rows = listing(selection.of(all_runs(options.run_root or default_run_root())))
+    if selection.states:  # by the files alone, a run that is not known to have ended goes on
+        names = {state.value for state in selection.states}
+        rows = [row for row in rows if row["state"] in names]
     if options.json:
         print_json(rows)
     else:

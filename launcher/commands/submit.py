@@ -84,6 +84,6 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _follow(paths: Any) -> int:
-    from launcher.logs import follow
+    from launcher.logs import Choice, follow
 
-    return exit_with(follow(paths, rank=None, attempt=None, batch=False))
+    return exit_with(follow(paths, Choice()))
