@@ -50,7 +50,7 @@ def make_run(
         topology=TopologySpec(**(topology or {})),
         model=ModelSpec(path=str(model_dir)),
         data=DataSpec(
-            train=[str(train_file)],
+            train=[] if "sources" in settings else [str(train_file)],
             validation=[str(held_out)] if held_out else [],
             **{"seq_length": 256, "workers": 1, **_of(DataSpec, settings)},  # type: ignore[arg-type]
         ),
