@@ -97,11 +97,21 @@ def cancel(job_ids: Sequence[str]) -> None:
     _run(["scancel", *job_ids])
 
 
+def expected_start(script: str) -> str:
+    """What `sbatch --test-only` says of a script: when and where it would start. Nothing is submitted or written."""
+    return _answer(["sbatch", "--test-only"], script).stderr.strip().removeprefix("sbatch: ")
+
+
 def _run(command: Sequence[str]) -> str:
+    return _answer(command).stdout
+
+
+def _answer(command: Sequence[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
     what = command[0]
     try:
         done = subprocess.run(
             command,
+            input=given,
             capture_output=True,
             text=True,
             errors="replace",
@@ -116,7 +126,7 @@ def _run(command: Sequence[str]) -> str:
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
         raise SchedulerError(f"{what} failed: {said}")
-    return done.stdout
+    return done
 
 
 def parse_squeue(text: str) -> Iterator[JobRecord]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands import command, config_argument, json_option, override_arguments, print_json
+from launcher.commands import command, config_argument, json_option, override_arguments, print_json, run_root_option
 from launcher.commands.logs import exit_with
 from launcher.exit_codes import ExitCode
 
@@ -25,6 +25,15 @@ def add(commands: Any) -> None:
     json_option(submit)
     json_option(validate)
     submit.add_argument("--dry-run", action="store_true", help="print summary and script, write nothing")
+    submit.add_argument("--test-only", action="store_true", help="ask Slurm when and where it would start, no more")
+    run_root_option(render)
+    render.add_argument(
+        "--diff",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="what would change: against the script of RUN, or with --cluster against the config's own cluster",
+    )
     submit.add_argument("--follow", action="store_true", help="show the logs until the run has ended")
 
 
@@ -34,6 +43,9 @@ def _submit(options: argparse.Namespace) -> int:
     plan, parent = _plan(options)
     if options.dry_run:
         print(f"{summary(plan)}\n\n{script_of(plan)}", end="")
+        return int(ExitCode.OK)
+    if options.test_only:
+        print(f"{summary(plan)}\n{_expected_start(plan)}")
         return int(ExitCode.OK)
     attempt = submit(plan, options.command_line, parent)
     if options.json:
@@ -56,12 +68,34 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
     return plan_of_lock(options.config, options.overrides, options.cluster)
 
 
+def _expected_start(plan: Plan) -> str:
+    from launcher import slurm
+    from launcher.submit import script_of
+
+    if plan.spec.cluster.scheduler == "local":
+        return "start      at once, on this machine"
+    return f"start      {slurm.expected_start(script_of(plan))}"
+
+
 def _render(options: argparse.Namespace) -> int:
     from launcher.submit import script_of
 
     plan, _ = _plan(options)
-    print(script_of(plan), end="")
+    print(script_of(plan) if options.diff is None else _diff(options, plan), end="")
     return int(ExitCode.OK)
+
+
+def _diff(options: argparse.Namespace, plan: Plan) -> str:
+    from launcher.errors import ConfigError
+    from launcher.plan import make_plan
+    from launcher.runs import find_run
+    from launcher.script_diff import against_cluster, against_run
+
+    if options.diff:
+        return against_run(plan, find_run(options.diff, options.run_root or plan.paths.root.parent))
+    if not options.cluster:
+        raise ConfigError("--diff: name the RUN to compare with, or another cluster by --cluster")
+    return against_cluster(make_plan(options.config, options.overrides), plan)
 
 
 def _validate(options: argparse.Namespace) -> int:

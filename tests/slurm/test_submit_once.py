@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -118,3 +119,10 @@ def test_job_submitted_from_inside_a_job_is_its_own(bench: Workbench, slurm: Slu
 
 def _line(run: RunPaths, attempt: str, rank: int) -> str:
     return run.rank_log(attempt, rank).read_text()
+
+
+def test_test_only_says_when_and_where_and_leaves_nothing(bench: Workbench, slurm: SlurmCluster) -> None:
+    said = bench.launcher("submit", str(bench.config), "name=asked", "--test-only").stdout
+    assert re.search(r"\nstart      Job [0-9]+ to start at 20\S+ using [0-9]+ processors on nodes node\S+ in", said)
+    assert jobs_named(bench, "asked") == []
+    assert not bench.run_paths("asked").root.exists()
