@@ -1,10 +1,10 @@
 """Rotary positions of a Hugging Face config: read, refused by name, and turned into inverse frequencies.
 
-Covered are the scalings that are constants: plain, `linear`, and Llama 3's with any numbers (Megatron-core's own has
-low 1, high 4 and 8192 positions built in). Computed as transformers computes them, in fp32, bit for bit.
+Covered are the scalings that are constants: plain, `linear`, `yarn`, and Llama 3's with any numbers (Megatron-core's
+own has low 1, high 4 and 8192 positions built in). Computed as transformers computes them, in fp32, bit for bit.
 
-Refused are `dynamic`, `longrope` and `yarn`: the first two choose other frequencies when a batch is long, so that a
-token's rotation would depend on its neighbours in the batch; yarn also scales attention.
+Refused are `dynamic` and `longrope`: they choose other frequencies when a batch is long, so that a token's rotation
+would depend on its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 _LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_SCALED = ("linear", "llama3")
+_YARN_KEYS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+"""What a yarn config may leave out."""
+_SCALED = ("linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +31,31 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): pairs of a head that turn often over the first training stay, slow ones are slowed."""
+
+    beta_fast: float
+    """Turns over the original positions from which on a pair stays as it is."""
+    beta_slow: float
+    """Turns up to which it is slowed by the whole factor."""
+    original_positions: int
+    truncate: bool
+    """Whether the ramp between the two begins and ends at whole pairs."""
+
+    def ramp(self, theta: float, dim: int) -> torch.Tensor:
+        """How much each pair is slowed: 0 not at all, 1 by the whole factor."""
+        low, high = (self._pair_with(turns, theta, dim) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        width = 0.001 if low == high else high - low
+        return ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
+
+    def _pair_with(self, turns: float, theta: float, dim: int) -> float:
+        return dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rope:
     """Rotary positions of all layers."""
 
@@ -38,12 +65,19 @@ class Rope:
     factor: float = 1.0
     """How much slower positions turn."""
     llama3: Llama3Scaling | None = None
-    """None: all frequencies are divided by the factor."""
+    yarn: YarnScaling | None = None
+    """Neither this nor llama3: all frequencies are divided by the factor."""
+    attention_factor: float = 1.0
+    """Sines and cosines are multiplied by it."""
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
         """Radians a position, one for each rotated pair of a head."""
         dim = int(head_dim * self.fraction)
-        plain = 1.0 / (self.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
+        pairs = self.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+        plain = 1.0 / pairs
+        if self.yarn is not None:
+            kept = 1 - self.yarn.ramp(self.theta, dim)
+            return 1.0 / (self.factor * pairs) * (1 - kept) + plain * kept
         if self.llama3 is None:
             return plain / self.factor
         low, high, original = (
@@ -65,22 +99,47 @@ def read_rope(config: dict[str, Any], *, max_position_embeddings: int, partial: 
     if problems:
         return None, problems
     kind = settings["rope_type"]
-    scaling = None
-    if kind == "llama3":
-        scaling = Llama3Scaling(
-            low_freq_factor=float(settings["low_freq_factor"]),
-            high_freq_factor=float(settings["high_freq_factor"]),
-            original_positions=int(settings.get("original_max_position_embeddings", max_position_embeddings)),
-        )
+    original = int(settings.get("original_max_position_embeddings", max_position_embeddings))
     return (
         Rope(
             theta=float(settings["rope_theta"]),
             fraction=float(settings["partial_rotary_factor"]),
             factor=float(settings["factor"]) if kind in _SCALED else 1.0,
-            llama3=scaling,
+            llama3=_llama3(settings, original) if kind == "llama3" else None,
+            yarn=_yarn(settings, original) if kind == "yarn" else None,
+            attention_factor=_attention_factor(settings) if kind == "yarn" else 1.0,
         ),
         [],
     )
+
+
+def _llama3(settings: dict[str, Any], original_positions: int) -> Llama3Scaling:
+    return Llama3Scaling(
+        low_freq_factor=float(settings["low_freq_factor"]),
+        high_freq_factor=float(settings["high_freq_factor"]),
+        original_positions=original_positions,
+    )
+
+
+def _yarn(settings: dict[str, Any], original_positions: int) -> YarnScaling:
+    return YarnScaling(
+        beta_fast=float(settings.get("beta_fast") or 32),
+        beta_slow=float(settings.get("beta_slow") or 1),
+        original_positions=original_positions,
+        truncate=bool(settings.get("truncate", True)),
+    )
+
+
+def _attention_factor(settings: dict[str, Any]) -> float:
+    """As stated, or by the paper's formula from the factor; `mscale` and `mscale_all_dim` count as a pair only."""
+    stated = settings.get("attention_factor")
+    if stated is not None:
+        return float(stated)
+    above, below = float(settings.get("mscale") or 0), float(settings.get("mscale_all_dim") or 0)
+    log = math.log(max(float(settings["factor"]), 1.0))
+    if above and below:
+        return (0.1 * above * log + 1.0) / (0.1 * below * log + 1.0)
+    return 0.1 * log + 1.0
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,6 +148,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if "original_max_position_embeddings" in config:
+        rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     return rope
 
 
@@ -104,12 +165,16 @@ def _problems(rope: dict[str, Any], max_position_embeddings: int, partial: bool)
     if kind == "default":
         return problems
     if kind not in _SCALED:
-        return [*problems, f"rope_type {kind!r} is not supported; supported are 'default', 'linear', 'llama3'"]
+        return [*problems, f"rope_type {kind!r} is not supported; supported are 'default', 'linear', 'llama3', 'yarn'"]
     numbers = {"original_max_position_embeddings": max_position_embeddings, **rope}
     needed = ("factor", *(_LLAMA3_KEYS if kind == "llama3" else ()))
     missing = [key for key in needed if not _is_number(numbers.get(key))]
+    if kind == "yarn":
+        missing += [key for key in _YARN_KEYS if rope.get(key) is not None and not _is_number(rope[key])]
     if missing:
         problems.append(f"rope_type {kind!r} without a number for {', '.join(missing)}")
+    elif kind == "yarn" and _attention_factor(rope) < 1:
+        problems.append(f"rope_type 'yarn' with an attention factor of {_attention_factor(rope):.4g}, below 1")
     elif kind == "llama3" and not 0 < numbers["low_freq_factor"] < numbers["high_freq_factor"]:
         problems.append(
             f"rope_type 'llama3' with low_freq_factor {numbers['low_freq_factor']} and high_freq_factor "

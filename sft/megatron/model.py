@@ -8,6 +8,7 @@ bf16 stays off.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -186,6 +187,9 @@ def _build_chunk(
         # Megatron-core's own scaling has Llama 3's numbers built in.
         rotary = chunk.rotary_pos_emb
         rotary.inv_freq = rope.inverse_frequencies(shape.head_dim).to(rotary.inv_freq.device)
+        if rope.attention_factor > 1:
+            # Megatron-core's attention multiplies by 0.1 ln(this) + 1, the paper's formula; here whatever config says.
+            config.yarn_rotary_scaling_factor = math.exp(10 * (rope.attention_factor - 1))
     if chunk.pre_process and architecture.embedding_scale is not None:
         chunk.embedding.register_forward_hook(partial(_scale_embedding, architecture.embedding_scale))
     if spec.model.lora.rank is not None:

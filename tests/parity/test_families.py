@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),
     "phi3_partial_rope": ("phi3_partial_rope", {"num_key_value_heads": 2, "sliding_window": 256}),
     "mistral_window": ("mistral_window", {"sliding_window": 256}),
+    "qwen2_yarn": ("qwen2_yarn", {}),
     "llama3_rope_other_numbers": ("llama3_rope_other_numbers", {}),
 }
 

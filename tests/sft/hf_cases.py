@@ -31,6 +31,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
 GPT2_WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 """transformers drops out a tenth unless told otherwise."""
 
@@ -67,6 +69,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"pad_token_id": 0, "partial_rotary_factor": 0.75, "num_key_value_heads": 6, "sliding_window": 64},
     ),
     "qwen2": ("Qwen2", {"rope_theta": 1000000.0}),
+    "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN_ROPE, "max_position_embeddings": 256}),
+    "llama_yarn_stated": ("Llama", {"rope_parameters": {**YARN_ROPE, "attention_factor": 1.75, "truncate": False}}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),

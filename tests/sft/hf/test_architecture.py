@@ -142,12 +142,16 @@ def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) 
             "RoPE settings that differ between layers are not supported",
         ),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_type 'yarn' is not supported; supported are 'default', 'linear', 'llama3'",
+            {"rope_scaling": {"rope_type": "yarn", "beta_fast": "many"}},
+            "rope_type 'yarn' without a number for factor, beta_fast",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.5}},
+            "rope_type 'yarn' with an attention factor of 0.5, below 1",
         ),
         (
             {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
-            "rope_type 'longrope' is not supported; supported are 'default', 'linear', 'llama3'",
+            "rope_type 'longrope' is not supported; supported are 'default', 'linear', 'llama3', 'yarn'",
         ),
         (
             {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
