@@ -51,7 +51,10 @@ def _required(spec: RunSpec) -> Iterator[Problem]:
             f"{spec.name!r} is not a run name: letters, digits, '.', '_', '-', first a letter or digit, <= 128",
         )
     if not spec.model.path:
-        yield "model.path", "missing; a Hugging Face model directory, a .gguf file or package:NAME/FILE"
+        yield (
+            "model.path",
+            "missing; a Hugging Face model directory, a NeMo checkpoint, a .gguf file or package:NAME/FILE",
+        )
     if not spec.data.train and not spec.data.sources:
         yield "data.train", "missing; one or more data files, or several sources with weights in data.sources"
     if spec.train.max_steps is None and spec.train.epochs is None:
@@ -294,8 +297,8 @@ def file_problems(spec: RunSpec) -> Iterator[Problem]:
 def _model_file(path: str) -> Iterator[Problem]:
     if not path.startswith("package:"):
         found = Path(path)
-        if not found.is_dir() and not (found.is_file() and found.suffix == ".gguf"):
-            what = "is neither a directory nor a .gguf file" if found.exists() else "does not exist"
+        if not found.is_dir() and not (found.is_file() and found.suffix in (".gguf", ".nemo")):
+            what = "is neither a directory nor a .gguf or .nemo file" if found.exists() else "does not exist"
             yield "model.path", f"{path} {what}"
         return
     package, _, file = path.removeprefix("package:").partition("/")

@@ -12,6 +12,7 @@ from launcher.config import LoadedConfig, load_config
 from launcher.errors import ConfigError
 from launcher.gguf_shape import read_gguf_shape
 from launcher.model_shape import ModelShape, read_model_shape
+from launcher.nemo.checkpoint import is_checkpoint, read_shape
 from launcher.rundir import RunPaths
 from launcher.spec import RunSpec
 from launcher.topology import Topology, build_topology
@@ -60,4 +61,8 @@ def model_shape_of(spec: RunSpec) -> ModelShape | None:
     """The model's sizes, or None where they cannot be read on this machine."""
     packaged = package_file(spec.model.path) if spec.model.path.startswith("package:") else None
     path = packaged or Path(spec.model.path)
-    return read_gguf_shape(path) if path.suffix == ".gguf" else read_model_shape(path)
+    if path.suffix == ".gguf":
+        return read_gguf_shape(path)
+    if is_checkpoint(path):
+        return read_shape(path)
+    return read_model_shape(path)

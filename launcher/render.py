@@ -152,7 +152,7 @@ def _mounts(spec: RunSpec, paths: RunPaths, source_root: Path | None) -> list[st
     folders = {paths.root, spec.cache_dir, *(_fixed_folder(Path(file)) for file in files)}
     if not spec.model.path.startswith("package:"):
         path = Path(spec.model.path)
-        folders.add(path.parent if path.suffix == ".gguf" else path)
+        folders.add(path.parent if path.suffix in (".gguf", ".nemo") else path)
     if spec.data.chat_template not in ("tokenizer", "none"):
         folders.add(Path(spec.data.chat_template).parent)
     folders |= {Path(item) for item in (spec.model.tokenizer, spec.checkpoint.resume_from, source_root) if item}

@@ -1,8 +1,8 @@
-"""Where a run's model is: a Hugging Face directory, a GGUF file, or a file of an installed package.
+"""Where a run's model is: a Hugging Face directory, a GGUF file, a NeMo checkpoint, or a file of an installed package.
 
-A GGUF is converted once, into a cache keyed by the hash of its content: the same model under another path or in
-another run is found again, a changed file is not. `prepare` converts; ranks only look, so that no two of them do
-the same work.
+A GGUF or NeMo checkpoint is converted once, into a cache keyed by the hash of its content: the same model under another
+path or in another run is found again, a changed file is not. `prepare` converts; ranks only look, so that no two of
+them do the same work.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 from launcher.errors import ModelError
+from launcher.nemo.checkpoint import SUFFIX as NEMO
+from launcher.nemo.checkpoint import is_checkpoint
 from launcher.rundir import COMPLETE, sync_path
 from launcher.spec import RunSpec
 from sft.hf.files import sync_files
@@ -24,9 +26,9 @@ _BLOCK = 2**22
 
 
 def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
-    """The Hugging Face directory of `spec.model.path`; a GGUF is converted, or with `convert` off must have been."""
+    """The Hugging Face directory of `spec.model.path`; other kinds are converted, or with `convert` off must be."""
     source = locate(spec.model.path)
-    if source.is_dir():
+    if source.is_dir() and not is_checkpoint(source):
         return source
     target = spec.cache_dir / "models" / _content_hash(source)
     if (target / COMPLETE).is_file():
@@ -41,12 +43,12 @@ def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
 
 
 def locate(path: str) -> Path:
-    """The directory or GGUF file that `model.path` means; ModelError says what is not there."""
+    """The directory or file that `model.path` means; ModelError says what is not there."""
     source = _package_file(path.removeprefix(PACKAGE)) if path.startswith(PACKAGE) else Path(path)
-    if source.is_dir() or (source.is_file() and source.suffix == ".gguf"):
+    if source.is_dir() or (source.is_file() and source.suffix in (".gguf", NEMO)):
         return source
     if source.is_file():
-        raise ModelError(f"model.path: {source} is neither a model directory nor a .gguf file")
+        raise ModelError(f"model.path: {source} is neither a model directory nor a .gguf or .nemo file")
     raise ModelError(f"model.path: {source} does not exist")
 
 
@@ -64,20 +66,24 @@ def _package_file(place: str) -> Path:
 
 def _content_hash(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    for item in files:
+        digest.update(str(item.relative_to(path)).encode() if path.is_dir() else b"")
+        with item.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
     return digest.hexdigest()
 
 
 def _convert_into(source: Path, target: Path) -> None:
     """Convert beside `target`, mark and rename; of two that do it at once, the first to end wins."""
     from sft.hf.gguf import convert_gguf  # transformers takes seconds to import
+    from sft.nemo.convert import convert_nemo
 
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:12]}.", dir=target.parent))
     try:
-        convert_gguf(source, aside)
+        (convert_gguf if source.suffix == ".gguf" else convert_nemo)(source, aside)
         (aside / COMPLETE).write_text(f"{source}\n", encoding="utf-8")
         aside.chmod((aside / COMPLETE).stat().st_mode | 0o111)  # mkdtemp's is owner only; the cache is shared
         sync_files(aside)

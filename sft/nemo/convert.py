@@ -1,0 +1,127 @@
+"""A NeMo 1.x checkpoint -> a Hugging Face directory, by parameters: memory never holds more than a weight file.
+
+The archive is unpacked beside the result first (weights are then mapped from disk), and only regular files whose names
+stay inside it. The tokenizer comes along where it is GPT-2's, as vocabulary and merges; another one is for
+`model.tokenizer` to name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from launcher.errors import ModelError
+from launcher.model_shape import ModelShape
+from launcher.nemo.checkpoint import inside, read_config, read_entries
+from launcher.nemo.rules import Entries, value_of
+from sft.hf.architecture import Architecture, read_architecture
+from sft.hf.exporter import write_model
+from sft.hf.files import check_model_files
+from sft.hf.layouts import Layout, layout_of, parameter_names, split_parameter
+from sft.nemo.shards import Shards, open_shards
+
+_GPT2_END = "<|endoftext|>"
+
+
+def convert_nemo(source: Path, directory: Path) -> None:
+    """Write config, weights and GPT-2's tokenizer of `source` into `directory`; ModelError says why not."""
+    config = read_config(source)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    architecture = read_architecture(directory)
+    entries = read_entries(source)
+    with _unpacked(source, directory.parent) as folder:
+        shards = open_shards(folder, entries, ModelShape.from_config(config, str(source)))
+        _check_names(shards, architecture, source)
+        write_model(
+            lambda name: split_parameter(_layout(name, architecture), _parameter(shards, name, architecture)),
+            architecture,
+            _dtypes(shards, architecture),
+            directory,
+        )
+        _write_tokenizer(folder, entries, directory)
+    check_model_files(directory, architecture)
+
+
+@contextmanager
+def _unpacked(source: Path, beside: Path) -> Iterator[Path]:
+    """The checkpoint's folder; of an archive a private copy that is removed in the end."""
+    if source.is_dir():
+        yield source
+        return
+    aside = Path(tempfile.mkdtemp(prefix=".nemo.", dir=beside))
+    try:
+        with tarfile.open(source) as archive:
+            for member in archive:
+                target = aside / inside(member.name, source)
+                if member.isdir():
+                    target.mkdir(parents=True, exist_ok=True)
+                    continue
+                file = archive.extractfile(member) if member.isfile() else None
+                if file is None:
+                    raise ModelError(
+                        f"model.path: {source}: member {member.name!r} is a link or device; it is not unpacked"
+                    )
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with file, target.open("xb") as copy:
+                    shutil.copyfileobj(file, copy, 2**24)
+        yield aside
+    except (tarfile.TarError, OSError) as error:
+        raise ModelError(f"model.path: {source} cannot be unpacked ({error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _layout(name: str, architecture: Architecture) -> Layout:
+    layout = layout_of(name, architecture)
+    assert layout is not None, name
+    return layout
+
+
+def _parameter(shards: Shards, name: str, architecture: Architecture) -> torch.Tensor:
+    return shards.parameter(name, _layout(name, architecture))
+
+
+def _check_names(shards: Shards, architecture: Architecture, source: Path) -> None:
+    """A weight that the model has no place for would be lost without a word."""
+    known = set(parameter_names(architecture))
+    unknown = sorted(name for name in shards.names() - known if not name.endswith(".linear_fc1.up.weight"))
+    tied = {"output_layer.weight"} if architecture.shape.tied_embeddings else set()
+    if set(unknown) - tied:
+        raise ModelError(f"model.path: {source}: {unknown[0]} has no place in the model of its model_config.yaml")
+
+
+def _dtypes(shards: Shards, architecture: Architecture) -> dict[str, torch.dtype]:
+    """Number type of each Hugging Face tensor: that of the checkpoint."""
+    held = {name: tensor.dtype for stage in shards.parts for name, tensor in stage[0].items()}
+    return {
+        piece.name: held.get(name, torch.float32)
+        for name in parameter_names(architecture)
+        for piece in _layout(name, architecture).pieces
+    }
+
+
+def _write_tokenizer(folder: Path, entries: Entries, directory: Path) -> None:
+    """GPT-2's vocabulary and merges, which archives hold under `<hash>_vocab.json` and `<hash>_merges.txt`."""
+    if value_of(entries, "model.tokenizer.type") != "GPT2BPETokenizer":
+        return
+    vocabulary = sorted(folder.glob("*vocab*.json"))
+    merges = sorted(folder.glob("*merges*.txt"))
+    if not vocabulary or not merges:
+        return
+    shutil.copyfile(vocabulary[0], directory / "vocab.json")
+    shutil.copyfile(merges[0], directory / "merges.txt")
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": _GPT2_END,
+        "eos_token": _GPT2_END,
+        "unk_token": _GPT2_END,
+        "add_prefix_space": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
