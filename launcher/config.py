@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from launcher import checks, resources
 from launcher.config_file import (
     ANY_NAME,
+    NAMED_SECTIONS,
     Leaf,
     Leaves,
     Source,
@@ -51,6 +52,8 @@ class LoadedConfig:
     """Dotted key → the layer its value came from, in schema order."""
     described: Mapping[str, Any] | None = None
     """config.json of the model that a NeMo config spells out; the one in model.path must be like it."""
+    auto_topology: bool = False
+    """`topology: auto`: the layout is still to be chosen."""
 
     def changed(self) -> Iterator[tuple[str, Any, Source]]:
         """Key, value and source of everything that is not a schema default."""
@@ -94,6 +97,7 @@ def load_config(
     `resolved` says that the file is a run's own config.yaml, in which `${` is text.
     """
     merged = _merged(path, overrides, cluster, resolved)
+    auto = _auto_topology(merged)
     spec = _absolute(typed(merged))
     for key, message in (*checks.spec_problems(spec), *checks.file_problems(spec)):
         if key not in merged.bad:
@@ -103,7 +107,7 @@ def load_config(
     sources: dict[str, Source] = {
         key: merged.values[key].source if key in merged.values else "default" for key in _keys(spec)
     }
-    return LoadedConfig(spec=spec, path=path, sources=sources, described=merged.described)
+    return LoadedConfig(spec=spec, path=path, sources=sources, described=merged.described, auto_topology=auto)
 
 
 def _where(merged: Leaves, key: str, path: Path) -> str:
@@ -139,6 +143,25 @@ def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved:
     return merged
 
 
+_AUTO_CHOOSES = tuple(f"topology.{name}" for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline"))
+
+
+def _auto_topology(merged: Leaves) -> bool:
+    """Whether the layout is to be chosen; later layers win: sizes by override over the word in the file, and back."""
+    word = merged.values.pop("topology", None)
+    if word is None:
+        return False
+    if word.value != "auto":
+        merged.problems.append(f"{word.where}: topology: {word.value!r} is not the word auto; give that, or its keys")
+        return False
+    sizes = [key for key in _AUTO_CHOOSES if key in merged.values]
+    if word.source == "override":
+        for key in sizes:
+            del merged.values[key]
+        return True
+    return not sizes
+
+
 def _read_file(path: Path, others: Sequence[str]) -> Leaves:
     """The leaves of the user's file, which may be a NeMo config; `others` are sections that are not a run's."""
     text = read_text(path)
@@ -148,7 +171,7 @@ def _read_file(path: Path, others: Sequence[str]) -> Leaves:
 
         if is_nemo(text):
             return read_leaves(text, str(path))
-    return read_yaml(text, str(path), RunSpec, "file", named=("cluster",), others=others)
+    return read_yaml(text, str(path), RunSpec, "file", named=NAMED_SECTIONS, others=others)
 
 
 def read_text(path: Path) -> str:

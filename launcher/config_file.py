@@ -23,7 +23,9 @@ from launcher.spec import mapped_section
 ANY_NAME = "NAME"
 """Stands in a dotted key for a name of the user's own."""
 _SECTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-Source = Literal["default", "cluster", "file", "override"]
+Source = Literal["default", "cluster", "file", "override", "plan"]
+NAMED_SECTIONS = ("cluster", "topology")
+"""Sections that may be given by one word: a cluster's name, or the layout `auto`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +243,7 @@ def read_overrides(overrides: Sequence[str], schema: type) -> Leaves:
             leaves.problems.append(f"{where}: expected key=value")
             continue
         parent, _, entry = key.rpartition(".")
-        kind = str if key == "cluster" else type_of(schema, key)
+        kind = str if key in NAMED_SECTIONS else type_of(schema, key)
         if kind is not None:
             try:
                 leaves.values[key] = Leaf(_override_value(text, kind), "override", where)

@@ -16,11 +16,11 @@ from launcher.model_shape import ModelShape
 
 
 def layer_matmul_parameters(shape: ModelShape) -> int:
-    """Weights of the linear layers in one decoder layer: q, k, v, output projection, gated MLP."""
+    """Weights of the linear layers in one decoder layer: q, k, v, output projection, MLP; biases are left out."""
     queries = shape.num_attention_heads * shape.head_dim
     keys_and_values = 2 * shape.num_query_groups * shape.head_dim
     attention = shape.hidden_size * (2 * queries + keys_and_values)
-    return attention + 3 * shape.hidden_size * shape.ffn_hidden_size
+    return attention + (3 if shape.gated_mlp else 2) * shape.hidden_size * shape.ffn_hidden_size
 
 
 def non_embedding_parameters(shape: ModelShape) -> int:

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.checks import package_file
-from launcher.config import LoadedConfig, load_config
-from launcher.errors import ConfigError
+from launcher.config import LoadedConfig, load_config, value_at
+from launcher.config_file import Source
+from launcher.errors import ConfigError, TopologyError
 from launcher.gguf_shape import read_gguf_shape
+from launcher.hardware import GpuKind
 from launcher.model_shape import ModelShape, read_model_shape
 from launcher.nemo.checkpoint import is_checkpoint, read_shape
+from launcher.planning.run_plan import check_fit, estimate, gpu_of, nothing_fits, unknown_gpu
+from launcher.planning.search import Candidate, apply, search
 from launcher.rundir import RunPaths
 from launcher.spec import RunSpec
 from launcher.topology import Topology, build_topology
@@ -25,6 +29,8 @@ class Plan:
     config: LoadedConfig
     topology: Topology
     paths: RunPaths
+    prediction: Candidate | None
+    """Memory and speed of the layout; None without GPUs, or where their kind or the model's sizes are not known."""
 
     @property
     def spec(self) -> RunSpec:
@@ -35,11 +41,42 @@ class Plan:
 def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False) -> Plan:
     """Load and check everything that can be checked without a scheduler."""
     config = load_config(path, overrides, cluster, resolved=resolved)
-    shape = model_shape_of(config.spec)
+    shape, gpu = model_shape_of(config.spec), gpu_of(config.spec)
     if config.described is not None:
         _check_described(config, shape)
-    topology = build_topology(config.spec, shape)
-    return Plan(config=config, topology=topology, paths=RunPaths(Path(config.spec.run_root) / config.spec.name))
+    if config.auto_topology:
+        config = with_best_topology(config, shape, gpu)
+    spec = config.spec
+    topology = build_topology(spec, shape)
+    prediction = None
+    if shape is not None and gpu is not None:
+        prediction = estimate(spec, topology, shape, gpu)
+        if spec.topology.check_memory:
+            check_fit(spec, prediction, shape, gpu)
+    return Plan(
+        config=config, topology=topology, paths=RunPaths(Path(spec.run_root) / spec.name), prediction=prediction
+    )
+
+
+def with_best_topology(config: LoadedConfig, shape: ModelShape | None, gpu: GpuKind | None) -> LoadedConfig:
+    """The config with the fastest layout that fits and keeps what the user has set; its sources say `plan`."""
+    spec = config.spec
+    if shape is None or gpu is None:
+        missing = "the model's sizes are not readable here" if shape is None else unknown_gpu(spec)
+        raise TopologyError(f"topology: auto: {missing}; or give the sizes themselves")
+    set_by_user = [key for key in ("train.micro_batch_size", "train.recompute") if config.sources[key] != "default"]
+    result = search(spec, shape, gpu)
+    allowed = [
+        candidate
+        for candidate in result.fitting
+        if all(candidate.overrides[key] == value_at(spec, key) for key in set_by_user)
+    ]
+    if not allowed:
+        raise TopologyError(f"topology: auto: {nothing_fits(spec, result)}")
+    chosen: dict[str, Source] = {key: "plan" for key in allowed[0].overrides if key not in set_by_user}
+    return dataclasses.replace(
+        config, spec=apply(spec, allowed[0]), sources={**config.sources, **chosen}, auto_topology=False
+    )
 
 
 def _check_described(config: LoadedConfig, shape: ModelShape | None) -> None:

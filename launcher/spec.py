@@ -55,6 +55,8 @@ class ResourcesSpec:
     """Ask for whole nodes."""
     signal_seconds: int = 120
     """Seconds before the time limit at which ranks are told to save and stop."""
+    gpu_hour_limit: Optional[float] = None
+    """Submitting asks before a run that may take more GPU hours than this; `--yes` answers. Unset: never asks."""
     extra_sbatch: list[str] = field(default_factory=list)
     """Further sbatch options, one a list item, e.g. --mail-type=END."""
 
@@ -101,6 +103,13 @@ class ClusterSpec:
     """How this site wants GPUs asked for; none where whole nodes are given out."""
     gpu_type: Optional[str] = None
     """GPU type for the directive, e.g. h100 gives --gres=gpu:h100:8."""
+    gpu: Optional[str] = None
+    """Kind of GPU for planning: h100, a100-80gb and others of launcher/gpu_kinds.yaml; default what gpu_type names. A
+    run that cannot fit into its memory is refused; where the kind is not known, nothing is planned or refused."""
+    inter_node_bandwidth: Optional[float] = None
+    """GB/s between nodes, one direction a GPU, for planning; default that of the GPU's reference node."""
+    gpu_hour_price: Optional[float] = None
+    """Price of a GPU hour, in whatever unit the site counts; plans then show cost."""
     rendezvous: Literal["hostname", "node_addr"] = "hostname"
     """How ranks address the first node: its host name, or the address Slurm itself uses for it."""
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
@@ -119,7 +128,11 @@ class ClusterSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopologySpec:
-    """How the model is spread over ranks. Data parallel size is derived: world size / (tp * pp * cp)."""
+    """How the model is spread over ranks. Data parallel size is derived: world size / (tp * pp * cp).
+
+    The word auto in place of this section takes the fastest layout that fits, with train.micro_batch_size and
+    train.recompute, as `launcher plan` lists them.
+    """
 
     tensor_parallel: int = 1
     """Ranks that share each layer's matrices; within one node."""
@@ -131,6 +144,8 @@ class TopologySpec:
     """Ranks that share a sequence."""
     sequence_parallel: bool = False
     """Spread norms and residuals over the tensor parallel ranks as well."""
+    check_memory: bool = True
+    """Refuse a run that the memory model says cannot fit; see docs/planning.md for how good it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from launcher.intent import Intent, begin, end, find, pending
 from launcher.lockfile import write_lock
 from launcher.manifest import Attempt, Manifest, describe_run, read_manifest, write_manifest
 from launcher.plan import Plan
+from launcher.planning.run_plan import run_cost
 from launcher.render import render
 from launcher.rundir import RunPaths, append_event, read_lines, write_atomic
 from launcher.secret_files import check_secrets, remove_secrets, write_secrets
@@ -207,11 +208,13 @@ def summary(plan: Plan) -> str:
     spec, topology = plan.spec, plan.topology
     resources = spec.resources
     device = f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else "CPU"
+    chosen = " (topology: auto)" if "plan" in plan.config.sources.values() else ""
     lines = [
         f"run        {spec.name} on cluster {spec.cluster.name} ({spec.cluster.scheduler})",
         f"nodes      {resources.nodes} x {resources.ranks_per_node} ranks ({device})",
-        f"topology   {topology.describe()}",
+        f"topology   {topology.describe()}{chosen}",
         f"batch      {describe_batch(spec, topology)}",
+        *_predicted(plan),
         f"directory  {plan.paths.root}",
         "values that are not defaults:",
     ]
@@ -220,6 +223,16 @@ def summary(plan: Plan) -> str:
     value_width = max(len(value) for _, value, _ in rows)
     lines += [f"  {key:<{key_width}}  {value:<{value_width}}  ({source})" for key, value, source in rows]
     return "\n".join(lines)
+
+
+def _predicted(plan: Plan) -> list[str]:
+    found = plan.prediction
+    if found is None:
+        return []
+    speed = f"{found.time.total:.2f} s a step, {found.tokens_per_second:,.0f} tokens/s at most, {found.mfu:.0%} MFU"
+    memory = f"{found.memory.total:.1f} of {found.memory.total - found.missing:.1f} GiB a GPU"
+    cost = run_cost(plan.spec, found)
+    return [f"predicted  {memory}; {speed}", *([f"cost       {cost.describe()}"] if cost else [])]
 
 
 def _short(value: object, limit: int = 60) -> str:

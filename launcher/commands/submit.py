@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
         metavar="RUN",
         help="what would change: against the script of RUN, or with --cluster against the config's own cluster",
     )
+    submit.add_argument("--yes", action="store_true", help="do not ask before a run above resources.gpu_hour_limit")
     submit.add_argument("--follow", action="store_true", help="show the logs until the run has ended")
 
 
@@ -47,12 +48,30 @@ def _submit(options: argparse.Namespace) -> int:
     if options.test_only:
         print(f"{summary(plan)}\n{_expected_start(plan)}")
         return int(ExitCode.OK)
+    _confirm(plan, options.yes)
     attempt = submit(plan, options.command_line, parent)
     if options.json:
         print_json({"run": plan.paths.name, "directory": str(plan.paths.root), "job": attempt.job_id})
     else:
         print(f"{summary(plan)}\n{next_steps(plan, attempt)}", flush=True)
     return _follow(plan.paths) if options.follow else int(ExitCode.OK)
+
+
+def _confirm(plan: Plan, yes: bool) -> None:
+    """Ask before a costly run; ConfigError where nobody can answer, or the answer is not yes."""
+    from launcher.errors import ConfigError
+    from launcher.planning.run_plan import run_cost
+
+    limit = plan.spec.resources.gpu_hour_limit
+    cost = run_cost(plan.spec, plan.prediction)
+    if yes or limit is None or cost is None or cost.gpu_hours <= limit:
+        return
+    what = f"the run takes up to {cost.describe()}; resources.gpu_hour_limit is {limit:,.1f}"
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{what}; submit with --yes if that is meant")
+    print(f"{what}\nsubmit it? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigError("not submitted")
 
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, str | None]:

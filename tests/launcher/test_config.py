@@ -85,7 +85,7 @@ def test_bad_file(workdir: Path, text: str, message: str) -> None:
         ("foo", "override 'foo': expected key=value"),
         ("=3", "override '=3': expected key=value"),
         ("train.sed=3", "override 'train.sed=3': unknown key 'train.sed'; did you mean 'train.seed'?"),
-        ("topology=3", "override 'topology=3': 'topology' is a section; set one of topology.tensor_parallel, "),
+        ("topology=3", "override 'topology=3': topology: '3' is not the word auto; give that, or its keys"),
         ("train.seed=x", "override 'train.seed=x': train.seed: 'x' is not an integer"),
         ("train.seed=", "override 'train.seed=': train.seed: null is not an integer"),
         ("name=../x", "override 'name=../x': name: '../x' is not a run name: letters, digits, '.', '_', '-', "),

@@ -1,0 +1,62 @@
+"""plan: which layouts a run could have, before one is queued."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from launcher.commands import command, config_argument, json_option, override_arguments, print_json
+from launcher.exit_codes import ExitCode
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    plan = command(commands, "plan", _plan, "list the layouts that fit, by predicted speed, memory and cost")
+    config_argument(plan)
+    override_arguments(plan)
+    plan.add_argument(
+        "--gpus", metavar="N|A..B", help="plan for N GPUs, or for A, 2A, 4A... up to B; default the config's own"
+    )
+    plan.add_argument("--top", type=int, metavar="K", help="layouts to list of each number of GPUs (default 5, or 1)")
+    json_option(plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from launcher.config import load_config
+    from launcher.errors import ConfigError
+    from launcher.plan import model_shape_of
+    from launcher.planning.report import as_json, text
+    from launcher.planning.run_plan import gpu_of, unknown_gpu
+    from launcher.planning.search import search, with_gpus
+
+    spec = load_config(options.config, options.overrides, options.cluster).spec
+    shape, gpu = model_shape_of(spec), gpu_of(spec)
+    if gpu is None:
+        raise ConfigError(unknown_gpu(spec))
+    if shape is None:
+        raise ConfigError(f"model.path: the sizes of {spec.model.path} are not readable here (pip install gguf)")
+    sizes = _sizes(options.gpus) if options.gpus else [spec.resources.world_size]
+    specs = [with_gpus(spec, size) for size in sizes]
+    plans = [(variant, search(variant, shape, gpu)) for variant in specs]
+    top = options.top or (5 if len(plans) == 1 else 1)
+    if options.json:
+        print_json([as_json(variant, result, top) for variant, result in plans])
+    else:
+        print(text(plans, top))
+    return int(ExitCode.OK if any(result.fitting for _, result in plans) else ExitCode.BAD_INPUT)
+
+
+def _sizes(words: str) -> list[int]:
+    """`16` or `8..1024`, which doubles."""
+    from launcher.errors import ConfigError
+
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", words)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigError(f"--gpus {words}: give a number, or a range such as 8..1024")
+    sizes = []
+    while first <= last:
+        sizes.append(first)
+        first *= 2
+    return sizes

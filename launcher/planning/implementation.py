@@ -1,0 +1,108 @@
+"""The constants of the cost model that belong to the training code and not to model, layout or GPU.
+
+Few and named, because the code changes. Units: `saved_*` are tensors kept for the backward pass, `passes_*` tensors
+read or written by elementwise kernels in forward and backward together, both in multiples of the named size and of
+the activations' type. docs/planning.md says which measurement fixed which constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Implementation:
+    """How a training program turns a layer into kernels."""
+
+    name: str
+    saved_mlp: float
+    """Of the feed-forward size. Fused SwiGLU keeps gate, up and product: 3; without fusion silu(gate) too: 4."""
+    logit_bytes: float
+    """Bytes a logit at the loss, kept for all positions of a micro-batch. Losses that work in chunks keep none."""
+    passes_hidden: float
+    """Norms, residual additions, RoPE and layout copies."""
+    passes_ffn: float
+    """The activation function."""
+    passes_logits: float
+    """The loss."""
+    optimizer_bytes: float
+    """Traffic of one update, a parameter of this rank's share."""
+    gradient_bytes: float
+    """Traffic of adding a micro-batch's gradient to the buffer, a parameter."""
+    step_overhead: float
+    """Seconds of a step in which no kernel runs: launches, logging, the loop."""
+    tensor_parallel_exposed: float = 1.0
+    """Part of the tensor parallel collectives that no computation hides."""
+    gathers_behind_forward: bool = False
+    """Whether the distributed optimizer's all-gather of weights runs behind the next forward pass."""
+    fp8_efficiency: float | None = None
+    """Part of the fp8 peak that large products reach; None where there is no fp8."""
+
+
+PLAIN = Implementation(
+    name="plain",
+    saved_mlp=4,
+    logit_bytes=6,
+    passes_hidden=38,
+    passes_ffn=12,
+    passes_logits=16,
+    optimizer_bytes=80,
+    gradient_bytes=10,
+    step_overhead=0.023,
+)
+"""Megatron-core's local modules as they are: logits in bf16 and fp32, SwiGLU and RoPE in single operations."""
+
+FUSED = Implementation(
+    name="fused",
+    saved_mlp=3,
+    logit_bytes=0,
+    passes_hidden=26,
+    passes_ffn=8,
+    passes_logits=6,
+    optimizer_bytes=80,
+    gradient_bytes=10,
+    step_overhead=0.023,
+)
+"""Fused RMSNorm, RoPE, SwiGLU and linear cross-entropy in chunks on the same modules."""
+
+TRANSFORMER_ENGINE = Implementation(
+    name="transformer-engine",
+    saved_mlp=3,
+    logit_bytes=6,
+    passes_hidden=26,
+    passes_ffn=8,
+    passes_logits=10,
+    optimizer_bytes=28,
+    gradient_bytes=8,
+    step_overhead=0.023,
+    tensor_parallel_exposed=0.5,
+    gathers_behind_forward=True,
+    fp8_efficiency=0.53,
+)
+"""Transformer Engine under NeMo and Megatron-Bridge; for comparison with their published rows only."""
+
+CURRENT = PLAIN
+"""What `sft` runs."""
+
+LORA_PASSES = 8
+"""Reads and writes of an adapted linear's inputs and outputs that the adapter adds, forward and backward: its products
+read the input again and write a second output, which is then added. Counted, not measured."""
+
+MATMUL_EXPOSED_TRAFFIC = 0.6
+"""Part of a product's reads and writes that its arithmetic does not hide: small products are slower than the peak
+product. From a profile (docs/planning.md)."""
+
+ATTENTION_EFFICIENCY = {64: 0.28, 128: 0.41}
+"""Part of the bf16 peak that causal attention reaches, forward and backward together, by head size. 64: from a profile;
+128: the ratio of the kernels' published rates."""
+
+CUDA_CONTEXT_GIB = 1.0
+"""CUDA context, libraries' workspaces and what the allocator cannot use; assumed."""
+COMMUNICATOR_GIB = 0.4
+"""NCCL's buffers of each kind of process group; assumed."""
+
+
+def attention_efficiency(head_dim: int) -> float:
+    """`ATTENTION_EFFICIENCY` of the next smaller head size that is known, else of the smallest."""
+    known = [size for size in ATTENTION_EFFICIENCY if size <= head_dim]
+    return ATTENTION_EFFICIENCY[max(known) if known else min(ATTENTION_EFFICIENCY)]

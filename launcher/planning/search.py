@@ -1,0 +1,213 @@
+"""The topology compiler: every valid layout of a run, predicted and ranked.
+
+Which layouts are valid is decided by `launcher.topology` alone; here they are enumerated, sized and timed. Rejected: a
+solver. All layouts of 8,192 GPUs are a few thousand, and each costs some microseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from launcher.errors import TopologyError
+from launcher.flops import mfu
+from launcher.hardware import GpuKind
+from launcher.model_shape import ModelShape
+from launcher.planning.implementation import CURRENT, Implementation
+from launcher.planning.memory import StageMemory, largest_stage
+from launcher.planning.step_time import StepTime, step_time
+from launcher.planning.workload import Layout, Recompute, Workload
+from launcher.spec import RunSpec
+from launcher.topology import build_topology
+
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
+HEADROOM = 0.92
+"""Part of the memory that a layout to be proposed may need: the model errs by some per cent. A run is refused only
+where it needs more than all of it."""
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A valid layout, its largest stage and, where it was worth computing, its time."""
+
+    layout: Layout
+    memory: StageMemory
+    missing: float
+    """GiB by which the largest stage is too large; 0 or less where it fits."""
+    time: StepTime
+    tokens_per_second: float
+    """Real tokens over all GPUs."""
+    mfu: float
+
+    @property
+    def overrides(self) -> dict[str, int | bool | str]:
+        """The config keys that make a run take this layout."""
+        topology = self.layout.topology
+        return {
+            "topology.tensor_parallel": topology.tensor_parallel,
+            "topology.pipeline_parallel": topology.pipeline_parallel,
+            "topology.virtual_pipeline": topology.virtual_pipeline,
+            "topology.sequence_parallel": topology.sequence_parallel,
+            "train.micro_batch_size": topology.micro_batch_size,
+            "train.recompute": self.layout.recompute,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchResult:
+    """Layouts of one number of GPUs."""
+
+    workload: Workload
+    gpu: GpuKind
+    fitting: tuple[Candidate, ...]
+    """With headroom left, fastest first."""
+    too_large: tuple[Candidate, ...]
+    """Valid by the rules, but not by memory; nearest first."""
+    broken: tuple[tuple[str, str], ...]
+    """Sizes that break a rule, and the rule."""
+
+
+def workload_of(spec: RunSpec, shape: ModelShape) -> Workload:
+    """One step of the run, at most: examples may be shorter than data.seq_length, rows fewer than examples."""
+    train, length = spec.train, spec.data.seq_length
+    rows = train.global_batch_size // length if train.global_batch_unit == "tokens" else train.global_batch_size
+    return Workload(
+        shape=shape,
+        seq_length=length,
+        rows=max(1, rows),
+        attended=length,
+        precision=train.precision,
+        lora_rank=spec.model.lora.rank,
+    )
+
+
+def with_gpus(spec: RunSpec, gpus: int) -> RunSpec:
+    """The same run on so many GPUs: whole nodes, or a part of one."""
+    each = spec.resources.gpus_per_node
+    if gpus % each and gpus > each:
+        below, above = gpus // each * each, -(-gpus // each) * each
+        raise TopologyError(f"{gpus} GPUs are not whole nodes of {each}; nearest: {below}, {above}")
+    nodes, per_node = (gpus // each, each) if gpus >= each else (1, gpus)
+    resources = dataclasses.replace(spec.resources, nodes=nodes, gpus_per_node=per_node, tasks_per_node=None)
+    return dataclasses.replace(spec, resources=resources)
+
+
+def search(spec: RunSpec, shape: ModelShape, gpu: GpuKind, implementation: Implementation = CURRENT) -> SearchResult:
+    """Every layout of the run's GPUs; context parallel stays as the config has it."""
+    workload = workload_of(spec, shape)
+    fitting: list[Candidate] = []
+    too_large: list[Candidate] = []
+    broken: list[tuple[str, str]] = []
+    for sizes in _sizes(spec, shape):
+        variant = _variant(spec, *sizes)
+        try:
+            topology = build_topology(variant, shape)
+        except TopologyError as error:
+            tensor, pipeline, virtual, micro = sizes
+            if virtual == 1 and micro == 1:
+                broken.append((f"tp{tensor} pp{pipeline}", error.problems[0]))
+            continue
+        for recompute in RECOMPUTE:
+            layout = Layout(
+                topology=topology, recompute=recompute, distributed_optimizer=spec.train.optimizer.distributed
+            )
+            candidate = evaluate(workload, layout, gpu, implementation)
+            fits = candidate.memory.total <= HEADROOM * gpu.memory_gib
+            (fitting if fits else too_large).append(candidate)
+    return SearchResult(
+        workload=workload,
+        gpu=gpu,
+        fitting=tuple(sorted(fitting, key=_slowness)),
+        too_large=tuple(sorted(too_large, key=lambda candidate: candidate.missing)),
+        broken=tuple(broken),
+    )
+
+
+def evaluate(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> Candidate:
+    """Memory and speed of one layout."""
+    memory = largest_stage(workload, layout, implementation)
+    time = step_time(workload, layout, gpu, implementation)
+    seconds, ranks = time.total, layout.topology.world_size
+    return Candidate(
+        layout=layout,
+        memory=memory,
+        missing=memory.total - gpu.memory_gib,
+        time=time,
+        tokens_per_second=workload.tokens / seconds,
+        mfu=mfu(workload.flops, seconds, gpu.bf16_tflops, ranks),
+    )
+
+
+def nearest_fitting(spec: RunSpec, fitting: Sequence[Candidate]) -> Candidate | None:
+    """The layout that changes the fewest settings of `spec`; the fastest of those."""
+    if not fitting:
+        return None
+    given = {
+        "topology.tensor_parallel": spec.topology.tensor_parallel,
+        "topology.pipeline_parallel": spec.topology.pipeline_parallel,
+        "topology.virtual_pipeline": spec.topology.virtual_pipeline,
+        "topology.sequence_parallel": spec.topology.sequence_parallel,
+        "train.micro_batch_size": spec.train.micro_batch_size,
+        "train.recompute": spec.train.recompute,
+    }
+    return min(fitting, key=lambda candidate: sum(given[key] != value for key, value in candidate.overrides.items()))
+
+
+def apply(spec: RunSpec, candidate: Candidate) -> RunSpec:
+    """The run with this layout."""
+    topology = candidate.layout.topology
+    variant = _variant(
+        spec,
+        topology.tensor_parallel,
+        topology.pipeline_parallel,
+        topology.virtual_pipeline,
+        topology.micro_batch_size,
+    )
+    train = dataclasses.replace(variant.train, recompute=candidate.layout.recompute)
+    return dataclasses.replace(variant, train=train)
+
+
+def _slowness(candidate: Candidate) -> tuple[float, int, int, int]:
+    topology = candidate.layout.topology
+    # equally fast layouts: the simpler one first
+    return (
+        -candidate.tokens_per_second,
+        topology.pipeline_parallel,
+        topology.tensor_parallel,
+        RECOMPUTE.index(candidate.layout.recompute),
+    )
+
+
+def _sizes(spec: RunSpec, shape: ModelShape) -> Iterator[tuple[int, int, int, int]]:
+    """tp, pp, vpp and micro-batch sizes worth a look."""
+    ranks, world = spec.resources.ranks_per_node, spec.resources.world_size
+    micro_batches = (1,) if spec.data.packing else MICRO_BATCH_SIZES
+    for tensor in _divisors(ranks):
+        for pipeline in _divisors(world // tensor):
+            if pipeline > shape.num_layers:
+                break
+            virtual_sizes = [1]
+            if pipeline > 1 and shape.num_layers % pipeline == 0:
+                virtual_sizes = _divisors(shape.num_layers // pipeline)
+            for virtual in virtual_sizes:
+                for micro in micro_batches:
+                    yield tensor, pipeline, virtual, micro
+
+
+def _variant(spec: RunSpec, tensor: int, pipeline: int, virtual: int, micro: int) -> RunSpec:
+    topology = dataclasses.replace(
+        spec.topology,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        virtual_pipeline=virtual,
+        # saves memory and costs nothing wherever rows divide by tp
+        sequence_parallel=tensor > 1 and spec.data.seq_length % tensor == 0,
+    )
+    train = dataclasses.replace(spec.train, micro_batch_size=micro)
+    return dataclasses.replace(spec, topology=topology, train=train)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
