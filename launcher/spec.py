@@ -311,7 +311,7 @@ class TrainSpec:
     max_steps: Optional[int] = None
     """Optimizer steps. Give either this or epochs."""
     epochs: Optional[int] = None
-    """Passes over the training data."""
+    """Passes over the training data; with data.sources one pass takes of each source what its weight says."""
     global_batch_size: int = 8
     """Examples (or tokens, see global_batch_unit) in one optimizer step, over all ranks."""
     global_batch_unit: Literal["examples", "tokens"] = "examples"

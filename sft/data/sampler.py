@@ -1,8 +1,8 @@
 """Which examples belong to which optimizer step, as a pure function of the step.
 
 A plan knows nothing of ranks: it says which examples a global batch holds, and a rank then takes its share. So a
-run may stop, and go on with another data parallel size, and still sees every example once an epoch. There is no
-state to save: to resume is to ask for another step.
+run may stop, and go on with another data parallel size, and still sees every example once an epoch, or as often as a
+mixture says (sft.data.mixture). There is no state to save: to resume is to ask for another step.
 
 The global batch is counted in examples (`BatchPlan`) or in tokens (`TokenBatchPlan`). Neither asks whether rows are
 packed: the same run with packing on or off takes the same examples in the same steps, and so the same gradients.
