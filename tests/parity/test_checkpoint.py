@@ -23,8 +23,8 @@ import sft.checkpoint_save
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, read_lines
 from sft.__main__ import main
-from sft.checkpoint import damage, newest_usable
-from sft.checkpoint_files import changed_bytes
+from sft.checkpoint import newest_usable
+from sft.checkpoint_files import changed_bytes, damage
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl
