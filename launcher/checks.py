@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher.logger_packages import missing_loggers
 from launcher.rundir import COMPLETE, RUN_NAME
 from launcher.spec import RunSpec
 
@@ -38,6 +39,8 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from _scheduler(spec)
     yield from _runtime(spec)
     yield from _evaluation(spec)
+    if spec.cluster.runtime.kind == "none" and spec.cluster.runtime.python is None:  # ranks run in this environment
+        yield from missing_loggers(spec)
     if spec.logging.prompts and not spec.checkpoint.export:
         yield "logging.prompts", "answers need checkpoint.export: true"
 

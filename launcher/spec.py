@@ -411,6 +411,13 @@ class LoggingSpec:
     """Show a progress bar on rank 0."""
     plot: bool = True
     """Draw loss.png at the end."""
+    tensorboard: bool = False
+    """Curves for TensorBoard in RUN/tensorboard."""
+    wandb: Optional[str] = None
+    """Log to this Weights & Biases project: kept in RUN/wandb for `wandb sync`, or sent with WANDB_MODE=online in
+    cluster.env and WANDB_API_KEY in env_from."""
+    mlflow: Optional[str] = None
+    """Log to MLflow: a tracking URI, or `local` for RUN/mlflow.db."""
     prompts: list[str] = field(default_factory=list)
     """Questions answered greedily before and after training, printed side by side (needs checkpoint.export)."""
 

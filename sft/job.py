@@ -18,6 +18,7 @@ from sft.hf.architecture import read_architecture
 from sft.hf.checks import check_model_settings
 from sft.hf.files import check_model_files
 from sft.hf.model_files import resolve_model_dir
+from sft.loggers import check_loggers
 from sft.prompts import check_prompts
 from sft.rank_env import RankEnv
 
@@ -28,6 +29,7 @@ def prepare(config: Path) -> ExitCode:
     Everything that needs no other rank fails here, before a rank is started.
     """
     spec, paths = read_resolved(config), RunPaths(config.resolve().parent)
+    check_loggers(spec)
     model_dir = resolve_model_dir(spec, convert=True)
     architecture = read_architecture(model_dir)
     build_topology(spec, architecture.shape)

@@ -57,6 +57,7 @@ class StepResult:
     lr: float
     examples: int
     tokens: int
+    squared_lengths: int
     supervised_tokens: int
 
 
@@ -148,6 +149,7 @@ class SFTGPT(pl.LightningModule):
             lr=learning_rate,
             examples=batch.examples,
             tokens=batch.tokens,
+            squared_lengths=batch.squared_lengths,
             supervised_tokens=batch.supervised_tokens,
         )
 

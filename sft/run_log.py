@@ -16,8 +16,10 @@ import pytorch_lightning as pl
 
 from launcher.rundir import RunPaths, append_event, append_line, read_lines, write_atomic, write_json
 from launcher.spec import RunSpec
+from sft.loggers import MetricLoggers
 from sft.module import SFTGPT, StepResult
 from sft.strategy import MegatronStrategy
+from sft.utilization import Utilization
 
 _PROGRESS_INTERVAL_SECONDS = 2.0
 """progress.json is synced to a shared file system; more often would only cost."""
@@ -27,7 +29,16 @@ _BAR_WIDTH = 20
 class RunLog:
     """The log lines, metrics and progress of a run; only rank 0 writes."""
 
-    def __init__(self, paths: RunPaths, spec: RunSpec, *, attempt: str, max_steps: int, is_writer: bool) -> None:
+    def __init__(
+        self,
+        paths: RunPaths,
+        spec: RunSpec,
+        *,
+        attempt: str,
+        max_steps: int,
+        is_writer: bool,
+        utilization: Utilization | None = None,
+    ) -> None:
         self.paths = paths
         self.max_steps = max_steps
         self.is_writer = is_writer
@@ -37,7 +48,10 @@ class RunLog:
         self._last_written = 0.0
         self._checkpoint: str | None = None
         self._record: dict[str, Any] = {}
+        self._utilization = utilization
+        self._loggers: MetricLoggers | None = None
         self._tokens = 0
+        self._squared_lengths = 0
         self._seconds = 0.0
         self._began = time.monotonic()
 
@@ -53,6 +67,7 @@ class RunLog:
             kept = [record for record in read_lines(self.paths.metrics) if record["step"] <= step]
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
             write_atomic(self.paths.metrics, "".join(lines))
+            self._loggers = MetricLoggers(self._spec, self.paths, step, self.say)
         self.say(f"resuming after step {step} from {source}" if step else f"starting from {source}")
         self.event("training_started", step=step, max_steps=self.max_steps)
 
@@ -70,6 +85,13 @@ class RunLog:
         """Append a line to metrics.jsonl on rank 0."""
         if self.is_writer:
             append_line(self.paths.metrics, fields)
+            if self._loggers is not None:
+                self._loggers.log(fields)
+
+    def close(self) -> None:
+        """Nothing more will be logged."""
+        if self._loggers is not None:
+            self._loggers.close()
 
     def checkpoint_saved(self, name: str) -> None:
         """Show `name` as the newest checkpoint from now on."""
@@ -85,17 +107,17 @@ class RunLog:
         """Log one optimizer step that took `seconds`."""
         self._step_seconds.append(seconds)
         self._tokens += result.tokens
+        self._squared_lengths += result.squared_lengths
         self._seconds += seconds
         if not self.is_writer or not self.is_due(result.step):
             return
-        tokens_per_second = self._tokens / max(self._seconds, 1e-9)
-        self._tokens, self._seconds = 0, 0.0
+        speed = self._speed()
         record = {
             "step": result.step,
             "loss": float(result.loss),
             "grad_norm": float(result.grad_norm),
             "lr": result.lr,
-            "tokens_per_second": round(tokens_per_second, 1),
+            **speed,
             "consumed_examples": consumed_examples,
         }
         counts = {
@@ -110,6 +132,15 @@ class RunLog:
             self.say(_progress_line(record, self.max_steps, eta))
         if result.step == self.max_steps or time.time() - self._last_written >= _PROGRESS_INTERVAL_SECONDS:
             self._write_progress()
+
+    def _speed(self) -> dict[str, float]:
+        """Tokens a second, and MFU where it has a meaning, since the last line."""
+        seconds = max(self._seconds, 1e-9)
+        speed = {"tokens_per_second": round(self._tokens / seconds, 1)}
+        if self._utilization is not None:
+            speed["mfu"] = round(self._utilization.of(self._tokens, self._squared_lengths, seconds), 4)
+        self._tokens, self._squared_lengths, self._seconds = 0, 0, 0.0
+        return speed
 
     def _write_progress(self) -> None:
         self._last_written = time.time()
@@ -145,8 +176,9 @@ def _progress_line(record: dict[str, Any], max_steps: int, eta: float) -> str:
     minutes, seconds = divmod(int(eta), 60)
     hours, minutes = divmod(minutes, 60)
     clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     return (
         f"step {record['step']:>{len(str(max_steps))}}/{max_steps} [{'#' * done}{'.' * (_BAR_WIDTH - done)}] "
         f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s  ETA {clock}"
+        f"{record['tokens_per_second']:,.0f} tokens/s{mfu}  ETA {clock}"
     )

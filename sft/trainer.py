@@ -34,6 +34,7 @@ from sft.rank_env import RankClusterEnvironment, RankEnv
 from sft.run_log import ProgressCallback, RunLog
 from sft.stop import StopFlag
 from sft.strategy import MegatronStrategy
+from sft.utilization import utilization
 
 
 def megatron_trainer(
@@ -90,7 +91,8 @@ def train(config: Path) -> ExitCode:
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
     data = SFTDataModule(spec, topology, open_or_build(spec, tokenizer_dir, build=leader))
     held_out = held_out_batches(spec, topology, data, tokenizer_dir, build=leader)
-    log = RunLog(paths, spec, attempt=env.attempt, max_steps=data.max_steps, is_writer=leader)
+    mfu = utilization(spec, architecture.shape, topology.world_size)
+    log = RunLog(paths, spec, attempt=env.attempt, max_steps=data.max_steps, is_writer=leader, utilization=mfu)
     resume = _resume_point(spec, paths)
     done = _nothing_to_do(spec, resume, data.max_steps)
     if done:
@@ -114,6 +116,7 @@ def train(config: Path) -> ExitCode:
 
 def _finish(step: int, guard: GuardCallback, evaluation: EvaluationCallback, spec: RunSpec, log: RunLog) -> ExitCode:
     """Say how it ended."""
+    log.close()
     if guard.failure is not None:
         raise TrainingError(f"stopped after step {step}: {guard.failure}; see {log.paths.bad_steps}")
     if step < log.max_steps and not evaluation.early_stopping.is_due:

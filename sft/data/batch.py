@@ -92,6 +92,8 @@ class StepBatch:
     """Slots that hold an example."""
     tokens: int
     """Input tokens, padding not counted."""
+    squared_lengths: int
+    """Sum over the examples of their input tokens squared, which the cost of attention follows."""
     supervised_tokens: int
     """Targets with a weight other than 0."""
 
@@ -119,7 +121,8 @@ def collate(cache: Examples, plan: StepPlan, step: int, share: RankShare) -> Ste
         step=step,
         global_weight=float(cache.target_weights[examples].sum()),
         examples=len(examples),
-        tokens=int(lengths[examples].sum()) - len(examples),
+        tokens=int((lengths[examples] - 1).sum()),
+        squared_lengths=int(np.square(lengths[examples].astype(np.int64) - 1).sum()),
         supervised_tokens=int(cache.supervised[examples].sum()),
     )
 

@@ -22,7 +22,13 @@ def padded(counts: list[int], width: int = 6) -> MicroBatch:
 def step(*micro_batches: MicroBatch, examples: int) -> StepBatch:
     weight = float(sum(part.loss_weights.sum() for part in micro_batches))
     return StepBatch(
-        micro_batches=micro_batches, step=0, global_weight=weight, examples=examples, tokens=9, supervised_tokens=8
+        micro_batches=micro_batches,
+        step=0,
+        global_weight=weight,
+        examples=examples,
+        tokens=9,
+        squared_lengths=81,
+        supervised_tokens=8,
     )
 
 

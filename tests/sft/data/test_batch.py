@@ -137,6 +137,7 @@ def test_numbers_of_the_global_batch(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", pairs)
     batch = batch_of(cache, plan_of(cache, 4), 0, micro_batch_size=1)
     assert (batch.global_weight, batch.examples, batch.tokens, batch.supervised_tokens) == (3.5, 2, 5, 4)
+    assert batch.squared_lengths == 2**2 + 3**2
     assert len(batch.micro_batches) == 4
 
 
@@ -163,9 +164,9 @@ def test_a_rank_without_examples_gets_rows_without_weight(tmp_path: Path) -> Non
 def test_batches_move_to_a_device_with_all_their_tensors() -> None:
     tensors = {name: torch.ones(1, 2) for name in ("tokens", "labels", "loss_weights", "position_ids")}
     micro = MicroBatch(**tensors, cu_seqlens=torch.tensor([0, 2]))
-    batch = StepBatch(micro_batches=(micro,), step=1, global_weight=2.0, examples=1, tokens=2, supervised_tokens=2).to(
-        "meta"
-    )
+    batch = StepBatch(
+        micro_batches=(micro,), step=1, global_weight=2.0, examples=1, tokens=2, squared_lengths=4, supervised_tokens=2
+    ).to("meta")
     (moved,) = batch.micro_batches
     assert moved.tokens.device.type == "meta"
     assert moved.cu_seqlens is not None
