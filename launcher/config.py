@@ -120,7 +120,7 @@ def _where(merged: Leaves, key: str, path: Path) -> str:
 
 def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:
     """The layers laid over each other."""
-    written = _read_file(path, ("lock",) if resolved else ())
+    written = _read_file(path, ("lock" if resolved else "sweep",))
     if resolved:
         written.values = {
             key: dataclasses.replace(leaf, value=_literal(leaf.value)) for key, leaf in written.values.items()

@@ -62,6 +62,8 @@ class Manifest:
     """Git state of the launcher's checkout and of the working directory."""
     topology: dict[str, Any]
     parent_run: str | None = None
+    group: str | None = None
+    """The sweep it belongs to."""
     attempts: tuple[Attempt, ...] = field(default_factory=tuple)
 
     def with_attempt(self, attempt: Attempt) -> Manifest:

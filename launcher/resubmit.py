@@ -89,6 +89,21 @@ def _trains_on(parent: RunSpec, child: RunSpec) -> bool:
     return True  # steps became epochs or the other way round: only the ranks know how long that is
 
 
+def failed_of(runs: Sequence[RunPaths]) -> list[RunPaths]:
+    """Those of the runs that have ended without success, and were not cancelled."""
+    rows, problem = collect(runs, fresh=True)
+    if problem is not None:
+        raise SchedulerError(problem)
+    good = (JobState.COMPLETED, JobState.CANCELLED)
+    return [paths for paths, row in zip(runs, rows, strict=True) if row.state.terminal and row.state not in good]
+
+
+def active_of(runs: Sequence[RunPaths]) -> list[RunPaths]:
+    """Those of the runs that have not ended, as far as is known."""
+    rows, _ = collect(runs, fresh=True)
+    return [paths for paths, row in zip(runs, rows, strict=True) if not row.state.terminal]
+
+
 def cancel(runs: Sequence[RunPaths]) -> list[str]:
     """End the jobs of these runs; what was done, one line each."""
     rows, problem = collect(runs, fresh=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import re
 import subprocess
 import time
@@ -90,6 +91,21 @@ def find_job(name: str, token: str, since: float) -> str | None:
         if token in text:
             return re.split(r"[_+.]", job_id.strip())[0]
     return None
+
+
+def job_limits() -> dict[str, int]:
+    """Slurm's limits on how many jobs we may have queued, by name; without those nobody has set."""
+    limits = {}
+    shown = re.search(r"^MaxJobCount\s*=\s*([0-9]+)", _run(["scontrol", "show", "config"]), re.MULTILINE)
+    if shown is not None:
+        limits["MaxJobCount"] = int(shown.group(1))
+    with contextlib.suppress(SchedulerError):  # no accounting
+        user = pwd.getpwuid(os.getuid()).pw_name
+        asked = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}"]
+        given = [int(word) for word in _run([*asked, "format=MaxSubmitJobs"]).split() if word.isdecimal()]
+        if given:
+            limits["MaxSubmitJobs"] = max(given)
+    return limits
 
 
 def cancel(job_ids: Sequence[str]) -> None:

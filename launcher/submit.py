@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import shutil
@@ -29,16 +30,24 @@ from launcher.spec import RunSpec, to_yaml
 from launcher.topology import describe_batch
 
 
-def submit(plan: Plan, command: Sequence[str], parent_run: str | None = None) -> Attempt:
+def submit(
+    plan: Plan,
+    command: Sequence[str],
+    parent_run: str | None = None,
+    group: str | None = None,
+    options: Sequence[str] = (),
+) -> Attempt:
     """Start a new run, or finish the submission of this very run that was interrupted.
 
-    Killed at any point and called again, it makes one job: what is on disk says how far the first call came.
+    Killed at any point and called again, it makes one job: what is on disk says how far the first call came. `options`
+    are for sbatch alone, and no part of the script.
     """
     check_secrets(plan.spec)
     with _directory(plan.paths):
         if not _is_unfinished(plan):
-            _prepare(plan, command, parent_run)
-        return start(plan.paths, plan.spec)
+            manifest, diff = describe_run(plan.paths.name, plan.topology, command, parent_run)
+            _prepare(plan, dataclasses.replace(manifest, group=group), diff)
+        return start(plan.paths, plan.spec, options)
 
 
 def script_of(plan: Plan) -> str:
@@ -47,7 +56,7 @@ def script_of(plan: Plan) -> str:
     return render(plan.spec, plan.topology, plan.paths, sys.executable, code)
 
 
-def start(paths: RunPaths, spec: RunSpec) -> Attempt:
+def start(paths: RunPaths, spec: RunSpec, options: Sequence[str] = ()) -> Attempt:
     """Submit the run's script, unless a submission that was begun before has a job already. Needs the claim."""
     manifest = read_manifest(paths)
     intent = pending(paths)
@@ -55,7 +64,7 @@ def start(paths: RunPaths, spec: RunSpec) -> Attempt:
     if attempt is None:
         write_secrets(spec, paths)
         intent = begin(paths, spec.cluster.scheduler)
-        attempt = _send_once(paths, spec, manifest, intent)
+        attempt = _send_once(paths, spec, manifest, intent, options)
     if attempt not in manifest.attempts:
         write_manifest(paths, manifest.with_attempt(attempt))
     if not any(event.get("job_id") == attempt.job_id for event in _submissions(paths)):
@@ -64,12 +73,12 @@ def start(paths: RunPaths, spec: RunSpec) -> Attempt:
     return attempt
 
 
-def _send_once(paths: RunPaths, spec: RunSpec, manifest: Manifest, intent: Intent) -> Attempt:
+def _send_once(paths: RunPaths, spec: RunSpec, manifest: Manifest, intent: Intent, options: Sequence[str]) -> Attempt:
     """Hand the script over; where that leaves open whether a job was made, ask for it."""
     from launcher.executor import SubmissionUnknown
 
     try:
-        return _send(paths, spec, intent)
+        return _send(paths, spec, intent, options)
     except SubmissionUnknown as error:
         attempt = _ask_for(paths, manifest, intent, error)
     except BaseException:
@@ -94,14 +103,15 @@ def _ask_for(paths: RunPaths, manifest: Manifest, intent: Intent, error: Excepti
     return attempt
 
 
-def _send(paths: RunPaths, spec: RunSpec, intent: Intent) -> Attempt:
+def _send(paths: RunPaths, spec: RunSpec, intent: Intent, options: Sequence[str]) -> Attempt:
     from launcher.executor import ScriptLocalExecutor, ScriptSlurmExecutor
 
     aside = paths.root / "submitit"
     aside.mkdir(exist_ok=True)
     if spec.cluster.scheduler == "slurm":
         script = paths.script.read_text(encoding="utf-8")
-        job_id = ScriptSlurmExecutor(aside, script, _sbatch_options(spec, intent), spec.secret_names).submit_script()
+        given = [*_comment(spec, intent), *options]
+        job_id = ScriptSlurmExecutor(aside, script, given, spec.secret_names).submit_script()
         return Attempt(job_id=job_id, scheduler="slurm", submitted_at=time.time(), token=intent.token)
     local = ScriptLocalExecutor(aside, spec.resources.time, spec.resources.signal_seconds, intent.token)
     job_id = local.submit_script(paths.script)
@@ -115,7 +125,7 @@ def _send(paths: RunPaths, spec: RunSpec, intent: Intent) -> Attempt:
     )
 
 
-def _sbatch_options(spec: RunSpec, intent: Intent) -> list[str]:
+def _comment(spec: RunSpec, intent: Intent) -> list[str]:
     """The token as the job's comment, beside the user's own."""
     given = [option.partition("=")[2] for option in spec.resources.extra_sbatch if option.startswith("--comment=")]
     return [f"--comment={' '.join([*given[-1:], intent.token])}"]
@@ -125,10 +135,9 @@ def _submissions(paths: RunPaths) -> list[dict[str, Any]]:
     return [event for event in read_lines(paths.events) if event.get("event") == "submitted"]
 
 
-def _prepare(plan: Plan, command: Sequence[str], parent_run: str | None) -> None:
+def _prepare(plan: Plan, manifest: Manifest, diff: str) -> None:
     """Fill the run directory; the manifest comes last and says that all is there."""
     script = script_of(plan)
-    manifest, diff = describe_run(plan.paths.name, plan.topology, command, parent_run)
     write_atomic(plan.paths.config, to_yaml(plan.spec))
     write_atomic(plan.paths.script, script, mode=0o755)
     plan.paths.logs.mkdir()

@@ -68,11 +68,12 @@ def chosen_run(options: argparse.Namespace) -> Any:
 
 
 def chosen_runs(options: argparse.Namespace) -> list[Any]:
-    """The RunPaths of `runs_argument`; empty where none was named."""
-    from launcher.runs import default_run_root, find_run
+    """The RunPaths of `runs_argument`, groups in full; empty where none was named."""
+    from launcher.groups import find_runs
+    from launcher.runs import default_run_root
 
     root = options.run_root or default_run_root()
-    return [find_run(word, root) for word in options.runs]
+    return [run for word in options.runs for run in find_runs(word, root)]
 
 
 def print_json(value: Any) -> None:

@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
     resubmit = command(commands, "resubmit", _resubmit, "go on with a run from its newest complete checkpoint")
     run_argument(resubmit)
     override_arguments(resubmit)
+    resubmit.add_argument("--failed", action="store_true", help="of a group: every run that has failed")
     cancel = command(commands, "cancel", _cancel, "end the jobs of runs")
     runs_argument(cancel, "+")
     json_option(resubmit)
@@ -33,6 +34,8 @@ def _resubmit(options: argparse.Namespace) -> int:
     from launcher.resubmit import child_plan, same_run
     from launcher.submit import next_steps, submit, summary
 
+    if options.failed:
+        return _resubmit_failed(options)
     paths = chosen_run(options)
     if options.overrides or options.cluster:
         plan = child_plan(paths, options.overrides, options.cluster)
@@ -48,10 +51,29 @@ def _resubmit(options: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _cancel(options: argparse.Namespace) -> int:
-    from launcher.resubmit import cancel
+def _resubmit_failed(options: argparse.Namespace) -> int:
+    from launcher.errors import ConfigError
+    from launcher.groups import find_runs
+    from launcher.resubmit import failed_of, same_run
+    from launcher.runs import default_run_root
 
-    lines = cancel(chosen_runs(options))
+    if options.overrides or options.cluster:
+        raise ConfigError("--failed goes on with runs as they are; settings can be changed one run at a time")
+    runs = failed_of(find_runs(options.run, options.run_root or default_run_root()))
+    jobs = {paths.name: same_run(paths).job_id for paths in runs}
+    if options.json:
+        print_json({"runs": jobs})
+    else:
+        print("\n".join(f"submitted  run {run} again as job {job}" for run, job in jobs.items()) or "no run has failed")
+    return int(ExitCode.OK)
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from launcher.resubmit import active_of, cancel
+
+    runs = chosen_runs(options)
+    of_groups = len(runs) > len(options.runs)  # of a group's runs some may have ended: the others are meant
+    lines = cancel(active_of(runs) or runs if of_groups else runs)
     if options.json:
         print_json({"cancelled": options.runs})
     else:

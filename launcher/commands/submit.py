@@ -12,6 +12,7 @@ from launcher.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
+    from launcher.sweep import Sweep
 
 
 def add(commands: Any) -> None:
@@ -39,6 +40,43 @@ def add(commands: Any) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    from launcher.sweep import read_sweep
+
+    sweep = read_sweep(options.config)
+    if sweep is not None:
+        return _submit_sweep(options, sweep)
+    return _submit_run(options)
+
+
+def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
+    from launcher.errors import ConfigError
+    from launcher.submit import summary
+    from launcher.submit_sweep import plan_sweep, submit_group
+    from launcher.table import columns
+
+    if options.follow or options.test_only:
+        raise ConfigError("--follow and --test-only are for single runs, and the config has a sweep section")
+    group, plans = plan_sweep(options.config, sweep, options.overrides, options.cluster)
+    keys = list(dict.fromkeys(key for point in group.points.values() for key in point))
+    if options.dry_run:
+        rows = [[run, *(point.get(key, "-") for key in keys)] for run, point in group.points.items()]
+        print(f"{summary(plans[0])}\n{columns([['RUN', *keys], *rows])}")
+        return int(ExitCode.OK)
+    jobs = submit_group(group, plans, sweep.max_at_once, options.command_line)
+    if options.json:
+        print_json({"group": group.name, "runs": dict(zip(group.points, jobs, strict=True))})
+        return int(ExitCode.OK)
+    rows = [
+        [run, job, *(point.get(key, "-") for key in keys)]
+        for (run, point), job in zip(group.points.items(), jobs, strict=True)
+    ]
+    print(columns([["RUN", "JOB", *keys], *rows]))
+    print(f"submitted  {len(jobs)} runs")
+    print(f"next       launcher status {group.name}\n           launcher results {group.name}")
+    return int(ExitCode.OK)
+
+
+def _submit_run(options: argparse.Namespace) -> int:
     from launcher.submit import next_steps, script_of, submit, summary
 
     plan, parent = _plan(options)

@@ -27,7 +27,7 @@ def test_diff_against_a_run(workdir: Path, commands: Commands, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert out.startswith(f"--- {workdir}/runs/first/job.sh\n+++ cfg.yaml\n")
     assert changes(out) == ["-#SBATCH --time=1:30:00", "+#SBATCH --time=10"]
-    assert main(["render", "cfg.yaml", "--diff", "frist"]) == ExitCode.CONFLICT
+    assert main(["render", "cfg.yaml", "--diff", "first0"]) == ExitCode.CONFLICT
     assert "did you mean 'first'?" in capsys.readouterr().err
 
 

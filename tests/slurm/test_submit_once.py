@@ -12,7 +12,7 @@ import time
 import pytest
 
 from launcher.manifest import read_manifest
-from launcher.rundir import RunPaths
+from launcher.rundir import RunPaths, read_lines
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
 from tests.slurm.runs import CHECKOUT, Workbench, make_workbench
@@ -126,3 +126,17 @@ def test_test_only_says_when_and_where_and_leaves_nothing(bench: Workbench, slur
     assert re.search(r"\nstart      Job [0-9]+ to start at 20\S+ using [0-9]+ processors on nodes node\S+ in", said)
     assert jobs_named(bench, "asked") == []
     assert not bench.run_paths("asked").root.exists()
+
+
+def test_sweep_holds_runs_back(bench: Workbench, slurm: SlurmCluster) -> None:
+    """Two at once: the third waits for the end of the first, however that ends."""
+    config = bench.root / "sweep.yaml"
+    config.write_text(bench.config.read_text() + "sweep: {product: {train.seed: [1, 2, 3]}, max_at_once: 2}\n")
+    bench.launcher("submit", str(config), "name=swept", "cluster.runtime.python=/bin/false")
+    runs = [bench.run_paths(f"swept-{number}") for number in range(3)]
+    wait_until(lambda: {bench.state(run) for run in runs} == {"FAILED"}, "three runs to fail", timeout=120)
+    asked = slurm.run(["scontrol", "show", "job", _attempts(bench, "swept-2")[0]]).stdout
+    assert "Dependency=(null)" in asked  # fulfilled
+    third = next(event["time"] for event in read_lines(runs[2].events) if event["event"] == "attempt_started")
+    first = next(event["time"] for event in read_lines(runs[0].events) if event["event"] == "attempt_ended")
+    assert third >= first

@@ -1,0 +1,48 @@
+"""results: the runs of a sweep side by side."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from launcher.commands import command, json_option, print_json, run_root_option
+from launcher.exit_codes import ExitCode
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    results = command(commands, "results", _results, "what the runs of a sweep set, and the metrics they reached")
+    run_root_option(results)
+    results.add_argument("group", metavar="GROUP", help="the name in the sweep's config; a run's name works too")
+    results.add_argument("--sort", metavar="METRIC", default="loss", help="e.g. eval_loss; default loss")
+    results.add_argument("--descending", action="store_true", help="highest first")
+    json_option(results)
+
+
+def _results(options: argparse.Namespace) -> int:
+    from launcher.groups import find_runs, read_group, results, sort_results
+    from launcher.runs import default_run_root
+    from launcher.status import collect
+    from launcher.table import columns
+
+    root = options.run_root or default_run_root()
+    group, runs = read_group(options.group, root), find_runs(options.group, root)
+    rows = sort_results(results(runs, group.points if group else {}), options.sort, options.descending)
+    if options.json:
+        print_json(rows)
+        return int(ExitCode.OK)
+    states = {row.run: row.state.value for row in collect(runs)[0]}
+    swept = list(dict.fromkeys(key for row in rows for key in row["set"]))
+    shown = [name for name in ("step", "loss") if name != options.sort]
+    head = ["RUN", "STATE", *swept, options.sort, *shown]
+    body = [
+        [row["run"], states[row["run"]], *(row["set"].get(key, "-") for key in swept)]
+        + [_number(row["metrics"].get(name)) for name in (options.sort, *shown)]
+        for row in rows
+    ]
+    print(columns([head, *body]))
+    return int(ExitCode.OK)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
