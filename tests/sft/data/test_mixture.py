@@ -113,6 +113,17 @@ def test_groups_are_of_similar_lengths_whatever_is_taken() -> None:
     assert np.mean([np.ptp(plan.group_lengths[plan.examples_at(step)]) for step in full]) < 3
 
 
+def test_the_worked_example_of_the_docs() -> None:
+    """docs/data.md: what four epochs use of chat, math and code."""
+    named = (("chat", 1.0, 1000), ("math", 2.5, 201), ("code", 0.3, 5000))
+    shares = tuple(Share(name=name, weight=weight, examples=count) for name, weight, count in named)
+    plan = plan_of(Mixture(shares=shares, seed=1, shuffle=True), size=64)
+    assert plan.consumed_examples(plan.steps_in(1)) == 3003
+    used = taken_by(plan, range(4))
+    chat, math, code = (Counter(used[i] for i in part) for part in (range(1000), range(1000, 1201), range(1201, 6201)))
+    assert (chat, math, code) == ({4: 1000}, {10: 199, 11: 2}, {1: 4000, 2: 1000})
+
+
 def test_weights_of_one_are_the_files_of_one_data_set() -> None:
     shares = tuple(Share(name=name, weight=1.0, examples=10) for name in "ab")
     mixed = plan_of(Mixture(shares=shares, seed=7, shuffle=True))
