@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parity
 
 UNITS: dict[str, dict[str, Any]] = {
     "examples": {"every": 5},
-    "packed_tokens": {"every": 5, "packing": True, "global_batch_unit": "tokens", "global_batch_size": 512},
+    "packed_tokens": {"every": 9, "packing": True, "global_batch_unit": "tokens", "global_batch_size": 512},
 }
 """The checkpoint is in the second epoch, which takes other examples than the first."""
 
@@ -62,11 +62,12 @@ def full(
 
 
 def continued(root: Path, material: Path, full: tuple[str, RunPaths], ranks: int, **settings: Any) -> RunPaths:
-    """A run directory as the full run left it after step 5."""
+    """A run directory as the full run left it at its first checkpoint."""
     unit, before = full
+    step = UNITS[unit]["every"]
     paths = mixed_run(root, material, ranks, **{**UNITS[unit], **settings})
-    shutil.copytree(before.checkpoint(5), paths.checkpoint(5))
-    paths.metrics.write_text("".join(before.metrics.read_text().splitlines(keepends=True)[:5]))
+    shutil.copytree(before.checkpoint(step), paths.checkpoint(step))
+    paths.metrics.write_text("".join(before.metrics.read_text().splitlines(keepends=True)[:step]))
     return paths
 
 
@@ -87,7 +88,7 @@ def test_two_ranks_train_what_the_plain_loop_does(tmp_path: Path, material: Path
 
 def test_resume_in_another_epoch(tmp_path: Path, material: Path, full: tuple[str, RunPaths]) -> None:
     """Bitwise on the same topology, in the same order on another."""
-    assert 31 < consumed(full[1])[4] < 62
+    assert 31 < consumed(full[1])[UNITS[full[0]]["every"] - 1] < 62
     same, other = (continued(tmp_path / str(ranks), material, full, ranks) for ranks in (2, 1))
     run_training(same, 2)
     assert curve(same) == curve(full[1])
