@@ -90,6 +90,12 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
         ("logging.every", spec.logging.every): 1,
         ("resources.cpus_per_task", spec.resources.cpus_per_task): 1,
         ("resources.signal_seconds", spec.resources.signal_seconds): 0,
+        ("cluster.node_days", spec.cluster.node_days): 0,
+        ("cluster.max_excluded", spec.cluster.max_excluded): 0,
+        ("preflight.timeout_seconds", spec.preflight.timeout_seconds): 10,
+        ("preflight.min_shm_mib", spec.preflight.min_shm_mib): 0,
+        ("preflight.min_disk_gib", spec.preflight.min_disk_gib): 0,
+        ("preflight.max_clock_skew_seconds", spec.preflight.max_clock_skew_seconds): 0,
         ("train.optimizer.warmup_steps", optimizer.warmup_steps): 0,
         ("train.optimizer.weight_decay", optimizer.weight_decay): 0,
         ("train.optimizer.min_lr", optimizer.min_lr): 0,
@@ -100,7 +106,11 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
     for (key, value), smallest in least.items():
         if value is not None and not smallest <= value < float("inf"):
             yield key, f"{value} is not at least {smallest}"
-    for key, value in (("train.optimizer.lr", optimizer.lr), ("train.optimizer.eps", optimizer.eps)):
+    above_zero = {"train.optimizer.lr": optimizer.lr, "train.optimizer.eps": optimizer.eps}
+    times = ("multiple", "floor_seconds", "first_step_seconds", "loading_seconds")
+    for name in (*times, "evaluation_seconds", "checkpoint_seconds"):
+        above_zero[f"watchdog.{name}"] = getattr(spec.watchdog, name)
+    for key, value in above_zero.items():
         if not 0 < value < float("inf"):
             yield key, f"{value} is not above 0"
     fractions = {

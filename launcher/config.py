@@ -89,6 +89,25 @@ def _keys(spec: RunSpec) -> Iterator[str]:
         yield from (f"{parent}.{name}.{rest}" for name in value_at(spec, parent)) if placeholder else (key,)
 
 
+def load_cluster(name: str) -> ClusterFile:
+    """The cluster file NAME, checked for its keys and types; ConfigError names every line that is wrong."""
+    leaves = _read_cluster(Leaf(name, "cluster", f"cluster {name}"))
+    flat = {key.removeprefix("cluster."): leaf for key, leaf in leaves.values.items()}
+    if leaves.problems:
+        raise ConfigError(leaves.problems)
+    problems = []
+    schema = OmegaConf.structured(ClusterFile)
+    for key, leaf in flat.items():
+        try:
+            OmegaConf.merge(schema, _nested({key: leaf}))
+        except OmegaConfBaseException as error:
+            reason = str(error).partition("\n")[0]
+            problems.append(f"{leaf.where}: {key}: {reason}")
+    if problems:
+        raise ConfigError(problems)
+    return cast(ClusterFile, OmegaConf.to_object(OmegaConf.merge(schema, _nested(flat))))
+
+
 def load_config(
     path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False
 ) -> LoadedConfig:

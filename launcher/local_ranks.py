@@ -109,8 +109,10 @@ def _attend(processes: Sequence[subprocess.Popen[bytes]], grace: float, failure:
             rank = next((rank for rank, code in enumerate(codes) if code), None)
             if rank is not None:
                 failed, failed_at = _exit_code(codes[rank] or 0), time.monotonic()
-                failure.write_text(f"{failed} {rank} {socket.gethostname()}\n", encoding="utf-8")
-                print(f"rank {rank} failed first, with exit code {failed}", flush=True)
+                with contextlib.suppress(FileExistsError), failure.open("x", encoding="utf-8") as file:
+                    file.write(f"{failed} {rank} {socket.gethostname()}\n")  # the watchdog may have named another
+                first = failure.read_text(encoding="utf-8").split()[1]
+                print(f"rank {first} failed first, with exit code {failed}", flush=True)
         if all(code is not None for code in codes):
             return failed or 0
         if failed is not None and steps and time.monotonic() - failed_at >= steps[0][0]:

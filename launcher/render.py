@@ -75,6 +75,8 @@ def render(
                 runtime=spec.cluster.runtime,
                 resources=spec.resources,
                 checkpoint=spec.checkpoint,
+                has_preflight=spec.has_preflight,
+                preflight_seconds=spec.preflight.timeout_seconds,
                 topology=topology,
                 cache_dir=str(spec.cache_dir),
                 python=_python(spec, mounts, launcher_python),

@@ -11,7 +11,8 @@
       events.jsonl          what happened, one JSON object a line (launcher, batch script, rank 0)
       metrics.jsonl         one line a logged step
       progress.json         the newest numbers, replaced as a whole
-      logs/<attempt>/       batch.log and rank-<N>.log
+      logs/<attempt>/       batch.log and rank-<N>.log; of a hang stacks-rank-<N>.txt and hang.json
+      preflight/<attempt>.json  what each node found before training
       checkpoints/step-<N>/ complete when it holds COMPLETE
       bad_steps.jsonl       steps whose update was not applied, with the ids of their examples
       generations.jsonl     answers given during training
@@ -127,6 +128,14 @@ class RunPaths:
     def rank_log(self, attempt: str, rank: int) -> Path:
         """Log of one rank in one attempt."""
         return self.logs / attempt / f"rank-{rank}.log"
+
+    def stacks(self, attempt: str, rank: int) -> Path:
+        """Where the threads of a rank stood when the attempt hung."""
+        return self.logs / attempt / f"stacks-rank-{rank}.txt"
+
+    def preflight(self, attempt: str) -> Path:
+        """What the nodes of an attempt found before training."""
+        return self.root / "preflight" / f"{attempt}.json"
 
     def checkpoint(self, step: int) -> Path:
         """Checkpoint directory of a step."""

@@ -124,6 +124,12 @@ class ClusterSpec:
     ~/.config/slurm-sft-launcher/secrets."""
     srun_args: list[str] = field(default_factory=list)
     """Further srun options, one a list item, e.g. --mpi=none."""
+    node_ledger: Optional[str] = None
+    """File with the nodes to keep away from; default one of the user's own, in ~/.local/state."""
+    node_days: float = 3.0
+    """Days for which evidence against a node counts."""
+    max_excluded: int = 4
+    """Never keep away from more nodes than this because of the ledger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -423,6 +429,42 @@ class LoggingSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PreflightSpec:
+    """What every node has to show before training starts; a node that fails is named, and the run ends with 77."""
+
+    enabled: Literal["auto", "on", "off"] = "auto"
+    """auto: on Slurm, with several nodes or with GPUs."""
+    timeout_seconds: float = 60.0
+    """The whole of it; a node that has said nothing by then is bad."""
+    min_shm_mib: int = 256
+    """Free space that /dev/shm must have."""
+    min_disk_gib: float = 1.0
+    """Free space that the run directory must have."""
+    max_clock_skew_seconds: float = 5.0
+    """Clocks may differ by this from the first node's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchdogSpec:
+    """When a run that makes no progress is ended, with exit code 76 and the stacks of all ranks."""
+
+    enabled: bool = True
+    """Watch."""
+    multiple: float = 10.0
+    """A step may take this many times the median of the steps before it."""
+    floor_seconds: float = 600.0
+    """A step may always take this long."""
+    first_step_seconds: float = 1800.0
+    """The first step of an attempt, which compiles and warms up."""
+    loading_seconds: float = 3600.0
+    """Meeting the other ranks, data, weights and checkpoint before the first step."""
+    evaluation_seconds: float = 3600.0
+    """One evaluation, its answers included."""
+    checkpoint_seconds: float = 3600.0
+    """One save."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
     """Everything about one run."""
 
@@ -450,6 +492,10 @@ class RunSpec:
     """What is kept."""
     logging: LoggingSpec = field(default_factory=LoggingSpec)
     """What is written down."""
+    preflight: PreflightSpec = field(default_factory=PreflightSpec)
+    """What nodes have to show before training."""
+    watchdog: WatchdogSpec = field(default_factory=WatchdogSpec)
+    """When a run that hangs is ended."""
 
     @property
     def secret_names(self) -> tuple[str, ...]:
@@ -463,6 +509,13 @@ class RunSpec:
         if self.checkpoint.keep_best or early.patience is None:
             return self.checkpoint
         return dataclasses.replace(self.checkpoint, keep_best=1, best_metric=early.metric, best_mode=early.mode)
+
+    @property
+    def has_preflight(self) -> bool:
+        """Whether nodes are looked at before training; only Slurm gives other nodes to go to."""
+        wanted = self.resources.nodes > 1 or self.resources.gpus_per_node > 0
+        chosen = {"auto": wanted, "on": True, "off": False}[self.preflight.enabled]
+        return chosen and self.cluster.scheduler == "slurm"
 
     @property
     def cache_dir(self) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher import processes
+from launcher import nodes, processes
 from launcher.claim import LOCK_FILE, claim
 from launcher.code_snapshot import has_own_code, take_snapshot
 from launcher.errors import LauncherError, RunStateError, SchedulerError
@@ -25,6 +25,7 @@ from launcher.plan import Plan
 from launcher.planning.run_plan import run_cost
 from launcher.render import render
 from launcher.rundir import RunPaths, append_event, read_lines, write_atomic
+from launcher.runs import all_runs
 from launcher.secret_files import check_secrets, remove_secrets, write_secrets
 from launcher.spec import RunSpec, to_yaml
 from launcher.topology import describe_batch
@@ -109,8 +110,9 @@ def _send(paths: RunPaths, spec: RunSpec, intent: Intent, options: Sequence[str]
     aside = paths.root / "submitit"
     aside.mkdir(exist_ok=True)
     if spec.cluster.scheduler == "slurm":
+        nodes.learn(all_runs(paths.root.parent), spec.cluster)
         script = paths.script.read_text(encoding="utf-8")
-        given = [*_comment(spec, intent), *options]
+        given = [*_comment(spec, intent), *_exclude(spec), *options]
         job_id = ScriptSlurmExecutor(aside, script, given, spec.secret_names).submit_script()
         return Attempt(job_id=job_id, scheduler="slurm", submitted_at=time.time(), token=intent.token)
     local = ScriptLocalExecutor(aside, spec.resources.time, spec.resources.signal_seconds, intent.token)
@@ -129,6 +131,12 @@ def _comment(spec: RunSpec, intent: Intent) -> list[str]:
     """The token as the job's comment, beside the user's own."""
     given = [option.partition("=")[2] for option in spec.resources.extra_sbatch if option.startswith("--comment=")]
     return [f"--comment={' '.join([*given[-1:], intent.token])}"]
+
+
+def _exclude(spec: RunSpec) -> list[str]:
+    """The nodes to keep away from; this displaces the script's own --exclude, and so repeats it."""
+    hosts = nodes.exclude_option(spec.cluster, spec.resources.exclude)
+    return [f"--exclude={hosts}"] if hosts else []
 
 
 def _submissions(paths: RunPaths) -> list[dict[str, Any]]:
@@ -224,6 +232,7 @@ def summary(plan: Plan) -> str:
         f"topology   {topology.describe()}{chosen}",
         f"batch      {describe_batch(spec, topology)}",
         *_predicted(plan),
+        *_kept_away_from(plan),
         f"directory  {plan.paths.root}",
         "values that are not defaults:",
     ]
@@ -232,6 +241,14 @@ def summary(plan: Plan) -> str:
     value_width = max(len(value) for _, value, _ in rows)
     lines += [f"  {key:<{key_width}}  {value:<{value_width}}  ({source})" for key, value, source in rows]
     return "\n".join(lines)
+
+
+def _kept_away_from(plan: Plan) -> list[str]:
+    cluster = plan.spec.cluster
+    if cluster.scheduler != "slurm":
+        return []
+    hosts = nodes.excluded(nodes.ledger_of(cluster).entries(), cluster.max_excluded)
+    return [f"excluded   {', '.join(hosts)} (see `launcher nodes --cluster {cluster.name}`)"] if hosts else []
 
 
 def _predicted(plan: Plan) -> list[str]:

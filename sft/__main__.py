@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
             "look at the data before training: what is trained, what is lost; writes an HTML report",
             "config",
         ),
+        ("preflight", _preflight, "look for a bad node; started once on each node", "config"),
         ("train", _train, "train; started once for each rank", "config"),
         ("export", _export, "write the best or newest checkpoint as a Hugging Face directory", "run"),
     ):
@@ -70,6 +71,12 @@ def _audit(options: argparse.Namespace) -> ExitCode:
     from sft.audit import audit
 
     return audit(options.path, options.output)
+
+
+def _preflight(options: argparse.Namespace) -> ExitCode:
+    from sft.preflight import preflight
+
+    return preflight(options.path)
 
 
 def _train(options: argparse.Namespace) -> ExitCode:

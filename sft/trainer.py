@@ -35,6 +35,8 @@ from sft.run_log import ProgressCallback, RunLog
 from sft.stop import StopFlag
 from sft.strategy import MegatronStrategy
 from sft.utilization import utilization
+from sft.watchdog import Watchdog
+from sft.watched import watched
 
 
 def megatron_trainer(
@@ -84,6 +86,11 @@ def train(config: Path) -> ExitCode:
     spec, paths, env = read_resolved(config), RunPaths(config.resolve().parent), RankEnv.from_environ()
     stop = StopFlag()
     stop.install()
+    with Watchdog(spec.watchdog, paths, env) as watchdog:
+        return _train(spec, paths, env, stop, watchdog)
+
+
+def _train(spec: RunSpec, paths: RunPaths, env: RankEnv, stop: StopFlag, watchdog: Watchdog) -> ExitCode:
     leader = env.rank == 0
     model_dir = resolve_model_dir(spec, convert=False)
     architecture = read_architecture(model_dir)
@@ -105,7 +112,9 @@ def train(config: Path) -> ExitCode:
     # In this order at each step boundary: each builds on what those before it found.
     callbacks = [progress, guard, evaluation, CheckpointCallback(spec.checkpoint_ranking, stop, evaluation, guard, log)]
     steps, key = data.max_steps, data.data_key
-    trainer = megatron_trainer(spec, topology, env, max_steps=steps, data_key=key, callbacks=callbacks)
+    trainer = megatron_trainer(
+        spec, topology, env, max_steps=steps, data_key=key, callbacks=watched(callbacks, watchdog)
+    )
     module = SFTGPT(spec, architecture, topology, model_dir, steps)
     log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)

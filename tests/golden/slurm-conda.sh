@@ -63,6 +63,12 @@ one_process() { # one task that may use all of the first node's CPUs
 rc=0
 echo "prepare"
 one_process -m sft prepare "$config" || exit
+echo "preflight of 2 nodes"
+# One task a node. Only the first one's exit code counts: it knows what all of them found, and which said nothing.
+SFT_HOSTS="${hosts[*]}" env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK \
+  srun --export=ALL "${srun_args[@]}" --nodes=2 --ntasks=2 --ntasks-per-node=1 \
+  --kill-on-bad-exit=0 --wait=120 --unbuffered \
+  bash -c '"$@"; code=$?; [ "$SLURM_PROCID" -ne 0 ] || exit "$code"' bash "${python[@]}" -m sft preflight "$config" || exit
 echo "train: tp4 x dp2 = 8 ranks, rendezvous $MASTER_ADDR:$MASTER_PORT"
 # srun answers with the highest code of all ranks, which is that of a rank it killed; the first to fail tells the cause.
 rank_main='trap : TERM USR2; "$@"; code=$?

@@ -220,10 +220,11 @@ def test_values_stay_data_when_the_script_runs(
     log = (root / "logs" / "7.0" / "batch.log").read_text()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), log
     words = seen.read_text().split("\0")[:-1]
-    assert [words[start : start + 5] for start in (0, 5, 10)] == [
+    assert [words[start : start + 5] for start in (0, 5, 10, 15)] == [
         [value, "-m", "sft", phase, where]
         for phase, where in (
             ("prepare", f"{root}/config.yaml"),
+            ("preflight", f"{root}/config.yaml"),
             ("train", f"{root}/config.yaml"),
             ("export", str(root)),
         )

@@ -102,7 +102,8 @@ class SlurmCluster:
         """Environment in which Slurm's commands speak to this cluster, free of any other allocation's variables."""
         foreign = ("SLURM", "SBATCH", "SALLOC", "SQUEUE", "SACCT", "SINFO", "SCANCEL", "PMI")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-        return {**kept, "PATH": _PATH, "SLURM_CONF": str(self.layout.slurm_conf)}
+        ours = {"SLURM_CONF": str(self.layout.slurm_conf), "XDG_STATE_HOME": str(self.root / "home")}
+        return {**kept, "PATH": _PATH, **ours}  # what the launcher remembers of nodes is this cluster's, too
 
     def start(self) -> None:
         """Write the configuration, start everything, return when every node is idle."""

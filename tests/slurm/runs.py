@@ -91,6 +91,7 @@ def make_workbench(root: Path, cluster: SlurmCluster) -> Workbench:
             "optimizer": {"lr": 1e-3, "warmup_steps": 5},
         },
         "checkpoint": {"every": 10},
+        "preflight": {"enabled": "off"},  # its own tests switch it on: it takes some seconds of every attempt
     }
     bench = Workbench(root, cluster)
     bench.config.write_text(yaml.safe_dump(config, sort_keys=False))

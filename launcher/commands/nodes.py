@@ -1,0 +1,85 @@
+"""nodes: which nodes jobs keep away from, and why."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from launcher.commands import command, json_option, print_json, run_root_option
+from launcher.errors import ConfigError, RunStateError
+from launcher.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from launcher.spec import ClusterSpec
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(commands, "nodes", _nodes, "nodes that jobs keep away from: the evidence, add to it, clear it")
+    parser.add_argument("action", nargs="?", choices=("list", "add", "clear"), default="list")
+    parser.add_argument("host", nargs="?", help="the node to add or to clear")
+    parser.add_argument("--cluster", metavar="NAME", help="default: all clusters with a ledger of the user's own")
+    parser.add_argument("--why", help="add: what is wrong with the node")
+    run_root_option(parser)
+    json_option(parser)
+
+
+def _nodes(options: argparse.Namespace) -> int:
+    if options.action == "list":
+        return _list(options)
+    if not options.host or not options.cluster or (options.action == "add" and not options.why):
+        why = " --why TEXT" if options.action == "add" else ""
+        raise ConfigError(f"nodes {options.action} needs a node and its cluster: HOST --cluster NAME{why}")
+    from launcher.config import load_cluster
+    from launcher.nodes import by_hand, ledger_of
+
+    cluster = load_cluster(options.cluster)
+    ledger = ledger_of(cluster)
+    if options.action == "add":
+        ledger.add([by_hand(options.host, options.why, cluster.node_days)])
+        print(f"{options.host} is kept away from for {cluster.node_days:g} days")
+    elif not ledger.clear(options.host):
+        raise RunStateError(f"{ledger.path} has nothing on {options.host}")
+    else:
+        print(f"{options.host} may be used again")
+    return int(ExitCode.OK)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from launcher.nodes import describe, learn, ledger_of
+    from launcher.runs import all_runs, default_run_root
+
+    rows: list[dict[str, Any]] = []
+    for cluster in _clusters(options.cluster):
+        if options.cluster:  # whose runs the others are is not known
+            learn(all_runs(options.run_root or default_run_root()), cluster)
+        entries = ledger_of(cluster).entries()
+        rows += [{"cluster": cluster.name, **row} for row in describe(entries, cluster.max_excluded)]
+    if options.json:
+        print_json(rows)
+        return int(ExitCode.OK)
+    from launcher.table import columns
+
+    head = ("CLUSTER", "NODE", "EXCLUDED", "UNTIL", "EVIDENCE", "WHY")
+    body = [
+        (row["cluster"], row["host"], "yes" if row["excluded"] else "no", _day(row["expires"]), row["kind"], row["why"])
+        for row in rows
+    ]
+    print(columns([head, *body]) if body else "no evidence against any node")
+    return int(ExitCode.OK)
+
+
+def _clusters(name: str | None) -> list[ClusterSpec]:
+    from launcher.config import load_cluster
+    from launcher.nodes import ledger_of
+    from launcher.spec import ClusterSpec
+
+    if name:
+        return [load_cluster(name)]
+    folder = ledger_of(ClusterSpec(name="any")).path.parent
+    return [ClusterSpec(name=path.stem) for path in sorted(folder.glob("*.json"))]
+
+
+def _day(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
