@@ -1,0 +1,27 @@
+"""report: a run as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from launcher.commands import chosen_run, command, run_argument
+from launcher.exit_codes import ExitCode
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(commands, "report", _report, "write curves, attempts, config and events of a run as one HTML page")
+    run_argument(parser)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default RUN/report.html")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from launcher.report import write_report
+
+    paths = chosen_run(options)
+    target = options.output or paths.root / "report.html"
+    write_report(paths, target)
+    print(target)
+    return int(ExitCode.OK)
