@@ -280,16 +280,19 @@ def _runtime(spec: RunSpec) -> Iterator[Problem]:
 
 def file_problems(spec: RunSpec) -> Iterator[Problem]:
     """Files that are named and absent. Expects absolute paths and expanded globs."""
-    if spec.model.path:
+    if spec.model.path and not spec.comes_later(spec.model.path):
         yield from _model_file(spec.model.path)
-    if spec.model.tokenizer and not Path(spec.model.tokenizer).is_dir():
-        yield "model.tokenizer", f"{spec.model.tokenizer} is not a directory"
+    tokenizer = spec.model.tokenizer
+    if tokenizer and not Path(tokenizer).is_dir() and not spec.comes_later(tokenizer):
+        yield "model.tokenizer", f"{tokenizer} is not a directory"
     data = {"data.train": spec.data.train, "data.validation": spec.data.validation}
     data |= {f"data.sources.{name}.files": source.files for name, source in spec.data.sources.items()}
     for key, files in data.items():
         for file in files:
             if not Path(file).exists():  # a saved data set is a directory
                 yield key, f"no file matches {file}"
+    if spec.after_directory is not None and not (spec.after_directory / "manifest.json").is_file():
+        yield "after", f"{spec.after} is not a run in {spec.run_root}, nor a run's directory"
     for name, pattern in spec.data.validation_sets.items():
         if not Path(pattern).exists() and not any(Path("/").glob(pattern.removeprefix("/"))):
             yield "data.validation_sets", f"{name}: no file matches {pattern}"
@@ -300,7 +303,7 @@ def file_problems(spec: RunSpec) -> Iterator[Problem]:
     if template not in ("tokenizer", "none") and not Path(template).is_file():
         yield "data.chat_template", f"{template} is not a file (nor the word tokenizer or none)"
     resume = spec.checkpoint.resume_from
-    if resume and not (Path(resume) / COMPLETE).is_file():
+    if resume and not (Path(resume) / COMPLETE).is_file() and not spec.comes_later(resume):
         yield "checkpoint.resume_from", f"{resume} is not a complete checkpoint: it has no file {COMPLETE}"
     runtime = spec.cluster.runtime
     if runtime.kind == "venv" and runtime.path and not (Path(runtime.path) / "bin" / "activate").is_file():

@@ -343,6 +343,7 @@ def _absolute(spec: RunSpec) -> RunSpec:
     return dataclasses.replace(
         spec,
         run_root=_path(spec.run_root),
+        after=_path(spec.after) if spec.after and "/" in spec.after else spec.after,
         model=dataclasses.replace(
             model,
             path=model.path if package or not model.path else _path(model.path),

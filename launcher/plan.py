@@ -18,7 +18,7 @@ from launcher.nemo.checkpoint import is_checkpoint, read_shape
 from launcher.planning.run_plan import check_fit, estimate, gpu_of, nothing_fits, unknown_gpu
 from launcher.planning.search import Candidate, apply, search
 from launcher.rundir import RunPaths
-from launcher.spec import RunSpec
+from launcher.spec import RunSpec, read_resolved
 from launcher.topology import Topology, build_topology
 
 
@@ -98,6 +98,8 @@ def model_shape_of(spec: RunSpec) -> ModelShape | None:
     """The model's sizes, or None where they cannot be read on this machine."""
     packaged = package_file(spec.model.path) if spec.model.path.startswith("package:") else None
     path = packaged or Path(spec.model.path)
+    if not path.exists() and spec.after_directory is not None and spec.comes_later(spec.model.path):
+        return model_shape_of(read_resolved(RunPaths(spec.after_directory).config))  # of the run that will write it
     if path.suffix == ".gguf":
         return read_gguf_shape(path)
     if is_checkpoint(path):

@@ -397,7 +397,8 @@ class CheckpointSpec:
     asynchronous: bool = False
     """Train on while a checkpoint is written; takes host memory for a copy of what each rank saves."""
     resume_from: Optional[str] = None
-    """A complete checkpoint directory of another run to start from (weights, optimizer, data position)."""
+    """A complete checkpoint directory of another run to start from (weights, optimizer, data position), or a run's
+    checkpoints folder for the newest in it when the ranks start (with after)."""
     export_step: Literal["best", "newest"] = "best"
     """Which checkpoint is exported. best: the one with the best best_metric, where keep_best is set; with
     early_stopping and without keep_best the best by its metric, which is kept for that; without either the newest."""
@@ -476,6 +477,9 @@ class RunSpec:
     """A cluster's name (a file in cluster_configs/), or its settings."""
     env_from: list[str] = field(default_factory=list)
     """Like cluster.env_from, for this run: names of variables, e.g. [WANDB_API_KEY]."""
+    after: Optional[str] = None
+    """Start when this run, a name in run_root or a directory, has succeeded; model.path, model.tokenizer and
+    checkpoint.resume_from may then name what it has not written yet, e.g. RUN/export or RUN/checkpoints."""
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
     """What is asked of the scheduler."""
     topology: TopologySpec = field(default_factory=TopologySpec)
@@ -496,6 +500,15 @@ class RunSpec:
     """What nodes have to show before training."""
     watchdog: WatchdogSpec = field(default_factory=WatchdogSpec)
     """When a run that hangs is ended."""
+
+    @property
+    def after_directory(self) -> Path | None:
+        """Directory of the run that `after` names."""
+        return Path(self.run_root) / self.after if self.after else None
+
+    def comes_later(self, path: str) -> bool:
+        """Whether `path` is something that the run before this one has yet to write."""
+        return self.after_directory is not None and Path(path).is_relative_to(self.after_directory)
 
     @property
     def secret_names(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import nodes, processes
+from launcher.after import dependency_option
 from launcher.claim import LOCK_FILE, claim
 from launcher.code_snapshot import has_own_code, take_snapshot
 from launcher.errors import LauncherError, RunStateError, SchedulerError
@@ -36,19 +37,19 @@ def submit(
     command: Sequence[str],
     parent_run: str | None = None,
     group: str | None = None,
-    options: Sequence[str] = (),
+    waits_for: Sequence[str] = (),
 ) -> Attempt:
     """Start a new run, or finish the submission of this very run that was interrupted.
 
-    Killed at any point and called again, it makes one job: what is on disk says how far the first call came. `options`
-    are for sbatch alone, and no part of the script.
+    Killed at any point and called again, it makes one job: what is on disk says how far the first call came.
+    `waits_for` are clauses of sbatch's --dependency.
     """
     check_secrets(plan.spec)
     with _directory(plan.paths):
         if not _is_unfinished(plan):
             manifest, diff = describe_run(plan.paths.name, plan.topology, command, parent_run)
             _prepare(plan, dataclasses.replace(manifest, group=group), diff)
-        return start(plan.paths, plan.spec, options)
+        return start(plan.paths, plan.spec, waits_for)
 
 
 def script_of(plan: Plan) -> str:
@@ -57,12 +58,13 @@ def script_of(plan: Plan) -> str:
     return render(plan.spec, plan.topology, plan.paths, sys.executable, code)
 
 
-def start(paths: RunPaths, spec: RunSpec, options: Sequence[str] = ()) -> Attempt:
+def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[str] = ()) -> Attempt:
     """Submit the run's script, unless a submission that was begun before has a job already. Needs the claim."""
     manifest = read_manifest(paths)
     intent = pending(paths)
     attempt = find(paths, manifest, intent) if intent is not None else None
     if attempt is None:
+        options = dependency_option(spec, waits_for)
         write_secrets(spec, paths)
         intent = begin(paths, spec.cluster.scheduler)
         attempt = _send_once(paths, spec, manifest, intent, options)

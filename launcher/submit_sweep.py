@@ -56,12 +56,12 @@ def submit_group(group: Group, plans: Sequence[Plan], max_at_once: int | None, c
     write_json(group.file, {"points": group.points})
     jobs: list[str] = []
     for number, plan in enumerate(plans):
-        options = []
+        waits_for = []
         if max_at_once is not None and number >= max_at_once:
-            options = [f"--dependency=afterany:{jobs[number - max_at_once]}"]
+            waits_for = [f"afterany:{jobs[number - max_at_once]}"]
         try:
             known = _job(plan.paths)
-            jobs.append(known or submit(plan, command, group=group.name, options=options).job_id)
+            jobs.append(known or submit(plan, command, group=group.name, waits_for=waits_for).job_id)
         except LauncherError as error:
             raise type(error)(
                 f"{error}\n{number} of the {len(plans)} runs of {group.name} are submitted; "

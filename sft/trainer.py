@@ -154,6 +154,9 @@ def _resume_point(spec: RunSpec, paths: RunPaths) -> Path | None:
     if own is not None or spec.checkpoint.resume_from is None:
         return own
     given = Path(spec.checkpoint.resume_from)
+    newest = newest_usable(complete_checkpoints(given))  # of a run's checkpoints folder
+    if newest is not None:
+        return newest
     if given not in complete_checkpoints(given.parent):
         raise CheckpointError(f"checkpoint.resume_from: {given} is not a complete checkpoint (no COMPLETE file in it)")
     return given

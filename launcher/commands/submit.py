@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands import command, config_argument, json_option, override_arguments, print_json, run_root_option
@@ -62,6 +63,7 @@ def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
         rows = [[run, *(point.get(key, "-") for key in keys)] for run, point in group.points.items()]
         print(f"{summary(plans[0])}\n{columns([['RUN', *keys], *rows])}")
         return int(ExitCode.OK)
+    _confirm(plans, options.yes)
     jobs = submit_group(group, plans, sweep.max_at_once, options.command_line)
     if options.json:
         print_json({"group": group.name, "runs": dict(zip(group.points, jobs, strict=True))})
@@ -86,7 +88,7 @@ def _submit_run(options: argparse.Namespace) -> int:
     if options.test_only:
         print(f"{summary(plan)}\n{_expected_start(plan)}")
         return int(ExitCode.OK)
-    _confirm(plan, options.yes)
+    _confirm([plan], options.yes)
     attempt = submit(plan, options.command_line, parent)
     if options.json:
         print_json({"run": plan.paths.name, "directory": str(plan.paths.root), "job": attempt.job_id})
@@ -95,16 +97,20 @@ def _submit_run(options: argparse.Namespace) -> int:
     return _follow(plan.paths) if options.follow else int(ExitCode.OK)
 
 
-def _confirm(plan: Plan, yes: bool) -> None:
-    """Ask before a costly run; ConfigError where nobody can answer, or the answer is not yes."""
+def _confirm(plans: Sequence[Plan], yes: bool) -> None:
+    """Ask before what is costly together; ConfigError where nobody can answer, or the answer is not yes."""
     from launcher.errors import ConfigError
     from launcher.planning.run_plan import run_cost
 
-    limit = plan.spec.resources.gpu_hour_limit
-    cost = run_cost(plan.spec, plan.prediction)
-    if yes or limit is None or cost is None or cost.gpu_hours <= limit:
+    limit = plans[0].spec.resources.gpu_hour_limit
+    costs = [cost for plan in plans if (cost := run_cost(plan.spec, plan.prediction)) is not None]
+    hours = sum(cost.gpu_hours for cost in costs)
+    if yes or limit is None or hours <= limit:
         return
-    what = f"the run takes up to {cost.describe()}; resources.gpu_hour_limit is {limit:,.1f}"
+    what = f"{len(plans)} runs take up to {hours:,.1f} GPU hours"
+    if len(plans) == 1:
+        what = f"the run takes up to {costs[0].describe()}"
+    what += f"; resources.gpu_hour_limit is {limit:,.1f}"
     if not sys.stdin.isatty():
         raise ConfigError(f"{what}; submit with --yes if that is meant")
     print(f"{what}\nsubmit it? [y/N] ", end="", file=sys.stderr, flush=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.rundir import COMPLETE, complete_checkpoints
+from launcher.rundir import COMPLETE, RunPaths, complete_checkpoints
+from launcher.spec import CheckpointSpec, RunSpec
 from sft.checkpoint_files import changed_bytes, check_space, crc32, damage, remove_all_but, seal
 
 
@@ -88,3 +89,16 @@ def test_no_space_says_how_much(tmp_path: Path) -> None:
     check_space(tmp_path, 1)
     with pytest.raises(OSError, match=r"it needs about [\d,]+ MiB, and [\d,]+ MiB are free in "):
         check_space(tmp_path, 1 << 60)
+
+
+def test_folder_of_checkpoints_gives_its_newest_whole_one(tmp_path: Path) -> None:
+    """What a run that starts after another resumes from: the step is not known when it is submitted."""
+    from sft.trainer import _resume_point
+
+    for step in (3, 12, 9):
+        make(tmp_path / "before" / "checkpoints" / f"step-{step:08d}")
+    (tmp_path / "before" / "checkpoints" / "step-00000012" / "trainer.json").write_text("longer")
+    spec = RunSpec(checkpoint=CheckpointSpec(resume_from=str(tmp_path / "before" / "checkpoints")))
+    with pytest.warns(UserWarning, match="damaged and passed over"):
+        found = _resume_point(spec, RunPaths(tmp_path / "behind"))
+    assert found == tmp_path / "before" / "checkpoints" / "step-00000009"

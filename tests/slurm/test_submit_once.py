@@ -140,3 +140,18 @@ def test_sweep_holds_runs_back(bench: Workbench, slurm: SlurmCluster) -> None:
     third = next(event["time"] for event in read_lines(runs[2].events) if event["event"] == "attempt_started")
     first = next(event["time"] for event in read_lines(runs[0].events) if event["event"] == "attempt_ended")
     assert third >= first
+
+
+def test_run_after_another_starts_when_that_has_succeeded(bench: Workbench, slurm: SlurmCluster) -> None:
+    bench.launcher("submit", str(bench.config), "name=before", *HELD)
+    words = ["name=behind", "after=before", f"model.path={bench.run_paths('before').export}", HELD[0]]
+    bench.launcher("submit", str(bench.config), *words)
+    before, behind = bench.run_paths("before"), bench.run_paths("behind")
+    assert bench.status(behind)["reason"].startswith("Dependency")
+    slurm.run(["scontrol", "release", _attempts(bench, "before")[0]])
+    bench.wait_for_state(behind, "COMPLETED")
+    bench.launcher("submit", str(bench.config), "name=fails", "cluster.runtime.python=/bin/false")
+    wait_until(lambda: bench.state(bench.run_paths("fails")) == "FAILED", "a run to fail", timeout=120, interval=0.5)
+    refused = bench.launcher("submit", str(bench.config), "name=never", "after=fails", check=False)
+    assert (refused.returncode, "would wait for ever" in refused.stderr) == (4, True)
+    assert bench.state(before) == "COMPLETED"
