@@ -19,6 +19,7 @@ Problem = tuple[str, str]
 
 _TIME = re.compile(r"\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?B?", re.IGNORECASE)
+_EMAIL = re.compile(r"[A-Za-z0-9._%+][A-Za-z0-9._%+-]*@[A-Za-z0-9.-]+")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"TOKEN(?!IZER)|(?<!P)KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 
@@ -39,6 +40,8 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from _scheduler(spec)
     yield from _runtime(spec)
     yield from _evaluation(spec)
+    if spec.notify.email is not None and not _EMAIL.fullmatch(spec.notify.email):
+        yield "notify.email", f"{spec.notify.email!r} is not an address, e.g. me@example.org"
     if spec.cluster.runtime.kind == "none" and spec.cluster.runtime.python is None:  # ranks run in this environment
         yield from missing_loggers(spec)
     if spec.logging.prompts and not spec.checkpoint.export:
@@ -250,7 +253,9 @@ def _scheduler(spec: RunSpec) -> Iterator[Problem]:
                 f"{name} looks like a secret, and would be stored in the run directory; "
                 f"name it in env_from: [{name}] instead, and export it in your shell",
             )
-    for key, names in (("cluster.env_from", cluster.env_from), ("env_from", spec.env_from)):
+    webhook = [spec.notify.webhook_env] if spec.notify.webhook_env is not None else []
+    sources = (("cluster.env_from", cluster.env_from), ("env_from", spec.env_from), ("notify.webhook_env", webhook))
+    for key, names in sources:
         for name in names:
             if not _ENV_NAME.fullmatch(name):
                 yield key, f"{name!r} is not the name of an environment variable"

@@ -77,6 +77,7 @@ def render(
                 checkpoint=spec.checkpoint,
                 has_preflight=spec.has_preflight,
                 preflight_seconds=spec.preflight.timeout_seconds,
+                notify=spec.notify,
                 topology=topology,
                 cache_dir=str(spec.cache_dir),
                 python=_python(spec, mounts, launcher_python),

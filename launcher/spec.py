@@ -466,6 +466,26 @@ class WatchdogSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NotifySpec:
+    """Who is told when an attempt ends. What cannot be sent is said in batch.log, and changes nothing else."""
+
+    on: Literal["end", "failure"] = "end"
+    """end: of every attempt, completed, interrupted or failed; failure: only the last."""
+    webhook_env: Optional[str] = None
+    """Variable of the submitting shell that holds a http(s) address, to which a JSON object is posted. Like all of
+    env_from it is passed past script and run directory."""
+    email: Optional[str] = None
+    """Address to write to by the node's own sendmail."""
+    command: list[str] = field(default_factory=list)
+    """A program and its arguments, run without a shell on the first node; it reads the same JSON object."""
+
+    @property
+    def any(self) -> bool:
+        """Whether anybody is told."""
+        return bool(self.webhook_env or self.email or self.command)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
     """Everything about one run."""
 
@@ -496,6 +516,8 @@ class RunSpec:
     """What is kept."""
     logging: LoggingSpec = field(default_factory=LoggingSpec)
     """What is written down."""
+    notify: NotifySpec = field(default_factory=NotifySpec)
+    """Who is told when an attempt ends."""
     preflight: PreflightSpec = field(default_factory=PreflightSpec)
     """What nodes have to show before training."""
     watchdog: WatchdogSpec = field(default_factory=WatchdogSpec)
@@ -513,7 +535,8 @@ class RunSpec:
     @property
     def secret_names(self) -> tuple[str, ...]:
         """Variables whose values come from the submitting shell."""
-        return tuple(dict.fromkeys([*self.cluster.env_from, *self.env_from]))
+        webhook = [self.notify.webhook_env] if self.notify.webhook_env else []
+        return tuple(dict.fromkeys([*self.cluster.env_from, *self.env_from, *webhook]))
 
     @property
     def checkpoint_ranking(self) -> CheckpointSpec:

@@ -36,6 +36,7 @@ cd "$run_dir" || exit 74
 
 event() { # NAME [,"key":value]...
   printf '{"time":%s,"event":"%s","attempt":"%s"%s}\n' "$(date +%s)" "$1" "$SFT_ATTEMPT" "${2-}" >>"$run_dir/events.jsonl"
+  [ "$1" != attempt_ended ] || timeout 60 /opt/python -m launcher.notify "$run_dir" --attempt "$SFT_ATTEMPT" --exit-code "$rc"
 }
 trap 'rc=$?; event attempt_ended ",\"exit_code\":$rc"; echo "attempt $SFT_ATTEMPT ended with exit code $rc"' EXIT
 event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\""

@@ -22,6 +22,7 @@ from launcher.spec import (
     ClusterSpec,
     DataSpec,
     ModelSpec,
+    NotifySpec,
     ResourcesSpec,
     RunSpec,
     RuntimeSpec,
@@ -85,7 +86,10 @@ def golden_scripts() -> dict[str, RunSpec]:
     )
     cluster = ClusterSpec(scheduler="slurm", gpu_directive="gpus_per_task", gpu_type="h100", env={"A": "$x 'y'"})
     specs["slurm-everything"] = make_spec(
-        cluster=cluster, resources=everything, checkpoint=CheckpointSpec(export=False)
+        cluster=cluster,
+        resources=everything,
+        notify=NotifySpec(email="me@example.org"),
+        checkpoint=CheckpointSpec(export=False),
     )
     return specs
 
