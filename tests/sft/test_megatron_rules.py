@@ -1,0 +1,80 @@
+"""The launcher's layout rules against Megatron-core itself: its checks are run, not restated.
+
+One process stands for the whole world through torch's fake process group, so that worlds of any size cost nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from launcher.errors import TopologyError
+from launcher.model_shape import ModelShape
+from launcher.spec import RunSpec
+from launcher.topology import build_topology
+from sft.megatron.mcore import TransformerConfig, get_num_layers_to_build, parallel_state
+from tests.launcher.test_topology import shapes, specs
+
+OURS = ("must not cross nodes", "data.seq_length ", "needs the micro-batches")
+"""Parts of the messages of rules that are not Megatron-core's, or that it checks only in the first step."""
+
+
+def megatron_problem(spec: RunSpec, shape: ModelShape) -> str | None:
+    """What Megatron-core says against this layout while it builds groups, configuration, stages and batches."""
+    from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
+    from megatron.core.utils import divide
+
+    topo, world = spec.topology, spec.resources.world_size
+    virtual = topo.virtual_pipeline if topo.virtual_pipeline > 1 else None
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=topo.tensor_parallel,
+            pipeline_model_parallel_size=topo.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=virtual,
+            context_parallel_size=topo.context_parallel,
+            create_gloo_process_groups=False,
+        )
+        config = TransformerConfig(
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            ffn_hidden_size=shape.ffn_hidden_size,
+            num_attention_heads=shape.num_attention_heads,
+            num_query_groups=shape.num_query_groups,
+            tensor_model_parallel_size=topo.tensor_parallel,
+            pipeline_model_parallel_size=topo.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=virtual,
+            context_parallel_size=topo.context_parallel,
+            sequence_parallel=topo.sequence_parallel,
+            pipeline_dtype=torch.float32,
+        )
+        get_num_layers_to_build(config, vp_stage=None if virtual is None else 0)
+        divide(shape.ffn_hidden_size, topo.tensor_parallel)  # what its column parallel linear does
+        ConstantNumMicroBatchesCalculator(
+            spec.train.global_batch_size,
+            spec.train.micro_batch_size,
+            parallel_state.get_data_parallel_world_size(),
+            False,
+            0,
+        )
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return str(error)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(specs(), shapes)
+def test_megatron_core_agrees(spec: RunSpec, shape: ModelShape) -> None:
+    problem = megatron_problem(spec, shape)
+    try:
+        build_topology(spec, shape)
+    except TopologyError as error:
+        theirs = [rule for rule in error.problems if not any(part in rule for part in OURS)]
+        assert problem is not None or not theirs, error
+    else:
+        assert problem is None, problem
