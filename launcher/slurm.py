@@ -13,7 +13,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.environment import clean_environment
 from launcher.errors import SchedulerError
@@ -26,6 +26,7 @@ _NO_ACCOUNTING = ("accounting storage is disabled", "is not on PATH")
 
 _HELD_REASONS = ("JobHeldUser", "JobHeldAdmin", "launch failed requeued held", "launch_failed_requeued_held")
 _JOB_ID = re.compile(r"[0-9]+(_[0-9]+|_\[[0-9,:%-]+\])?(\+[0-9]+)?")  # steps have a dot; components of a job a plus
+_GPU = re.compile(r"\bgpu:(?:([A-Za-z][\w.-]*):)?(\d+)")  # gpu:8, gpu:h100:8(S:0-1)
 _ARRAY = re.compile(r"([0-9]+)_\[([0-9,:-]+)(?:%[0-9]+)?\]")
 _TASKS = re.compile(r"([0-9]{1,7})(?:-([0-9]{1,7})(?::([1-9][0-9]{0,6}))?)?")
 _MOST_TASKS = 4_000_001  # Slurm's own bound on MaxArraySize
@@ -116,6 +117,78 @@ def cancel(job_ids: Sequence[str]) -> None:
 def expected_start(script: str) -> str:
     """What `sbatch --test-only` says of a script: when and where it would start. Nothing is submitted or written."""
     return _answer(["sbatch", "--test-only"], script).stderr.strip().removeprefix("sbatch: ")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partition:
+    """A partition as sinfo has it; sizes are those that every node of it has."""
+
+    name: str
+    is_default: bool
+    time_limit: str | None
+    """In Slurm's notation; None for no limit."""
+    nodes: int
+    cpus: int
+    memory_mib: int
+    gpus: int
+    gpu_type: str | None
+
+
+def partitions() -> list[Partition]:
+    """The partitions that are up, in Slurm's order."""
+    return parse_partitions(_run(["sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%m|%G"]))
+
+
+def parse_partitions(text: str) -> list[Partition]:
+    """Lines `name*|up|limit|nodes|cpus|memory|gres`; a partition has a line for each kind of node."""
+    found: dict[str, Partition] = {}
+    for line in text.splitlines():
+        fields = line.strip().split("|", 6)
+        if len(fields) != 7 or fields[1] != "up":
+            continue
+        name, _, limit, nodes, cpus, memory, gres = fields
+        gpu = _GPU.search(gres)
+        one = Partition(
+            name=name.rstrip("*"),
+            is_default=name.endswith("*"),
+            time_limit=None if limit in ("infinite", "n/a") else limit,
+            nodes=_leading_number(nodes),
+            cpus=_leading_number(cpus),
+            memory_mib=_leading_number(memory),
+            gpus=int(gpu.group(2)) if gpu else 0,
+            gpu_type=gpu.group(1) if gpu else None,
+        )
+        other = found.get(one.name)
+        found[one.name] = one if other is None else _common(other, one)
+    return list(found.values())
+
+
+def _common(one: Partition, other: Partition) -> Partition:
+    """What nodes of both kinds have."""
+    return replace(
+        one,
+        nodes=one.nodes + other.nodes,
+        cpus=min(one.cpus, other.cpus),
+        memory_mib=min(one.memory_mib, other.memory_mib),
+        gpus=min(one.gpus, other.gpus),
+        gpu_type=one.gpu_type if one.gpu_type == other.gpu_type else None,
+    )
+
+
+def _leading_number(text: str) -> int:
+    """`64` and `64+`, as sinfo writes a lower bound."""
+    digits = re.match(r"\d+", text)
+    return int(digits.group()) if digits else 0
+
+
+def first_node() -> str:
+    """Name of one node of the cluster."""
+    return (_run(["sinfo", "--noheader", "--Node", "--format=%N"]).split() or [""])[0]
+
+
+def srun_help() -> str:
+    """srun's own list of options, with those that plugins add."""
+    return _run(["srun", "--help"])
 
 
 def _run(command: Sequence[str]) -> str:

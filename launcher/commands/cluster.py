@@ -1,0 +1,40 @@
+"""cluster init, cluster check: a file that describes a cluster, and whether it is right."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from launcher.commands import command, json_option, print_json
+from launcher.errors import ConfigError
+from launcher.exit_codes import ExitCode
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(commands, "cluster", _cluster, "write a first file that describes this cluster, or check one")
+    parser.add_argument("action", choices=("init", "check"))
+    parser.add_argument("name", metavar="NAME", help="the cluster's name")
+    json_option(parser)
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    if options.action == "init":
+        from launcher.cluster_init import write_first
+
+        path = write_first(options.name)
+        if options.json:
+            print_json({"cluster": options.name, "file": str(path)})
+        else:
+            print(f"wrote {path}:\n\n{path.read_text(encoding='utf-8')}\nnext  launcher cluster check {options.name}")
+        return int(ExitCode.OK)
+    from launcher.cluster_check import cluster_problems
+
+    problems = cluster_problems(options.name)
+    if options.json:
+        print_json({"cluster": options.name, "problems": problems})
+        return int(ExitCode.BAD_INPUT if problems else ExitCode.OK)
+    if problems:
+        raise ConfigError(problems)
+    print(f"cluster {options.name}: nothing is wrong")
+    return int(ExitCode.OK)
