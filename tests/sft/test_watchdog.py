@@ -31,7 +31,7 @@ from sft.hang import Phase
 from sft.rank_env import RankEnv
 from sft.watchdog import Watchdog
 
-seconds = dict(floor_seconds=4.0, first_step_seconds=4.0, evaluation_seconds=60.0, checkpoint_seconds=60.0)
+seconds = dict(floor_seconds=3.0, first_step_seconds=3.0, evaluation_seconds=60.0, checkpoint_seconds=60.0)
 env = RankEnv.from_environ()
 with Watchdog(WatchdogSpec(multiple=2.0, **seconds), RunPaths(Path(sys.argv[1])), env) as watchdog:
     dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size)
@@ -115,6 +115,7 @@ def test_a_rank_that_hangs_is_named(what: str, tmp_path: Path) -> None:
         assert 'File "<string>", line 20 in <module>' in stacks
 
 
+@pytest.mark.slow  # the store's calls have to time out
 def test_a_stopped_rank_0_takes_the_store_with_it(tmp_path: Path) -> None:
     code, paths = hang(tmp_path, "pass\n    if env.rank == 0: os.kill(os.getpid(), 19)")
     assert code == ExitCode.HANG
