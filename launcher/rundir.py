@@ -11,7 +11,9 @@
       events.jsonl          what happened, one JSON object a line (launcher, batch script, rank 0)
       metrics.jsonl         one line a logged step
       progress.json         the newest numbers, replaced as a whole
-      logs/<attempt>/       batch.log and rank-<N>.log; of a hang stacks-rank-<N>.txt and hang.json
+      lease.json            who may write here now (launcher/lease.py)
+      logs/<attempt>/       batch.log and rank-<N>.log; of the first rank that failed error.json; of a hang
+                            stacks-rank-<N>.txt and hang.json
       preflight/<attempt>.json  what each node found before training
       checkpoints/step-<N>/ complete when it holds COMPLETE
       bad_steps.jsonl       steps whose update was not applied, with the ids of their examples
@@ -97,6 +99,10 @@ class RunPaths:
         return self.root / "progress.json"
 
     @property
+    def lease(self) -> Path:
+        return self.root / "lease.json"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -136,6 +142,14 @@ class RunPaths:
     def preflight(self, attempt: str) -> Path:
         """What the nodes of an attempt found before training."""
         return self.root / "preflight" / f"{attempt}.json"
+
+    def error(self, attempt: str) -> Path:
+        """What the first rank that failed says of its error."""
+        return self.logs / attempt / "error.json"
+
+    def failure(self, attempt: str) -> Path:
+        """Exit code, rank and host of the first rank that failed, as the process that started it saw it."""
+        return self.logs / attempt / "failure"
 
     def checkpoint(self, step: int) -> Path:
         """Checkpoint directory of a step."""

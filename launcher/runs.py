@@ -24,6 +24,9 @@ _PHASES = {
     "exported": "ending",
 }
 
+_GOES_ON = ("requeue", "resubmit", "leave")
+"""Decisions (launcher/restart.py) after which another attempt follows by itself."""
+
 
 def default_run_root() -> Path:
     """Where runs are looked up when nothing else is said."""
@@ -54,12 +57,12 @@ class Snapshot:
     paths: RunPaths
     manifest: Manifest
     job: Attempt | None
-    """The newest job, from the manifest or, where a person ran job.sh by hand, from the events."""
+    """The newest job, from the manifest or, where a person ran job.sh or the run submitted itself, from the events."""
     attempt: str | None
     """The newest attempt of that job that has started."""
     phase: str
     exit_code: int | None
-    """How that attempt ended; None while it has not."""
+    """How that attempt ended; None while it has not, or when another one follows by itself."""
     cancelled: bool
     progress: dict[str, Any]
 
@@ -94,6 +97,8 @@ def snapshot(paths: RunPaths) -> Snapshot:
     since = events[events.index(mine[-1]) :] if mine else []
     own = [event for event in since if event.get("attempt", attempt) == attempt]
     ended = [event for event in own if event.get("event") == "attempt_ended"]
+    if any(event.get("event") == "restart_decided" and event.get("decision") in _GOES_ON for event in own):
+        ended = []  # of its job that attempt was not the last
     progress = read_json(paths.progress)
     return Snapshot(
         paths=paths,
@@ -111,9 +116,9 @@ def _newest_job(manifest: Manifest, events: list[dict[str, Any]]) -> Attempt | N
     known = {attempt.job_id for attempt in manifest.attempts}
     last = manifest.attempts[-1] if manifest.attempts else None
     for event in reversed(events):
-        if event.get("event") == "attempt_started" and str(event.get("job_id")) not in known:
+        if event.get("event") in ("attempt_started", "submitted") and str(event.get("job_id")) not in known:
             if last is None or event["time"] >= last.submitted_at:
-                scheduler = "local" if str(event["attempt"]).startswith("local-") else "slurm"
+                scheduler = "local" if str(event.get("attempt")).startswith("local-") else "slurm"
                 return Attempt(job_id=str(event["job_id"]), scheduler=scheduler, submitted_at=event["time"])
             break
     return last
@@ -124,6 +129,9 @@ def _meaning(code: int | None) -> str:
         ExitCode.BAD_INPUT: " (bad input)",
         ExitCode.IO_ERROR: " (could not write; is the disk full?)",
         ExitCode.REQUEUE: " (stopped on request, checkpoint complete)",
+        ExitCode.HANG: " (no rank finished a step in time)",
+        ExitCode.BAD_NODE: " (a node failed its preflight)",
+        ExitCode.NEVER_REQUEUE: " (never to be started again by itself)",
     }
     if code is not None and code > 128:
         return f" (signal {code - 128})"

@@ -409,6 +409,40 @@ class CheckpointSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RestartSpec:
+    """When a run goes on by itself. Each number is a budget: restarts in a row, for this cause, of attempts that wrote
+    no new checkpoint; 0 is never. A restart after progress is free. Errors in code, data or settings are never retried.
+    """
+
+    how: Literal["requeue", "resubmit", "none"] = "requeue"
+    """requeue: the same job starts again (a site that forbids it gets a new job instead); resubmit: always a new job;
+    none: a person decides."""
+    preempted: int = 10
+    """Ended for another job."""
+    timeout: int = 3
+    """Reached its time limit."""
+    node_failure: int = 3
+    """A node was lost."""
+    communication: int = 3
+    """NCCL, gloo or the rendezvous failed."""
+    hang: int = 2
+    """No rank finished a step for too long."""
+    bad_node: int = 3
+    """A node failed its preflight; the next attempt avoids it."""
+    out_of_memory: int = 1
+    """Of the GPU or of the host."""
+    disk_full: int = 0
+    """No space for a checkpoint."""
+    unknown: int = 2
+    """Anything else, e.g. a rank that was killed."""
+
+    def budget(self, cause: str) -> int:
+        """Restarts without progress for a cause that can be restarted at all."""
+        value: int = getattr(self, cause)
+        return value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingSpec:
     """What is written down."""
 
@@ -514,6 +548,8 @@ class RunSpec:
     """Answers during training."""
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     """What is kept."""
+    restart: RestartSpec = field(default_factory=RestartSpec)
+    """When it goes on by itself."""
     logging: LoggingSpec = field(default_factory=LoggingSpec)
     """What is written down."""
     notify: NotifySpec = field(default_factory=NotifySpec)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launcher.errors import LauncherError
 from launcher.exit_codes import ExitCode
+from sft.error_record import record_error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,11 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.run(options))
     except LauncherError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        record_error(options.path, error)
         code = error.exit_code
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
-    except Exception:  # the top of a rank: whatever it is must be in the log, and the other ranks must be freed
+    except Exception as error:  # the top of a rank: whatever it is must be in the log, and the others freed
         traceback.print_exc()
+        record_error(options.path, error)
         code = ExitCode.FAILURE
     return int(code)
 

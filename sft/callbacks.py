@@ -8,13 +8,15 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 
+from launcher.errors import RunStateError
+from launcher.lease import Keeper
 from launcher.rundir import checkpoint_step
 from launcher.spec import CheckpointSpec
 from sft import checkpoint_files
 from sft.evaluation import EvaluationCallback, is_better
 from sft.guard import GuardCallback
 from sft.run_log import RunLog
-from sft.stop import StopFlag
+from sft.stop import Deadline, StopFlag
 from sft.strategy import MegatronStrategy
 
 
@@ -63,10 +65,19 @@ class CheckpointCallback(pl.Callback):
     """
 
     def __init__(
-        self, spec: CheckpointSpec, stop: StopFlag, evaluation: EvaluationCallback, guard: GuardCallback, log: RunLog
+        self,
+        spec: CheckpointSpec,
+        stop: StopFlag,
+        deadline: Deadline,
+        lease: Keeper | None,
+        evaluation: EvaluationCallback,
+        guard: GuardCallback,
+        log: RunLog,
     ) -> None:
         self._spec = spec
         self._stop = stop
+        self._deadline = deadline
+        self._lease = lease
         self._evaluation = evaluation
         self._guard = guard
         self._log = log
@@ -90,20 +101,33 @@ class CheckpointCallback(pl.Callback):
         strategy = cast(MegatronStrategy, trainer.strategy)
         step = trainer.global_step
         writing = strategy.saver.in_flight and not strategy.saver.is_written
-        asked, unwritten = strategy.control.any_of([bool(self._stop), writing])
+        self._deadline.step_ended()
+        late = self._log.is_writer and self._deadline.is_due  # one clock decides for all
+        lost = self._lease is not None and self._lease.lost
+        asked, late, lost, unwritten = strategy.control.any_of([bool(self._stop), late, lost, writing])
+        if lost:
+            raise RunStateError(f"another attempt has taken over run {self._log.paths.name}; this one writes no more")
         if not unwritten:
             self._finish(strategy)
         value = self._evaluation.metrics_at(step).get(self._spec.best_metric, math.nan)
         is_good = self._best.offer(step, value)
-        ends = asked or self._guard.failure is not None or self._evaluation.early_stopping.is_due
+        ends = asked or late or self._guard.failure is not None or self._evaluation.early_stopping.is_due
         last = ends or step == self._log.max_steps
         if last or is_good or (self._spec.every and step % self._spec.every == 0):
             self._save(trainer, strategy, step, wait=last)
         if ends:
             trainer.should_stop = True
-        if asked and step < self._log.max_steps:
+        if (asked or late) and step < self._log.max_steps:
+            self._say_why(step, asked)
+        self._deadline.step_begins()
+
+    def _say_why(self, step: int, asked: bool) -> None:
+        """Asked comes first: a signal says more than the clock."""
+        if asked:
             self._log.say(f"stopping after step {step} as asked ({self._stop.signal_name or 'by another rank'})")
-            self._log.event("stop_requested", step=step, signal=self._stop.signal_name)
+        else:
+            self._log.say(f"stopping after step {step}: the job ends within {self._deadline.needed:.0f} s")
+        self._log.event("stop_requested", step=step, signal=self._stop.signal_name, deadline=not asked)
 
     def _save(self, trainer: pl.Trainer, strategy: MegatronStrategy, step: int, *, wait: bool) -> None:
         self._finish(strategy)  # at most one save in flight
@@ -126,6 +150,7 @@ class CheckpointCallback(pl.Callback):
             keep = complete[-self._spec.keep_last :] + [self._log.paths.checkpoint(best) for best in self._best.steps]
             checkpoint_files.remove_all_but(complete, keep)
         strategy.control.barrier()
+        self._deadline.saved(saved.seconds)
         self._log.checkpoint_saved(saved.path.name)
         seconds = round(saved.seconds, 3)
         self._log.event("checkpoint_saved", step=checkpoint_step(saved.path), seconds=seconds, best=self._best.steps)

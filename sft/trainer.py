@@ -6,6 +6,7 @@ progress bar or checkpoint callback of its own, because Megatron-core or this pa
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from launcher.errors import CheckpointError, ConfigError, TrainingError
 from launcher.exit_codes import ExitCode
+from launcher.lease import Keeper, held
 from launcher.rundir import RunPaths, checkpoint_step, complete_checkpoints
 from launcher.spec import RunSpec, read_resolved
 from launcher.topology import Topology, build_topology, describe_batch
@@ -32,7 +34,7 @@ from sft.module import SFTGPT
 from sft.plot import plot_loss
 from sft.rank_env import RankClusterEnvironment, RankEnv
 from sft.run_log import ProgressCallback, RunLog
-from sft.stop import StopFlag
+from sft.stop import Deadline, StopFlag
 from sft.strategy import MegatronStrategy
 from sft.utilization import utilization
 from sft.watchdog import Watchdog
@@ -86,11 +88,15 @@ def train(config: Path) -> ExitCode:
     spec, paths, env = read_resolved(config), RunPaths(config.resolve().parent), RankEnv.from_environ()
     stop = StopFlag()
     stop.install()
-    with Watchdog(spec.watchdog, paths, env) as watchdog:
-        return _train(spec, paths, env, stop, watchdog)
+    holding = held(paths, env.attempt) if env.rank == 0 else contextlib.nullcontext()
+    with holding as lease, Watchdog(spec.watchdog, paths, env) as watchdog:
+        return _train(spec, paths, env, stop, lease, watchdog)
 
 
-def _train(spec: RunSpec, paths: RunPaths, env: RankEnv, stop: StopFlag, watchdog: Watchdog) -> ExitCode:
+def _train(
+    spec: RunSpec, paths: RunPaths, env: RankEnv, stop: StopFlag, lease: Keeper | None, watchdog: Watchdog
+) -> ExitCode:
+    """Train as the one who holds the run; the lease is rank 0's."""
     leader = env.rank == 0
     model_dir = resolve_model_dir(spec, convert=False)
     architecture = read_architecture(model_dir)
@@ -110,7 +116,9 @@ def _train(spec: RunSpec, paths: RunPaths, env: RankEnv, stop: StopFlag, watchdo
     guard = GuardCallback(spec.train, log, data.example_ids)
     progress = ProgressCallback(log, data.plan.consumed_examples)
     # In this order at each step boundary: each builds on what those before it found.
-    callbacks = [progress, guard, evaluation, CheckpointCallback(spec.checkpoint_ranking, stop, evaluation, guard, log)]
+    deadline = Deadline.from_environ(spec.resources.signal_seconds)
+    saves = CheckpointCallback(spec.checkpoint_ranking, stop, deadline, lease, evaluation, guard, log)
+    callbacks = [progress, guard, evaluation, saves]
     steps, key = data.max_steps, data.data_key
     trainer = megatron_trainer(
         spec, topology, env, max_steps=steps, data_key=key, callbacks=watched(callbacks, watchdog)

@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
     """Declare the commands."""
     status = command(commands, "status", _status, "state and progress of runs")
     runs_argument(status, "*")
+    status.add_argument("--why", action="store_true", help="tell how each attempt ended, what was decided, and why")
     listing = command(commands, "list", _list, "runs by their files alone; asks no scheduler")
     run_root_option(listing)
     status.add_argument("--watch", action="store_true", help="show it again and again, until all runs have ended")
@@ -44,6 +45,8 @@ def _status(options: argparse.Namespace) -> int:
         rows, problem = collect(selection.of(chosen_runs(options) or all_runs(root)))
         return [row for row in rows if selection.fits(row.state)], problem
 
+    if options.why:
+        return _why(options, selection.of(chosen_runs(options) or all_runs(root)))
     if options.watch:
         from launcher.watch import watch
 
@@ -59,6 +62,16 @@ def _status(options: argparse.Namespace) -> int:
     if problem is not None:
         print(f"error: {problem}", file=sys.stderr)
         return int(ExitCode.SCHEDULER)
+    return int(ExitCode.OK)
+
+
+def _why(options: argparse.Namespace, runs: list[Any]) -> int:
+    from launcher.why import decisions, explain
+
+    if options.json:
+        print_json([{"run": paths.name, "decisions": decisions(paths)} for paths in runs])
+    else:
+        print("\n\n".join(map(explain, runs)))
     return int(ExitCode.OK)
 
 

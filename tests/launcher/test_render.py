@@ -209,7 +209,7 @@ def test_values_stay_data_when_the_script_runs(
     seen = tmp_path / "x" / "seen"
     root.mkdir(parents=True)
     python = root / f"py {folder}"
-    python.write_text(f'#!/bin/bash\nprintf "%s\\0" "$A" "$@" >>"{seen}"\n')
+    python.write_text(f'#!/bin/bash\nprintf "%s\\0" "$A" "${{@:1:4}}" >>"{seen}"\n')
     python.chmod(0o755)
     commands.add("srun", 'while [[ "$1" == -* ]]; do shift; done; SLURM_PROCID=0 SLURMD_NODENAME=n exec "$@"')
     commands.add("scontrol", "echo node1")
@@ -224,13 +224,15 @@ def test_values_stay_data_when_the_script_runs(
     log = (root / "logs" / "7.0" / "batch.log").read_text()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), log
     words = seen.read_text().split("\0")[:-1]
-    assert [words[start : start + 5] for start in (0, 5, 10, 15)] == [
-        [value, "-m", "sft", phase, where]
-        for phase, where in (
-            ("prepare", f"{root}/config.yaml"),
-            ("preflight", f"{root}/config.yaml"),
-            ("train", f"{root}/config.yaml"),
-            ("export", str(root)),
+    assert [words[start : start + 5] for start in range(0, len(words), 5)] == [
+        [value, "-m", module, phase, where]
+        for module, phase, where in (
+            ("launcher.attempt", "begin", str(root)),
+            ("sft", "prepare", f"{root}/config.yaml"),
+            ("sft", "preflight", f"{root}/config.yaml"),
+            ("sft", "train", f"{root}/config.yaml"),
+            ("sft", "export", str(root)),
+            ("launcher.attempt", "end", str(root)),
         )
     ]
     assert not list(tmp_path.rglob("pwned"))

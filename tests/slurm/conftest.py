@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from launcher.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster, why_unavailable
+from tests.slurm.runs import Workbench, make_workbench
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +36,21 @@ def slurm_with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         pytest.skip(reason)
     with SlurmCluster(tmp_path_factory.mktemp("slurmdbd"), nodes=2, accounting=True) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def bench(slurm_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return make_workbench(tmp_path_factory.mktemp("runs"), slurm_session)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(bench: Workbench) -> RunPaths:
+    """The run that the others are compared with; on its way it is seen in each state."""
+    blocker = bench.cluster.run(["sbatch", "--parsable", "-N4", "--exclusive", "-o/dev/null", "--wrap", "sleep 300"])
+    bench.cluster.wait_for_job(blocker.stdout.strip(), {"RUNNING"})
+    run = bench.submit("uninterrupted")
+    bench.wait_for_state(run, "PENDING")
+    bench.cluster.run(["scancel", blocker.stdout.strip()])
+    bench.wait_for_state(run, "RUNNING")
+    bench.wait_for_state(run, "COMPLETED")
+    return run

@@ -11,27 +11,9 @@ from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, checkpoint_step
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
-from tests.slurm.runs import STEPS, Workbench, events, loss_curve, make_workbench, wait_for_checkpoint
+from tests.slurm.runs import STEPS, Workbench, events, loss_curve, wait_for_checkpoint
 
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module")
-def bench(slurm_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Workbench:
-    return make_workbench(tmp_path_factory.mktemp("runs"), slurm_session)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(bench: Workbench) -> RunPaths:
-    """The run that the others are compared with; on its way it is seen in each state."""
-    blocker = bench.cluster.run(["sbatch", "--parsable", "-N4", "--exclusive", "-o/dev/null", "--wrap", "sleep 300"])
-    bench.cluster.wait_for_job(blocker.stdout.strip(), {"RUNNING"})
-    run = bench.submit("uninterrupted")
-    bench.wait_for_state(run, "PENDING")
-    bench.cluster.run(["scancel", blocker.stdout.strip()])
-    bench.wait_for_state(run, "RUNNING")
-    bench.wait_for_state(run, "COMPLETED")
-    return run
 
 
 def test_run_completes_with_curve_checkpoint_and_model(uninterrupted: RunPaths, bench: Workbench) -> None:

@@ -1,0 +1,77 @@
+"""`status --why`: every attempt of a run, how it ended, what was decided then, and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.rundir import RunPaths, read_lines
+
+_TOLD = {
+    "submitted": lambda event: (
+        f"submitted as {event['scheduler']} job {event['job_id']}" + (" by the run itself" if event.get("by") else "")
+    ),
+    "attempt_started": lambda event: f"attempt {event['attempt']} started on {event.get('nodes') or event['host']}",
+    "training_started": lambda event: f"training began after step {event['step']} of {event['max_steps']}",
+    "stop_requested": lambda event: f"stopped after step {event['step']}: {_stop(event)}",
+    "hang_detected": lambda event: "no rank finished a step in time; stacks are in the ranks' logs",
+    "preflight_failed": lambda event: (
+        "preflight failed on " + ", ".join(str(node["host"]) for node in event.get("nodes", []))
+    ),
+    "lease_taken_over": lambda event: f"took over the lease of {event['holder']}",
+    "lease_refused": lambda event: f"attempt {event['attempt']} refused to start: {event['reason']}",
+    "cancelled": lambda event: f"job {event['job_id']} was cancelled by `launcher cancel`",
+    "training_finished": lambda event: f"training finished after step {event['step']}",
+    "exported": lambda event: "exported",
+    "attempt_ended": lambda event: f"attempt {event['attempt']} ended with exit code {event['exit_code']}",
+    "restart_decided": lambda event: _decision(event),
+}
+
+
+def explain(paths: RunPaths) -> str:
+    """The run's story, one line an event that decides something, times in local time."""
+    events = list(read_lines(paths.events))
+    decided = {event.get("attempt") for event in events if event.get("event") == "restart_decided"}
+    lines = [f"run {paths.name}"]
+    for event in events:
+        if event.get("event") == "attempt_ended" and event.get("attempt") in decided:
+            continue  # the decision says it
+        tell = _TOLD.get(str(event.get("event")))
+        if tell is not None:
+            lines.append(f"{_clock(event)}  {_safely(tell, event)}")
+    return "\n".join(lines)
+
+
+def decisions(paths: RunPaths) -> list[dict[str, Any]]:
+    """The decisions alone, for --json."""
+    return [event for event in read_lines(paths.events) if event.get("event") == "restart_decided"]
+
+
+def _decision(event: Mapping[str, Any]) -> str:
+    budget = "" if event.get("budget") is None else f" [{event['budget_left']} of {event['budget']} restarts left]"
+    avoid = f", avoiding {', '.join(event['avoid'])}" if event.get("avoid") else ""
+    cause = str(event["cause"]).replace("_", " ")
+    lines = (
+        f"attempt {event['attempt']} ended with exit code {event['exit_code']}",
+        f"cause: {cause} ({event['detail']})",
+        f"decision: {event['decision']}{avoid}: {event['reason']}{budget}",
+    )
+    return f"\n{'':21}".join(lines)
+
+
+def _stop(event: Mapping[str, Any]) -> str:
+    if event.get("deadline"):
+        return "the end of the job's time is near"
+    return f"asked by {event['signal']}" if event.get("signal") else "another rank was asked"
+
+
+def _clock(event: Mapping[str, Any]) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(event.get("time", 0))))
+
+
+def _safely(tell: Any, event: Mapping[str, Any]) -> str:
+    try:
+        return str(tell(event))
+    except (KeyError, TypeError):  # of another version
+        return str(event.get("event"))
