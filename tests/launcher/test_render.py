@@ -40,6 +40,11 @@ RUNTIMES = {
     "conda": RuntimeSpec(kind="conda", path="sft", modules=["cuda/12.8"]),
     "apptainer": RuntimeSpec(kind="apptainer", image="/images/sft.sif", mounts=["/scratch:/scratch"]),
 }
+TOPOLOGIES = {
+    "dp8": TopologySpec(),
+    "tp2-pp2": TopologySpec(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
+    "pp4": TopologySpec(pipeline_parallel=4),
+}
 ROOT = Path("/shared/runs/demo")
 
 
@@ -67,6 +72,13 @@ def golden_scripts() -> dict[str, RunSpec]:
         cluster = ClusterSpec(runtime=runtime)
         specs[f"local-{name}"] = make_spec(cluster=cluster, resources=ResourcesSpec(tasks_per_node=4))
         specs[f"slurm-{name}"] = make_spec(cluster=ClusterSpec(name="c", scheduler="slurm", runtime=runtime))
+    slurm = ClusterSpec(name="c", scheduler="slurm")
+    pyxis = RuntimeSpec(kind="pyxis", image="registry.example/sft:1", mounts=["/scratch:/scratch"])
+    specs["slurm-pyxis"] = make_spec(cluster=dataclasses.replace(slurm, runtime=pyxis))
+    for name, topology in TOPOLOGIES.items():
+        specs[f"slurm-{name}"] = make_spec(cluster=slurm, topology=topology)
+        on_cpu = ResourcesSpec(nodes=1, tasks_per_node=8)
+        specs[f"local-{name}"] = make_spec(topology=topology, resources=on_cpu)
     everything = ResourcesSpec(
         nodes=2,
         gpus_per_node=4,

@@ -1,0 +1,65 @@
+#!/bin/bash
+# Run demo: prepare, train, export. Made from config.yaml; runs again by hand as it is.
+# shellcheck disable=SC1090,SC1091,SC2016,SC2054,SC2064,SC2317 # values are data; traps and sourced files are meant
+set -uo pipefail
+
+run_dir=/shared/runs/demo
+config=$run_dir/config.yaml
+number=1
+mkdir -p "$run_dir/logs" || exit 74
+until mkdir "$run_dir/logs/local-$number" 2>/dev/null; do
+  [ -d "$run_dir/logs/local-$number" ] || exit 74
+  number=$((number + 1))
+done
+SFT_ATTEMPT=local-$number
+job_id=${SUBMITIT_LOCAL_JOB_ID:-$$}
+export SFT_ATTEMPT
+log_dir=$run_dir/logs/$SFT_ATTEMPT
+mkdir -p "$log_dir" /shared/runs/.cache || exit 74
+exec >>"$log_dir/batch.log" 2>&1
+cd "$run_dir" || exit 74
+
+event() { # NAME [,"key":value]...
+  printf '{"time":%s,"event":"%s","attempt":"%s"%s}\n' "$(date +%s)" "$1" "$SFT_ATTEMPT" "${2-}" >>"$run_dir/events.jsonl"
+}
+trap 'rc=$?; event attempt_ended ",\"exit_code\":$rc"; echo "attempt $SFT_ATTEMPT ended with exit code $rc"' EXIT
+event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\""
+echo "attempt $SFT_ATTEMPT of run demo started on ${HOSTNAME-} at $(date)"
+
+export PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=1
+python=(/opt/python)
+
+child='' stopped=''
+stop() {
+  echo "asked to stop by $1"
+  stopped=1
+  if [ -n "$child" ]; then kill -s "$1" "$child"; fi
+}
+for signal in TERM INT USR2; do trap "stop $signal" "$signal"; done
+attended() { # run a command in the background, so that signals reach it while it runs
+  [ -z "$stopped" ] || return 143
+  "$@" &
+  child=$!
+  local code
+  while true; do
+    wait "$child"
+    code=$?
+    kill -0 "$child" 2>/dev/null || break # a signal ends `wait` too
+  done
+  child=
+  return "$code"
+}
+one_process() { attended "${python[@]}" "$@"; }
+
+rc=0
+echo "prepare"
+one_process -m sft prepare "$config" || exit
+echo "train: tp2 x pp2 x dp2 = 8 ranks + sequence parallel"
+attended /opt/python -m launcher.local_ranks --ranks 8 --log-dir "$log_dir" \
+  -- "${python[@]}" -m sft train "$config" || rc=$?
+if [ "$rc" -eq 0 ]; then
+  echo "export"
+  one_process -m sft export "$run_dir" || rc=$?
+fi
+exit "$rc"
