@@ -14,11 +14,12 @@ import dataclasses
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher import processes, slurm
 from launcher.errors import RunStateError
-from launcher.manifest import Attempt, Manifest, read_manifest
+from launcher.manifest import Attempt, read_manifest
 from launcher.rundir import RunPaths, read_json, read_lines, write_json
 
 TOKEN_VARIABLE = "SFT_SUBMISSION"
@@ -87,23 +88,25 @@ def _is_taken(paths: RunPaths) -> bool:
     return not paths.manifest.is_file() or bool(read_manifest(paths).attempts)
 
 
-def find(paths: RunPaths, manifest: Manifest, intent: Intent) -> Attempt | None:
-    """The job of a submission; None when it is certain that there is none and will be none.
+def find(paths: RunPaths, name: str, attempts: Sequence[Attempt], intent: Intent) -> Attempt | None:
+    """The job, named `name`, of a submission; None when it is certain that there is none and will be none.
+
+    `attempts` are the jobs that are recorded.
 
     Waits while that is not certain. SchedulerError where the scheduler does not answer.
     """
-    recorded = next((attempt for attempt in manifest.attempts if attempt.token == intent.token), None)
+    recorded = next((attempt for attempt in attempts if attempt.token == intent.token), None)
     if recorded is not None:
         return recorded
     if intent.scheduler == "local":
-        return _find_local(paths, manifest, intent)
+        return _find_local(paths, attempts, intent)
     quiet_since: float | None = None
     while True:
         now = time.time()
         if quiet_since is None and not _may_be_at_work(intent, now):
             quiet_since = now
         certain = quiet_since is not None and (now >= quiet_since + SETTLE_SECONDS or now >= intent.settled_by)
-        job_id = _started(paths, manifest, intent) or slurm.find_job(manifest.name, intent.token, intent.written_at)
+        job_id = _started(paths, attempts, intent) or slurm.find_job(name, intent.token, intent.written_at)
         if job_id is not None:
             return Attempt(
                 job_id=job_id, scheduler="slurm", submitted_at=intent.written_at, host=intent.host, token=intent.token
@@ -120,11 +123,11 @@ def _may_be_at_work(intent: Intent, now: float) -> bool:
     return intent.host != socket.gethostname() or bool(processes.with_text(intent.token))
 
 
-def _find_local(paths: RunPaths, manifest: Manifest, intent: Intent) -> Attempt | None:
+def _find_local(paths: RunPaths, attempts: Sequence[Attempt], intent: Intent) -> Attempt | None:
     if intent.host != socket.gethostname():
         raise RunStateError(f"run {paths.name} was being started on {intent.host}; run this there")
     found = [pid for pid in processes.with_text(intent.token) if processes.is_session_leader(pid)]
-    started = _started(paths, manifest, intent)
+    started = _started(paths, attempts, intent)
     if not found and started is None:
         return None
     pid = min(found, key=lambda pid: processes.start_ticks(pid) or 0) if found else int(started or 0)
@@ -138,9 +141,9 @@ def _find_local(paths: RunPaths, manifest: Manifest, intent: Intent) -> Attempt 
     )
 
 
-def _started(paths: RunPaths, manifest: Manifest, intent: Intent) -> str | None:
+def _started(paths: RunPaths, attempts: Sequence[Attempt], intent: Intent) -> str | None:
     """A job that has begun says so itself, and nobody else has begun one since the intent."""
-    known = {attempt.job_id for attempt in manifest.attempts}
+    known = {attempt.job_id for attempt in attempts}
     for event in read_lines(paths.events):
         late_enough = float(event.get("time", 0)) >= intent.written_at - _CLOCK_SKEW
         if event.get("event") == "attempt_started" and late_enough and str(event.get("job_id")) not in known:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,18 @@ def render(
         line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise TemplateError(f"template {name}{line} does not render: {error}") from None
     return text
+
+
+def render_array(name: str, directives: Sequence[str], folder: Path, runs: Sequence[Path]) -> str:
+    """The script of a job array of which each element runs the script of one of `runs`; it logs to `folder`."""
+    template = _environment().get_template("array.sh.j2")
+    return template.render(name=name, directives=directives, folder=str(folder), runs=[str(run) for run in runs])
+
+
+def directives_of(script: str) -> list[str]:
+    """A script's #SBATCH lines but for its job's name and log."""
+    own = ("#SBATCH --job-name=", '#SBATCH "--job-name=', "#SBATCH --output=", '#SBATCH "--output=')
+    return [line for line in script.splitlines() if line.startswith("#SBATCH ") and not line.startswith(own)]
 
 
 def _environment() -> jinja2.Environment:

@@ -94,6 +94,12 @@ def find_job(name: str, token: str, since: float) -> str | None:
     return None
 
 
+def max_array_size() -> int:
+    """How many elements a job array may have; Slurm's default where it does not say."""
+    shown = re.search(r"^MaxArraySize\s*=\s*([0-9]+)", _run(["scontrol", "show", "config"]), re.MULTILINE)
+    return int(shown.group(1)) if shown is not None else 1001
+
+
 def job_limits() -> dict[str, int]:
     """Slurm's limits on how many jobs we may have queued, by name; without those nobody has set."""
     limits = {}

@@ -94,7 +94,7 @@ def _owners(snapshots: Sequence[Snapshot]) -> list[int]:
 def _record_of(item: Snapshot, answer: Answer) -> JobRecord | None:
     """Slurm's record of the run's job; not that of another job to which Slurm gave the same id."""
     record = answer.records.get(item.job.job_id) if item.job else None
-    return None if record is not None and record.name not in ("", item.manifest.name) else record
+    return None if record is not None and record.name not in ("", item.manifest.name, item.manifest.group) else record
 
 
 def _judge(item: Snapshot, record: JobRecord | None, answer: Answer) -> tuple[JobState, str]:

@@ -62,18 +62,33 @@ def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[str] = ()) -> Atte
     """Submit the run's script, unless a submission that was begun before has a job already. Needs the claim."""
     manifest = read_manifest(paths)
     intent = pending(paths)
-    attempt = find(paths, manifest, intent) if intent is not None else None
+    attempt = find(paths, manifest.name, manifest.attempts, intent) if intent is not None else None
     if attempt is None:
-        options = dependency_option(spec, waits_for)
+        options = job_options(spec, waits_for) if spec.cluster.scheduler == "slurm" else dependency_option(spec)
         write_secrets(spec, paths)
         intent = begin(paths, spec.cluster.scheduler)
         attempt = _send_once(paths, spec, manifest, intent, options)
-    if attempt not in manifest.attempts:
+    record(paths, attempt)
+    end(paths)
+    return attempt
+
+
+def prepare(plan: Plan, command: Sequence[str], group: str) -> None:
+    """Make the run's directory, for a job that is submitted with those of other runs."""
+    with _directory(plan.paths):
+        if _is_unfinished(plan):
+            raise RunStateError(f"the submission of run {plan.paths.name} was interrupted; finish or cancel it first")
+        manifest, diff = describe_run(plan.paths.name, plan.topology, command, None)
+        _prepare(plan, dataclasses.replace(manifest, group=group), diff)
+
+
+def record(paths: RunPaths, attempt: Attempt) -> None:
+    """Add a job to the run's manifest and events, unless it is there."""
+    manifest = read_manifest(paths)
+    if not any(known.job_id == attempt.job_id and known.token == attempt.token for known in manifest.attempts):
         write_manifest(paths, manifest.with_attempt(attempt))
     if not any(event.get("job_id") == attempt.job_id for event in _submissions(paths)):
         append_event(paths, "submitted", job_id=attempt.job_id, scheduler=attempt.scheduler)
-    end(paths)
-    return attempt
 
 
 def _send_once(paths: RunPaths, spec: RunSpec, manifest: Manifest, intent: Intent, options: Sequence[str]) -> Attempt:
@@ -94,7 +109,7 @@ def _send_once(paths: RunPaths, spec: RunSpec, manifest: Manifest, intent: Inten
 def _ask_for(paths: RunPaths, manifest: Manifest, intent: Intent, error: Exception) -> Attempt:
     print(f"{error}; asking Slurm what became of the job", file=sys.stderr)
     try:
-        attempt = find(paths, manifest, intent)
+        attempt = find(paths, manifest.name, manifest.attempts, intent)
     except SchedulerError as silence:
         raise SchedulerError(
             f"{error}\nThe job may be queued all the same, and Slurm cannot be asked now: {silence}\n"
@@ -112,9 +127,8 @@ def _send(paths: RunPaths, spec: RunSpec, intent: Intent, options: Sequence[str]
     aside = paths.root / "submitit"
     aside.mkdir(exist_ok=True)
     if spec.cluster.scheduler == "slurm":
-        nodes.learn(all_runs(paths.root.parent), spec.cluster)
         script = paths.script.read_text(encoding="utf-8")
-        given = [*_comment(spec, intent), *_exclude(spec), *options]
+        given = [*_comment(spec, intent), *options]
         job_id = ScriptSlurmExecutor(aside, script, given, spec.secret_names).submit_script()
         return Attempt(job_id=job_id, scheduler="slurm", submitted_at=time.time(), token=intent.token)
     local = ScriptLocalExecutor(aside, spec.resources.time, spec.resources.signal_seconds, intent.token)
@@ -135,8 +149,14 @@ def _comment(spec: RunSpec, intent: Intent) -> list[str]:
     return [f"--comment={' '.join([*given[-1:], intent.token])}"]
 
 
+def job_options(spec: RunSpec, waits_for: Sequence[str]) -> list[str]:
+    """What is decided at each submission anew, and so is not in the script."""
+    return [*_exclude(spec), *dependency_option(spec, waits_for)]
+
+
 def _exclude(spec: RunSpec) -> list[str]:
     """The nodes to keep away from; this displaces the script's own --exclude, and so repeats it."""
+    nodes.learn(all_runs(Path(spec.run_root)), spec.cluster)
     hosts = nodes.exclude_option(spec.cluster, spec.resources.exclude)
     return [f"--exclude={hosts}"] if hosts else []
 

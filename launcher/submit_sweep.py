@@ -16,6 +16,7 @@ from launcher import slurm
 from launcher.errors import ConfigError, LauncherError, RunStateError, SchedulerError
 from launcher.groups import Group, read_group
 from launcher.intent import pending
+from launcher.job_array import check_alike, submit_arrays
 from launcher.manifest import read_manifest
 from launcher.plan import Plan, make_plan
 from launcher.rundir import RunPaths, write_json
@@ -40,20 +41,24 @@ def plan_sweep(path: Path, sweep: Sweep, overrides: Sequence[str], cluster: str 
     if problems:
         raise ConfigError(list(problems))
     root = plans[0].paths.root.parent
-    if sweep.max_at_once is not None and plans[0].spec.cluster.scheduler != "slurm":
-        raise ConfigError(
-            "sweep.max_at_once: only Slurm keeps jobs waiting; drop it, or submit to a cluster with Slurm"
-        )
+    for key, given in (("max_at_once", sweep.max_at_once is not None), ("as: array", sweep.array)):
+        if given and plans[0].spec.cluster.scheduler != "slurm":
+            raise ConfigError(f"sweep.{key}: only Slurm can do that; drop it, or submit to a cluster with Slurm")
     points = {plan.paths.name: dict(point) for plan, point in zip(plans, sweep.points, strict=True)}
     return Group(name=name, root=root, points=points), plans
 
 
-def submit_group(group: Group, plans: Sequence[Plan], max_at_once: int | None, command: Sequence[str]) -> list[str]:
+def submit_group(group: Group, plans: Sequence[Plan], sweep: Sweep, command: Sequence[str]) -> list[str]:
     """Submit every run that has no job yet; the job ids of all. Called again after an interruption it goes on."""
     _check_new(group, plans)
     if plans[0].spec.cluster.scheduler == "slurm":
         _check_limits(len(plans))
+    if sweep.array:
+        check_alike(plans)
     write_json(group.file, {"points": group.points})
+    if sweep.array:
+        return submit_arrays(group, plans, sweep.max_at_once, command)
+    max_at_once = sweep.max_at_once
     jobs: list[str] = []
     for number, plan in enumerate(plans):
         waits_for = []

@@ -5,6 +5,7 @@
       zip: {model.path: [a, b], topology.tensor_parallel: [1, 2]}       # first with first, second with second
       list: [{data.packing: true}, {}]                                  # as written
       max_at_once: 4
+      as: array                                                         # one sbatch for all; default: runs
 
 Given together they multiply. Values are read as overrides on the command line are, so they are typed and checked by the
 same schema, and a point is a run that a person could have submitted by hand.
@@ -28,7 +29,7 @@ Point = tuple[tuple[str, str], ...]
 
 MOST_POINTS = 10_000
 
-_KEYS = ("product", "zip", "list", "max_at_once")
+_KEYS = ("product", "zip", "list", "max_at_once", "as")
 _NOT_SWEPT = ("name", "run_root", "cluster")
 
 
@@ -39,6 +40,8 @@ class Sweep:
     points: tuple[Point, ...]
     max_at_once: int | None = None
     """Runs that may be at work together; None for as many as the cluster gives."""
+    array: bool = False
+    """Submit job arrays, not a job a run."""
 
 
 def read_sweep(path: Path) -> Sweep | None:
@@ -79,9 +82,11 @@ class _Reader:
             many = f"more than {MOST_POINTS}" if len(points) > MOST_POINTS else "no"
             self.problem(node, f": {many} points; give product, zip or list, of at most {MOST_POINTS} points together")
         at_once = self.count(parts["max_at_once"]) if "max_at_once" in parts else None
+        array = "as" in parts and self.is_array(parts["as"])
         if self.problems:
             raise ConfigError(self.problems)
-        return Sweep(points=tuple(tuple(itertools.chain(*point)) for point in points), max_at_once=at_once)
+        chained = tuple(tuple(itertools.chain(*point)) for point in points)
+        return Sweep(points=chained, max_at_once=at_once, array=array)
 
     def product(self, node: yaml.Node) -> Iterator[Point]:
         keys, columns = self.columns(node, ".product")
@@ -125,6 +130,11 @@ class _Reader:
                 self.problem(key, f"{where}: {name} is the same for all runs of a sweep; set it outside")
                 continue
             yield name, value
+
+    def is_array(self, node: yaml.Node) -> bool:
+        if not isinstance(node, yaml.ScalarNode) or node.value not in ("runs", "array"):
+            self.problem(node, ".as: not one of runs, array")
+        return bool(node.value == "array")
 
     def count(self, node: yaml.Node) -> int | None:
         text = str(node.value)

@@ -64,7 +64,7 @@ def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
         print(f"{summary(plans[0])}\n{columns([['RUN', *keys], *rows])}")
         return int(ExitCode.OK)
     _confirm(plans, options.yes)
-    jobs = submit_group(group, plans, sweep.max_at_once, options.command_line)
+    jobs = submit_group(group, plans, sweep, options.command_line)
     if options.json:
         print_json({"group": group.name, "runs": dict(zip(group.points, jobs, strict=True))})
         return int(ExitCode.OK)

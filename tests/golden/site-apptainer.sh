@@ -17,7 +17,8 @@ set -uo pipefail
 
 run_dir=/shared/runs/demo
 config=$run_dir/config.yaml
-job_id=$SLURM_JOB_ID
+job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of a sweep's array: as it was submitted
+job_id=${job_id:-$SLURM_JOB_ID}
 SFT_ATTEMPT=$job_id.${SLURM_RESTART_COUNT:-0}
 SFT_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$job_id" --format=%e 2>/dev/null)" +%s 2>/dev/null)}
 export SFT_END_TIME
@@ -66,7 +67,7 @@ srun_args=()
 trap 'echo "asked to stop"' TERM # Slurm tells the ranks itself; this shell stays to record how they ended
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts[0]}
-MASTER_PORT=$((20000 + (job_id * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000)) # below the kernel's range for clients
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000)) # below the kernel's range for clients
 while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_ADDR MASTER_PORT
 
