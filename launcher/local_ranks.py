@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -53,10 +53,10 @@ def run_ranks(command: Sequence[str], ranks: int, log_dir: Path, grace: float = 
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     try:
-        port = _free_port()
-        for rank in range(ranks):
-            processes.append(_start(command, rank, ranks, port, log_dir / f"rank-{rank}.log"))
-        return _attend(processes, grace, log_dir / "failure")
+        with held_port() as port:
+            for rank in range(ranks):
+                processes.append(_start(command, rank, ranks, port, log_dir / f"rank-{rank}.log"))
+            return _attend(processes, grace, log_dir / "failure")
     finally:
         _signal_all(processes, signal.SIGKILL)
         for process in processes:
@@ -134,11 +134,17 @@ def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: int) -> No
             process.send_signal(number)
 
 
-def _free_port() -> int:
-    """A port nobody holds now. Another may take it before rank 0 does; the ranks then fail and say so."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port for rank 0 to listen on, which the kernel gives to nobody else meanwhile.
+
+    The socket that holds it is bound alone, and only then allows others the same address: rank 0's, which torch opens
+    with SO_REUSEADDR. It never listens, or that would fail.
+    """
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield int(holder.getsockname()[1])
 
 
 if __name__ == "__main__":

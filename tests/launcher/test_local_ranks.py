@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local_ranks import run_ranks
+from launcher.local_ranks import held_port, run_ranks
 from launcher.processes import start_ticks
 
 TELL = "import json, os; print(json.dumps(dict(os.environ)), flush=True)\n"
@@ -95,3 +96,16 @@ def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
     wait_for(lambda: all(start_ticks(pid) is None for pid in pids))
+
+
+def test_the_rendezvous_port_is_rank_0s_alone() -> None:
+    """Nobody is given it, and nobody without SO_REUSEADDR can take it; torch's store, which has that, can listen."""
+    from torch.distributed import TCPStore
+
+    with held_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        assert store.port == port
+        with held_port() as second:
+            assert second != port
