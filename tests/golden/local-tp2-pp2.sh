@@ -13,6 +13,9 @@ until mkdir "$run_dir/logs/local-$number" 2>/dev/null; do
 done
 SFT_ATTEMPT=local-$number
 job_id=${SUBMITIT_LOCAL_JOB_ID:-$$}
+if [ -n "${SUBMITIT_LOCAL_TIMEOUT_S-}" ]; then
+  export SFT_END_TIME=${SFT_END_TIME:-$(($(date +%s) + SUBMITIT_LOCAL_TIMEOUT_S))} # of all restarts together
+fi
 export SFT_ATTEMPT
 log_dir=$run_dir/logs/$SFT_ATTEMPT
 mkdir -p "$log_dir" /shared/runs/.cache || exit 74
@@ -22,8 +25,23 @@ cd "$run_dir" || exit 74
 event() { # NAME [,"key":value]...
   printf '{"time":%s,"event":"%s","attempt":"%s"%s}\n' "$(date +%s)" "$1" "$SFT_ATTEMPT" "${2-}" >>"$run_dir/events.jsonl"
 }
-trap 'rc=$?; event attempt_ended ",\"exit_code\":$rc"; echo "attempt $SFT_ATTEMPT ended with exit code $rc"' EXIT
-event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\""
+leased=''
+started() { event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${SLURM_JOB_NODELIST-}\""; }
+ended() { # the only way out: record how the attempt ended, then do what the restart policy says
+  local rc=$1 answer
+  if [ -z "$leased" ]; then # it failed before it could hold the run
+    started
+    event attempt_ended ",\"exit_code\":$rc"
+    return
+  fi
+  answer=$(light_process -m launcher.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+    --exit-code "$rc" --job "$(job_view)") || answer=''
+  event attempt_ended ",\"exit_code\":$rc"
+  echo "attempt $SFT_ATTEMPT ended with exit code $rc"
+  # shellcheck disable=SC2086 # an action, and maybe a list of nodes
+  follow "$rc" $answer
+}
+trap 'ended $?' EXIT
 echo "attempt $SFT_ATTEMPT of run demo started on ${HOSTNAME-} at $(date)"
 
 export PYTHONUNBUFFERED=1
@@ -51,6 +69,19 @@ attended() { # run a command in the background, so that signals reach it while i
   return "$code"
 }
 one_process() { attended "${python[@]}" "$@"; }
+light_process() { "${python[@]}" "$@"; }
+job_view() { :; }
+holder_state() { :; }
+nodes_down() { :; }
+follow() { # CODE [ACTION]: start again in the same process, which is the one that the launcher knows
+  case ${2-} in requeue | resubmit) ;; *) return ;; esac
+  trap - EXIT
+  exec "$BASH" "$run_dir/job.sh"
+}
+light_process -m launcher.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+  --holder-state "$(holder_state)" --nodes-down "$(nodes_down)" || { rc=$?; trap - EXIT; exit "$rc"; }
+leased=1
+started
 
 rc=0
 echo "prepare"

@@ -15,8 +15,11 @@ set -uo pipefail
 
 run_dir=/shared/runs/demo
 config=$run_dir/config.yaml
-job_id=$SLURM_JOB_ID
+job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of a sweep's array: as it was submitted
+job_id=${job_id:-$SLURM_JOB_ID}
 SFT_ATTEMPT=$job_id.${SLURM_RESTART_COUNT:-0}
+SFT_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$job_id" --format=%e 2>/dev/null)" +%s 2>/dev/null)}
+export SFT_END_TIME
 export SFT_ATTEMPT
 log_dir=$run_dir/logs/$SFT_ATTEMPT
 mkdir -p "$log_dir" /shared/runs/.cache || exit 74
@@ -26,8 +29,23 @@ cd "$run_dir" || exit 74
 event() { # NAME [,"key":value]...
   printf '{"time":%s,"event":"%s","attempt":"%s"%s}\n' "$(date +%s)" "$1" "$SFT_ATTEMPT" "${2-}" >>"$run_dir/events.jsonl"
 }
-trap 'rc=$?; event attempt_ended ",\"exit_code\":$rc"; echo "attempt $SFT_ATTEMPT ended with exit code $rc"' EXIT
-event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\""
+leased=''
+started() { event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${SLURM_JOB_NODELIST-}\""; }
+ended() { # the only way out: record how the attempt ended, then do what the restart policy says
+  local rc=$1 answer
+  if [ -z "$leased" ]; then # it failed before it could hold the run
+    started
+    event attempt_ended ",\"exit_code\":$rc"
+    return
+  fi
+  answer=$(light_process -m launcher.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+    --exit-code "$rc" --job "$(job_view)") || answer=''
+  event attempt_ended ",\"exit_code\":$rc"
+  echo "attempt $SFT_ATTEMPT ended with exit code $rc"
+  # shellcheck disable=SC2086 # an action, and maybe a list of nodes
+  follow "$rc" $answer
+}
+trap 'ended $?' EXIT
 echo "attempt $SFT_ATTEMPT of run demo started on ${HOSTNAME-} at $(date)"
 
 export PYTHONUNBUFFERED=1
@@ -38,7 +56,7 @@ srun_args=()
 trap 'echo "asked to stop"' TERM # Slurm tells the ranks itself; this shell stays to record how they ended
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts[0]}
-MASTER_PORT=$((20000 + (job_id * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000)) # below the kernel's range for clients
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000)) # below the kernel's range for clients
 while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_ADDR MASTER_PORT
 
@@ -46,6 +64,48 @@ one_process() { # one task that may use all of the first node's CPUs
   env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK \
     srun --export=ALL "${srun_args[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "${python[@]}" "$@"
 }
+light_process() { "${python[@]}" "$@"; }
+job_view() { scontrol show job -o "$job_id" 2>/dev/null; }
+holder_state() { # what Slurm says of the job that holds the run's lease, if that is another one
+  [[ "$(cat "$run_dir/lease.json" 2>/dev/null)" =~ \"job_id\":\ \"([0-9]+)\" ]] || return
+  [ "${BASH_REMATCH[1]}" = "$job_id" ] || squeue --noheader --states=all --jobs="${BASH_REMATCH[1]}" --format=%T 2>/dev/null
+}
+nodes_down() { # nodes of the last attempt that Slurm has lost
+  local nodes
+  nodes=$(sed -n 's/.*"event":"attempt_started".*"nodes":"\([^"]*\)".*/\1/p' "$run_dir/events.jsonl" 2>/dev/null | tail -n 1)
+  [ -z "$nodes" ] || sinfo --noheader --Node --nodes="$nodes" --states=down,fail --format=%N 2>/dev/null | sort -u | paste -sd,
+}
+follow() { # CODE [ACTION [NODES]]
+  local action=${2-} avoid=${3-}
+  if [ -z "$action" ] && [ "$1" -eq 75 ] && [[ "$(job_view)" == *JobState=RUNNING* ]]; then
+    action=requeue # nobody could say more, and a cancelled job would be no longer running
+  fi
+  case $action in
+    requeue)
+      # Slurm takes new exclusions of a waiting job only; this shell has some seconds left after the requeue.
+      if scontrol requeue "$job_id"; then
+        [ -z "$avoid" ] || scontrol update JobId="$job_id" ExcNodeList="$avoid"
+      else
+        echo "the job may not be requeued here; a new one goes on"
+        resubmit "$avoid"
+      fi
+      ;;
+    resubmit) resubmit "$avoid" ;;
+    withdraw) scancel "$job_id" ;;
+  esac
+}
+resubmit() { # NODES TO AVOID: the next job of the run, with nothing of this one in its environment
+  local name inherited=() new
+  for name in $(compgen -e); do
+    case $name in SLURM_CONF | SLURM_JWT) ;; SLURM* | SBATCH_* | SRUN_* | PMI* | *_VISIBLE_DEVICES | GPU_DEVICE_ORDINAL | SFT_ATTEMPT | SFT_END_TIME) inherited+=(-u "$name") ;; esac
+  done
+  new=$(env "${inherited[@]}" sbatch --parsable ${1:+--exclude="$1"} "$run_dir/job.sh") || return
+  event submitted ",\"job_id\":\"${new%%;*}\",\"scheduler\":\"slurm\",\"by\":\"$SFT_ATTEMPT\""
+}
+light_process -m launcher.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+  --holder-state "$(holder_state)" --nodes-down "$(nodes_down)" || { rc=$?; trap - EXIT; exit "$rc"; }
+leased=1
+started
 
 rc=0
 echo "prepare"
