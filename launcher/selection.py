@@ -23,6 +23,8 @@ class Selection:
 
     name: str | None = None
     """Shell pattern of the name."""
+    group: str | None = None
+    """Name of the sweep's group."""
     since: float | None = None
     """Created at this time (seconds since the epoch) or later."""
     states: frozenset[JobState] = frozenset()
@@ -30,11 +32,20 @@ class Selection:
     def of(self, runs: Iterable[RunPaths]) -> list[RunPaths]:
         """The runs whose name and age fit; whose age cannot be read is kept, to be seen."""
         named = [paths for paths in runs if self.name is None or fnmatch.fnmatchcase(paths.name, self.name)]
+        if self.group is not None:
+            named = [paths for paths in named if _group(paths) == self.group]
         return [paths for paths in named if self.since is None or _created_at(paths) >= self.since]
 
     def fits(self, state: JobState | None) -> bool:
         """Whether runs in this state are meant."""
         return not self.states or state in self.states
+
+
+def _group(paths: RunPaths) -> str | None:
+    try:
+        return read_manifest(paths).group
+    except LauncherError:
+        return None
 
 
 def _created_at(paths: RunPaths) -> float:

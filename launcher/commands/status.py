@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
     for parser in (status, listing):
         json_option(parser)
         parser.add_argument("--name", metavar="GLOB", help="runs whose name fits the pattern, e.g. 'llama-*'")
+        parser.add_argument("--group", metavar="NAME", help="runs of this sweep")
         parser.add_argument("--since", metavar="WHEN", help="created since then: 12h, 3d, 2026-11-24")
         parser.add_argument("--state", action="append", default=[], metavar="STATE", help="e.g. running,pending")
 
@@ -31,7 +32,7 @@ def _selection(options: argparse.Namespace) -> Any:
     from launcher.selection import Selection, parse_since, parse_states
 
     since = parse_since(options.since) if options.since else None
-    return Selection(name=options.name, since=since, states=parse_states(options.state))
+    return Selection(name=options.name, group=options.group, since=since, states=parse_states(options.state))
 
 
 def _status(options: argparse.Namespace) -> int:

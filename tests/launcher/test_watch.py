@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from launcher.__main__ import main
 from launcher.errors import ConfigError, RunStateError, SchedulerError
 from launcher.exit_codes import ExitCode
 from launcher.first_failure import last_words
+from launcher.manifest import read_manifest, write_manifest
 from launcher.rundir import RunPaths
 from launcher.selection import Selection, parse_since, parse_states
 from launcher.state import JobState
@@ -199,6 +201,9 @@ def test_selection(tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixtu
     assert shown("list", "--since", "1d") == []  # made in 1970
     assert shown("list", "--since", "1970-01-01", "--name", "qwen") == ["qwen"]
     assert shown("list", "--state", "failed") == []
+    qwen = RunPaths(tmp_path / "qwen")
+    write_manifest(qwen, dataclasses.replace(read_manifest(qwen), group="sweep"))
+    assert shown("list", "--group", "sweep") == shown("status", "--group", "sweep") == ["qwen"]
 
 
 def test_bad_selections() -> None:
