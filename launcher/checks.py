@@ -90,6 +90,7 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
         ("evaluation.temperature", spec.evaluation.temperature): 0,
         ("evaluation.top_k", spec.evaluation.top_k): 1,
         ("evaluation.batch_size", spec.evaluation.batch_size): 1,
+        ("data.cyclic_seed", spec.data.cyclic_seed): 0,
         ("logging.every", spec.logging.every): 1,
         ("resources.cpus_per_task", spec.resources.cpus_per_task): 1,
         ("resources.signal_seconds", spec.resources.signal_seconds): 0,
@@ -183,6 +184,15 @@ def _batches(spec: RunSpec) -> Iterator[Problem]:
             f"{train.global_batch_size} tokens are not a number of rows of data.seq_length {data.seq_length}; "
             f"nearest valid: {nearest}",
         )
+    if data.cyclic_seed is not None:
+        others = {
+            "data.group_by_length": data.group_by_length,
+            "train.global_batch_unit tokens": train.global_batch_unit == "tokens",
+            "data.sources": bool(data.sources),
+            "train.epochs; give train.max_steps": train.max_steps is None,
+        }
+        for other in (name for name, given in others.items() if given):
+            yield "data.cyclic_seed", f"excludes {other}; drop one"
     if data.group_by_length:
         others = {
             "data.packing, which makes rows of any lengths full": data.packing,
@@ -216,6 +226,10 @@ def _evaluation(spec: RunSpec) -> Iterator[Problem]:
         yield "evaluation.metric", f"{evaluation.metric!r} is not package.module:function"
     if not 0 < evaluation.top_p <= 1:
         yield "evaluation.top_p", f"{evaluation.top_p} is not in (0, 1]"
+    if not 0 < evaluation.repetition_penalty < float("inf"):
+        yield "evaluation.repetition_penalty", f"{evaluation.repetition_penalty} is not above 0"
+    if "" in evaluation.stop_sequences:
+        yield "evaluation.stop_sequences", "an empty text is in every answer; take it out"
     if train.spike_factor is not None and not 1 < train.spike_factor < float("inf"):
         yield "train.spike_factor", f"{train.spike_factor} is not above 1"
     wanted = []

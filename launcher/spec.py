@@ -253,6 +253,10 @@ class DataSpec:
     """Without packing: draw batches of examples of similar lengths, which need less padding; needs shuffle."""
     shuffle: bool = True
     """Draw a new order each epoch from train.seed."""
+    cyclic_seed: Optional[int] = None
+    """Take examples in the order of trlx's NeMo trainers, drawn from this seed: one permutation of global_batch_size x
+    max_steps places, each of which stands for an example by its remainder. There are no epochs in it, and a run shorter
+    than its data sees a part of them only; for comparison with such runs."""
     workers: Optional[int] = None
     """Tokenizing processes; default one a core."""
     cache_dir: Optional[str] = None
@@ -371,10 +375,15 @@ class EvaluationSpec:
     """Draw from this many likeliest tokens only."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that prompt or answer already hold are divided by this where they are above 0, else multiplied;
+    1 leaves them alone."""
     seed: int = 1234
     """Seed of the draws; each prompt has a stream of its own, whatever the topology."""
     stop_tokens: list[str] = field(default_factory=list)
     """Further tokens that end an answer, beside the end tokens of model and tokenizer."""
+    stop_sequences: list[str] = field(default_factory=list)
+    """Texts that end an answer: it is cut before the first of them, with the white space in front of it."""
     batch_size: int = 8
     """Prompts that one model replica answers together."""
 

@@ -17,7 +17,7 @@ from sft.generate import generate
 from sft.megatron.distributed import ControlGroup
 from sft.megatron.mcore import parallel_state
 from sft.module import SFTGPT
-from sft.prompts import averages, metric_function, read_prompts, stop_tokens
+from sft.prompts import Metric, averages, metric_function, read_prompts, stop_tokens, trimmed
 from sft.run_log import RunLog
 
 _SHOWN = 2
@@ -27,12 +27,17 @@ _SHOWN = 2
 class PromptAnswers:
     """Answers the prompts of a run."""
 
-    def __init__(self, spec: RunSpec, tokenizer_dir: Path, model_dir: Path, log: RunLog) -> None:
+    def __init__(
+        self, spec: RunSpec, tokenizer_dir: Path, model_dir: Path, log: RunLog, metric: Metric | None = None
+    ) -> None:
+        """`metric` takes the place of the function that evaluation.metric names."""
         self._spec = spec.evaluation
         self._tokenizer = load_tokenizer(tokenizer_dir)
         self._prompts = read_prompts(Path(spec.evaluation.prompts or ""), self._tokenizer, spec)
         self._stops = stop_tokens(spec, self._tokenizer, model_dir)
-        self._metric = metric_function(spec.evaluation.metric) if spec.evaluation.metric else None
+        named = metric_function(spec.evaluation.metric) if metric is None and spec.evaluation.metric else None
+        self._metric = metric or named
+        self._name = str(spec.evaluation.metric) if metric is None else getattr(metric, "__qualname__", repr(metric))
         self._log = log
 
     def __call__(self, module: SFTGPT, control: ControlGroup, step: int) -> dict[str, float]:
@@ -44,7 +49,7 @@ class PromptAnswers:
         parts = control.gather(dict(zip(mine, ids, strict=True)))
         answers = {number: answer for part in parts for number, answer in part.items()}
         texts = (self._tokenizer.decode(answers[n], skip_special_tokens=True) for n in range(len(self._prompts)))
-        outputs = [str(text) for text in texts]
+        outputs = [trimmed(str(text), self._spec.stop_sequences) for text in texts]
         self._write(step, outputs)
         return self._measure(control, outputs)
 
@@ -65,10 +70,10 @@ class PromptAnswers:
             samples = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
             try:
                 result = self._metric(samples=samples, prompts=prompts, outputs=list(outputs))
-                means = averages(str(self._spec.metric), result, len(prompts))
+                means = averages(self._name, result, len(prompts))
             except Exception as problem:  # somebody else's function: whatever it is, the ranks must not wait for us
                 error = f"{type(problem).__name__}: {problem}"
         first = control.first_error(error)
         if first is not None:
-            raise ConfigError(f"evaluation.metric: {self._spec.metric} failed: {first}")
+            raise ConfigError(f"evaluation.metric: {self._name} failed: {first}")
         return control.from_leader(means)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from launcher.spec import EvaluationSpec
 from sft.megatron.mcore import StaticInferenceContext, parallel_state
 from sft.module import SFTGPT
-from sft.sampling import next_tokens, stream
+from sft.sampling import next_tokens, penalized, stream
 
 _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 """Attributes by which Megatron-core's modules split a sequence over tensor parallel ranks."""
@@ -112,6 +112,8 @@ class _Batch:
         chosen = torch.zeros(len(answering), dtype=torch.int64, device=device)
         if logits is not None:
             streams = [own if ours else None for own, ours in zip(self._streams, answering, strict=True)]
+            if self._spec.repetition_penalty != 1.0:
+                logits = penalized(logits, self._tokens[:, :place].to(device), self._spec.repetition_penalty)
             chosen.copy_(next_tokens(logits, self._spec, streams))
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()

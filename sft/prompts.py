@@ -20,8 +20,12 @@ from launcher.errors import ConfigError, DataError, ModelError
 from launcher.spec import RunSpec
 from sft.data.chat import ChatRenderer
 from sft.data.escape import ControlTokens
+from sft.data.formats import parse_ids
 from sft.data.messages import Message, read_messages
 from sft.data.tokenizer import chat_template, leading_ids, load_tokenizer
+
+Metric = Callable[..., Mapping[str, Any]]
+"""What evaluation.metric names: called with samples=, prompts= and outputs=."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ def _prompt(line: str, where: str, tokenizer: PreTrainedTokenizerBase, spec: Run
         raise DataError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or "messages" in row):
         raise DataError(f"{where}: a row has prompt (a text) or messages")
+    if "input_ids" in row and "prompt" in row:
+        return Prompt(row["prompt"], tuple(parse_ids(row, "input_ids", where)))
     template = chat_template(tokenizer, spec.data)
     if template is None:
         if "messages" in row:
@@ -96,7 +102,13 @@ def stop_tokens(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, model_dir: Pa
     return stops
 
 
-def metric_function(name: str) -> Callable[..., Mapping[str, Any]]:
+def trimmed(answer: str, stop_sequences: Sequence[str]) -> str:
+    """The answer up to the first of the stop sequences, without white space before it."""
+    ends = [place for text in stop_sequences if (place := answer.find(text)) >= 0]
+    return answer[: min(ends)].rstrip() if ends else answer
+
+
+def metric_function(name: str) -> Metric:
     """The function behind package.module:function."""
     package, _, function = name.partition(":")
     try:
@@ -105,7 +117,7 @@ def metric_function(name: str) -> Callable[..., Mapping[str, Any]]:
         raise ConfigError(f"evaluation.metric: {name} cannot be imported: {error}") from error
     if not callable(found):
         raise ConfigError(f"evaluation.metric: {name} is not a function")
-    return cast("Callable[..., Mapping[str, Any]]", found)
+    return cast(Metric, found)
 
 
 def averages(name: str, result: Any, prompts: int) -> dict[str, float]:

@@ -21,6 +21,15 @@ def stream(seed: int, prompt: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch reads 32 bits of a seed
 
 
+def penalized(logits: Tensor, before: Tensor, penalty: float) -> Tensor:
+    """`logits` [rows, vocabulary] with those of the tokens in `before` [rows, s] made less likely.
+
+    Keskar et al. 2019 (CTRL), section 4.1, in the form that transformers gave it: a negative logit is multiplied.
+    """
+    held = logits.gather(1, before)
+    return logits.scatter(1, before, torch.where(held > 0, held / penalty, held * penalty))
+
+
 def next_tokens(logits: Tensor, spec: EvaluationSpec, streams: Sequence[torch.Generator | None]) -> Tensor:
     """The token after each row of `logits` [rows, vocabulary], on the host; a row without a stream gets token 0."""
     if spec.temperature == 0:

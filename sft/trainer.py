@@ -32,6 +32,7 @@ from sft.hf.architecture import read_architecture
 from sft.hf.model_files import resolve_model_dir
 from sft.module import SFTGPT
 from sft.plot import plot_loss
+from sft.prompts import Metric
 from sft.rank_env import RankClusterEnvironment, RankEnv
 from sft.run_log import ProgressCallback, RunLog
 from sft.stop import Deadline, StopFlag
@@ -85,16 +86,27 @@ def train(config: Path) -> ExitCode:
 
     Called on every rank. OK when all steps are done or more would not help, REQUEUE when asked to stop before.
     """
-    spec, paths, env = read_resolved(config), RunPaths(config.resolve().parent), RankEnv.from_environ()
+    return train_run(read_resolved(config), RunPaths(config.resolve().parent))
+
+
+def train_run(spec: RunSpec, paths: RunPaths, metric: Metric | None = None) -> ExitCode:
+    """`train` for a program of its own; `metric` takes the place of the function that evaluation.metric names."""
+    env = RankEnv.from_environ()
     stop = StopFlag()
     stop.install()
     holding = held(paths, env.attempt) if env.rank == 0 else contextlib.nullcontext()
     with holding as lease, Watchdog(spec.watchdog, paths, env) as watchdog:
-        return _train(spec, paths, env, stop, lease, watchdog)
+        return _train(spec, paths, env, stop, lease, watchdog, metric)
 
 
 def _train(
-    spec: RunSpec, paths: RunPaths, env: RankEnv, stop: StopFlag, lease: Keeper | None, watchdog: Watchdog
+    spec: RunSpec,
+    paths: RunPaths,
+    env: RankEnv,
+    stop: StopFlag,
+    lease: Keeper | None,
+    watchdog: Watchdog,
+    metric: Metric | None,
 ) -> ExitCode:
     """Train as the one who holds the run; the lease is rank 0's."""
     leader = env.rank == 0
@@ -111,7 +123,7 @@ def _train(
     if done:
         log.say(f"{done} ({resume}); nothing to train")
         return ExitCode.OK
-    answers = PromptAnswers(spec, tokenizer_dir, model_dir, log) if spec.evaluation.prompts else None
+    answers = PromptAnswers(spec, tokenizer_dir, model_dir, log, metric) if spec.evaluation.prompts else None
     evaluation = EvaluationCallback(spec, held_out, answers, log)
     guard = GuardCallback(spec.train, log, data.example_ids)
     progress = ProgressCallback(log, data.plan.consumed_examples)

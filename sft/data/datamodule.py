@@ -20,7 +20,7 @@ from sft.data.batch import RankShare, StepBatch, collate
 from sft.data.cache import Examples
 from sft.data.mixture import Mixture
 from sft.data.prepare import PreparedData
-from sft.data.sampler import EMPTY_SLOT, BatchPlan, StepPlan, TokenBatchPlan
+from sft.data.sampler import EMPTY_SLOT, BatchPlan, CyclicPlan, StepPlan, TokenBatchPlan
 from sft.data.sources import Sources
 from sft.megatron.mcore import parallel_state
 
@@ -77,7 +77,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._spec = spec
         self._topology = topology
         self._data = data
-        self.plan = step_plan(spec, data.train, shuffle=spec.data.shuffle)
+        self.plan = training_plan(spec, data.train)
 
     @property
     def max_steps(self) -> int:
@@ -123,6 +123,19 @@ class SFTDataModule(pl.LightningDataModule):
             return None
         plan = step_plan(self._spec, cache, shuffle=False)
         return StepBatches(cache, plan, self._spec, self._topology, plan.steps_per_epoch)
+
+
+def training_plan(spec: RunSpec, cache: Examples) -> StepPlan:
+    """Which examples of the training data each step holds."""
+    if spec.data.cyclic_seed is None:
+        return step_plan(spec, cache, shuffle=spec.data.shuffle)
+    assert spec.train.max_steps is not None, "launcher.checks asks for it"
+    return CyclicPlan(
+        num_examples=len(cache),
+        global_batch_size=spec.train.global_batch_size,
+        max_steps=spec.train.max_steps,
+        seed=spec.data.cyclic_seed,
+    )
 
 
 def step_plan(spec: RunSpec, cache: Examples, *, shuffle: bool) -> StepPlan:

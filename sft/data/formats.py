@@ -157,11 +157,17 @@ def _system(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]
     return (Message("system", get_text(row, key, where)),)
 
 
+def parse_ids(row: Mapping[str, Any], key: str, where: str) -> list[int]:
+    """The token ids under `key`."""
+    ids = get(row, key, where)
+    if not isinstance(ids, list) or not all(type(item) is int and 0 <= item < 2**31 for item in ids):
+        raise DataError(f"{where}: {key!r} must be a list of token ids, found {kind(ids)}")
+    return ids
+
+
 def _tokens(row: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Example:
     id_key, label_key, mask_key = (columns.get(name, name) for name in ("input_ids", "labels", "loss_mask"))
-    ids = get(row, id_key, where)
-    if not isinstance(ids, list) or not all(type(item) is int and 0 <= item < 2**31 for item in ids):
-        raise DataError(f"{where}: {id_key!r} must be a list of token ids, found {kind(ids)}")
+    ids = parse_ids(row, id_key, where)
     mask, labels = row.get(mask_key), row.get(label_key)
     values = labels if mask is None else mask
     if not isinstance(values, list) or len(values) != len(ids):

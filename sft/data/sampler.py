@@ -14,10 +14,11 @@ dropping the last short batch (data that is never seen), and wrapping it around 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Optional, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sft.data.mixture import Mixture, permutation
@@ -213,6 +214,55 @@ class TokenBatchPlan:
 
     def _rows(self, epoch: int) -> Rows:
         return _epoch_rows(self, epoch if self.shuffle or self._varies else 0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CyclicPlan:
+    """The order of trlx's NeMo trainers (sft.compat.trlx.ShuffledCyclicSequence), cut into global batches.
+
+    One permutation covers the whole run, and its length is part of what it is: a longer run is another one.
+    """
+
+    num_examples: int
+    global_batch_size: int
+    max_steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.max_steps
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {
+            "train.global_batch_size": self.global_batch_size,
+            "train.max_steps": self.max_steps,
+            "data.cyclic_seed": self.seed,
+        }
+
+    def steps_in(self, epochs: int) -> int:
+        return epochs * self.max_steps
+
+    def examples_at(self, step: int) -> NDArray[np.int64]:
+        if not 0 <= step < self.max_steps:
+            raise ValueError(f"step {step} is not one of {self.max_steps}")
+        first = step * self.global_batch_size
+        return self._order[first : first + self.global_batch_size] % self.num_examples
+
+    def rows_at(self, step: int) -> Optional[Rows]:
+        return None
+
+    def consumed_examples(self, steps: int) -> int:
+        return steps * self.global_batch_size
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        return cyclic_order(self.global_batch_size * self.max_steps, self.seed)
+
+
+def cyclic_order(count: int, seed: int) -> NDArray[np.int64]:
+    """torch's permutation of `count` places: numpy's is another."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 def complete(slots: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ def spec_of(ranks: int = 1, virtual: bool = False, **settings: Any) -> RunSpec:
         resources=ResourcesSpec(tasks_per_node=ranks),
         topology=TopologySpec(pipeline_parallel=2, virtual_pipeline=2) if virtual else TopologySpec(),
         data=DataSpec(train=["chat.jsonl"], **data),
-        train=TrainSpec(max_steps=1, **train),
+        train=TrainSpec(**{"max_steps": 1, **train}),
     )
 
 
@@ -51,6 +51,12 @@ def spec_of(ranks: int = 1, virtual: bool = False, **settings: Any) -> RunSpec:
             {"group_by_length": True, "global_batch_unit": "tokens", "global_batch_size": 1024},
             "data.group_by_length",
             "excludes train.global_batch_unit tokens",
+        ),
+        ({"cyclic_seed": 1000, "group_by_length": True}, "data.cyclic_seed", "excludes data.group_by_length"),
+        (
+            {"cyclic_seed": 1000, "max_steps": None, "epochs": 2},
+            "data.cyclic_seed",
+            "excludes train.epochs; give train.max_steps",
         ),
     ],
 )

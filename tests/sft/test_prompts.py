@@ -11,7 +11,7 @@ import pytest
 
 from launcher.errors import ConfigError, DataError, ModelError
 from launcher.spec import DataSpec, EvaluationSpec, RunSpec
-from sft.prompts import averages, check_prompts, metric_function, read_prompts, stop_tokens
+from sft.prompts import averages, check_prompts, metric_function, read_prompts, stop_tokens, trimmed
 from tests.tiny_model import make_tokenizer, write_jsonl
 
 TOKENIZER = make_tokenizer()
@@ -51,6 +51,26 @@ def test_without_a_template_the_text_is_the_prompt(tmp_path: Path) -> None:
 def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         prompts(tmp_path, row)
+
+
+def test_ids_that_are_given_are_the_prompt(tmp_path: Path) -> None:
+    (prompt,) = prompts(tmp_path, {"prompt": "I saw", "input_ids": [7, 5, 300]})
+    assert (prompt.text, prompt.ids) == ("I saw", (7, 5, 300))
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: 'input_ids' must be a list of token ids"):
+        prompts(tmp_path, {"prompt": "I saw", "input_ids": "7"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Four. Human: and", "Four."),
+        ("Four.\nAssistant: x Human:", "Four."),
+        (" Four. ", " Four. "),
+        ("Human:", ""),
+    ],
+)
+def test_an_answer_ends_before_the_first_stop_sequence(answer: str, expected: str) -> None:
+    assert trimmed(answer, ["Human:", "Assistant:"]) == expected
 
 
 def test_no_prompt_is_an_error(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from launcher.spec import EvaluationSpec
-from sft.sampling import draw, next_tokens, stream
+from sft.sampling import draw, next_tokens, penalized, stream
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0], dtype=torch.float64)
 
@@ -57,3 +58,10 @@ def test_a_prompt_draws_the_same_in_any_company() -> None:
 def test_streams_differ_by_seed_and_prompt() -> None:
     first = [torch.rand(4, generator=stream(seed, prompt)).tolist() for seed in (0, 1, 2**40) for prompt in (0, 1)]
     assert len({tuple(values) for values in first}) == 6
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    rows, before = torch.stack([LOGITS, -LOGITS]), torch.tensor([[0, 3, 0], [4, 1, 2]])
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(before, rows.clone())
+    assert torch.equal(penalized(rows, before, 1.3), expected)
+    assert not torch.equal(expected, rows)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sft.data.sampler import EMPTY_SLOT, BatchPlan, StepPlan, TokenBatchPlan, complete, rank_slice
+from sft.data.sampler import EMPTY_SLOT, BatchPlan, CyclicPlan, StepPlan, TokenBatchPlan, complete, rank_slice
 
 PLANS = st.builds(
     BatchPlan,
@@ -192,3 +192,15 @@ def test_slots_are_completed_to_a_multiple() -> None:
     assert complete(np.array([4, 5, 6]), 4).tolist() == [4, 5, 6, EMPTY_SLOT]
     assert complete(np.array([4, 5]), 2).tolist() == [4, 5]
     assert complete(np.zeros(0, dtype=np.int64), 2).tolist() == [EMPTY_SLOT, EMPTY_SLOT]
+
+
+def test_the_cyclic_order_is_that_of_trlx() -> None:
+    """Permutation of 20 places at seed 1000, as the original gave it; items are what is left of dividing by 7."""
+    places = [7, 12, 17, 6, 15, 19, 10, 11, 2, 0, 4, 13, 1, 5, 14, 18, 16, 8, 9, 3]
+    cyclic = CyclicPlan(num_examples=7, global_batch_size=4, max_steps=5, seed=1000)
+    assert [int(i) for step in range(5) for i in cyclic.examples_at(step)] == [place % 7 for place in places]
+    assert rank_slice(cyclic.examples_at(1), 1, 2).tolist() == [19 % 7, 11 % 7]
+    assert (cyclic.consumed_examples(3), cyclic.steps_per_epoch) == (12, 5)
+    with pytest.raises(ValueError, match="step 5 is not one of 5"):
+        cyclic.examples_at(5)
+    assert cyclic.identity != CyclicPlan(num_examples=7, global_batch_size=4, max_steps=6, seed=1000).identity
