@@ -78,6 +78,7 @@ nodes_down() { # nodes of the last attempt that Slurm has lost
 }
 follow() { # CODE [ACTION [NODES]]
   local action=${2-} avoid=${3-}
+  trap '' TERM # a requeue ends all that runs in the job, the command that asks for it too
   if [ -z "$action" ] && [ "$1" -eq 75 ] && [[ "$(job_view)" == *JobState=RUNNING* ]]; then
     action=requeue # nobody could say more, and a cancelled job would be no longer running
   fi
@@ -86,7 +87,7 @@ follow() { # CODE [ACTION [NODES]]
       # Slurm takes new exclusions of a waiting job only; this shell has some seconds left after the requeue.
       if scontrol requeue "$job_id"; then
         [ -z "$avoid" ] || scontrol update JobId="$job_id" ExcNodeList="$avoid"
-      else
+      elif [[ "$(job_view)" == *JobState=RUNNING* ]]; then
         echo "the job may not be requeued here; a new one goes on"
         resubmit "$avoid"
       fi
