@@ -124,6 +124,7 @@ _KINDS = {
     "MemoryError": Cause.OUT_OF_MEMORY,
     "DistError": Cause.COMMUNICATION,
     "ConnectionError": Cause.COMMUNICATION,
+    "UserCodeError": Cause.USER_CODE,
     "DataError": Cause.DATA,
     "ConfigError": Cause.CONFIG,
     "TrainingError": Cause.USER_CODE,

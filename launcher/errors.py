@@ -6,6 +6,7 @@ LauncherError               exit 1
 |   +-- DataError           exit 2   a data file or an example in it cannot be used
 |   +-- ModelError          exit 2   a model directory or tokenizer is incomplete or not supported
 |   +-- TemplateError       exit 2   a template or cluster file is missing or does not render
+|   +-- UserCodeError       exit 2   a function that the config names raised
 +-- SchedulerError          exit 3   Slurm cannot be reached or refused the job
 +-- RunStateError           exit 4   the run is unknown, or its state does not allow the request
 +-- TrainingError           exit 1   the numbers went wrong: steps without a finite loss or gradient
@@ -53,6 +54,10 @@ class ModelError(ConfigError):
 
 class TemplateError(ConfigError):
     """A template or cluster file that is missing or does not render."""
+
+
+class UserCodeError(ConfigError):
+    """A function that the config names, e.g. evaluation.metric, raised; says what."""
 
 
 class SchedulerError(LauncherError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.errors import ConfigError
+from launcher.errors import UserCodeError
 from launcher.rundir import append_line
 from launcher.spec import RunSpec
 from sft.data.tokenizer import load_tokenizer
@@ -75,5 +75,5 @@ class PromptAnswers:
                 error = f"{type(problem).__name__}: {problem}"
         first = control.first_error(error)
         if first is not None:
-            raise ConfigError(f"evaluation.metric: {self._name} failed: {first}")
+            raise UserCodeError(f"evaluation.metric: {self._name} failed: {first}")
         return control.from_leader(means)

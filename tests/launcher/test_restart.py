@@ -46,6 +46,7 @@ def error(*kinds: str, message: str = "x") -> RankError:
         (Evidence(exit_code=1, error=error("TrainingError", "LauncherError", "Exception")), Cause.USER_CODE),
         (Evidence(exit_code=1, error=error("FileNotFoundError", "OSError", "Exception")), Cause.UNKNOWN),
         (Evidence(exit_code=2, error=error("DataError", "ConfigError", "LauncherError")), Cause.DATA),
+        (Evidence(exit_code=2, error=error("UserCodeError", "ConfigError", "LauncherError")), Cause.USER_CODE),
         (Evidence(exit_code=2, error=error("ModelError", "ConfigError", "LauncherError")), Cause.CONFIG),
         (
             Evidence(exit_code=74, error=error("CheckpointError", message="[Errno 28] No space left on device")),
