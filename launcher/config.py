@@ -117,24 +117,30 @@ def load_config(
     """
     merged = _merged(path, overrides, cluster, resolved)
     auto = _auto_topology(merged)
-    spec = _absolute(typed(merged))
-    for key, message in (*checks.spec_problems(spec), *checks.file_problems(spec)):
-        if key not in merged.bad:
-            merged.problems.append(f"{_where(merged, key, path)}: {key}: {message}")
-    if merged.problems:
-        raise ConfigError(merged.problems)
+    spec = checked(merged, str(path))
     sources: dict[str, Source] = {
         key: merged.values[key].source if key in merged.values else "default" for key in _keys(spec)
     }
     return LoadedConfig(spec=spec, path=path, sources=sources, described=merged.described, auto_topology=auto)
 
 
-def _where(merged: Leaves, key: str, path: Path) -> str:
+def checked(merged: Leaves, shown: str) -> RunSpec:
+    """The leaves as a RunSpec with absolute paths; ConfigError with every problem. `shown` is what they come from."""
+    spec = _absolute(typed(merged))
+    for key, message in (*checks.spec_problems(spec), *checks.file_problems(spec)):
+        if key not in merged.bad:
+            merged.problems.append(f"{_where(merged, key, shown)}: {key}: {message}")
+    if merged.problems:
+        raise ConfigError(merged.problems)
+    return spec
+
+
+def _where(merged: Leaves, key: str, shown: str) -> str:
     """Where `key` was written; for one that is missing in a section that the user named, where that begins."""
     section = f"{key.rpartition('.')[0]}."
     beside = [name for name in merged.values if name.startswith(section)] if section.count(".") > 2 else []
     written = [key, *beside] if key in merged.values else beside
-    return merged.values[written[0]].where if written else str(path)
+    return merged.values[written[0]].where if written else shown
 
 
 def _merged(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.checks import package_file
 from launcher.config import LoadedConfig, load_config, value_at
@@ -42,8 +43,8 @@ def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = N
     """Load and check everything that can be checked without a scheduler."""
     config = load_config(path, overrides, cluster, resolved=resolved)
     shape, gpu = model_shape_of(config.spec), gpu_of(config.spec)
-    if config.described is not None:
-        _check_described(config, shape)
+    if config.described is not None and shape is not None:
+        check_described(config.described, shape, str(config.path), config.spec.model.path)
     if config.auto_topology:
         config = with_best_topology(config, shape, gpu)
     spec = config.spec
@@ -79,16 +80,17 @@ def with_best_topology(config: LoadedConfig, shape: ModelShape | None, gpu: GpuK
     )
 
 
-def _check_described(config: LoadedConfig, shape: ModelShape | None) -> None:
-    """ConfigError where the model that the file spells out is not the one in model.path."""
-    if shape is None or config.described is None:
-        return
-    described = ModelShape.from_config(dict(config.described), str(config.path))
+def check_described(
+    described: Mapping[str, Any], shape: ModelShape, shown: str, model_path: str, ignored: Sequence[str] = ()
+) -> None:
+    """ConfigError where the model that the file `shown` spells out, as a config.json, is not the one in model_path."""
+    spelled_out = ModelShape.from_config(dict(described), shown)
+    ignored = ("max_position_embeddings", *ignored)  # rotary positions have no table of that length
     differences = [
-        f"{config.path}: model: {field.name} is {mine}, but {theirs} in model.path {config.spec.model.path}"
+        f"{shown}: model: {field.name} is {mine}, but {theirs} in model.path {model_path}"
         for field in dataclasses.fields(ModelShape)
-        if field.name != "max_position_embeddings"  # rotary positions have no table of that length
-        and (mine := getattr(described, field.name)) != (theirs := getattr(shape, field.name))
+        if field.name not in ignored
+        and (mine := getattr(spelled_out, field.name)) != (theirs := getattr(shape, field.name))
     ]
     if differences:
         raise ConfigError(differences)

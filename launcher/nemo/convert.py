@@ -54,7 +54,11 @@ class Conversion:
 
 def convert(text: str, shown: str) -> Conversion:
     """Convert the YAML `text` of the file `shown`; ConfigError with every key that cannot be taken over."""
-    entries = read_document(text, shown)
+    return convert_entries(read_document(text, shown), shown)
+
+
+def convert_entries(entries: Entries, shown: str) -> Conversion:
+    """Convert what `read_document` gave; ConfigError with every key that cannot be taken over."""
     outcomes, problems = [], []
     for key, entry in entries.items():
         try:

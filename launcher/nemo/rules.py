@@ -246,6 +246,15 @@ _LORA_TARGETS = {
 }
 
 
+def _wandb(value: Any, entries: Entries) -> Fate:
+    if not value:
+        return Fate(note="off")
+    project = value_of(entries, "exp_manager.wandb_logger_kwargs.project") or value_of(entries, "exp_manager.name")
+    if not project:
+        raise Refused("needs exp_manager.wandb_logger_kwargs.project")
+    return Fate({"logging.wandb": str(project)}, "kept offline unless WANDB_MODE=online")
+
+
 def _files(key: str) -> Rule:
     def rule(value: Any, entries: Entries) -> Fate:
         return Fate({key: list(value) if isinstance(value, list) else [value]} if value else {})
@@ -273,6 +282,10 @@ def _answer_only(value: Any, entries: Entries) -> Fate:
 
 _DERIVED = "derived from the rest"
 _SPEED = "how it is computed is decided here"
+_BOS = "the tokenizer decides: what it puts in front of a text (its BOS, or nothing) is put there"
+_ends = only(
+    None, True, why="texts and completions are closed with the end token; data.format tokens takes ids as they are"
+)
 _AMP = "fp16 loss scaling, which bf16 does without"
 _PRETRAINING = "of pretraining data; name your SFT data by data.train"
 
@@ -293,6 +306,8 @@ RULES: dict[str, Rule] = {
     "exp_manager.explicit_log_dir": _log_directory,
     "exp_manager.exp_dir": to("run_root"),
     "exp_manager.name": _experiment_name,
+    "exp_manager.create_wandb_logger": _wandb,
+    "exp_manager.create_tensorboard_logger": to("logging.tensorboard"),
     "exp_manager.checkpoint_callback_params.save_top_k": _best,
     "exp_manager.checkpoint_callback_params.every_n_train_steps": to("checkpoint.every"),
     "exp_manager.checkpoint_callback_params.model_parallel_size": _model_parallel_size,
@@ -325,6 +340,10 @@ RULES: dict[str, Rule] = {
     "model.data.seq_length": _same_as("model.encoder_seq_length"),
     "model.data.reset_position_ids": only(None, False, why="positions begin anew with each example anyway"),
     "model.data.reset_attention_mask": only(None, False, why="examples never see each other anyway"),
+    "model.data.add_bos": drop(_BOS),
+    "model.data.add_eos": _ends,
+    "model.data.train_ds.add_bos": drop(_BOS),
+    "model.data.train_ds.add_eos": _ends,
     "model.data.train_ds.file_names": _files("data.train"),
     "model.data.train_ds.global_batch_size": _same_as("model.global_batch_size"),
     "model.data.train_ds.micro_batch_size": _same_as("model.micro_batch_size"),
@@ -348,7 +367,7 @@ RULES: dict[str, Rule] = {
 
 SECTIONS: dict[str, Rule] = {
     "trainer.": drop("of Lightning's trainer, which is set up here"),
-    "exp_manager.wandb_logger_kwargs.": drop("see logging.wandb"),
+    "exp_manager.wandb_logger_kwargs.": drop("read with create_wandb_logger; the run has its own name"),
     "exp_manager.resume": drop("`launcher resubmit` goes on from the newest complete checkpoint"),
     "exp_manager.": drop("run directories are kept by the launcher: logs, checkpoints, events"),
     "model.tokenizer.": drop("the tokenizer is that of model.path, or model.tokenizer"),

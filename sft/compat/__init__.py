@@ -1,0 +1,1 @@
+"""Interfaces of trainers that this project succeeds, for programs written against them."""
