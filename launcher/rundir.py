@@ -19,6 +19,7 @@
       bad_steps.jsonl       steps whose update was not applied, with the ids of their examples
       generations.jsonl     answers given during training
       export/               Hugging Face directory
+      export_nemo2/         the same as a NeMo 2 checkpoint, where `sft export --format nemo2` was asked for
       loss.png              the loss curve
 
 Whole files are written aside, synced and renamed, so that a reader never sees half of one.
@@ -113,6 +114,10 @@ class RunPaths:
     @property
     def export(self) -> Path:
         return self.root / "export"
+
+    @property
+    def export_nemo2(self) -> Path:
+        return self.root / "export_nemo2"
 
     @property
     def loss_plot(self) -> Path:

@@ -178,8 +178,9 @@ class ModelSpec:
     """The model to start from."""
 
     path: str = ""
-    """A Hugging Face model directory, a NeMo 1.x checkpoint (.nemo, or its folder), a .gguf file, or package:NAME/FILE
-    for a file of an installed package."""
+    """A Hugging Face model directory, a NeMo 1.x checkpoint (.nemo, or its folder), a NeMo 2 checkpoint, a
+    Megatron-core sharded checkpoint with a config.json beside it, a .gguf file, or package:NAME/FILE for a file of an
+    installed package."""
     init: Literal["pretrained", "random"] = "pretrained"
     """pretrained: load its weights; random: take only its shape and draw weights from train.seed."""
     tokenizer: Optional[str] = None

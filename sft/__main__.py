@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--output", type=Path, help="file of the report; default CONFIG.audit.html beside it")
         if name == "export":
             command.add_argument("--step", type=int, help="this checkpoint; default what checkpoint.export_step says")
+            command.add_argument(
+                "--format",
+                choices=("hf", "nemo2"),
+                default="hf",
+                help="nemo2: a NeMo 2 checkpoint in export_nemo2/ as well",
+            )
     return parser
 
 
@@ -94,7 +100,7 @@ def _train(options: argparse.Namespace) -> ExitCode:
 def _export(options: argparse.Namespace) -> ExitCode:
     from sft.job import export
 
-    return export(options.path, options.step)
+    return export(options.path, options.step, nemo2=options.format == "nemo2")
 
 
 def _quieten_libraries() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.errors import RunStateError
+from launcher.errors import ConfigError, RunStateError
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, append_event, read_lines
 from launcher.spec import RunSpec, read_resolved
@@ -19,6 +19,7 @@ from sft.hf.checks import check_model_settings
 from sft.hf.files import check_model_files
 from sft.hf.model_files import resolve_model_dir
 from sft.loggers import check_loggers
+from sft.nemo.export import export_nemo2
 from sft.prompts import check_prompts
 from sft.rank_env import RankEnv
 
@@ -49,14 +50,24 @@ def prepare(config: Path) -> ExitCode:
     return ExitCode.OK
 
 
-def export(run: Path, step: int | None = None) -> ExitCode:
-    """Write RUN/export from the best, newest or given checkpoint, and print what training changed."""
+def export(run: Path, step: int | None = None, *, nemo2: bool = False) -> ExitCode:
+    """Write RUN/export from the best, newest or given checkpoint, and print what training changed.
+
+    With `nemo2` the same model is written to RUN/export_nemo2, too.
+    """
     paths = RunPaths(run.resolve())
     if not paths.config.is_file():
         raise RunStateError(f"{run}: no {paths.config.name}; it is not a run directory")
     spec = read_resolved(paths.config)
+    if nemo2 and spec.model.lora.rank is not None and not spec.checkpoint.export_merged:
+        raise ConfigError(
+            "--format nemo2: an adapter alone has no NeMo 2 form here; resubmit with checkpoint.export_merged=true"
+        )
     choice = export_run(paths.root, step)
     print(f"exported to {paths.export}", flush=True)
+    if nemo2:
+        export_nemo2(paths.export, paths.export_nemo2)
+        print(f"exported to {paths.export_nemo2}", flush=True)
     if _answers_wanted(spec):
         record_answers(paths, spec.logging.prompts, paths.export, "after")
     for line in _held_out_change(paths, choice.step):

@@ -1,8 +1,8 @@
-"""A NeMo 1.x checkpoint -> a Hugging Face directory, by parameters: memory never holds more than a weight file.
+"""A NeMo or Megatron-core checkpoint -> a Hugging Face directory, by parameters.
 
-The archive is unpacked beside the result first (weights are then mapped from disk), and only regular files whose names
-stay inside it. The tokenizer comes along where it is GPT-2's, as vocabulary and merges; another one is for
-`model.tokenizer` to name.
+Memory never holds more than a weight file. An archive is unpacked beside the result first (weights are then mapped from
+disk), and only regular files whose names stay inside it. The tokenizer comes along where its files lie in the
+checkpoint: in a Hugging Face form, or GPT-2's vocabulary and merges. Another one is for `model.tokenizer` to name.
 """
 
 from __future__ import annotations
@@ -14,20 +14,37 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
+import yaml
 
 from launcher.errors import ModelError
 from launcher.model_shape import ModelShape
-from launcher.nemo.checkpoint import inside, read_config, read_entries
+from launcher.nemo.checkpoint import CONFIG, inside, read_config, read_entries, sharded_dir
+from launcher.nemo.context import CONTEXT, tokenizer_dir
 from launcher.nemo.rules import Entries, value_of
 from sft.hf.architecture import Architecture, read_architecture
-from sft.hf.exporter import write_model
+from sft.hf.exporter import copy_settings, write_model
 from sft.hf.files import check_model_files
 from sft.hf.layouts import Layout, layout_of, parameter_names, split_parameter
-from sft.nemo.shards import Shards, open_shards
+from sft.nemo.distributed import DistributedWeights
+from sft.nemo.shards import open_shards
 
 _GPT2_END = "<|endoftext|>"
+
+
+class Weights(Protocol):
+    """The parameters of a checkpoint, by the names of `sft.hf.layouts`."""
+
+    def names(self) -> set[str]:
+        """Names of all parameters."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Number type of a parameter that is there."""
+
+    def parameter(self, name: str, layout: Layout) -> torch.Tensor:
+        """The whole parameter, without vocabulary padding."""
 
 
 def convert_nemo(source: Path, directory: Path) -> None:
@@ -35,18 +52,24 @@ def convert_nemo(source: Path, directory: Path) -> None:
     config = read_config(source)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     architecture = read_architecture(directory)
-    entries = read_entries(source)
     with _unpacked(source, directory.parent) as folder:
-        shards = open_shards(folder, entries, ModelShape.from_config(config, str(source)))
-        _check_names(shards, architecture, source)
+        weights = _open_weights(folder, ModelShape.from_config(config, str(source)))
+        _check_names(weights, architecture, source)
         write_model(
-            lambda name: split_parameter(_layout(name, architecture), _parameter(shards, name, architecture)),
+            lambda name: split_parameter(_layout(name, architecture), _parameter(weights, name, architecture)),
             architecture,
-            _dtypes(shards, architecture),
+            _dtypes(weights, architecture),
             directory,
         )
-        _write_tokenizer(folder, entries, directory)
+        _write_tokenizer(folder, directory)
     check_model_files(directory, architecture)
+
+
+def _open_weights(folder: Path, shape: ModelShape) -> Weights:
+    sharded = sharded_dir(folder)
+    if sharded is not None:
+        return DistributedWeights(sharded, shape.num_layers)
+    return open_shards(folder, read_entries(folder), shape)
 
 
 @contextmanager
@@ -84,30 +107,41 @@ def _layout(name: str, architecture: Architecture) -> Layout:
     return layout
 
 
-def _parameter(shards: Shards, name: str, architecture: Architecture) -> torch.Tensor:
-    return shards.parameter(name, _layout(name, architecture))
+def _parameter(weights: Weights, name: str, architecture: Architecture) -> torch.Tensor:
+    return weights.parameter(name, _layout(name, architecture))
 
 
-def _check_names(shards: Shards, architecture: Architecture, source: Path) -> None:
+def _check_names(weights: Weights, architecture: Architecture, source: Path) -> None:
     """A weight that the model has no place for would be lost without a word."""
     known = set(parameter_names(architecture))
-    unknown = sorted(name for name in shards.names() - known if not name.endswith(".linear_fc1.up.weight"))
+    unknown = sorted(name for name in weights.names() - known if not name.endswith(".linear_fc1.up.weight"))
     tied = {"output_layer.weight"} if architecture.shape.tied_embeddings else set()
     if set(unknown) - tied:
-        raise ModelError(f"model.path: {source}: {unknown[0]} has no place in the model of its model_config.yaml")
+        raise ModelError(f"model.path: {source}: {unknown[0]} has no place in the model of its config")
 
 
-def _dtypes(shards: Shards, architecture: Architecture) -> dict[str, torch.dtype]:
+def _dtypes(weights: Weights, architecture: Architecture) -> dict[str, torch.dtype]:
     """Number type of each Hugging Face tensor: that of the checkpoint."""
-    held = {name: tensor.dtype for stage in shards.parts for name, tensor in stage[0].items()}
+    held = weights.names()
     return {
-        piece.name: held.get(name, torch.float32)
+        piece.name: weights.dtype(name) if name in held else torch.float32
         for name in parameter_names(architecture)
         for piece in _layout(name, architecture).pieces
     }
 
 
-def _write_tokenizer(folder: Path, entries: Entries, directory: Path) -> None:
+def _write_tokenizer(folder: Path, directory: Path) -> None:
+    """The tokenizer's files, where the checkpoint has any."""
+    if (folder / CONTEXT).is_file():
+        model = yaml.safe_load((folder / CONTEXT).read_text(encoding="utf-8"))
+        copy_settings(folder, tokenizer_dir(model, folder / CONTEXT.parent), None, directory)
+    elif (folder / CONFIG).is_file():
+        _write_gpt2_tokenizer(folder, read_entries(folder), directory)
+    else:
+        copy_settings(folder, folder, None, directory)
+
+
+def _write_gpt2_tokenizer(folder: Path, entries: Entries, directory: Path) -> None:
     """GPT-2's vocabulary and merges, which archives hold under `<hash>_vocab.json` and `<hash>_merges.txt`."""
     if value_of(entries, "model.tokenizer.type") != "GPT2BPETokenizer":
         return

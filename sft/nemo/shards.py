@@ -67,6 +67,10 @@ class Shards:
         """Names of all parameters."""
         return {name for stage in self.parts for name in stage[0]}
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Number type of a parameter that is there."""
+        return next(stage[0][name].dtype for stage in self.parts if name in stage[0])
+
     def parameter(self, name: str, layout: Layout) -> Tensor:
         """The whole parameter, without vocabulary padding; ModelError where it is absent or of other sizes."""
         ranks = next((stage for stage in self.parts if name in stage[0]), None)

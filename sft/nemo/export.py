@@ -1,0 +1,105 @@
+"""A Hugging Face directory -> a NeMo 2 checkpoint: sharded weights, and what NeMo needs to build the model.
+
+Made from an exported directory and not from a run's checkpoint, so that merged adapters and the tokenizer of the run
+come along. NeMo loads it wherever it loads a checkpoint of its own; `weights/` alone is read by any Megatron-core.
+
+The vocabulary is not padded: NeMo would count the padding's logits in every loss. It has to be divisible by the tensor
+parallel size there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+
+from launcher.errors import ModelError
+from sft.hf.architecture import Architecture, read_architecture
+from sft.hf.exporter import copy_settings, file_dtypes, whole_directory
+from sft.hf.files import WeightFiles, check_model_files
+from sft.hf.layouts import Layout, checkpoint_key, hf_shapes, layout_of, parameter_names
+from sft.hf.sharded_writer import Chunk, write_sharded
+from sft.nemo.context_writer import TOKENIZER, io_json, model_object, model_yaml
+
+_PREFIX = "module."
+_LAYER_MODULES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+"""Modules of a layer that have an extra state, with Transformer Engine or without."""
+_CONTENT = {
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+    "distrib_optim_sharding_type": "fully_sharded_model_space",
+}
+"""How keys are to be read: as those of NeMo 2.7."""
+
+
+def export_nemo2(model_dir: Path, out_dir: Path) -> None:
+    """Write the model in `model_dir` as the NeMo 2 checkpoint `out_dir`; ModelError where NeMo has no class for it."""
+    architecture = read_architecture(model_dir)
+    check_model_files(model_dir, architecture)
+    dtypes = set(file_dtypes(model_dir, architecture).values())
+    if len(dtypes) != 1:
+        raise ModelError(f"{model_dir}: weights of {len(dtypes)} number types; a NeMo 2 model has one")
+    dtype = dtypes.pop()
+    built = model_object(architecture, str(dtype).removeprefix("torch."))
+    files, shapes = WeightFiles(model_dir), hf_shapes(architecture)
+    with whole_directory(out_dir) as aside:
+        write_sharded(
+            aside / "weights",
+            _chunks(architecture, dtype),
+            lambda name: _parameter(_layout(name, architecture), files, shapes),
+            _extra_states(architecture),
+            {"content_metadata": _CONTENT},
+        )
+        context = aside / "context"
+        (context / TOKENIZER).mkdir(parents=True)
+        copy_settings(model_dir, model_dir, None, context / TOKENIZER)
+        (context / "io.json").write_text(json.dumps(io_json(built)), encoding="utf-8")
+        (context / "model.yaml").write_text(yaml.safe_dump(model_yaml(built)), encoding="utf-8")
+
+
+def _layout(name: str, architecture: Architecture) -> Layout:
+    layout = layout_of(name, architecture)
+    assert layout is not None, name
+    return layout
+
+
+def _chunks(architecture: Architecture, dtype: torch.dtype) -> list[Chunk]:
+    """Every parameter under its key; those of layers at their place on the leading axis."""
+    found = []
+    for name in parameter_names(architecture):
+        layout = _layout(name, architecture)
+        key, index = checkpoint_key(name)
+        own = (layout.rows,) if layout.columns is None else (layout.rows, layout.columns)
+        shape = own if index is None else (architecture.shape.num_layers, *own)
+        found.append(Chunk(key=_PREFIX + key, name=name, shape=shape, dtype=dtype, index=index))
+    return found
+
+
+def _parameter(layout: Layout, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
+    """A whole Megatron-core parameter, put together from its Hugging Face tensors."""
+    parts = []
+    for piece in layout.pieces:
+        tensor, rows = files.tensor(piece.name, shapes[piece.name]), slice(piece.start, piece.stop)
+        parts.append(tensor[:, rows].T if layout.transposed else tensor[rows])
+    return torch.cat(parts)
+
+
+def _extra_states(architecture: Architecture) -> dict[str, None]:
+    """Keys under which modules keep the scales of fp8 training, of which there are none."""
+    layers = architecture.shape.num_layers
+    norms = ("self_attention.q_layernorm", "self_attention.k_layernorm") if architecture.qk_norm else ()
+    keys = [
+        f"{_PREFIX}decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        for module in (*_LAYER_MODULES, *norms)
+        for layer in range(layers)
+    ]
+    return dict.fromkeys([*keys, f"{_PREFIX}decoder.final_layernorm._extra_state/shard_0_1"])
