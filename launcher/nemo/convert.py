@@ -82,6 +82,8 @@ def _fate(key: str, entry: Entry, entries: Entries) -> Fate:
     if key in KEYS:
         return Fate(note="in the model's config.json")
     rule = rule_of(key)
+    if rule is None and not entry.value and rule_of(f"{key}."):
+        return Fate(note="an empty section")
     if rule is None:
         raise Refused(f"not a known key{did_you_mean(key, RULES)}; remove it if nothing depends on it")
     return rule(entry.value, entries)

@@ -171,3 +171,21 @@ def test_written_config_is_json_too(workdir: Path) -> None:
 def test_a_key_without_a_rule_takes_its_sections() -> None:
     assert rule_of("trainer.some_new_flag") is not None
     assert rule_of("model.some_new_flag") is None
+
+
+def test_end_tokens_of_a_fine_tuning_config() -> None:
+    """An EOS is put behind texts in any case; a BOS is the tokenizer's affair."""
+    text = nemo_config("gpt-20b").replace("  data:\n", "  data:\n    add_bos: True\n    add_eos: {eos}\n")
+    fates = {outcome.key: outcome.fate.note for outcome in convert(text.replace("{eos}", "True"), "x.yaml").outcomes}
+    assert fates["model.data.add_bos"].startswith("the tokenizer decides")
+    (refusal,) = refusals(text.replace("{eos}", "False"))
+    assert "model.data.add_eos: False is not supported: texts and completions are closed with the end token" in refusal
+
+
+def test_loggers_and_empty_sections() -> None:
+    text = nemo_config("gpt-20b").replace("create_wandb_logger: False", "create_wandb_logger: True\n  name: mine")
+    assert settings(text)["logging.wandb"] == "mine"
+    assert "logging.wandb" not in settings(nemo_config("gpt-20b"))
+    empty = text.replace("  optim:", "  nsys_profile: {}\n  optim:")
+    fates = {outcome.key: outcome.fate.note for outcome in convert(empty, "x.yaml").outcomes}
+    assert fates["model.nsys_profile"] == "an empty section"

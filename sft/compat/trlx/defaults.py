@@ -132,7 +132,7 @@ def _gpt(layers: int, hidden: int, heads: int, *, seq_length: int) -> dict[str, 
         "sequence_parallel": True,
         "resume_from_checkpoint": None,
         "seed": 1234,
-        "data": {},
+        "data": {"add_bos": False, "add_eos": True},
     }
 
 

@@ -25,7 +25,7 @@ from sft.compat.trlx.megatron_cfg import MegatronConfig, read_megatron_config
 from sft.compat.trlx.registry import register_trainer
 from sft.compat.trlx.run import Material, make_spec, refuse_other_run, resume_point, run
 from sft.compat.trlx.samples import Sample, SampleEncoder, Tokens
-from sft.compat.trlx.settings import Settled, run_place, settle
+from sft.compat.trlx.settings import run_place, settle
 from sft.data.tokenizer import load_tokenizer
 from sft.prompts import Metric
 from sft.rank_env import RankEnv
@@ -98,7 +98,8 @@ class NeMoSFTTrainer(BaseRLTrainer):
         if megatron_cfg is not None:
             self.megatron_cfg = read_megatron_config(megatron_cfg, len(self.tokenizer))
         self._settled = settle(config, self.megatron_cfg, self._env)
-        self._say_notes(self._settled)
+        if self._settled.notes:
+            self._say("\n".join(["settings that contradict each other, or have no effect:", *self._settled.notes]))
         self.batch_size: int = self._settled.values["train.global_batch_size"].value
         self.max_length: int = self._settled.values["data.seq_length"].value
         self.paths = RunPaths(run_place(config, self.megatron_cfg))
@@ -218,10 +219,6 @@ class NeMoSFTTrainer(BaseRLTrainer):
 
         metric.__qualname__ = getattr(function, "__qualname__", repr(function))
         return metric
-
-    def _say_notes(self, settled: Settled) -> None:
-        for note in settled.notes:
-            self._say(note)
 
     def _say(self, text: str) -> None:
         if self._env.rank == 0:

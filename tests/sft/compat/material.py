@@ -29,7 +29,7 @@ def trl_config(model: Path | str, **train: Any) -> dict[str, Any]:
         "model": {"model_path": str(model)},
         "tokenizer": {"tokenizer_path": str(model)},
         "optimizer": {"name": "adamw", "kwargs": {"lr": "3e-3", "betas": [0.9, 0.95]}},
-        "scheduler": {"name": "cosine_annealing", "kwargs": {"T_max": 6, "eta_min": 3e-4}},
+        "scheduler": {"name": "cosine_annealing", "kwargs": {"T_max": 4, "eta_min": 3e-4}},
         "train": {
             "total_steps": 4,
             "seq_length": 64,
