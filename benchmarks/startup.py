@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.manifest import Attempt, Manifest, write_manifest
 from launcher.rundir import COMPLETE, RunPaths, append_event, write_json
+from launcher.submission.manifest import Attempt, Manifest, write_manifest
 
 _MODEL = {
     "model_type": "llama",

@@ -106,7 +106,7 @@ def _completion(options: argparse.Namespace) -> int:
 
 
 def _reference(_options: argparse.Namespace) -> int:
-    from launcher.reference import config_reference
+    from launcher.config.reference import config_reference
 
     print(config_reference(), end="")
     return int(ExitCode.OK)

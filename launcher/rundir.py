@@ -11,7 +11,7 @@
       events.jsonl          what happened, one JSON object a line (launcher, batch script, rank 0)
       metrics.jsonl         one line a logged step
       progress.json         the newest numbers, replaced as a whole
-      lease.json            who may write here now (launcher/lease.py)
+      lease.json            who may write here now (launcher/attempts/lease.py)
       logs/<attempt>/       batch.log and rank-<N>.log; of the first rank that failed error.json; of a hang
                             stacks-rank-<N>.txt and hang.json
       preflight/<attempt>.json  what each node found before training

@@ -1,7 +1,7 @@
 """The config of a run as frozen dataclasses: the one schema that launcher, rank program and docs share.
 
 Every field's docstring is its reference documentation (docs/config.md is made from it). Defaults are here and
-nowhere else. `launcher.config` reads what a user wrote into a `RunSpec`; `read_resolved` reads back what the
+nowhere else. `launcher.config.load` reads what a user wrote into a `RunSpec`; `read_resolved` reads back what the
 launcher resolved, which is what every rank runs.
 
 Rejected: plain dicts with `.get(key, default)` at the point of use (a typo is then silent), and one class for

@@ -50,7 +50,7 @@ def read_config(path: Path) -> RunSpec:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ConfigError:
         # The launcher's reader needs OmegaConf, which ranks do without; audits are made where it is.
-        from launcher.config import load_config
+        from launcher.config.load import load_config
 
         return load_config(path).spec
 

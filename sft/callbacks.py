@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 
+from launcher.attempts.lease import Keeper
 from launcher.errors import RunStateError
-from launcher.lease import Keeper
 from launcher.rundir import checkpoint_step
 from launcher.spec import CheckpointSpec
 from sft import checkpoint_files

@@ -13,8 +13,8 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from launcher.config.logger_packages import missing_loggers
 from launcher.errors import ConfigError
-from launcher.logger_packages import missing_loggers
 from launcher.rundir import RunPaths, write_atomic
 from launcher.spec import RunSpec
 

@@ -15,9 +15,9 @@ from typing import cast
 import pytorch_lightning as pl
 import torch
 
+from launcher.attempts.lease import Keeper, held
 from launcher.errors import CheckpointError, ConfigError, TrainingError
 from launcher.exit_codes import ExitCode
-from launcher.lease import Keeper, held
 from launcher.rundir import RunPaths, checkpoint_step, complete_checkpoints
 from launcher.spec import RunSpec, read_resolved
 from launcher.topology import Topology, build_topology, describe_batch

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher.plan import Plan, make_plan
+from launcher.submission.plan import Plan, make_plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

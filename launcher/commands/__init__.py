@@ -62,15 +62,15 @@ def runs_argument(parser: argparse.ArgumentParser, count: str) -> None:
 
 def chosen_run(options: argparse.Namespace) -> Any:
     """The RunPaths of `run_argument`."""
-    from launcher.runs import default_run_root, find_run
+    from launcher.views.runs import default_run_root, find_run
 
     return find_run(options.run, options.run_root or default_run_root())
 
 
 def chosen_runs(options: argparse.Namespace) -> list[Any]:
     """The RunPaths of `runs_argument`, groups in full; empty where none was named."""
-    from launcher.groups import find_runs
-    from launcher.runs import default_run_root
+    from launcher.sweeps.groups import find_runs
+    from launcher.views.runs import default_run_root
 
     root = options.run_root or default_run_root()
     return [run for word in options.runs for run in find_runs(word, root)]

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 def _cluster(options: argparse.Namespace) -> int:
     if options.action == "init":
-        from launcher.cluster_init import write_first
+        from launcher.clusters.init import write_first
 
         path = write_first(options.name)
         if options.json:
@@ -28,7 +28,7 @@ def _cluster(options: argparse.Namespace) -> int:
         else:
             print(f"wrote {path}:\n\n{path.read_text(encoding='utf-8')}\nnext  launcher cluster check {options.name}")
         return int(ExitCode.OK)
-    from launcher.cluster_check import cluster_problems
+    from launcher.clusters.check import cluster_problems
 
     problems = cluster_problems(options.name)
     if options.json:

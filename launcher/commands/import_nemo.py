@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from launcher.config import read_text
+    from launcher.config.load import read_text
     from launcher.errors import ConfigError
     from launcher.nemo.convert import convert, describe, to_yaml
     from launcher.nemo.layout import check_layout

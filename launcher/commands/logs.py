@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from launcher import logs
+    from launcher.views import logs
 
     choice = logs.Choice(
         ranks=logs.parse_ranks(options.rank) if options.rank else (),
@@ -43,7 +43,7 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _wait(options: argparse.Namespace) -> int:
-    from launcher.watch import wait
+    from launcher.views.watch import wait
 
     rows = wait(chosen_runs(options), options.timeout)
     if rows is None:
@@ -53,7 +53,7 @@ def _wait(options: argparse.Namespace) -> int:
 
 def exit_with(status: Any) -> int:
     """The run's own exit code; a run that ended without one has failed."""
-    from launcher.state import JobState
+    from launcher.scheduler.state import JobState
 
     if status.state is JobState.COMPLETED:
         return int(ExitCode.OK)

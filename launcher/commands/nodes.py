@@ -31,8 +31,8 @@ def _nodes(options: argparse.Namespace) -> int:
     if not options.host or not options.cluster or (options.action == "add" and not options.why):
         why = " --why TEXT" if options.action == "add" else ""
         raise ConfigError(f"nodes {options.action} needs a node and its cluster: HOST --cluster NAME{why}")
-    from launcher.config import load_cluster
-    from launcher.nodes import by_hand, ledger_of
+    from launcher.clusters.nodes import by_hand, ledger_of
+    from launcher.config.load import load_cluster
 
     cluster = load_cluster(options.cluster)
     ledger = ledger_of(cluster)
@@ -47,8 +47,8 @@ def _nodes(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from launcher.nodes import describe, learn, ledger_of
-    from launcher.runs import all_runs, default_run_root
+    from launcher.clusters.nodes import describe, learn, ledger_of
+    from launcher.views.runs import all_runs, default_run_root
 
     rows: list[dict[str, Any]] = []
     for cluster in _clusters(options.cluster):
@@ -59,7 +59,7 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         print_json(rows)
         return int(ExitCode.OK)
-    from launcher.table import columns
+    from launcher.views.table import columns
 
     head = ("CLUSTER", "NODE", "EXCLUDED", "UNTIL", "EVIDENCE", "WHY")
     body = [
@@ -71,8 +71,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _clusters(name: str | None) -> list[ClusterSpec]:
-    from launcher.config import load_cluster
-    from launcher.nodes import ledger_of
+    from launcher.clusters.nodes import ledger_of
+    from launcher.config.load import load_cluster
     from launcher.spec import ClusterSpec
 
     if name:

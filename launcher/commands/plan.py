@@ -23,12 +23,12 @@ def add(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from launcher.config import load_config
+    from launcher.config.load import load_config
     from launcher.errors import ConfigError
-    from launcher.plan import model_shape_of
     from launcher.planning.report import as_json, text
     from launcher.planning.run_plan import gpu_of, unknown_gpu
     from launcher.planning.search import search, with_gpus
+    from launcher.submission.plan import model_shape_of
 
     spec = load_config(options.config, options.overrides, options.cluster).spec
     shape, gpu = model_shape_of(spec), gpu_of(spec)

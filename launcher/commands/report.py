@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from launcher.report import write_report
+    from launcher.views.report import write_report
 
     paths = chosen_run(options)
     target = options.output or paths.root / "report.html"

@@ -31,8 +31,8 @@ def add(commands: Any) -> None:
 
 
 def _resubmit(options: argparse.Namespace) -> int:
-    from launcher.resubmit import child_plan, same_run
-    from launcher.submit import next_steps, submit, summary
+    from launcher.submission.resubmit import child_plan, same_run
+    from launcher.submission.submit import next_steps, submit, summary
 
     if options.failed:
         return _resubmit_failed(options)
@@ -53,9 +53,9 @@ def _resubmit(options: argparse.Namespace) -> int:
 
 def _resubmit_failed(options: argparse.Namespace) -> int:
     from launcher.errors import ConfigError
-    from launcher.groups import find_runs
-    from launcher.resubmit import failed_of, same_run
-    from launcher.runs import default_run_root
+    from launcher.submission.resubmit import failed_of, same_run
+    from launcher.sweeps.groups import find_runs
+    from launcher.views.runs import default_run_root
 
     if options.overrides or options.cluster:
         raise ConfigError("--failed goes on with runs as they are; settings can be changed one run at a time")
@@ -69,7 +69,7 @@ def _resubmit_failed(options: argparse.Namespace) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from launcher.resubmit import active_of, cancel
+    from launcher.submission.resubmit import active_of, cancel
 
     runs = chosen_runs(options)
     of_groups = len(runs) > len(options.runs)  # of a group's runs some may have ended: the others are meant

@@ -29,16 +29,16 @@ def add(commands: Any) -> None:
 
 
 def _selection(options: argparse.Namespace) -> Any:
-    from launcher.selection import Selection, parse_since, parse_states
+    from launcher.views.selection import Selection, parse_since, parse_states
 
     since = parse_since(options.since) if options.since else None
     return Selection(name=options.name, group=options.group, since=since, states=parse_states(options.state))
 
 
 def _status(options: argparse.Namespace) -> int:
-    from launcher.runs import all_runs, default_run_root
-    from launcher.status import collect
-    from launcher.table import table, terminal_width
+    from launcher.views.runs import all_runs, default_run_root
+    from launcher.views.status import collect
+    from launcher.views.table import table, terminal_width
 
     root, selection = options.run_root or default_run_root(), _selection(options)
 
@@ -49,7 +49,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.why:
         return _why(options, selection.of(chosen_runs(options) or all_runs(root)))
     if options.watch:
-        from launcher.watch import watch
+        from launcher.views.watch import watch
 
         watch(pick)
         return int(ExitCode.OK)
@@ -67,7 +67,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _why(options: argparse.Namespace, runs: list[Any]) -> int:
-    from launcher.why import decisions, explain
+    from launcher.views.why import decisions, explain
 
     if options.json:
         print_json([{"run": paths.name, "decisions": decisions(paths)} for paths in runs])
@@ -77,8 +77,8 @@ def _why(options: argparse.Namespace, runs: list[Any]) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from launcher.runs import all_runs, default_run_root, listing
-    from launcher.table import columns
+    from launcher.views.runs import all_runs, default_run_root, listing
+    from launcher.views.table import columns
 
     selection = _selection(options)
     rows = listing(selection.of(all_runs(options.run_root or default_run_root())))

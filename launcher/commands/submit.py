@@ -12,8 +12,8 @@ from launcher.commands.logs import exit_with
 from launcher.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from launcher.plan import Plan
-    from launcher.sweep import Sweep
+    from launcher.submission.plan import Plan
+    from launcher.sweeps.sweep import Sweep
 
 
 def add(commands: Any) -> None:
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from launcher.sweep import read_sweep
+    from launcher.sweeps.sweep import read_sweep
 
     sweep = read_sweep(options.config)
     if sweep is not None:
@@ -51,9 +51,9 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
     from launcher.errors import ConfigError
-    from launcher.submit import summary
-    from launcher.submit_sweep import plan_sweep, submit_group
-    from launcher.table import columns
+    from launcher.submission.submit import summary
+    from launcher.sweeps.submit import plan_sweep, submit_group
+    from launcher.views.table import columns
 
     if options.follow or options.test_only:
         raise ConfigError("--follow and --test-only are for single runs, and the config has a sweep section")
@@ -79,7 +79,7 @@ def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
 
 
 def _submit_run(options: argparse.Namespace) -> int:
-    from launcher.submit import next_steps, script_of, submit, summary
+    from launcher.submission.submit import next_steps, script_of, submit, summary
 
     plan, parent = _plan(options)
     if options.dry_run:
@@ -120,8 +120,8 @@ def _confirm(plans: Sequence[Plan], yes: bool) -> None:
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
     """The plan of a config, or of a run's lock file, and then the run it comes from."""
-    from launcher.lockfile import code_note, is_lock, plan_of_lock
-    from launcher.plan import make_plan
+    from launcher.submission.lockfile import code_note, is_lock, plan_of_lock
+    from launcher.submission.plan import make_plan
 
     if not is_lock(options.config):
         return make_plan(options.config, options.overrides, options.cluster), None
@@ -132,8 +132,8 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
 
 
 def _expected_start(plan: Plan) -> str:
-    from launcher import slurm
-    from launcher.submit import script_of
+    from launcher.scheduler import slurm
+    from launcher.submission.submit import script_of
 
     if plan.spec.cluster.scheduler == "local":
         return "start      at once, on this machine"
@@ -141,7 +141,7 @@ def _expected_start(plan: Plan) -> str:
 
 
 def _render(options: argparse.Namespace) -> int:
-    from launcher.submit import script_of
+    from launcher.submission.submit import script_of
 
     plan, _ = _plan(options)
     print(script_of(plan) if options.diff is None else _diff(options, plan), end="")
@@ -150,9 +150,9 @@ def _render(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace, plan: Plan) -> str:
     from launcher.errors import ConfigError
-    from launcher.plan import make_plan
-    from launcher.runs import find_run
-    from launcher.script_diff import against_cluster, against_run
+    from launcher.submission.plan import make_plan
+    from launcher.submission.script_diff import against_cluster, against_run
+    from launcher.views.runs import find_run
 
     if options.diff:
         return against_run(plan, find_run(options.diff, options.run_root or plan.paths.root.parent))
@@ -164,7 +164,7 @@ def _diff(options: argparse.Namespace, plan: Plan) -> str:
 def _validate(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from launcher.submit import summary
+    from launcher.submission.submit import summary
 
     plan, _ = _plan(options)
     if options.json:
@@ -181,6 +181,6 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _follow(paths: Any) -> int:
-    from launcher.logs import Choice, follow
+    from launcher.views.logs import Choice, follow
 
     return exit_with(follow(paths, Choice()))

@@ -20,10 +20,10 @@ def add(commands: Any) -> None:
 
 
 def _results(options: argparse.Namespace) -> int:
-    from launcher.groups import find_runs, read_group, results, sort_results
-    from launcher.runs import default_run_root
-    from launcher.status import collect
-    from launcher.table import columns
+    from launcher.sweeps.groups import find_runs, read_group, results, sort_results
+    from launcher.views.runs import default_run_root
+    from launcher.views.status import collect
+    from launcher.views.table import columns
 
     root = options.run_root or default_run_root()
     group, runs = read_group(options.group, root), find_runs(options.group, root)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from launcher.config_file import Leaf, Leaves
+from launcher.config.leaves import Leaf, Leaves
 from launcher.errors import ConfigError, did_you_mean
 from launcher.nemo.document import Entry, read_document
 from launcher.nemo.model_config import KEYS, model_config, spells_out
@@ -111,7 +111,7 @@ def _contradictions(outcomes: list[Outcome]) -> Iterator[str]:
 
 
 def read_leaves(text: str, shown: str) -> Leaves:
-    """Our keys as `launcher.config_file.read_yaml` gives them, each with the line of the NeMo file it comes from."""
+    """Our keys as `launcher.config.leaves.read_yaml` gives them, each with the line of the NeMo file it comes from."""
     try:
         conversion = convert(text, shown)
     except ConfigError as error:

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from launcher.checks import is_secret_name
+from launcher.config.checks import is_secret_name
 from launcher.errors import ConfigError
 
 _RESOLVERS: dict[str, Callable[..., Any]] = {

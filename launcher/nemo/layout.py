@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launcher.config import typed
-from launcher.config_file import Leaf, Leaves
+from launcher.config.leaves import Leaf, Leaves
+from launcher.config.load import typed
 from launcher.errors import ConfigError
 from launcher.model_shape import ModelShape
 from launcher.nemo.convert import Conversion

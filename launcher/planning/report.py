@@ -12,7 +12,7 @@ from launcher.planning.memory import pipeline_memory
 from launcher.planning.run_plan import nothing_fits, override_words, run_cost
 from launcher.planning.search import HEADROOM, Candidate, SearchResult
 from launcher.spec import RunSpec
-from launcher.table import columns
+from launcher.views.table import columns
 
 _HEAD = "GPUS TP PP VPP DP MICRO RECOMPUTE GIB S/STEP TOKENS/S MFU GPU-HOURS COST MOST-OF-THE-REST"
 _STAGE_HEAD = "STAGE WEIGHTS GRADIENTS OPTIMIZER ACTIVATIONS LOGITS OVERHEAD GIB"

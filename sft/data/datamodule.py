@@ -129,7 +129,7 @@ def training_plan(spec: RunSpec, cache: Examples) -> StepPlan:
     """Which examples of the training data each step holds."""
     if spec.data.cyclic_seed is None:
         return step_plan(spec, cache, shuffle=spec.data.shuffle)
-    assert spec.train.max_steps is not None, "launcher.checks asks for it"
+    assert spec.train.max_steps is not None, "launcher.config.checks asks for it"
     return CyclicPlan(
         num_examples=len(cache),
         global_batch_size=spec.train.global_batch_size,

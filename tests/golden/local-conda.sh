@@ -34,7 +34,7 @@ ended() { # the only way out: record how the attempt ended, then do what the res
     event attempt_ended ",\"exit_code\":$rc"
     return
   fi
-  answer=$(light_process -m launcher.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+  answer=$(light_process -m launcher.attempts.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
     --exit-code "$rc" --job "$(job_view)") || answer=''
   event attempt_ended ",\"exit_code\":$rc"
   echo "attempt $SFT_ATTEMPT ended with exit code $rc"
@@ -90,7 +90,7 @@ follow() { # CODE [ACTION]: start again in the same process, which is the one th
   trap - EXIT
   exec "$BASH" "$run_dir/job.sh"
 }
-light_process -m launcher.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+light_process -m launcher.attempts.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
   --holder-state "$(holder_state)" --nodes-down "$(nodes_down)" || { rc=$?; trap - EXIT; exit "$rc"; }
 leased=1
 started
@@ -99,7 +99,7 @@ rc=0
 echo "prepare"
 one_process -m sft prepare "$config" || exit
 echo "train: tp4 = 4 ranks"
-attended /opt/python -m launcher.local_ranks --ranks 4 --log-dir "$log_dir" \
+attended /opt/python -m launcher.attempts.local_ranks --ranks 4 --log-dir "$log_dir" \
   -- "${python[@]}" -m sft train "$config" || rc=$?
 if [ "$rc" -eq 0 ]; then
   echo "export"

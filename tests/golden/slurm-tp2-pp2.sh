@@ -38,7 +38,7 @@ ended() { # the only way out: record how the attempt ended, then do what the res
     event attempt_ended ",\"exit_code\":$rc"
     return
   fi
-  answer=$(light_process -m launcher.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+  answer=$(light_process -m launcher.attempts.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
     --exit-code "$rc" --job "$(job_view)") || answer=''
   event attempt_ended ",\"exit_code\":$rc"
   echo "attempt $SFT_ATTEMPT ended with exit code $rc"
@@ -104,7 +104,7 @@ resubmit() { # NODES TO AVOID: the next job of the run, with nothing of this one
   new=$(env "${inherited[@]}" sbatch --parsable ${1:+--exclude="$1"} "$run_dir/job.sh") || return
   event submitted ",\"job_id\":\"${new%%;*}\",\"scheduler\":\"slurm\",\"by\":\"$SFT_ATTEMPT\""
 }
-light_process -m launcher.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+light_process -m launcher.attempts.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
   --holder-state "$(holder_state)" --nodes-down "$(nodes_down)" || { rc=$?; trap - EXIT; exit "$rc"; }
 leased=1
 started

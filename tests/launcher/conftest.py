@@ -74,7 +74,7 @@ class Commands:
 
 
 FAKE_PYTHON = """\
-[ "$2" != launcher.attempt ] || exit 0 # nothing to say about restarts
+[ "$2" != launcher.attempts.attempt ] || exit 0 # nothing to say about restarts
 phase=$3 # -m sft PHASE
 echo "$phase ${RANK-}"
 if [ "$phase" = train ]; then

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checks import spec_problems
+from launcher.config.checks import spec_problems
 from launcher.errors import TopologyError
 from launcher.spec import DataSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.topology import build_topology, describe_batch

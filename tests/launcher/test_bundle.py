@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher import code_snapshot
 from launcher.__main__ import main
-from launcher.code_snapshot import digest, take_snapshot
 from launcher.errors import ConfigError
 from launcher.exit_codes import ExitCode
-from launcher.lockfile import read_lock
-from launcher.manifest import read_manifest
 from launcher.rundir import RunPaths
 from launcher.spec import EvaluationSpec, RunSpec
+from launcher.submission import code_snapshot
+from launcher.submission.code_snapshot import digest, take_snapshot
+from launcher.submission.lockfile import read_lock
+from launcher.submission.manifest import read_manifest
 from tests.launcher.conftest import Commands
 
 RUN = RunPaths(Path("runs/first"))
@@ -144,7 +144,7 @@ def test_changed_code_is_not_submitted_again(
 def test_killed_submission_of_a_lock_is_finished_not_doubled(
     workdir: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.intent.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.submission.intent.SETTLE_SECONDS", 0.0)
     commands.add("srun", "")
     commands.add("sbatch", "echo 1")
     assert main(["submit", "cfg.yaml", "--cluster=slurm-dev"]) == 0

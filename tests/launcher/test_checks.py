@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checks import is_secret_name, spec_problems
-from launcher.config import load_config
+from launcher.config.checks import is_secret_name, spec_problems
+from launcher.config.load import load_config
 from launcher.errors import ConfigError
 from launcher.spec import RunSpec, TopologySpec
 

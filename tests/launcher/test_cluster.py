@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from launcher.__main__ import main
-from launcher.cluster_init import Survey, best_partition, cluster_yaml
+from launcher.clusters.init import Survey, best_partition, cluster_yaml
 from launcher.exit_codes import ExitCode
-from launcher.slurm import parse_partitions
+from launcher.scheduler.slurm import parse_partitions
 from tests.launcher.conftest import Commands
 
 SINFO = """\

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from launcher.config import load_config
+from launcher.config.load import load_config
 from launcher.errors import ConfigError, TemplateError
 from launcher.spec import read_resolved, to_yaml
 

@@ -13,9 +13,9 @@ from submitit.core.utils import CommandFunction, FailedJobError, FailedSubmissio
 from submitit.local import local
 from submitit.slurm.slurm import SlurmExecutor
 
-from launcher.environment import clean_environment
 from launcher.errors import SchedulerError
-from launcher.executor import ScriptLocalExecutor, ScriptSlurmExecutor, SubmissionUnknown
+from launcher.submission.environment import clean_environment
+from launcher.submission.executor import ScriptLocalExecutor, ScriptSlurmExecutor, SubmissionUnknown
 from tests.launcher.conftest import Commands
 
 SCRIPT = "#!/bin/bash\n# a script: $x 'y' \\\n"
@@ -84,7 +84,7 @@ def test_refusal_has_slurms_words(tmp_path: Path, sbatch: Commands) -> None:
 
 def test_no_answer_is_not_a_refusal(tmp_path: Path, sbatch: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch.add("sbatch", "exec sleep 60")
-    monkeypatch.setattr("launcher.executor.SBATCH_TIMEOUT", 0.2)
+    monkeypatch.setattr("launcher.submission.executor.SBATCH_TIMEOUT", 0.2)
     with pytest.raises(SubmissionUnknown, match=r"^sbatch gave no answer within 0\.2 s$"):
         ScriptSlurmExecutor(tmp_path, SCRIPT).submit_script()
     sbatch.add("sbatch", "echo hello")

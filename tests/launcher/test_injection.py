@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from launcher.config_file import field_types
+from launcher.config.leaves import field_types
 from launcher.errors import ConfigError
-from launcher.render import render
 from launcher.rundir import RunPaths
 from launcher.spec import RunSpec
+from launcher.submission.render import render
 from launcher.topology import build_topology
 from tests.launcher.conftest import Commands
 from tests.launcher.test_render import golden_scripts

@@ -13,8 +13,8 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.exit_codes import ExitCode
-from launcher.manifest import read_manifest
 from launcher.rundir import RunPaths
+from launcher.submission.manifest import read_manifest
 from tests.launcher.conftest import Commands
 from tests.launcher.test_submit_once import in_child
 
@@ -25,7 +25,7 @@ RUNS = [RunPaths(Path(f"runs/first-{number}")) for number in range(4)]
 @pytest.fixture
 def jobs(workdir: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config whose sweep is an array of four, and a Slurm that remembers jobs as `id|comment`."""
-    monkeypatch.setattr("launcher.intent.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.submission.intent.SETTLE_SECONDS", 0.0)
     with Path("cfg.yaml").open("a") as file:
         file.write("sweep: {product: {train.seed: [1, 2, 3, 4]}, max_at_once: 2, as: array}\n")
     path = workdir / "jobs"
@@ -72,7 +72,7 @@ def test_killed_and_called_again(jobs: Path, commands: Commands, monkeypatch: py
 
     def submit() -> None:
         names = {"before": "begin", "after": "record", "recording": "end"}
-        monkeypatch.setattr(f"launcher.job_array.{names[when]}", die)
+        monkeypatch.setattr(f"launcher.sweeps.job_array.{names[when]}", die)
         main(WORDS)
 
     assert os.WIFSIGNALED(in_child(submit))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import lease
+from launcher.attempts import lease
+from launcher.attempts.lease import EXPIRY_SECONDS, Keeper, Owner, held, holder, release, renew, take, why_void
 from launcher.errors import RunStateError
-from launcher.lease import EXPIRY_SECONDS, Keeper, Owner, held, holder, release, renew, take, why_void
 from launcher.rundir import RunPaths
 
 FIRST = Owner(attempt="7.0", job_id="7", host="n1", pid=1)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local_ranks import held_port, run_ranks
-from launcher.processes import start_ticks
+from launcher.attempts.local_ranks import held_port, run_ranks
+from launcher.scheduler.processes import start_ticks
 
 TELL = "import json, os; print(json.dumps(dict(os.environ)), flush=True)\n"
 NEVER = "import time; time.sleep(600)\n"
@@ -61,7 +61,7 @@ def test_within_the_grace_period_ranks_may_finish(tmp_path: Path) -> None:
 
 def start(tmp_path: Path, code: str) -> subprocess.Popen[bytes]:
     """The module as a program, and its ranks at work."""
-    command = [sys.executable, "-m", "launcher.local_ranks", "--ranks=2", f"--log-dir={tmp_path}", "--grace=5"]
+    command = [sys.executable, "-m", "launcher.attempts.local_ranks", "--ranks=2", f"--log-dir={tmp_path}", "--grace=5"]
     process = subprocess.Popen([*command, "--", sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     wait_for(lambda: all((tmp_path / f"rank-{rank}.log").exists() for rank in range(2)))
     wait_for(lambda: all((tmp_path / f"rank-{rank}.log").read_text() for rank in range(2)))

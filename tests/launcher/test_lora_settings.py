@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from launcher.checks import spec_problems
+from launcher.config.checks import spec_problems
 from launcher.spec import CheckpointSpec, LoraSpec, ModelSpec, RunSpec
 
 

@@ -24,13 +24,15 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_no_module_of_the_launcher_imports_torch() -> None:
-    names = [f"launcher.{path.stem}" for path in Path(launcher.__file__).parent.glob("*.py") if path.stem != "__init__"]
-    assert "launcher.render" in names
+    root = Path(launcher.__file__).parent
+    modules = [path.relative_to(root).with_suffix("") for path in root.rglob("*.py") if path.stem != "__init__"]
+    names = [".".join(("launcher", *module.parts)) for module in modules]
+    assert "launcher.submission.render" in names
     assert not modules_after("\n".join(f"import {name}" for name in names)) & HEAVY
 
 
 def test_status_starts_light() -> None:
-    assert not modules_after("import launcher.__main__, launcher.status") & {"omegaconf", "jinja2", "submitit"}
+    assert not modules_after("import launcher.__main__, launcher.views.status") & {"omegaconf", "jinja2", "submitit"}
     assert not modules_after("import launcher.__main__") & {"yaml", "subprocess", "dataclasses"}
 
 
@@ -65,14 +67,14 @@ def test_unforeseen_faults_and_interruption(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("launcher.plan.make_plan", fail)
+    monkeypatch.setattr("launcher.submission.plan.make_plan", fail)
     assert main(["validate", "cfg.yaml"]) == ExitCode.FAILURE
     assert capsys.readouterr().err == "error: ZeroDivisionError: oh (unforeseen; --debug shows where)\n"
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launcher.plan.make_plan", interrupt)
+    monkeypatch.setattr("launcher.submission.plan.make_plan", interrupt)
     assert main(["validate", "cfg.yaml"]) == ExitCode.INTERRUPTED
 
 

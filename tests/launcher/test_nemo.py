@@ -14,7 +14,7 @@ from launcher.exit_codes import ExitCode
 from launcher.nemo.convert import convert
 from launcher.nemo.document import is_nemo, read_document
 from launcher.nemo.rules import rule_of
-from launcher.plan import make_plan
+from launcher.submission.plan import make_plan
 from tests.launcher.conftest import CONFIG
 from tests.launcher.nemo_files import SHAPES, nemo_config
 

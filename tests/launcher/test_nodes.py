@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from launcher import nodes
 from launcher.__main__ import main
+from launcher.clusters import nodes
+from launcher.clusters.nodes import Entry, Ledger, by_hand, excluded
 from launcher.errors import LauncherError
 from launcher.exit_codes import ExitCode
-from launcher.nodes import Entry, Ledger, by_hand, excluded
 from launcher.rundir import RunPaths, append_event
 from launcher.spec import ClusterSpec, RunSpec, to_yaml
 from tests.launcher.conftest import Commands
@@ -56,7 +56,7 @@ def test_a_file_that_is_no_ledger_is_left_alone(tmp_path: Path) -> None:
 
 def test_writers_side_by_side_lose_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from launcher.nodes import Ledger, by_hand\n"
+        "import sys; from pathlib import Path; from launcher.clusters.nodes import Ledger, by_hand\n"
         "for n in range(20): Ledger(Path(sys.argv[1])).add([by_hand(f'{sys.argv[2]}-{n}', 'w', 1)])"
     )
     path = tmp_path / "c.json"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from launcher import notify
-from launcher.checks import spec_problems
+from launcher.attempts import notify
+from launcher.config.checks import spec_problems
 from launcher.rundir import RunPaths, write_json
 from launcher.spec import NotifySpec, RunSpec, to_yaml
 from tests.launcher.conftest import Commands

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.config_file import leaf_types
-from launcher.reference import config_reference
+from launcher.config.leaves import leaf_types
+from launcher.config.reference import config_reference
 from launcher.spec import RunSpec
 
 

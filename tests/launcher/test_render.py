@@ -13,9 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from launcher.config import load_config
+from launcher.config.load import load_config
 from launcher.errors import TemplateError
-from launcher.render import render, sbatch
 from launcher.rundir import RunPaths
 from launcher.spec import (
     CheckpointSpec,
@@ -29,6 +28,7 @@ from launcher.spec import (
     TopologySpec,
     TrainSpec,
 )
+from launcher.submission.render import render, sbatch
 from launcher.topology import build_topology
 from tests.launcher.conftest import Commands
 
@@ -239,12 +239,12 @@ def test_values_stay_data_when_the_script_runs(
     assert [words[start : start + 5] for start in range(0, len(words), 5)] == [
         [value, "-m", module, phase, where]
         for module, phase, where in (
-            ("launcher.attempt", "begin", str(root)),
+            ("launcher.attempts.attempt", "begin", str(root)),
             ("sft", "prepare", f"{root}/config.yaml"),
             ("sft", "preflight", f"{root}/config.yaml"),
             ("sft", "train", f"{root}/config.yaml"),
             ("sft", "export", str(root)),
-            ("launcher.attempt", "end", str(root)),
+            ("launcher.attempts.attempt", "end", str(root)),
         )
     ]
     assert not list(tmp_path.rglob("pwned"))

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.__main__ import main
-from launcher.manifest import read_manifest, write_manifest
-from launcher.report import write_report
 from launcher.rundir import COMPLETE, RunPaths, append_event, append_line, write_json
 from launcher.spec import RunSpec, TrainSpec, to_yaml
-from launcher.svg import Series, line_chart, ticks
+from launcher.submission.manifest import read_manifest, write_manifest
+from launcher.views.report import write_report
+from launcher.views.svg import Series, line_chart, ticks
 from tests.launcher.conftest import Commands
 from tests.launcher.fake_slurm import FakeSlurm
 from tests.launcher.test_status import ended, make_run, started

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher import resources
-from launcher.config import load_config
+from launcher.config.load import load_config
 from launcher.errors import TemplateError
 
 CHECKOUT = Path(__file__).parents[2]

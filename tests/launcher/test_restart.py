@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.cause import Cause, Evidence, JobView, RankError, Verdict, classify
-from launcher.evidence import parse_job
-from launcher.restart import Action, Past, decide, spent
+from launcher.attempts.cause import Cause, Evidence, JobView, RankError, Verdict, classify
+from launcher.attempts.evidence import parse_job
+from launcher.attempts.restart import Action, Past, decide, spent
 from launcher.spec import RestartSpec
 
 RUNNING = JobView(state="RUNNING")

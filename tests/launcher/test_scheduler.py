@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.resubmit import cancel
 from launcher.rundir import append_event
-from launcher.scheduler import ask
+from launcher.scheduler.queries import ask
+from launcher.scheduler.state import JobState
 from launcher.spec import RunSpec, to_yaml
-from launcher.state import JobState
-from launcher.status import collect
-from launcher.table import table
+from launcher.submission.resubmit import cancel
+from launcher.views.status import collect
+from launcher.views.table import table
 from tests.launcher.conftest import Commands
 from tests.launcher.fake_slurm import FakeSlurm
 from tests.launcher.test_status import make_run

@@ -12,8 +12,8 @@ import pytest
 from launcher.__main__ import main
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths
-from launcher.secret_files import secrets_file, write_secrets
 from launcher.spec import ClusterSpec, RunSpec
+from launcher.submission.secret_files import secrets_file, write_secrets
 from tests.launcher.conftest import Commands
 
 VALUE = 'it\'s $(touch pwned) `x` \\ "y"\nsecond line'

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checks import package_file
+from launcher.config.checks import package_file
 from launcher.errors import ModelError
 from launcher.gguf_shape import read_gguf_shape
 from launcher.model_shape import read_model_shape

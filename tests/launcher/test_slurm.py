@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launcher import slurm
 from launcher.errors import SchedulerError
-from launcher.slurm import JobRecord, newest, parse_sacct, parse_squeue, split_job_id, time_limit_minutes
-from launcher.state import SLURM_STATES, JobState
+from launcher.scheduler import slurm
+from launcher.scheduler.slurm import JobRecord, newest, parse_sacct, parse_squeue, split_job_id, time_limit_minutes
+from launcher.scheduler.state import SLURM_STATES, JobState
 from tests.launcher.conftest import Commands
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "slurm"

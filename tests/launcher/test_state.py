@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.state import SLURM_STATES, JobState, from_slurm
+from launcher.scheduler.state import SLURM_STATES, JobState, from_slurm
 
 
 @pytest.mark.parametrize("name", SLURM_STATES)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from launcher.manifest import Attempt, Manifest, read_manifest, write_manifest
-from launcher.processes import start_ticks
 from launcher.rundir import COMPLETE, RunPaths, append_event, write_json
-from launcher.runs import all_runs, find_run, listing
-from launcher.state import JobState
-from launcher.status import RunStatus, collect
-from launcher.table import duration, table
+from launcher.scheduler.processes import start_ticks
+from launcher.scheduler.state import JobState
+from launcher.submission.manifest import Attempt, Manifest, read_manifest, write_manifest
+from launcher.views.runs import all_runs, find_run, listing
+from launcher.views.status import RunStatus, collect
+from launcher.views.table import duration, table
 from tests.launcher.conftest import Commands
 
 

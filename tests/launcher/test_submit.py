@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import logs
 from launcher.__main__ import main
 from launcher.exit_codes import ExitCode
-from launcher.manifest import read_manifest
 from launcher.rundir import COMPLETE, RunPaths, append_event
+from launcher.scheduler.state import JobState
 from launcher.spec import read_resolved
-from launcher.state import JobState
-from launcher.status import collect
+from launcher.submission.manifest import read_manifest
+from launcher.views import logs
+from launcher.views.status import collect
 from tests.launcher.conftest import Commands
 
 RUN = RunPaths(Path("runs/first"))

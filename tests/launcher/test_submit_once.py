@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from launcher import intent, processes
 from launcher.__main__ import main
-from launcher.claim import LOCK_FILE, claim
 from launcher.exit_codes import ExitCode
-from launcher.manifest import read_manifest
 from launcher.rundir import RunPaths, append_event, read_lines
+from launcher.scheduler import processes
+from launcher.submission import intent
+from launcher.submission.claim import LOCK_FILE, claim
+from launcher.submission.manifest import read_manifest
 from tests.launcher.conftest import Commands
 
 RUN = RunPaths(Path("runs/first"))
@@ -79,7 +80,7 @@ def killed_at(step: int, folder: Path) -> bool:
 def test_killed_at_any_step_and_called_again_makes_one_job(
     workdir: Path, jobs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.code_snapshot.checkout_root", lambda: None)  # hundreds of steps all alike
+    monkeypatch.setattr("launcher.submission.code_snapshot.checkout_root", lambda: None)  # hundreds of steps all alike
     step, steps = 1, []
     while killed_at(step, Path("runs").absolute()):
         steps.append(len(jobs.read_text().splitlines()))
@@ -185,7 +186,9 @@ def test_local_run_of_a_killed_launcher_is_adopted(
     monkeypatch.setenv("FAKE_TICKS", "1000")
 
     def submit() -> None:
-        monkeypatch.setattr("launcher.submit.write_manifest", _killed_when(lambda *given: bool(given[1].attempts)))
+        monkeypatch.setattr(
+            "launcher.submission.submit.write_manifest", _killed_when(lambda *given: bool(given[1].attempts))
+        )
         main(["submit", "cfg.yaml", fake_python])
 
     assert os.WIFSIGNALED(in_child(submit))
@@ -199,7 +202,7 @@ def test_local_run_of_a_killed_launcher_is_adopted(
 
 
 def _killed_when(condition: Callable[..., bool]) -> Callable[..., None]:
-    from launcher.manifest import write_manifest
+    from launcher.submission.manifest import write_manifest
 
     def call(*given: Any) -> None:
         if condition(*given):

@@ -10,10 +10,10 @@ import pytest
 from launcher.__main__ import main
 from launcher.errors import ConfigError
 from launcher.exit_codes import ExitCode
-from launcher.manifest import read_manifest
 from launcher.rundir import RunPaths, append_line
 from launcher.spec import read_resolved
-from launcher.sweep import read_sweep
+from launcher.submission.manifest import read_manifest
+from launcher.sweeps.sweep import read_sweep
 from tests.launcher.conftest import Commands
 from tests.launcher.test_submit import wait_for
 
@@ -68,7 +68,7 @@ def test_problems(tmp_path: Path, section: str, problem: str) -> None:
 @pytest.fixture
 def jobs(workdir: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config with a sweep of four runs, and a Slurm that numbers jobs."""
-    monkeypatch.setattr("launcher.intent.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.submission.intent.SETTLE_SECONDS", 0.0)
     with Path("cfg.yaml").open("a") as file:
         file.write("sweep: {product: {train.seed: [1, 2], train.optimizer.lr: [1e-5, 2e-5]}, max_at_once: 3}\n")
     path = workdir / "jobs"

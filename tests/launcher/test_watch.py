@@ -11,17 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import logs, watch
 from launcher.__main__ import main
 from launcher.errors import ConfigError, RunStateError, SchedulerError
 from launcher.exit_codes import ExitCode
-from launcher.first_failure import last_words
-from launcher.manifest import read_manifest, write_manifest
 from launcher.rundir import RunPaths
-from launcher.selection import Selection, parse_since, parse_states
-from launcher.state import JobState
-from launcher.status import RunStatus, collect
-from launcher.table import table
+from launcher.scheduler.state import JobState
+from launcher.submission.manifest import read_manifest, write_manifest
+from launcher.views import logs, watch
+from launcher.views.first_failure import last_words
+from launcher.views.selection import Selection, parse_since, parse_states
+from launcher.views.status import RunStatus, collect
+from launcher.views.table import table
 from tests.launcher.conftest import Commands
 from tests.launcher.fake_slurm import FakeSlurm
 from tests.launcher.test_status import ended, make_run, started

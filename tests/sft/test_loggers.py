@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checks import spec_problems
+from launcher.config.checks import spec_problems
 from launcher.errors import ConfigError
 from launcher.hardware import gpu_kind
 from launcher.model_shape import read_model_shape

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.attempts.local_ranks import run_ranks
 from launcher.exit_codes import ExitCode
-from launcher.local_ranks import run_ranks
 from launcher.rundir import RunPaths, read_json, read_lines
 from launcher.spec import WatchdogSpec
 from sft.hang import Phase, Position, behind

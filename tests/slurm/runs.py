@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from launcher.rundir import RunPaths, read_lines
-from launcher.state import JobState
+from launcher.scheduler.state import JobState
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl

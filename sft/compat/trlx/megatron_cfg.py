@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from launcher.config import read_text
+from launcher.config.load import read_text
 from launcher.errors import ConfigError
 from launcher.nemo.convert import Conversion, convert_entries
 from launcher.nemo.document import Entry, read_document

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launcher.config import checked
-from launcher.config_file import Leaf, Leaves
+from launcher.config.leaves import Leaf, Leaves
+from launcher.config.load import checked
 from launcher.errors import ConfigError, DataError
 from launcher.exit_codes import ExitCode
-from launcher.manifest import describe_run, write_manifest
 from launcher.rundir import RunPaths, append_event, complete_checkpoints, write_atomic
 from launcher.spec import RunSpec, to_yaml
+from launcher.submission.manifest import describe_run, write_manifest
 from launcher.topology import build_topology
 from sft.compat.trlx.samples import Tokens
 from sft.data.prepare import WAIT_SECONDS
@@ -67,7 +67,7 @@ def make_spec(values: Mapping[str, Leaf], material: Material, paths: RunPaths, e
             f"trainer.devices {spec.resources.ranks_per_node} x trainer.num_nodes {spec.resources.nodes} = "
             f"{spec.resources.world_size} ranks, and {env.world_size} were started; start the program once for each, "
             f"by srun, by torchrun --nproc-per-node {spec.resources.ranks_per_node}, or by python -m "
-            f"launcher.local_ranks --ranks {spec.resources.world_size}"
+            f"launcher.attempts.local_ranks --ranks {spec.resources.world_size}"
         )
     return spec
 

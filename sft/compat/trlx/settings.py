@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config_file import Leaf
+from launcher.config.leaves import Leaf
 from launcher.errors import ConfigError, did_you_mean
 from sft.compat.trlx.configs import SFTConfig, TRLConfig
 from sft.compat.trlx.megatron_cfg import MegatronConfig
@@ -27,7 +27,7 @@ class Settled:
     """The outcome of both configs."""
 
     values: Mapping[str, Leaf]
-    """Our keys, as launcher.config takes them."""
+    """Our keys, as launcher.config.load takes them."""
     notes: tuple[str, ...]
     """Contradictions, and what has no effect, for a warning."""
 

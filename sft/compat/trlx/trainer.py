@@ -12,13 +12,13 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from launcher.config import typed
-from launcher.config_file import Leaf, Leaves
+from launcher.config.leaves import Leaf, Leaves
+from launcher.config.load import typed
 from launcher.errors import ConfigError, DataError, ModelError
 from launcher.model_shape import ModelShape, read_model_shape
 from launcher.nemo.checkpoint import is_checkpoint, read_shape
-from launcher.plan import check_described
 from launcher.rundir import RunPaths
+from launcher.submission.plan import check_described
 from launcher.topology import build_topology
 from sft.compat.trlx.configs import SFTConfig, TRLConfig
 from sft.compat.trlx.megatron_cfg import MegatronConfig, read_megatron_config

@@ -1,0 +1,1 @@
+"""Cluster files and the ledger of nodes to keep away from."""

@@ -1,0 +1,125 @@
+"""A first cluster_configs/NAME.yaml out of what Slurm says of itself, each value with the reason for it.
+
+Rejected: to ask the user questions; every answer is in sinfo, or is a choice that has a comment in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import ConfigError, RunStateError, SchedulerError
+from launcher.resources import search_path
+from launcher.rundir import RUN_NAME
+from launcher.scheduler import slurm
+from launcher.scheduler.slurm import Partition
+
+_MODULES = re.compile(r"(cuda|nccl|python|miniforge|anaconda|apptainer|singularity)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """What was found."""
+
+    partitions: Sequence[Partition]
+    names_resolve: bool
+    """Whether this machine finds the address of a node by its name."""
+    has_pyxis: bool
+    has_apptainer: bool
+    modules: Sequence[str]
+
+
+def survey() -> Survey:
+    """Ask Slurm and this machine."""
+    partitions = slurm.partitions()
+    if not partitions:
+        raise SchedulerError("sinfo shows no partition; is this account allowed to use the cluster?")
+    return Survey(
+        partitions=partitions,
+        names_resolve=_resolves(slurm.first_node()),
+        has_pyxis="--container-image" in slurm.srun_help(),
+        has_apptainer=shutil.which("apptainer") is not None,
+        modules=_modules(),
+    )
+
+
+def best_partition(partitions: Sequence[Partition]) -> Partition:
+    """Slurm's default, unless only others have GPUs; of those the one with most nodes."""
+    default = next((partition for partition in partitions if partition.is_default), partitions[0])
+    with_gpus = [partition for partition in partitions if partition.gpus]
+    if default.gpus or not with_gpus:
+        return default
+    return max(with_gpus, key=lambda partition: partition.nodes)
+
+
+def cluster_yaml(name: str, found: Survey) -> str:
+    """The file's text."""
+    chosen = best_partition(found.partitions)
+    others = ", ".join(partition.name for partition in found.partitions if partition is not chosen) or "none"
+    which = f"{chosen.nodes} nodes{', the default' if chosen.is_default else ''}; others: {others}"
+    per_task = max(1, chosen.cpus // max(1, chosen.gpus))
+    kinds = f", type {chosen.gpu_type}" if chosen.gpu_type else ""
+    rows = [
+        ("scheduler: slurm", "sinfo answered"),
+        ("rendezvous: hostname", "node names resolve here")
+        if found.names_resolve
+        else ("rendezvous: node_addr", "node names do not resolve here; Slurm's own address of the first node does"),
+        ("runtime:", ""),
+        ("  kind: none", f"the Python that runs the launcher, if all nodes see it; {_other_runtimes(found)}"),
+        ("resources:", "defaults beneath the run's own"),
+        (f"  partition: {chosen.name}", which),
+    ]
+    if chosen.gpus:
+        rows.insert(1, ("gpu_directive: gpus_per_node", "where sbatch refuses it: gres, gpus_per_task or none"))
+        rows.append((f"  gpus_per_node: {chosen.gpus}", f"sinfo: gpu:{chosen.gpus} on each node{kinds}"))
+    rows.append((f"  cpus_per_task: {per_task}", f"{chosen.cpus} CPUs of a node / {max(1, chosen.gpus)} ranks on it"))
+    if chosen.time_limit:
+        rows.append((f"  time: {chosen.time_limit}", "the partition's longest"))
+    head = f"# Cluster {name}, as Slurm described it. Read it, correct it, then: launcher cluster check {name}\n"
+    if found.modules:
+        head += f"# Environment modules that runs may want (runtime.modules): {', '.join(found.modules)}\n"
+    head += (
+        f"# A node has {chosen.memory_mib} MiB of memory; resources.memory_per_node unset takes the default of Slurm.\n"
+    )
+    width = max(len(text) for text, _ in rows)
+    return head + "".join(f"{text:<{width}}  # {why}\n" if why else f"{text}\n" for text, why in rows)
+
+
+def write_first(name: str) -> Path:
+    """Write the file into the user's folder; RunStateError where there is one already."""
+    if not RUN_NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} is not a name for a cluster: letters, digits, '.', '_', '-'")
+    path = search_path("cluster_configs")[0] / f"{name}.yaml"
+    text = cluster_yaml(name, survey()) if not path.exists() else ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RunStateError(f"{path} exists and is left as it is; remove it, or choose another name") from None
+    return path
+
+
+def _other_runtimes(found: Survey) -> str:
+    names = [name for name, there in (("pyxis", found.has_pyxis), ("apptainer", found.has_apptainer)) if there]
+    return f"also possible: venv, conda{''.join(f', {name}' for name in names)}"
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.gethostbyname(host)
+    except OSError:
+        return False
+    return True
+
+
+def _modules() -> list[str]:
+    """Modules of interest, by the folders in MODULEPATH: `module` itself is a function of the user's shell."""
+    folders = [Path(folder) for folder in os.environ.get("MODULEPATH", "").split(":") if folder]
+    names = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    return sorted(name for name in names if _MODULES.match(name))

@@ -1,0 +1,109 @@
+"""What a command knows before it acts: the checked config, its layout and the directory its run would have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.config.checks import package_file
+from launcher.config.leaves import Source
+from launcher.config.load import LoadedConfig, load_config, value_at
+from launcher.errors import ConfigError, TopologyError
+from launcher.gguf_shape import read_gguf_shape
+from launcher.hardware import GpuKind
+from launcher.model_shape import ModelShape, read_model_shape
+from launcher.nemo.checkpoint import is_checkpoint, read_shape
+from launcher.planning.run_plan import check_fit, estimate, gpu_of, nothing_fits, unknown_gpu
+from launcher.planning.search import Candidate, apply, search
+from launcher.rundir import RunPaths
+from launcher.spec import RunSpec, read_resolved
+from launcher.topology import Topology, build_topology
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A run that could be submitted."""
+
+    config: LoadedConfig
+    topology: Topology
+    paths: RunPaths
+    prediction: Candidate | None
+    """Memory and speed of the layout; None without GPUs, or where their kind or the model's sizes are not known."""
+
+    @property
+    def spec(self) -> RunSpec:
+        """The resolved config."""
+        return self.config.spec
+
+
+def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False) -> Plan:
+    """Load and check everything that can be checked without a scheduler."""
+    config = load_config(path, overrides, cluster, resolved=resolved)
+    shape, gpu = model_shape_of(config.spec), gpu_of(config.spec)
+    if config.described is not None and shape is not None:
+        check_described(config.described, shape, str(config.path), config.spec.model.path)
+    if config.auto_topology:
+        config = with_best_topology(config, shape, gpu)
+    spec = config.spec
+    topology = build_topology(spec, shape)
+    prediction = None
+    if shape is not None and gpu is not None:
+        prediction = estimate(spec, topology, shape, gpu)
+        if spec.topology.check_memory:
+            check_fit(spec, prediction, shape, gpu)
+    return Plan(
+        config=config, topology=topology, paths=RunPaths(Path(spec.run_root) / spec.name), prediction=prediction
+    )
+
+
+def with_best_topology(config: LoadedConfig, shape: ModelShape | None, gpu: GpuKind | None) -> LoadedConfig:
+    """The config with the fastest layout that fits and keeps what the user has set; its sources say `plan`."""
+    spec = config.spec
+    if shape is None or gpu is None:
+        missing = "the model's sizes are not readable here" if shape is None else unknown_gpu(spec)
+        raise TopologyError(f"topology: auto: {missing}; or give the sizes themselves")
+    set_by_user = [key for key in ("train.micro_batch_size", "train.recompute") if config.sources[key] != "default"]
+    result = search(spec, shape, gpu)
+    allowed = [
+        candidate
+        for candidate in result.fitting
+        if all(candidate.overrides[key] == value_at(spec, key) for key in set_by_user)
+    ]
+    if not allowed:
+        raise TopologyError(f"topology: auto: {nothing_fits(spec, result)}")
+    chosen: dict[str, Source] = {key: "plan" for key in allowed[0].overrides if key not in set_by_user}
+    return dataclasses.replace(
+        config, spec=apply(spec, allowed[0]), sources={**config.sources, **chosen}, auto_topology=False
+    )
+
+
+def check_described(
+    described: Mapping[str, Any], shape: ModelShape, shown: str, model_path: str, ignored: Sequence[str] = ()
+) -> None:
+    """ConfigError where the model that the file `shown` spells out, as a config.json, is not the one in model_path."""
+    spelled_out = ModelShape.from_config(dict(described), shown)
+    ignored = ("max_position_embeddings", *ignored)  # rotary positions have no table of that length
+    differences = [
+        f"{shown}: model: {field.name} is {mine}, but {theirs} in model.path {model_path}"
+        for field in dataclasses.fields(ModelShape)
+        if field.name not in ignored
+        and (mine := getattr(spelled_out, field.name)) != (theirs := getattr(shape, field.name))
+    ]
+    if differences:
+        raise ConfigError(differences)
+
+
+def model_shape_of(spec: RunSpec) -> ModelShape | None:
+    """The model's sizes, or None where they cannot be read on this machine."""
+    packaged = package_file(spec.model.path) if spec.model.path.startswith("package:") else None
+    path = packaged or Path(spec.model.path)
+    if not path.exists() and spec.after_directory is not None and spec.comes_later(spec.model.path):
+        return model_shape_of(read_resolved(RunPaths(spec.after_directory).config))  # of the run that will write it
+    if path.suffix == ".gguf":
+        return read_gguf_shape(path)
+    if is_checkpoint(path):
+        return read_shape(path)
+    return read_model_shape(path)

@@ -1,0 +1,185 @@
+"""(RunSpec, Topology, RunPaths) → the batch script, byte for byte the same for the same input.
+
+The script is plain bash made by Jinja2 templates that a site can override block by block. Nothing reaches it unquoted:
+each value passes a filter that makes it one word for its reader, which is the shell or sbatch. The two quote
+differently: sbatch splits directive lines itself and takes backslash as an escape within single quotes too.
+
+Rejected: building the script in Python (a site cannot change it), and wrapping a pickled function (a person can
+neither read nor rerun it).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from launcher import resources
+from launcher.errors import TemplateError
+from launcher.exit_codes import ExitCode
+from launcher.rundir import RunPaths
+from launcher.spec import RunSpec
+from launcher.submission.secret_files import secrets_file
+from launcher.topology import Topology
+
+
+def shell(value: Any) -> str:
+    """`value` as one word of bash."""
+    return shlex.quote(_one_line(value))
+
+
+def words(values: Iterable[Any]) -> str:
+    """Several words of bash."""
+    return " ".join(shell(value) for value in values)
+
+
+def sbatch(value: Any) -> str:
+    """`value` as one word of an #SBATCH line."""
+    text = _one_line(value)
+    if text and all(letter.isalnum() or letter in "-_=./:,@%+" for letter in text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _one_line(value: Any) -> str:
+    text = str(value)
+    bad = next((letter for letter in text if letter in "\n\r\0"), None)
+    if bad is not None:
+        raise TemplateError(f"{text!r} holds {bad!r}, which cannot stand in a batch script; take it out")
+    return text
+
+
+def render(
+    spec: RunSpec, topology: Topology, paths: RunPaths, launcher_python: str, source_root: Path | None = None
+) -> str:
+    """The batch script of a run.
+
+    `launcher_python` starts local ranks, and all of them where no runtime is configured; `source_root` is the checkout
+    to put on PYTHONPATH, if the launcher is not installed.
+    """
+    name = spec.cluster.template or f"{spec.cluster.scheduler}.sh.j2"
+    resources.find("templates", name)  # says where it looked, which Jinja2 does not
+    option, request = _gpu_directive(spec)
+    mounts = _mounts(spec, paths, source_root)
+    try:
+        text = (
+            _environment()
+            .get_template(name)
+            .render(
+                run=paths,
+                cluster=spec.cluster,
+                runtime=spec.cluster.runtime,
+                resources=spec.resources,
+                checkpoint=spec.checkpoint,
+                has_preflight=spec.has_preflight,
+                preflight_seconds=spec.preflight.timeout_seconds,
+                notify=spec.notify,
+                topology=topology,
+                cache_dir=str(spec.cache_dir),
+                python=_python(spec, mounts, launcher_python),
+                launcher_python=launcher_python,
+                source_root=str(source_root) if source_root else "",
+                secrets_file=str(secrets_file(spec, paths) or ""),
+                secret_names=spec.secret_names,
+                srun_args=_srun_args(spec, mounts),
+                gpu_option=option,
+                gpu_request=request,
+                exit_codes=ExitCode,
+            )
+        )
+    except jinja2.TemplateError as error:
+        line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise TemplateError(f"template {name}{line} does not render: {error}") from None
+    return text
+
+
+def render_array(name: str, directives: Sequence[str], folder: Path, runs: Sequence[Path]) -> str:
+    """The script of a job array of which each element runs the script of one of `runs`; it logs to `folder`."""
+    template = _environment().get_template("array.sh.j2")
+    return template.render(name=name, directives=directives, folder=str(folder), runs=[str(run) for run in runs])
+
+
+def directives_of(script: str) -> list[str]:
+    """A script's #SBATCH lines but for its job's name and log."""
+    own = ("#SBATCH --job-name=", '#SBATCH "--job-name=', "#SBATCH --output=", '#SBATCH "--output=')
+    return [line for line in script.splitlines() if line.startswith("#SBATCH ") and not line.startswith(own)]
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([str(folder) for folder in resources.search_path("templates")]),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(shell=shell, words=words, sbatch=sbatch)
+    return environment
+
+
+def _gpu_directive(spec: RunSpec) -> tuple[str, str]:
+    """Option and value that ask for GPUs in the cluster's dialect; no value where nothing is asked."""
+    gpus, dialect = spec.resources.gpus_per_node, spec.cluster.gpu_directive
+    if not gpus or dialect == "none":
+        return "", ""
+    kind = f"{spec.cluster.gpu_type}:" if spec.cluster.gpu_type else ""
+    if dialect == "gres":
+        return "--gres", f"gpu:{kind}{gpus}"
+    if dialect == "gpus_per_task":
+        return "--gpus-per-task", f"{kind}1"
+    return "--gpus-per-node", f"{kind}{gpus}"
+
+
+def _srun_args(spec: RunSpec, mounts: list[str]) -> list[str]:
+    """The cluster's own options and the container's."""
+    arguments, runtime = list(spec.cluster.srun_args), spec.cluster.runtime
+    if spec.resources.gpus_per_node and spec.cluster.gpu_directive == "gpus_per_task":
+        arguments.append("--gpu-bind=none")  # a rank must see its neighbours' GPUs for NCCL's direct copies
+    if runtime.kind == "pyxis":
+        arguments += [f"--container-image={runtime.image}", f"--container-mounts={','.join(mounts)}"]
+    return arguments
+
+
+def _python(spec: RunSpec, mounts: list[str], launcher_python: str) -> list[str]:
+    """The words that start Python in the configured runtime."""
+    runtime = spec.cluster.runtime
+    python = runtime.python or (launcher_python if runtime.kind == "none" else "python")
+    if runtime.kind != "apptainer":
+        return [python]
+    gpu = ["--nv"] if spec.resources.gpus_per_node else []
+    binds = [word for mount in mounts for word in ("--bind", mount)]
+    return ["apptainer", "exec", *gpu, *binds, str(runtime.image), python]
+
+
+def _mounts(spec: RunSpec, paths: RunPaths, source_root: Path | None) -> list[str]:
+    """Bind mounts of a container: the user's, then every host directory the ranks read or write, outermost only."""
+    runtime = spec.cluster.runtime
+    if runtime.kind not in ("pyxis", "apptainer"):
+        return []
+    files = [*spec.data.train, *spec.data.validation, *spec.data.validation_sets.values()]
+    files += [file for source in spec.data.sources.values() for file in source.files]
+    files += [spec.evaluation.prompts] if spec.evaluation.prompts else []
+    folders = {paths.root, spec.cache_dir, *(_fixed_folder(Path(file)) for file in files)}
+    if not spec.model.path.startswith("package:"):
+        path = Path(spec.model.path)
+        folders.add(path.parent if path.suffix in (".gguf", ".nemo") else path)
+    if spec.data.chat_template not in ("tokenizer", "none"):
+        folders.add(Path(spec.data.chat_template).parent)
+    folders |= {Path(item) for item in (spec.model.tokenizer, spec.checkpoint.resume_from, source_root) if item}
+    outermost = sorted(folder for folder in folders if not any(parent in folders for parent in folder.parents))
+    bad = [str(folder) for folder in outermost if set(str(folder)) & set(":,")]
+    if bad:
+        raise TemplateError([f"{folder}: a container cannot mount a path with ':' or ','; rename it" for folder in bad])
+    return [*runtime.mounts, *(f"{os.fspath(folder)}:{os.fspath(folder)}" for folder in outermost)]
+
+
+def _fixed_folder(file: Path) -> Path:
+    """The folder of a file, or of all that a pattern may match."""
+    parts = file.parts
+    fixed = next((index for index, part in enumerate(parts) if set(part) & set("*?[")), len(parts) - 1)
+    return Path(*parts[: min(fixed, len(parts) - 1)])

@@ -1,0 +1,27 @@
+"""What would change: the batch script of a config against that of a run, or against the one for another cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from launcher.rundir import RunPaths
+from launcher.submission.plan import Plan
+from launcher.submission.submit import script_of
+
+
+def against_run(plan: Plan, run: RunPaths) -> str:
+    """Unified diff from the script that `run` has to the one that this config would give it; empty where equal."""
+    ours = script_of(dataclasses.replace(plan, paths=run))
+    return _diff(run.script.read_text(encoding="utf-8"), ours, str(run.script), str(plan.config.path))
+
+
+def against_cluster(plan: Plan, other: Plan) -> str:
+    """Unified diff from the script for the config's cluster to the one for another cluster."""
+    names = (f"{plan.config.path} on {at.spec.cluster.name}" for at in (plan, other))
+    return _diff(script_of(plan), script_of(other), *names)
+
+
+def _diff(old: str, new: str, old_name: str, new_name: str) -> str:
+    lines = difflib.unified_diff(old.splitlines(True), new.splitlines(True), old_name, new_name)
+    return "".join(lines)

@@ -1,0 +1,1 @@
+"""Groups of runs from one config: points, job arrays, results."""

@@ -1,0 +1,74 @@
+"""The runs of a sweep, asked about together.
+
+A group is a file, RUN_ROOT/.groups/NAME.json, that lists its runs and what was set in each; each run is a directory
+like any other, NAME-0, NAME-1, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigError, did_you_mean
+from launcher.rundir import RunPaths, read_json, read_lines
+from launcher.views.runs import find_run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Runs that belong together."""
+
+    name: str
+    root: Path
+    points: dict[str, dict[str, str]]
+    """Run → what was set in it."""
+
+    @property
+    def runs(self) -> list[RunPaths]:
+        """The group's runs, in order."""
+        return [RunPaths(self.root / name) for name in self.points]
+
+    @property
+    def file(self) -> Path:
+        """Where the group is written down."""
+        return _file(self.root, self.name)
+
+
+def _file(root: Path, name: str) -> Path:
+    return root / ".groups" / f"{name}.json"
+
+
+def read_group(name: str, root: Path) -> Group | None:
+    """The group of this name in `root`, if there is one."""
+    values = read_json(_file(root, name)) if "/" not in name else None
+    return None if values is None else Group(name=name, root=root.absolute(), points=values["points"])
+
+
+def find_runs(word: str, root: Path) -> list[RunPaths]:
+    """The run, or all submitted runs of the group, that `word` names."""
+    group = read_group(word, root)
+    return [find_run(word, root)] if group is None else [run for run in group.runs if run.manifest.is_file()]
+
+
+def results(runs: Sequence[RunPaths], points: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
+    """One row a run: its name, what was set in it, and the last value of every metric it has logged."""
+    rows = []
+    for paths in runs:
+        last: dict[str, Any] = {}
+        for line in read_lines(paths.metrics):
+            last |= {name: value for name, value in line.items() if isinstance(value, int | float)}
+        rows.append({"run": paths.name, "set": points.get(paths.name, {}), "metrics": last})
+    return rows
+
+
+def sort_results(rows: list[dict[str, Any]], metric: str, descending: bool) -> list[dict[str, Any]]:
+    """Rows by a metric, best first; those without it last. ConfigError where no run has it."""
+    known = sorted({name for row in rows for name in row["metrics"]})
+    if metric not in known:
+        have = ", ".join(known) or "none yet"
+        raise ConfigError(f"--sort: no run has logged {metric!r}{did_you_mean(metric, known)}; there are: {have}")
+    having = [row for row in rows if metric in row["metrics"]]
+    having.sort(key=lambda row: row["metrics"][metric], reverse=descending)
+    return having + [row for row in rows if metric not in row["metrics"]]
