@@ -1,4 +1,4 @@
-"""The parallel layout of a run: sizes, the rules between them, and which rank is where.
+"""The parallel layout of a run: sizes, and the rules between them.
 
 One object carries the same numbers from the check on the login node to the process groups of the ranks. The rules
 are Megatron-core's own, plus three of ours: tensor parallel stays within a node (its all-reduces need NVLink), the
@@ -13,16 +13,6 @@ from dataclasses import dataclass
 from launcher.errors import TopologyError
 from launcher.model_shape import ModelShape
 from launcher.spec import RunSpec
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankCoordinates:
-    """Where a rank stands in each parallel dimension."""
-
-    tensor: int
-    context: int
-    data: int
-    pipeline: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,14 +44,6 @@ class Topology:
     def micro_batch_multiple(self) -> int:
         """The micro-batches of a rank in a step must be a multiple of this: the interleaved schedule's rule."""
         return self.pipeline_parallel if self.virtual_pipeline > 1 else 1
-
-    def coordinates(self, rank: int) -> RankCoordinates:
-        """Place of `rank` in Megatron-core's default order: tp fastest, then cp, dp, pp."""
-        tensor, rest = rank % self.tensor_parallel, rank // self.tensor_parallel
-        context, rest = rest % self.context_parallel, rest // self.context_parallel
-        return RankCoordinates(
-            tensor=tensor, context=context, data=rest % self.data_parallel, pipeline=rest // self.data_parallel
-        )
 
     def describe(self) -> str:
         """`tp2 x pp2 x dp2 = 8 ranks`, naming only what is larger than 1."""

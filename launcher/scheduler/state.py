@@ -41,11 +41,6 @@ class JobState(str, Enum):
         """The job will not run again by itself."""
         return self not in _ACTIVE and self is not JobState.UNKNOWN
 
-    @property
-    def retryable(self) -> bool:
-        """Ended through no fault of its own: `resubmit` is likely to go on."""
-        return self in _RETRYABLE
-
 
 _ACTIVE = frozenset(
     {
@@ -57,7 +52,6 @@ _ACTIVE = frozenset(
         JobState.COMPLETING,
     }
 )
-_RETRYABLE = frozenset({JobState.INTERRUPTED, JobState.TIMEOUT, JobState.NODE_FAIL, JobState.PREEMPTED})
 
 SLURM_STATES: dict[str, tuple[str, JobState]] = {
     "BOOT_FAIL": ("BF", JobState.NODE_FAIL),

@@ -102,10 +102,6 @@ class BatchPlan:
     def steps_in(self, epochs: int) -> int:
         return epochs * self.steps_per_epoch
 
-    def epoch_of(self, step: int) -> int:
-        """Epoch, from 0, that `step` belongs to."""
-        return step // self.steps_per_epoch
-
     def examples_at(self, step: int) -> NDArray[np.int64]:
         if step < 0:
             raise ValueError(f"step {step} is negative")

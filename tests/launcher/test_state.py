@@ -42,5 +42,3 @@ def test_words_of_slurm(text: str, state: JobState) -> None:
 def test_every_state_is_active_terminal_or_unknown() -> None:
     assert [state for state in JobState if not state.active and not state.terminal] == [JobState.UNKNOWN]
     assert not [state for state in JobState if state.active and state.terminal]
-    assert all(state.terminal for state in JobState if state.retryable)
-    assert not JobState.COMPLETED.retryable

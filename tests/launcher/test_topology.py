@@ -1,4 +1,4 @@
-"""Layout rules against a plain statement of them, and ranks against their coordinates."""
+"""Layout rules against a plain statement of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from launcher.errors import TopologyError
 from launcher.model_shape import ModelShape
 from launcher.spec import DataSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
-from launcher.topology import RankCoordinates, Topology, build_topology
+from launcher.topology import build_topology
 
 SMOLLM = ModelShape(
     model_type="llama",
@@ -121,30 +121,6 @@ def _problems(spec: RunSpec, shape: ModelShape | None) -> tuple[str, ...]:
     except TopologyError as error:
         return error.problems
     return ()
-
-
-@given(*[st.integers(1, 4)] * 4)
-def test_ranks_and_coordinates(tensor: int, context: int, data: int, pipeline: int) -> None:
-    topology = Topology(
-        world_size=tensor * context * data * pipeline,
-        ranks_per_node=tensor,
-        tensor_parallel=tensor,
-        pipeline_parallel=pipeline,
-        virtual_pipeline=1,
-        context_parallel=context,
-        data_parallel=data,
-        sequence_parallel=False,
-        micro_batch_size=1,
-        global_batch_size=data,
-    )
-    ranks = {
-        RankCoordinates(tensor=t, context=c, data=d, pipeline=p): ((p * data + d) * context + c) * tensor + t
-        for t in range(tensor)
-        for c in range(context)
-        for d in range(data)
-        for p in range(pipeline)
-    }
-    assert {topology.coordinates(rank): rank for rank in range(topology.world_size)} == ranks
 
 
 def make(nodes: int = 1, tasks: int = 2, gpus: int = 0, batch: int = 8, **topology: int | bool) -> RunSpec:
