@@ -2,10 +2,10 @@
 # PYTHON=/path/to/python3.11 chooses another interpreter for .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format clean
+.PHONY: help run test test-nemo lint format clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run:  ## Fine-tune a real 135M model on this machine (about five minutes on two cores)
 	@scripts/bootstrap run
@@ -15,6 +15,11 @@ test:  ## Install what the tests need, then run them: unit, parity, slurm
 	@scripts/bootstrap dev
 	@scripts/install-slurm
 	@scripts/test
+
+test-nemo:  ## Compare with the real NeMo 2.7.3, in an environment of its own (2.5 GB)
+	@scripts/bootstrap dev
+	@scripts/bootstrap-nemo
+	@scripts/test -m nemo
 
 lint:  ## Check style, types, spelling and shell scripts
 	@scripts/bootstrap dev

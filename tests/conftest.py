@@ -19,7 +19,7 @@ settings.register_profile("ci", derandomize=True)  # a push is judged by what it
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
-TIERS = ("parity", "slurm", "gpu", "slow")
+TIERS = ("parity", "slurm", "gpu", "nemo", "slow")
 """Markers in the order in which their tests run; tests without one of them come first."""
 
 

@@ -182,7 +182,7 @@ def _betas(value: Any, entries: Entries) -> Fate:
 
 
 def _schedule(value: Any, entries: Entries) -> Fate:
-    """CosineAnnealing: warm-up from lr / (warmup + 1), a cosine to min_lr, then constant_steps at min_lr.
+    """CosineAnnealing: warm-up from lr / (warmup + 1), or from 0 with constant_steps; a cosine to min_lr; then those.
 
     Formulas: NeMo 2.7.3, nemo/core/optim/lr_scheduler.py, WarmupAnnealHoldPolicy and CosineAnnealing.
     """
@@ -203,7 +203,7 @@ def _schedule(value: Any, entries: Entries) -> Fate:
         raise Refused(f"min_lr {floor} is above lr {rate}")
     end = steps - hold
     settings: dict[str, Any] = {"train.optimizer.warmup_steps": warmup, "train.optimizer.min_lr": floor}
-    if warmup:
+    if warmup and not hold:
         settings["train.optimizer.initial_lr"] = rate / (warmup + 1)
     if end > warmup:
         return Fate(settings | {"train.optimizer.schedule": "cosine", "train.optimizer.decay_steps": end})

@@ -26,22 +26,15 @@ from sft.megatron.optimizer import build_scheduler
 def test_schedule_is_nemos(steps: int, warmup: int, hold: int, rate: float, floor: float) -> None:
     """Against the rule of NeMo's CosineAnnealing, step by step, through Megatron-core's scheduler."""
     lowest = floor * rate
-    text = yaml.safe_dump(
-        {
-            "trainer": {"devices": 1, "max_steps": steps},
-            "model": {
-                "optim": {
-                    "lr": rate,
-                    "sched": {
-                        "name": "CosineAnnealing",
-                        "warmup_steps": warmup,
-                        "constant_steps": hold,
-                        "min_lr": lowest,
-                    },
-                }
-            },
-        }
-    )
+    for step, found in enumerate(imported_rates(steps, warmup, hold, rate, lowest)):
+        assert found == pytest.approx(nemo_rate(step, steps, warmup, hold, rate, lowest), rel=1e-9), step
+
+
+def imported_rates(steps: int, warmup: int, hold: int, rate: float, lowest: float) -> list[float]:
+    """Our learning rate of every step, of a NeMo config that is imported."""
+    schedule = {"name": "CosineAnnealing", "warmup_steps": warmup, "constant_steps": hold, "min_lr": lowest}
+    optim = {"lr": rate, "sched": schedule}
+    text = yaml.safe_dump({"trainer": {"devices": 1, "max_steps": steps}, "model": {"optim": optim}})
     prefix = "train.optimizer."
     found = {
         key.removeprefix(prefix): value
@@ -50,18 +43,19 @@ def test_schedule_is_nemos(steps: int, warmup: int, hold: int, rate: float, floo
     }
     spec = OptimizerSpec(**found)  # type: ignore[arg-type]
     group = {"max_lr": spec.lr, "min_lr": spec.lr if spec.schedule == "constant" else spec.min_lr}
-    holder = SimpleNamespace(param_groups=[group])
-    schedule = build_scheduler(spec, holder, steps)
+    scheduler = build_scheduler(spec, SimpleNamespace(param_groups=[group]), steps)
+    rates = []
     for step in range(steps):
-        schedule.num_steps = step
-        schedule.step(0)
-        assert group["lr"] == pytest.approx(nemo_rate(step, steps, warmup, hold, rate, lowest), rel=1e-9), step
+        scheduler.num_steps = step
+        scheduler.step(0)
+        rates.append(group["lr"])
+    return rates
 
 
 def nemo_rate(step: int, steps: int, warmup: int, hold: int, rate: float, lowest: float) -> float:
-    """NeMo 2.7.3: a warm-up that is over one step late, a cosine, then the lowest rate."""
+    """NeMo 2.7.3: a warm-up, which starts at 0 only where there are constant steps; a cosine; the lowest rate."""
     if warmup and step <= warmup:
-        return rate * (step + 1) / (warmup + 1)
+        return rate * step / warmup if hold else rate * (step + 1) / (warmup + 1)
     decay = steps - hold - warmup
     if step > warmup + decay or decay <= 0:
         return lowest
