@@ -246,8 +246,8 @@ class DataSpec:
     max_lost_percent: float = 100.0
     """Refuse data of which the length policy takes away more of the tokens to be trained than this."""
     packing: bool = False
-    """Put several examples into one row of up to seq_length tokens, kept apart from each other; needs micro_batch_size
-    1, since a row is many examples already. The same examples make the same steps with or without it."""
+    """Put several examples into one row of up to seq_length tokens, kept apart from each other. A micro-batch is
+    train.micro_batch_size such rows, joined. The same examples make the same steps with or without it."""
     pad_to_multiple: int = 8
     """Batches are padded to their longest row, rounded up to this."""
     group_by_length: bool = False
@@ -329,11 +329,15 @@ class TrainSpec:
     """examples: a step holds equally many of them; tokens: each epoch is packed into rows of seq_length tokens, and a
     step holds the examples of global_batch_size / seq_length rows. Means the same with data.packing or without it."""
     micro_batch_size: int = 1
-    """Examples in one forward pass of one rank."""
+    """Examples in one forward pass of one rank; with data.packing rows of up to data.seq_length tokens."""
     seed: int = 1234
     """Seed of data order, random weights and dropout."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    kernels: Literal["auto", "plain", "fused"] = "auto"
+    """plain: torch's own operations; fused: RMSNorm with the residual addition, RoPE, SwiGLU, LM head with
+    cross-entropy at supervised positions only, and weight gradients added to the buffer by the product itself, in
+    Triton on a GPU; auto: fused on a GPU where Triton is installed."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass."""
     eval_every: Optional[int] = None

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launcher.errors import LauncherError
 from launcher.exit_codes import ExitCode
+from sft.bench.command import add_arguments
 from sft.error_record import record_error
 
 
@@ -67,7 +68,17 @@ def _parser() -> argparse.ArgumentParser:
                 default="hf",
                 help="nemo2: a NeMo 2 checkpoint in export_nemo2/ as well",
             )
+    what = "measure training speed and memory on drawn weights, beside other trainers if asked"
+    command = commands.add_parser("bench", help=what, description=what)
+    add_arguments(command)
+    command.set_defaults(run=_bench)
     return parser
+
+
+def _bench(options: argparse.Namespace) -> ExitCode:
+    from sft.bench.command import bench
+
+    return bench(options)
 
 
 def _prepare(options: argparse.Namespace) -> ExitCode:

@@ -28,7 +28,7 @@ from sft.data.batch import MicroBatch, StepBatch
 from sft.hf.architecture import Architecture
 from sft.megatron.initial_weights import load_initial_weights
 from sft.megatron.judge import StepJudge
-from sft.megatron.layers import packed_sequences
+from sft.megatron.layers import PackedSequences, packed_sequences
 from sft.megatron.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -39,7 +39,7 @@ from sft.megatron.mcore import (
     get_forward_backward_func,
     parallel_state,
 )
-from sft.megatron.model import build_chunks, transformer_config
+from sft.megatron.model import Targets, build_chunks, transformer_config
 from sft.megatron.optimizer import LightningOptimizerShell, build_optimizer, build_scheduler
 from sft.objective import weighted_for
 
@@ -126,6 +126,11 @@ class SFTGPT(pl.LightningModule):
         self.config.grad_scale_func = self.megatron_optimizer.scale_loss
         return LightningOptimizerShell(self.megatron_optimizer, self.judge)
 
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels are fused ones."""
+        return bool(self.config.gradient_accumulation_fusion)
+
     # Training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
@@ -135,7 +140,7 @@ class SFTGPT(pl.LightningModule):
             chunk.zero_grad_buffer()
         optimizer.zero_grad()  # type: ignore[union-attr]
         batch = weighted_for(self.spec.train.objective, batch, self.topology.data_parallel)
-        self.config.finalize_model_grads_func = partial(_finalize, global_weight=batch.global_weight)
+        self.config.finalize_model_grads_func = partial(_finalize, divisor=1.0 if self.fused else batch.global_weight)
         loss = _divide(self.forward_backward(batch, forward_only=False), batch.global_weight)
         learning_rate = self._set_learning_rate(batch.step)
         shell: LightningOptimizerShell = optimizer.optimizer  # type: ignore[union-attr,assignment]
@@ -169,7 +174,7 @@ class SFTGPT(pl.LightningModule):
         iterators: list[Iterator[MicroBatch]] = [iter(batch.micro_batches) for _ in self.chunks]
         rows, seq_length = batch.micro_batches[0].tokens.shape
         outputs = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=partial(_fused_step, divisor=batch.global_weight) if self.fused else _forward_step,
             data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batch.micro_batches),
@@ -203,9 +208,36 @@ class SFTGPT(pl.LightningModule):
 def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
     """Megatron-core's forward step: on the last stage the output is the loss of each target, [b, s]."""
     batch = next(iterator)
-    packed = packed_sequences(batch.cu_seqlens, batch.seq_lengths)
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=_packed(batch))
     return output, partial(_weighted_sum, batch.loss_weights)
+
+
+def _fused_step(
+    iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, divisor: float
+) -> tuple[Tensor, Any]:
+    """The same with fused kernels: on the last stage the output is the sum of weighted losses, divided already.
+
+    Then nobody has to divide all gradients.
+    """
+    batch = next(iterator)
+    places = batch.supervised
+    assert places is not None
+    weights, labels = (rows.t().reshape(-1)[places] for rows in (batch.loss_weights, batch.labels))
+    divisor = divisor or 1.0
+    targets = Targets(places, labels, weights / divisor)
+    output = model(
+        batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=_packed(batch), loss_mask=targets
+    )
+    return output, partial(_as_sum, len(places), divisor)
+
+
+def _packed(batch: MicroBatch) -> PackedSequences | None:
+    return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids.flatten())
+
+
+def _as_sum(count: int, divisor: float, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_weighted_sum` returns, but for the first, which stays divided: gradients come from it."""
+    return mean, torch.full((), count, dtype=torch.int32, device=mean.device), mean.detach() * divisor
 
 
 def _weighted_sum(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +252,7 @@ def _weighted_sum(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _finalize(
-    chunks: list[DistributedDataParallel], num_tokens: Tensor | None, *, global_weight: float, **kwargs: Any
+    chunks: list[DistributedDataParallel], num_tokens: Tensor | None, *, divisor: float, **kwargs: Any
 ) -> None:
     """Reduce gradients as Megatron-core does, then divide by the global batch's weight.
 
@@ -228,8 +260,9 @@ def _finalize(
     fractional weights do not fit into it, and the sum is known here already.
     """
     finalize_model_grads(chunks, None, **kwargs)
-    for chunk in chunks:
-        chunk.scale_gradients(1.0 / global_weight if global_weight > 0 else 0.0)
+    if divisor != 1.0:
+        for chunk in chunks:
+            chunk.scale_gradients(1.0 / divisor if divisor > 0 else 0.0)
 
 
 def _divide(total: Tensor, weight: float) -> Tensor:

@@ -170,12 +170,6 @@ def _sources(spec: RunSpec) -> Iterator[Problem]:
 
 def _batches(spec: RunSpec) -> Iterator[Problem]:
     data, train = spec.data, spec.train
-    if data.packing and train.micro_batch_size != 1:
-        yield (
-            "train.micro_batch_size",
-            f"{train.micro_batch_size} with data.packing: a packed row holds many examples already; set it to 1, and "
-            "make rows longer with data.seq_length",
-        )
     if train.global_batch_unit == "tokens" and data.seq_length > 0 and train.global_batch_size % data.seq_length:
         below = train.global_batch_size // data.seq_length * data.seq_length
         nearest = ", ".join(str(size) for size in (below, below + data.seq_length) if size)

@@ -4,8 +4,9 @@ Every number that belongs to the whole global batch (its weight above all, by wh
 by each rank from the cache's own index. No rank has to ask another, and no two can disagree.
 
 A micro-batch is either rows with one example each, padded behind it, or (`data.packing`) one row of many examples
-with the places where they begin. Padding behind a packed row belongs to no example: it is cut into sequences of its
-own, short ones, so that it costs next to nothing in attention.
+with the places where they begin; several packed rows of a micro-batch lie one behind the other as one. Padding behind
+a packed row belongs to no example: it is cut into sequences of its own, short ones, so that it costs next to nothing in
+attention.
 
 What is padding follows from stored lengths and is expressed in weights alone. Token ids never decide: in many
 tokenizers the padding token is the end token, which must keep its weight.
@@ -39,7 +40,7 @@ class RankShare:
     dp_rank: int
     dp_size: int
     micro_batch_size: int
-    """Rows of a micro-batch; with packing 1."""
+    """Rows of a micro-batch; packed ones are joined."""
     pad_to_multiple: int = 1
     sequence_multiple: int = 1
     """What the topology asks of a row's length (Topology.sequence_multiple)."""
@@ -60,6 +61,9 @@ class MicroBatch:
     """Weight of each label in the loss; 0 on padding and on empty slots."""
     position_ids: torch.Tensor
     """Place of each token in its own sequence."""
+    supervised: Optional[torch.Tensor] = None
+    """Where loss_weights is not 0, in the order of hidden states: index position * rows + row. Known on the host, so
+    that no step waits for the device to count them."""
     cu_seqlens: Optional[torch.Tensor] = None
     """int32: where the sequences of a packed row begin, and its end; None without packing."""
     seq_lengths: Optional[tuple[int, ...]] = None
@@ -142,18 +146,27 @@ def _padded_rows(slots: NDArray[np.int64], share: RankShare) -> list[list[Row]]:
 def _packed_rows(plan: StepPlan, step: int, lengths: NDArray[np.int64], share: RankShare) -> list[list[Row]]:
     """Micro-batches of one row of examples each, or none."""
     assert share.row_length is not None
-    if share.micro_batch_size != 1:
-        raise ValueError(f"a packed row is a micro-batch of its own; micro_batch_size is {share.micro_batch_size}")
+    multiple = share.micro_batch_multiple * share.micro_batch_size
     slots = plan.examples_at(step)
     examples = slots[slots != EMPTY_SLOT]
     planned = plan.rows_at(step)
     if planned is not None:
         planned = Rows(np.arange(len(examples)), planned.offsets)
-    found = pack_step(lengths[examples] - 1, share.row_length, share.dp_size, share.micro_batch_multiple, planned)
+    found = pack_step(lengths[examples] - 1, share.row_length, share.dp_size, multiple, planned)
     packed = [examples[row] for row in found]
-    table = assign_rows([row_cost(lengths[row] - 1) for row in packed], share.dp_size, share.micro_batch_multiple)
+    table = assign_rows([row_cost(lengths[row] - 1) for row in packed], share.dp_size, multiple)
     nothing = np.zeros(0, dtype=np.int64)
-    return [[nothing if row == EMPTY_ROW else packed[row]] for row in table[share.dp_rank].tolist()]
+    mine = [nothing if row == EMPTY_ROW else packed[row] for row in table[share.dp_rank].tolist()]
+    size = share.micro_batch_size
+    return [[_joined(mine[first : first + size], lengths)] for first in range(0, len(mine), size)]
+
+
+def _joined(rows: Sequence[Row], lengths: NDArray[np.int64]) -> Row:
+    """Packed rows as one, its longest example first, which attention kernels make use of."""
+    if len(rows) == 1:
+        return rows[0]
+    examples = np.concatenate(rows)
+    return examples[np.argsort(-lengths[examples], kind="stable")]
 
 
 def _micro_batch(cache: Examples, rows: Sequence[Row], padded: int, packed: bool) -> MicroBatch:
@@ -183,6 +196,7 @@ def _micro_batch(cache: Examples, rows: Sequence[Row], padded: int, packed: bool
         labels=torch.from_numpy(labels),
         loss_weights=torch.from_numpy(loss_weights),
         position_ids=torch.from_numpy(positions),
+        supervised=torch.from_numpy(np.flatnonzero(loss_weights.T)),
         cu_seqlens=torch.tensor(np.cumsum([0, *seq_lengths]), dtype=torch.int32) if packed else None,
         seq_lengths=tuple(seq_lengths) if packed else None,
     )

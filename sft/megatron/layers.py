@@ -49,9 +49,13 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
 
     seq_lengths: tuple[int, ...] = ()
     """The same on the host."""
+    positions: Tensor | None = None
+    """Place of each token in its own sequence, [t]."""
 
 
-def packed_sequences(cu_seqlens: Tensor | None, seq_lengths: tuple[int, ...] | None) -> PackedSequences | None:
+def packed_sequences(
+    cu_seqlens: Tensor | None, seq_lengths: tuple[int, ...] | None, positions: Tensor | None = None
+) -> PackedSequences | None:
     """What the layers must know of a packed row; None for rows of one sequence each.
 
     Megatron-core's RoPE reads the offsets as Python numbers in every layer, and prefers the `padded` ones: they are
@@ -71,6 +75,7 @@ def packed_sequences(cu_seqlens: Tensor | None, seq_lengths: tuple[int, ...] | N
         max_seqlen_q=max(seq_lengths),
         max_seqlen_kv=max(seq_lengths),
         seq_lengths=seq_lengths,
+        positions=positions,
     )
 
 

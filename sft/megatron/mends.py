@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from sft.kernels.weight_gradient import FusedWeightGradient
+
 _write_errors: list[OSError | RuntimeError] = []
 
 
@@ -44,6 +46,13 @@ def apply(
     writer = filesystem_async.FileSystemWriterAsync
     for holder, name in ((save_common, "save_common"), (writer, "finish"), (serialization, "save_config")):
         setattr(holder, name, _raising_later(getattr(holder, name)))
+
+
+def provide_weight_gradient(linears: types.ModuleType) -> None:
+    """Give Megatron-core's linears the product that adds to a gradient buffer, where Apex's is not installed."""
+    if not linears._grad_accum_fusion_available:
+        linears.fused_weight_gradient_mlp_cuda = FusedWeightGradient  # type: ignore[attr-defined]
+        linears._grad_accum_fusion_available = True  # type: ignore[attr-defined]
 
 
 def raise_write_error() -> None:

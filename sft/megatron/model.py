@@ -8,8 +8,10 @@ bf16 stays off.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,12 +25,32 @@ from launcher.topology import Topology
 from sft.hf.adapter import MARK
 from sft.hf.architecture import Activation, Architecture
 from sft.hf.checks import check_model_settings
+from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
+from sft.megatron.fused import use_fused_layers
 from sft.megatron.layers import decoder_spec
 from sft.megatron.lora import attach_adapters, use_lora_linears
-from sft.megatron.mcore import GPTModel, TransformerBlockSubmodules, TransformerConfig, parallel_state
+from sft.megatron.mcore import GPTModel, TransformerBlockSubmodules, TransformerConfig, parallel_state, tensor_parallel
 from sft.megatron.norms import LayerNorm, ZeroCenteredRMSNorm
 
 _BASE = "base_weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The supervised positions of a micro-batch: the loss is the sum of weights times cross-entropies over them."""
+
+    places: Tensor
+    """Indices into the hidden states, in their order: sequence position first, then row."""
+    labels: Tensor
+    weights: Tensor
+
+
+def fused_kernels(spec: RunSpec, *, on_gpu: bool) -> bool:
+    """Whether train.kernels means the fused ones here."""
+    if spec.train.kernels != "auto":
+        return spec.train.kernels == "fused"
+    return on_gpu and importlib.util.find_spec("triton") is not None
+
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -56,11 +78,33 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         self.base_weights = ""
         """Identifies the frozen weights of an adapted model."""
 
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Megatron-core's; where `loss_mask` says which targets count, their weighted sum without the logits."""
+        targets = kwargs.get("loss_mask")
+        if not self.post_process or targets is None:
+            output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
+            return output
+        layer = self.output_layer
+        if layer.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=layer.tp_group)
+        else:
+            hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=layer.tp_group)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else layer.weight
+        first, width = self._own_vocabulary(weight.size(0))
+        part = VocabPart(first, width, layer.tp_group if layer.tp_group.size() > 1 else None)
+        chosen = hidden_states.flatten(0, 1).index_select(0, targets.places)
+        return linear_cross_entropy(chosen, weight, targets.labels, targets.weights, part)
+
+    def _own_vocabulary(self, rows: int) -> tuple[int, int]:
+        """First token and number of true tokens among this rank's `rows` of the vocabulary."""
+        first = rows * parallel_state.get_tensor_model_parallel_rank()
+        return first, min(max(self._true_vocab_size - first, 0), rows)
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Loss of each target, [b, s], from labels [b, s] and this rank's logits [s, b, vocab / tp]."""
         local_rows = logits.size(-1)
-        first_row = local_rows * parallel_state.get_tensor_model_parallel_rank()
-        true_rows = min(max(self._true_vocab_size - first_row, 0), local_rows)
+        _, true_rows = self._own_vocabulary(local_rows)
         if true_rows < local_rows:
             logits.narrow(-1, true_rows, local_rows - true_rows).fill_(torch.finfo(logits.dtype).min)
         loss: Tensor = super().compute_language_model_loss(labels, logits)
@@ -121,7 +165,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         cross_entropy_loss_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused_kernels(spec, on_gpu=on_gpu),
         deterministic_mode=False,
         **_parallel_settings(topology, on_gpu),
         **_recompute_settings(spec.train.recompute),
@@ -205,12 +249,20 @@ def _decoder(
     block = decoder_spec(config, vp_stage)
     if spec.model.lora.rank is not None:
         use_lora_linears(block)
+    if config.gradient_accumulation_fusion and _has_fused_layers(spec, architecture):
+        use_fused_layers(block)
     norm = LayerNorm if architecture.gpt2 else ZeroCenteredRMSNorm if architecture.zero_centered_norm else None
     if norm is not None:
         block.layer_norm = norm
         for layer in block.layer_specs:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     return block
+
+
+def _has_fused_layers(spec: RunSpec, architecture: Architecture) -> bool:
+    """Whether the layers are of the kind that is fused; others still have the fused loss and weight gradients."""
+    llama = architecture.rope is not None and architecture.activation == "silu" and not architecture.zero_centered_norm
+    return llama and spec.model.hidden_dropout == 0
 
 
 def _scale_embedding(scale: float, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

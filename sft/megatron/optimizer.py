@@ -88,7 +88,11 @@ def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, judge: Judge) -> tu
     bad = judge(loss, norm)
     for part in parts:
         grads = [param.grad for param in part.get_parameters() if param.grad is not None]
-        if grads and part.config.clip_grad < math.inf:
+        if not grads or part.config.clip_grad == math.inf:
+            continue
+        if grads[0].is_cuda:  # AdamW's kernel divides by a scaler's factor: one pass over all gradients less
+            part.optimizer.grad_scale = ((norm + 1e-6) / part.config.clip_grad).clamp(min=1.0).float()
+        else:
             factor = (part.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, factor.to(grads[0].dtype))
     for inner in _torch_optimizers(optimizer):

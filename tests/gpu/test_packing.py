@@ -24,7 +24,8 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 def attention(dropout: float = 0.0) -> CoreAttention:
-    config: Any = SimpleNamespace(attention_dropout=dropout)
+    # With sequence parallel, dropout draws from the generator that is set: no stream of Megatron-core is needed.
+    config: Any = SimpleNamespace(attention_dropout=dropout, sequence_parallel=True)
     return CoreAttention(config, 1, None, "self")
 
 

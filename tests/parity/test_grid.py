@@ -42,18 +42,20 @@ FORMS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True},
     "packed_tokens": {"packing": True, "global_batch_unit": "tokens", "global_batch_size": 512},
     "padded_tokens": {"micro_batch_size": 2, "global_batch_unit": "tokens", "global_batch_size": 512},
+    "joined": {"packing": True, "micro_batch_size": 2},
+    "fused": {"packing": True, "kernels": "fused"},
+    "fused_padded": {"micro_batch_size": 2, "kernels": "fused"},
 }
-"""A packed row is a micro-batch of its own, so that it has no second size; instead the batch counted in tokens."""
 DEFAULT = {
-    "tp1": ("packed", "padded_tokens"),
-    "tp2": ("packed",),
+    "tp1": ("packed", "padded_tokens", "joined", "fused", "fused_padded"),
+    "tp2": ("packed", "joined", "fused_padded"),
     "pp2": ("padded_2", "packed"),
     "tp2_pp2": ("packed",),
     "dp2": ("padded_1", "packed_tokens"),
     "dp4": ("packed",),
-    "tp2_dp2_sp": ("packed",),
-    "vpp2": ("packed", "padded_1"),
-    "recompute": ("packed",),
+    "tp2_dp2_sp": ("packed", "fused"),
+    "vpp2": ("packed", "padded_1", "joined"),
+    "recompute": ("packed", "fused"),
 }
 CELLS = [
     pytest.param(layout, form, id=f"{layout}-{form}", marks=() if form in DEFAULT[layout] else (pytest.mark.slow,))

@@ -297,7 +297,36 @@ def test_packed_rows_of_a_step_have_one_shape(tmp_path: Path) -> None:
             assert shape[1] % 4 == 0 and shape[1] <= 24
 
 
-def test_packed_rows_are_a_micro_batch_each(tmp_path: Path) -> None:
+def test_packed_rows_of_a_micro_batch_are_joined(tmp_path: Path) -> None:
+    """The same examples as alone, their longest first, and as many micro-batches as rows ask for."""
+    cache = make_cache(tmp_path / "cache", ragged_pairs(16))
+    alone = batch_of(cache, plan_of(cache), 0, row_length=24, micro_batch_size=1)
+    joined = batch_of(cache, plan_of(cache), 0, row_length=24, micro_batch_size=2)
+    assert len(joined.micro_batches) == -(-len(alone.micro_batches) // 2)
+    assert real_tokens(joined) == real_tokens(alone)
+    for micro in joined.micro_batches:
+        assert micro.tokens.shape[0] == 1
+        lengths = [length for length in micro.seq_lengths or () if length]
+        assert lengths == sorted(lengths, reverse=True) or sum(lengths) > joined.tokens
+    assert joined.global_weight == alone.global_weight
+
+
+def real_tokens(batch: StepBatch) -> list[tuple[int, ...]]:
+    """Token ids of every sequence that has targets."""
+    found = []
+    for micro in batch.micro_batches:
+        lengths = list(micro.seq_lengths or ())
+        parts = zip(micro.tokens[0].split(lengths), micro.loss_weights[0].split(lengths), strict=True)
+        found += [tuple(tokens.tolist()) for tokens, weights in parts if weights.any()]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("row_length", [None, 24])
+def test_supervised_places_are_in_the_order_of_hidden_states(tmp_path: Path, row_length: int | None) -> None:
+    """Position first, then row: [s, b] flattened."""
     cache = make_cache(tmp_path / "cache", ragged_pairs(8))
-    with pytest.raises(ValueError, match="micro_batch_size is 2"):
-        batch_of(cache, plan_of(cache), 0, row_length=24)
+    for micro in batch_of(cache, plan_of(cache), 0, row_length=row_length, micro_batch_size=2).micro_batches:
+        assert micro.supervised is not None
+        weights = micro.loss_weights.t().reshape(-1)
+        assert weights.any()
+        assert torch.equal(micro.supervised, weights.nonzero().flatten())

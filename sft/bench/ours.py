@@ -1,0 +1,225 @@
+"""Our own contender: the trainer, module, data loader and optimizer of `sft train`, on drawn weights and tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from launcher.spec import DataSpec, ModelSpec, OptimizerSpec, ResourcesSpec, RunSpec, TrainSpec
+from launcher.topology import Topology, build_topology
+from sft.bench.result import Result, StepClock
+from sft.bench.workload import Workload
+from sft.data.batch import StepBatch
+from sft.data.cache import TokenPair
+from sft.data.datamodule import StepBatches, StepLoader, step_plan
+from sft.hf.architecture import read_architecture
+from sft.megatron.initial_weights import INITIAL_STD
+from sft.megatron.model import build_chunks, transformer_config
+from sft.module import SFTGPT
+from sft.rank_env import RankEnv
+from sft.trainer import megatron_trainer
+
+PROFILED_STEPS = 2
+_LARGEST = 25
+_ANNOTATION = "Optimizer.step#"  # a range around kernels, not one of them
+_NAME_LENGTH = 160
+_KERNELS = {
+    "communication": r"nccl",
+    "attention": r"flash|fmha|sdpa|attention",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|splitK|cublas",
+    "optimizer": r"adam|multi_tensor|lpnorm",
+    "cross-entropy": r"^_statistics|^_gradient",
+    "norm, RoPE, SwiGLU": r"^_forward|^_backward|^_rotate",
+    "copies": r"memcpy|memset|copy|cat",
+}
+"""Kinds of GPU kernels by their names; the first that fits counts."""
+
+
+def run_ours(
+    workload: Workload, folder: Path, *, kernels: str, recompute: str, micro_batches: int, warmup: int, steps: int
+) -> Result:
+    """Train `warmup` steps, then `steps` under the clock, then a few under the profiler."""
+    env = RankEnv.from_environ()
+    spec = run_spec(
+        workload, folder, env.world_size, kernels, recompute, micro_batches, warmup + steps + PROFILED_STEPS
+    )
+    (folder / "config.json").write_text(json.dumps(workload.model_config))
+    architecture = read_architecture(folder)
+    topology = build_topology(spec, architecture.shape)
+    max_steps = warmup + steps + PROFILED_STEPS
+    clock = StepClock(warmup)
+    module = BenchModule(spec, architecture, topology, folder, max_steps, clock=clock, last=warmup + steps)
+    trainer = megatron_trainer(spec, topology, env, max_steps=max_steps, data_key={})
+    trainer.fit(module, datamodule=BenchData(workload, spec, topology, max_steps))
+    assert module.result is not None
+    return module.result
+
+
+def run_spec(
+    workload: Workload, folder: Path, ranks: int, kernels: str, recompute: str, micro_batches: int, max_steps: int
+) -> RunSpec:
+    """The config of the benchmark's run."""
+    settings: dict[str, Any] = {"kernels": kernels, "recompute": recompute}
+    return RunSpec(
+        name="bench",
+        resources=ResourcesSpec(gpus_per_node=ranks if torch.cuda.is_available() else 0, tasks_per_node=ranks),
+        model=ModelSpec(path=str(folder), init="random"),
+        data=DataSpec(train=["drawn"], seq_length=workload.seq_length, packing=True, pad_to_multiple=64),
+        train=TrainSpec(
+            max_steps=max_steps,
+            global_batch_size=workload.rows * workload.seq_length * ranks,
+            global_batch_unit="tokens",
+            micro_batch_size=workload.rows // micro_batches,
+            precision="bf16",
+            optimizer=OptimizerSpec(lr=1e-5, schedule="constant"),
+            **settings,
+        ),
+    )
+
+
+class BenchModule(SFTGPT):
+    """SFTGPT with weights drawn on the device, a clock around its steps, and a profiler behind them."""
+
+    def __init__(self, *args: Any, clock: StepClock, last: int) -> None:
+        super().__init__(*args)
+        self.clock = clock
+        self.last = last
+        """Steps under the clock, the warm-up included."""
+        self.result: Result | None = None
+        self._profile: profile | None = None
+
+    def configure_model(self) -> None:
+        device = self.trainer.strategy.root_device
+        self.config = transformer_config(self.spec, self.architecture, self.topology, on_gpu=device.type == "cuda")
+        chunks = build_chunks(self.spec, self.architecture, self.topology, self.config)
+        self.gpt = torch.nn.ModuleList(chunk.to(device) for chunk in chunks)
+        torch.manual_seed(self.spec.train.seed)
+        with torch.no_grad():
+            for name, parameter in self.gpt.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=INITIAL_STD)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        if batch_idx < self.last:
+            self.clock.before_step()
+        super().training_step(batch, batch_idx)
+        if batch_idx < self.last:
+            lengths = [length for part in batch.micro_batches for length in part.seq_lengths or ()]
+            slots = sum(part.tokens.numel() for part in batch.micro_batches)
+            real = batch.tokens // self.topology.data_parallel
+            self.clock.after_step(without_padding(lengths, real), slots, batch.supervised_tokens)
+        if batch_idx == self.last - 1:
+            assert self.last_step is not None
+            train = self.spec.train
+            settings: dict[str, object] = {
+                "weights": "bf16 with fp32 master",
+                "rows": train.global_batch_size // self.spec.data.seq_length // self.topology.data_parallel,
+                "micro_batch_size": train.micro_batch_size,
+                "kernels": train.kernels,
+                "recompute": train.recompute,
+            }
+            self.result = self.clock.result("ours", settings, self.architecture.shape, self.last_step.loss.item())
+            self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+            self._profile.__enter__()
+
+    def on_train_end(self) -> None:
+        if self._profile is not None and self.result is not None:
+            self._profile.__exit__(None, None, None)
+            kinds, kernels = kernel_times(self._profile, PROFILED_STEPS)
+            self.result.breakdown_ms.update(kinds)
+            self.result.largest_kernels_ms.update(kernels)
+
+
+def without_padding(lengths: list[int], tokens: int) -> list[int]:
+    """The lengths of examples alone: padding comes last in a row, and this drops as much of it as there is."""
+    if sum(lengths) == tokens:
+        return lengths
+    kept, left = [], sum(lengths) - tokens
+    for length in reversed(lengths):
+        taken = min(length, left)
+        left -= taken
+        kept.append(length - taken)
+    return [length for length in kept if length]
+
+
+def kernel_times(profiled: profile, steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds a step by kind of kernel, with the time in which none ran, and of the largest kernels."""
+    times: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    begin, end = float("inf"), 0.0
+    for event in profiled.events() or []:
+        if event.device_type != DeviceType.CUDA or event.name.startswith(_ANNOTATION):
+            continue
+        kind = next((kind for kind, names in _KERNELS.items() if re.search(names, event.name, re.I)), "other")
+        times[kind] += event.time_range.elapsed_us()
+        kernels[event.name[:_NAME_LENGTH]] += event.time_range.elapsed_us()
+        begin, end = min(begin, event.time_range.start), max(end, event.time_range.end)
+    if not times:
+        return {}, {}
+    idle = max(end - begin - sum(times.values()), 0.0)
+    by_kind = {kind: time / steps / 1e3 for kind, time in [*times.most_common(), ("no kernel", idle)]}
+    largest = {name: time / steps / 1e3 for name, time in kernels.most_common(_LARGEST)}
+    return _rounded(by_kind), _rounded(largest)
+
+
+def _rounded(times: dict[str, float]) -> dict[str, float]:
+    return {name: round(time, 2) for name, time in times.items()}
+
+
+class DrawnExamples:
+    """A workload's examples in the form that plans and batches read."""
+
+    key = "drawn"
+
+    def __init__(self, workload: Workload, steps: int) -> None:
+        self._examples = list(workload.examples(steps))
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.array([len(ids) for ids, _ in self._examples], dtype=np.int64)
+
+    @cached_property
+    def supervised(self) -> NDArray[np.int64]:
+        return np.array([trained[1:].sum() for _, trained in self._examples], dtype=np.int64)
+
+    @property
+    def target_weights(self) -> NDArray[np.float64]:
+        return self.supervised.astype(np.float64)
+
+    def tokens(self, example: int) -> TokenPair:
+        ids, trained = self._examples[example]
+        return ids, trained.astype(np.float32)
+
+
+class BenchData(pl.LightningDataModule):
+    """The loader of `sft train` over drawn examples."""
+
+    def __init__(self, workload: Workload, spec: RunSpec, topology: Topology, max_steps: int) -> None:
+        super().__init__()
+        self._spec, self._topology, self._max_steps = spec, topology, max_steps
+        self._examples = DrawnExamples(workload, max_steps * topology.data_parallel)
+        self._plan = step_plan(spec, self._examples, shuffle=True)
+
+    def train_dataloader(self) -> StepLoader:
+        batches = StepBatches(self._examples, self._plan, self._spec, self._topology, self._max_steps)
+        assert self.trainer is not None
+        return StepLoader(batches, self.trainer, pin_memory=self._spec.resources.gpus_per_node > 0)
+
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        return batch.to(device)

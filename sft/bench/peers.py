@@ -1,0 +1,195 @@
+"""Other trainers on the same card, model and data, each at its best: TRL's SFTTrainer, and a plain loop with Liger.
+
+Both pack (best-fit decreasing), run Liger's kernels and fused AdamW, and get the attention that our own runs have: the
+FlashAttention kernel that torch carries, over offsets, with KV heads shared, registered with transformers under a name
+of its own. So neither is slow for want of the flash-attn wheel.
+
+`fp32` keeps fp32 weights and computes in bf16, which is the precision of our update; `bf16` keeps bf16 weights alone,
+which is faster and loses small updates.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sft.bench.result import Result, StepClock
+from sft.bench.workload import Workload
+from sft.data.packing import best_fit_decreasing
+from sft.kernels import attention
+
+ATTENTION = "packed_offsets"
+"""transformers takes a name with "flash" in it for a package to load."""
+Weights = Literal["fp32", "bf16"]
+
+
+def packed_flash(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What transformers calls: query [1, heads, t, dim], key and value [1, groups, t, dim] -> [1, t, heads, dim]."""
+    assert cu_seq_lens_q is not None and max_length_q is not None, "only for packed rows"
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if not query.is_cuda:  # for trying a script out; nothing is measured there
+        lengths = cu_seq_lens_q.diff().tolist()
+        parts = [tensor.transpose(0, 1)[None].split(lengths, dim=2) for tensor in (query, key, value)]
+        attend = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        whole = [attend(*part) for part in zip(*parts, strict=True)]
+        return torch.cat(whole, dim=2).transpose(1, 2), None
+    query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    return attention.flash(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
+
+
+def build_model(workload: Workload, weights: Weights) -> Any:
+    """transformers' model of this shape with drawn weights, on the device."""
+    import transformers
+    from transformers.masking_utils import flash_attention_mask
+
+    transformers.AttentionInterface.register(ATTENTION, packed_flash)
+    transformers.AttentionMaskInterface.register(ATTENTION, flash_attention_mask)
+    config = transformers.AutoConfig.for_model(**workload.model_config)
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.manual_seed(workload.seed)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+
+
+def run_trl(workload: Workload, *, weights: Weights, warmup: int, steps: int) -> Result:
+    """TRL's SFTTrainer: packing bfd, padding-free, no gradient checkpointing."""
+    import datasets
+    import trl
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+    clock = StepClock(warmup)
+
+    class Trainer(trl.SFTTrainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+            clock.before_step()
+            self.lengths = inputs["cu_seq_lens_q"]
+            self.slots = inputs["input_ids"].numel()
+            found: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return found
+
+    class Count(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            pending.append(trainer.lengths)
+            clock.after_step([], trainer.slots, 0)
+
+    pending: list[Tensor] = []
+    rows = [(ids.tolist(), trained) for ids, trained in workload.examples(warmup + steps + 1)]
+    dataset = datasets.Dataset.from_dict(
+        {
+            "input_ids": [ids[:-1] if workload.data == "full" else ids for ids, _ in rows],
+            "labels": [
+                [token if wanted else -100 for token, wanted in zip(ids, trained.tolist(), strict=True)][
+                    : -1 if workload.data == "full" else None
+                ]
+                for ids, trained in rows
+            ],
+        }
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments = trl.SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=workload.rows,
+            gradient_accumulation_steps=1,
+            max_steps=warmup + steps,
+            max_length=workload.seq_length,
+            packing=True,
+            packing_strategy="bfd",
+            bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
+            use_liger_kernel=torch.cuda.is_available(),
+            optim="adamw_torch_fused",
+            learning_rate=1e-5,
+            lr_scheduler_type="constant",
+            dataloader_num_workers=4 if torch.cuda.is_available() else 0,
+            logging_steps=10_000,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model=build_model(workload, weights),
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[Count()],
+        )
+        found = trainer.train()
+        result_lengths = [int(length) for offsets in pending[warmup:] for length in offsets.diff().tolist()]
+        clock.lengths = result_lengths
+        settings: dict[str, object] = {"weights": weights, "rows": workload.rows, "liger": True, "packing": "bfd"}
+        return clock.result("trl", settings, workload.model_shape, float(found.training_loss))
+
+
+def run_transformers(workload: Workload, *, weights: Weights, warmup: int, steps: int) -> Result:
+    """A loop of our own over transformers' model with Liger's kernels, its fused linear cross-entropy too."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    device = "cuda" if on_gpu else "cpu"
+    model = build_model(workload, weights).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu)
+    clock, loss = StepClock(warmup), torch.zeros(())
+    for batch, lengths, supervised in packed_batches(workload, warmup + steps):
+        clock.before_step()
+        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        with torch.autocast(device, torch.bfloat16, enabled=weights == "fp32"):
+            loss = model(**moved, max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.after_step(lengths, batch["input_ids"].numel(), supervised)
+    settings: dict[str, object] = {"weights": weights, "rows": workload.rows, "liger": True, "packing": "bfd"}
+    return clock.result("transformers", settings, workload.model_shape, float(loss.detach()))
+
+
+def packed_batches(workload: Workload, steps: int) -> list[tuple[dict[str, Tensor], list[int], int]]:
+    """(input of transformers' model, lengths, targets) of each step, `rows` packed rows one behind the other."""
+    examples = [
+        (ids[: workload.seq_length], trained[: workload.seq_length]) for ids, trained in workload.examples(steps)
+    ]
+    packed = best_fit_decreasing(workload_lengths(examples), workload.seq_length)
+    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(workload.seed)).tolist()
+    batches = []
+    for first in range(0, steps * workload.rows, workload.rows):
+        chosen = [examples[item] for row in order[first : first + workload.rows] for item in packed[row].tolist()]
+        lengths = [len(ids) for ids, _ in chosen]
+        labels = [torch.where(torch.from_numpy(trained), torch.from_numpy(ids).long(), -100) for ids, trained in chosen]
+        for label in labels:
+            label[0] = -100  # the loss shifts by one: it would be the target of the example before
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        batch = {
+            "input_ids": torch.cat([torch.from_numpy(ids).long() for ids, _ in chosen])[None],
+            "labels": torch.cat(labels)[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": offsets,
+            "cu_seq_lens_k": offsets,
+        }
+        batches.append((batch, lengths, int((batch["labels"] != -100).sum())))
+    return batches
+
+
+def workload_lengths(examples: list[tuple[Any, Any]]) -> Any:
+    """Lengths of examples as an array."""
+    import numpy as np
+
+    return np.array([len(ids) for ids, _ in examples], dtype=np.int64)

@@ -1,0 +1,92 @@
+"""What a benchmark gives, and the clock and counters it is made with."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from launcher.flops import mfu, training_flops
+from launcher.hardware import match_gpu
+from launcher.model_shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """One contender on one workload, over all measured steps and GPUs."""
+
+    contender: str
+    settings: dict[str, object]
+    steps: int
+    step_ms: float
+    real_tokens_per_second: float
+    slots_per_second: float
+    """Places of rows, padding included."""
+    supervised_tokens_per_second: float
+    tflops: float
+    """Useful operations a second and GPU, by launcher/flops.py, in units of 10^12."""
+    mfu: float | None
+    """None on a card whose peak is not known."""
+    peak_memory_gib: float
+    loss: float
+    """Of the last step: contenders that train the same must be near each other."""
+    breakdown_ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of a step by kind of kernel."""
+    largest_kernels_ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of a step in the kernels that take most of it."""
+
+
+class StepClock:
+    """Times steps by the host's clock between synchronisations, over many steps at once: nothing waits inside."""
+
+    def __init__(self, warmup: int) -> None:
+        self._warmup = warmup
+        self._done = 0
+        self._began = 0.0
+        self.slots = self.supervised = 0
+        self.lengths: list[int] = []
+
+    def before_step(self) -> None:
+        """Call first in a step."""
+        if self._done == self._warmup:
+            synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            self._began = time.perf_counter()
+
+    def after_step(self, lengths: list[int], slots: int, supervised: int) -> None:
+        """Call last in a step: input tokens of its examples, places of its rows, its targets."""
+        if self._done >= self._warmup:
+            self.lengths += lengths
+            self.slots += slots
+            self.supervised += supervised
+        self._done += 1
+
+    def result(self, contender: str, settings: dict[str, object], shape: ModelShape, loss: float) -> Result:
+        """What was measured since the warm-up."""
+        synchronize()
+        seconds = time.perf_counter() - self._began
+        steps = self._done - self._warmup
+        flops = training_flops(shape, self.lengths)
+        kind = match_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        return Result(
+            contender=contender,
+            settings=settings,
+            steps=steps,
+            step_ms=round(seconds / steps * 1e3, 2),
+            real_tokens_per_second=round(sum(self.lengths) / seconds, 1),
+            slots_per_second=round(self.slots / seconds, 1),
+            supervised_tokens_per_second=round(self.supervised / seconds, 1),
+            tflops=round(flops / seconds / 1e12, 1),
+            mfu=None if kind is None else round(mfu(flops, seconds, kind.bf16_tflops), 4),
+            peak_memory_gib=round(peak / 2**30, 2),
+            loss=round(loss, 4),
+        )
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,36 @@
+"""silu(gate) * up of a fused [gate; up] projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """[..., 2 * width] -> [..., width]. On a GPU backward overwrites `x`, which nothing else may then need."""
+    if x.is_cuda:
+        activated: Tensor = _SwiGLU.apply(x)
+        return activated
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        from sft.kernels import triton_swiglu
+
+        rows = x.contiguous().view(-1, x.shape[-1])
+        ctx.save_for_backward(rows)
+        return triton_swiglu.forward(rows).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from sft.kernels import triton_swiglu
+
+        (rows,) = ctx.saved_tensors
+        own = grad.contiguous().view(rows.shape[0], -1)
+        return triton_swiglu.backward_in_place(own, rows).view(*grad.shape[:-1], -1)

@@ -1,0 +1,125 @@
+"""Split a fused QKV projection into its heads and turn queries and keys by their positions, in one pass.
+
+A program takes one token with all its heads. Backward is the same pass from the other side, with the angles negated.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rotate(
+    mixed_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, position_ptr, rows_per_position,
+    GROUPS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    if HAS_POSITIONS:  # noqa: SIM108 - decided when the kernel is compiled
+        position = tl.load(position_ptr + token)
+    else:
+        position = token // rows_per_position
+    head = tl.arange(0, HEAD_BLOCK)
+    group, place = head // (QUERIES + 2), head % (QUERIES + 2)
+    exists = head < GROUPS * (QUERIES + 2)
+    is_q, is_k, is_v = exists & (place < QUERIES), exists & (place == QUERIES), exists & (place == QUERIES + 1)
+    mixed_row = (token * GROUPS * (QUERIES + 2) + head) * DIM
+    q_row = (token * GROUPS * QUERIES + group * QUERIES + place) * DIM
+    kv_row = (token * GROUPS + group) * DIM
+
+    half = tl.arange(0, HALF_BLOCK)
+    within = half < HALF
+    cos = tl.load(cos_ptr + position * HALF + half, mask=within, other=0.0)
+    sin = tl.load(sin_ptr + position * HALF + half, mask=within, other=0.0)
+    turned = (is_q | is_k)[:, None]
+    cos = tl.where(turned, cos[None, :], 1.0)
+    sin = tl.where(turned, sin[None, :], 0.0)
+    if BACKWARD:
+        sin = -sin
+    low, high = half[None, :], half[None, :] + HALF
+    mask, mask_q, mask_k, mask_v = (
+        exists[:, None] & within[None, :], is_q[:, None] & within[None, :],
+        is_k[:, None] & within[None, :], is_v[:, None] & within[None, :],
+    )  # fmt: skip
+    if BACKWARD:
+        first = tl.load(q_ptr + q_row[:, None] + low, mask=mask_q, other=0.0).to(tl.float32)
+        first += tl.load(k_ptr + kv_row[:, None] + low, mask=mask_k, other=0.0).to(tl.float32)
+        first += tl.load(v_ptr + kv_row[:, None] + low, mask=mask_v, other=0.0).to(tl.float32)
+        second = tl.load(q_ptr + q_row[:, None] + high, mask=mask_q, other=0.0).to(tl.float32)
+        second += tl.load(k_ptr + kv_row[:, None] + high, mask=mask_k, other=0.0).to(tl.float32)
+        second += tl.load(v_ptr + kv_row[:, None] + high, mask=mask_v, other=0.0).to(tl.float32)
+    else:
+        first = tl.load(mixed_ptr + mixed_row[:, None] + low, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(mixed_ptr + mixed_row[:, None] + high, mask=mask, other=0.0).to(tl.float32)
+    out_first = (first * cos - second * sin).to(mixed_ptr.dtype.element_ty)
+    out_second = (second * cos + first * sin).to(mixed_ptr.dtype.element_ty)
+    if BACKWARD:
+        tl.store(mixed_ptr + mixed_row[:, None] + low, out_first, mask=mask)
+        tl.store(mixed_ptr + mixed_row[:, None] + high, out_second, mask=mask)
+    else:
+        tl.store(q_ptr + q_row[:, None] + low, out_first, mask=mask_q)
+        tl.store(q_ptr + q_row[:, None] + high, out_second, mask=mask_q)
+        tl.store(k_ptr + kv_row[:, None] + low, out_first, mask=mask_k)
+        tl.store(k_ptr + kv_row[:, None] + high, out_second, mask=mask_k)
+        tl.store(v_ptr + kv_row[:, None] + low, out_first, mask=mask_v)
+        tl.store(v_ptr + kv_row[:, None] + high, out_second, mask=mask_v)
+
+    if REST_BLOCK > 0:  # dimensions behind the turned ones, where a model turns only a part
+        rest = tl.arange(0, REST_BLOCK) + 2 * HALF
+        left = (rest < DIM)[None, :]
+        at = rest[None, :]
+        if BACKWARD:
+            same = tl.load(q_ptr + q_row[:, None] + at, mask=is_q[:, None] & left, other=0.0)
+            same += tl.load(k_ptr + kv_row[:, None] + at, mask=is_k[:, None] & left, other=0.0)
+            same += tl.load(v_ptr + kv_row[:, None] + at, mask=is_v[:, None] & left, other=0.0)
+            tl.store(mixed_ptr + mixed_row[:, None] + at, same, mask=exists[:, None] & left)
+        else:
+            same = tl.load(mixed_ptr + mixed_row[:, None] + at, mask=exists[:, None] & left, other=0.0)
+            tl.store(q_ptr + q_row[:, None] + at, same, mask=is_q[:, None] & left)
+            tl.store(k_ptr + kv_row[:, None] + at, same, mask=is_k[:, None] & left)
+            tl.store(v_ptr + kv_row[:, None] + at, same, mask=is_v[:, None] & left)
+
+
+def forward(
+    mixed: Tensor, groups: int, queries: int, cos: Tensor, sin: Tensor, positions: Tensor | None, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(query, key, value), each [tokens, heads, dim], from [tokens, groups * (queries + 2) * dim].
+
+    cos and sin are fp32 [positions, turned dimensions / 2]. Without `positions`, token i of `rows` rows that take
+    turns is at i // rows.
+    """
+    tokens, dim = mixed.shape[0], mixed.shape[1] // (groups * (queries + 2))
+    q = mixed.new_empty(tokens, groups * queries, dim)
+    k, v = (mixed.new_empty(tokens, groups, dim) for _ in range(2))
+    _launch(mixed, q, k, v, groups, queries, cos, sin, positions, rows, backward=False)
+    return q, k, v
+
+
+def backward(
+    grads: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, rows: int
+) -> Tensor:
+    """The gradient of `mixed` from those of (query, key, value)."""
+    q, k, v = grads
+    tokens, groups, dim = k.shape
+    queries = q.shape[1] // groups
+    mixed = q.new_empty(tokens, groups * (queries + 2) * dim)
+    _launch(mixed, q, k, v, groups, queries, cos, sin, positions, rows, backward=True)
+    return mixed
+
+
+def _launch(
+    mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: int, queries: int,
+    cos: Tensor, sin: Tensor, positions: Tensor | None, rows: int, *, backward: bool,
+) -> None:  # fmt: skip
+    dim, half = k.shape[2], cos.shape[1]
+    rest = dim - 2 * half
+    _rotate[(k.shape[0],)](
+        mixed, q, k, v, cos, sin, cos if positions is None else positions, rows,
+        GROUPS=groups, QUERIES=queries, DIM=dim, HALF=half,
+        HEAD_BLOCK=triton.next_power_of_2(groups * (queries + 2)), HALF_BLOCK=triton.next_power_of_2(half),
+        REST_BLOCK=triton.next_power_of_2(rest) if rest else 0,
+        HAS_POSITIONS=positions is not None, BACKWARD=backward, num_warps=4,
+    )  # fmt: skip

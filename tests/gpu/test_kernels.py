@@ -1,0 +1,140 @@
+"""Each kernel on one CUDA device: output and gradients in bf16 against fp64 by torch's own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sft.kernels import attention, norm
+from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
+from sft.kernels.rope import split_and_rotate
+from sft.kernels.swiglu import swiglu
+from sft.kernels.weight_gradient import add_product
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+TOLERANCE = 5e-3
+"""Of the relative error in norm: one rounding to bf16 is about 1.7e-3."""
+Operation = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    draw = torch.Generator("cuda").manual_seed(seed + sum(shape))
+    return torch.randn(shape, device="cuda", generator=draw).bfloat16()
+
+
+def assert_equal(kernel: Operation, plain: Operation, inputs: Sequence[Tensor], tolerance: float = TOLERANCE) -> None:
+    """Outputs and the gradients of all inputs, from drawn gradients of the outputs."""
+    found = results(kernel, [tensor.clone().requires_grad_() for tensor in inputs])
+    exact = results(plain, [tensor.double().requires_grad_() for tensor in inputs])
+    for own, reference in zip(found, exact, strict=True):
+        error = (own.double() - reference).norm() / reference.norm()
+        assert error < tolerance, [float(error), tuple(own.shape)]  # NaN fails too
+
+
+def results(operation: Operation, inputs: Sequence[Tensor]) -> list[Tensor]:
+    outputs = operation(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    grads = [drawn(*output.shape, seed=9).to(output.dtype) for output in outputs]
+    torch.autograd.backward(outputs, grads)
+    return [*(output.detach() for output in outputs), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
+
+
+@pytest.mark.parametrize("width", [96, 2048, 3072])
+@pytest.mark.parametrize("rows", [1, 37, 3000])
+def test_norm(rows: int, width: int) -> None:
+    x, branch, weight = drawn(rows, 1, width), drawn(rows, 1, width, seed=1), drawn(width)
+
+    def plain(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return F.rms_norm(x + branch, (width,), weight, 1e-5), x + branch
+
+    def kernel(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return norm.add_and_fork(branch, x, weight, 1e-5)
+
+    assert_equal(kernel, plain, [x, branch, weight])
+
+    def alone(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return F.rms_norm(x, (width,), weight, 1e-5), x * 1
+
+    assert_equal(lambda x, weight: norm.fork(x, weight, 1e-5), alone, [x, weight])
+
+
+@pytest.mark.parametrize("width", [40, 1024, 8200])
+def test_swiglu(width: int) -> None:
+    def plain(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    assert_equal(lambda x: swiglu(x * 1), plain, [drawn(33, 2, 2 * width)])
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "turned"), [((8, 4), 64, 64), ((8, 3), 128, 128), ((3, 1), 96, 96), ((2, 2), 64, 32)]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rope(heads: tuple[int, int], dim: int, turned: int, packed: bool) -> None:
+    groups, queries = heads
+    s, b = (70, 1) if packed else (35, 2)
+    angles = torch.rand(70, turned // 2, device="cuda") * 70
+    positions = torch.cat([torch.arange(50), torch.arange(20)]).cuda() if packed else None
+
+    def plain(mixed: Tensor) -> tuple[Tensor, ...]:
+        where = None if positions is None else positions.cpu()
+        on_host = split_and_rotate(mixed.cpu(), groups, queries, angles.double().cpu(), where, 1.5)
+        return tuple(tensor.cuda() for tensor in on_host)
+
+    def kernel(mixed: Tensor) -> tuple[Tensor, ...]:
+        return split_and_rotate(mixed, groups, queries, angles, positions, 1.5)
+
+    assert_equal(kernel, plain, [drawn(s, b, groups * (queries + 2) * dim)])
+
+
+@pytest.mark.parametrize("vocab", [1000, 32003])
+def test_linear_cross_entropy(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft.kernels.linear_cross_entropy.CHUNK_BYTES", 2 * vocab * 100)
+    labels = torch.randint(0, vocab - 3, (257,), device="cuda")
+    weights = torch.rand(257, device="cuda")
+
+    def plain(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = (hidden @ weight.t())[:, :-3]  # the last three rows only fill up
+        return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+
+    def kernel(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, weights, VocabPart(0, vocab - 3))
+
+    assert_equal(kernel, plain, [drawn(257, 128), drawn(vocab, 128) * 0.2])
+
+
+@pytest.mark.parametrize(("heads", "dim"), [((8, 2), 64), ((24, 8), 128), ((4, 4), 80)])
+def test_packed_attention(heads: tuple[int, int], dim: int) -> None:
+    lengths = [700, 130, 64, 37, 1]
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = [tensor.transpose(0, 1)[None].split(lengths, dim=2) for tensor in (query, key, value)]
+        attended = [
+            F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in zip(*parts, strict=True)
+        ]
+        return torch.cat(attended, dim=2)[0].transpose(0, 1)
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention.flash(query, key, value, offsets, max(lengths), None)
+
+    shapes = [(sum(lengths), count, dim) for count in (heads[0], heads[1], heads[1])]
+    assert_equal(kernel, plain, [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)])
+
+
+def test_products_are_added_in_fp32() -> None:
+    a, b = drawn(300, 64), drawn(300, 96)
+    out = torch.randn(64, 96, device="cuda")
+    exact = out.double() + a.t().double() @ b.double()
+    add_product(out, a.t(), b)
+    assert (out.double() - exact).norm() / exact.norm() < 1e-5

@@ -1,0 +1,96 @@
+"""The loss without logits against torch's own, in fp64: in chunks, with padded vocabulary, over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from sft.kernels import linear_cross_entropy as module
+from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
+from tests.ranks import run_ranks
+
+VOCAB, HIDDEN, ROWS = 37, 16, 11
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, HIDDEN, generator=draw, dtype=dtype) for rows in (ROWS, VOCAB))
+    labels = torch.randint(0, VOCAB, (ROWS,), generator=draw)
+    return hidden.requires_grad_(), weight.requires_grad_(), labels, torch.rand(ROWS, generator=draw)
+
+
+def expected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss and gradients of hidden states and weight, by torch, times 3."""
+    hidden, weight, labels, loss_weights = inputs()
+    total = (F.cross_entropy(hidden @ weight.t(), labels, reduction="none") * loss_weights).sum()
+    (3 * total).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return total.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 4, ROWS])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_equals_torch(rows_at_a_time: int, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the weight that only fill up the vocabulary have no share in the sum, and get no gradient."""
+    total, hidden_grad, weight_grad = expected()
+    hidden, weight, labels, loss_weights = inputs()
+    wide = F.pad(weight.detach(), (0, 0, 0, padding), value=9.0).requires_grad_()
+    monkeypatch.setattr(module, "CHUNK_BYTES", rows_at_a_time * (VOCAB + padding) * 8)
+    found = linear_cross_entropy(hidden, wide, labels, loss_weights, VocabPart(0, VOCAB))
+    (3 * found).backward()
+    assert wide.grad is not None
+    torch.testing.assert_close(found.double(), total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hidden.grad, hidden_grad, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(wide.grad[:VOCAB], weight_grad, rtol=1e-5, atol=1e-6)
+    assert not wide.grad[VOCAB:].any()
+
+
+def test_no_targets_give_gradients_of_zero() -> None:
+    """A micro-batch without them must still answer the hooks that wait for every parameter's gradient."""
+    hidden, weight, labels, loss_weights = (
+        tensor.detach()[:0] if tensor.shape[0] == ROWS else tensor for tensor in inputs()
+    )
+    hidden.requires_grad_()
+    total = linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB))
+    total.backward()
+    assert total == 0
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_frozen_weight_and_evaluation_compute_no_gradients() -> None:
+    hidden, weight, labels, loss_weights = inputs()
+    linear_cross_entropy(hidden, weight.detach(), labels, loss_weights, VocabPart(0, VOCAB)).backward()
+    torch.testing.assert_close(hidden.grad, expected()[1] / 3, rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        total = linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB))
+    assert total.grad_fn is None
+    torch.testing.assert_close(total.double(), expected()[0], rtol=1e-6, atol=0)
+
+
+def over_ranks() -> tuple[Any, Any, Any]:
+    """Runs on a rank: loss, the sum of all ranks' gradients of the hidden states, this rank's of its weight rows."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    hidden, weight, labels, loss_weights = inputs()
+    rows = -(-VOCAB // size)
+    own = F.pad(weight.detach(), (0, 0, 0, rows * size - VOCAB))[rank * rows : (rank + 1) * rows].requires_grad_()
+    part = VocabPart(rank * rows, min(VOCAB - rank * rows, rows), dist.group.WORLD)
+    total = linear_cross_entropy(hidden, own, labels, loss_weights, part)
+    (3 * total).backward()
+    assert hidden.grad is not None and own.grad is not None
+    dist.all_reduce(hidden.grad)
+    return total.item(), hidden.grad.numpy(), own.grad[: part.width].numpy()
+
+
+@pytest.mark.parity
+def test_vocabulary_over_ranks() -> None:
+    total, hidden_grad, weight_grad = expected()
+    found = run_ranks(2, over_ranks, init=True)
+    for own, hidden, _ in found:
+        assert own == pytest.approx(float(total), rel=1e-6)
+        torch.testing.assert_close(torch.from_numpy(hidden), hidden_grad, rtol=1e-6, atol=1e-7)
+    weights = torch.cat([torch.from_numpy(weight) for *_, weight in found])
+    torch.testing.assert_close(weights, weight_grad, rtol=1e-5, atol=1e-6)
