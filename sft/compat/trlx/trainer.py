@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -137,6 +138,8 @@ class NeMoSFTTrainer(BaseRLTrainer):
         model = None if "model.path" in values else self._spelled_out()
         material = Material(samples=self.store, prompts=self._prompts(), model=model)
         spec = make_spec(values, material, self.paths, self._env)
+        if spec.logging.wandb is not None:
+            _name_for_wandb(self.config)
         run(spec, self.paths, self._metric(), self._env)
 
     # What learn() puts together ----------------------------------------------------------------------------------
@@ -240,6 +243,15 @@ def megatron_trainer(cfg: MegatronCfg) -> pl.Trainer:
     pl.seed_everything(spec.train.seed, verbose=False)
     env = RankEnv.from_environ()
     return our_trainer(spec, build_topology(spec, None), env, max_steps=spec.train.max_steps, data_key={})
+
+
+def _name_for_wandb(config: TRLConfig) -> None:
+    """entity_name, group_name and tags by the variables that W&B reads; what is set already stays."""
+    train = config.train
+    given = {"ENTITY": train.entity_name, "RUN_GROUP": train.group_name, "TAGS": ",".join(train.tags or ())}
+    for name, text in given.items():
+        if text:
+            os.environ.setdefault(f"WANDB_{name}", text)
 
 
 def _weights(config: TRLConfig, megatron: MegatronConfig | None, pretrained: str | None) -> Path | None:
