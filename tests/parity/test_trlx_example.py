@@ -34,7 +34,10 @@ trlx.train(
 """
 STARTS = {
     "alone": (1, [sys.executable]),
-    "local_ranks": (2, [sys.executable, "-m", "launcher.local_ranks", "--ranks", "2", "--log-dir", "logs", "--"]),
+    "local_ranks": (
+        2,
+        [sys.executable, "-m", "launcher.attempts.local_ranks", "--ranks", "2", "--log-dir", "logs", "--"],
+    ),
     "torchrun": (2, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
 }
 
