@@ -99,15 +99,18 @@ def take(paths: RunPaths, owner: Owner, holder_state: str = "") -> str | None:
             return None
         reason = why_void(current, owner, _age(paths), holder_state)
         if reason is None:
-            raise RunStateError(
-                f"run {paths.name} is held by {current.describe()}, renewed {_age(paths):.0f} s ago; two attempts "
-                f"must not write one run. Wait for it or end it; a lease of a dead owner is void after "
-                f"{EXPIRY_SECONDS:.0f} s"
-            )
+            raise _is_held(paths, current)
         if _take_over(paths, owner, current, holder_state):
             return f"{current.describe()}: {reason}"
         time.sleep(_POLL_SECONDS)
     return None
+
+
+def check_free(paths: RunPaths, holder_state: str = "") -> None:
+    """RunStateError where somebody holds the run; `holder_state` as for `take`."""
+    current = holder(paths)
+    if current is not None and why_void(current, Owner.of_process("launcher"), _age(paths), holder_state) is None:
+        raise _is_held(paths, current)
 
 
 def release(paths: RunPaths, owner: Owner) -> None:
@@ -190,6 +193,13 @@ def held(paths: RunPaths, attempt: str) -> Iterator[Keeper]:
         keeper.stop()
         if not mine:
             release(paths, owner)
+
+
+def _is_held(paths: RunPaths, current: Owner) -> RunStateError:
+    return RunStateError(
+        f"run {paths.name} is held by {current.describe()}, renewed {_age(paths):.0f} s ago; two attempts must not "
+        f"write one run. Wait for it or end it; a lease of a dead owner is void after {EXPIRY_SECONDS:.0f} s"
+    )
 
 
 def _read(file: Path) -> Owner | None:

@@ -6,8 +6,10 @@ lock keeps two of these commands from asking at the same moment.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
+from launcher.attempts.lease import check_free, holder
 from launcher.errors import RunStateError, SchedulerError
 from launcher.rundir import RunPaths, append_event
 from launcher.scheduler import processes, slurm
@@ -39,7 +41,18 @@ def check_idle(paths: RunPaths) -> RunStatus:
         raise SchedulerError(f"cannot tell whether a job of {paths.name} is still at work: {problem}")
     if status.state is JobState.UNKNOWN and status.scheduler == "local":
         raise RunStateError(f"cannot tell whether {paths.name} is still at work: {status.reason}")
+    _check_lease(paths, status)
     return status
+
+
+def _check_lease(paths: RunPaths, status: RunStatus) -> None:
+    """The run's own job is over; what else may hold it was started by hand: another job, or ranks without one."""
+    owner = holder(paths)
+    if owner is None or (owner.job_id and owner.job_id == status.job):
+        return
+    asked = {owner.job_id: 0.0} if owner.job_id and status.scheduler == "slurm" else {}
+    record = scheduler.ask(asked, [os.getuid()], fresh=True).records.get(owner.job_id)
+    check_free(paths, record.state.value if record is not None else "")
 
 
 def same_run(paths: RunPaths) -> Attempt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launcher.__main__ import main
+from launcher.attempts.lease import BY_HAND, held
 from launcher.exit_codes import ExitCode
 from launcher.rundir import COMPLETE, RunPaths, append_event
 from launcher.scheduler.state import JobState
@@ -159,6 +161,40 @@ def test_cancel_and_go_on(
     wait_for(lambda: state() is JobState.COMPLETED)
     assert [attempt.scheduler for attempt in read_manifest(RUN).attempts] == ["local", "local"]
     assert RUN.rank_log("local-2", 1).read_text() == "train 1\n"
+
+
+def test_ranks_by_hand_hold_the_run(
+    workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_BAD_RANK", "1")
+    monkeypatch.setenv("FAKE_CODE", "74")
+    assert launch(fake_python, "--follow") == 74
+    with held(RUN, BY_HAND):
+        assert main(["resubmit", "first"]) == ExitCode.CONFLICT
+        assert f"run first is held by attempt by-hand on {socket.gethostname()}" in capsys.readouterr().err
+        assert main(["resubmit", "first", "train.seed=9"]) == ExitCode.CONFLICT
+    monkeypatch.setenv("FAKE_BAD_RANK", "none")
+    assert main(["resubmit", "first"]) == 0
+    wait_for(lambda: state() is JobState.COMPLETED)
+
+
+def test_local_run_is_started_again(workdir: Path, commands: Commands, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the same process, and with the same followers, until the budget is used up or it is done."""
+    judge = f'[ "$2" != launcher.attempt ] || exec {sys.executable} "$@"\n'
+    killed = '[ "$3 ${RANK-}" != "train 1" ] || [ "$SFT_ATTEMPT" = local-3 ] || kill -9 $$\n'
+    python = commands.add("killed-twice", judge + killed)
+    assert launch(f"cluster.runtime.python={python}", "--follow") == 0
+    out = capfd.readouterr().out
+    for line in (
+        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 1 of 2 without a new checkpoint",
+        "attempt local-1 ended with exit code 137",
+        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 2 of 2 without a new checkpoint",
+        "attempt local-2 ended with exit code 137",
+        "attempt local-3 ended with exit code 0",
+    ):
+        assert f"{line}\n" in out
+    assert state() is JobState.COMPLETED
+    assert len(read_manifest(RUN).attempts) == 1
 
 
 def test_child_run_of_a_finished_run(workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]) -> None:
