@@ -60,7 +60,12 @@ class StepLoader(DataLoader[StepBatch]):
 
     def __init__(self, batches: StepBatches, trainer: pl.Trainer, *, pin_memory: bool) -> None:
         sampler = _RemainingSteps(trainer, len(batches))
-        super().__init__(batches, batch_size=None, sampler=sampler, collate_fn=_identity, pin_memory=pin_memory)
+        # Each iterator draws a seed for workers; from the default generator, dropout on CPU would go on elsewhere after
+        # a resume, which makes one iterator more.
+        own = torch.Generator()
+        super().__init__(
+            batches, batch_size=None, sampler=sampler, collate_fn=_identity, pin_memory=pin_memory, generator=own
+        )
 
     def state_dict(self) -> dict[str, int]:
         return {}
