@@ -15,7 +15,7 @@ _TOLD = {
     "attempt_started": lambda event: f"attempt {event['attempt']} started on {event.get('nodes') or event['host']}",
     "training_started": lambda event: f"training began after step {event['step']} of {event['max_steps']}",
     "stop_requested": lambda event: f"stopped after step {event['step']}: {_stop(event)}",
-    "hang_detected": lambda event: "no rank finished a step in time; stacks are in the ranks' logs",
+    "hang_detected": lambda event: f"no rank finished a step in time; behind: {_behind(event)}",
     "preflight_failed": lambda event: (
         "preflight failed on " + ", ".join(str(node["host"]) for node in event.get("nodes", []))
     ),
@@ -64,6 +64,11 @@ def _stop(event: Mapping[str, Any]) -> str:
     if event.get("deadline"):
         return "the end of the job's time is near"
     return f"asked by {event['signal']}" if event.get("signal") else "another rank was asked"
+
+
+def _behind(event: Mapping[str, Any]) -> str:
+    ranks = [f"rank {place['rank']} on {place['host']}" for place in event.get("behind", [])]
+    return ", ".join(ranks) if event.get("told_apart") else "nobody in particular"
 
 
 def _clock(event: Mapping[str, Any]) -> str:

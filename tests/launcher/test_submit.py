@@ -180,7 +180,7 @@ def test_ranks_by_hand_hold_the_run(
 
 def test_local_run_is_started_again(workdir: Path, commands: Commands, capfd: pytest.CaptureFixture[str]) -> None:
     """In the same process, and with the same followers, until the budget is used up or it is done."""
-    judge = f'[ "$2" != launcher.attempt ] || exec {sys.executable} "$@"\n'
+    judge = f'[[ "$2" != launcher.attempts* ]] || exec {sys.executable} "$@"\n'
     killed = '[ "$3 ${RANK-}" != "train 1" ] || [ "$SFT_ATTEMPT" = local-3 ] || kill -9 $$\n'
     python = commands.add("killed-twice", judge + killed)
     assert launch(f"cluster.runtime.python={python}", "--follow") == 0
