@@ -23,13 +23,16 @@ def checkout_root() -> Path | None:
     return root if (root / "setup.cfg").is_file() and (root / "templates").is_dir() else None
 
 
+def own_folders(kind: Kind) -> list[Path]:
+    """The user's folders for `kind`, first match wins."""
+    home = os.environ.get("SFT_LAUNCHER_HOME")
+    folders = [Path(home).expanduser().absolute() / kind] if home else []
+    return [*folders, Path("~/.config/slurm-sft-launcher").expanduser() / kind]
+
+
 def search_path(kind: Kind) -> list[Path]:
     """Folders looked through for `kind`, first match wins."""
-    folders = []
-    home = os.environ.get("SFT_LAUNCHER_HOME")
-    if home:
-        folders.append(Path(home).expanduser().absolute() / kind)
-    folders.append(Path("~/.config/slurm-sft-launcher").expanduser() / kind)
+    folders = own_folders(kind)
     checkout = checkout_root()
     if checkout is not None:
         folders.append(checkout / kind)

@@ -124,6 +124,15 @@ class ClusterSpec:
     ~/.config/slurm-sft-launcher/secrets."""
     srun_args: list[str] = field(default_factory=list)
     """Further srun options, one a list item, e.g. --mpi=none."""
+    host: Optional[str] = None
+    """Login node of the cluster, as your ssh knows it: every command that concerns the cluster runs there. Unset: the
+    commands run on this machine."""
+    host_directory: Optional[str] = None
+    """Directory on the host, seen by all nodes, in which commands run: runs/ is there, relative paths begin there."""
+    host_python: str = "python3"
+    """Python on the host that has the launcher's packages; the launcher's code is sent."""
+    host_options: list[str] = field(default_factory=list)
+    """Further ssh options, one word a list item, e.g. [-J, gateway.site.org]."""
     node_ledger: Optional[str] = None
     """File with the nodes to keep away from; default one of the user's own, in ~/.local/state."""
     node_days: float = 3.0

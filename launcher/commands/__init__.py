@@ -48,6 +48,15 @@ def run_root_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-root", type=Path, help="where runs are; default SFT_RUN_ROOT or runs")
 
 
+def cluster_option(parser: argparse.ArgumentParser) -> None:
+    """--cluster, for commands on runs."""
+    parser.add_argument(
+        "--cluster",
+        metavar="NAME",
+        help="the runs are on this cluster's host; default SFT_CLUSTER, or where they were submitted to from here",
+    )
+
+
 def run_argument(parser: argparse.ArgumentParser) -> None:
     """One run, and where runs are."""
     run_root_option(parser)

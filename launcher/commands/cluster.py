@@ -30,6 +30,9 @@ def _cluster(options: argparse.Namespace) -> int:
         return int(ExitCode.OK)
     from launcher.clusters.check import cluster_problems
 
+    elsewhere = _elsewhere(options)
+    if elsewhere is not None:
+        return elsewhere
     problems = cluster_problems(options.name)
     if options.json:
         print_json({"cluster": options.name, "problems": problems})
@@ -38,3 +41,15 @@ def _cluster(options: argparse.Namespace) -> int:
         raise ConfigError(problems)
     print(f"cluster {options.name}: nothing is wrong")
     return int(ExitCode.OK)
+
+
+def _elsewhere(options: argparse.Namespace) -> int | None:
+    """The exit code of the check on the cluster's host; None where there is none, or the file cannot say."""
+    from launcher.config.load import load_cluster
+    from launcher.remote.hand_over import run_on
+
+    try:
+        cluster = load_cluster(options.name)
+    except ConfigError:
+        return None
+    return run_on(cluster, options.command_line[1:])

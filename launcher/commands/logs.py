@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from launcher.commands import chosen_run, chosen_runs, command, run_argument, runs_argument
+from launcher.commands import chosen_run, chosen_runs, cluster_option, command, run_argument, runs_argument
 from launcher.exit_codes import ExitCode
 
 
@@ -13,6 +13,7 @@ def add(commands: Any) -> None:
     """Declare the commands."""
     parser = command(commands, "logs", _logs, "print the logs of a run")
     run_argument(parser)
+    cluster_option(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rank", metavar="RANKS", help="logs of these ranks, e.g. 3 or 0,3-5 (default 0)")
     which.add_argument("--all", action="store_true", help="logs of all ranks, each line with its rank")
@@ -22,6 +23,7 @@ def add(commands: Any) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="print more as it comes, until the attempt ends")
     wait = command(commands, "wait", _wait, "wait until runs have ended; exits with the first code that is not 0")
     runs_argument(wait, "+")
+    cluster_option(wait)
     wait.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long, with exit code 124")
 
 

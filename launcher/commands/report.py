@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launcher.commands import chosen_run, command, run_argument
+from launcher.commands import chosen_run, cluster_option, command, run_argument
 from launcher.exit_codes import ExitCode
 
 
@@ -14,6 +14,7 @@ def add(commands: Any) -> None:
     """Declare the command."""
     parser = command(commands, "report", _report, "write curves, attempts, config and events of a run as one HTML page")
     run_argument(parser)
+    cluster_option(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="default RUN/report.html")
 
 

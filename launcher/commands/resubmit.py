@@ -8,6 +8,7 @@ from typing import Any
 from launcher.commands import (
     chosen_run,
     chosen_runs,
+    cluster_option,
     command,
     json_option,
     override_arguments,
@@ -16,6 +17,7 @@ from launcher.commands import (
     runs_argument,
 )
 from launcher.exit_codes import ExitCode
+from launcher.remote.at_host import other_cluster
 
 
 def add(commands: Any) -> None:
@@ -28,6 +30,7 @@ def add(commands: Any) -> None:
     runs_argument(cancel, "+")
     json_option(resubmit)
     json_option(cancel)
+    cluster_option(cancel)
 
 
 def _resubmit(options: argparse.Namespace) -> int:
@@ -36,9 +39,9 @@ def _resubmit(options: argparse.Namespace) -> int:
 
     if options.failed:
         return _resubmit_failed(options)
-    paths = chosen_run(options)
-    if options.overrides or options.cluster:
-        plan = child_plan(paths, options.overrides, options.cluster)
+    paths, cluster = chosen_run(options), other_cluster(options.cluster)
+    if options.overrides or cluster:
+        plan = child_plan(paths, options.overrides, cluster)
         attempt = submit(plan, options.command_line, parent_run=str(paths.root))
         run, text = plan.paths, f"{summary(plan)}\n{next_steps(plan, attempt)}"
     else:
@@ -57,7 +60,7 @@ def _resubmit_failed(options: argparse.Namespace) -> int:
     from launcher.sweeps.groups import find_runs
     from launcher.views.runs import default_run_root
 
-    if options.overrides or options.cluster:
+    if options.overrides or other_cluster(options.cluster):
         raise ConfigError("--failed goes on with runs as they are; settings can be changed one run at a time")
     runs = failed_of(find_runs(options.run, options.run_root or default_run_root()))
     jobs = {paths.name: same_run(paths).job_id for paths in runs}

@@ -8,7 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.commands import chosen_runs, command, json_option, print_json, run_root_option, runs_argument
+from launcher.commands import (
+    chosen_runs,
+    cluster_option,
+    command,
+    json_option,
+    print_json,
+    run_root_option,
+    runs_argument,
+)
 from launcher.exit_codes import ExitCode
 
 
@@ -21,6 +29,7 @@ def add(commands: Any) -> None:
     run_root_option(listing)
     status.add_argument("--watch", action="store_true", help="show it again and again, until all runs have ended")
     for parser in (status, listing):
+        cluster_option(parser)
         json_option(parser)
         parser.add_argument("--name", metavar="GLOB", help="runs whose name fits the pattern, e.g. 'llama-*'")
         parser.add_argument("--group", metavar="NAME", help="runs of this sweep")

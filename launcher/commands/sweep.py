@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from launcher.commands import command, json_option, print_json, run_root_option
+from launcher.commands import cluster_option, command, json_option, print_json, run_root_option
 from launcher.exit_codes import ExitCode
 
 
@@ -13,6 +13,7 @@ def add(commands: Any) -> None:
     """Declare the command."""
     results = command(commands, "results", _results, "what the runs of a sweep set, and the metrics they reached")
     run_root_option(results)
+    cluster_option(results)
     results.add_argument("group", metavar="GROUP", help="the name in the sweep's config; a run's name works too")
     results.add_argument("--sort", metavar="METRIC", default="loss", help="e.g. eval_loss; default loss")
     results.add_argument("--descending", action="store_true", help="highest first")

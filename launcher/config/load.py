@@ -37,6 +37,7 @@ from launcher.config.leaves import (
     type_of,
 )
 from launcher.errors import ConfigError, did_you_mean
+from launcher.remote.at_host import here, here_path
 from launcher.rundir import RUN_NAME
 from launcher.spec import ClusterSpec, ResourcesSpec, RunSpec, RuntimeSpec, SourceSpec
 
@@ -106,7 +107,11 @@ def load_cluster(name: str) -> ClusterFile:
             problems.append(f"{leaf.where}: {key}: {reason}")
     if problems:
         raise ConfigError(problems)
-    return cast(ClusterFile, OmegaConf.to_object(OmegaConf.merge(schema, _nested(flat))))
+    found = cast(ClusterFile, OmegaConf.to_object(OmegaConf.merge(schema, _nested(flat))))
+    problems = [f"{flat['host'].where}: {key}: {problem}" for key, problem in _host_problems(found)]
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 def load_config(
@@ -127,13 +132,54 @@ def load_config(
 
 def checked(merged: Leaves, shown: str) -> RunSpec:
     """The leaves as a RunSpec with absolute paths; ConfigError with every problem. `shown` is what they come from."""
-    spec = _absolute(typed(merged))
+    spec = _absolute(_at_its_host(typed(merged)))
     for key, message in (*checks.spec_problems(spec), *checks.file_problems(spec)):
         if key not in merged.bad:
             merged.problems.append(f"{_where(merged, key, shown)}: {key}: {message}")
     if merged.problems:
         raise ConfigError(merged.problems)
     return spec
+
+
+def read_remote(path: Path, overrides: Sequence[str] = (), cluster: str | None = None) -> RunSpec | None:
+    """The config as written, if its cluster is behind ssh; paths in it are the host's, and so nothing is checked.
+
+    ConfigError with every key and value that would be wrong anywhere.
+    """
+    merged = _merged(path, overrides, cluster, False)
+    host = merged.values.get("cluster.host")
+    if host is None or host.value is None:
+        return None
+    _auto_topology(merged)
+    spec = typed(merged)
+    where = {name: _where(merged, f"cluster.{name}", str(path)) for name in ("host", "host_directory")}
+    merged.problems += [f"{where[name]}: cluster.{name}: {problem}" for name, problem in _host_problems(spec.cluster)]
+    if merged.problems:
+        raise ConfigError(merged.problems)
+    return spec
+
+
+_HOST = re.compile(r"[A-Za-z0-9_.@:%\[\]][A-Za-z0-9_.@:%\[\]-]*")
+
+
+def _host_problems(cluster: ClusterSpec) -> Iterator[tuple[str, str]]:
+    """What is wrong with the way to the host."""
+    if cluster.host is not None and not _HOST.fullmatch(cluster.host):
+        yield "host", f"{cluster.host!r} is not a host name, or user@host"
+    if cluster.host is not None and not cluster.host_directory:
+        yield "host_directory", f"missing; the directory on {cluster.host} in which commands run and runs/ is"
+
+
+def _at_its_host(spec: RunSpec) -> RunSpec:
+    """Whoever checks a config is where its cluster is: the way there is no part of the run."""
+    return dataclasses.replace(spec, cluster=dataclasses.replace(spec.cluster, **_NO_HOST))
+
+
+_NO_HOST: dict[str, Any] = {
+    item.name: item.default if item.default is not dataclasses.MISSING else []
+    for item in dataclasses.fields(ClusterSpec)
+    if item.name.startswith("host")
+}
 
 
 def _where(merged: Leaves, key: str, shown: str) -> str:
@@ -203,7 +249,7 @@ def _read_file(path: Path, others: Sequence[str]) -> Leaves:
 def read_text(path: Path) -> str:
     """The text of a config file; ConfigError where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return here_path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         near = did_you_mean(path.name, [item.name for item in path.parent.glob("*.y*ml")])
         raise ConfigError(f"{path}: no such file{near}") from None
@@ -366,11 +412,11 @@ def _absolute(spec: RunSpec) -> RunSpec:
             validation_sets={name: _path(pattern) for name, pattern in data.validation_sets.items()},
             chat_template=data.chat_template
             if data.chat_template in ("tokenizer", "none")
-            else _path(data.chat_template),
+            else _path(here(data.chat_template)),
             cache_dir=_path(data.cache_dir) if data.cache_dir else None,
         ),
         evaluation=dataclasses.replace(
-            spec.evaluation, prompts=_path(spec.evaluation.prompts) if spec.evaluation.prompts else None
+            spec.evaluation, prompts=_path(here(spec.evaluation.prompts)) if spec.evaluation.prompts else None
         ),
         checkpoint=dataclasses.replace(
             checkpoint, resume_from=_path(checkpoint.resume_from) if checkpoint.resume_from else None

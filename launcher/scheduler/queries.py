@@ -16,8 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import SchedulerError
+from launcher.private_folder import private_folder
 from launcher.rundir import write_atomic
 from launcher.scheduler import slurm
 from launcher.scheduler.slurm import JobRecord
@@ -84,7 +83,7 @@ def ask(jobs: Mapping[str, float], users: Sequence[int], *, fresh: bool = False)
 
 def forget() -> None:
     """Drop what was answered: this shell has just changed it."""
-    folder = _folder()
+    folder = private_folder()
     for file in folder.glob("slurm-*.json") if folder is not None else ():
         file.unlink(missing_ok=True)
 
@@ -114,7 +113,7 @@ def _kept_seconds() -> float:
 @contextlib.contextmanager
 def _memory(users: Sequence[int]) -> Iterator[_Memory]:
     """What the shells of this user have in common; nobody else asks meanwhile, they wait for the answer."""
-    folder = _folder()
+    folder = private_folder()
     if folder is None or _kept_seconds() <= 0:
         yield _Memory()
         return
@@ -125,20 +124,6 @@ def _memory(users: Sequence[int]) -> Iterator[_Memory]:
         yield memory
         with contextlib.suppress(OSError):  # a full /tmp only costs a question
             write_atomic(file, json.dumps(_as_json(memory)), mode=0o600)
-
-
-def _folder() -> Path | None:
-    """A folder of this machine that only this user can write to, or None."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = Path(runtime) if runtime and os.access(runtime, os.W_OK) else Path(tempfile.gettempdir())
-    folder = base / f"slurm-sft-launcher-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        about = folder.lstat()
-    except OSError:
-        return None
-    private = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077
-    return folder if private else None
 
 
 def _key(users: Sequence[int]) -> str:

@@ -53,7 +53,30 @@ def has_own_code(spec: RunSpec) -> bool:
 
 def take_snapshot(spec: RunSpec, target: Path) -> Snapshot:
     """Copy the run's code to `target`, read-only; ConfigError where it is too much to be code."""
+    kept, total, left_out = _within_limits(_sources(spec))
+    for name, path in kept.items():
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o555 if os.access(path, os.X_OK) else 0o444)
+    return Snapshot(files=len(kept), bytes=total, sha256=digest(target), left_out=tuple(left_out))
+
+
+def travelling_code(spec: RunSpec) -> dict[str, Path]:
+    """Name -> file of all that another machine needs to run this very launcher, laid out as a checkout."""
     files = _sources(spec)
+    if checkout_root() is None:
+        package = Path(__file__).resolve().parents[1]
+        ours = {f"launcher/{name}": path for name, path in _below(package).items()}
+        for folder in ("templates", "cluster_configs"):
+            inside = f"launcher/{folder}/"
+            ours = {name.replace(inside, f"{folder}/", 1): path for name, path in ours.items()}
+        files |= ours | {f"sft/{name}": path for name, path in _below(package.parent / "sft").items()}
+    return _within_limits(files)[0]
+
+
+def _within_limits(files: Mapping[str, Path]) -> tuple[dict[str, Path], int, list[str]]:
+    """The files that are small enough for code, their bytes, and the names of the others; ConfigError above all."""
     sizes = {name: path.stat().st_size for name, path in files.items()}
     left_out = sorted(name for name, size in sizes.items() if size > LARGEST_FILE)
     kept = {name: path for name, path in files.items() if name not in left_out}
@@ -65,12 +88,7 @@ def take_snapshot(spec: RunSpec, target: Path) -> Snapshot:
             f"the code snapshot of {checkout_root()} would be {total >> 20} MiB, more than {LARGEST_SNAPSHOT >> 20}; "
             f"keep data out of the checkout or list it in .gitignore. Largest: {shown}"
         )
-    for name, path in kept.items():
-        copy = target / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-        copy.chmod(0o555 if os.access(path, os.X_OK) else 0o444)
-    return Snapshot(files=len(kept), bytes=total, sha256=digest(target), left_out=tuple(left_out))
+    return kept, total, left_out
 
 
 def digest(folder: Path) -> str:

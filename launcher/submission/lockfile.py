@@ -24,6 +24,7 @@ import yaml
 
 from launcher import __version__
 from launcher.config.checks import package_file
+from launcher.config.load import read_text
 from launcher.errors import ConfigError
 from launcher.rundir import RunPaths, write_atomic, write_json
 from launcher.spec import RunSpec, to_yaml
@@ -84,7 +85,7 @@ def plan_of_lock(path: Path, overrides: Sequence[str], cluster: str | None) -> t
 
 def read_lock(path: Path) -> dict[str, Any]:
     """The `lock` section."""
-    lock = yaml.safe_load(path.read_text(encoding="utf-8")).get("lock")
+    lock = yaml.safe_load(read_text(path)).get("lock")
     if not isinstance(lock, dict) or not isinstance(lock.get("files"), dict):
         raise ConfigError(f"{path}: lock: missing or damaged; to submit it as a config, give it another name")
     return lock

@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher import __version__
 from launcher.errors import RunStateError
+from launcher.remote.at_host import arrival
 from launcher.resources import checkout_root
 from launcher.rundir import RunPaths, read_json, write_json
 from launcher.topology import Topology
@@ -75,10 +76,7 @@ def describe_run(name: str, topology: Topology, command: Sequence[str], parent_r
     """The manifest of a new run, and the uncommitted changes of its code."""
     import getpass
 
-    folders = {folder for folder in (checkout_root(), Path.cwd()) if folder is not None}
-    tops = {top for folder in folders if (top := _git(folder, "rev-parse", "--show-toplevel")) is not None}
-    source = {top: _git_state(Path(top)) for top in sorted(tops)}
-    diff = "".join(_git(Path(top), "diff", "HEAD", strip=False) or "" for top in source)
+    source, diff = describe_source()
     manifest = Manifest(
         name=name,
         created_at=time.time(),
@@ -91,6 +89,20 @@ def describe_run(name: str, topology: Topology, command: Sequence[str], parent_r
         parent_run=parent_run,
     )
     return manifest, diff
+
+
+def describe_source() -> tuple[dict[str, Any], str]:
+    """Git state and uncommitted changes of the launcher's checkout and of the working directory.
+
+    Of a command that came from another machine, they are that machine's.
+    """
+    came = arrival()
+    if came is not None:
+        return dict(came.source), came.diff
+    folders = {folder for folder in (checkout_root(), Path.cwd()) if folder is not None}
+    tops = {top for folder in folders if (top := _git(folder, "rev-parse", "--show-toplevel")) is not None}
+    source = {top: _git_state(Path(top)) for top in sorted(tops)}
+    return source, "".join(_git(Path(top), "diff", "HEAD", strip=False) or "" for top in source)
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,96 @@
+"""Which commands run on a cluster's login node instead of here, and what they need there.
+
+A config says it by its cluster; a command on runs by --cluster, SFT_CLUSTER, or because the run was submitted from
+here. Everything else is this machine's, and pays nothing for the question.
+
+Checks run on the host, where model, data and Slurm are, and in the code that is sent from here: what is checked is what
+is submitted. Rejected: the host's own installation with a check of its version (a version does
+not tell apart two states of a checkout), and rendering here with only sbatch sent (half of the checks look at files of
+the cluster).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from launcher.remote.at_host import arrival
+
+if TYPE_CHECKING:
+    from launcher.remote.ssh import Host
+    from launcher.spec import ClusterSpec
+
+
+def hand_over(options: argparse.Namespace, words: Sequence[str]) -> int | None:
+    """Run the command on its cluster's host; its exit code, or None where it is this machine's to run."""
+    if arrival() is not None or not hasattr(options, "cluster"):
+        return None
+    return _with_config(options, words) if hasattr(options, "config") else _on_runs(options, words)
+
+
+def _with_config(options: argparse.Namespace, words: Sequence[str]) -> int | None:
+    """A command on a config file."""
+    from launcher.config.load import read_remote
+
+    spec = read_remote(options.config, options.overrides, options.cluster)
+    if spec is None:
+        return None
+    from launcher.remote.delivery import Request, read_files, run
+    from launcher.remote.sent_runs import remember
+    from launcher.submission.manifest import describe_source
+
+    files = read_files([str(options.config), spec.data.chat_template, spec.evaluation.prompts])
+    source, diff = describe_source()
+    request = Request(words=tuple(words), environment=_values(spec.secret_names), files=files, source=source, diff=diff)
+    if hasattr(options, "follow") and not (options.dry_run or options.test_only):
+        remember(spec.name, spec.cluster.name, spec.secret_names)  # first: connections can be lost
+    return run(_host(spec.cluster), request, spec)
+
+
+def _on_runs(options: argparse.Namespace, words: Sequence[str]) -> int | None:
+    """A command on runs, or on a cluster's nodes."""
+    from launcher.remote.sent_runs import recall
+
+    known = recall(options)
+    resubmits = hasattr(options, "overrides")
+    chosen = os.environ.get("SFT_CLUSTER") or (known.cluster if known else None)
+    name = chosen or options.cluster if resubmits else options.cluster or chosen
+    if not name:
+        return None
+    from launcher.config.load import load_cluster
+
+    cluster = load_cluster(name)
+    names = [*cluster.env_from, *(known.secrets if known else ())] if resubmits else []
+    return run_on(cluster, words, names)
+
+
+def run_on(cluster: ClusterSpec, words: Sequence[str], secrets: Sequence[str] = ()) -> int | None:
+    """Run a command that needs no file on the cluster's host; None where the cluster has none, or this is it."""
+    if cluster.host is None or arrival() is not None:
+        return None
+    from launcher.remote.delivery import Request, run
+    from launcher.spec import RunSpec
+    from launcher.submission.manifest import describe_source
+
+    source, diff = describe_source()
+    request = Request(words=tuple(words), environment=_values(secrets), source=source, diff=diff)
+    return run(_host(cluster), request, RunSpec())
+
+
+def _values(names: Sequence[str]) -> dict[str, str]:
+    """Those that are missing are found missing on the host, in the same words as ever."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _host(cluster: ClusterSpec) -> Host:
+    from launcher.remote.ssh import Host
+
+    return Host(
+        name=cluster.host or "",
+        options=tuple(cluster.host_options),
+        python=cluster.host_python,
+        directory=cluster.host_directory or "",
+        cluster=cluster.name,
+    )
