@@ -24,7 +24,6 @@ from launcher.commands import (
 )
 from launcher.errors import LauncherError
 from launcher.exit_codes import ExitCode
-from launcher.remote.hand_over import hand_over
 
 _EPILOG = """exit codes:
    0  done
@@ -50,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command_line = ["launcher", *words]
     handler: Handler = options.handler
     try:
+        from launcher.remote.hand_over import hand_over  # --help does without
+
         elsewhere = hand_over(options, words)
         return handler(options) if elsewhere is None else elsewhere
     except LauncherError as error:
