@@ -17,7 +17,6 @@ from launcher.commands import (
     runs_argument,
 )
 from launcher.exit_codes import ExitCode
-from launcher.remote.at_host import other_cluster
 
 
 def add(commands: Any) -> None:
@@ -34,6 +33,7 @@ def add(commands: Any) -> None:
 
 
 def _resubmit(options: argparse.Namespace) -> int:
+    from launcher.remote.at_host import other_cluster
     from launcher.submission.resubmit import child_plan, same_run
     from launcher.submission.submit import next_steps, submit, summary
 
@@ -56,6 +56,7 @@ def _resubmit(options: argparse.Namespace) -> int:
 
 def _resubmit_failed(options: argparse.Namespace) -> int:
     from launcher.errors import ConfigError
+    from launcher.remote.at_host import other_cluster
     from launcher.submission.resubmit import failed_of, same_run
     from launcher.sweeps.groups import find_runs
     from launcher.views.runs import default_run_root
