@@ -159,6 +159,34 @@ def test_microbatch_mean_is_the_old_loss_and_is_off_by_default(tmp_path: Path, m
     assert losses(paths)[0] == pytest.approx(float(torch.cat(rows).mean()), rel=1e-5)
 
 
+def learn_alone(config: dict[str, Any]) -> Path:
+    """Runs on a rank: pairs and a dialog, and no NeMo config."""
+    samples = [("Human: hello", "Assistant: hi"), ["a", "b", "c", "d"]]
+    return trlx.train(samples=samples, config=trlx.TRLConfig.from_dict(config)).paths.root  # type: ignore[no-any-return]
+
+
+def test_without_a_nemo_config_the_trlconfig_decides_alone(tmp_path: Path, model: Path) -> None:
+    """train.batch_size is of each rank, as for trlx's other trainer; overrides are above all."""
+    overrides = {"data.cyclic_seed": None, "data.packing": True, "train.micro_batch_size": 1}
+    config = trl_config(model, checkpoint_dir=str(tmp_path / "run"), trainer_kwargs={"overrides": overrides})
+    paths = RunPaths(run_ranks(2, learn_alone, config, timeout=240.0)[0])
+    spec = read_resolved(paths.config)
+    assert (spec.train.global_batch_size, spec.train.max_steps, spec.data.packing) == (8, 4, True)
+    assert (spec.train.optimizer.lr, spec.train.optimizer.min_lr) == (3e-3, 3e-4)
+    assert losses(paths)[-1] < losses(paths)[0]
+
+
+def lightning_trainer(cfg: dict[str, Any]) -> tuple[int, int, str, int]:
+    """Runs on a rank: what megatron_trainer makes of a NeMo config."""
+    trainer = trlx.megatron_trainer(cfg)
+    return trainer.max_steps, trainer.world_size, type(trainer.strategy).__name__, torch.initial_seed()
+
+
+def test_megatron_trainer_is_a_lightning_trainer_of_the_nemo_config() -> None:
+    (found,) = run_ranks(1, lightning_trainer, megatron_config(seed=77))
+    assert found == (4, 1, "MegatronStrategy", 77)
+
+
 def small(config: DictConfig, ranks: int, directory: Path, **model: Any) -> dict[str, Any]:
     """One of the original shapes on CPU ranks: fewer layers and a hidden size that tests can afford."""
     sizes = {

@@ -85,7 +85,7 @@ def test_update_takes_dotted_names_and_refuses_nested_typos() -> None:
         updated = TRLConfig.update(given, changes)
         assert (updated.train.seed, updated.method.gen_kwargs["top_k"]) == (5, 2)  # type: ignore[attr-defined]
         assert updated.optimizer.kwargs == {**base.optimizer.kwargs, "lr": 1e-3}
-    for changes in ({"train.sed": 5}, {"trian.seed": 5}, {"seed": 5}):
+    for changes in ({"train.sed": 5}, {"trayn.seed": 5}, {"seed": 5}):
         with pytest.raises(ConfigError, match="not a"):
             TRLConfig.update(base, changes)
 

@@ -240,3 +240,29 @@ def test_a_model_unlike_the_one_spelled_out_is_refused(tmp_path: Path) -> None:
     trainer.make_experience(["a b c"], 64)
     with pytest.raises(ConfigError, match=r"hidden_size is 4096, but 64 in model\.path"):
         trainer.learn()
+
+
+def test_the_metric_function_gets_what_it_takes(tmp_path: Path) -> None:
+    """The original's took samples alone; others take what stood beside the prompts."""
+    model = make_tiny_model(tmp_path / "model")
+    given = TRLConfig.from_dict(trl_config(model))
+    called: list[dict[str, Any]] = []
+
+    def whole(samples: list[str], **others: Any) -> dict[str, int]:
+        called.append({"samples": samples, **others})
+        return {"n": 1}
+
+    def labels(texts: list[str], label: list[int]) -> dict[str, int]:
+        called.append({"texts": texts, "label": label})
+        return {"n": 2}
+
+    for function in (whole, labels):
+        trainer = trlx.NeMoSFTTrainer(given, metric_fn=function)
+        trainer.add_eval_pipeline(trlx.PromptPipeline([{"prompt": "a", "label": 3}], 8, trainer.tokenizer))
+        metric = trainer._metric()
+        assert metric is not None
+        metric(samples=["ab"], prompts=["a"], outputs=["b"])
+    assert called == [
+        {"samples": ["ab"], "prompts": ["a"], "outputs": ["b"], "label": [3]},
+        {"texts": ["ab"], "label": [3]},
+    ]
