@@ -30,7 +30,8 @@ class RankEnv:
     local_world_size: int = 1
     world_size: int = 1
     master_addr: str = "127.0.0.1"
-    master_port: int = 29400
+    master_port: int = 0
+    """0, for a world of one: any free port."""
     attempt: str = "by-hand"
     """Name of this attempt in logs and events."""
 
@@ -53,7 +54,7 @@ class RankEnv:
                 local_world_size=int(environ.get(local_size, str(size))),
                 world_size=size,
                 master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-                master_port=int(environ.get("MASTER_PORT", "29400")),
+                master_port=int(environ.get("MASTER_PORT", "0")),
                 attempt=attempt,
             )
         return cls(attempt=attempt)

@@ -176,6 +176,18 @@ def test_without_a_nemo_config_the_trlconfig_decides_alone(tmp_path: Path, model
     assert losses(paths)[-1] < losses(paths)[0]
 
 
+def learn_twice(first: dict[str, Any], second: dict[str, Any]) -> list[Path]:
+    """Runs on a rank."""
+    return [learn(config, megatron_config())[0] for config in (first, second)]
+
+
+def test_a_program_may_train_twice(tmp_path: Path, model: Path) -> None:
+    configs = [trl_config(model, checkpoint_dir=str(tmp_path / name)) for name in ("a", "b")]
+    first, second = (RunPaths(root) for root in run_ranks(1, learn_twice, *configs, timeout=240.0)[0])
+    assert losses(first) == losses(second)
+    assert len(losses(first)) == 4
+
+
 def lightning_trainer(cfg: dict[str, Any]) -> tuple[int, int, str, int]:
     """Runs on a rank: what megatron_trainer makes of a NeMo config."""
     trainer = trlx.megatron_trainer(cfg)
