@@ -9,6 +9,8 @@ from typing import Any
 from launcher.commands import command, config_argument, json_option, override_arguments, print_json
 from launcher.exit_codes import ExitCode
 
+_MOST_GPUS = 1_000_000
+
 
 def add(commands: Any) -> None:
     """Declare the command."""
@@ -18,7 +20,9 @@ def add(commands: Any) -> None:
     plan.add_argument(
         "--gpus", metavar="N|A..B", help="plan for N GPUs, or for A, 2A, 4A... up to B; default the config's own"
     )
-    plan.add_argument("--top", type=int, metavar="K", help="layouts to list of each number of GPUs (default 5, or 1)")
+    plan.add_argument(
+        "--top", type=_count, metavar="K", help="layouts to list of each number of GPUs (default 5, or 1)"
+    )
     json_option(plan)
 
 
@@ -34,8 +38,6 @@ def _plan(options: argparse.Namespace) -> int:
     shape, gpu = model_shape_of(spec), gpu_of(spec)
     if gpu is None:
         raise ConfigError(unknown_gpu(spec))
-    if shape is None:
-        raise ConfigError(f"model.path: the sizes of {spec.model.path} are not readable here (pip install gguf)")
     sizes = _sizes(options.gpus) if options.gpus else [spec.resources.world_size]
     specs = [with_gpus(spec, size) for size in sizes]
     plans = [(variant, search(variant, shape, gpu)) for variant in specs]
@@ -47,14 +49,21 @@ def _plan(options: argparse.Namespace) -> int:
     return int(ExitCode.OK if any(result.fitting for _, result in plans) else ExitCode.BAD_INPUT)
 
 
+def _count(word: str) -> int:
+    """A whole number above 0; ArgumentTypeError otherwise."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number above 0")
+    return int(word)
+
+
 def _sizes(words: str) -> list[int]:
     """`16` or `8..1024`, which doubles."""
     from launcher.errors import ConfigError
 
     found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", words)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if not 1 <= first <= last:
-        raise ConfigError(f"--gpus {words}: give a number, or a range such as 8..1024")
+    if not 1 <= first <= last <= _MOST_GPUS:
+        raise ConfigError(f"--gpus {words}: give a number, or a range such as 8..1024, up to {_MOST_GPUS:,}")
     sizes = []
     while first <= last:
         sizes.append(first)

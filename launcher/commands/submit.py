@@ -13,6 +13,7 @@ from launcher.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from launcher.submission.plan import Plan
+    from launcher.sweeps.groups import Group
     from launcher.sweeps.sweep import Sweep
 
 
@@ -51,31 +52,36 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
     from launcher.errors import ConfigError
-    from launcher.submission.submit import summary
+    from launcher.submission.submit import run_root_words, summary
     from launcher.sweeps.submit import plan_sweep, submit_group
-    from launcher.views.table import columns
 
     if options.follow or options.test_only:
         raise ConfigError("--follow and --test-only are for single runs, and the config has a sweep section")
     group, plans = plan_sweep(options.config, sweep, options.overrides, options.cluster)
-    keys = list(dict.fromkeys(key for point in group.points.values() for key in point))
     if options.dry_run:
-        rows = [[run, *(point.get(key, "-") for key in keys)] for run, point in group.points.items()]
-        print(f"{summary(plans[0])}\n{columns([['RUN', *keys], *rows])}")
+        print(f"{summary(plans[0])}\n{_points(group)}")
         return int(ExitCode.OK)
     _confirm(plans, options.yes)
     jobs = submit_group(group, plans, sweep, options.command_line)
     if options.json:
         print_json({"group": group.name, "runs": dict(zip(group.points, jobs, strict=True))})
         return int(ExitCode.OK)
-    rows = [
-        [run, job, *(point.get(key, "-") for key in keys)]
-        for (run, point), job in zip(group.points.items(), jobs, strict=True)
-    ]
-    print(columns([["RUN", "JOB", *keys], *rows]))
+    print(_points(group, jobs))
     print(f"submitted  {len(jobs)} runs")
-    print(f"next       launcher status {group.name}\n           launcher results {group.name}")
+    where = run_root_words(group.root)
+    print(f"next       launcher status {group.name}{where}\n           launcher results {group.name}{where}")
     return int(ExitCode.OK)
+
+
+def _points(group: Group, jobs: Sequence[str] = ()) -> str:
+    """A line a run: its job, where it has one, and what the sweep sets for it."""
+    from launcher.views.table import columns
+
+    keys = list(dict.fromkeys(key for point in group.points.values() for key in point))
+    rows = [[run, *(point.get(key, "-") for key in keys)] for run, point in group.points.items()]
+    if not jobs:
+        return columns([["RUN", *keys], *rows])
+    return columns([["RUN", "JOB", *keys], *([run, job, *rest] for (run, *rest), job in zip(rows, jobs, strict=True))])
 
 
 def _submit_run(options: argparse.Namespace) -> int:
@@ -95,6 +101,18 @@ def _submit_run(options: argparse.Namespace) -> int:
     else:
         print(f"{summary(plan)}\n{next_steps(plan, attempt)}", flush=True)
     return _follow(plan.paths) if options.follow else int(ExitCode.OK)
+
+
+def _swept(options: argparse.Namespace) -> tuple[Group, list[Plan]] | None:
+    """The checked runs of a config with a sweep section; None where it has none."""
+    from launcher.sweeps.sweep import read_sweep
+
+    sweep = read_sweep(options.config)
+    if sweep is None:
+        return None
+    from launcher.sweeps.submit import plan_sweep
+
+    return plan_sweep(options.config, sweep, options.overrides, options.cluster)
 
 
 def _confirm(plans: Sequence[Plan], yes: bool) -> None:
@@ -143,7 +161,10 @@ def _expected_start(plan: Plan) -> str:
 def _render(options: argparse.Namespace) -> int:
     from launcher.submission.submit import script_of
 
-    plan, _ = _plan(options)
+    swept = _swept(options)
+    plan = swept[1][0] if swept else _plan(options)[0]
+    if swept:
+        print(f"of the sweep's {len(swept[1])} runs the first, {plan.spec.name}:", file=sys.stderr)
     print(script_of(plan) if options.diff is None else _diff(options, plan), end="")
     return int(ExitCode.OK)
 
@@ -166,6 +187,14 @@ def _validate(options: argparse.Namespace) -> int:
 
     from launcher.submission.submit import summary
 
+    swept = _swept(options)
+    if swept:
+        group, plans = swept
+        if options.json:
+            print_json({"group": group.name, "runs": group.points})
+        else:
+            print(f"{summary(plans[0])}\n{_points(group)}\nvalid")
+        return int(ExitCode.OK)
     plan, _ = _plan(options)
     if options.json:
         print_json(

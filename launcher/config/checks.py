@@ -75,6 +75,16 @@ def _required(spec: RunSpec) -> Iterator[Problem]:
 def _ranges(spec: RunSpec) -> Iterator[Problem]:
     optimizer = spec.train.optimizer
     least = {
+        ("resources.nodes", spec.resources.nodes): 1,
+        ("resources.gpus_per_node", spec.resources.gpus_per_node): 0,
+        ("resources.tasks_per_node", spec.resources.tasks_per_node): 1,
+        ("topology.tensor_parallel", spec.topology.tensor_parallel): 1,
+        ("topology.pipeline_parallel", spec.topology.pipeline_parallel): 1,
+        ("topology.virtual_pipeline", spec.topology.virtual_pipeline): 1,
+        ("topology.context_parallel", spec.topology.context_parallel): 1,
+        ("train.micro_batch_size", spec.train.micro_batch_size): 1,
+        ("train.global_batch_size", spec.train.global_batch_size): 1,
+        ("data.seq_length", spec.data.seq_length): 1,
         ("model.lora.rank", spec.model.lora.rank): 1,
         ("train.max_steps", spec.train.max_steps): 1,
         ("train.epochs", spec.train.epochs): 1,

@@ -8,6 +8,7 @@ the user wrote: OmegaConf's schema converts them later, and YAML's own guesses (
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ ANY_NAME = "NAME"
 """Stands in a dotted key for a name of the user's own."""
 _SECTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 Source = Literal["default", "cluster", "file", "override", "plan"]
+MOST_NODES = 1_000_000
+"""A config of a few aliases can stand for more values than memory holds."""
 NAMED_SECTIONS = ("cluster", "topology")
 """Sections that may be given by one word: a cluster's name, or the layout `auto`."""
 
@@ -101,13 +104,35 @@ def read_yaml(
     ConfigError where the text is not YAML.
     """
     leaves = Leaves()
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(_syntax_problem(error, shown)) from None
+    node = compose(text, shown)
+    if node is not None and not isinstance(node, yaml.MappingNode) and not _is_null(node):
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{shown}:{line}: the document must be a mapping (key: value lines), not {_kind(node)}")
     if node is not None:
         _Walk(leaves, shown, source, tuple(named), tuple(others)).section(node, schema, "")
     return leaves
+
+
+def compose(text: str, shown: str) -> yaml.Node | None:
+    """The node tree of a YAML document, small enough to be walked; ConfigError where it is not, or is not YAML."""
+    try:
+        node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _nodes(node, {}) > MOST_NODES:
+            raise ConfigError(f"{shown}: more than {MOST_NODES:,} values, with every *alias written out")
+    except yaml.YAMLError as error:
+        raise ConfigError(_syntax_problem(error, shown)) from None
+    except RecursionError:
+        raise ConfigError(f"{shown}: nested too deep, or an *alias holds itself") from None
+    return node
+
+
+def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes a walk would meet: what is behind an alias counts each time, and is counted once."""
+    if id(node) not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        pairs = itertools.chain.from_iterable(children) if isinstance(node, yaml.MappingNode) else children
+        known[id(node)] = 1 + sum(_nodes(child, known) for child in pairs)
+    return known[id(node)]
 
 
 def _syntax_problem(error: yaml.YAMLError, shown: str) -> str:
@@ -272,9 +297,9 @@ def _override_value(text: str, kind: Any) -> Any:
         return [text]
     read = Leaves()
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = compose(text, "")
         value = _Walk(read, "", "override", ()).plain(node, kind, "") if node is not None else None
-    except yaml.YAMLError:
+    except ConfigError:
         raise _NotThatType(f"{text!r} is not valid YAML") from None
     if read.problems:
         raise _NotThatType(f"{text!r} is not {describe(kind)}")

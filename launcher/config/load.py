@@ -41,6 +41,7 @@ from launcher.remote.at_host import here, here_path
 from launcher.rundir import RUN_NAME
 from launcher.spec import ClusterSpec, ResourcesSpec, RunSpec, RuntimeSpec, SourceSpec
 
+_LARGEST_FILE = 10_000_000
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^}\s,'\"]*)")
 
 
@@ -249,12 +250,19 @@ def _read_file(path: Path, others: Sequence[str]) -> Leaves:
 def read_text(path: Path) -> str:
     """The text of a config file; ConfigError where it cannot be read."""
     try:
-        return here_path(path).read_text(encoding="utf-8")
+        at = here_path(path)
+        if at.exists() and not at.is_file():
+            raise ConfigError(f"{path} is not a file")
+        if at.stat().st_size > _LARGEST_FILE:
+            raise ConfigError(f"{path} has {at.stat().st_size:,} bytes, and a config at most {_LARGEST_FILE:,}")
+        return at.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = did_you_mean(path.name, [item.name for item in path.parent.glob("*.y*ml")])
         raise ConfigError(f"{path}: no such file{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _named_cluster(written: Leaves, on_top: Leaves, option: str | None) -> Leaf | None:

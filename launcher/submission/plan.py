@@ -31,7 +31,7 @@ class Plan:
     topology: Topology
     paths: RunPaths
     prediction: Candidate | None
-    """Memory and speed of the layout; None without GPUs, or where their kind or the model's sizes are not known."""
+    """Memory and speed of the layout; None without GPUs, or where their kind is not known."""
 
     @property
     def spec(self) -> RunSpec:
@@ -43,14 +43,14 @@ def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = N
     """Load and check everything that can be checked without a scheduler."""
     config = load_config(path, overrides, cluster, resolved=resolved)
     shape, gpu = model_shape_of(config.spec), gpu_of(config.spec)
-    if config.described is not None and shape is not None:
+    if config.described is not None:
         check_described(config.described, shape, str(config.path), config.spec.model.path)
     if config.auto_topology:
         config = with_best_topology(config, shape, gpu)
     spec = config.spec
     topology = build_topology(spec, shape)
     prediction = None
-    if shape is not None and gpu is not None:
+    if gpu is not None:
         prediction = estimate(spec, topology, shape, gpu)
         if spec.topology.check_memory:
             check_fit(spec, prediction, shape, gpu)
@@ -59,12 +59,11 @@ def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = N
     )
 
 
-def with_best_topology(config: LoadedConfig, shape: ModelShape | None, gpu: GpuKind | None) -> LoadedConfig:
+def with_best_topology(config: LoadedConfig, shape: ModelShape, gpu: GpuKind | None) -> LoadedConfig:
     """The config with the fastest layout that fits and keeps what the user has set; its sources say `plan`."""
     spec = config.spec
-    if shape is None or gpu is None:
-        missing = "the model's sizes are not readable here" if shape is None else unknown_gpu(spec)
-        raise TopologyError(f"topology: auto: {missing}; or give the sizes themselves")
+    if gpu is None:
+        raise TopologyError(f"topology: auto: {unknown_gpu(spec)}; or give the sizes themselves")
     set_by_user = [key for key in ("train.micro_batch_size", "train.recompute") if config.sources[key] != "default"]
     result = search(spec, shape, gpu)
     allowed = [
@@ -96,8 +95,8 @@ def check_described(
         raise ConfigError(differences)
 
 
-def model_shape_of(spec: RunSpec) -> ModelShape | None:
-    """The model's sizes, or None where they cannot be read on this machine."""
+def model_shape_of(spec: RunSpec) -> ModelShape:
+    """The model's sizes; ModelError where they cannot be read."""
     packaged = package_file(spec.model.path) if spec.model.path.startswith("package:") else None
     path = packaged or Path(spec.model.path)
     if not path.exists() and spec.after_directory is not None and spec.comes_later(spec.model.path):

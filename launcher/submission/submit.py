@@ -30,7 +30,7 @@ from launcher.submission.plan import Plan
 from launcher.submission.render import render
 from launcher.submission.secret_files import check_secrets, remove_secrets, write_secrets
 from launcher.topology import describe_batch
-from launcher.views.runs import all_runs
+from launcher.views.runs import all_runs, default_run_root
 
 
 def submit(
@@ -289,10 +289,14 @@ def _short(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def run_root_words(root: Path) -> str:
+    """What a command must say to find the runs in `root`: nothing, where it looks there by itself."""
+    return "" if root == default_run_root().absolute() else f" --run-root {shlex.quote(str(root))}"
+
+
 def next_steps(plan: Plan, attempt: Attempt) -> str:
     """The job, and what to type now."""
-    name, root = plan.paths.name, plan.paths.root.parent
-    where = "" if root == Path.cwd() / "runs" else f" --run-root {shlex.quote(str(root))}"
+    name, where = plan.paths.name, run_root_words(plan.paths.root.parent)
     what = "job" if attempt.scheduler == "slurm" else "process"
     return (
         f"submitted  {what} {attempt.job_id}, script {plan.paths.script}\n"

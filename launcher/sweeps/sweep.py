@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from launcher.config.leaves import compose
 from launcher.config.load import read_text
 from launcher.errors import ConfigError, did_you_mean
 
@@ -49,10 +50,7 @@ def read_sweep(path: Path) -> Sweep | None:
     text = read_text(path)
     if "sweep" not in text:
         return None
-    try:
-        document = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return None  # reading it as a config says what is wrong with it
+    document = compose(text, str(path))
     pairs = document.value if isinstance(document, yaml.MappingNode) else []
     node = next((value for key, value in pairs if key.value == "sweep"), None)
     return None if node is None else _Reader(str(path), []).sweep(node)
@@ -73,9 +71,12 @@ class _Reader:
         for name in parts.keys() - set(_KEYS):
             self.problem(parts[name], f": unknown key {name!r}{did_you_mean(name, _KEYS)}")
         factors = [
-            list(self.product(parts["product"])) if "product" in parts else [()],
-            list(self.zip(parts["zip"])) if "zip" in parts else [()],
-            list(self.list(parts["list"])) if "list" in parts else [()],
+            list(itertools.islice(factor, MOST_POINTS + 1))
+            for factor in (
+                self.product(parts["product"]) if "product" in parts else iter([()]),
+                self.zip(parts["zip"]) if "zip" in parts else iter([()]),
+                self.list(parts["list"]) if "list" in parts else iter([()]),
+            )
         ]
         points = list(itertools.islice(itertools.product(*factors), MOST_POINTS + 1))
         if not self.problems and (len(points) > MOST_POINTS or not parts.keys() & {"product", "zip", "list"}):

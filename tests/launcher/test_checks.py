@@ -25,6 +25,7 @@ CFG = Path("cfg.yaml")
         ("train.optimizer.beta2=1", "train.optimizer.beta2: 1.0 is not in [0, 1)"),
         ("model.hidden_dropout=1.5", "model.hidden_dropout: 1.5 is not in [0, 1)"),
         ("resources.cpus_per_task=0", "resources.cpus_per_task: 0 is not at least 1"),
+        ("resources.nodes=0", "resources.nodes: 0 is not at least 1"),
         ("resources.memory_per_node=lots", "resources.memory_per_node: 'lots' is not a size such as 200G"),
         ("resources.extra_sbatch=-A x", "resources.extra_sbatch: '-A x' does not start with --; one option an item, "),
         ("cluster.srun_args=mpi", "cluster.srun_args: 'mpi' does not start with -; one option an item, "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ def test_values_paths_and_sources(workdir: Path) -> None:
         ("logging: {prompts: ['a ${b']}\n", "cfg.yaml:7: logging.prompts: 'a ${b' is not a valid ${...} interpol"),
         ("logging: {prompts: ['???']}\n", "cfg.yaml:7: logging.prompts: '???' stands for a missing value; set it"),
         ("checkpoint: {keep_last: 0}\n", "cfg.yaml:7: checkpoint.keep_last: 0 is not at least 1"),
+        ("logging: " + "[" * 5000 + "]" * 5000, "cfg.yaml: nested too deep"),
+        ("logging: &a {prompts: *a}\n", "cfg.yaml: nested too deep, or an *alias holds itself"),
+        (
+            "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 8}]\n" for n in range(1, 30)),
+            "cfg.yaml: more than 1,000,000 values, with every *alias written out",
+        ),
         (
             "cluster: {gpu_directive: grse}\n",
             "cfg.yaml:7: cluster.gpu_directive: 'grse' is not one of gpus_per_node, gres, gpus_per_task, none; "
@@ -203,6 +210,24 @@ def test_steps_or_epochs(workdir: Path) -> None:
 def test_absent_file_names_a_near_one(workdir: Path) -> None:
     with pytest.raises(ConfigError, match=r"^cgf\.yaml: no such file; did you mean 'cfg\.yaml'\?$"):
         load_config(Path("cgf.yaml"))
+
+
+def test_what_is_no_config_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for a writer
+    (tmp_path / "binary").write_bytes(b"ab\xff")
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 1 << 40)
+    (tmp_path / "list").write_text("[1]")
+    for name, reason in {
+        ".": " is not a file",
+        "pipe": " is not a file",
+        "binary": ": not a text file in UTF-8 (byte 2)",
+        "huge": " has 1,099,511,627,776 bytes, and a config at most 10,000,000",
+        "list": ":1: the document must be a mapping (key: value lines), not a list",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / name)
+        assert caught.value.problems == (f"{tmp_path / name}{reason}",)
 
 
 def test_what_yaml_would_misread_stays_as_written(workdir: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.__main__ import main
+from launcher.exit_codes import ExitCode
 from launcher.hardware import gpu_kind
 from launcher.model_shape import named_model_config, named_model_shape
 from launcher.planning.implementation import FUSED, PLAIN
@@ -246,6 +247,16 @@ def test_plan_lists_layouts_and_says_why(big: Path, capsys: pytest.CaptureFixtur
         "cost ",
     ):
         assert word in text
+
+
+def test_numbers_that_cannot_be_planned_for(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for gpus in ("0", "8..4", "8..99999999999", "x"):  # a range without an end would be planned for without one
+        assert main(["plan", str(big), "--gpus", gpus]) == ExitCode.BAD_INPUT
+        assert "give a number, or a range such as 8..1024" in capsys.readouterr().err
+    for top in ("0", "-1", "x"):
+        with pytest.raises(SystemExit):
+            main(["plan", str(big), f"--top={top}"])
+        assert f"--top: '{top}' is not a whole number above 0" in capsys.readouterr().err
 
 
 def test_plan_of_a_range_as_json(big: Path, capsys: pytest.CaptureFixture[str]) -> None:

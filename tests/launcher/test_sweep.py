@@ -58,6 +58,10 @@ def test_points(tmp_path: Path) -> None:
         ("{}", "sweep: no points"),
         ("{product: {a: [1], b: [1]}, max_at_once: 0}", r"sweep\.max_at_once: not a number of runs, at least 1"),
         (f"{{product: {{a: {list(range(101))}, b: {list(range(100))}}}}}", "sweep: more than 10000 points"),
+        (
+            "{product: {" + ", ".join(f"{key}: {list(range(100))}" for key in "abcdefgh") + "}}",
+            "sweep: more than 10000 points",  # of 10^16: they are not counted out
+        ),
     ],
 )
 def test_problems(tmp_path: Path, section: str, problem: str) -> None:
@@ -114,6 +118,23 @@ def test_one_bad_point_submits_none(jobs: Path, capsys: pytest.CaptureFixture[st
     assert "override 'train.seed=x': train.seed: 'x' is not an integer" in err
     assert err.count("unknown key 'topology.oops'") == 1
     assert not Path("runs").exists()
+
+
+def test_validate_and_render_know_of_the_sweep(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "cfg.yaml", SLURM]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["first-3  2           2e-5", "valid"]
+    assert main(["validate", "cfg.yaml", SLURM, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"]["first-0"] == {"train.seed": "1", "train.optimizer.lr": "1e-5"}
+    assert main(["render", "cfg.yaml", SLURM]) == 0
+    shown = capsys.readouterr()
+    assert "#SBATCH --job-name=first-0\n" in shown.out and "of the sweep's 4 runs the first, first-0" in shown.err
+    Path("cfg.yaml").write_text(Path("cfg.yaml").read_text().replace("train.seed: [1, 2]", "train.sed: [1, 2]"))
+    assert main(["validate", "cfg.yaml", SLURM]) == ExitCode.BAD_INPUT
+
+
+def test_the_next_commands_name_the_run_root(jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "cfg.yaml", SLURM, f"run_root={tmp_path / 'else where'}"]) == 0
+    assert f"launcher results first --run-root '{tmp_path}/else where'" in capsys.readouterr().out
 
 
 def test_dry_run_shows_the_points(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
