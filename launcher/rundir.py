@@ -19,6 +19,7 @@
       bad_steps.jsonl       steps whose update was not applied, with the ids of their examples
       generations.jsonl     answers given during training
       export/               Hugging Face directory
+      nemo_log_globalrank-0_localrank-0.txt  the log of NeMo's logger, where logging.nemo is set
       export_nemo2/         the same as a NeMo 2 checkpoint, where `sft export --format nemo2` was asked for
       loss.png              the loss curve
 
@@ -114,6 +115,10 @@ class RunPaths:
     @property
     def export(self) -> Path:
         return self.root / "export"
+
+    @property
+    def nemo_log(self) -> Path:
+        return self.root / "nemo_log_globalrank-0_localrank-0.txt"
 
     @property
     def export_nemo2(self) -> Path:

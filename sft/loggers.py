@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow, beside metrics.jsonl: Lightning's loggers, told the same numbers.
+"""TensorBoard, Weights & Biases, MLflow and NeMo's log file, beside metrics.jsonl: loggers told the same numbers.
 
 They are conveniences: what goes wrong in one of them after it was set up is said once, and training goes on without it.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -41,6 +42,8 @@ class MetricLoggers:
                 self._loggers.append(_wandb(logging.wandb, paths))
             if logging.mlflow is not None:
                 self._loggers.append(_mlflow(logging.mlflow, paths))
+            if logging.nemo:
+                self._loggers.append(NemoLogger(paths.nemo_log))
         for logger in self._loggers[logging.tensorboard :]:  # TensorBoard would make a run of its own of them
             self._guarded(logger, lambda it: it.log_hyperparams(dataclasses.asdict(spec)))
 
@@ -87,3 +90,31 @@ def _mlflow(uri: str, paths: RunPaths) -> Logger:
     logger = MLFlowLogger("sft", run_name=paths.name, tracking_uri=where, run_id=run_id)
     write_atomic(known, f"{logger.run_id}\n")
     return logger
+
+
+class NemoLogger(Logger):
+    """Lines by the logger of `nemo.utils` (nemo_toolkit 3), in the file where NeMo's exp_manager writes rank 0's."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        from nemo.utils import logging as nemo_logging  # five seconds, and an optional package
+
+        nemo_logging.captureWarnings(False)
+        nemo_logging.remove_stream_handlers()
+        nemo_logging.add_file_handler(str(file))
+        self._log = nemo_logging
+
+    @property
+    def name(self) -> str:
+        return "nemo"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        numbers = ", ".join(f"{name}: {value:.6g}" for name, value in metrics.items())
+        self._log.info(f"global_step: {step}, {numbers}")
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Not here: they are in the run's config.yaml."""

@@ -68,6 +68,21 @@ def test_wandb_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(file.stat().st_size > 0 for file in files)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("nemo") is None, reason="the package nemo_toolkit is not installed")
+def test_nemos_logger_writes_where_nemo_does(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log = loggers(tmp_path, nemo=True)
+    log.log({"step": 1, "loss": 3.0, "note": "text is left out"})
+    log.log({"step": 2, "loss": 0.123456789, "lr": 1e-5})
+    lines = RunPaths(tmp_path / "run").nemo_log.read_text().splitlines()
+    assert [line.partition("] ")[2] for line in lines] == [
+        "global_step: 1, loss: 3",
+        "global_step: 2, loss: 0.123457, lr: 1e-05",
+    ]
+    assert all(line.startswith("[NeMo I ") for line in lines)
+
+
 def test_absent_package_is_said_before_ranks_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     spec = RunSpec(logging=LoggingSpec(tensorboard=True, wandb="project"))
