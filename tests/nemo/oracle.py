@@ -83,7 +83,7 @@ def write(request: dict[str, Any]) -> dict[str, Any]:
     from nemo.lightning.io.connector import ModelConnector
 
     torch.manual_seed(0)
-    fields = request["config"] | dict.fromkeys(NO_KERNELS, False)
+    fields = request["config"] | dict.fromkeys(NO_KERNELS, False) | {"params_dtype": torch.float32}
     config: Any = locate(request["config_class"])
     model_class: Any = locate(request["model_class"])
     model = model_class(config(**fields), tokenizer=AutoTokenizer(request["tokenizer"]))
