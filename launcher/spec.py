@@ -637,7 +637,10 @@ def read_resolved(path: Path) -> RunSpec:
 
     ConfigError on a file that was edited into something else: a resolved config is not an input form.
     """
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from None
     spec: RunSpec = _build(RunSpec, values, f"{path}: ")
     return spec
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from launcher.attempts.lease import check_free, holder
-from launcher.errors import RunStateError, SchedulerError
+from launcher.errors import ConfigError, RunStateError, SchedulerError
 from launcher.rundir import RunPaths, append_event
 from launcher.scheduler import processes, slurm
 from launcher.scheduler import queries as scheduler
@@ -137,8 +137,12 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
         if job.scheduler == "slurm":
             slurm.cancel([job.job_id])
             scheduler.forget()
-            remove_secrets(read_resolved(paths.config), paths)
         else:
             processes.end(job)
         done.append(f"cancelled run {row.run} (job {job.job_id})")
+        if job.scheduler == "slurm":
+            try:
+                remove_secrets(read_resolved(paths.config), paths)
+            except (ConfigError, OSError) as error:  # which must not keep the other runs alive
+                done.append(f"left a file of secrets behind, if run {row.run} had one: {error}")
     return done

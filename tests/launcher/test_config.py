@@ -212,6 +212,13 @@ def test_absent_file_names_a_near_one(workdir: Path) -> None:
         load_config(Path("cgf.yaml"))
 
 
+def test_a_runs_config_that_cannot_be_read(tmp_path: Path) -> None:
+    for content in (b"{{{", b"\xff"):
+        (tmp_path / "config.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"config\.yaml cannot be read: "):
+            read_resolved(tmp_path / "config.yaml")
+
+
 def test_what_is_no_config_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # reading it would wait for a writer
     (tmp_path / "binary").write_bytes(b"ab\xff")

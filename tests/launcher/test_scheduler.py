@@ -108,6 +108,17 @@ def test_a_cancelled_run_is_asked_about_again(tmp_path: Path, commands: Commands
     assert state("1") == "CANCELLED"
 
 
+def test_a_config_that_cannot_be_read_keeps_no_run_alive(tmp_path: Path, commands: Commands, slurm: FakeSlurm) -> None:
+    slurm.submit("a", "b")
+    commands.add("scancel", f'echo "$*" >>{tmp_path}/ended')
+    runs = [make_run(tmp_path, name, job_id=job) for name, job in (("a", "1"), ("b", "2"))]
+    runs[0].config.write_text("{{{")
+    runs[1].config.write_text(to_yaml(RunSpec()))
+    done = cancel(runs)
+    assert len((tmp_path / "ended").read_text().splitlines()) == 2
+    assert [line.partition(" ")[0] for line in done] == ["cancelled", "left", "cancelled"]
+
+
 def test_an_old_answer_is_asked_again(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm.submit("a")
     assert state("1") == "PENDING"
