@@ -17,7 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -30,6 +30,12 @@ _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
 
 # A socket's path may have 108 bytes; the longest name in the scratch folder is munge's lock file.
 _LONGEST_ROOT = 80
+
+_PATIENCE = 180.0
+"""Seconds for what takes one or two on an idle machine; it is only waited for so long where something is broken."""
+
+_UP = frozenset({"idle", "mixed", "allocated", "completing", "reserved"})
+"""States of a node that answers; one that was down may get its next job at once."""
 
 
 def why_unavailable(*, accounting: bool = False) -> str | None:
@@ -122,11 +128,23 @@ class SlurmCluster:
         kill_all_with({"SLURM_CONF": str(self.layout.slurm_conf)})
 
     def run(
-        self, command: Sequence[str], *, check: bool = True, timeout: float = 60, cwd: Path | None = None
+        self,
+        command: Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float = _PATIENCE,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command against this cluster; with `check`, a failure shows what it printed."""
+        """Run a command against this cluster, with more in `env`; with `check`, a failure shows what it printed."""
         result = subprocess.run(
-            command, env=self.env, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+            command,
+            env={**self.env, **(env or {})},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         if check and result.returncode != 0:
             raise RuntimeError(f"{list(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
@@ -137,7 +155,7 @@ class SlurmCluster:
         lines = self.run(["sinfo", "-h", "-N", "-o", "%N %T"]).stdout.splitlines()
         return dict(line.split(maxsplit=1) for line in lines)
 
-    def wait_for_nodes(self, states: Collection[str], names: Collection[str] = (), timeout: float = 60) -> None:
+    def wait_for_nodes(self, states: Collection[str], names: Collection[str] = (), timeout: float = _PATIENCE) -> None:
         """Wait until the named nodes (default all) are in one of `states`."""
         wanted = names or self.node_names
 
@@ -152,7 +170,7 @@ class SlurmCluster:
         lines = self.run(["squeue", "-h", "-t", "all", "-o", "%A %T"]).stdout.splitlines()
         return dict(line.split() for line in lines).get(job_id, "")
 
-    def wait_for_job(self, job_id: str, states: Collection[str], timeout: float = 60) -> str:
+    def wait_for_job(self, job_id: str, states: Collection[str], timeout: float = _PATIENCE) -> str:
         """Wait until a job is in one of `states`; returns the one it reached."""
         self._wait(lambda: self.job_state(job_id) in states, f"job {job_id} to be {' or '.join(states)}", timeout)
         return self.job_state(job_id)
@@ -173,13 +191,13 @@ class SlurmCluster:
         kill_all_with(self._node_env(name))
 
     def start_node(self, name: str) -> None:
-        """Switch a killed node on again and wait until it is idle.
+        """Switch a killed node on again and wait until it answers.
 
         The controller may still have to deliver the end of what ran there before: a requeued job that starts on a node
         which is back at once can be hit by it. Let such a job finish elsewhere first.
         """
         self._start_slurmd(name)
-        self.wait_for_nodes({"idle"}, [name])
+        self.wait_for_nodes(_UP, [name])
 
     def stop_controller(self) -> None:
         """Take the controller away: from here on Slurm's commands cannot reach it."""
@@ -189,13 +207,13 @@ class SlurmCluster:
         """Start the controller; it goes on from its saved state where there is one."""
         fresh = not any((self.root / "state").iterdir())
         self._daemons.start("slurmctld", ["slurmctld", "-D", *(["-c"] if fresh else [])], self._daemon_env())
-        self._wait(lambda: accepts_connections(self.layout.controller_port), "slurmctld to listen", 30)
+        self._wait(lambda: accepts_connections(self.layout.controller_port), "slurmctld to listen")
 
     def restart_controller(self) -> None:
         """Stop and start the controller; jobs and nodes go on."""
         self.stop_controller()
         self.start_controller()
-        self._wait(lambda: self.run(["scontrol", "ping"], check=False).returncode == 0, "slurmctld to answer", 30)
+        self._wait(lambda: self.run(["scontrol", "ping"], check=False).returncode == 0, "slurmctld to answer")
 
     def _start_munge(self) -> None:
         root, layout = self.root, self.layout
@@ -203,7 +221,7 @@ class SlurmCluster:
         command += [f"--key-file={layout.munge_key}", f"--pid-file={root}/munged.pid"]
         command += [f"--log-file={root}/munged.log", f"--seed-file={root}/munged.seed"]
         self._daemons.start("munged", [*command, "--num-threads=4"], self._daemon_env())
-        self._wait(layout.munge_socket.exists, "munged's socket", 20)
+        self._wait(layout.munge_socket.exists, "munged's socket")
 
     def _start_accounting(self) -> None:
         """MariaDB without grant tables needs no installed system database, so an empty folder will do."""
@@ -212,9 +230,9 @@ class SlurmCluster:
         command += [f"--port={layout.database_port}", f"--datadir={root}/database", f"--socket={root}/mariadb.socket"]
         command += [f"--pid-file={root}/mariadbd.pid", "--innodb-buffer-pool-size=32M"]
         self._daemons.start("mariadbd", [*command, "--innodb-flush-log-at-trx-commit=0"], self._daemon_env())
-        self._wait(lambda: accepts_connections(layout.database_port), "mariadbd to listen", 30)
+        self._wait(lambda: accepts_connections(layout.database_port), "mariadbd to listen")
         self._daemons.start("slurmdbd", ["slurmdbd", "-D"], self._daemon_env())
-        self._wait(lambda: accepts_connections(layout.accounting_port), "slurmdbd to listen", 30)
+        self._wait(lambda: accepts_connections(layout.accounting_port), "slurmdbd to listen")
 
     def _start_slurmd(self, name: str) -> None:
         self._daemons.start(f"slurmd-{name}", ["slurmd", "-D", "-N", name], self._daemon_env() | self._node_env(name))
@@ -226,7 +244,7 @@ class SlurmCluster:
         """What marks the processes of one node; Slurm itself sets the same for the tasks it starts."""
         return {"SLURM_CONF": str(self.layout.slurm_conf), "SLURMD_NODENAME": name}
 
-    def _wait(self, done: Callable[[], bool], what: str, timeout: float) -> None:
+    def _wait(self, done: Callable[[], bool], what: str, timeout: float = _PATIENCE) -> None:
         """`wait_until` that gives up at once, with its log, when a daemon has died."""
 
         def done_or_dead() -> bool:

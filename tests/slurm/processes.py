@@ -15,6 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -24,13 +25,15 @@ class DaemonGroup:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._starter = ThreadPoolExecutor(1)  # the kernel's "parent" is a thread: of these the one that started them
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Start `command` in the foreground of a session of its own; its output goes to NAME.out."""
         if name in self._running:
             raise RuntimeError(f"{name} is running already")
         with (self._logs / f"{name}.out").open("ab") as output:
-            self._running[name] = subprocess.Popen(
+            started = self._starter.submit(
+                subprocess.Popen,
                 ["setpriv", "--pdeathsig", "TERM", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -38,8 +41,9 @@ class DaemonGroup:
                 env=dict(env),
                 start_new_session=True,
             )
+            self._running[name] = started.result()
 
-    def stop(self, name: str, *, how: signal.Signals = signal.SIGTERM, patience: float = 10.0) -> None:
+    def stop(self, name: str, *, how: signal.Signals = signal.SIGTERM, patience: float = 30.0) -> None:
         """End one daemon; a daemon that does not heed `how` is killed."""
         process = self._running.pop(name, None)
         if process is None:
@@ -57,7 +61,7 @@ class DaemonGroup:
 
     def ended(self) -> list[str]:
         """Names of daemons that ended by themselves."""
-        return [name for name, process in self._running.items() if process.poll() is not None]
+        return [name for name, process in list(self._running.items()) if process.poll() is not None]
 
 
 def pids_with(settings: Mapping[str, str]) -> Iterator[int]:
@@ -69,7 +73,7 @@ def pids_with(settings: Mapping[str, str]) -> Iterator[int]:
                 yield int(directory.name)
 
 
-def kill_all_with(settings: Mapping[str, str], *, patience: float = 10.0) -> None:
+def kill_all_with(settings: Mapping[str, str], *, patience: float = 60.0) -> None:
     """Kill the processes that carry `settings`, and those they start meanwhile, until none is left."""
 
     def none_left() -> bool:

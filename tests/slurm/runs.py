@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ class Workbench:
     def run_paths(self, name: str) -> RunPaths:
         return RunPaths(self.root / "runs" / name)
 
-    def launcher(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """`python -m launcher ARGUMENTS`, as a user of the cluster would call it from the checkout."""
-        return self.cluster.run([sys.executable, "-m", "launcher", *arguments], check=check, cwd=CHECKOUT)
+    def launcher(
+        self, *arguments: str, check: bool = True, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """`python -m launcher ARGUMENTS` from the checkout, as a user of the cluster would call it; more in `env`."""
+        return self.cluster.run([sys.executable, "-m", "launcher", *arguments], check=check, cwd=CHECKOUT, env=env)
 
-    def submit(self, name: str, *overrides: str) -> RunPaths:
-        self.launcher("submit", str(self.config), f"name={name}", *overrides)
+    def submit(self, name: str, *overrides: str, env: Mapping[str, str] | None = None) -> RunPaths:
+        self.launcher("submit", str(self.config), f"name={name}", *overrides, env=env)
         return self.run_paths(name)
 
     def status(self, run: RunPaths) -> dict[str, Any]:
