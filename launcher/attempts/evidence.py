@@ -12,6 +12,8 @@ from launcher.attempts.cause import Evidence, JobView, RankError
 from launcher.rundir import RunPaths
 
 _TAIL_BYTES = 1 << 15
+_SIGNAL = 128
+"""Exit codes above it are of processes that a signal ended."""
 _FIELD = re.compile(r"(?:^|\s)([A-Z][A-Za-z/:]*)=(\S*)")
 
 
@@ -46,7 +48,9 @@ def gather(
         (event for event in reversed(own) if event.get("event") == "preflight_failed"), {}
     )
     rank, host = _first_failure(paths.failure(attempt))
-    error = read_error(paths.error(attempt))  # a rank that was killed records none, but its victims do
+    error = read_error(paths.error(attempt))
+    if error is not None and exit_code > _SIGNAL and rank not in (None, error.rank):
+        error = None  # a rank that was killed records none, so this is a victim's
     logs = [paths.logs / attempt / "batch.log", *([paths.rank_log(attempt, rank)] if rank is not None else [])]
     return Evidence(
         exit_code=exit_code,
@@ -58,7 +62,7 @@ def gather(
         bad_nodes=tuple(str(node["host"]) for node in preflight.get("nodes", [])),
         host=host,
         job=job,
-        error=error if error is None or rank in (None, error.rank) else None,
+        error=error,
         log="\n".join(_tail(file) for file in logs),
     )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from launcher.attempts.cause import Cause, Evidence, JobView, RankError, Verdict, classify
-from launcher.attempts.evidence import parse_job
+from launcher.attempts.evidence import gather, parse_job
 from launcher.attempts.restart import Action, Past, decide, spent
+from launcher.rundir import RunPaths
 from launcher.spec import RestartSpec
 
 RUNNING = JobView(state="RUNNING")
@@ -128,3 +132,14 @@ def test_job_as_scontrol_shows_it() -> None:
         state="RUNNING", preempted=True
     )
     assert parse_job("slurm_load_jobs error: Invalid job id specified") is None
+
+
+@pytest.mark.parametrize(("code", "cause"), [(2, Cause.USER_CODE), (137, Cause.UNKNOWN)])
+def test_error_of_another_rank_than_the_first_to_exit(tmp_path: Path, code: int, cause: Cause) -> None:
+    """Ranks that agreed to raise end in any order; a killed one records nothing, and its victims' errors mislead."""
+    run = RunPaths(tmp_path)
+    run.error("7.0").parent.mkdir(parents=True)
+    error = {"kinds": ["UserCodeError", "ConfigError"], "message": "the metric failed", "rank": 1, "host": "n2"}
+    run.error("7.0").write_text(json.dumps(error))
+    run.failure("7.0").write_text(f"{code} 0 n1\n")
+    assert classify(gather(run, "7.0", code, None, "7", [])).cause is cause
