@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from launcher.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster
+from tests.slurm.matrix import decided
 from tests.slurm.processes import wait_until
-from tests.slurm.runs import make_workbench
+from tests.slurm.runs import loss_curve, make_workbench
+from tests.slurm.test_faults import killed_rank
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 def test_status_asks_sacct_for_a_job_that_squeue_forgot(slurm_with_accounting: SlurmCluster, tmp_path: Path) -> None:
@@ -23,3 +26,12 @@ def test_status_asks_sacct_for_a_job_that_squeue_forgot(slurm_with_accounting: S
     cluster.run(["scancel", job])
     wait_until(lambda: cluster.job_state(job) == "", "squeue to forget the job", timeout=60, interval=1)
     assert bench.state(run) == "CANCELLED"
+
+
+def test_requeued_run_where_squeue_forgets_at_once(
+    slurm_with_accounting: SlurmCluster, uninterrupted: RunPaths, tmp_path: Path
+) -> None:
+    """One row of the fault matrix; all of them are run with sacct in the slow tier."""
+    run = killed_rank(make_workbench(tmp_path, slurm_with_accounting))
+    assert decided(run) == [("unknown", "requeue"), ("done", "stop")]
+    assert loss_curve(run) == loss_curve(uninterrupted)
