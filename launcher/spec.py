@@ -633,7 +633,7 @@ def to_yaml(spec: RunSpec) -> str:
 
 
 def read_resolved(path: Path) -> RunSpec:
-    """Read a config that `to_yaml` wrote: every key is there, and nothing is interpolated or converted.
+    """Read a config that `to_yaml` wrote, here or by an earlier version; nothing is interpolated or converted.
 
     ConfigError on a file that was edited into something else: a resolved config is not an input form.
     """
@@ -649,7 +649,7 @@ def _build(section: Any, values: Any, where: str) -> Any:
     """The dataclass `section` with these values."""
     types = typing.get_type_hints(section)
     _check_keys(values, types, where)
-    return section(**{name: _value(kind, values[name], f"{where}{name}.") for name, kind in types.items()})
+    return section(**{name: _value(types[name], value, f"{where}{name}.") for name, value in values.items()})
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
@@ -661,9 +661,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 
 def _check_keys(values: Any, wanted: Any, where: str) -> None:
-    if not isinstance(values, dict) or values.keys() != wanted.keys():
+    """A key that is absent came with a later version: its default is what the run was made with."""
+    unknown = sorted(map(str, values.keys() - wanted.keys())) if isinstance(values, dict) else ["no mapping"]
+    if unknown:
         raise ConfigError(
-            f"{where}these are not the keys of a resolved config; it was edited, or made by another version"
+            f"{where}not of a resolved config: {', '.join(unknown)}; it was edited, or made by a newer version"
         )
 
 

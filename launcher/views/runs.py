@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RunStateError, did_you_mean
+from launcher.errors import LauncherError, RunStateError, did_you_mean
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths, read_json, read_lines
 from launcher.scheduler.state import JobState
@@ -141,7 +141,12 @@ def _meaning(code: int | None) -> str:
 def listing(runs: Sequence[RunPaths]) -> list[dict[str, Any]]:
     """What `launcher list` shows: name, state by the run's own files, creation time, topology, lineage."""
     rows = []
-    for item in map(snapshot, runs):
+    for paths in runs:
+        try:
+            item = snapshot(paths)
+        except (LauncherError, ValueError, KeyError) as error:
+            rows.append(_unreadable(paths, error))
+            continue
         state = item.own_state or (JobState.CANCELLED if item.cancelled else None)
         rows.append(
             {
@@ -154,3 +159,15 @@ def listing(runs: Sequence[RunPaths]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _unreadable(paths: RunPaths, error: Exception) -> dict[str, Any]:
+    """The row of a run whose files are damaged; the others are listed all the same."""
+    return {
+        "run": paths.name,
+        "directory": str(paths.root),
+        "state": JobState.UNKNOWN.value,
+        "created_at": paths.root.stat().st_mtime,
+        "topology": f"unreadable: {error}",
+        "parent_run": None,
+    }

@@ -33,11 +33,20 @@ def test_round_trip(tmp_path: Path, text: str, number: float) -> None:
 def test_edited_into_something_else(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(RunSpec()).replace("max_steps", "max_step"))
-    with pytest.raises(ConfigError, match=r"config\.yaml: train\.these are not the keys of a resolved config"):
+    with pytest.raises(ConfigError, match=r"config\.yaml: train\.not of a resolved config: max_step;"):
         read_resolved(path)
     path.write_text(to_yaml(RunSpec()).replace("sources: {}", "sources: []"))
-    with pytest.raises(ConfigError, match=r"data\.sources\.these are not the keys of a resolved config"):
+    with pytest.raises(ConfigError, match=r"data\.sources\.not of a resolved config: no mapping;"):
         read_resolved(path)
     path.write_text("")
-    with pytest.raises(ConfigError, match=r"config\.yaml: these are not the keys of a resolved config"):
+    with pytest.raises(ConfigError, match=r"config\.yaml: not of a resolved config: no mapping;"):
         read_resolved(path)
+
+
+def test_config_of_an_earlier_version_has_todays_defaults(tmp_path: Path) -> None:
+    spec = RunSpec(name="a", train=TrainSpec(max_steps=3))
+    lines = to_yaml(spec).splitlines()
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(line for line in lines if not line.startswith(("after:", "  kernels:"))))
+    assert len(path.read_text().splitlines()) == len(lines) - 2
+    assert read_resolved(path) == spec

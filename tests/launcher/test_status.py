@@ -263,3 +263,11 @@ def test_listing_asks_nobody(tmp_path: Path) -> None:
         "topology": "tp2 = 2 ranks",
         "parent_run": None,
     }
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> None:
+    whole, damaged = make_run(tmp_path, "a"), make_run(tmp_path, "b")
+    damaged.manifest.write_text("{")
+    rows = listing([damaged, whole])
+    assert [row["state"] for row in rows] == ["UNKNOWN", None]
+    assert rows[0]["topology"].startswith("unreadable: ")
