@@ -43,8 +43,10 @@ class Matrix:
         return self._runs[row].result(timeout=4 * PATIENCE)
 
     def stop(self) -> None:
-        """Begin no more rows and wait for those that are under way."""
-        self._pool.shutdown(cancel_futures=True)
+        """Begin no more rows, and end those that are under way: nobody waits for them any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.bench.cluster.run(["scancel", "--user=root"])
+        self._pool.shutdown()
 
 
 def decided(run: RunPaths) -> list[tuple[str, str]]:

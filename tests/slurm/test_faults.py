@@ -165,24 +165,24 @@ def test_preemption(run: RunPaths, curve: object) -> None:
     assert loss_curve(run) == curve
 
 
-def time_limit(bench: Workbench, how: str) -> RunPaths:
-    """Ranks are to stop early enough for a save of as long as the whole job: so they do, after each step."""
-    limits = ["resources.time=10", "resources.signal_seconds=590", "resources.extra_sbatch=[--signal=USR2@1]"]
-    run = bench.submit(f"time-{how}", *TWO_RANKS, *limits, f"restart.how={how}")
+SHORT = ("resources.time=10", "resources.signal_seconds=590", "resources.extra_sbatch=[--signal=USR2@1]")
+"""Ranks are to stop early enough for a save of as long as the whole job: so they do, after each step."""
+
+
+def time_limit_requeue(bench: Workbench) -> RunPaths:
+    run = bench.submit("time-requeue", *TWO_RANKS, *SHORT)
     wait_for_decisions(run, 2)
-    jobs = 1 if how == "requeue" else 3
-    wait_until(lambda: len(events(run, "submitted")) == jobs, "the third attempt's job", timeout=PATIENCE)
     longer = ["scontrol", "update", f"JobId={job_of(run)}", "TimeLimit=100"]
     wait_until(lambda: bench.cluster.run(longer, check=False).returncode == 0, "a longer limit", timeout=PATIENCE)
     return wait_for_end(bench, run, attempts=3)
 
 
-def time_limit_requeue(bench: Workbench) -> RunPaths:
-    return time_limit(bench, "requeue")
-
-
 def time_limit_resubmit(bench: Workbench) -> RunPaths:
-    return time_limit(bench, "resubmit")
+    """The next job starts at once: what the third asks for is written down while the second is at work."""
+    run = bench.submit("time-resubmit", *TWO_RANKS, *SHORT, "restart.how=resubmit")
+    wait_until(lambda: len(events(run, "attempt_started")) == 2, "the second job", timeout=PATIENCE)
+    run.script.write_text(run.script.read_text().replace("#SBATCH --time=10\n", "#SBATCH --time=100\n"))
+    return wait_for_end(bench, run, attempts=3)
 
 
 @row(time_limit_requeue)
