@@ -163,7 +163,7 @@ def test_sources_of_training_data(workdir: Path) -> None:
         ("{files: a.jsonl, weight: -1}", "5: data.sources.x.weight: -1 is not above 0"),
         ("{files: a.jsonl, weight: nan}", "5: data.sources.x.weight: nan is not above 0"),
         ("{files: a.jsonl, weight: much}", "5: data.sources.x.weight: 'much' is not a number"),
-        ("{files: a.jsonl, wight: 1}", "5: unknown key 'data.sources.x.wight'; did you mean 'weight'?"),
+        ("{files: a.jsonl, wweight: 1}", "5: unknown key 'data.sources.x.wweight'; did you mean 'weight'?"),
         ("{files: b.jsonl}", "5: data.sources.x.files: no file matches /"),
         ("{weight: 1}", "5: data.sources.x.files: missing; one or more data files"),
         ("{files: [], weight: 1}", "5: data.sources.x.files: missing; one or more data files"),
@@ -187,7 +187,7 @@ def test_bad_source(source: str, message: str, workdir: Path) -> None:
     [
         ("data.sources=a.jsonl", "'data.sources' is a section; set one of data.sources.NAME.files, data.sources.NAME."),
         ("data.sources.math=a.jsonl", "'data.sources.math' is a section; set one of data.sources.math.files, "),
-        ("data.sources.math.wight=2", "unknown key 'data.sources.math.wight'; did you mean 'data.sources.math.w"),
+        ("data.sources.math.wweight=2", "unknown key 'data.sources.math.wweight'; did you mean 'data.sources.math.w"),
         ("data.sources.a b.weight=2", "unknown key 'data.sources.a b.weight'"),
         ("data.sources.new.weight=2", "data.sources.new.files: missing; one or more data files"),
     ],
