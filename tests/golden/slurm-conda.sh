@@ -89,20 +89,29 @@ nodes_down() { # nodes of the last attempt that Slurm has lost
   [ -z "$nodes" ] || sinfo --noheader --Node --nodes="$nodes" --states=down,fail --format=%N 2>/dev/null | sort -u | paste -sd,
 }
 follow() { # CODE [ACTION [NODES]]
-  local action=${2-} avoid=${3-}
+  local action=${2-} avoid=${3-} view tries=0
   trap '' TERM # a requeue ends all that runs in the job, the command that asks for it too
   if [ -z "$action" ] && [ "$1" -eq 75 ] && [[ "$(job_view)" == *JobState=RUNNING* ]]; then
     action=requeue # nobody could say more, and a cancelled job would be no longer running
   fi
   case $action in
     requeue)
+      until scontrol requeue "$job_id"; do
+        view=$(job_view)
+        if [[ $view == *JobState=RUNNING* ]]; then
+          echo "the job may not be requeued here; a new one goes on"
+          resubmit "$avoid"
+          return
+        fi
+        [ -z "$view" ] || return 0 # it was cancelled meanwhile
+        if [ $((tries += 1)) -ge 30 ]; then
+          echo "Slurm's controller does not answer; nothing was requeued: launcher resubmit goes on"
+          return
+        fi
+        sleep 10
+      done
       # Slurm takes new exclusions of a waiting job only; this shell has some seconds left after the requeue.
-      if scontrol requeue "$job_id"; then
-        [ -z "$avoid" ] || scontrol update JobId="$job_id" ExcNodeList="$avoid"
-      elif [[ "$(job_view)" == *JobState=RUNNING* ]]; then
-        echo "the job may not be requeued here; a new one goes on"
-        resubmit "$avoid"
-      fi
+      [ -z "$avoid" ] || scontrol update JobId="$job_id" ExcNodeList="$avoid"
       ;;
     resubmit) resubmit "$avoid" ;;
     withdraw) scancel "$job_id" ;;

@@ -155,6 +155,38 @@ def test_shellcheck(path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+REQUEUE = """\
+job_id=7
+sleep() { :; }
+scontrol() {
+  if [ "$1" = show ]; then [ "$calls" -le 2 ] || echo "JobState=$STATE"; return; fi
+  calls=$((calls + 1))
+  echo "$*"
+  [ "$1" = update ] || [ "$calls" -gt "$FAILURES" ]
+}
+calls=0
+follow 75 requeue node2
+"""
+
+
+@pytest.mark.parametrize(
+    ("failures", "state", "said"),
+    [
+        (0, "RUNNING", ["requeue 7", "update JobId=7 ExcNodeList=node2"]),
+        (2, "RUNNING", ["requeue 7"] * 3 + ["update JobId=7 ExcNodeList=node2"]),  # no controller for a while
+        (9, "RUNNING", ["requeue 7"] * 3 + ["the job may not be requeued here; a new one goes on", "sbatch node2"]),
+        (9, "CANCELLED", ["requeue 7"] * 3),
+    ],
+)
+def test_a_requeue_outlasts_an_absent_controller(failures: int, state: str, said: list[str]) -> None:
+    text = script(make_spec(cluster=ClusterSpec(scheduler="slurm")))
+    functions = text[text.index("job_view() {") : text.index("resubmit() {")]
+    program = f'{functions}resubmit() {{ echo "sbatch $1"; }}\n{REQUEUE}'
+    environment = {**os.environ, "FAILURES": str(failures), "STATE": state}
+    done = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == said
+
+
 def test_cpu_ranks_get_nothing_of_cuda() -> None:
     spec = make_spec(cluster=ClusterSpec(scheduler="slurm"), resources=ResourcesSpec(nodes=2, tasks_per_node=4))
     assert "CUDA" not in script(spec)
