@@ -67,8 +67,13 @@ def follow(paths: RunPaths, choice: Choice) -> RunStatus:
     """Print logs as they grow until the attempt has ended, and what the first rank to fail said; its last state."""
     followers: dict[Path, _Follower] = {}
     told, asked = "", 0.0
+    before = None
     while True:
         label = _attempt(paths, choice.attempt)
+        if label != before:  # the last words of an attempt may come between two looks
+            for follower in followers.values():
+                follower.copy(last=True)
+            before = label
         over = _ended(paths, label)  # asked before reading: what was written until then is shown
         if not over and time.monotonic() - asked >= _ASK_SECONDS:
             status, asked = _status(paths), time.monotonic()

@@ -31,11 +31,6 @@ def spec_of(ranks: int = 1, virtual: bool = False, **settings: Any) -> RunSpec:
     ("settings", "key", "message"),
     [
         (
-            {"packing": True, "micro_batch_size": 2},
-            "train.micro_batch_size",
-            "2 with data.packing: a packed row holds many examples already; set it to 1",
-        ),
-        (
             {"global_batch_unit": "tokens", "global_batch_size": 2500},
             "train.global_batch_size",
             "2500 tokens are not a number of rows of data.seq_length 1024; nearest valid: 2048, 3072",
@@ -70,6 +65,7 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], key: str, me
     "settings",
     [
         {"packing": True},
+        {"packing": True, "micro_batch_size": 2},
         {"group_by_length": True},
         {"packing": True, "global_batch_unit": "tokens", "global_batch_size": 4096},
         {"global_batch_unit": "tokens", "global_batch_size": 4096, "micro_batch_size": 2},

@@ -94,6 +94,7 @@ def test_absent_package_is_said_before_ranks_start(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_broken_logger_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
     log = loggers(tmp_path, tensorboard=True)
     log._loggers[0].log_metrics = _fail  # type: ignore[method-assign]
     for step in (1, 2):

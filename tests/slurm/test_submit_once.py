@@ -90,15 +90,15 @@ def test_job_whose_launcher_died_in_sbatch_is_adopted(bench: Workbench, slurm: S
 def test_job_whose_answer_is_lost_is_adopted_by_submit_and_resubmit(bench: Workbench, slurm: SlurmCluster) -> None:
     lost = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
     path = plant_sbatch(bench, "loses", lost)
-    finish({"lost": start_submit(bench, "lost", path)})
-    run = bench.run_paths("lost")
-    (job,) = _attempts(bench, "lost")
+    finish({"unheard": start_submit(bench, "unheard", path)})
+    run = bench.run_paths("unheard")
+    (job,) = _attempts(bench, "unheard")
     bench.cluster.run(["scancel", job])
     bench.wait_for_state(run, "CANCELLED")
     command = [sys.executable, "-m", "launcher", "resubmit", str(run.root)]
     subprocess.run(command, env={**bench.cluster.env, "PATH": path}, cwd=CHECKOUT, check=True, timeout=120)
-    assert jobs_named(bench, "lost") == _attempts(bench, "lost")
-    assert len(_attempts(bench, "lost")) == 2
+    assert jobs_named(bench, "unheard") == _attempts(bench, "unheard")
+    assert len(_attempts(bench, "unheard")) == 2
 
 
 def test_job_submitted_from_inside_a_job_is_its_own(bench: Workbench, slurm: SlurmCluster) -> None:
