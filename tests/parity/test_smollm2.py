@@ -15,6 +15,7 @@ from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_topologies import losses_of_first_step
 from tests.ranks import run_ranks
+from tests.tiers import thinned
 from tests.tiny_model import write_jsonl
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
@@ -51,7 +52,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, questions
     return reference_curve(tmp_path_factory.mktemp("reference"), smollm2, questions, steps=steps, **settings)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", thinned(LAYOUTS, "tp3", "pp2"))
 def test_layout_follows_reference(name: str, tmp_path: Path, smollm2: Path, questions: Path, reference: Curve) -> None:
     ranks, topology = LAYOUTS[name]
     paths = make_run(tmp_path, smollm2, questions, ranks=ranks, topology=topology, **SETTINGS)

@@ -14,6 +14,7 @@ from sft.trainer import train
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.ranks import run_ranks
+from tests.tiers import thinned
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -63,7 +64,7 @@ def test_layout_follows_reference(name: str, tmp_path: Path, model: Path, chat: 
     assert norms == pytest.approx(reference.grad_norms, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", thinned(FAMILIES, "llama_tied", "qwen2"))
 def test_trap_14_family_follows_reference_under_tp2_pp2(family: str, tmp_path: Path, chat: Path) -> None:
     """Seen to fail when the rows that pad the vocabulary stay in the softmax."""
     model = make_tiny_model(tmp_path / "model", **FAMILIES[family])

@@ -185,8 +185,8 @@ SEQUENCE = {**TENSOR, "sequence_parallel": True}
     [
         (4, TENSOR, {}, ({1}, {1})),
         (4, SEQUENCE, {}, ({1}, {1})),
-        (4, {**TENSOR, "pipeline_parallel": 2}, {}, ({1}, {1})),
-        (2, TENSOR, {"recompute": "selective"}, ({1}, {2})),
+        pytest.param(4, {**TENSOR, "pipeline_parallel": 2}, {}, ({1}, {1}), marks=pytest.mark.slow),
+        pytest.param(2, TENSOR, {"recompute": "selective"}, ({1}, {2}), marks=pytest.mark.slow),
         (2, TENSOR, {"recompute": "full", "packing": True}, ({1, 2}, {2})),
         (2, SEQUENCE, {"recompute": "full"}, ({1, 2}, {2})),
     ],
