@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import subprocess
@@ -26,7 +25,7 @@ from launcher.remote import host_end
 from launcher.remote.ssh import LOST, Host
 from launcher.resources import Kind, own_folders
 from launcher.spec import RunSpec
-from launcher.submission.code_snapshot import travelling_code
+from launcher.submission.code_snapshot import digest_of, travelling_code
 
 _LARGEST_FILE = 10 << 20
 """Bytes of a file that goes with a command; data belongs on the cluster."""
@@ -113,7 +112,7 @@ def _talk(
     """What `host_end.deposit` said last."""
     if process.stdin is None or process.stdout is None:
         raise TypeError("both ends must be pipes")
-    head = {"directory": host.directory, "code": _digest(luggage)}
+    head = {"directory": host.directory, "code": digest_of(sorted(luggage.items()))[:32]}
     _send(process.stdin, program, json.dumps(head).encode(), b"\n")
     answer = _answer(process.stdout)
     if "code" not in answer:
@@ -161,13 +160,6 @@ def _luggage(spec: RunSpec) -> dict[str, bytes]:
             found = [path for path in folder.glob("*.*") if path.suffix in (".yaml", ".j2")]
             files |= {f"home/{kind}/{path.name}": path.read_bytes() for path in found}
     return files
-
-
-def _digest(files: Mapping[str, bytes]) -> str:
-    whole = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        whole.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode("utf-8", "surrogateescape"))
-    return whole.hexdigest()[:32]
 
 
 def _packed(files: Mapping[str, bytes]) -> bytes:

@@ -93,9 +93,14 @@ def _within_limits(files: Mapping[str, Path]) -> tuple[dict[str, Path], int, lis
 
 def digest(folder: Path) -> str:
     """One hash over the names and contents of all files below `folder`, but not of what Python compiled there."""
+    return digest_of((name, path.read_bytes()) for name, path in sorted(_below(folder).items()))
+
+
+def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
+    """One hash over names and contents, in the order given."""
     whole = hashlib.sha256()
-    for name, path in sorted(_below(folder).items()):
-        whole.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    for name, content in files:
+        whole.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
 
 

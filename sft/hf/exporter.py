@@ -24,7 +24,7 @@ from launcher.errors import CheckpointError
 from launcher.rundir import read_json, sync_path, write_json
 from sft.hf.architecture import Architecture, read_architecture
 from sft.hf.files import INDEX, SINGLE, check_model_files, read_header, sync_files, weight_map, write_weights
-from sft.hf.layouts import Layout, checkpoint_key, hf_shapes, layout_of, parameter_names, split_parameter
+from sft.hf.layouts import checkpoint_key, hf_shapes, parameter_layouts, split_parameter
 from sft.hf.sharded_reader import ShardedReader
 
 MAX_FILE_BYTES = 4 * 10**9
@@ -62,7 +62,7 @@ def export_checkpoint(
     architecture = read_architecture(model_dir)
     reader = ShardedReader(checkpoint_dir)
     _check_checkpoint(reader, checkpoint_dir, architecture)
-    layouts = dict(_layouts(architecture))
+    layouts = parameter_layouts(architecture)
     with whole_directory(out_dir) as aside:
         dtypes = _export_dtypes(reader, model_dir, architecture, dtype)
         write_model(
@@ -96,7 +96,7 @@ def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], mo
     """Parameters of each weight file, in model order, each file at most `most` bytes (or one parameter)."""
     files: list[list[str]] = [[]]
     filled = 0
-    for name, layout in _layouts(architecture):
+    for name, layout in parameter_layouts(architecture).items():
         elements = layout.rows * (layout.columns or 1)
         size = elements * dtypes[layout.pieces[0].name].itemsize
         if files[-1] and filled + size > most:
@@ -107,16 +107,9 @@ def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], mo
     return files
 
 
-def _layouts(architecture: Architecture) -> Iterator[tuple[str, Layout]]:
-    for name in parameter_names(architecture):
-        layout = layout_of(name, architecture)
-        assert layout is not None, name
-        yield name, layout
-
-
 def _check_checkpoint(reader: ShardedReader, checkpoint_dir: Path, architecture: Architecture) -> None:
     """Refuse a checkpoint of another model before anything is written."""
-    for name, layout in _layouts(architecture):
+    for name, layout in parameter_layouts(architecture).items():
         key, index = checkpoint_key(name)
         found = reader.shape(key)
         layers = () if index is None else (architecture.shape.num_layers,)
@@ -140,7 +133,7 @@ def _export_dtypes(
         return file_dtypes(model_dir, architecture)
     return {
         piece.name: reader.dtype(checkpoint_key(name)[0])
-        for name, layout in _layouts(architecture)
+        for name, layout in parameter_layouts(architecture).items()
         for piece in layout.pieces
     }
 

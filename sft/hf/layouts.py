@@ -99,16 +99,21 @@ def layer_parameters(architecture: Architecture) -> tuple[str, ...]:
     return tuple(_layer_layouts(architecture, 0))
 
 
-def parameter_names(architecture: Architecture) -> Iterator[str]:
+def parameter_layouts(architecture: Architecture) -> dict[str, Layout]:
     """Every parameter of the whole model, first to last; a tied output layer is the embedding and not named."""
-    outer = list(_outer_layouts(architecture))
-    yield from (name for name in outer if name.startswith("embedding."))
+    outer = _outer_layouts(architecture)
+    if architecture.shape.tied_embeddings:
+        del outer[OUTPUT]
+    layouts = {name: layout for name, layout in outer.items() if name.startswith("embedding.")}
     for layer in range(architecture.shape.num_layers):
-        for name in layer_parameters(architecture):
-            yield f"decoder.layers.{layer}.{name}"
-    yield from (name for name in outer if name.startswith("decoder."))
-    if not architecture.shape.tied_embeddings:
-        yield OUTPUT
+        for name, layout in _layer_layouts(architecture, layer).items():
+            layouts[f"decoder.layers.{layer}.{name}"] = layout
+    return layouts | {name: layout for name, layout in outer.items() if name not in layouts}
+
+
+def parameter_names(architecture: Architecture) -> Iterator[str]:
+    """The names of `parameter_layouts`."""
+    return iter(parameter_layouts(architecture))
 
 
 def embedding_name(architecture: Architecture) -> str:
@@ -135,11 +140,9 @@ def checkpoint_key(name: str) -> tuple[str, int | None]:
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every Hugging Face tensor of the model, in the order of `parameter_names`."""
+    """Name and shape of every Hugging Face tensor of the model, in the order of `parameter_layouts`."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in parameter_names(architecture):
-        layout = layout_of(name, architecture)
-        assert layout is not None, name
+    for layout in parameter_layouts(architecture).values():
         for piece in layout.pieces:
             rows = max(piece.stop, shapes.get(piece.name, (0,))[-1 if layout.transposed else 0])
             shape = (rows,) if layout.columns is None else (rows, layout.columns)

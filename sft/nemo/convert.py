@@ -11,7 +11,7 @@ import json
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +27,7 @@ from launcher.nemo.rules import Entries, value_of
 from sft.hf.architecture import Architecture, read_architecture
 from sft.hf.exporter import copy_settings, write_model
 from sft.hf.files import check_model_files
-from sft.hf.layouts import Layout, layout_of, parameter_names, split_parameter
+from sft.hf.layouts import Layout, parameter_layouts, split_parameter
 from sft.nemo.distributed import DistributedWeights
 from sft.nemo.shards import open_shards
 
@@ -54,11 +54,12 @@ def convert_nemo(source: Path, directory: Path) -> None:
     architecture = read_architecture(directory)
     with _unpacked(source, directory.parent) as folder:
         weights = _open_weights(folder, ModelShape.from_config(config, str(source)))
+        layouts = parameter_layouts(architecture)
         _check_names(weights, architecture, source)
         write_model(
-            lambda name: split_parameter(_layout(name, architecture), _parameter(weights, name, architecture)),
+            lambda name: split_parameter(layouts[name], weights.parameter(name, layouts[name])),
             architecture,
-            _dtypes(weights, architecture),
+            _dtypes(weights, layouts),
             directory,
         )
         _write_tokenizer(folder, directory)
@@ -101,32 +102,22 @@ def _unpacked(source: Path, beside: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _layout(name: str, architecture: Architecture) -> Layout:
-    layout = layout_of(name, architecture)
-    assert layout is not None, name
-    return layout
-
-
-def _parameter(weights: Weights, name: str, architecture: Architecture) -> torch.Tensor:
-    return weights.parameter(name, _layout(name, architecture))
-
-
 def _check_names(weights: Weights, architecture: Architecture, source: Path) -> None:
     """A weight that the model has no place for would be lost without a word."""
-    known = set(parameter_names(architecture))
+    known = parameter_layouts(architecture).keys()
     unknown = sorted(name for name in weights.names() - known if not name.endswith(".linear_fc1.up.weight"))
     tied = {"output_layer.weight"} if architecture.shape.tied_embeddings else set()
     if set(unknown) - tied:
         raise ModelError(f"model.path: {source}: {unknown[0]} has no place in the model of its config")
 
 
-def _dtypes(weights: Weights, architecture: Architecture) -> dict[str, torch.dtype]:
+def _dtypes(weights: Weights, layouts: Mapping[str, Layout]) -> dict[str, torch.dtype]:
     """Number type of each Hugging Face tensor: that of the checkpoint."""
     held = weights.names()
     return {
         piece.name: weights.dtype(name) if name in held else torch.float32
-        for name in parameter_names(architecture)
-        for piece in _layout(name, architecture).pieces
+        for name, layout in layouts.items()
+        for piece in layout.pieces
     }
 
 

@@ -20,7 +20,7 @@ from launcher.errors import ModelError
 from sft.hf.architecture import Architecture, read_architecture
 from sft.hf.exporter import copy_settings, file_dtypes, whole_directory
 from sft.hf.files import WeightFiles, check_model_files
-from sft.hf.layouts import Layout, checkpoint_key, hf_shapes, layout_of, parameter_names
+from sft.hf.layouts import Layout, checkpoint_key, hf_shapes, parameter_layouts
 from sft.hf.sharded_writer import Chunk, write_sharded
 from sft.nemo.context_writer import TOKENIZER, io_json, model_object, model_yaml
 
@@ -50,12 +50,12 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
         raise ModelError(f"{model_dir}: weights of {len(dtypes)} number types; a NeMo 2 model has one")
     dtype = dtypes.pop()
     built = model_object(architecture, str(dtype).removeprefix("torch."))
-    files, shapes = WeightFiles(model_dir), hf_shapes(architecture)
+    files, shapes, layouts = WeightFiles(model_dir), hf_shapes(architecture), parameter_layouts(architecture)
     with whole_directory(out_dir) as aside:
         write_sharded(
             aside / "weights",
-            _chunks(architecture, dtype),
-            lambda name: _parameter(_layout(name, architecture), files, shapes),
+            _chunks(layouts, architecture.shape.num_layers, dtype),
+            lambda name: _parameter(layouts[name], files, shapes),
             _extra_states(architecture),
             {"content_metadata": _CONTENT},
         )
@@ -66,20 +66,13 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
         (context / "model.yaml").write_text(yaml.safe_dump(model_yaml(built)), encoding="utf-8")
 
 
-def _layout(name: str, architecture: Architecture) -> Layout:
-    layout = layout_of(name, architecture)
-    assert layout is not None, name
-    return layout
-
-
-def _chunks(architecture: Architecture, dtype: torch.dtype) -> list[Chunk]:
+def _chunks(layouts: Mapping[str, Layout], num_layers: int, dtype: torch.dtype) -> list[Chunk]:
     """Every parameter under its key; those of layers at their place on the leading axis."""
     found = []
-    for name in parameter_names(architecture):
-        layout = _layout(name, architecture)
+    for name, layout in layouts.items():
         key, index = checkpoint_key(name)
         own = (layout.rows,) if layout.columns is None else (layout.rows, layout.columns)
-        shape = own if index is None else (architecture.shape.num_layers, *own)
+        shape = own if index is None else (num_layers, *own)
         found.append(Chunk(key=_PREFIX + key, name=name, shape=shape, dtype=dtype, index=index))
     return found
 
