@@ -341,12 +341,17 @@ class TrainSpec:
     """Examples in one forward pass of one rank; with data.packing rows of up to data.seq_length tokens."""
     seed: int = 1234
     """Seed of data order, random weights and dropout."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """bf16 keeps fp32 master weights and reduces gradients in fp32. fp8 is bf16 with products of the layers' linears in
+    fp8 (E4M3, a scale for each token and each output channel), forward and for the gradients of inputs; gradients of
+    weights, LM head, attention, master weights and the update are those of bf16. GPUs from Ada and Hopper on."""
     kernels: Literal["auto", "plain", "fused"] = "auto"
     """plain: torch's own operations; fused: RMSNorm with the residual addition, RoPE, SwiGLU, LM head with
     cross-entropy at supervised positions only, and weight gradients added to the buffer by the product itself, in
     Triton on a GPU; auto: fused on a GPU where Triton is installed."""
+    attention: Literal["auto", "flash2", "flash4"] = "auto"
+    """Kernel of fused layers for packed rows on a GPU. flash2: the one in torch; flash4: the package flash-attn-4, for
+    Hopper and Blackwell; auto: flash4 where it is installed and `deterministic` is off."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass."""
     eval_every: Optional[int] = None

@@ -228,12 +228,31 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> list[str]:
             f"feed-forward size {shape.ffn_hidden_size} does not divide by tensor_parallel {tensor}; "
             f"valid here: {_some(_divisors(shape.ffn_hidden_size))}"
         )
+    if spec.train.precision == "fp8":
+        problems += _fp8_problems(shape, tensor)
     if spec.data.seq_length > shape.max_position_embeddings:
         problems.append(
             f"data.seq_length {spec.data.seq_length} is longer than the model's "
             f"{shape.max_position_embeddings} positions; shorten it to at most that"
         )
     return problems
+
+
+def _fp8_problems(shape: ModelShape, tensor: int) -> list[str]:
+    """fp8 products take weights whose sides, on each rank, are multiples of 16."""
+    heads = shape.num_attention_heads + 2 * max(shape.num_query_groups, tensor)
+    sizes = {
+        "hidden size": shape.hidden_size,
+        "feed-forward size": shape.ffn_hidden_size / tensor,
+        "query heads": shape.num_attention_heads * shape.head_dim / tensor,
+        "heads of Q, K and V": heads * shape.head_dim / tensor,
+    }
+    return [
+        f"train.precision fp8 needs multiples of 16, and {what} on a rank of tensor_parallel {tensor} is {size:g}; "
+        "set train.precision to bf16, or another tensor_parallel"
+        for what, size in sizes.items()
+        if size % 16
+    ]
 
 
 def _heads_fit(shape: ModelShape, tensor: int) -> bool:

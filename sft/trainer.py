@@ -30,6 +30,7 @@ from sft.evaluation import EarlyStopping, EvaluationCallback, held_out_batches
 from sft.guard import GuardCallback
 from sft.hf.architecture import read_architecture
 from sft.hf.model_files import resolve_model_dir
+from sft.megatron.model import describe_kernels
 from sft.module import SFTGPT
 from sft.plot import plot_loss
 from sft.prompts import Metric
@@ -137,6 +138,7 @@ def _train(
     )
     module = SFTGPT(spec, architecture, topology, model_dir, steps)
     log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
+    log.say(describe_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0))
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
     # srun ends all ranks when one exits other than 0: none may leave while another is still writing.
     cast(MegatronStrategy, trainer.strategy).control.barrier()

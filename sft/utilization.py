@@ -29,9 +29,9 @@ def utilization(spec: RunSpec, shape: ModelShape, world_size: int) -> Utilizatio
     """What MFU is computed from; None where it has no meaning.
 
     That is on CPU, on a GPU whose peak is not known, in fp32, and with LoRA, which computes no gradients of the weights
-    that the convention counts.
+    that the convention counts. In fp8 it is the part of the bf16 peak, so that the two can be compared.
     """
-    if spec.resources.gpus_per_node == 0 or spec.model.lora.rank is not None or spec.train.precision != "bf16":
+    if spec.resources.gpus_per_node == 0 or spec.model.lora.rank is not None or spec.train.precision == "fp32":
         return None
     kind = match_gpu(torch.cuda.get_device_name())
     return None if kind is None else Utilization(shape=shape, gpus=world_size, peak_tflops=kind.bf16_tflops)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.logger_packages import missing_loggers
+from launcher.hardware import gpu_kinds
 from launcher.rundir import COMPLETE, RUN_NAME
 from launcher.spec import RunSpec
 
@@ -37,6 +38,7 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from _sources(spec)
     yield from _batches(spec)
     yield from _lora(spec)
+    yield from _fp8(spec)
     yield from _scheduler(spec)
     yield from _runtime(spec)
     yield from _evaluation(spec)
@@ -147,6 +149,16 @@ def _not_yet(spec: RunSpec) -> Iterator[Problem]:
     size = spec.topology.context_parallel
     if size > 1:
         yield "topology.context_parallel", f"{size}: attention sees whole sequences only in this version; set it to 1"
+
+
+def _fp8(spec: RunSpec) -> Iterator[Problem]:
+    if spec.train.precision != "fp8":
+        return
+    if spec.model.lora.rank is not None:
+        yield "train.precision", "fp8 with model.lora.rank: adapters are added to products in bf16; set it to bf16"
+    name = (spec.cluster.gpu or spec.cluster.gpu_type or "").lower()
+    if any(kind.name == name and kind.fp8_tflops is None for kind in gpu_kinds()):
+        yield "train.precision", f"fp8 on GPUs of kind {name}, which have no fp8 products; set it to bf16"
 
 
 def _lora(spec: RunSpec) -> Iterator[Problem]:

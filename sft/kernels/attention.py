@@ -1,25 +1,83 @@
-"""Causal attention over packed sequences by the FlashAttention kernel that torch carries, without repeating KV heads.
+"""Causal attention over packed sequences, without repeating KV heads, by the faster of two kernels.
 
-It is called by its operator, because torch's own function for it (`varlen_attn`) takes no fewer KV heads than query
-heads before torch 2.13.
+FlashAttention-4 (the package flash-attn-4, written for Hopper and Blackwell in Python and compiled at its first call)
+where it is installed, else the FlashAttention-2 that torch carries. Measured on an H100 for 8 packed rows of ragged
+chat, forward and backward: 2.1 ms against 3.8 with 32 heads of 64, 2.9 against 4.8 with 24 heads of 128; on rows of
+equal length as fast as cuDNN's kernel or faster. The rule is fixed, not timed at the start of each run, so that a run
+that resumes computes with the kernel it began with.
+
+torch's is called by its operator, because torch's own function for it (`varlen_attn`) takes no fewer KV heads than
+query heads before torch 2.13.
 
 Rejected, after measuring on an H200 with torch 2.11: cuDNN's kernel for offsets (60 ms for what takes 0.5 ms here, and
-gradients of NaN; on rows of equal lengths it is 1.5 times as fast, and comes in by `scaled_dot_product_attention`),
-and long and short sequences in two calls, which was to spare blocks that find nothing to do (3 to 5 % slower).
+gradients of NaN; on rows of equal lengths it is 1.5 times as fast as FlashAttention-2, and comes in by
+`scaled_dot_product_attention`), and long and short sequences in two calls, which was to spare blocks that find nothing
+to do (3 to 5 % slower).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+Kernel = Literal["flash2", "flash4"]
 
-def flash(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float | None) -> Tensor:
+
+def fastest_kernel(head_dim: int) -> Kernel:
+    """The kernel for this machine, and whether the run must be repeatable: FlashAttention-4 adds up dQ as it comes."""
+    if torch.are_deterministic_algorithms_enabled() or not torch.cuda.is_available():
+        return "flash2"
+    capable = torch.cuda.get_device_capability()[0] in (9, 10) and head_dim % 8 == 0 and head_dim <= 128
+    return "flash4" if capable and has_flash4() else "flash2"
+
+
+def has_flash4() -> bool:
+    """Whether flash-attn-4 is installed. FlashAttention-2 has the same package name without the part asked for."""
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scale: float | None,
+    kernel: Kernel = "flash2",
+) -> Tensor:
     """[t, heads, dim], [t, groups, dim] twice -> [t, heads, dim], in bf16 or fp16; offsets int32 [sequences + 1]."""
+    if kernel == "flash4":
+        return _flash4()(query, key, value, offsets, longest, scale)
     context: Tensor = _Flash.apply(query, key, value, offsets, longest, scale)
     return context
+
+
+@functools.cache
+def _flash4() -> Callable[..., Tensor]:
+    with warnings.catch_warnings():  # of what its own compiler warns about itself
+        warnings.simplefilter("ignore")
+        from flash_attn.cute import flash_attn_varlen_func
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float | None) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            context: Tensor = flash_attn_varlen_func(
+                query, key, value,
+                cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest,
+                softmax_scale=scale, causal=True,
+            )[0]  # fmt: skip
+        return context
+
+    return attend
 
 
 class _Flash(torch.autograd.Function):

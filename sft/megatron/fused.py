@@ -15,16 +15,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sft.kernels import attention, norm
+from sft.kernels.linear import swiglu_mlp
 from sft.kernels.rope import rotate, split_and_rotate
 from sft.kernels.swiglu import swiglu
+from sft.megatron.fp8 import Fp8ColumnParallelLinear
 from sft.megatron.layers import CoreAttention, PackedSequences, RMSNorm
 from sft.megatron.mcore import (
     MLP,
     IdentityOp,
+    ModuleSpec,
     SelfAttention,
     TransformerBlockSubmodules,
     TransformerLayer,
     rotary_magnitude,
+    tensor_parallel,
 )
 
 _DENSE_KERNELS = [
@@ -57,16 +61,30 @@ class FusedRMSNorm(RMSNorm):
 
 
 class FusedMLP(MLP):  # type: ignore[misc]
-    """SwiGLU MLP without biases."""
+    """SwiGLU MLP without biases.
+
+    One operation where nothing comes between its products: in fp8, and in bf16 on one tensor parallel rank. Otherwise
+    Megatron-core's linears, which send gradients while they compute those of weights, or take adapters.
+    """
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """Output and no bias."""
+        up, down = self.linear_fc1, self.linear_fc2
+        if isinstance(up, Fp8ColumnParallelLinear):
+            inputs = up.whole_input(hidden_states)
+            return down.reduced(swiglu_mlp(inputs, up.weight, down.weight, in_fp8=True)), None
+        if type(up) is tensor_parallel.ColumnParallelLinear and up.tp_group.size() == 1:
+            return swiglu_mlp(hidden_states, up.weight, down.weight), None
         output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))
         return output
 
 
 class FusedCoreAttention(CoreAttention):
-    """Core attention by the fastest of torch's kernels for what the row holds."""
+    """Core attention by the fastest kernel for what the row holds."""
+
+    def __init__(self, *args: Any, kernel: attention.Kernel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kernel = kernel
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not query.is_cuda:
@@ -77,11 +95,11 @@ class FusedCoreAttention(CoreAttention):
     def _packed_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """[t, heads, dim] -> the same."""
         lengths = packed.seq_lengths
-        if lengths.count(lengths[0]) == len(lengths):
+        if self._kernel == "flash2" and lengths.count(lengths[0]) == len(lengths):
             # [sequences, heads, length, dim]
             rows = [tensor.view(len(lengths), -1, *tensor.shape[1:]).transpose(1, 2) for tensor in (query, key, value)]
             return self._causal(*rows).transpose(1, 2).flatten(0, 1)
-        return attention.flash(query, key, value, packed.cu_seqlens_q, packed.max_seqlen_q, self._scale)
+        return attention.flash(query, key, value, packed.cu_seqlens_q, packed.max_seqlen_q, self._scale, self._kernel)
 
 
 class FusedSelfAttention(SelfAttention):  # type: ignore[misc]
@@ -155,7 +173,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
         return residual + branch, None
 
 
-def use_fused_layers(block: TransformerBlockSubmodules) -> None:
+def use_fused_layers(block: TransformerBlockSubmodules, kernel: attention.Kernel) -> None:
     """Let a decoder spec of RMSNorm, RoPE and SwiGLU layers without dropout or biases build fused ones."""
     block.layer_norm = FusedRMSNorm
     for layer in block.layer_specs:
@@ -164,6 +182,6 @@ def use_fused_layers(block: TransformerBlockSubmodules) -> None:
         layer.submodules.mlp.module = FusedMLP
         layer.submodules.self_attention.module = FusedSelfAttention
         own = layer.submodules.self_attention.submodules
-        own.core_attention = FusedCoreAttention
+        own.core_attention = ModuleSpec(module=FusedCoreAttention, params={"kernel": kernel})
         if own.q_layernorm is RMSNorm:
             own.q_layernorm = own.k_layernorm = FusedRMSNorm

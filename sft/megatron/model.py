@@ -25,7 +25,9 @@ from launcher.topology import Topology
 from sft.hf.adapter import MARK
 from sft.hf.architecture import Activation, Architecture
 from sft.hf.checks import check_model_settings
+from sft.kernels import attention
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
+from sft.megatron.fp8 import use_fp8_linears
 from sft.megatron.fused import use_fused_layers
 from sft.megatron.layers import decoder_spec
 from sft.megatron.lora import attach_adapters, use_lora_linears
@@ -50,6 +52,22 @@ def fused_kernels(spec: RunSpec, *, on_gpu: bool) -> bool:
     if spec.train.kernels != "auto":
         return spec.train.kernels == "fused"
     return on_gpu and importlib.util.find_spec("triton") is not None
+
+
+def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Kernel:
+    """The kernel that train.attention means here, for packed rows of fused layers on a GPU."""
+    chosen = spec.train.attention
+    if chosen == "flash4" and not attention.has_flash4():
+        raise ModelError("train.attention flash4 needs the package flash-attn-4 in the ranks' Python; set it to auto")
+    return attention.fastest_kernel(architecture.shape.head_dim) if chosen == "auto" else chosen
+
+
+def describe_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -> str:
+    """Which kernels the ranks compute with, in one line."""
+    if not fused_kernels(spec, on_gpu=on_gpu) or not _has_fused_layers(spec, architecture):
+        return f"kernels: plain, products in {spec.train.precision}"
+    packed = attention_kernel(spec, architecture) if on_gpu and spec.data.packing else "torch's"
+    return f"kernels: fused, attention {packed}, products in {spec.train.precision}"
 
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -137,7 +155,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-core's configuration of this model under this layout."""
     shape = architecture.shape
-    dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
+    dtype = torch.float32 if spec.train.precision == "fp32" else torch.bfloat16
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -249,8 +267,10 @@ def _decoder(
     block = decoder_spec(config, vp_stage)
     if spec.model.lora.rank is not None:
         use_lora_linears(block)
+    if spec.train.precision == "fp8":
+        use_fp8_linears(block)
     if config.gradient_accumulation_fusion and _has_fused_layers(spec, architecture):
-        use_fused_layers(block)
+        use_fused_layers(block, attention_kernel(spec, architecture))
     norm = LayerNorm if architecture.gpt2 else ZeroCenteredRMSNorm if architecture.zero_centered_norm else None
     if norm is not None:
         block.layer_norm = norm

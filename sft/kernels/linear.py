@@ -1,0 +1,123 @@
+"""Linear layers and the SwiGLU MLP as single operations, in the input's precision or with products in fp8.
+
+In fp8 forward and the gradient of the input are products of rows (sft.kernels.fp8); the gradient of a weight sums over
+tokens, where rounding errors would stay in the weights for good, and is taken from unrounded factors in fp32.
+
+The MLP keeps its input and the projection [gate; up], and not what SwiGLU makes of that: the backward kernel has both
+halves at hand and gives it once more. That is a fifth of a layer's activations for a pass of one write.
+
+No communication happens in here: who splits weights over tensor parallel ranks gathers before and reduces behind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sft.kernels import fp8
+from sft.kernels.weight_gradient import weight_gradient
+
+
+def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight^T in fp8, [..., columns] and [rows, columns] -> [..., rows]."""
+    output: Tensor = _Fp8Linear.apply(x, weight)
+    return output
+
+
+def swiglu_mlp(x: Tensor, up: Tensor, down: Tensor, *, in_fp8: bool = False) -> Tensor:
+    """(silu(gate) * up) @ down^T, where [gate; up] = x @ up^T.
+
+    x [..., hidden], up [2 * width, hidden], down [hidden, width] -> [..., hidden].
+    """
+    output: Tensor = _SwiGLUMLP.apply(x, up, down, in_fp8)
+    return output
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = _as_rows(x)
+        ctx.save_for_backward(rows, weight)
+        output = fp8.product(fp8.quantize(rows), fp8.quantize(weight), x.dtype)
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        own = _as_rows(grad)
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = fp8.product(fp8.quantize(own), fp8.quantize_transposed(weight), grad.dtype)
+            x_grad = x_grad.view(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            weight_grad = weight_gradient(weight, own, rows)
+        return x_grad, weight_grad
+
+
+class _SwiGLUMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, in_fp8: bool) -> Tensor:
+        rows = _as_rows(x)
+        if in_fp8:
+            mixed = fp8.product(fp8.quantize(rows), fp8.quantize(up), x.dtype)
+            output = fp8.product(_gated_rows(mixed), fp8.quantize(down), x.dtype)
+        else:
+            mixed = rows @ up.t()
+            output = _gated(mixed) @ down.t()
+        ctx.save_for_backward(rows, mixed, up, down)
+        ctx.in_fp8 = in_fp8
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, mixed, up, down = ctx.saved_tensors
+        own = _as_rows(grad)
+        if ctx.in_fp8:
+            gated_grad = fp8.product(fp8.quantize(own), fp8.quantize_transposed(down), grad.dtype)
+        else:
+            gated_grad = own @ down
+        gated, mixed_grad, low = _gated_backward(gated_grad, mixed, quantize=ctx.in_fp8)
+        del gated_grad
+        down_grad = weight_gradient(down, own, gated) if ctx.needs_input_grad[2] else None
+        del gated
+        x_grad = mixed_grad @ up if low is None else fp8.product(low, fp8.quantize_transposed(up), grad.dtype)
+        up_grad = weight_gradient(up, mixed_grad, rows) if ctx.needs_input_grad[1] else None
+        return x_grad.view(*grad.shape[:-1], -1), up_grad, down_grad, None
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+def _gated(mixed: Tensor) -> Tensor:
+    if mixed.is_cuda:
+        from sft.kernels import triton_swiglu  # Triton is there where CUDA is
+
+        return triton_swiglu.forward(mixed)
+    gate, up = mixed.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _gated_rows(mixed: Tensor) -> fp8.Rows:
+    if mixed.is_cuda:
+        from sft.kernels import triton_fp8
+
+        return fp8.Rows(*triton_fp8.swiglu(mixed))
+    return fp8.quantize(_gated(mixed))
+
+
+def _gated_backward(grad: Tensor, mixed: Tensor, *, quantize: bool) -> tuple[Tensor, Tensor, fp8.Rows | None]:
+    """(silu(gate) * up, gradient of `mixed`, the same in fp8). On a GPU the gradient takes the memory of `mixed`."""
+    if mixed.is_cuda:
+        from sft.kernels import triton_fp8
+
+        gated, low = triton_fp8.swiglu_backward(grad, mixed, quantize=quantize)
+        return gated, mixed, None if low is None else fp8.Rows(*low)
+    gate, up = mixed.chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    own = torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], dim=-1)
+    return silu * up, own, fp8.quantize(own) if quantize else None

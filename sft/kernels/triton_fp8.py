@@ -1,0 +1,150 @@
+"""Rows in fp8 with a scale each, in Triton: of any matrix, of a transposed one, and of what SwiGLU gives.
+
+A row is held by one program, which knows its largest value before it writes, so that a tensor is read once. Only the
+transposed form, whose scales run across rows, reads twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPE = torch.float8_e4m3fn
+_LARGEST = tl.constexpr(448.0)
+_SMALLEST = tl.constexpr(1e-12)  # a row of zeros has a scale too
+_TILE = 64
+
+
+@triton.jit
+def _store_row(x, y_ptr, scale_ptr, row, columns, column, inside):
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST) / _LARGEST
+    tl.store(scale_ptr + row, scale)
+    tl.store(y_ptr + row * columns + column, (x * (1.0 / scale)).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rows(x_ptr, y_ptr, scale_ptr, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(x_ptr + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+    _store_row(x, y_ptr, scale_ptr, row, columns, column, inside)
+
+
+@triton.jit
+def _column_peaks(x_ptr, peak_ptr, rows, columns, SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1).to(tl.int64) * SHARE
+    peak = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for start in range(0, SHARE, ROWS):
+        row = first + start + tl.arange(0, ROWS)
+        inside = (row < tl.minimum(rows, first + SHARE))[:, None] & (column < columns)[None, :]
+        x = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        peak = tl.maximum(peak, tl.max(tl.abs(x), axis=0))
+    tl.atomic_max(peak_ptr + column, peak, mask=column < columns)
+
+
+@triton.jit
+def _transposed(x_ptr, peak_ptr, y_ptr, scale_ptr, rows, columns, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    peak = tl.load(peak_ptr + column, mask=column < columns, other=1.0)
+    scale = tl.maximum(peak, _SMALLEST) / _LARGEST
+    factor = 1.0 / scale
+    x = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = (x * factor[None, :]).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + column[None, :] * rows + row[:, None], y, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr + column, scale, mask=column < columns)
+
+
+@triton.jit
+def _swiglu(x_ptr, y_ptr, scale_ptr, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    y = (gate * tl.sigmoid(gate) * up).to(x_ptr.dtype.element_ty).to(tl.float32)
+    _store_row(y, y_ptr, scale_ptr, row, width, column, inside)
+
+
+@triton.jit
+def _swiglu_backward(grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    first, second = row * 2 * width + column, row * 2 * width + width + column
+    grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptr + first, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + second, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(y_ptr + row * width + column, (silu * up).to(y_ptr.dtype.element_ty), mask=inside)
+    gate_grad = grad * up * (sigmoid + silu * (1 - sigmoid))
+    up_grad = grad * silu
+    tl.store(x_ptr + first, gate_grad.to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(x_ptr + second, up_grad.to(x_ptr.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        peak = tl.maximum(tl.max(tl.abs(gate_grad), axis=0), tl.max(tl.abs(up_grad), axis=0))
+        scale = tl.maximum(peak, _SMALLEST) / _LARGEST
+        factor = 1.0 / scale
+        tl.store(scale_ptr + row, scale)
+        tl.store(low_ptr + first, (gate_grad * factor).to(low_ptr.dtype.element_ty), mask=inside)
+        tl.store(low_ptr + second, (up_grad * factor).to(low_ptr.dtype.element_ty), mask=inside)
+
+
+def rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(fp8 values, fp32 scale of each row [rows, 1]) of a contiguous [rows, columns]."""
+    count, columns = x.shape
+    y, scale = _empty(x, count, columns)
+    block = triton.next_power_of_2(columns)
+    _rows[(count,)](x, y, scale, columns, BLOCK=block, num_warps=_warps(block))
+    return y, scale
+
+
+def transposed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows` of the transposed [rows, columns]: values [columns, rows], scales [columns, 1]."""
+    count, columns = x.shape
+    y, scale = _empty(x, columns, count)
+    peak = torch.zeros(columns, dtype=torch.float32, device=x.device)
+    share = max(triton.cdiv(count, 32), _TILE)
+    grid = (triton.cdiv(columns, _TILE), triton.cdiv(count, share))
+    _column_peaks[grid](x, peak, count, columns, SHARE=share, ROWS=32, COLUMNS=_TILE, num_warps=4)
+    grid = (triton.cdiv(count, _TILE), triton.cdiv(columns, _TILE))
+    _transposed[grid](x, peak, y, scale, count, columns, TILE=_TILE, num_warps=4)
+    return y, scale
+
+
+def swiglu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows` of silu(gate) * up, from a contiguous [rows, 2 * width]."""
+    count, width = x.shape[0], x.shape[1] // 2
+    y, scale = _empty(x, count, width)
+    block = triton.next_power_of_2(width)
+    _swiglu[(count,)](x, y, scale, width, BLOCK=block, num_warps=_warps(block))
+    return y, scale
+
+
+def swiglu_backward(grad: Tensor, x: Tensor, *, quantize: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """(silu(gate) * up once more, `rows` of the gradient of `x`); that gradient itself takes the memory of `x`."""
+    count, width = grad.shape
+    y = torch.empty_like(grad)
+    low = _empty(x, *x.shape) if quantize else None
+    block = triton.next_power_of_2(width)
+    _swiglu_backward[(count,)](
+        grad, x, y, x if low is None else low[0], x if low is None else low[1], width,
+        QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return y, low
+
+
+def _empty(x: Tensor, count: int, columns: int) -> tuple[Tensor, Tensor]:
+    values = torch.empty(count, columns, dtype=DTYPE, device=x.device)
+    return values, torch.empty(count, 1, dtype=torch.float32, device=x.device)
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 4), 16)
