@@ -31,6 +31,7 @@ _PACKAGES = (
     "trl",
     "liger-kernel",
     "accelerate",
+    "flash-attn-4",
 )
 _HEAD = f"{'contender':<34}{'step ms':>9}{'real tok/s':>12}{'slots/s':>10}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'loss':>8}"
 
@@ -42,10 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-length", nargs="+", type=int, default=[4096], help="tokens of a row")
     parser.add_argument("--rows", nargs="+", type=int, default=[8], help="rows in a step of one GPU")
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "plain", "fused"])
+    parser.add_argument("--attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])
     parser.add_argument("--recompute", nargs="+", default=["none"], choices=["none", "selective", "full"])
     parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches that a step's rows are cut into")
     parser.add_argument("--vs", nargs="+", default=[], choices=["trl", "transformers"], help="other trainers to run")
     parser.add_argument("--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="weights they keep")
+    parser.add_argument("--vs-attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine to use")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=12, help="steps under the clock")
@@ -74,11 +78,13 @@ def bench(options: argparse.Namespace) -> ExitCode:
 
 def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     clock = {"warmup": options.warmup, "steps": options.steps}
-    own = [
-        ("ours", {"kernels": kernels, "recompute": recompute, "micro_batches": options.micro_batches, **clock})
-        for kernels, recompute in itertools.product(options.kernels, options.recompute)
+    keys = ("kernels", "attention", "precision", "recompute")
+    chosen = (dict(zip(keys, values, strict=True)) for values in itertools.product(*(vars(options)[k] for k in keys)))
+    own = [("ours", {"train": train, "micro_batches": options.micro_batches, **clock}) for train in chosen]
+    others = [
+        (name, {"weights": weights, "attention": attention, **clock})
+        for name, weights, attention in itertools.product(options.vs, options.vs_weights, options.vs_attention)
     ]
-    others = [(name, {"weights": weights, **clock}) for name in options.vs for weights in options.vs_weights]
     return own + others
 
 
@@ -101,9 +107,8 @@ def _run(request: dict[str, Any], gpus: int) -> dict[str, Any] | None:
 
 def _line(found: dict[str, Any], first: dict[str, Any]) -> str:
     settings = found["settings"]
-    told = " ".join(
-        str(settings[key]) for key in ("kernels", "recompute", "weights") if settings.get(key) not in (None, "none")
-    )
+    shown = ("attention", "precision", "recompute", "weights")
+    told = " ".join(str(settings[key]) for key in shown if settings.get(key) not in (None, "none"))
     mfu = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
     line = (
         f"{found['contender'] + ' ' + told:<34.34}{found['step_ms']:>9.1f}{found['real_tokens_per_second']:>12,.0f}"
@@ -112,8 +117,10 @@ def _line(found: dict[str, Any], first: dict[str, Any]) -> str:
     )
     if found is not first:
         line += f"  ours is {first['real_tokens_per_second'] / found['real_tokens_per_second']:.2f} times as fast"
-    parts = ", ".join(f"{kind} {time:.1f}" for kind, time in found["breakdown_ms"].items())
-    return line + (f"\n  ms: {parts}" if parts else "")
+    for label in ("phases", "breakdown"):
+        parts = ", ".join(f"{kind} {time:.1f}" for kind, time in found[f"{label}_ms"].items())
+        line += f"\n  {label}, ms: {parts}" if parts else ""
+    return line
 
 
 def _circumstances(options: argparse.Namespace) -> dict[str, Any]:

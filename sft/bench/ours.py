@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from launcher.spec import DataSpec, ModelSpec, OptimizerSpec, ResourcesSpec, RunSpec, TrainSpec
 from launcher.topology import Topology, build_topology
+from sft.bench.phases import PhaseTimers
 from sft.bench.result import Result, StepClock
 from sft.bench.workload import Workload
 from sft.data.batch import StepBatch
@@ -25,7 +26,7 @@ from sft.data.cache import TokenPair
 from sft.data.datamodule import StepBatches, StepLoader, step_plan
 from sft.hf.architecture import read_architecture
 from sft.megatron.initial_weights import INITIAL_STD
-from sft.megatron.model import build_chunks, transformer_config
+from sft.megatron.model import attention_kernel, build_chunks, describe_kernels, transformer_config
 from sft.module import SFTGPT
 from sft.rank_env import RankEnv
 from sft.trainer import megatron_trainer
@@ -37,23 +38,25 @@ _NAME_LENGTH = 160
 _KERNELS = {
     "communication": r"nccl",
     "attention": r"flash|fmha|sdpa|attention",
+    "fp8 quantization": r"^_rows$|^_column_peaks|^_transposed$",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitK|cublas",
     "optimizer": r"adam|multi_tensor|lpnorm",
     "cross-entropy": r"^_statistics|^_gradient",
-    "norm, RoPE, SwiGLU": r"^_forward|^_backward|^_rotate",
+    "norm, RoPE, SwiGLU": r"^_forward|^_backward|^_rotate|^_swiglu",
     "copies": r"memcpy|memset|copy|cat",
 }
 """Kinds of GPU kernels by their names; the first that fits counts."""
 
 
 def run_ours(
-    workload: Workload, folder: Path, *, kernels: str, recompute: str, micro_batches: int, warmup: int, steps: int
+    workload: Workload, folder: Path, *, train: dict[str, Any], micro_batches: int, warmup: int, steps: int
 ) -> Result:
-    """Train `warmup` steps, then `steps` under the clock, then a few under the profiler."""
+    """Train `warmup` steps, then `steps` under the clock, then a few under the profiler.
+
+    `train` sets keys of TrainSpec.
+    """
     env = RankEnv.from_environ()
-    spec = run_spec(
-        workload, folder, env.world_size, kernels, recompute, micro_batches, warmup + steps + PROFILED_STEPS
-    )
+    spec = run_spec(workload, folder, env.world_size, train, micro_batches, warmup + steps + PROFILED_STEPS)
     (folder / "config.json").write_text(json.dumps(workload.model_config))
     architecture = read_architecture(folder)
     topology = build_topology(spec, architecture.shape)
@@ -67,10 +70,9 @@ def run_ours(
 
 
 def run_spec(
-    workload: Workload, folder: Path, ranks: int, kernels: str, recompute: str, micro_batches: int, max_steps: int
+    workload: Workload, folder: Path, ranks: int, train: dict[str, Any], micro_batches: int, max_steps: int
 ) -> RunSpec:
     """The config of the benchmark's run."""
-    settings: dict[str, Any] = {"kernels": kernels, "recompute": recompute}
     return RunSpec(
         name="bench",
         resources=ResourcesSpec(gpus_per_node=ranks if torch.cuda.is_available() else 0, tasks_per_node=ranks),
@@ -81,9 +83,8 @@ def run_spec(
             global_batch_size=workload.rows * workload.seq_length * ranks,
             global_batch_unit="tokens",
             micro_batch_size=workload.rows // micro_batches,
-            precision="bf16",
             optimizer=OptimizerSpec(lr=1e-5, schedule="constant"),
-            **settings,
+            **train,
         ),
     )
 
@@ -97,11 +98,13 @@ class BenchModule(SFTGPT):
         self.last = last
         """Steps under the clock, the warm-up included."""
         self.result: Result | None = None
+        self.timers = PhaseTimers()
         self._profile: profile | None = None
 
     def configure_model(self) -> None:
         device = self.trainer.strategy.root_device
         self.config = transformer_config(self.spec, self.architecture, self.topology, on_gpu=device.type == "cuda")
+        self.config.timers = self.timers
         chunks = build_chunks(self.spec, self.architecture, self.topology, self.config)
         self.gpt = torch.nn.ModuleList(chunk.to(device) for chunk in chunks)
         torch.manual_seed(self.spec.train.seed)
@@ -115,7 +118,12 @@ class BenchModule(SFTGPT):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         if batch_idx < self.last:
             self.clock.before_step()
+            if self.clock.begins:
+                self.timers.reset()
+        self.timers("step").start()
         super().training_step(batch, batch_idx)
+        self.timers("optimizer").stop()
+        self.timers("step").stop()
         if batch_idx < self.last:
             lengths = [length for part in batch.micro_batches for length in part.seq_lengths or ()]
             slots = sum(part.tokens.numel() for part in batch.micro_batches)
@@ -128,12 +136,20 @@ class BenchModule(SFTGPT):
                 "weights": "bf16 with fp32 master",
                 "rows": train.global_batch_size // self.spec.data.seq_length // self.topology.data_parallel,
                 "micro_batch_size": train.micro_batch_size,
-                "kernels": train.kernels,
+                "kernels": describe_kernels(self.spec, self.architecture, on_gpu=torch.cuda.is_available()),
                 "recompute": train.recompute,
+                "precision": train.precision,
+                "attention": attention_kernel(self.spec, self.architecture),
             }
             self.result = self.clock.result("ours", settings, self.architecture.shape, self.last_step.loss.item())
+            self.result.phases_ms.update(self.timers.milliseconds(self.result.steps))
             self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self._profile.__enter__()
+
+    def _set_learning_rate(self, step: int) -> float:
+        rate = super()._set_learning_rate(step)
+        self.timers("optimizer").start()  # the update is what comes next
+        return rate
 
     def on_train_end(self) -> None:
         if self._profile is not None and self.result is not None:

@@ -1,8 +1,8 @@
 """Other trainers on the same card, model and data, each at its best: TRL's SFTTrainer, and a plain loop with Liger.
 
 Both pack (best-fit decreasing), run Liger's kernels and fused AdamW, and get the attention that our own runs have: the
-FlashAttention kernel that torch carries, over offsets, with KV heads shared, registered with transformers under a name
-of its own. So neither is slow for want of the flash-attn wheel.
+kernel over offsets, with KV heads shared, registered with transformers under a name of its own: FlashAttention-4 where
+it is installed, else what torch carries. So neither is slow for want of a wheel.
 
 `fp32` keeps fp32 weights and computes in bf16, which is the precision of our update; `bf16` keeps bf16 weights alone,
 which is faster and loses small updates.
@@ -27,11 +27,12 @@ from sft.kernels import attention
 ATTENTION = "packed_offsets"
 """transformers takes a name with "flash" in it for a package to load."""
 Weights = Literal["fp32", "bf16"]
+Chosen = Literal["auto", "flash2", "flash4"]
 
 
 def packed_flash(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **_: Any,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, kernel: attention.Kernel = "flash2", **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers calls: query [1, heads, t, dim], key and value [1, groups, t, dim] -> [1, t, heads, dim]."""
     assert cu_seq_lens_q is not None and max_length_q is not None, "only for packed rows"
@@ -43,15 +44,19 @@ def packed_flash(
         whole = [attend(*part) for part in zip(*parts, strict=True)]
         return torch.cat(whole, dim=2).transpose(1, 2), None
     query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
-    return attention.flash(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
+    return attention.flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, kernel)[None], None
 
 
-def build_model(workload: Workload, weights: Weights) -> Any:
+def _kernel(chosen: Chosen, workload: Workload) -> attention.Kernel:
+    return attention.fastest_kernel(workload.model_shape.head_dim) if chosen == "auto" else chosen
+
+
+def build_model(workload: Workload, weights: Weights, kernel: attention.Kernel) -> Any:
     """transformers' model of this shape with drawn weights, on the device."""
     import transformers
     from transformers.masking_utils import flash_attention_mask
 
-    transformers.AttentionInterface.register(ATTENTION, packed_flash)
+    transformers.AttentionInterface.register(ATTENTION, partial(packed_flash, kernel=kernel))
     transformers.AttentionMaskInterface.register(ATTENTION, flash_attention_mask)
     config = transformers.AutoConfig.for_model(**workload.model_config)
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
@@ -60,14 +65,14 @@ def build_model(workload: Workload, weights: Weights) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
 
 
-def run_trl(workload: Workload, *, weights: Weights, warmup: int, steps: int) -> Result:
+def run_trl(workload: Workload, *, weights: Weights, attention: Chosen, warmup: int, steps: int) -> Result:
     """TRL's SFTTrainer: packing bfd, padding-free, no gradient checkpointing."""
     import datasets
     import trl
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-    clock = StepClock(warmup)
+    clock, kernel = StepClock(warmup), _kernel(attention, workload)
 
     class Trainer(trl.SFTTrainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -124,7 +129,7 @@ def run_trl(workload: Workload, *, weights: Weights, warmup: int, steps: int) ->
             disable_tqdm=True,
         )
         trainer = Trainer(
-            model=build_model(workload, weights),
+            model=build_model(workload, weights, kernel),
             args=arguments,
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -133,11 +138,11 @@ def run_trl(workload: Workload, *, weights: Weights, warmup: int, steps: int) ->
         found = trainer.train()
         result_lengths = [int(length) for offsets in pending[warmup:] for length in offsets.diff().tolist()]
         clock.lengths = result_lengths
-        settings: dict[str, object] = {"weights": weights, "rows": workload.rows, "liger": True, "packing": "bfd"}
+        settings = _settings(workload, weights, kernel)
         return clock.result("trl", settings, workload.model_shape, float(found.training_loss))
 
 
-def run_transformers(workload: Workload, *, weights: Weights, warmup: int, steps: int) -> Result:
+def run_transformers(workload: Workload, *, weights: Weights, attention: Chosen, warmup: int, steps: int) -> Result:
     """A loop of our own over transformers' model with Liger's kernels, its fused linear cross-entropy too."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -145,7 +150,8 @@ def run_transformers(workload: Workload, *, weights: Weights, warmup: int, steps
 
         apply_liger_kernel_to_llama()
     device = "cuda" if on_gpu else "cpu"
-    model = build_model(workload, weights).train()
+    kernel = _kernel(attention, workload)
+    model = build_model(workload, weights, kernel).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu)
     clock, loss = StepClock(warmup), torch.zeros(())
     for batch, lengths, supervised in packed_batches(workload, warmup + steps):
@@ -158,8 +164,13 @@ def run_transformers(workload: Workload, *, weights: Weights, warmup: int, steps
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock.after_step(lengths, batch["input_ids"].numel(), supervised)
-    settings: dict[str, object] = {"weights": weights, "rows": workload.rows, "liger": True, "packing": "bfd"}
-    return clock.result("transformers", settings, workload.model_shape, float(loss.detach()))
+    return clock.result(
+        "transformers", _settings(workload, weights, kernel), workload.model_shape, float(loss.detach())
+    )
+
+
+def _settings(workload: Workload, weights: Weights, kernel: attention.Kernel) -> dict[str, object]:
+    return {"weights": weights, "rows": workload.rows, "liger": True, "packing": "bfd", "attention": kernel}
 
 
 def packed_batches(workload: Workload, steps: int) -> list[tuple[dict[str, Tensor], list[int], int]]:

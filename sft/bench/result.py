@@ -31,8 +31,10 @@ class Result:
     peak_memory_gib: float
     loss: float
     """Of the last step: contenders that train the same must be near each other."""
+    phases_ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of a step by phase, over all measured steps."""
     breakdown_ms: dict[str, float] = field(default_factory=dict)
-    """Milliseconds of a step by kind of kernel."""
+    """Milliseconds of a step by kind of kernel, over the profiled steps behind them."""
     largest_kernels_ms: dict[str, float] = field(default_factory=dict)
     """Milliseconds of a step in the kernels that take most of it."""
 
@@ -47,9 +49,14 @@ class StepClock:
         self.slots = self.supervised = 0
         self.lengths: list[int] = []
 
+    @property
+    def begins(self) -> bool:
+        """Whether the step at hand is the first that counts."""
+        return self._done == self._warmup
+
     def before_step(self) -> None:
         """Call first in a step."""
-        if self._done == self._warmup:
+        if self.begins:
             synchronize()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.kernels import attention, norm
+from sft.kernels import attention, fp8, norm
+from sft.kernels.linear import fp8_linear, swiglu_mlp
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
 from sft.kernels.rope import split_and_rotate
 from sft.kernels.swiglu import swiglu
@@ -113,8 +114,11 @@ def test_linear_cross_entropy(vocab: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert_equal(kernel, plain, [drawn(257, 128), drawn(vocab, 128) * 0.2])
 
 
+@pytest.mark.parametrize("kernel_name", ["flash2", "flash4"])
 @pytest.mark.parametrize(("heads", "dim"), [((8, 2), 64), ((24, 8), 128), ((4, 4), 80)])
-def test_packed_attention(heads: tuple[int, int], dim: int) -> None:
+def test_packed_attention(heads: tuple[int, int], dim: int, kernel_name: attention.Kernel) -> None:
+    if kernel_name == "flash4" and not attention.has_flash4():
+        pytest.skip("flash-attn-4 is not installed")
     lengths = [700, 130, 64, 37, 1]
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
 
@@ -126,7 +130,7 @@ def test_packed_attention(heads: tuple[int, int], dim: int) -> None:
         return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attention.flash(query, key, value, offsets, max(lengths), None)
+        return attention.flash(query, key, value, offsets, max(lengths), None, kernel_name)
 
     shapes = [(sum(lengths), count, dim) for count in (heads[0], heads[1], heads[1])]
     assert_equal(kernel, plain, [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)])
@@ -138,3 +142,48 @@ def test_products_are_added_in_fp32() -> None:
     exact = out.double() + a.t().double() @ b.double()
     add_product(out, a.t(), b)
     assert (out.double() - exact).norm() / exact.norm() < 1e-5
+
+
+def test_weight_gradients_go_to_a_buffer_of_half_precision_too() -> None:
+    a, b = drawn(300, 64), drawn(300, 96)
+    out = drawn(64, 96)
+    exact = out.double() + a.t().double() @ b.double()
+    add_product(out, a.t(), b)
+    assert (out.double() - exact).norm() / exact.norm() < TOLERANCE
+
+
+def plain_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    gate, linear = (x @ up.t()).chunk(2, dim=-1)
+    return (F.silu(gate) * linear) @ down.t()
+
+
+@pytest.mark.parametrize("width", [48, 1024, 8192])
+def test_mlp_as_one_operation(width: int) -> None:
+    weights = [drawn(2 * width, 96) * 0.1, drawn(96, width) * 0.1]
+    assert_equal(lambda *inputs: swiglu_mlp(*inputs), plain_mlp, [drawn(33, 2, 96), *weights], tolerance=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (37, 96), (300, 5000)])
+def test_rows_in_fp8(shape: tuple[int, int]) -> None:
+    """Each row and column to a sixteenth of its own values, however large others are; a row of zeros stays one."""
+    x = drawn(*shape) * torch.logspace(-3, 3, shape[0], device="cuda")[:, None].bfloat16()
+    x[shape[0] // 2] = 0
+    for found, exact in ((fp8.quantize(x), x), (fp8.quantize_transposed(x), x.t())):
+        own = found.values.float() * found.scales
+        unit = found.scales * 2.0**-9  # the smallest number that is not 0
+        assert ((own - exact.float()).abs() <= exact.float().abs() / 16 + unit).all()
+
+
+FP8_TOLERANCE = 6e-2
+"""A product of two rounded factors is off by 3.75e-2 in norm; an MLP has two in a row."""
+
+
+def test_linear_in_fp8() -> None:
+    weight = drawn(160, 96) * 0.1
+    assert_equal(fp8_linear, lambda x, weight: x @ weight.t(), [drawn(33, 2, 96), weight], tolerance=FP8_TOLERANCE)
+
+
+@pytest.mark.parametrize("width", [48, 8192])
+def test_mlp_in_fp8(width: int) -> None:
+    inputs = [drawn(33, 2, 96), drawn(2 * width, 96) * 0.1, drawn(96, width) * 0.1]
+    assert_equal(lambda *tensors: swiglu_mlp(*tensors, in_fp8=True), plain_mlp, inputs, tolerance=1e-1)
