@@ -63,18 +63,16 @@ def flash(
 
 @functools.cache
 def _flash4() -> Callable[..., Tensor]:
-    with warnings.catch_warnings():  # of what its own compiler warns about itself
-        warnings.simplefilter("ignore")
-        from flash_attn.cute import flash_attn_varlen_func
+    # Its compiler warns of its own argument types at the first call forward and, on autograd's thread, backward.
+    warnings.filterwarnings("ignore", ".*cannot be converted to a JitArgument", UserWarning)
+    from flash_attn.cute import flash_attn_varlen_func
 
     def attend(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float | None) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            context: Tensor = flash_attn_varlen_func(
-                query, key, value,
-                cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest,
-                softmax_scale=scale, causal=True,
-            )[0]  # fmt: skip
+        context: Tensor = flash_attn_varlen_func(
+            query, key, value,
+            cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest,
+            softmax_scale=scale, causal=True,
+        )[0]  # fmt: skip
         return context
 
     return attend
