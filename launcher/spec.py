@@ -308,6 +308,12 @@ class OptimizerSpec:
     """Largest global gradient norm; 0 switches clipping off."""
     distributed: bool = True
     """Spread optimizer state over data parallel ranks."""
+    overlap: Optional[bool] = None
+    """Reduce gradients behind the backward pass and, with `distributed`, gather updated weights behind the next forward
+    pass; unset: on GPUs. Changes no number."""
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    """Number type in which gradients are added up, over micro-batches and over data parallel ranks. bf16 halves their
+    memory and traffic, and loses small contributions: of many micro-batches the last ones most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

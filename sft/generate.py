@@ -161,6 +161,7 @@ def _inference(module: SFTGPT) -> Iterator[None]:
         changed.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
+    module.gather_weights()
     try:
         for chunk in module.chunks:
             chunk.eval()

@@ -107,10 +107,15 @@ class SFTGPT(pl.LightningModule):
 
     def wrap_chunks(self) -> None:
         """Put Megatron-core's data parallelism (gradient buffers and their reduction) around the chunks."""
+        optimizer = self.spec.train.optimizer
+        wanted = self.device.type == "cuda" if optimizer.overlap is None else optimizer.overlap
+        overlap = wanted and self.topology.data_parallel > 1
+        adapted = self.spec.model.lora.rank is not None  # adapters are used outside of modules that hooks could wait in
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=self.spec.train.optimizer.distributed,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=self.device.type == "cuda" and self.topology.data_parallel > 1,
+            use_distributed_optimizer=optimizer.distributed,
+            grad_reduce_in_fp32=optimizer.grad_reduce == "fp32",
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap and optimizer.distributed and not adapted,
         )
         self.chunks = [
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
@@ -125,6 +130,12 @@ class SFTGPT(pl.LightningModule):
         self.schedule = build_scheduler(optimizer, self.megatron_optimizer, self.max_steps)
         self.config.grad_scale_func = self.megatron_optimizer.scale_loss
         return LightningOptimizerShell(self.megatron_optimizer, self.judge)
+
+    def gather_weights(self) -> None:
+        """Fetch what other ranks have updated, where that waits for the next forward pass of a training step."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     @property
     def fused(self) -> bool:
@@ -192,6 +203,7 @@ class SFTGPT(pl.LightningModule):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch]) -> EvalResult:
         """Exact mean loss over `batches`; each token counts once, however they are cut."""
+        self.gather_weights()
         for chunk in self.chunks:
             chunk.eval()
         loss_sum, weight, examples, supervised = torch.zeros((), dtype=torch.float64), 0.0, 0, 0

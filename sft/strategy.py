@@ -76,6 +76,7 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Begin to write `checkpoint` (Lightning's counters) and all sharded state; `saver.finish` ends it."""
         module = self.megatron_module
+        module.gather_weights()
         trainer = trainer_json(checkpoint, self.topology, self.data_key)
         state = sharded_state(module, loading=False)
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)

@@ -15,12 +15,14 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from launcher.attempts.local_ranks import run_ranks
 from launcher.exit_codes import ExitCode
 from launcher.rundir import write_json
+from sft.bench.layout import parse_layout, replica_size
 
 _PACKAGES = (
     "torch",
@@ -33,7 +35,7 @@ _PACKAGES = (
     "accelerate",
     "flash-attn-4",
 )
-_HEAD = f"{'contender':<34}{'step ms':>9}{'real tok/s':>12}{'slots/s':>10}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'loss':>8}"
+_HEAD = f"{'contender':<50}{'step ms':>9}{'real tok/s':>12}{'slots/s':>10}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'loss':>8}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vs", nargs="+", default=[], choices=["trl", "transformers"], help="other trainers to run")
     parser.add_argument("--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="weights they keep")
     parser.add_argument("--vs-attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine to use")
+    parser.add_argument("--vs-parallel", nargs="+", default=["ddp"], choices=["ddp", "fsdp"], help="on several GPUs")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="numbers of this machine's GPUs to use")
+    parser.add_argument("--topology", nargs="+", default=["dp"], help="layouts on several GPUs: dp, tp2+sp, pp2, ...")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=12, help="steps under the clock")
     parser.add_argument("--output", type=Path, help="JSON file of the results")
@@ -58,22 +62,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench(options: argparse.Namespace) -> ExitCode:
     """Run all that was asked for; FAILURE when a contender failed."""
+    for layout in options.topology:
+        parse_layout(layout)
     results, failed = [], False
     for shape, data, length, rows in itertools.product(options.shape, options.data, options.seq_length, options.rows):
         workload = {"shape": shape, "data": data, "seq_length": length, "rows": rows}
-        print(f"{shape}, {data} rows of {length:,}, {rows} a step and GPU, {options.gpus} GPU(s)\n{_HEAD}", flush=True)
+        print(f"{shape}, {data} rows of {length:,}, {rows} a step and GPU; rates a GPU\n{_HEAD}", flush=True)
         first: dict[str, Any] | None = None
-        for contender, settings in _contenders(options):
-            found = _run({"contender": contender, "workload": workload, "settings": settings}, options.gpus)
+        for gpus, (contender, settings) in _runs(options):
+            found = _run({"contender": contender, "workload": workload, "settings": settings}, gpus)
             failed |= found is None
             if found is None:
                 continue
-            results.append({"workload": workload, **found})
-            first = first or found
-            print(_line(found, first), flush=True)
+            results.append({"workload": workload, "gpus": gpus, **found})
+            first = first or results[-1]
+            print(_line(results[-1], first), flush=True)
             if options.output:
-                write_json(options.output, {**_circumstances(options), "results": results})
+                write_json(options.output, {**_circumstances(), "results": results})
     return ExitCode.FAILURE if failed else ExitCode.OK
+
+
+def _runs(options: argparse.Namespace) -> Iterator[tuple[int, tuple[str, dict[str, Any]]]]:
+    """Number of GPUs, contender and its settings."""
+    for gpus in options.gpus:
+        layouts = options.topology if gpus > 1 else ["dp"]
+        for contender, settings in _contenders(options):
+            if contender == "ours":
+                yield from ((gpus, (contender, {**settings, "layout": layout})) for layout in layouts)
+            elif gpus == 1:
+                yield gpus, (contender, settings)
+            elif contender == "trl":
+                yield from ((gpus, (contender, {**settings, "parallel": way})) for way in options.vs_parallel)
 
 
 def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
@@ -95,6 +114,9 @@ def _run(request: dict[str, Any], gpus: int) -> dict[str, Any] | None:
         asked, answer = folder / "request.json", folder / "result.json"
         write_json(asked, request)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        # As the batch script has it: collectives among the ranks of a model must be queued before what hides them.
+        model_parallel = replica_size(parse_layout(request["settings"].get("layout", "dp"))) > 1
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1" if model_parallel else "32"
         command = [sys.executable, "-m", "sft.bench.contender", str(asked), str(answer)]
         code = run_ranks(command, gpus, folder / "logs")
         if code == 0 and answer.exists():
@@ -107,14 +129,17 @@ def _run(request: dict[str, Any], gpus: int) -> dict[str, Any] | None:
 
 def _line(found: dict[str, Any], first: dict[str, Any]) -> str:
     settings = found["settings"]
-    shown = ("attention", "precision", "recompute", "weights")
+    shown = ("layout", "parallel", "attention", "precision", "recompute", "weights")
     told = " ".join(str(settings[key]) for key in shown if settings.get(key) not in (None, "none"))
     mfu = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
     line = (
-        f"{found['contender'] + ' ' + told:<34.34}{found['step_ms']:>9.1f}{found['real_tokens_per_second']:>12,.0f}"
+        f"{found['gpus']} x {found['contender'] + ' ' + told:<46.46}"
+        f"{found['step_ms']:>9.1f}{found['real_tokens_per_second']:>12,.0f}"
         f"{found['slots_per_second']:>10,.0f}{found['tflops']:>9.1f}{mfu:>7}{found['peak_memory_gib']:>7.1f}"
         f"{found['loss']:>8.3f}"
     )
+    if found.get("expected_tokens_per_second"):
+        line += f"  planned {found['expected_tokens_per_second']:,.0f}"
     if found is not first:
         line += f"  ours is {first['real_tokens_per_second'] / found['real_tokens_per_second']:.2f} times as fast"
     for label in ("phases", "breakdown"):
@@ -123,7 +148,7 @@ def _line(found: dict[str, Any], first: dict[str, Any]) -> str:
     return line
 
 
-def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
+def _circumstances() -> dict[str, Any]:
     import torch
 
     versions = {}
@@ -135,7 +160,6 @@ def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": " ".join(["python -m sft", *sys.argv[1:]]),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
-        "gpus": options.gpus,
         "cuda": torch.version.cuda,
         "versions": versions,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

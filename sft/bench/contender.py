@@ -25,6 +25,9 @@ def main(request: Path, result: Path) -> None:
 
     asked: dict[str, Any] = json.loads(request.read_text(encoding="utf-8"))
     workload = Workload(**asked["workload"])
+    if os.environ.get("WORLD_SIZE") == "1" and asked["contender"] != "ours":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)  # on one GPU they run as their users run them, without DDP around the model
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     run = {"ours": ours.run_ours, "trl": peers.run_trl, "transformers": peers.run_transformers}[asked["contender"]]

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from launcher.spec import DataSpec, ModelSpec, OptimizerSpec, ResourcesSpec, RunSpec, TrainSpec
+from launcher.spec import DataSpec, ModelSpec, OptimizerSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.topology import Topology, build_topology
+from sft.bench.layout import expected_tokens_per_second, micro_batch_rows, parse_layout
+from sft.bench.overlap import Interval, busy, exposed
 from sft.bench.phases import PhaseTimers
 from sft.bench.result import Result, StepClock
 from sft.bench.workload import Workload
@@ -49,19 +51,26 @@ _KERNELS = {
 
 
 def run_ours(
-    workload: Workload, folder: Path, *, train: dict[str, Any], micro_batches: int, warmup: int, steps: int
+    workload: Workload,
+    folder: Path,
+    *,
+    layout: str,
+    train: dict[str, Any],
+    micro_batches: int,
+    warmup: int,
+    steps: int,
 ) -> Result:
     """Train `warmup` steps, then `steps` under the clock, then a few under the profiler.
 
     `train` sets keys of TrainSpec.
     """
     env = RankEnv.from_environ()
-    spec = run_spec(workload, folder, env.world_size, train, micro_batches, warmup + steps + PROFILED_STEPS)
+    max_steps = warmup + steps + PROFILED_STEPS
+    spec = run_spec(workload, folder, env.world_size, parse_layout(layout), train, micro_batches, max_steps)
     (folder / "config.json").write_text(json.dumps(workload.model_config))
     architecture = read_architecture(folder)
     topology = build_topology(spec, architecture.shape)
-    max_steps = warmup + steps + PROFILED_STEPS
-    clock = StepClock(warmup)
+    clock = StepClock(warmup, topology.world_size // topology.data_parallel)
     module = BenchModule(spec, architecture, topology, folder, max_steps, clock=clock, last=warmup + steps)
     trainer = megatron_trainer(spec, topology, env, max_steps=max_steps, data_key={})
     trainer.fit(module, datamodule=BenchData(workload, spec, topology, max_steps))
@@ -70,19 +79,26 @@ def run_ours(
 
 
 def run_spec(
-    workload: Workload, folder: Path, ranks: int, train: dict[str, Any], micro_batches: int, max_steps: int
+    workload: Workload,
+    folder: Path,
+    ranks: int,
+    layout: TopologySpec,
+    train: dict[str, Any],
+    micro_batches: int,
+    max_steps: int,
 ) -> RunSpec:
-    """The config of the benchmark's run."""
+    """The config of the benchmark's run. Each GPU has `workload.rows` rows, whatever the layout."""
     return RunSpec(
         name="bench",
         resources=ResourcesSpec(gpus_per_node=ranks if torch.cuda.is_available() else 0, tasks_per_node=ranks),
+        topology=layout,
         model=ModelSpec(path=str(folder), init="random"),
         data=DataSpec(train=["drawn"], seq_length=workload.seq_length, packing=True, pad_to_multiple=64),
         train=TrainSpec(
             max_steps=max_steps,
             global_batch_size=workload.rows * workload.seq_length * ranks,
             global_batch_unit="tokens",
-            micro_batch_size=workload.rows // micro_batches,
+            micro_batch_size=micro_batch_rows(layout, workload.rows, micro_batches),
             optimizer=OptimizerSpec(lr=1e-5, schedule="constant"),
             **train,
         ),
@@ -133,18 +149,27 @@ class BenchModule(SFTGPT):
             assert self.last_step is not None
             train = self.spec.train
             settings: dict[str, object] = {
+                "layout": self.topology.describe(),
                 "weights": "bf16 with fp32 master",
-                "rows": train.global_batch_size // self.spec.data.seq_length // self.topology.data_parallel,
+                "rows": train.global_batch_size // self.spec.data.seq_length // self.topology.world_size,
                 "micro_batch_size": train.micro_batch_size,
                 "kernels": describe_kernels(self.spec, self.architecture, on_gpu=torch.cuda.is_available()),
                 "recompute": train.recompute,
                 "precision": train.precision,
                 "attention": attention_kernel(self.spec, self.architecture),
             }
-            self.result = self.clock.result("ours", settings, self.architecture.shape, self.last_step.loss.item())
+            loss = self.last_step.loss.item()
+            self.result = self.clock.result("ours", settings, self.architecture.shape, loss, self._expected())
             self.result.phases_ms.update(self.timers.milliseconds(self.result.steps))
             self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self._profile.__enter__()
+
+    def _expected(self) -> float | None:
+        lengths, slots = self.clock.lengths, self.clock.slots
+        attended = sum(length * length for length in lengths) / sum(lengths)
+        return expected_tokens_per_second(
+            self.spec, self.topology, self.architecture.shape, attended, sum(lengths) / slots
+        )
 
     def _set_learning_rate(self, step: int) -> float:
         rate = super()._set_learning_rate(step)
@@ -175,6 +200,7 @@ def kernel_times(profiled: profile, steps: int) -> tuple[dict[str, float], dict[
     """Milliseconds a step by kind of kernel, with the time in which none ran, and of the largest kernels."""
     times: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
+    spans: dict[bool, list[Interval]] = {True: [], False: []}
     begin, end = float("inf"), 0.0
     for event in profiled.events() or []:
         if event.device_type != DeviceType.CUDA or event.name.startswith(_ANNOTATION):
@@ -182,11 +208,15 @@ def kernel_times(profiled: profile, steps: int) -> tuple[dict[str, float], dict[
         kind = next((kind for kind, names in _KERNELS.items() if re.search(names, event.name, re.I)), "other")
         times[kind] += event.time_range.elapsed_us()
         kernels[event.name[:_NAME_LENGTH]] += event.time_range.elapsed_us()
+        spans[kind == "communication"].append((event.time_range.start, event.time_range.end))
         begin, end = min(begin, event.time_range.start), max(end, event.time_range.end)
     if not times:
         return {}, {}
-    idle = max(end - begin - sum(times.values()), 0.0)
-    by_kind = {kind: time / steps / 1e3 for kind, time in [*times.most_common(), ("no kernel", idle)]}
+    idle = end - begin - busy([*spans[True], *spans[False]])
+    found = [*times.most_common(), ("no kernel", idle)]
+    if spans[True]:
+        found.append(("exposed communication", exposed(spans[True], spans[False])))
+    by_kind = {kind: time / steps / 1e3 for kind, time in found}
     largest = {name: time / steps / 1e3 for name, time in kernels.most_common(_LARGEST)}
     return _rounded(by_kind), _rounded(largest)
 

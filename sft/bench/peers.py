@@ -10,6 +10,7 @@ which is faster and loses small updates.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from functools import partial
@@ -65,8 +66,10 @@ def build_model(workload: Workload, weights: Weights, kernel: attention.Kernel) 
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
 
 
-def run_trl(workload: Workload, *, weights: Weights, attention: Chosen, warmup: int, steps: int) -> Result:
-    """TRL's SFTTrainer: packing bfd, padding-free, no gradient checkpointing."""
+def run_trl(
+    workload: Workload, *, weights: Weights, attention: Chosen, warmup: int, steps: int, parallel: str = "ddp"
+) -> Result:
+    """TRL's SFTTrainer: packing bfd, padding-free, no gradient checkpointing; on several GPUs under DDP or FSDP2."""
     import datasets
     import trl
     from tokenizers import Tokenizer, models
@@ -88,7 +91,8 @@ def run_trl(workload: Workload, *, weights: Weights, attention: Chosen, warmup: 
             clock.after_step([], trainer.slots, 0)
 
     pending: list[Tensor] = []
-    rows = [(ids.tolist(), trained) for ids, trained in workload.examples(warmup + steps + 1)]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = [(ids.tolist(), trained) for ids, trained in workload.examples((warmup + steps + 1) * world)]
     dataset = datasets.Dataset.from_dict(
         {
             "input_ids": [ids[:-1] if workload.data == "full" else ids for ids, _ in rows],
@@ -127,6 +131,8 @@ def run_trl(workload: Workload, *, weights: Weights, attention: Chosen, warmup: 
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            ddp_find_unused_parameters=False,
+            **_fsdp() if parallel == "fsdp" and world > 1 else {},
         )
         trainer = Trainer(
             model=build_model(workload, weights, kernel),
@@ -138,7 +144,7 @@ def run_trl(workload: Workload, *, weights: Weights, attention: Chosen, warmup: 
         found = trainer.train()
         result_lengths = [int(length) for offsets in pending[warmup:] for length in offsets.diff().tolist()]
         clock.lengths = result_lengths
-        settings = _settings(workload, weights, kernel)
+        settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
         return clock.result("trl", settings, workload.model_shape, float(found.training_loss))
 
 
@@ -167,6 +173,12 @@ def run_transformers(workload: Workload, *, weights: Weights, attention: Chosen,
     return clock.result(
         "transformers", _settings(workload, weights, kernel), workload.model_shape, float(loss.detach())
     )
+
+
+def _fsdp() -> dict[str, Any]:
+    """FSDP2, resharded after forward, a unit a layer."""
+    wrapped = {"version": 2, "reshard_after_forward": True, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    return {"fsdp": True, "fsdp_config": wrapped}
 
 
 def _settings(workload: Workload, weights: Weights, kernel: attention.Kernel) -> dict[str, object]:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from launcher.flops import mfu, training_flops
 from launcher.hardware import match_gpu
@@ -14,7 +15,7 @@ from launcher.model_shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """One contender on one workload, over all measured steps and GPUs."""
+    """One contender on one workload, over all measured steps. Rates are those of one GPU."""
 
     contender: str
     settings: dict[str, object]
@@ -29,6 +30,8 @@ class Result:
     mfu: float | None
     """None on a card whose peak is not known."""
     peak_memory_gib: float
+    expected_tokens_per_second: float | None
+    """The planner's prediction of real_tokens_per_second; None for other trainers and GPUs that it does not know."""
     loss: float
     """Of the last step: contenders that train the same must be near each other."""
     phases_ms: dict[str, float] = field(default_factory=dict)
@@ -42,8 +45,9 @@ class Result:
 class StepClock:
     """Times steps by the host's clock between synchronisations, over many steps at once: nothing waits inside."""
 
-    def __init__(self, warmup: int) -> None:
+    def __init__(self, warmup: int, gpus_per_replica: int = 1) -> None:
         self._warmup = warmup
+        self._gpus = gpus_per_replica
         self._done = 0
         self._began = 0.0
         self.slots = self.supervised = 0
@@ -70,27 +74,46 @@ class StepClock:
             self.supervised += supervised
         self._done += 1
 
-    def result(self, contender: str, settings: dict[str, object], shape: ModelShape, loss: float) -> Result:
-        """What was measured since the warm-up."""
+    def result(
+        self,
+        contender: str,
+        settings: dict[str, object],
+        shape: ModelShape,
+        loss: float,
+        expected: float | None = None,
+    ) -> Result:
+        """What was measured since the warm-up, with the peak memory of the GPU that had most."""
         synchronize()
-        seconds = time.perf_counter() - self._began
+        elapsed = time.perf_counter() - self._began
+        seconds = elapsed * self._gpus
         steps = self._done - self._warmup
         flops = training_flops(shape, self.lengths)
         kind = match_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peak = _highest(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
         return Result(
             contender=contender,
             settings=settings,
             steps=steps,
-            step_ms=round(seconds / steps * 1e3, 2),
+            step_ms=round(elapsed / steps * 1e3, 2),
             real_tokens_per_second=round(sum(self.lengths) / seconds, 1),
             slots_per_second=round(self.slots / seconds, 1),
             supervised_tokens_per_second=round(self.supervised / seconds, 1),
             tflops=round(flops / seconds / 1e12, 1),
             mfu=None if kind is None else round(mfu(flops, seconds, kind.bf16_tflops), 4),
             peak_memory_gib=round(peak / 2**30, 2),
+            expected_tokens_per_second=expected,
             loss=round(loss, 4),
         )
+
+
+def _highest(value: int) -> float:
+    """Over all ranks, where there are some."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole = torch.tensor(float(value), device=device)
+    dist.all_reduce(whole, op=dist.ReduceOp.MAX)
+    return whole.item()
 
 
 def synchronize() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sft.kernels import attention, norm
@@ -39,6 +40,15 @@ _DENSE_KERNELS = [
 ]
 
 
+def await_weights(module: Module) -> None:
+    """Run what waits for a module's weights before its forward pass, for who uses them without calling that.
+
+    With overlapped gathering of updated weights Megatron-core waits in hooks of the forward pass.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+
+
 class FusedRMSNorm(RMSNorm):
     """RMSNorm that takes the residual stream along."""
 
@@ -48,10 +58,12 @@ class FusedRMSNorm(RMSNorm):
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of x, x)."""
+        await_weights(self)
         return norm.fork(x, self.weight, self._epsilon)
 
     def add_and_fork(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """`fork` of branch + residual."""
+        await_weights(self)
         return norm.add_and_fork(branch, residual, self.weight, self._epsilon)
 
     @property
@@ -71,9 +83,13 @@ class FusedMLP(MLP):  # type: ignore[misc]
         """Output and no bias."""
         up, down = self.linear_fc1, self.linear_fc2
         if isinstance(up, Fp8ColumnParallelLinear):
+            await_weights(up)
+            await_weights(down)
             inputs = up.whole_input(hidden_states)
             return down.reduced(swiglu_mlp(inputs, up.weight, down.weight, in_fp8=True)), None
         if type(up) is tensor_parallel.ColumnParallelLinear and up.tp_group.size() == 1:
+            await_weights(up)
+            await_weights(down)
             return swiglu_mlp(hidden_states, up.weight, down.weight), None
         output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))
         return output

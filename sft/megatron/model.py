@@ -28,7 +28,7 @@ from sft.hf.checks import check_model_settings
 from sft.kernels import attention
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
 from sft.megatron.fp8 import use_fp8_linears
-from sft.megatron.fused import use_fused_layers
+from sft.megatron.fused import await_weights, use_fused_layers
 from sft.megatron.layers import decoder_spec
 from sft.megatron.lora import attach_adapters, use_lora_linears
 from sft.megatron.mcore import GPTModel, TransformerBlockSubmodules, TransformerConfig, parallel_state, tensor_parallel
@@ -103,6 +103,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
             output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
             return output
         layer = self.output_layer
+        await_weights(layer)
         if layer.sequence_parallel:
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=layer.tp_group)
         else:

@@ -48,6 +48,7 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=spec.distributed,
+        overlap_param_gather=any(chunk.ddp_config.overlap_param_gather for chunk in chunks),
     )
     optimizer = get_megatron_optimizer(config, list(chunks))
     for inner in _torch_optimizers(optimizer):

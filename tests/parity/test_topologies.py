@@ -32,6 +32,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dp2_plain_optimizer": (2, {}, {"distributed": False}),
     "dp4_micro_batch_2": (4, {}, {"micro_batch_size": 2}),
     "tp2_pp2_dp2_sp": (8, {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True}, {}),
+    "dp2_overlap": (2, {}, {"overlap": True}),
+    "dp2_overlap_fused_packed": (2, {}, {"overlap": True, "kernels": "fused", "packing": True, "seq_length": 256}),
+    "tp2_dp2_overlap_fused": (4, {"tensor_parallel": 2}, {"overlap": True, "kernels": "fused"}),
     "recompute_full": (1, {}, {"recompute": "full"}),
     "recompute_selective": (1, {}, {"recompute": "selective"}),
 }

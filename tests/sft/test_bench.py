@@ -1,0 +1,58 @@
+"""What `sft bench` computes around its measurements."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.errors import TopologyError
+from launcher.spec import TopologySpec
+from sft.bench.layout import micro_batch_rows, parse_layout, replica_size
+from sft.bench.overlap import busy, exposed, union
+from sft.bench.phases import PhaseTimers
+
+
+def test_layouts_by_name() -> None:
+    assert parse_layout("dp") == TopologySpec()
+    assert parse_layout("dp8") == TopologySpec()
+    assert parse_layout("tp2+sp") == TopologySpec(tensor_parallel=2, sequence_parallel=True)
+    found = parse_layout("tp4+pp2+vp3+cp2")
+    assert found == TopologySpec(tensor_parallel=4, pipeline_parallel=2, virtual_pipeline=3, context_parallel=2)
+    assert replica_size(found) == 16
+    with pytest.raises(TopologyError, match="'zp2' is none of"):
+        parse_layout("tp2+zp2")
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows", "micro_batches", "expected"),
+    [("dp", 8, 1, 8), ("dp", 8, 2, 4), ("dp", 1, 4, 1), ("tp2+sp", 4, 1, 8), ("pp2", 8, 1, 2), ("pp2", 2, 1, 1)],
+)
+def test_rows_of_a_micro_batch(layout: str, rows: int, micro_batches: int, expected: int) -> None:
+    """A GPU's rows times the GPUs of a model, cut; a pipeline of two has eight micro-batches if there are as many."""
+    assert micro_batch_rows(parse_layout(layout), rows, micro_batches) == expected
+
+
+def test_exposed_communication() -> None:
+    computing = [(0.0, 4.0), (3.0, 5.0), (10.0, 12.0)]
+    assert union(computing) == [(0.0, 5.0), (10.0, 12.0)]
+    assert busy(computing) == 7.0
+    assert exposed([], computing) == 0.0
+    assert exposed([(1.0, 2.0)], computing) == 0.0
+    assert exposed([(4.0, 11.0)], computing) == 5.0
+    assert exposed([(4.0, 7.0), (6.0, 8.0), (12.0, 13.0)], computing) == 4.0
+
+
+def test_phases_are_milliseconds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft.bench.phases.torch.cuda.is_available", lambda: False)
+    clock = iter([0.0, 0.1, 0.4, 0.4, 0.9, 1.0, 1.5, 2.0])
+    monkeypatch.setattr("sft.bench.phases.time.perf_counter", lambda: next(clock))
+    timers = PhaseTimers()
+    timers("step").start()
+    timers("forward-compute", log_level=2).start()
+    timers("forward-compute").stop()
+    timers("optimizer").start()
+    timers("optimizer").stop()
+    timers("step").stop()
+    timers("of no interest").start()
+    assert timers.milliseconds(steps=2) == {"forward": 150.0, "optimizer": 250.0, "other": 100.0}
+    timers.reset()
+    assert timers.milliseconds(steps=2) == {"other": 0.0}
