@@ -3,6 +3,9 @@
 * `DistributedOptimizer` with torch's AdamW (no Transformer Engine, no Apex) cannot be checkpointed right: a never
   stepped optimizer fails an assertion on load, torch's `step` entry raises KeyError, and after a load all parameters
   share one `step` tensor, which AdamW then increments once for each parameter: bias correction is silently wrong.
+* The resharding-safe checkpoint of its state joins buckets without the padding behind each, and cuts parameters out of
+  that by places which count the padding. Wherever a bucket is padded, all that lies behind it is saved shifted, and is
+  loaded so without an error. Only runs with several buckets are hit: those that overlap the reduction of gradients.
 * Saving synchronously starts a multiprocessing manager on every rank only to pass results to the same process: it
   re-imports `__main__`, takes seconds, and outlives the rank.
 * The gradient norm without Transformer Engine and Apex is taken tensor by tensor with `torch.norm`, each result fetched
@@ -11,7 +14,7 @@
 * Rank 0 writes `common.pt`, `.metadata` and `metadata.json` alone, between two collectives of a save. Where the disk is
   full it leaves by an error, and the other ranks wait in the second one. Here it goes on, and raises when all are done.
 
-Seen in 0.16.1; the first two in 0.19.2 as well.
+Seen in 0.16.1; the first and the third in 0.19.2 as well.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ def apply(
 ) -> None:
     """Install the corrections that are replacements, into the classes and modules given."""
     distributed_optimizer._set_main_param_and_optimizer_states = _copy_main_param_and_states  # type: ignore[attr-defined]
+    distributed_optimizer.sharded_param_state_fully_reshardable = _at_padded_places(  # type: ignore[attr-defined]
+        distributed_optimizer.sharded_param_state_fully_reshardable  # type: ignore[attr-defined]
+    )
     filesystem_async._results_queue = queue.Queue()  # type: ignore[attr-defined]
 
     if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":  # neither Transformer Engine nor Apex
@@ -125,3 +131,37 @@ def _copy_main_param_and_states(self: Any, model_param: torch.nn.Parameter, tens
     for name, state in self.optimizer.state[main_param].items():
         if name != "step":
             state.copy_(tensors[name])
+
+
+def _at_padded_places(sharded_state: Callable[..., Any]) -> Callable[..., Any]:
+    """`sharded_state` over a parameter state in which each bucket begins where it begins in the buffer."""
+
+    @functools.wraps(sharded_state)
+    def mended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+
+        def with_padding(**options: Any) -> Any:
+            found = gather(**options)
+            for index, buffer in enumerate(self.buffers if found is not None else []):
+                for tensors in found[index].values():
+                    for key in ("param", "exp_avg", "exp_avg_sq"):
+                        tensors[key] = _spread(tensors[key], buffer)
+            return found
+
+        self.get_parameter_state_dp_zero = with_padding
+        try:
+            return sharded_state(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    return mended
+
+
+def _spread(joined: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """Buckets that lie one behind the other, each at its place in the padded buffer."""
+    spread = torch.zeros(buffer.numel, dtype=joined.dtype, device=joined.device)
+    begin = 0
+    for bucket in buffer.buckets:
+        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = joined[begin : begin + bucket.numel_unpadded]
+        begin += bucket.numel_unpadded
+    return spread
