@@ -36,6 +36,11 @@ class Topology:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     @property
+    def reducing_ranks(self) -> int:
+        """Ranks with the same parameters: over them gradients are summed, and the distributed optimizer is spread."""
+        return self.data_parallel * self.context_parallel
+
+    @property
     def sequence_multiple(self) -> int:
         """Padded sequence lengths must be a multiple of this."""
         return _sequence_multiple(self.tensor_parallel, self.context_parallel, self.sequence_parallel)
