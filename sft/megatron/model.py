@@ -67,8 +67,9 @@ def describe_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool)
     """Which kernels the ranks compute with, in one line."""
     if not fused_kernels(spec, on_gpu=on_gpu) or not _has_fused_layers(spec, architecture):
         return f"kernels: plain, products in {spec.train.precision}"
-    packed = attention_kernel(spec, architecture) if on_gpu and spec.data.packing else "torch's"
-    return f"kernels: fused, attention {packed}, products in {spec.train.precision}"
+    by_offsets = spec.data.packing or spec.topology.context_parallel > 1
+    kernel = attention_kernel(spec, architecture) if on_gpu and by_offsets else "torch's"
+    return f"kernels: fused, attention {kernel}, products in {spec.train.precision}"
 
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {

@@ -148,7 +148,8 @@ def gradients_of_second(config: Path) -> list[tuple[tuple[int, ...], dict[int, f
 def test_trap_4_no_gradient_reaches_a_neighbour_across_ranks(
     context: str, tmp_path: Path, material: tuple[Path, Path]
 ) -> None:
-    """Exactly 0, and the whole sequence behind a loss is reached. Seen to fail with keys that begin with the row."""
+    """Exactly 0, and the whole sequence behind a loss is reached. Seen to fail with a packed row that is cut as one
+    sequence."""
     size = int(context)
     topology = {"context_parallel": size}
     by_rank = first_steps(tmp_path, material, size, topology, gradients_of_second, packing=True)
@@ -179,7 +180,7 @@ def test_a_sequence_that_crosses_chunks_has_its_losses(tmp_path: Path, material:
 
 @pytest.mark.parametrize("name", thinned(FAMILIES, "gpt2", "qwen2_yarn"))
 def test_positions_of_every_kind(name: str, tmp_path: Path) -> None:
-    """Learned ones, scaled and partial RoPE. Seen to fail with the table of angles that Megatron-core cuts by rank."""
+    """Learned ones, scaled and partial RoPE."""
     chat = write_jsonl(tmp_path / "chat.jsonl", make_chat_rows(9, seed=3))
     model = family_model(tmp_path / "model", name, **FAMILIES[name])
     expected = reference_curve(tmp_path / "reference", model, chat, steps=STEPS, **RATE)
