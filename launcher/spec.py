@@ -156,7 +156,8 @@ class TopologySpec:
     virtual_pipeline: int = 1
     """Model chunks on each stage (interleaved schedule); 1 is the plain 1F1B schedule."""
     context_parallel: int = 1
-    """Ranks that share a sequence."""
+    """Ranks that share each row, for long ones: two chunks of it each, and keys and values gathered for attention.
+    data.seq_length must be a multiple of twice as many."""
     sequence_parallel: bool = False
     """Spread norms and residuals over the tensor parallel ranks as well."""
     check_memory: bool = True

@@ -36,9 +36,14 @@ class Topology:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     @property
+    def reducing_ranks(self) -> int:
+        """Ranks with the same parameters: over them gradients are summed, and the distributed optimizer is spread."""
+        return self.data_parallel * self.context_parallel
+
+    @property
     def sequence_multiple(self) -> int:
         """Padded sequence lengths must be a multiple of this."""
-        return _sequence_multiple(self.tensor_parallel, self.context_parallel, self.sequence_parallel)
+        return sequence_multiple(self.tensor_parallel, self.context_parallel, self.sequence_parallel)
 
     @property
     def micro_batch_multiple(self) -> int:
@@ -113,7 +118,8 @@ def _model_parallel(spec: RunSpec) -> int:
     return topo.tensor_parallel * topo.pipeline_parallel * topo.context_parallel
 
 
-def _sequence_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
+def sequence_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
+    """What the length of a row must be a multiple of: two chunks for each rank of cp, each split over tp."""
     return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)
 
 
@@ -172,7 +178,7 @@ def _world_problems(spec: RunSpec) -> list[str]:
             )
     if topo.sequence_parallel and tensor == 1:
         problems.append("topology.sequence_parallel needs tensor_parallel > 1; set it to false")
-    multiple = _sequence_multiple(tensor, topo.context_parallel, topo.sequence_parallel)
+    multiple = sequence_multiple(tensor, topo.context_parallel, topo.sequence_parallel)
     if spec.data.seq_length % multiple:
         problems.append(
             f"data.seq_length {spec.data.seq_length} does not divide by {multiple} (tensor_parallel with "

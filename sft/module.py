@@ -26,6 +26,7 @@ from launcher.spec import RunSpec
 from launcher.topology import Topology
 from sft.data.batch import MicroBatch, StepBatch
 from sft.hf.architecture import Architecture
+from sft.megatron.context_parallel import SharedRows, shared_rows
 from sft.megatron.initial_weights import load_initial_weights
 from sft.megatron.judge import StepJudge
 from sft.megatron.layers import PackedSequences, packed_sequences
@@ -109,7 +110,7 @@ class SFTGPT(pl.LightningModule):
         """Put Megatron-core's data parallelism (gradient buffers and their reduction) around the chunks."""
         optimizer = self.spec.train.optimizer
         wanted = self.device.type == "cuda" if optimizer.overlap is None else optimizer.overlap
-        overlap = wanted and self.topology.data_parallel > 1
+        overlap = wanted and self.topology.reducing_ranks > 1
         adapted = self.spec.model.lora.rank is not None  # adapters are used outside of modules that hooks could wait in
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=optimizer.distributed,
@@ -182,14 +183,15 @@ class SFTGPT(pl.LightningModule):
 
     def forward_backward(self, batch: StepBatch, *, forward_only: bool) -> Tensor:
         """Run the schedule; the summed weighted loss of the global batch, on every rank."""
-        iterators: list[Iterator[MicroBatch]] = [iter(batch.micro_batches) for _ in self.chunks]
+        parts = [micro_batch.own_part() for micro_batch in batch.micro_batches]
+        iterators: list[Iterator[MicroBatch]] = [iter(parts) for _ in self.chunks]
         rows, seq_length = batch.micro_batches[0].tokens.shape
         outputs = get_forward_backward_func()(
             forward_step_func=partial(_fused_step, divisor=batch.global_weight) if self.fused else _forward_step,
             data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batch.micro_batches),
-            seq_length=seq_length,
+            seq_length=seq_length,  # of whole rows: the schedule divides it by cp and tp itself
             micro_batch_size=rows,
             forward_only=forward_only,
         )
@@ -243,7 +245,9 @@ def _fused_step(
     return output, partial(_as_sum, len(places), divisor)
 
 
-def _packed(batch: MicroBatch) -> PackedSequences | None:
+def _packed(batch: MicroBatch) -> PackedSequences | SharedRows | None:
+    if batch.context_share is not None:
+        return shared_rows(batch.context_share)
     return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids.flatten())
 
 

@@ -34,7 +34,6 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     """Everything wrong with the values themselves; looks at no file."""
     yield from _required(spec)
     yield from _ranges(spec)
-    yield from _not_yet(spec)
     yield from _sources(spec)
     yield from _batches(spec)
     yield from _lora(spec)
@@ -142,13 +141,6 @@ def _ranges(spec: RunSpec) -> Iterator[Problem]:
     for name, rate in (("min_lr", optimizer.min_lr), ("initial_lr", optimizer.initial_lr)):
         if rate > optimizer.lr:
             yield f"train.optimizer.{name}", f"{rate} is above train.optimizer.lr {optimizer.lr}"
-
-
-def _not_yet(spec: RunSpec) -> Iterator[Problem]:
-    """What the schema has a place for and the ranks cannot do: refused here, before a queue is waited in."""
-    size = spec.topology.context_parallel
-    if size > 1:
-        yield "topology.context_parallel", f"{size}: attention sees whole sequences only in this version; set it to 1"
 
 
 def _fp8(spec: RunSpec) -> Iterator[Problem]:

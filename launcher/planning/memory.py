@@ -66,7 +66,7 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
     # fp32 training has no master copy besides the weights: 8 bytes of moments, else 12
     state = trained * (8 if workload.precision == "fp32" else 12)
     if layout.distributed_optimizer:
-        state //= topology.data_parallel
+        state //= topology.reducing_ranks
     last = stage == topology.pipeline_parallel - 1
     return StageMemory(
         stage=stage,
@@ -88,7 +88,9 @@ def layer_activation_bytes(workload: Workload, layout: Layout, implementation: I
     groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
     outputs = 1 if layout.recompute == "selective" else 2  # the kernel's, and as the projection reads it
     per_token = 4 * shape.hidden_size / sequence  # inputs and outputs of the two norms
-    per_token += queries + 2 * groups + outputs * queries
+    # Between ranks that share rows, attention keeps keys and values of the whole row, unless it gathers them once more.
+    shared_rows = 1 if layout.recompute == "selective" else topology.context_parallel
+    per_token += queries + 2 * groups * shared_rows + outputs * queries
     mlp = implementation.saved_mlp if shape.gated_mlp else 2
     per_token += mlp * shape.ffn_hidden_size / tensor
     return per_token * workload.width * _micro_batch_tokens(workload, topology)

@@ -21,6 +21,7 @@ _NAMES = {
     "elementwise": "elementwise kernels",
     "recompute": "recomputation",
     "tensor_parallel": "tensor parallel collectives",
+    "context_parallel": "gathering of keys and values",
     "pipeline_bubble": "pipeline bubble",
     "pipeline_sends": "pipeline sends",
     "data_parallel": "gradient reduction and weight gathering",

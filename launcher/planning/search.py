@@ -19,7 +19,7 @@ from launcher.planning.memory import StageMemory, largest_stage
 from launcher.planning.step_time import StepTime, step_time
 from launcher.planning.workload import Layout, Recompute, Workload
 from launcher.spec import RunSpec
-from launcher.topology import build_topology
+from launcher.topology import build_topology, sequence_multiple
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 HEADROOM = 0.92
@@ -202,8 +202,9 @@ def _variant(spec: RunSpec, tensor: int, pipeline: int, virtual: int, micro: int
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
         virtual_pipeline=virtual,
-        # saves memory and costs nothing wherever rows divide by tp
-        sequence_parallel=tensor > 1 and spec.data.seq_length % tensor == 0,
+        # saves memory and costs nothing wherever rows divide by it
+        sequence_parallel=tensor > 1
+        and spec.data.seq_length % sequence_multiple(tensor, spec.topology.context_parallel, True) == 0,
     )
     train = dataclasses.replace(spec.train, micro_batch_size=micro)
     return dataclasses.replace(spec, topology=topology, train=train)

@@ -28,6 +28,7 @@ class StepTime:
     elementwise: float = 0.0
     recompute: float = 0.0
     tensor_parallel: float = 0.0
+    context_parallel: float = 0.0
     pipeline_bubble: float = 0.0
     pipeline_sends: float = 0.0
     data_parallel: float = 0.0
@@ -42,7 +43,7 @@ class StepTime:
     @property
     def communication(self) -> float:
         """All exposed communication, without the bubble."""
-        return self.tensor_parallel + self.pipeline_sends + self.data_parallel
+        return self.tensor_parallel + self.context_parallel + self.pipeline_sends + self.data_parallel
 
     def parts(self) -> list[tuple[str, float]]:
         """What the step is spent on, in seconds, most first."""
@@ -64,6 +65,7 @@ class _Pass:
     attention: float
     elementwise: float
     tensor_parallel: float
+    context_parallel: float = 0.0
 
 
 def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> StepTime:
@@ -74,7 +76,8 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
     head = _head(workload, topology, gpu, implementation)
     gradients = _trained(workload, topology) * implementation.gradient_bytes / _memory_rate(gpu)
     again = _recompute(layout, layers)
-    compute = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel + again + gradients
+    collectives = layers.tensor_parallel + layers.context_parallel
+    compute = layers.matmul + layers.attention + layers.elementwise + collectives + again + gradients
     sends = _sends(workload, topology, gpu)
     idle = (topology.pipeline_parallel - 1) / topology.virtual_pipeline
     backward = (compute + head.matmul + head.elementwise) * 2 / 3
@@ -84,6 +87,7 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
         elementwise=count * (layers.elementwise + head.elementwise + gradients),
         recompute=count * again,
         tensor_parallel=count * (layers.tensor_parallel + head.tensor_parallel),
+        context_parallel=count * layers.context_parallel,
         pipeline_bubble=idle * (compute + (head.matmul + head.elementwise) / topology.pipeline_parallel),
         pipeline_sends=count * sends,
         data_parallel=_data_parallel(workload, layout, gpu, implementation, backward),
@@ -117,7 +121,16 @@ def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation
         * workload.width
         * implementation.tensor_parallel_exposed
         / _link_rate(gpu, crosses=False),
+        context_parallel=layers * _gathered_rows(workload, topology, gpu),
     )
+
+
+def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
+    """Keys and values of whole rows gathered for a layer, and their gradients back, a micro-batch; none is hidden."""
+    shape, tensor, context = workload.shape, topology.tensor_parallel, topology.context_parallel
+    groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
+    size = 2 * groups * topology.micro_batch_size * workload.seq_length * workload.width
+    return 2 * _ring(context) * size / _link_rate(gpu, crosses=tensor * context > topology.ranks_per_node)
 
 
 def _head(workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation) -> _Pass:
@@ -156,10 +169,11 @@ def _products(
 
 
 def _recompute(layout: Layout, layers: _Pass) -> float:
-    """The forward pass once more: a third of what both passes take, collectives included."""
+    """The forward pass once more: a third of what both passes take, collectives included; of gathered rows half."""
     if layout.recompute == "full":
-        return (layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel) / 3
-    return layers.attention / 3 if layout.recompute == "selective" else 0.0
+        computed = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel
+        return computed / 3 + layers.context_parallel / 2
+    return layers.attention / 3 + layers.context_parallel / 2 if layout.recompute == "selective" else 0.0
 
 
 def _sends(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
@@ -178,9 +192,9 @@ def _data_parallel(
 ) -> float:
     """Reduction of fp32 gradients, hidden behind the last backward pass, and the gathering of updated weights."""
     topology = layout.topology
-    if topology.data_parallel == 1:
+    if topology.reducing_ranks == 1:
         return 0.0
-    trained, ring = _trained(workload, topology), _ring(topology.data_parallel)
+    trained, ring = _trained(workload, topology), _ring(topology.reducing_ranks)
     rate = _data_parallel_rate(topology, gpu)
     reduce = (1 if layout.distributed_optimizer else 2) * trained * 4 * ring / rate
     exposed = max(0.0, reduce - backward)
@@ -193,7 +207,7 @@ def _data_parallel(
 def _optimizer(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> float:
     updated = _trained(workload, layout.topology)
     if layout.distributed_optimizer:
-        updated /= layout.topology.data_parallel
+        updated /= layout.topology.reducing_ranks
     return updated * implementation.optimizer_bytes / _memory_rate(gpu)
 
 
@@ -219,8 +233,7 @@ def _link_rate(gpu: GpuKind, *, crosses: bool) -> float:
 
 def _data_parallel_rate(topology: Topology, gpu: GpuKind) -> float:
     """A ring over nodes leaves each by the network cards of all its members there, up to the rate within the node."""
-    within = topology.tensor_parallel * topology.context_parallel
-    if within * topology.data_parallel <= topology.ranks_per_node:
+    if topology.tensor_parallel * topology.reducing_ranks <= topology.ranks_per_node:
         return _link_rate(gpu, crosses=False)
-    members = max(1, topology.ranks_per_node // within)
+    members = max(1, topology.ranks_per_node // topology.tensor_parallel)
     return min(_link_rate(gpu, crosses=False), members * _link_rate(gpu, crosses=True))

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from sft.data.cache import Examples
+from sft.data.context_slice import ContextShare, share_rows
 from sft.data.packing import EMPTY_ROW, Rows, assign_rows, pack_step, row_cost
 from sft.data.sampler import EMPTY_SLOT, StepPlan, complete, rank_slice
 
@@ -48,6 +49,9 @@ class RankShare:
     """What the topology asks of the number of micro-batches (Topology.micro_batch_multiple)."""
     row_length: Optional[int] = None
     """Most tokens of a packed row; None gives each example a row of its own."""
+    cp_rank: int = 0
+    cp_size: int = 1
+    """Ranks that share each row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +72,8 @@ class MicroBatch:
     """int32: where the sequences of a packed row begin, and its end; None without packing."""
     seq_lengths: Optional[tuple[int, ...]] = None
     """Lengths of the same sequences, padding last. On the host, so that no step waits for the device to know them."""
+    context_share: Optional[ContextShare] = None
+    """What this context parallel rank computes of the rows; None where it computes all."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MicroBatch:
         """This micro-batch on `device`."""
@@ -81,7 +87,16 @@ class MicroBatch:
 
     def _tensors(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor | ContextShare)}
+
+    def own_part(self) -> MicroBatch:
+        """What this context parallel rank computes of it; cu_seqlens and seq_lengths stay those of whole rows."""
+        share = self.context_share
+        if share is None:
+            return self
+        whole = {name: getattr(self, name) for name in ("tokens", "labels", "loss_weights", "position_ids")}
+        parts: dict[str, Any] = {name: share.part_of(rows) for name, rows in whole.items()}
+        return replace(self, **parts, supervised=share.supervised)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +136,7 @@ def collate(cache: Examples, plan: StepPlan, step: int, share: RankShare) -> Ste
     multiple = math.lcm(share.pad_to_multiple, share.sequence_multiple)
     padded = -(-max(longest, 1) // multiple) * multiple
     return StepBatch(
-        micro_batches=tuple(_micro_batch(cache, batch, padded, share.row_length is not None) for batch in rows),
+        micro_batches=tuple(_micro_batch(cache, batch, padded, share) for batch in rows),
         step=step,
         global_weight=float(cache.target_weights[examples].sum()),
         examples=len(examples),
@@ -169,7 +184,7 @@ def _joined(rows: Sequence[Row], lengths: NDArray[np.int64]) -> Row:
     return examples[np.argsort(-lengths[examples], kind="stable")]
 
 
-def _micro_batch(cache: Examples, rows: Sequence[Row], padded: int, packed: bool) -> MicroBatch:
+def _micro_batch(cache: Examples, rows: Sequence[Row], padded: int, share: RankShare) -> MicroBatch:
     """Rows of `padded` length. An example of n tokens gives n - 1 inputs: its last token is only ever a target."""
     shape = (len(rows), padded)
     tokens = np.zeros(shape, dtype=np.int64)
@@ -189,8 +204,12 @@ def _micro_batch(cache: Examples, rows: Sequence[Row], padded: int, packed: bool
             positions[row, place] = np.arange(count)
             seq_lengths.append(count)
             start += count
+    packed = share.row_length is not None
     if packed:
         seq_lengths += _padding(padded - sum(seq_lengths))
+    own = None
+    if share.cp_size > 1:
+        own = share_rows(loss_weights, seq_lengths if packed else None, share.cp_rank, share.cp_size)
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -199,6 +218,7 @@ def _micro_batch(cache: Examples, rows: Sequence[Row], padded: int, packed: bool
         supervised=torch.from_numpy(np.flatnonzero(loss_weights.T)),
         cu_seqlens=torch.tensor(np.cumsum([0, *seq_lengths]), dtype=torch.int32) if packed else None,
         seq_lengths=tuple(seq_lengths) if packed else None,
+        context_share=own,
     )
 
 

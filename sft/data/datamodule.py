@@ -47,6 +47,8 @@ class StepBatches(Dataset[StepBatch]):
             sequence_multiple=self._topology.sequence_multiple,
             micro_batch_multiple=self._topology.micro_batch_multiple,
             row_length=self._spec.data.seq_length if self._spec.data.packing else None,
+            cp_rank=parallel_state.get_context_parallel_rank() if self._topology.context_parallel > 1 else 0,
+            cp_size=self._topology.context_parallel,
         )
         return collate(self._cache, self._plan, step, share)
 

@@ -53,11 +53,18 @@ def flash(
     longest: int,
     scale: float | None,
     kernel: Kernel = "flash2",
+    *,
+    key_offsets: Tensor | None = None,
+    longest_key: int | None = None,
 ) -> Tensor:
-    """[t, heads, dim], [t, groups, dim] twice -> [t, heads, dim], in bf16 or fp16; offsets int32 [sequences + 1]."""
+    """[t, heads, dim], [u, groups, dim] twice -> [t, heads, dim], in bf16 or fp16; offsets int32 [sequences + 1].
+
+    Where keys have offsets of their own, the queries of a sequence are the last of its positions.
+    """
+    keys = (offsets, longest) if key_offsets is None or longest_key is None else (key_offsets, longest_key)
     if kernel == "flash4":
-        return _flash4()(query, key, value, offsets, longest, scale)
-    context: Tensor = _Flash.apply(query, key, value, offsets, longest, scale)
+        return _flash4()(query, key, value, offsets, longest, *keys, scale)
+    context: Tensor = _Flash.apply(query, key, value, offsets, longest, *keys, scale)
     return context
 
 
@@ -67,10 +74,19 @@ def _flash4() -> Callable[..., Tensor]:
     warnings.filterwarnings("ignore", ".*cannot be converted to a JitArgument", UserWarning)
     from flash_attn.cute import flash_attn_varlen_func
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float | None) -> Tensor:
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offsets: Tensor,
+        longest: int,
+        key_offsets: Tensor,
+        longest_key: int,
+        scale: float | None,
+    ) -> Tensor:
         context: Tensor = flash_attn_varlen_func(
             query, key, value,
-            cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest,
+            cu_seqlens_q=offsets, cu_seqlens_k=key_offsets, max_seqlen_q=longest, max_seqlen_k=longest_key,
             softmax_scale=scale, causal=True,
         )[0]  # fmt: skip
         return context
@@ -81,21 +97,29 @@ def _flash4() -> Callable[..., Tensor]:
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offsets: Tensor,
+        longest: int,
+        key_offsets: Tensor,
+        longest_key: int,
+        scale: float | None,
     ) -> Tensor:
         context: Tensor
         context, log_sum, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, offsets, offsets, longest, longest, 0.0, True, False, scale=scale
+            query, key, value, offsets, key_offsets, longest, longest_key, 0.0, True, False, scale=scale
         )
-        ctx.save_for_backward(query, key, value, context, log_sum, state, unused, offsets)
-        ctx.longest, ctx.scale = longest, scale
+        ctx.save_for_backward(query, key, value, context, log_sum, state, unused, offsets, key_offsets)
+        ctx.longest, ctx.longest_key, ctx.scale = longest, longest_key, scale
         return context
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, context, log_sum, state, unused, offsets = ctx.saved_tensors
+        query, key, value, context, log_sum, state, unused, offsets, key_offsets = ctx.saved_tensors
         grads = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), query, key, value, context, log_sum, offsets, offsets, ctx.longest, ctx.longest,
+            grad.contiguous(), query, key, value, context, log_sum, offsets, key_offsets, ctx.longest, ctx.longest_key,
             0.0, True, state, unused, scale=ctx.scale,
         )  # fmt: skip
-        return *grads[:3], None, None, None
+        return *grads[:3], None, None, None, None, None

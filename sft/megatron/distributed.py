@@ -23,7 +23,7 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
     """Build Megatron-core's groups in the initialised world, and seed the generators of this rank.
 
     Dropout streams are equal within a tensor parallel group where activations are replicated, and differ between
-    pipeline stages and data parallel ranks.
+    pipeline stages, data parallel and context parallel ranks.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor_parallel,
@@ -34,7 +34,7 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
     rank_seed = (
         seed
         + _STAGE_SEED_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
-        + _DATA_RANK_SEED_STRIDE * parallel_state.get_data_parallel_rank()
+        + _DATA_RANK_SEED_STRIDE * parallel_state.get_data_parallel_rank(with_context_parallel=True)
     )
     torch.manual_seed(rank_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed)

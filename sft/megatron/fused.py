@@ -19,6 +19,7 @@ from sft.kernels import attention, norm
 from sft.kernels.linear import swiglu_mlp
 from sft.kernels.rope import rotate, split_and_rotate
 from sft.kernels.swiglu import swiglu
+from sft.megatron.context_parallel import SharedRows
 from sft.megatron.fp8 import Fp8ColumnParallelLinear
 from sft.megatron.layers import CoreAttention, PackedSequences, RMSNorm
 from sft.megatron.mcore import (
@@ -127,7 +128,7 @@ class FusedSelfAttention(SelfAttention):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         *,
         rotary_pos_emb: Tensor,
-        packed_seq_params: PackedSequences | None = None,
+        packed_seq_params: PackedSequences | SharedRows | None = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> the same, and no bias."""
@@ -138,8 +139,10 @@ class FusedSelfAttention(SelfAttention):  # type: ignore[misc]
             return plain
         angles = rotary_pos_emb[:, 0, 0, : rotary_pos_emb.shape[-1] // 2]
         packed = packed_seq_params
-        query, key, value = self._heads(hidden_states, angles, None if packed is None else packed.positions)
-        if packed is not None:
+        # Angles of shared rows are those of their tokens already, one after the other.
+        positions = packed.positions if isinstance(packed, PackedSequences) else None
+        query, key, value = self._heads(hidden_states, angles, positions)
+        if isinstance(packed, PackedSequences):
             query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
         if self.checkpoint_core_attention and self.training:
             context = self._checkpointed_attention_forward(

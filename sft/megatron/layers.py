@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sft.data.context_slice import Chunk
+from sft.kernels import attention
+from sft.megatron.context_parallel import SharedRows, bottom_right, gather_rows
 from sft.megatron.mcore import (
     MegatronModule,
     PackedSeqParams,
@@ -87,7 +90,12 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     A packed row goes through `varlen_attn`, which knows CUDA and half precision without dropout; everything else
     takes its sequences one by one. Either way nothing is computed between sequences. Rejected: a block-diagonal mask
     over the row, whose memory and time grow with the square of the row and not of its sequences.
+
+    Of rows that a context parallel group shares, the queries of each chunk see the keys of the whole row before them;
+    rows of one sequence take the same way there as packed ones.
     """
+
+    _kernel: attention.Kernel = "flash2"
 
     def __init__(
         self,
@@ -112,19 +120,49 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSequences | None = None,
+        packed_seq_params: PackedSequences | SharedRows | None = None,
     ) -> Tensor:
         """query [s, b, heads, dim], key and value [s, b, groups, dim] -> [s, b, heads * dim]; packed without b."""
+        if isinstance(packed_seq_params, SharedRows):
+            return self._shared(query, key, value, packed_seq_params.chunks).flatten(2)
         if packed_seq_params is None:
             # [b, heads, s, dim]
             with self._own_stream():
                 context = self._causal(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
             return context.permute(2, 0, 1, 3).flatten(2)
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        if query.is_cuda and half and not (self.training and self._dropout):
+        if self._has_kernel(query):
             return self._packed_kernel(query, key, value, packed_seq_params).flatten(1)
+        lengths = packed_seq_params.seq_lengths
         with self._own_stream():
-            return self._one_by_one(query, key, value, packed_seq_params.seq_lengths).flatten(1)
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+            return self._one_by_one(query, key, value, lengths, lengths).flatten(1)
+
+    def _has_kernel(self, query: Tensor) -> bool:
+        """Whether a kernel for many sequences does: they know half precision without dropout."""
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        return query.is_cuda and half and not (self.training and self._dropout)
+
+    def _shared(self, query: Tensor, key: Tensor, value: Tensor, chunks: tuple[Chunk, ...]) -> Tensor:
+        """[s, b, heads, dim] of this rank's chunks -> the same."""
+        key, value = gather_rows(key, value)
+        parts = []
+        for chunk, queries in zip(chunks, query.chunk(len(chunks)), strict=True):
+            seen = slice(chunk.first_key, chunk.end)
+            parts.append(self._of_chunk(queries, key[seen], value[seen], chunk))
+        return torch.cat(parts)
+
+    def _of_chunk(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+        """[s, b, heads, dim] of one chunk, and all keys that it sees -> the same."""
+        if not self._has_kernel(query):
+            with self._own_stream():
+                return self._one_by_one(query, key, value, chunk.query_lengths, chunk.key_lengths)
+        rows, length = query.size(1), query.size(0)
+        queries, keys, values = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+        context = attention.flash(
+            queries, keys, values, chunk.query_offsets, max(chunk.query_lengths), self._scale, self._kernel,
+            key_offsets=chunk.key_offsets, longest_key=max(chunk.key_lengths),
+        )  # fmt: skip
+        return context.view(rows, length, *context.shape[1:]).transpose(0, 1)
 
     def _own_stream(self) -> AbstractContextManager[None]:
         """Where dropout is drawn: each tensor parallel rank has other heads, which need masks of their own.
@@ -138,13 +176,16 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return stream
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[..., heads, s, dim] -> the same."""
+        """[..., heads, s, dim] -> the same. Fewer queries than keys are the last of their positions."""
+        queries, keys = query.size(-2), key.size(-2)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
+            # is_causal would put the first query beside the first key
+            attn_mask=None if queries == keys else bottom_right(queries, keys, query.device),
             dropout_p=self._dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=queries == keys,
             scale=self._scale,
             enable_gqa=query.size(-3) != key.size(-3),
         )
@@ -162,12 +203,17 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         context: Tensor = kernel(query, key, value, offsets, offsets, longest, longest, **options)
         return context
 
-    def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, seq_lengths: tuple[int, ...]) -> Tensor:
-        """[t, heads, dim] -> the same, sequence after sequence."""
-        lengths = list(seq_lengths)
-        parts = [torch.split(tensor.transpose(0, 1)[None], lengths, dim=2) for tensor in (query, key, value)]
+    def _one_by_one(
+        self, query: Tensor, key: Tensor, value: Tensor, query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]
+    ) -> Tensor:
+        """[s, b, heads, dim] -> the same, sequence after sequence."""
+        lengths = (query_lengths, key_lengths, key_lengths)
+        parts = [
+            torch.split(tensor.permute(1, 2, 0, 3), list(cut), dim=2)
+            for tensor, cut in zip((query, key, value), lengths, strict=True)
+        ]
         context = torch.cat([self._causal(*sequence) for sequence in zip(*parts, strict=True)], dim=2)
-        return context[0].transpose(0, 1)
+        return context.permute(2, 0, 1, 3)
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from sft.hf.architecture import Activation, Architecture
 from sft.hf.checks import check_model_settings
 from sft.kernels import attention
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
+from sft.megatron.context_parallel import SharedRows, keep_angles_whole
 from sft.megatron.fp8 import use_fp8_linears
 from sft.megatron.fused import await_weights, use_fused_layers
 from sft.megatron.layers import decoder_spec
@@ -66,8 +67,9 @@ def describe_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool)
     """Which kernels the ranks compute with, in one line."""
     if not fused_kernels(spec, on_gpu=on_gpu) or not _has_fused_layers(spec, architecture):
         return f"kernels: plain, products in {spec.train.precision}"
-    packed = attention_kernel(spec, architecture) if on_gpu and spec.data.packing else "torch's"
-    return f"kernels: fused, attention {packed}, products in {spec.train.precision}"
+    by_offsets = spec.data.packing or spec.topology.context_parallel > 1
+    kernel = attention_kernel(spec, architecture) if on_gpu and by_offsets else "torch's"
+    return f"kernels: fused, attention {kernel}, products in {spec.train.precision}"
 
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -95,6 +97,14 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         """Only adapters are trained, and only they are in checkpoints."""
         self.base_weights = ""
         """Identifies the frozen weights of an adapted model."""
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Megatron-core's; of rows shared by context parallel ranks the angles of this rank's tokens, by position."""
+        hidden_states, angles, *others = super()._preprocess(*args, **kwargs)
+        rows = kwargs.get("packed_seq_params")
+        if angles is not None and isinstance(rows, SharedRows):
+            angles = angles[rows.positions]
+        return hidden_states, angles, *others
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Megatron-core's; where `loss_mask` says which targets count, their weighted sum without the logits."""
@@ -219,11 +229,6 @@ def build_chunks(
     spec: RunSpec, architecture: Architecture, topology: Topology, config: TransformerConfig
 ) -> list[SFTGPTModel]:
     """The model chunks of this pipeline stage, one a virtual stage, with uninitialised weights."""
-    if topology.context_parallel > 1:
-        raise ModelError(
-            f"topology.context_parallel {topology.context_parallel}: attention sees whole sequences only in this "
-            "version; set it to 1"
-        )
     check_model_settings(spec, architecture)
     stages = range(topology.virtual_pipeline) if topology.virtual_pipeline > 1 else [None]
     return [_build_chunk(spec, architecture, topology, config, stage) for stage in stages]
@@ -247,6 +252,7 @@ def _build_chunk(
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
     )
     if rope is not None:
+        keep_angles_whole(chunk)
         # Megatron-core's own scaling has Llama 3's numbers built in.
         rotary = chunk.rotary_pos_emb
         rotary.inv_freq = rope.inverse_frequencies(shape.head_dim).to(rotary.inv_freq.device)

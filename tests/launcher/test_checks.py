@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.checks import is_secret_name, spec_problems
+from launcher.config.checks import is_secret_name
 from launcher.config.load import load_config
 from launcher.errors import ConfigError
-from launcher.spec import RunSpec, TopologySpec
 
 CFG = Path("cfg.yaml")
 
@@ -87,9 +86,3 @@ def test_time_limits_slurm_takes(workdir: Path, limit: str) -> None:
 )
 def test_names_of_secrets(name: str, secret: bool) -> None:
     assert is_secret_name(name) is secret
-
-
-def test_context_parallel_is_refused_before_the_queue() -> None:
-    spec = RunSpec(topology=TopologySpec(context_parallel=2))
-    found = dict(spec_problems(spec))
-    assert found["topology.context_parallel"] == ("2: attention sees whole sequences only in this version; set it to 1")

@@ -17,11 +17,11 @@ from launcher.__main__ import main
 from launcher.exit_codes import ExitCode
 from launcher.hardware import gpu_kind
 from launcher.model_shape import named_model_config, named_model_shape
-from launcher.planning.implementation import FUSED, PLAIN
+from launcher.planning.implementation import CURRENT, FUSED, PLAIN
 from launcher.planning.memory import chunks_in_flight, largest_stage, pipeline_memory
 from launcher.planning.run_plan import run_cost
-from launcher.planning.search import HEADROOM, MICRO_BATCH_SIZES, evaluate, search, with_gpus, workload_of
-from launcher.planning.workload import Layout, stage_parameters
+from launcher.planning.search import HEADROOM, MICRO_BATCH_SIZES, Candidate, evaluate, search, with_gpus, workload_of
+from launcher.planning.workload import Layout, Recompute, Workload, stage_parameters
 from launcher.spec import DataSpec, LoraSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.topology import Topology, build_topology
 
@@ -190,6 +190,29 @@ def test_context_parallel_stays_as_it_is() -> None:
     spec = dataclasses.replace(run(), topology=TopologySpec(context_parallel=2))
     result = search(spec, named_model_shape("8b"), H100)
     assert {found.layout.topology.context_parallel for found in result.fitting} == {2}
+    assert any(found.layout.topology.sequence_parallel for found in result.fitting)
+
+
+def sharing_rows(context: int, recompute: Recompute = "none") -> Candidate:
+    """8B on 8 GPUs, tp1, a row of 32,768 tokens for each data parallel rank."""
+    topology = dataclasses.replace(layout(data=8 // context), world_size=8, context_parallel=context)
+    workload = Workload(shape=named_model_shape("8b"), seq_length=32_768, rows=8, attended=32_768)
+    return evaluate(workload, Layout(topology=topology, recompute=recompute), H100, CURRENT)
+
+
+def test_ranks_that_share_rows_need_less_memory_and_send_keys_and_values() -> None:
+    alone, two, four = (sharing_rows(context) for context in (1, 2, 4))
+    assert alone.memory.optimizer == two.memory.optimizer == four.memory.optimizer
+    # 18 hidden sizes a token, of which keys and values, half of one, stay those of whole rows
+    assert alone.memory.activations / 2 < two.memory.activations < 0.53 * alone.memory.activations
+    assert two.memory.activations / 2 < four.memory.activations
+    assert sharing_rows(2, "selective").memory.activations == sharing_rows(1, "selective").memory.activations / 2
+    assert alone.time.context_parallel == 0
+    # By hand: 2 rows a rank, 32 layers; keys and values of 8 heads of 128 in bf16; half of them sent, there and back
+    sent = 2 * 32 * (2 * 8 * 128 * 2 * 32_768) * (1 / 2 + 1 / 2)
+    assert two.time.context_parallel == pytest.approx(
+        sent / (H100.intra_node_bandwidth * H100.collective_efficiency * 1e9)
+    )
 
 
 @pytest.mark.parametrize(

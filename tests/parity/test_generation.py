@@ -38,6 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2_vpp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
     "dp2": (2, {}),
     "tp2_pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "cp2": (2, {"context_parallel": 2}),
 }
 Material = tuple[Path, Path, Path]
 

@@ -167,7 +167,7 @@ def dropout_masks(config: Path) -> tuple[tuple[int, int, int], Masks]:
     place = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
     return place, drawn
 
@@ -187,10 +187,11 @@ SEQUENCE = {**TENSOR, "sequence_parallel": True}
         (4, SEQUENCE, {}, ({1}, {1})),
         pytest.param(4, {**TENSOR, "pipeline_parallel": 2}, {}, ({1}, {1}), marks=pytest.mark.slow),
         pytest.param(2, TENSOR, {"recompute": "selective"}, ({1}, {2}), marks=pytest.mark.slow),
+        pytest.param(4, {**TENSOR, "context_parallel": 2}, {}, ({1}, {1}), marks=pytest.mark.slow),
         (2, TENSOR, {"recompute": "full", "packing": True}, ({1, 2}, {2})),
         (2, SEQUENCE, {"recompute": "full"}, ({1, 2}, {2})),
     ],
-    ids=["tp2_dp2", "tp2_sp_dp2", "tp2_pp2", "selective", "full_packed", "full_sp"],
+    ids=["tp2_dp2", "tp2_sp_dp2", "tp2_pp2", "selective", "tp2_cp2", "full_packed", "full_sp"],
 )
 def test_trap_15_dropout_masks(
     ranks: int,
