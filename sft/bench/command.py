@@ -101,7 +101,7 @@ def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]
     chosen = (dict(zip(keys, values, strict=True)) for values in itertools.product(*(vars(options)[k] for k in keys)))
     own = [("ours", {"train": train, "micro_batches": options.micro_batches, **clock}) for train in chosen]
     others = [
-        (name, {"weights": weights, "attention": attention, **clock})
+        (name, {"weights": weights, "attention": attention, "micro_batches": options.micro_batches, **clock})
         for name, weights, attention in itertools.product(options.vs, options.vs_weights, options.vs_attention)
     ]
     return own + others

@@ -35,7 +35,7 @@ from sft.trainer import megatron_trainer
 
 PROFILED_STEPS = 2
 _LARGEST = 25
-_ANNOTATION = "Optimizer.step#"  # a range around kernels, not one of them
+_ANNOTATIONS = ("Optimizer.step#", "nccl:")  # ranges around kernels, not some of them
 _NAME_LENGTH = 160
 _KERNELS = {
     "communication": r"nccl",
@@ -203,7 +203,7 @@ def kernel_times(profiled: profile, steps: int) -> tuple[dict[str, float], dict[
     spans: dict[bool, list[Interval]] = {True: [], False: []}
     begin, end = float("inf"), 0.0
     for event in profiled.events() or []:
-        if event.device_type != DeviceType.CUDA or event.name.startswith(_ANNOTATION):
+        if event.device_type != DeviceType.CUDA or event.name.startswith(_ANNOTATIONS):
             continue
         kind = next((kind for kind, names in _KERNELS.items() if re.search(names, event.name, re.I)), "other")
         times[kind] += event.time_range.elapsed_us()

@@ -67,7 +67,14 @@ def build_model(workload: Workload, weights: Weights, kernel: attention.Kernel) 
 
 
 def run_trl(
-    workload: Workload, *, weights: Weights, attention: Chosen, warmup: int, steps: int, parallel: str = "ddp"
+    workload: Workload,
+    *,
+    weights: Weights,
+    attention: Chosen,
+    micro_batches: int,
+    warmup: int,
+    steps: int,
+    parallel: str = "ddp",
 ) -> Result:
     """TRL's SFTTrainer: packing bfd, padding-free, no gradient checkpointing; on several GPUs under DDP or FSDP2."""
     import datasets
@@ -77,20 +84,26 @@ def run_trl(
 
     clock, kernel = StepClock(warmup), _kernel(attention, workload)
 
+    offsets: list[Tensor] = []  # of the step's micro-batches
+    pending: list[list[Tensor]] = []  # of each step
+    slots = [0]
+
     class Trainer(trl.SFTTrainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-            clock.before_step()
-            self.lengths = inputs["cu_seq_lens_q"]
-            self.slots = inputs["input_ids"].numel()
+            if not offsets:
+                clock.before_step()
+            offsets.append(inputs["cu_seq_lens_q"])
+            slots[0] += inputs["input_ids"].numel()
             found: Tensor = super().training_step(model, inputs, *args, **kwargs)
             return found
 
     class Count(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            pending.append(trainer.lengths)
-            clock.after_step([], trainer.slots, 0)
+            pending.append(offsets.copy())
+            clock.after_step([], slots[0], 0)
+            offsets.clear()
+            slots[0] = 0
 
-    pending: list[Tensor] = []
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = [(ids.tolist(), trained) for ids, trained in workload.examples((warmup + steps + 1) * world)]
     dataset = datasets.Dataset.from_dict(
@@ -113,8 +126,8 @@ def run_trl(
         warnings.simplefilter("ignore")
         arguments = trl.SFTConfig(
             output_dir=folder,
-            per_device_train_batch_size=workload.rows,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=workload.rows // micro_batches,
+            gradient_accumulation_steps=micro_batches,
             max_steps=warmup + steps,
             max_length=workload.seq_length,
             packing=True,
@@ -142,14 +155,17 @@ def run_trl(
             callbacks=[Count()],
         )
         found = trainer.train()
-        result_lengths = [int(length) for offsets in pending[warmup:] for length in offsets.diff().tolist()]
-        clock.lengths = result_lengths
+        counted = [each for step in pending[warmup:] for each in step]
+        clock.lengths = [int(length) for each in counted for length in each.diff().tolist()]
         settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
         return clock.result("trl", settings, workload.model_shape, float(found.training_loss))
 
 
-def run_transformers(workload: Workload, *, weights: Weights, attention: Chosen, warmup: int, steps: int) -> Result:
+def run_transformers(
+    workload: Workload, *, weights: Weights, attention: Chosen, micro_batches: int, warmup: int, steps: int
+) -> Result:
     """A loop of our own over transformers' model with Liger's kernels, its fused linear cross-entropy too."""
+    assert micro_batches == 1, "the loop has none"
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         from liger_kernel.transformers import apply_liger_kernel_to_llama

@@ -2,8 +2,8 @@
 
 The loss is a weighted sum, so that a position's gradient is known as soon as its logits are: forward turns each chunk
 of logits into its gradient in place, multiplies that into the gradients of hidden states and weight, and throws it
-away. Backward only scales. With 128,000 tokens of vocabulary the logits of a row of 4,096 tokens would be 1 GiB, and
-their fp32 copies twice that each.
+away. Backward only scales, and adds the weight's gradient to its buffer. With 128,000 tokens of vocabulary the logits
+of a row of 4,096 tokens would be 1 GiB, and their fp32 copies twice that each.
 
 Under tensor parallelism each rank has its rows of the vocabulary; maximum, sum and the label's logit are agreed on
 between the passes over a chunk, which is exact. The gradient of the hidden states is then a partial sum: who gathers
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sft.kernels.weight_gradient import add_product
+from sft.kernels.weight_gradient import add_product, set_product
 
 CHUNK_BYTES = 2 << 30
 """Logits held at a time: enough rows that the products run at full speed."""
@@ -35,6 +35,8 @@ class VocabPart:
     """Rows that are tokens; those behind them only fill up."""
     group: dist.ProcessGroup | None = None
     """The ranks that have the others; None where this one has all."""
+    tied: bool = False
+    """The weight is the embedding too, whose lookup gives autograd a gradient of its own."""
 
 
 def linear_cross_entropy(
@@ -52,7 +54,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, part: VocabPart, grads: bool
     ) -> Tensor:
         hidden_grad = torch.empty_like(hidden) if grads and ctx.needs_input_grad[0] else None
-        weight_grad = weight.new_zeros(weight.shape, dtype=torch.float32) if grads and ctx.needs_input_grad[1] else None
+        weight_grad = weight.new_empty(weight.shape, dtype=torch.float32) if grads and ctx.needs_input_grad[1] else None
+        if weight_grad is not None and not len(hidden):
+            weight_grad.zero_()
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         size = max(CHUNK_BYTES // (weight.shape[0] * weight.element_size()), 1)
         for first in range(0, hidden.shape[0], size):
@@ -66,9 +70,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[rows])
             if weight_grad is not None:
-                add_product(weight_grad, grad.t(), hidden[rows])
+                (add_product if first else set_product)(weight_grad, grad.t(), hidden[rows])
         ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.dtype = weight.dtype
+        ctx.weight, ctx.tied = weight, part.tied
         return torch.dot(losses, loss_weights)
 
     @staticmethod
@@ -76,9 +80,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
-            None if weight_grad is None else (weight_grad * scale).to(ctx.dtype),
+            None if weight_grad is None else _to_buffer(ctx.weight, weight_grad, scale, tied=ctx.tied),
             *(None,) * 4,
         )
+
+
+def _to_buffer(weight: Tensor, grad: Tensor, scale: Tensor, *, tied: bool) -> Tensor | None:
+    """What autograd gets as the gradient of `weight`; see `weight_gradient`."""
+    buffer: Tensor | None = getattr(weight, "main_grad", None)
+    if buffer is None:
+        return (grad * scale).to(weight.dtype)
+    torch.addcmul(buffer, grad.to(buffer.dtype), scale.to(buffer.dtype), out=buffer)
+    if tied:
+        return None  # the lookup's gradient is added to the buffer, because nothing says that all is there already
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight)
 
 
 def _losses(logits: Tensor, labels: Tensor, part: VocabPart) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,8 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else layer.weight
         first, width = self._own_vocabulary(weight.size(0))
-        part = VocabPart(first, width, layer.tp_group if layer.tp_group.size() > 1 else None)
+        group = layer.tp_group if layer.tp_group.size() > 1 else None
+        part = VocabPart(first, width, group, tied=tied and self.pre_process)
         chosen = hidden_states.flatten(0, 1).index_select(0, targets.places)
         return linear_cross_entropy(chosen, weight, targets.labels, targets.weights, part)
 

@@ -49,6 +49,20 @@ def test_equals_torch(rows_at_a_time: int, padding: int, monkeypatch: pytest.Mon
     assert not wide.grad[VOCAB:].any()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_gradient_goes_to_its_buffer(tied: bool) -> None:
+    """Added to what is there, scaled. Where the weight is the embedding too, autograd must go on for the lookup."""
+    _, hidden_grad, weight_grad = expected()
+    hidden, weight, labels, loss_weights = inputs()
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(weight.shape), False  # type: ignore[attr-defined]
+    total = linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB, tied=tied))
+    (3 * total).backward()
+    torch.testing.assert_close(weight.main_grad.double(), 1 + weight_grad, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+    torch.testing.assert_close(hidden.grad, hidden_grad, rtol=1e-6, atol=1e-7)
+    assert weight.grad_added_to_main_grad is not tied  # type: ignore[attr-defined]
+    assert (weight.grad is None) is tied
+
+
 def test_no_targets_give_gradients_of_zero() -> None:
     """A micro-batch without them must still answer the hooks that wait for every parameter's gradient."""
     hidden, weight, labels, loss_weights = (

@@ -1,0 +1,75 @@
+"""Linears and the MLP as single operations on a CPU: against torch in fp64; fp8 against the same rounding by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sft.kernels import fp8
+from sft.kernels.linear import fp8_linear, swiglu_mlp
+from sft.kernels.weight_gradient import weight_gradient
+
+HIDDEN, WIDTH = 16, 48
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype).requires_grad_()
+
+
+def plain(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    gate, linear = (x @ up.t()).chunk(2, dim=-1)
+    return (F.silu(gate) * linear) @ down.t()
+
+
+def test_mlp_equals_torch() -> None:
+    own = [drawn(5, 2, HIDDEN), drawn(2 * WIDTH, HIDDEN), drawn(HIDDEN, WIDTH)]
+    exact = [tensor.detach().clone().requires_grad_() for tensor in own]
+    results = [operation(*tensors) for operation, tensors in ((swiglu_mlp, own), (plain, exact))]
+    for result in results:
+        result.square().sum().backward()
+    torch.testing.assert_close(results[0], results[1])
+    for one, other in zip(own, exact, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_frozen_weights_have_no_gradient() -> None:
+    x, up, down = drawn(5, HIDDEN), drawn(2 * WIDTH, HIDDEN).detach(), drawn(HIDDEN, WIDTH).detach()
+    swiglu_mlp(x, up, down).sum().backward()
+    fp8_linear(x, up).sum().backward()
+    assert x.grad is not None and up.grad is None and down.grad is None
+
+
+def rounded(x: Tensor, rows: bool) -> Tensor:
+    """What a matrix is after a scale for each row, or column, has taken its largest value to 448."""
+    scale = x.detach().float().abs().amax(dim=1 if rows else 0, keepdim=True).clamp(min=1e-12) / 448
+    return (x.detach().float() / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def test_fp8_rounds_tokens_and_channels_and_not_weight_gradients() -> None:
+    x, weight = drawn(7, HIDDEN, dtype=torch.float32), drawn(WIDTH, HIDDEN, dtype=torch.float32)
+    grad = drawn(7, WIDTH, dtype=torch.float32).detach()
+    output = fp8_linear(x, weight)
+    output.backward(grad)
+    torch.testing.assert_close(output, rounded(x, True) @ rounded(weight, True).t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, rounded(grad, True) @ rounded(weight, False), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad, grad.t() @ x.detach())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 3e4])
+def test_rows_of_any_size(value: float) -> None:
+    """Zeros stay zeros, the largest value stays what it is, and one row does not matter to another."""
+    x = torch.ones(2, HIDDEN)
+    x[1] = value
+    found = fp8.quantize(x)
+    torch.testing.assert_close(found.values.float() * found.scales, x, rtol=1e-6, atol=1e-12)
+
+
+def test_weight_gradients_of_a_step_are_added_up() -> None:
+    """The first overwrites what is in the buffer, which is zeroed in training, and the flag says which is the first."""
+    weight, inputs, grad = drawn(WIDTH, HIDDEN), drawn(7, HIDDEN).detach(), drawn(7, WIDTH).detach()
+    weight.main_grad, weight.grad_added_to_main_grad = torch.full((WIDTH, HIDDEN), 9.0), False  # type: ignore[attr-defined]
+    for _ in range(2):
+        assert weight_gradient(weight, grad, inputs).shape == weight.shape
+    torch.testing.assert_close(weight.main_grad, (2 * grad.t() @ inputs).float())  # type: ignore[attr-defined]
