@@ -20,7 +20,7 @@ import yaml
 
 from launcher.hardware import gpu_kind
 from launcher.model_shape import named_model_shape
-from launcher.planning.implementation import FUSED, PLAIN, TRANSFORMER_ENGINE
+from launcher.planning.implementation import CURRENT, FUSED, PLAIN, TRANSFORMER_ENGINE
 from launcher.planning.memory import largest_stage
 from launcher.planning.search import Candidate, search
 from launcher.planning.step_time import step_time
@@ -29,7 +29,7 @@ from launcher.spec import DataSpec, ResourcesSpec, RunSpec, TrainSpec
 from launcher.topology import Topology
 
 ROWS = yaml.safe_load(Path(__file__).with_name("planning_rows.yaml").read_text(encoding="utf-8"))
-IMPLEMENTATIONS = {item.name: item for item in (PLAIN, FUSED, TRANSFORMER_ENGINE)}
+IMPLEMENTATIONS = {item.name: item for item in (PLAIN, FUSED, TRANSFORMER_ENGINE, CURRENT)}
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SCALING_ROWS = 1024
 
@@ -103,7 +103,7 @@ def scaling_figures() -> dict[str, Any]:
     rows = []
     for model in ("8b", "70b"):
         for gpus in GPUS:
-            found = search(_scaling_spec(gpus), named_model_shape(model), gpu_kind("h100"), FUSED).fitting
+            found = search(_scaling_spec(gpus), named_model_shape(model), gpu_kind("h100")).fitting
             rows.append({"model": model, "gpus": gpus, **_figures(found[0] if found else None, gpus)})
     return {
         "what": "predictions of the cost model, nothing was run",
@@ -122,7 +122,7 @@ def timings() -> str:
         spec, taken = _scaling_spec(8 * nodes, rows=8 * nodes), []
         for _ in range(5):
             start = time.perf_counter()
-            result = search(spec, named_model_shape("70b"), gpu_kind("h100"), FUSED)
+            result = search(spec, named_model_shape("70b"), gpu_kind("h100"))
             taken.append(time.perf_counter() - start)
         layouts = len(result.fitting) + len(result.too_large)
         lines.append(f"{nodes} nodes x 8 GPUs: {sorted(taken)[2]:.3f} s for {layouts} valid layouts")

@@ -7,6 +7,7 @@ the activations' type. docs/planning.md says which measurement fixed which const
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -35,6 +36,8 @@ class Implementation:
     """Part of the tensor parallel collectives that no computation hides."""
     gathers_behind_forward: bool = False
     """Whether the distributed optimizer's all-gather of weights runs behind the next forward pass."""
+    spares_mlp_output: bool = False
+    """Whether SwiGLU's output is not kept where one rank has the whole MLP or products are in fp8."""
     fp8_efficiency: float | None = None
     """Part of the fp8 peak that large products reach; None where there is no fp8."""
 
@@ -82,8 +85,8 @@ TRANSFORMER_ENGINE = Implementation(
 )
 """Transformer Engine under NeMo and Megatron-Bridge; for comparison with their published rows only."""
 
-CURRENT = FUSED
-"""What `sft` runs."""
+CURRENT = dataclasses.replace(FUSED, name="sft", spares_mlp_output=True, gathers_behind_forward=True)
+"""What `sft` runs: SwiGLU's output computed again where the MLP is one operation, weights gathered behind forward."""
 
 LORA_PASSES = 8
 """Reads and writes of an adapted linear's inputs and outputs that the adapter adds, forward and backward: its products

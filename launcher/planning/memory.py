@@ -92,6 +92,9 @@ def layer_activation_bytes(workload: Workload, layout: Layout, implementation: I
     shared_rows = 1 if layout.recompute == "selective" else topology.context_parallel
     per_token += queries + 2 * groups * shared_rows + outputs * queries
     mlp = implementation.saved_mlp if shape.gated_mlp else 2
+    whole = (tensor == 1 or workload.precision == "fp8") and workload.lora_rank is None
+    if implementation.spares_mlp_output and shape.gated_mlp and whole:
+        mlp -= 1
     per_token += mlp * shape.ffn_hidden_size / tensor
     return per_token * workload.width * _micro_batch_tokens(workload, topology)
 
