@@ -156,7 +156,7 @@ class BenchModule(SFTGPT):
                 "kernels": describe_kernels(self.spec, self.architecture, on_gpu=torch.cuda.is_available()),
                 "recompute": train.recompute,
                 "precision": train.precision,
-                "attention": attention_kernel(self.spec, self.architecture),
+                "attention": attention_kernel(self.spec, self.architecture) if self.fused else "torch",
             }
             loss = self.last_step.loss.item()
             self.result = self.clock.result("ours", settings, self.architecture.shape, loss, self._expected())

@@ -41,7 +41,7 @@ def has_flash4() -> bool:
     """Whether flash-attn-4 is installed. FlashAttention-2 has the same package name without the part asked for."""
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:
+    except ImportError:  # no package of that name, or another version of it that does not load
         return False
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from launcher.errors import ModelError
 from sft.kernels.linear import fp8_linear
 from sft.megatron.mcore import TransformerBlockSubmodules, tensor_parallel
+
+_LEAST = (8, 9)
 
 
 class Fp8ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
@@ -49,6 +53,12 @@ class Fp8RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[m
 
 def use_fp8_linears(block: TransformerBlockSubmodules) -> None:
     """Let a decoder spec build its linears with products in fp8. The LM head keeps bf16."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _LEAST:
+        name, found = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
+        raise ModelError(
+            f"train.precision fp8 needs compute capability 8.9 (Ada, Hopper or newer), and {name} has {found}; "
+            "set it to bf16"
+        )
     for layer in block.layer_specs:
         attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
         attention.linear_qkv = mlp.linear_fc1 = Fp8ColumnParallelLinear

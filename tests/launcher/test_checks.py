@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from launcher.config.checks import is_secret_name
+from launcher.config.checks import is_secret_name, spec_problems
 from launcher.config.load import load_config
 from launcher.errors import ConfigError
+from launcher.spec import ClusterSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec
 
 CFG = Path("cfg.yaml")
 
@@ -86,3 +88,16 @@ def test_time_limits_slurm_takes(workdir: Path, limit: str) -> None:
 )
 def test_names_of_secrets(name: str, secret: bool) -> None:
     assert is_secret_name(name) is secret
+
+
+def test_fp8_where_it_cannot_be() -> None:
+    """On GPUs without fp8 products, and with adapters; before the queue."""
+    plain = RunSpec(train=TrainSpec(precision="fp8"))
+    assert "train.precision" not in dict(spec_problems(plain))
+    adapted = dataclasses.replace(plain, model=ModelSpec(lora=LoraSpec(rank=4)))
+    assert "adapters are added to products in bf16" in dict(spec_problems(adapted))["train.precision"]
+    for named in ({"gpu": "a100-80gb"}, {"gpu_type": "A100-80GB"}):
+        older = dataclasses.replace(plain, cluster=ClusterSpec(**named))
+        assert "kind a100-80gb, which have no fp8 products" in dict(spec_problems(older))["train.precision"]
+    newer = dataclasses.replace(plain, cluster=ClusterSpec(gpu="h100"))
+    assert "train.precision" not in dict(spec_problems(newer))

@@ -207,3 +207,17 @@ def test_descriptions() -> None:
     assert build_topology(make(tasks=1), None).describe() == "dp1 = 1 ranks"
     layout = make(nodes=2, tasks=4, tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True)
     assert build_topology(layout, None).describe() == "tp2 x pp2 x dp2 = 8 ranks + sequence parallel"
+
+
+def test_fp8_needs_sides_of_sixteens() -> None:
+    """The library's rule for weights; said before the queue."""
+    shape = dataclasses.replace(SMOLLM, ffn_hidden_size=1544)
+    spec = make(tasks=1)
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, precision="fp8"))
+    assert build_topology(spec, SMOLLM).world_size == 1
+    with pytest.raises(TopologyError) as caught:
+        build_topology(spec, shape)
+    assert list(caught.value.problems) == [
+        "train.precision fp8 needs multiples of 16, and feed-forward size on a rank of tensor_parallel 1 is 1544; "
+        "set train.precision to bf16, or another tensor_parallel"
+    ]
