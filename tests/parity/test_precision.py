@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import sft.module
 from launcher.exit_codes import ExitCode
 from launcher.rundir import RunPaths
 from sft.megatron.optimizer import LightningOptimizerShell
@@ -71,6 +73,28 @@ def test_fp8_stays_near_fp32(
     early, late = (sum(part) / len(part) for part in (residuals[: STEPS // 2], residuals[STEPS // 2 :]))
     assert max(map(abs, residuals)) < 2e-2
     assert abs(late - early) < 4e-3
+
+
+def test_gradients_added_up_in_bf16_stay_near_fp32(
+    tmp_path: Path, material: tuple[Path, Path], reference: Curve
+) -> None:
+    """Over four micro-batches and two ranks; and the buffers were bf16."""
+    settings = {"precision": "bf16", "kernels": "fused", "grad_reduce": "bf16", "overlap": True, **RATE}
+    paths = make_run(tmp_path, *material, ranks=2, max_steps=STEPS, **settings)
+    assert run_training(paths, 2, function=train_with_half_gradients) == [ExitCode.OK] * 2
+    assert abs(mean_residual(paths, reference)) < 2e-3
+
+
+def train_with_half_gradients(config: Path) -> ExitCode:
+    """Runs on a rank: training as it is, and a look at the gradient buffers."""
+    wrap = sft.module.SFTGPT.wrap_chunks
+
+    def wrapped(self: sft.module.SFTGPT) -> None:
+        wrap(self)
+        assert {buffer.grad_dtype for chunk in self.chunks for buffer in chunk.buffers} == {torch.bfloat16}
+
+    sft.module.SFTGPT.wrap_chunks = wrapped  # type: ignore[method-assign]
+    return train(config)
 
 
 def test_trap_22_rounded_master_weights_would_drift(
