@@ -112,6 +112,8 @@ def _activation_bytes(workload: Workload, layout: Layout, implementation: Implem
     layers = workload.shape.num_layers // (topology.pipeline_parallel * topology.virtual_pipeline)
     flying = layers * chunks_in_flight(topology, workload.micro_batches(topology), stage)
     full = layer_activation_bytes(workload, layout, implementation)
+    if layout.recompute == "offload":
+        return full  # inputs of layers are not on the GPU
     if layout.recompute != "full":
         return flying * full
     sequence = topology.tensor_parallel if topology.sequence_parallel else 1

@@ -170,7 +170,7 @@ def _products(
 
 def _recompute(layout: Layout, layers: _Pass) -> float:
     """The forward pass once more: a third of what both passes take, collectives included; of gathered rows half."""
-    if layout.recompute == "full":
+    if layout.recompute in ("full", "offload"):  # copies to the host run beside computation
         computed = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel
         return computed / 3 + layers.context_parallel / 2
     return layers.attention / 3 + layers.context_parallel / 2 if layout.recompute == "selective" else 0.0

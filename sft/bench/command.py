@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "plain", "fused"])
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])
-    parser.add_argument("--recompute", nargs="+", default=["none"], choices=["none", "selective", "full"])
+    parser.add_argument("--recompute", nargs="+", default=["none"], choices=["none", "selective", "full", "offload"])
     parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches that a step's rows are cut into")
     parser.add_argument("--vs", nargs="+", default=[], choices=["trl", "transformers"], help="other trainers to run")
     parser.add_argument("--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="weights they keep")

@@ -221,7 +221,7 @@ def _parallel_settings(topology: Topology, on_gpu: bool) -> dict[str, Any]:
 
 
 def _recompute_settings(recompute: str) -> dict[str, Any]:
-    if recompute == "full":
+    if recompute in ("full", "offload"):
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {"recompute_granularity": "selective"} if recompute == "selective" else {}
 
@@ -262,6 +262,8 @@ def _build_chunk(
             config.yarn_rotary_scaling_factor = math.exp(10 * (rope.attention_factor - 1))
     if chunk.pre_process and architecture.embedding_scale is not None:
         chunk.embedding.register_forward_hook(partial(_scale_embedding, architecture.embedding_scale))
+    if spec.train.recompute == "offload":
+        chunk.decoder.forward = partial(_with_inputs_on_host, chunk.decoder.forward)
     if spec.model.lora.rank is not None:
         attach_adapters(chunk, spec.model.lora, architecture, config)
         chunk.adapted = True
@@ -291,6 +293,12 @@ def _has_fused_layers(spec: RunSpec, architecture: Architecture) -> bool:
     """Whether the layers are of the kind that is fused; others still have the fused loss and weight gradients."""
     llama = architecture.rope is not None and architecture.activation == "silu" and not architecture.zero_centered_norm
     return llama and spec.model.hidden_dropout == 0
+
+
+def _with_inputs_on_host(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """The decoder's forward pass; what its recomputed layers keep for backward, their inputs, goes to the host."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        return forward(*args, **kwargs)
 
 
 def _scale_embedding(scale: float, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

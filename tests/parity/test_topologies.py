@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dp2_overlap_fused_packed": (2, {}, {"overlap": True, "kernels": "fused", "packing": True, "seq_length": 256}),
     "tp2_dp2_overlap_fused": (4, {"tensor_parallel": 2}, {"overlap": True, "kernels": "fused"}),
     "recompute_full": (1, {}, {"recompute": "full"}),
+    "recompute_offload": (1, {}, {"recompute": "offload"}),
     "recompute_selective": (1, {}, {"recompute": "selective"}),
 }
 FAMILIES = {"llama": {}, "llama_tied": {"tied": True}, "qwen2": {"family": "qwen2"}, "qwen3": {"family": "qwen3"}}
@@ -107,3 +108,27 @@ def losses_of_first_step(config: Path) -> list[list[float]]:
     train(config)
     assert bool(seen) == parallel_state.is_pipeline_last_stage()
     return seen
+
+
+def train_and_count_offloads(config: Path) -> int:
+    """Runs on a rank: how many tensors of the size of a layer's input were sent to the host."""
+    sent = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor.ndim)
+        return tensor
+
+    def hooks(pin_memory: bool = False) -> torch.autograd.graph.saved_tensors_hooks:
+        assert pin_memory
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    torch.autograd.graph.save_on_cpu = hooks  # type: ignore[assignment,misc]
+    train(config)
+    return sent.count(3)
+
+
+def test_offload_sends_the_inputs_of_layers_and_little_more(tmp_path: Path, model: Path, chat: Path) -> None:
+    """Of four layers in eight micro-batches of one step; without recomputation there would be hundreds."""
+    paths = make_run(tmp_path, model, chat, ranks=1, max_steps=1, recompute="offload", kernels="fused")
+    (sent,) = run_ranks(1, train_and_count_offloads, paths.config)
+    assert 4 * 8 <= sent <= 10 * 8
