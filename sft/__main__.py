@@ -29,15 +29,21 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.run(options))
     except LauncherError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        record_error(options.path, error)
+        _record(options, error)
         code = error.exit_code
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     except Exception as error:  # the top of a rank: whatever it is must be in the log, and the others freed
         traceback.print_exc()
-        record_error(options.path, error)
+        _record(options, error)
         code = ExitCode.FAILURE
     return int(code)
+
+
+def _record(options: argparse.Namespace, error: BaseException) -> None:
+    """Leave the error to who looks for its cause; a benchmark belongs to no run."""
+    if "path" in options:
+        record_error(options.path, error)
 
 
 def _parser() -> argparse.ArgumentParser:

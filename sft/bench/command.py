@@ -21,6 +21,7 @@ from typing import Any
 
 from launcher.attempts.local_ranks import run_ranks
 from launcher.exit_codes import ExitCode
+from launcher.model_shape import named_model_shape
 from launcher.rundir import write_json
 from sft.bench.layout import parse_layout, replica_size
 
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench(options: argparse.Namespace) -> ExitCode:
     """Run all that was asked for; FAILURE when a contender failed."""
+    for shape in options.shape:
+        named_model_shape(shape)
     for layout in options.topology:
         parse_layout(layout)
     results, failed = [], False

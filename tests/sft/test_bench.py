@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from launcher.errors import TopologyError
+from launcher.exit_codes import ExitCode
 from launcher.spec import TopologySpec
+from sft.__main__ import main
 from sft.bench.layout import micro_batch_rows, parse_layout, replica_size
 from sft.bench.overlap import busy, exposed, union
 from sft.bench.phases import PhaseTimers
@@ -20,6 +22,18 @@ def test_layouts_by_name() -> None:
     assert replica_size(found) == 16
     with pytest.raises(TopologyError, match="'zp2' is none of"):
         parse_layout("tp2+zp2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "zp2"], "error: --topology zp2: 'zp2' is none of dp, tpN"),
+        (["--shape", "1c"], "error: '1c' is no named model size"),
+    ],
+)
+def test_wrong_words_end_it_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == ExitCode.BAD_INPUT
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
