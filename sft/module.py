@@ -27,6 +27,7 @@ from launcher.topology import Topology
 from sft.data.batch import MicroBatch, StepBatch
 from sft.hf.architecture import Architecture
 from sft.megatron.context_parallel import SharedRows, shared_rows
+from sft.megatron.distributed import sum_over
 from sft.megatron.initial_weights import load_initial_weights
 from sft.megatron.judge import StepJudge
 from sft.megatron.layers import PackedSequences, packed_sequences
@@ -196,7 +197,7 @@ class SFTGPT(pl.LightningModule):
             forward_only=forward_only,
         )
         total = torch.stack(outputs).sum() if outputs else torch.zeros((), device=self.device)
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        sum_over(total, parallel_state.get_data_parallel_group(with_context_parallel=True))
         if self.topology.pipeline_parallel > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())

@@ -8,7 +8,12 @@ the activations' type. docs/planning.md says which measurement fixed which const
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ATTENTION_EFFICIENCY = {64: 0.28, 128: 0.41}
+"""Part of the bf16 peak that causal attention reaches, forward and backward together, by head size. 64: from a profile;
+128: the ratio of the kernels' published rates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +25,8 @@ class Implementation:
     """Of the feed-forward size. Fused SwiGLU keeps gate, up and product: 3; without fusion silu(gate) too: 4."""
     logit_bytes: float
     """Bytes a logit at the loss, kept for all positions of a micro-batch. Losses that work in chunks keep none."""
+    logit_chunk: float = 0.0
+    """Bytes of logits that such a loss holds at a time, of half of the positions at most."""
     passes_hidden: float
     """Norms, residual additions, RoPE and layout copies."""
     passes_ffn: float
@@ -40,6 +47,16 @@ class Implementation:
     """Whether SwiGLU's output is not kept where one rank has the whole MLP or products are in fp8."""
     fp8_efficiency: float | None = None
     """Part of the fp8 peak that large products reach; None where there is no fp8."""
+    attention_efficiencies: Mapping[int, float] = field(default_factory=lambda: ATTENTION_EFFICIENCY)
+    """As ATTENTION_EFFICIENCY; of long sequences where there is an attention_knee."""
+    attention_knee: float = 0.0
+    """Attended tokens with which attention reaches half of that."""
+
+    def attention_efficiency(self, head_dim: int, attended: float) -> float:
+        """Part of the bf16 peak, by the next smaller head size that is known, else by the smallest."""
+        known = [size for size in self.attention_efficiencies if size <= head_dim]
+        size = max(known) if known else min(self.attention_efficiencies)
+        return self.attention_efficiencies[size] * attended / (attended + self.attention_knee)
 
 
 PLAIN = Implementation(
@@ -59,6 +76,7 @@ FUSED = Implementation(
     name="fused",
     saved_mlp=3,
     logit_bytes=0,
+    logit_chunk=2**31,
     passes_hidden=26,
     passes_ffn=8,
     passes_logits=6,
@@ -85,8 +103,19 @@ TRANSFORMER_ENGINE = Implementation(
 )
 """Transformer Engine under NeMo and Megatron-Bridge; for comparison with their published rows only."""
 
-CURRENT = dataclasses.replace(FUSED, name="sft", spares_mlp_output=True, gathers_behind_forward=True)
-"""What `sft` runs: SwiGLU's output computed again where the MLP is one operation, weights gathered behind forward."""
+CURRENT = dataclasses.replace(
+    FUSED,
+    name="sft",
+    spares_mlp_output=True,
+    gathers_behind_forward=True,
+    optimizer_bytes=34,
+    gradient_bytes=8,
+    step_overhead=0.010,
+    attention_efficiencies={64: 0.49, 128: 0.56},
+    attention_knee=2070.0,
+)
+"""What `sft` runs with flash-attn-4: SwiGLU's output computed again where the MLP is one operation, weights gathered
+behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens."""
 
 LORA_PASSES = 8
 """Reads and writes of an adapted linear's inputs and outputs that the adapter adds, forward and backward: its products
@@ -96,17 +125,7 @@ MATMUL_EXPOSED_TRAFFIC = 0.6
 """Part of a product's reads and writes that its arithmetic does not hide: small products are slower than the peak
 product. From a profile (docs/planning.md)."""
 
-ATTENTION_EFFICIENCY = {64: 0.28, 128: 0.41}
-"""Part of the bf16 peak that causal attention reaches, forward and backward together, by head size. 64: from a profile;
-128: the ratio of the kernels' published rates."""
-
 CUDA_CONTEXT_GIB = 1.0
 """CUDA context, libraries' workspaces and what the allocator cannot use; assumed."""
 COMMUNICATOR_GIB = 0.4
 """NCCL's buffers of each kind of process group; assumed."""
-
-
-def attention_efficiency(head_dim: int) -> float:
-    """`ATTENTION_EFFICIENCY` of the next smaller head size that is known, else of the smallest."""
-    known = [size for size in ATTENTION_EFFICIENCY if size <= head_dim]
-    return ATTENTION_EFFICIENCY[max(known) if known else min(ATTENTION_EFFICIENCY)]

@@ -80,14 +80,15 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
 
 
 def layer_activation_bytes(workload: Workload, layout: Layout, implementation: Implementation) -> float:
-    """What one layer keeps of one micro-batch without recomputation (with selective: less the attention's output)."""
+    """What one layer keeps of one micro-batch unless it is computed again as a whole."""
     shape, topology = workload.shape, layout.topology
     tensor = topology.tensor_parallel
     sequence = tensor if topology.sequence_parallel else 1
     queries = shape.num_attention_heads * shape.head_dim / tensor
     groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
     outputs = 1 if layout.recompute == "selective" else 2  # the kernel's, and as the projection reads it
-    per_token = 4 * shape.hidden_size / sequence  # inputs and outputs of the two norms
+    norms = 2 if layout.recompute == "norms" else 4  # inputs and outputs of the two
+    per_token = norms * shape.hidden_size / sequence
     # Between ranks that share rows, attention keeps keys and values of the whole row, unless it gathers them once more.
     shared_rows = 1 if layout.recompute == "selective" else topology.context_parallel
     per_token += queries + 2 * groups * shared_rows + outputs * queries
@@ -122,8 +123,8 @@ def _activation_bytes(workload: Workload, layout: Layout, implementation: Implem
 
 
 def _logit_bytes(workload: Workload, topology: Topology, implementation: Implementation) -> float:
-    share = workload.shape.vocab_size / topology.tensor_parallel
-    return implementation.logit_bytes * share * _micro_batch_tokens(workload, topology)
+    logits = workload.shape.vocab_size / topology.tensor_parallel * _micro_batch_tokens(workload, topology)
+    return implementation.logit_bytes * logits + min(implementation.logit_chunk, logits * workload.width / 2)
 
 
 def _micro_batch_tokens(workload: Workload, topology: Topology) -> float:

@@ -25,7 +25,7 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 HEADROOM = 0.92
 """Part of the memory that a layout to be proposed may need: the model errs by some per cent. A run is refused only
 where it needs more than all of it."""
-RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+RECOMPUTE: tuple[Recompute, ...] = ("none", "norms", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from launcher.hardware import GpuKind
-from launcher.planning.implementation import LORA_PASSES, MATMUL_EXPOSED_TRAFFIC, Implementation, attention_efficiency
+from launcher.planning.implementation import LORA_PASSES, MATMUL_EXPOSED_TRAFFIC, Implementation
 from launcher.planning.workload import Layout, Workload, adapter_parameters, layer_parameters, stage_parameters
 from launcher.topology import Topology
 
@@ -75,7 +75,7 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
     layers = _layers(workload, topology, gpu, implementation)
     head = _head(workload, topology, gpu, implementation)
     gradients = _trained(workload, topology) * implementation.gradient_bytes / _memory_rate(gpu)
-    again = _recompute(layout, layers)
+    again = _recompute(workload, layout, gpu, layers)
     collectives = layers.tensor_parallel + layers.context_parallel
     compute = layers.matmul + layers.attention + layers.elementwise + collectives + again + gradients
     sends = _sends(workload, topology, gpu)
@@ -112,9 +112,10 @@ def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation
     moved += implementation.passes_ffn * shape.ffn_hidden_size / tensor
     moved += 0 if workload.lora_rank is None else LORA_PASSES * outer
     collectives = (10 if topology.sequence_parallel else 8) * _ring(tensor) * tokens * shape.hidden_size
+    attention_rate = gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, workload.attended)
     return _Pass(
         matmul=layers * _products(workload, gpu, implementation, weights, tokens, outer),
-        attention=layers * attention / (gpu.bf16_tflops * 1e12 * attention_efficiency(shape.head_dim)),
+        attention=layers * attention / attention_rate,
         elementwise=layers * moved * workload.width * tokens / _memory_rate(gpu),
         tensor_parallel=layers
         * collectives
@@ -168,12 +169,22 @@ def _products(
     return products * 2 * weights * tokens / (rate * 1e12) + MATMUL_EXPOSED_TRAFFIC * traffic / _memory_rate(gpu)
 
 
-def _recompute(layout: Layout, layers: _Pass) -> float:
+def _recompute(workload: Workload, layout: Layout, gpu: GpuKind, layers: _Pass) -> float:
     """The forward pass once more: a third of what both passes take, collectives included; of gathered rows half."""
-    if layout.recompute in ("full", "offload"):  # copies to the host run beside computation
-        computed = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel
-        return computed / 3 + layers.context_parallel / 2
-    return layers.attention / 3 + layers.context_parallel / 2 if layout.recompute == "selective" else 0.0
+    topology = layout.topology
+    match layout.recompute:
+        case "none":
+            return 0.0
+        case "norms":  # two a layer, each read and written
+            sequence = topology.tensor_parallel if topology.sequence_parallel else 1
+            tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel
+            moved = 4 * workload.shape.hidden_size / sequence * workload.width * tokens
+            return workload.shape.num_layers // topology.pipeline_parallel * moved / _memory_rate(gpu)
+        case "selective":
+            return layers.attention / 3 + layers.context_parallel / 2
+    # copies to the host run beside computation
+    computed = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel
+    return computed / 3 + layers.context_parallel / 2
 
 
 def _sends(workload: Workload, topology: Topology, gpu: GpuKind) -> float:

@@ -9,7 +9,7 @@ from launcher.flops import layer_matmul_parameters, training_flops_of
 from launcher.model_shape import ModelShape
 from launcher.topology import Topology
 
-Recompute = Literal["none", "selective", "full", "offload"]
+Recompute = Literal["none", "norms", "selective", "full", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

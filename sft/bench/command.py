@@ -17,11 +17,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from launcher.attempts.local_ranks import run_ranks
 from launcher.exit_codes import ExitCode
 from launcher.model_shape import named_model_shape
+from launcher.planning.workload import Recompute
 from launcher.rundir import write_json
 from sft.bench.layout import parse_layout, replica_size
 
@@ -48,11 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "plain", "fused"])
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])
-    parser.add_argument("--recompute", nargs="+", default=["none"], choices=["none", "selective", "full", "offload"])
+    parser.add_argument("--recompute", nargs="+", default=["none"], choices=get_args(Recompute))
     parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches that a step's rows are cut into")
     parser.add_argument("--vs", nargs="+", default=[], choices=["trl", "transformers"], help="other trainers to run")
     parser.add_argument("--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="weights they keep")
     parser.add_argument("--vs-attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
+    parser.add_argument("--vs-micro-batches", type=int, help="the same of the others; default: as many as ours")
     parser.add_argument("--vs-parallel", nargs="+", default=["ddp"], choices=["ddp", "fsdp"], help="on several GPUs")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="numbers of this machine's GPUs to use")
     parser.add_argument("--topology", nargs="+", default=["dp"], help="layouts on several GPUs: dp, tp2+sp, pp2, ...")
@@ -103,8 +105,9 @@ def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]
     keys = ("kernels", "attention", "precision", "recompute")
     chosen = (dict(zip(keys, values, strict=True)) for values in itertools.product(*(vars(options)[k] for k in keys)))
     own = [("ours", {"train": train, "micro_batches": options.micro_batches, **clock}) for train in chosen]
+    cut = options.vs_micro_batches or options.micro_batches
     others = [
-        (name, {"weights": weights, "attention": attention, "micro_batches": options.micro_batches, **clock})
+        (name, {"weights": weights, "attention": attention, "micro_batches": cut, **clock})
         for name, weights, attention in itertools.product(options.vs, options.vs_weights, options.vs_attention)
     ]
     return own + others

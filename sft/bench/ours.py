@@ -259,11 +259,12 @@ class BenchData(pl.LightningDataModule):
     def __init__(self, workload: Workload, spec: RunSpec, topology: Topology, max_steps: int) -> None:
         super().__init__()
         self._spec, self._topology, self._max_steps = spec, topology, max_steps
-        self._examples = DrawnExamples(workload, max_steps * topology.data_parallel)
-        self._plan = step_plan(spec, self._examples, shuffle=True)
+        # A step has the workload's rows for each GPU, also for those that train one replica together.
+        self.examples = DrawnExamples(workload, max_steps * topology.world_size)
+        self.plan = step_plan(spec, self.examples, shuffle=True)
 
     def train_dataloader(self) -> StepLoader:
-        batches = StepBatches(self._examples, self._plan, self._spec, self._topology, self._max_steps)
+        batches = StepBatches(self.examples, self.plan, self._spec, self._topology, self._max_steps)
         assert self.trainer is not None
         return StepLoader(batches, self.trainer, pin_memory=self._spec.resources.gpus_per_node > 0)
 

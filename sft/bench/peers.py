@@ -165,7 +165,6 @@ def run_transformers(
     workload: Workload, *, weights: Weights, attention: Chosen, micro_batches: int, warmup: int, steps: int
 ) -> Result:
     """A loop of our own over transformers' model with Liger's kernels, its fused linear cross-entropy too."""
-    assert micro_batches == 1, "the loop has none"
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -176,19 +175,26 @@ def run_transformers(
     model = build_model(workload, weights, kernel).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu)
     clock, loss = StepClock(warmup), torch.zeros(())
-    for batch, lengths, supervised in packed_batches(workload, warmup + steps):
+    batches = iter(packed_batches(workload, warmup + steps, micro_batches))
+    for parts in zip(*[batches] * micro_batches, strict=True):
         clock.before_step()
-        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        with torch.autocast(device, torch.bfloat16, enabled=weights == "fp32"):
-            loss = model(**moved, max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False).loss
-        loss.backward()
+        loss = torch.zeros((), device=device)
+        targets = sum(supervised for _, _, supervised in parts)
+        for batch, lengths, _ in parts:
+            moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            with torch.autocast(device, torch.bfloat16, enabled=weights == "fp32"):
+                share = model(
+                    **moved, max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False,
+                    num_items_in_batch=targets,
+                ).loss  # fmt: skip
+            share.backward()
+            loss += share.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        clock.after_step(lengths, batch["input_ids"].numel(), supervised)
-    return clock.result(
-        "transformers", _settings(workload, weights, kernel), workload.model_shape, float(loss.detach())
-    )
+        slots = sum(batch["input_ids"].numel() for batch, _, _ in parts)
+        clock.after_step([length for _, lengths, _ in parts for length in lengths], slots, targets)
+    return clock.result("transformers", _settings(workload, weights, kernel), workload.model_shape, float(loss))
 
 
 def _fsdp() -> dict[str, Any]:
@@ -201,16 +207,19 @@ def _settings(workload: Workload, weights: Weights, kernel: attention.Kernel) ->
     return {"weights": weights, "rows": workload.rows, "liger": True, "packing": "bfd", "attention": kernel}
 
 
-def packed_batches(workload: Workload, steps: int) -> list[tuple[dict[str, Tensor], list[int], int]]:
-    """(input of transformers' model, lengths, targets) of each step, `rows` packed rows one behind the other."""
+def packed_batches(
+    workload: Workload, steps: int, micro_batches: int = 1
+) -> list[tuple[dict[str, Tensor], list[int], int]]:
+    """(input of transformers' model, lengths, targets) of each micro-batch, its packed rows one behind the other."""
     examples = [
         (ids[: workload.seq_length], trained[: workload.seq_length]) for ids, trained in workload.examples(steps)
     ]
     packed = best_fit_decreasing(workload_lengths(examples), workload.seq_length)
     order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(workload.seed)).tolist()
     batches = []
-    for first in range(0, steps * workload.rows, workload.rows):
-        chosen = [examples[item] for row in order[first : first + workload.rows] for item in packed[row].tolist()]
+    rows = workload.rows // micro_batches
+    for first in range(0, steps * workload.rows, rows):
+        chosen = [examples[item] for row in order[first : first + rows] for item in packed[row].tolist()]
         lengths = [len(ids) for ids, _ in chosen]
         labels = [torch.where(torch.from_numpy(trained), torch.from_numpy(ids).long(), -100) for ids, trained in chosen]
         for label in labels:

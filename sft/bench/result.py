@@ -30,6 +30,11 @@ class Result:
     mfu: float | None
     """None on a card whose peak is not known."""
     peak_memory_gib: float
+    """Of tensors."""
+    reserved_memory_gib: float
+    """Of what torch's allocator held at its peak."""
+    card_memory_gib: float
+    """Of the whole GPU behind the last step."""
     expected_tokens_per_second: float | None
     """The planner's prediction of real_tokens_per_second; None for other trainers and GPUs that it does not know."""
     loss: float
@@ -90,6 +95,8 @@ class StepClock:
         flops = training_flops(shape, self.lengths)
         kind = match_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         peak = _highest(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+        reserved = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+        free, whole = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
         return Result(
             contender=contender,
             settings=settings,
@@ -101,6 +108,8 @@ class StepClock:
             tflops=round(flops / seconds / 1e12, 1),
             mfu=None if kind is None else round(mfu(flops, seconds, kind.bf16_tflops), 4),
             peak_memory_gib=round(peak / 2**30, 2),
+            reserved_memory_gib=round(_highest(reserved) / 2**30, 2),
+            card_memory_gib=round(_highest(whole - free) / 2**30, 2),
             expected_tokens_per_second=expected,
             loss=round(loss, 4),
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 _SMALLEST = 1e-12
+_PEAKS, _ROWS = "fp8_column_peaks", "fp8_rows"
 MULTIPLE = 16
 """What both dimensions of a weight must be a multiple of: the library's rule."""
 
@@ -40,13 +41,31 @@ def quantize(x: Tensor) -> Rows:
     return Rows((x.float() * (1 / scales)).to(DTYPE), scales)
 
 
-def quantize_transposed(x: Tensor) -> Rows:
-    """The transposed of a contiguous [rows, columns], by its rows."""
-    if x.is_cuda:
-        from sft.kernels import triton_fp8
+def quantize_transposed(weight: Tensor) -> Rows:
+    """The transposed of a contiguous weight [rows, columns], by its rows.
 
-        return Rows(*triton_fp8.transposed(x))
-    return quantize(x.t().contiguous())
+    Their largest values are found once a step, which begins where the weight has no gradient in its buffer yet.
+    """
+    if not weight.is_cuda:
+        return quantize(weight.t().contiguous())
+    from sft.kernels import triton_fp8
+
+    peaks: Tensor | None = getattr(weight, _PEAKS, None)
+    if peaks is None or not getattr(weight, "grad_added_to_main_grad", False):
+        peaks = triton_fp8.column_peaks(weight)
+        setattr(weight, _PEAKS, peaks)
+    return Rows(*triton_fp8.transposed(weight, peaks))
+
+
+def attach(x: Tensor, rows: Rows) -> None:
+    """Hand `x` on with its rows, which whoever made it had at hand."""
+    setattr(x, _ROWS, rows)
+
+
+def attached(x: Tensor) -> Rows | None:
+    """What was attached, to one who asks; it is not kept as long as `x`."""
+    found: Rows | None = vars(x).pop(_ROWS, None)
+    return found
 
 
 def product(a: Rows, b: Rows, dtype: torch.dtype) -> Tensor:

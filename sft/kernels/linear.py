@@ -41,7 +41,7 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         rows = _as_rows(x)
         ctx.save_for_backward(rows, weight)
-        output = fp8.product(fp8.quantize(rows), fp8.quantize(weight), x.dtype)
+        output = fp8.product(fp8.attached(x) or fp8.quantize(rows), fp8.quantize(weight), x.dtype)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -62,7 +62,7 @@ class _SwiGLUMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, in_fp8: bool) -> Tensor:
         rows = _as_rows(x)
         if in_fp8:
-            mixed = fp8.product(fp8.quantize(rows), fp8.quantize(up), x.dtype)
+            mixed = fp8.product(fp8.attached(x) or fp8.quantize(rows), fp8.quantize(up), x.dtype)
             output = fp8.product(_gated_rows(mixed), fp8.quantize(down), x.dtype)
         else:
             mixed = rows @ up.t()

@@ -2,8 +2,12 @@
 
 The loss is a weighted sum, so that a position's gradient is known as soon as its logits are: forward turns each chunk
 of logits into its gradient in place, multiplies that into the gradients of hidden states and weight, and throws it
-away. Backward only scales, and adds the weight's gradient to its buffer. With 128,000 tokens of vocabulary the logits
-of a row of 4,096 tokens would be 1 GiB, and their fp32 copies twice that each.
+away. Backward only scales. With 128,000 tokens of vocabulary the logits of a row of 4,096 tokens would be 1 GiB, and
+their fp32 copies twice that each.
+
+Where the weight has a gradient buffer in fp32 (`sft.kernels.weight_gradient`), forward adds to that itself: a copy of
+the gradient would be as large (1.5 GiB in a 3B model) and cost a pass over both. The sum must then be what is
+differentiated, and no multiple of it, which backward asserts.
 
 Under tensor parallelism each rank has its rows of the vocabulary; maximum, sum and the label's logit are agreed on
 between the passes over a chunk, which is exact. The gradient of the hidden states is then a partial sum: who gathers
@@ -36,7 +40,7 @@ class VocabPart:
     group: dist.ProcessGroup | None = None
     """The ranks that have the others; None where this one has all."""
     tied: bool = False
-    """The weight is the embedding too, whose lookup gives autograd a gradient of its own."""
+    """The weight is the embedding too, and its lookup, which comes later in backward, answers autograd."""
 
 
 def linear_cross_entropy(
@@ -54,12 +58,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, part: VocabPart, grads: bool
     ) -> Tensor:
         hidden_grad = torch.empty_like(hidden) if grads and ctx.needs_input_grad[0] else None
-        weight_grad = weight.new_empty(weight.shape, dtype=torch.float32) if grads and ctx.needs_input_grad[1] else None
-        if weight_grad is not None and not len(hidden):
-            weight_grad.zero_()
+        weight_grad = _WeightGradient(weight) if grads and ctx.needs_input_grad[1] else None
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         size = max(CHUNK_BYTES // (weight.shape[0] * weight.element_size()), 1)
-        for first in range(0, hidden.shape[0], size):
+        size = min(size, -(-len(hidden) // 2))  # what a small micro-batch saves should not go into its logits
+        for first in range(0, len(hidden), max(size, 1)):
             rows = slice(first, first + size)
             logits = hidden[rows] @ weight.t()
             own = labels[rows] - part.first
@@ -70,31 +73,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[rows])
             if weight_grad is not None:
-                (add_product if first else set_product)(weight_grad, grad.t(), hidden[rows])
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight, ctx.tied = weight, part.tied
+                weight_grad.add(grad, hidden[rows])
+            del logits, grad  # else the next chunk finds the last one still there
+        ctx.save_for_backward(hidden_grad)
+        ctx.weight_grad, ctx.tied = weight_grad, part.tied
         return torch.dot(losses, loss_weights)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
+        (hidden_grad,) = ctx.saved_tensors
+        weight_grad, ctx.weight_grad = ctx.weight_grad, None
         return (
             None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
-            None if weight_grad is None else _to_buffer(ctx.weight, weight_grad, scale, tied=ctx.tied),
+            None if weight_grad is None else weight_grad.finish(scale, tied=ctx.tied),
             *(None,) * 4,
         )
 
 
-def _to_buffer(weight: Tensor, grad: Tensor, scale: Tensor, *, tied: bool) -> Tensor | None:
-    """What autograd gets as the gradient of `weight`; see `weight_gradient`."""
-    buffer: Tensor | None = getattr(weight, "main_grad", None)
-    if buffer is None:
-        return (grad * scale).to(weight.dtype)
-    torch.addcmul(buffer, grad.to(buffer.dtype), scale.to(buffer.dtype), out=buffer)
-    if tied:
-        return None  # the lookup's gradient is added to the buffer, because nothing says that all is there already
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight)
+class _WeightGradient:
+    """The weight's gradient while chunks add to it: in the weight's buffer, or else in fp32 memory of its own."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._buffer: Tensor | None = getattr(weight, "main_grad", None)
+        self._direct = self._buffer is not None and self._buffer.dtype == torch.float32
+        if self._direct:
+            assert self._buffer is not None
+            self._sum, self._empty = self._buffer, not weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        else:
+            self._sum, self._empty = weight.new_empty(weight.shape, dtype=torch.float32), True
+
+    def add(self, grad: Tensor, hidden: Tensor) -> None:
+        """Add grad^T @ hidden, from [n, rows] and [n, h]."""
+        (set_product if self._empty else add_product)(self._sum, grad.t(), hidden)
+        self._empty = False
+
+    def finish(self, scale: Tensor, *, tied: bool) -> Tensor | None:
+        """What autograd gets, as `weight_gradient` explains; None where the lookup gives it that."""
+        if self._direct:
+            torch._assert_async(scale == 1, "a loss whose weight gradients are summed as they are was scaled")
+        else:
+            own = torch.zeros_like(self._sum) if self._empty else self._sum  # a micro-batch without targets
+            if self._buffer is None:
+                return (own * scale).to(self._weight.dtype)
+            torch.addcmul(self._buffer, own.to(self._buffer.dtype), scale.to(self._buffer.dtype), out=self._buffer)
+            self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return None if tied else torch.empty_like(self._weight)
 
 
 def _losses(logits: Tensor, labels: Tensor, part: VocabPart) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,11 @@ DTYPE = torch.float8_e4m3fn
 _LARGEST = tl.constexpr(448.0)
 _SMALLEST = tl.constexpr(1e-12)  # a row of zeros has a scale too
 _TILE = 64
+_WIDE = 256
 
 
 @triton.jit
-def _store_row(x, y_ptr, scale_ptr, row, columns, column, inside):
+def store_row(x, y_ptr, scale_ptr, row, columns, column, inside):
     scale = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST) / _LARGEST
     tl.store(scale_ptr + row, scale)
     tl.store(y_ptr + row * columns + column, (x * (1.0 / scale)).to(y_ptr.dtype.element_ty), mask=inside)
@@ -30,7 +31,7 @@ def _rows(x_ptr, y_ptr, scale_ptr, columns, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < columns
     x = tl.load(x_ptr + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-    _store_row(x, y_ptr, scale_ptr, row, columns, column, inside)
+    store_row(x, y_ptr, scale_ptr, row, columns, column, inside)
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def _swiglu(x_ptr, y_ptr, scale_ptr, width, BLOCK: tl.constexpr):
     gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
     y = (gate * tl.sigmoid(gate) * up).to(x_ptr.dtype.element_ty).to(tl.float32)
-    _store_row(y, y_ptr, scale_ptr, row, width, column, inside)
+    store_row(y, y_ptr, scale_ptr, row, width, column, inside)
 
 
 @triton.jit
@@ -100,29 +101,35 @@ def _swiglu_backward(grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width, QUANTIZE
 def rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(fp8 values, fp32 scale of each row [rows, 1]) of a contiguous [rows, columns]."""
     count, columns = x.shape
-    y, scale = _empty(x, count, columns)
+    y, scale = empty_rows(x, count, columns)
     block = triton.next_power_of_2(columns)
     _rows[(count,)](x, y, scale, columns, BLOCK=block, num_warps=_warps(block))
     return y, scale
 
 
-def transposed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`rows` of the transposed [rows, columns]: values [columns, rows], scales [columns, 1]."""
+def column_peaks(x: Tensor) -> Tensor:
+    """Largest absolute value of each column of a contiguous [rows, columns], fp32."""
     count, columns = x.shape
-    y, scale = _empty(x, columns, count)
-    peak = torch.zeros(columns, dtype=torch.float32, device=x.device)
-    share = max(triton.cdiv(count, 32), _TILE)
-    grid = (triton.cdiv(columns, _TILE), triton.cdiv(count, share))
-    _column_peaks[grid](x, peak, count, columns, SHARE=share, ROWS=32, COLUMNS=_TILE, num_warps=4)
+    peaks = torch.zeros(columns, dtype=torch.float32, device=x.device)
+    share = max(triton.cdiv(count, 64), 32)
+    grid = (triton.cdiv(columns, _WIDE), triton.cdiv(count, share))
+    _column_peaks[grid](x, peaks, count, columns, SHARE=share, ROWS=32, COLUMNS=_WIDE, num_warps=8)
+    return peaks
+
+
+def transposed(x: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows` of the transposed [rows, columns], whose `column_peaks` are known: values [columns, rows], scales."""
+    count, columns = x.shape
+    y, scale = empty_rows(x, columns, count)
     grid = (triton.cdiv(count, _TILE), triton.cdiv(columns, _TILE))
-    _transposed[grid](x, peak, y, scale, count, columns, TILE=_TILE, num_warps=4)
+    _transposed[grid](x, peaks, y, scale, count, columns, TILE=_TILE, num_warps=4)
     return y, scale
 
 
 def swiglu(x: Tensor) -> tuple[Tensor, Tensor]:
     """`rows` of silu(gate) * up, from a contiguous [rows, 2 * width]."""
     count, width = x.shape[0], x.shape[1] // 2
-    y, scale = _empty(x, count, width)
+    y, scale = empty_rows(x, count, width)
     block = triton.next_power_of_2(width)
     _swiglu[(count,)](x, y, scale, width, BLOCK=block, num_warps=_warps(block))
     return y, scale
@@ -132,7 +139,7 @@ def swiglu_backward(grad: Tensor, x: Tensor, *, quantize: bool) -> tuple[Tensor,
     """(silu(gate) * up once more, `rows` of the gradient of `x`); that gradient itself takes the memory of `x`."""
     count, width = grad.shape
     y = torch.empty_like(grad)
-    low = _empty(x, *x.shape) if quantize else None
+    low = empty_rows(x, *x.shape) if quantize else None
     block = triton.next_power_of_2(width)
     _swiglu_backward[(count,)](
         grad, x, y, x if low is None else low[0], x if low is None else low[1], width,
@@ -141,7 +148,8 @@ def swiglu_backward(grad: Tensor, x: Tensor, *, quantize: bool) -> tuple[Tensor,
     return y, low
 
 
-def _empty(x: Tensor, count: int, columns: int) -> tuple[Tensor, Tensor]:
+def empty_rows(x: Tensor, count: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Memory for fp8 values [count, columns] and their scales [count, 1], where `x` is."""
     values = torch.empty(count, columns, dtype=DTYPE, device=x.device)
     return values, torch.empty(count, 1, dtype=torch.float32, device=x.device)
 

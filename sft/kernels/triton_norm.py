@@ -1,4 +1,4 @@
-"""RMSNorm in Triton, with the residual addition before it, and the one behind its gradient, in the same pass.
+"""RMSNorm in Triton; in the same pass the residual addition before it, or behind its gradient, and rounding to fp8.
 
 A row is read once. The weight's gradient is summed by a fixed number of programs, each over its share of the rows in
 order, and then over the programs: no atomics, so that a repeated step gives the same bits.
@@ -11,13 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sft.kernels.triton_fp8 import empty_rows, store_row
+
 _PROGRAMS_PER_PROCESSOR = 4
 
 
 @triton.jit
 def _forward(
-    x_ptr, branch_ptr, weight_ptr, normed_ptr, sum_ptr, rstd_ptr, columns, eps,
-    HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, branch_ptr, weight_ptr, normed_ptr, sum_ptr, rstd_ptr, low_ptr, scale_ptr, columns, eps,
+    HAS_BRANCH: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -31,7 +33,10 @@ def _forward(
     rstd = tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row * columns + column, (wide * rstd * weight).to(normed_ptr.dtype.element_ty), mask=inside)
+    normed = (wide * rstd * weight).to(normed_ptr.dtype.element_ty)
+    tl.store(normed_ptr + row * columns + column, normed, mask=inside)
+    if QUANTIZE:
+        store_row(normed.to(tl.float32), low_ptr, scale_ptr, row, columns, column, inside)
 
 
 @triton.jit
@@ -60,18 +65,37 @@ def _backward(
     tl.store(partial_ptr + program * columns + column, weight_grad, mask=column < columns)
 
 
-def forward(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(norm of x + branch, x + branch, 1 / root mean square of each row), from contiguous [rows, columns]."""
-    rows, columns = x.shape
+def forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, quantize: bool = False
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """From contiguous [rows, columns]: the norm of x + branch, x + branch, 1 / root mean square of each row.
+
+    At last, where asked for, what `triton_fp8.rows` makes of the norm.
+    """
+    rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
     normed = torch.empty_like(x)
     total = x if branch is None else torch.empty_like(x)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    low = empty_rows(x, *x.shape) if quantize else None
+    _launch(x, branch, weight, normed, total, rstd, low, eps)
+    return normed, total, rstd, low
+
+
+def forward_into(normed: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """Norm of contiguous `x`, [..., columns], in the memory of `normed`; the same bits as `forward` gives."""
+    rows = x.view(-1, x.shape[-1])
+    _launch(rows, None, weight, normed, rows, torch.empty(len(rows), device=x.device), None, eps)
+
+
+def _launch(
+    x: Tensor, branch: Tensor | None, weight: Tensor, normed: Tensor, total: Tensor, rstd: Tensor,
+    low: tuple[Tensor, Tensor] | None, eps: float,
+) -> None:  # fmt: skip
+    rows, columns = x.shape
     block = triton.next_power_of_2(columns)
     _forward[(rows,)](
-        x, x if branch is None else branch, weight, normed, total, rstd, columns, eps,
-        HAS_BRANCH=branch is not None, BLOCK=block, num_warps=_warps(block),
+        x, x if branch is None else branch, weight, normed, total, rstd, *((x, rstd) if low is None else low),
+        columns, eps, HAS_BRANCH=branch is not None, QUANTIZE=low is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return normed, total, rstd
 
 
 def backward(

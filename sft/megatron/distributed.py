@@ -6,11 +6,13 @@ stop costs no GPU synchronisation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from launcher.topology import Topology
 from sft.megatron.mcore import parallel_state, tensor_parallel
@@ -25,12 +27,13 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
     Dropout streams are equal within a tensor parallel group where activations are replicated, and differ between
     pipeline stages, data parallel and context parallel ranks.
     """
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=topology.tensor_parallel,
-        pipeline_model_parallel_size=topology.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=topology.virtual_pipeline if topology.virtual_pipeline > 1 else None,
-        context_parallel_size=topology.context_parallel,
-    )
+    with _communicators_on_demand():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=topology.tensor_parallel,
+            pipeline_model_parallel_size=topology.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=topology.virtual_pipeline if topology.virtual_pipeline > 1 else None,
+            context_parallel_size=topology.context_parallel,
+        )
     rank_seed = (
         seed
         + _STAGE_SEED_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
@@ -38,6 +41,31 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
     )
     torch.manual_seed(rank_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed)
+
+
+@contextmanager
+def _communicators_on_demand() -> Iterator[None]:
+    """Let NCCL build a group's communicator when ranks first send in it.
+
+    Lightning binds the world to a device, and torch then splits a communicator off at once for each new group. There
+    are twenty, most of them of one rank or never used, and each holds 0.4 GiB of an H100.
+    """
+    world = dist.distributed_c10d._get_default_group()
+    bound = world.bound_device_id
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
+
+
+def sum_over(values: Tensor, group: dist.ProcessGroup) -> None:
+    """Add up `values` of the group's ranks, in place on each.
+
+    A group of one is left alone: NCCL would build a communicator for it.
+    """
+    if group.size() > 1:
+        dist.all_reduce(values, group=group)
 
 
 T = TypeVar("T")

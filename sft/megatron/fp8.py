@@ -24,11 +24,20 @@ class Fp8ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ig
 
     def whole_input(self, x: Tensor) -> Tensor:
         """`x` as all ranks of the group need it; its gradient is the sum of theirs."""
+        if self.tp_group.size() == 1:
+            return x
         if self.sequence_parallel:
             gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(x, group=self.tp_group)
             return gathered
         copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
         return copied
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Megatron-core's; on one tensor parallel rank the product of the very tensor, which may have its fp8 rows."""
+        if self.tp_group.size() == 1 and self.bias is None:
+            return fp8_linear(input_, self.weight), None
+        found: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
+        return found
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
         summed = self.sequence_parallel or self.allreduce_dgrad  # what `forward` leaves to the product

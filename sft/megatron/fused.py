@@ -53,6 +53,9 @@ def await_weights(module: Module) -> None:
 class FusedRMSNorm(RMSNorm):
     """RMSNorm that takes the residual stream along."""
 
+    before_fp8 = False
+    """Whether what it gives goes as it is into a product in fp8."""
+
     def forward(self, x: Tensor) -> Tensor:
         """The norm over the last dimension."""
         return norm.rms_norm(x, self.weight, self._epsilon)
@@ -60,12 +63,17 @@ class FusedRMSNorm(RMSNorm):
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of x, x)."""
         await_weights(self)
-        return norm.fork(x, self.weight, self._epsilon)
+        return norm.fork(x, self.weight, self._epsilon, in_fp8=self.before_fp8)
 
     def add_and_fork(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """`fork` of branch + residual."""
         await_weights(self)
-        return norm.add_and_fork(branch, residual, self.weight, self._epsilon)
+        return norm.add_and_fork(branch, residual, self.weight, self._epsilon, in_fp8=self.before_fp8)
+
+    def forget(self, normed: Tensor, residual: Tensor, branch: Tensor) -> None:
+        """Free `normed` of a fork until the gradient of the branch that it went into is there."""
+        if branch.requires_grad:
+            norm.forget(normed, residual, self.weight, self._epsilon, branch)
 
     @property
     def _epsilon(self) -> float:
@@ -175,6 +183,12 @@ class FusedSelfAttention(SelfAttention):  # type: ignore[misc]
 class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
     """A pre-norm layer in which each residual addition happens inside the norm behind it, and back likewise."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        products = (self.self_attention.linear_qkv, getattr(self.mlp, "linear_fc1", None))
+        for own, linear in zip((self.input_layernorm, self.pre_mlp_layernorm), products, strict=True):
+            own.before_fp8 = isinstance(linear, Fp8ColumnParallelLinear) and not linear.sequence_parallel
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """[s, b, h] -> the same, and no context."""
         if kwargs.get("inference_context") is not None:
@@ -187,8 +201,12 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
             rotary_pos_emb=kwargs["rotary_pos_emb"],
             packed_seq_params=kwargs.get("packed_seq_params"),
         )
+        if self.recompute_input_layernorm:
+            self.input_layernorm.forget(normed, residual, branch)
         normed, residual = self.pre_mlp_layernorm.add_and_fork(branch, residual)
         branch, _ = self.mlp(normed)
+        if self.recompute_pre_mlp_layernorm:
+            self.pre_mlp_layernorm.forget(normed, residual, branch)
         return residual + branch, None
 
 

@@ -55,6 +55,7 @@ with warnings.catch_warnings():
 cpu_support.redirect_rng(_random)
 mends.apply(DistributedOptimizer, filesystem_async, _clip_grads, _TorchCommonSaveStrategy, _serialization)
 mends.provide_weight_gradient(_linears)
+mends.checkpoint_without_fp8(_random.CheckpointWithoutOutput)
 
 __all__ = [
     "MLP",

@@ -14,6 +14,9 @@
 * Rank 0 writes `common.pt`, `.metadata` and `metadata.json` alone, between two collectives of a save. Where the disk is
   full it leaves by an error, and the other ranks wait in the second one. Here it goes on, and raises when all are done.
 
+* An output that is freed and computed again asks Transformer Engine whether fp8 is on, which is not there to answer:
+  `CheckpointWithoutOutput` takes its own default, False, for a recipe. Layers that are not fused need it for norms.
+
 Seen in 0.16.1; the first and the third in 0.19.2 as well.
 """
 
@@ -59,6 +62,17 @@ def provide_weight_gradient(linears: types.ModuleType) -> None:
     if not linears._grad_accum_fusion_available:
         linears.fused_weight_gradient_mlp_cuda = FusedWeightGradient  # type: ignore[attr-defined]
         linears._grad_accum_fusion_available = True  # type: ignore[attr-defined]
+
+
+def checkpoint_without_fp8(checkpoint: type) -> None:
+    """Let `CheckpointWithoutOutput` take no recipe of fp8 for none."""
+    init = checkpoint.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def mended(self: Any, fp8: Any = None) -> None:
+        init(self, fp8 or None)
+
+    checkpoint.__init__ = mended  # type: ignore[misc]
 
 
 def raise_write_error() -> None:

@@ -28,6 +28,7 @@ from sft.hf.checks import check_model_settings
 from sft.kernels import attention
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
 from sft.megatron.context_parallel import SharedRows, keep_angles_whole
+from sft.megatron.embedding import use_direct_lookup
 from sft.megatron.fp8 import use_fp8_linears
 from sft.megatron.fused import await_weights, use_fused_layers
 from sft.megatron.layers import decoder_spec
@@ -223,6 +224,8 @@ def _parallel_settings(topology: Topology, on_gpu: bool) -> dict[str, Any]:
 def _recompute_settings(recompute: str) -> dict[str, Any]:
     if recompute in ("full", "offload"):
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "norms":
+        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
     return {"recompute_granularity": "selective"} if recompute == "selective" else {}
 
 
@@ -262,6 +265,8 @@ def _build_chunk(
             config.yarn_rotary_scaling_factor = math.exp(10 * (rope.attention_factor - 1))
     if chunk.pre_process and architecture.embedding_scale is not None:
         chunk.embedding.register_forward_hook(partial(_scale_embedding, architecture.embedding_scale))
+    if config.gradient_accumulation_fusion:
+        use_direct_lookup(chunk)
     if spec.train.recompute == "offload":
         chunk.decoder.forward = partial(_with_inputs_on_host, chunk.decoder.forward)
     if spec.model.lora.rank is not None:

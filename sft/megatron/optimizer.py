@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from launcher.spec import OptimizerSpec
 from sft.megatron import mends
+from sft.megatron.distributed import sum_over
+from sft.megatron.master_step import use_one_pass
 from sft.megatron.mcore import (
     DistributedDataParallel,
     MegatronOptimizer,
@@ -54,6 +55,9 @@ def build_optimizer(
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             group.update(fused=True, foreach=False)
+    if chunks[0].config.gradient_accumulation_fusion:
+        for part in _parts(optimizer):
+            use_one_pass(part)
     return optimizer
 
 
@@ -107,7 +111,7 @@ def _gradient_norm(parts: Sequence[MegatronOptimizer], device: torch.device) -> 
     grads = [grad for part in parts for grad in part.get_main_grads_for_grad_norm()]
     norm = mends.total_norm(grads) if grads else torch.zeros((), device=device)
     squared = norm.double().square()
-    dist.all_reduce(squared, group=parts[0].get_grad_stats_parallel_group())
+    sum_over(squared, parts[0].get_grad_stats_parallel_group())
     return squared.sqrt()
 
 

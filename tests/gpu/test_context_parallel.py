@@ -21,6 +21,7 @@ from tests.gpu.test_packing import attention
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+    pytest.mark.filterwarnings("default::DeprecationWarning"),  # from within flash-attn-4's compiler
 ]
 
 DEVICE = "cuda"

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.kernels import attention, fp8, norm
+from sft.kernels import adamw, attention, fp8, norm
+from sft.kernels.embedding import lookup
 from sft.kernels.linear import fp8_linear, swiglu_mlp
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
 from sft.kernels.rope import split_and_rotate
 from sft.kernels.swiglu import swiglu
 from sft.kernels.weight_gradient import add_product
+from tests.sft.kernels.test_adamw import adamw_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,6 +100,80 @@ def test_rope(heads: tuple[int, int], dim: int, turned: int, packed: bool) -> No
     assert_equal(kernel, plain, [drawn(s, b, groups * (queries + 2) * dim)])
 
 
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_norm_computed_again_has_the_same_bits(forked: bool) -> None:
+    x, branch, weight = (drawn(*shape).requires_grad_() for shape in ((300, 1, 2048), (300, 1, 2048), (2048,)))
+    normed, past = norm.add_and_fork(branch, x, weight, 1e-5) if forked else norm.fork(x, weight, 1e-5)
+    kept = normed.detach().clone()
+    result = normed * 2
+    norm.forget(normed, past, weight, 1e-5, result)
+    assert normed.untyped_storage().nbytes() == 0
+    result.sum().backward()
+    assert torch.equal(normed, kept)
+
+
+def test_a_norm_brings_its_rows_in_fp8() -> None:
+    """What quantizing it would give, once and for its first user alone."""
+    normed, _ = norm.add_and_fork(drawn(300, 1, 2048), drawn(300, 1, 2048), drawn(2048), 1e-5, in_fp8=True)
+    found, expected = fp8.attached(normed), fp8.quantize(normed.view(300, 2048))
+    assert found is not None
+    assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
+    assert torch.equal(found.scales, expected.scales)
+    assert fp8.attached(normed) is None
+
+
+def test_peaks_of_a_weight_are_found_once_a_step() -> None:
+    weight = drawn(96, 64)
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    first = fp8.quantize_transposed(weight)
+    weight.mul_(2)
+    assert torch.equal(fp8.quantize_transposed(weight).scales, 2 * first.scales)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    weight.mul_(0.5)  # would be wrong in a step, and shows what is kept
+    assert torch.equal(fp8.quantize_transposed(weight).scales, 2 * first.scales)
+
+
+@pytest.mark.parametrize("width", [96, 3072])
+@pytest.mark.parametrize("partial", [False, True])
+def test_lookup(partial: bool, width: int) -> None:
+    """Gradients in a buffer of fp32, of places that come once, never, and in more than half of the row."""
+    ids = torch.randint(0, 50, (2, 400), device="cuda")
+    ids[:, 150:] = 7
+    weight = drawn(40 if partial else 50, width).requires_grad_()
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(weight.shape, device="cuda"), False  # type: ignore[attr-defined]
+    grad = drawn(2, 400, width)
+    found = lookup(weight, ids, partial=partial)
+    here = (ids < len(weight)).unsqueeze(-1)
+    torch.testing.assert_close(found, F.embedding(ids.where(ids < len(weight), 0), weight) * here)
+    found.backward(grad)
+    exact = torch.ones(50, width, dtype=torch.float64, device="cuda")
+    exact.index_add_(0, ids.flatten(), grad.flatten(0, 1).double())
+    torch.testing.assert_close(weight.main_grad.double(), exact[: len(weight)], rtol=1e-5, atol=1e-4)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
+def test_adamw(shift: int) -> None:
+    """Against torch's own operations on the same rows, which tests/sft/kernels holds to torch's AdamW."""
+    from sft.kernels import triton_adamw
+
+    sizes = (16, 2048, 100_000) if not shift else (1, 2047, 100_000)
+    rows, expected = (adamw_rows("cuda", sizes, shift) for _ in range(2))
+    corrections = torch.tensor([[1 - 0.9**7, 1 - 0.95**7]] * len(rows), device="cuda")
+    scale, skip = torch.full((), 2.5, device="cuda"), torch.zeros((), device="cuda")
+    settings = adamw.Settings(1e-2, 0.1, (0.9, 0.95), 1e-8)
+    table = triton_adamw.Table(rows)
+    assert table.aligned is not bool(shift)
+    triton_adamw.update(table, corrections, scale, skip, settings)
+    adamw.update(expected, corrections, scale, skip, settings)
+    for found, reference in zip(rows, expected, strict=True):
+        for own, other in zip(found[:4], reference[:4], strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-6)
+        assert torch.equal(found.copy, found.weight.bfloat16())
+    before = [tensor.clone() for row in rows for tensor in row]
+    triton_adamw.update(table, corrections, scale, skip + 1, settings)
+    assert all(map(torch.equal, before, (tensor for row in rows for tensor in row)))
+
+
 @pytest.mark.parametrize("vocab", [1000, 32003])
 def test_linear_cross_entropy(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sft.kernels.linear_cross_entropy.CHUNK_BYTES", 2 * vocab * 100)
@@ -114,6 +190,7 @@ def test_linear_cross_entropy(vocab: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert_equal(kernel, plain, [drawn(257, 128), drawn(vocab, 128) * 0.2])
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # from within flash-attn-4's compiler
 @pytest.mark.parametrize("kernel_name", ["flash2", "flash4"])
 @pytest.mark.parametrize(("heads", "dim"), [((8, 2), 64), ((24, 8), 128), ((4, 4), 80)])
 def test_packed_attention(heads: tuple[int, int], dim: int, kernel_name: attention.Kernel) -> None:

@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2_dp2_sp": (4, {"tensor_parallel": 2, "sequence_parallel": True}, {}),
     "vpp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, {}),
     "recompute": (1, {}, {"recompute": "full"}),
+    "recompute_norms": (1, {}, {"recompute": "norms"}),
+    "tp2_sp_recompute_norms": (2, {"tensor_parallel": 2, "sequence_parallel": True}, {"recompute": "norms"}),
 }
 FORMS: dict[str, dict[str, Any]] = {
     "padded_1": {"micro_batch_size": 1},
@@ -56,6 +58,8 @@ DEFAULT = {
     "tp2_dp2_sp": ("packed", "fused"),
     "vpp2": ("packed", "padded_1", "joined"),
     "recompute": ("packed", "fused"),
+    "recompute_norms": ("padded_2", "fused"),
+    "tp2_sp_recompute_norms": ("fused",),
 }
 CELLS = [
     pytest.param(layout, form, id=f"{layout}-{form}", marks=() if form in DEFAULT[layout] else (pytest.mark.slow,))

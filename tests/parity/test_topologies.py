@@ -38,6 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "recompute_full": (1, {}, {"recompute": "full"}),
     "recompute_offload": (1, {}, {"recompute": "offload"}),
     "recompute_selective": (1, {}, {"recompute": "selective"}),
+    "recompute_norms": (1, {}, {"recompute": "norms"}),
 }
 FAMILIES = {"llama": {}, "llama_tied": {"tied": True}, "qwen2": {"family": "qwen2"}, "qwen3": {"family": "qwen3"}}
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from launcher.errors import TopologyError
 from launcher.exit_codes import ExitCode
 from launcher.spec import TopologySpec
+from launcher.topology import build_topology
 from sft.__main__ import main
 from sft.bench.layout import micro_batch_rows, parse_layout, replica_size
+from sft.bench.ours import BenchData, run_spec
 from sft.bench.overlap import busy, exposed, union
 from sft.bench.phases import PhaseTimers
+from sft.bench.workload import Workload
+from sft.data.sampler import EMPTY_SLOT
 
 
 def test_layouts_by_name() -> None:
@@ -43,6 +49,17 @@ def test_wrong_words_end_it_with_2(arguments: list[str], message: str, capsys: p
 def test_rows_of_a_micro_batch(layout: str, rows: int, micro_batches: int, expected: int) -> None:
     """A GPU's rows times the GPUs of a model, cut; a pipeline of two has eight micro-batches if there are as many."""
     assert micro_batch_rows(parse_layout(layout), rows, micro_batches) == expected
+
+
+@pytest.mark.parametrize("layout", ["dp", "tp2+sp", "pp2", "tp2+cp2"])
+def test_no_example_comes_twice(layout: str) -> None:
+    """A step has the rows of each GPU, however many of them train one replica."""
+    workload, steps = Workload(shape="0.5b", data="ragged", seq_length=512, rows=2), 5
+    spec = run_spec(workload, Path("model"), 4, parse_layout(layout), {}, 1, steps)
+    data = BenchData(workload, spec, build_topology(spec, workload.model_shape), steps)
+    ids = [int(example) for step in range(steps) for example in data.plan.examples_at(step) if example != EMPTY_SLOT]
+    assert len(ids) == len(set(ids))
+    assert sum(data.examples.lengths[ids]) > 0.9 * steps * 4 * workload.rows * workload.seq_length
 
 
 def test_exposed_communication() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -49,18 +50,54 @@ def test_equals_torch(rows_at_a_time: int, padding: int, monkeypatch: pytest.Mon
     assert not wide.grad[VOCAB:].any()
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_weight_gradient_goes_to_its_buffer(tied: bool) -> None:
-    """Added to what is there, scaled. Where the weight is the embedding too, autograd must go on for the lookup."""
+def test_weight_gradient_goes_to_its_buffer(tied: bool, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added to what is there. Where the weight is the embedding too, the lookup answers autograd."""
     _, hidden_grad, weight_grad = expected()
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCAB * 8)
+    hidden, weight, labels, loss_weights = inputs()
+    before = torch.ones(weight.shape, dtype=torch.bfloat16 if half else torch.float32)
+    weight.main_grad, weight.grad_added_to_main_grad = before, True  # type: ignore[attr-defined]
+    linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB, tied=tied)).backward()
+    found = weight.main_grad.double()  # type: ignore[attr-defined]
+    tolerance = 1e-2 if half else 1e-6
+    torch.testing.assert_close(found, 1 + weight_grad / 3, rtol=10 * tolerance, atol=tolerance)
+    torch.testing.assert_close(hidden.grad, hidden_grad / 3, rtol=1e-6, atol=1e-7)
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    assert (weight.grad is None) is tied
+
+
+def test_the_first_gradient_of_a_step_replaces_what_is_in_the_buffer() -> None:
+    """Which is zeroed by then, and need not be read."""
     hidden, weight, labels, loss_weights = inputs()
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(weight.shape), False  # type: ignore[attr-defined]
-    total = linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB, tied=tied))
-    (3 * total).backward()
-    torch.testing.assert_close(weight.main_grad.double(), 1 + weight_grad, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
-    torch.testing.assert_close(hidden.grad, hidden_grad, rtol=1e-6, atol=1e-7)
-    assert weight.grad_added_to_main_grad is not tied  # type: ignore[attr-defined]
-    assert (weight.grad is None) is tied
+    linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB)).backward()
+    torch.testing.assert_close(weight.main_grad.double(), expected()[2] / 3, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+
+
+def test_a_scaled_loss_is_refused_where_gradients_are_in_the_buffer_already() -> None:
+    hidden, weight, labels, loss_weights = inputs()
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(weight.shape), False  # type: ignore[attr-defined]
+    total = linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB))
+    with pytest.raises(RuntimeError, match="was scaled"):
+        (3 * total).backward()
+
+
+def test_no_two_chunks_of_logits_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks: list[weakref.ref[torch.UntypedStorage]] = []
+    statistics = module._statistics
+
+    def watched(logits: torch.Tensor, *args: Any) -> Any:
+        assert all(chunk() is None for chunk in chunks)
+        chunks.append(weakref.ref(logits.untyped_storage()))
+        return statistics(logits, *args)
+
+    monkeypatch.setattr(module, "_statistics", watched)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCAB * 8)
+    hidden, weight, labels, loss_weights = inputs()
+    linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB)).backward()
+    assert len(chunks) == 3
 
 
 def test_no_targets_give_gradients_of_zero() -> None:

@@ -1,0 +1,48 @@
+"""Rows added to a table at given places, in Triton.
+
+Places are sorted first, and one program adds up all rows of one place: no atomics, so that a repeated step gives the
+same bits, and nothing is rounded in between.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 8
+_COLUMNS = 1024
+
+
+@triton.jit
+def _add_rows(
+    table_ptr, place_ptr, order_ptr, rows_ptr, count, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    first = tl.program_id(0)
+    place = tl.load(place_ptr + first)
+    before = tl.load(place_ptr + first - 1, mask=first > 0, other=-1)
+    if (place >= 0) & (place != before):
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = column < columns
+        total = tl.zeros((COLUMNS,), dtype=tl.float32)
+        found = ROWS
+        while found == ROWS:
+            turn = first + tl.arange(0, ROWS)
+            same = (turn < count) & (tl.load(place_ptr + turn, mask=turn < count, other=-1) == place)
+            source = tl.load(order_ptr + turn, mask=same, other=0)
+            cells = source[:, None] * columns + column[None, :]
+            row = tl.load(rows_ptr + cells, mask=same[:, None] & inside[None, :], other=0.0)
+            total += tl.sum(row.to(tl.float32), axis=0)
+            found = tl.sum(same.to(tl.int32), axis=0)
+            first += ROWS
+        target = table_ptr + place * columns + column
+        total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target, total.to(table_ptr.dtype.element_ty), mask=inside)
+
+
+def add_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
+    """table[place] += row, from places [n] and contiguous rows [n, columns]; rows of negative places are left out."""
+    count, columns = rows.shape
+    ordered, order = places.sort(stable=True)
+    grid = (count, triton.cdiv(columns, _COLUMNS))
+    _add_rows[grid](table, ordered, order, rows, count, columns, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4)
