@@ -58,6 +58,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2_pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}, {}),
     "tp2_sp_packed": (2, {"tensor_parallel": 2, "sequence_parallel": True}, {"packing": True}),
     "recompute_full": (1, {}, {"recompute": "full"}),
+    "recompute_norms": (1, {}, {"recompute": "norms", "kernels": "fused"}),
     "cp2_packed": (2, {"context_parallel": 2}, {"packing": True}),
 }
 
