@@ -66,6 +66,8 @@ class _Pass:
     elementwise: float
     tensor_parallel: float
     context_parallel: float = 0.0
+    norms: float = 0.0
+    """Forward alone, and part of elementwise."""
 
 
 def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> StepTime:
@@ -75,7 +77,7 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
     layers = _layers(workload, topology, gpu, implementation)
     head = _head(workload, topology, gpu, implementation)
     gradients = _trained(workload, topology) * implementation.gradient_bytes / _memory_rate(gpu)
-    again = _recompute(workload, layout, gpu, layers)
+    again = _recompute(layout, layers)
     collectives = layers.tensor_parallel + layers.context_parallel
     compute = layers.matmul + layers.attention + layers.elementwise + collectives + again + gradients
     sends = _sends(workload, topology, gpu)
@@ -123,6 +125,8 @@ def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation
         * implementation.tensor_parallel_exposed
         / _link_rate(gpu, crosses=False),
         context_parallel=layers * _gathered_rows(workload, topology, gpu),
+        # two a layer, each read and written
+        norms=layers * 4 * shape.hidden_size / sequence * workload.width * tokens / _memory_rate(gpu),
     )
 
 
@@ -169,22 +173,14 @@ def _products(
     return products * 2 * weights * tokens / (rate * 1e12) + MATMUL_EXPOSED_TRAFFIC * traffic / _memory_rate(gpu)
 
 
-def _recompute(workload: Workload, layout: Layout, gpu: GpuKind, layers: _Pass) -> float:
+def _recompute(layout: Layout, layers: _Pass) -> float:
     """The forward pass once more: a third of what both passes take, collectives included; of gathered rows half."""
-    topology = layout.topology
-    match layout.recompute:
-        case "none":
-            return 0.0
-        case "norms":  # two a layer, each read and written
-            sequence = topology.tensor_parallel if topology.sequence_parallel else 1
-            tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel
-            moved = 4 * workload.shape.hidden_size / sequence * workload.width * tokens
-            return workload.shape.num_layers // topology.pipeline_parallel * moved / _memory_rate(gpu)
-        case "selective":
-            return layers.attention / 3 + layers.context_parallel / 2
-    # copies to the host run beside computation
-    computed = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel
-    return computed / 3 + layers.context_parallel / 2
+    if layout.recompute in ("full", "offload"):  # copies to the host run beside computation
+        computed = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel
+        return computed / 3 + layers.context_parallel / 2
+    if layout.recompute == "norms":
+        return layers.norms
+    return layers.attention / 3 + layers.context_parallel / 2 if layout.recompute == "selective" else 0.0
 
 
 def _sends(workload: Workload, topology: Topology, gpu: GpuKind) -> float:

@@ -185,7 +185,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        products = (self.self_attention.linear_qkv, getattr(self.mlp, "linear_fc1", None))
+        products = (self.self_attention.linear_qkv, self.mlp.linear_fc1)
         for own, linear in zip((self.input_layernorm, self.pre_mlp_layernorm), products, strict=True):
             own.before_fp8 = isinstance(linear, Fp8ColumnParallelLinear) and not linear.sequence_parallel
 

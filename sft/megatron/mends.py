@@ -13,7 +13,6 @@
   clipping is off as much. On a GPU it is one synchronisation a parameter.
 * Rank 0 writes `common.pt`, `.metadata` and `metadata.json` alone, between two collectives of a save. Where the disk is
   full it leaves by an error, and the other ranks wait in the second one. Here it goes on, and raises when all are done.
-
 * An output that is freed and computed again asks Transformer Engine whether fp8 is on, which is not there to answer:
   `CheckpointWithoutOutput` takes its own default, False, for a recipe. Layers that are not fused need it for norms.
 
