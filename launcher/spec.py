@@ -358,7 +358,8 @@ class TrainSpec:
     Triton on a GPU; auto: fused on a GPU where Triton is installed."""
     attention: Literal["auto", "flash2", "flash4"] = "auto"
     """Kernel of fused layers for packed rows on a GPU. flash2: the one in torch; flash4: the package flash-attn-4, for
-    Hopper and Blackwell; auto: flash4 where it is installed and `deterministic` is off."""
+    Hopper and Blackwell and heads of 32, 64, 96 or 128; auto: flash4 where it is installed and can be, and
+    `deterministic` is off."""
     recompute: Literal["none", "norms", "selective", "full", "offload"] = "none"
     """Activations that are computed again in the backward pass. norms: outputs of norms, a sixth of what layers keep,
     for under 1 % of the time; selective: attention's core; full: whole layers, which keep their inputs; offload: whole

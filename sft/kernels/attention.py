@@ -6,6 +6,9 @@ chat, forward and backward: 2.1 ms against 3.8 with 32 heads of 64, 2.9 against 
 equal length as fast as cuDNN's kernel or faster. The rule is fixed, not timed at the start of each run, so that a run
 that resumes computes with the kernel it began with.
 
+Only heads of 32, 64, 96 or 128 go to FlashAttention-4: 4.0.0b36 returns wrong dQ on Hopper, without a word, where a
+head's size rounded up to 16 is not one rounded up to 32 (72, 80, 104, 112; seen at 80, its repository's #2896).
+
 torch's is called by its operator, because torch's own function for it (`varlen_attn`) takes no fewer KV heads than
 query heads before torch 2.13.
 
@@ -33,8 +36,13 @@ def fastest_kernel(head_dim: int) -> Kernel:
     """The kernel for this machine, and whether the run must be repeatable: FlashAttention-4 adds up dQ as it comes."""
     if torch.are_deterministic_algorithms_enabled() or not torch.cuda.is_available():
         return "flash2"
-    capable = torch.cuda.get_device_capability()[0] in (9, 10) and head_dim % 8 == 0 and head_dim <= 128
+    capable = torch.cuda.get_device_capability()[0] in (9, 10) and flash4_takes(head_dim)
     return "flash4" if capable and has_flash4() else "flash2"
+
+
+def flash4_takes(head_dim: int) -> bool:
+    """Whether heads of this size are among those for which FlashAttention-4 is known to be right."""
+    return head_dim % 32 == 0 and head_dim <= 128
 
 
 def has_flash4() -> bool:

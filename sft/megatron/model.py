@@ -58,10 +58,15 @@ def fused_kernels(spec: RunSpec, *, on_gpu: bool) -> bool:
 
 def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Kernel:
     """The kernel that train.attention means here, for packed rows of fused layers on a GPU."""
-    chosen = spec.train.attention
+    chosen, head_dim = spec.train.attention, architecture.shape.head_dim
     if chosen == "flash4" and not attention.has_flash4():
         raise ModelError("train.attention flash4 needs the package flash-attn-4 in the ranks' Python; set it to auto")
-    return attention.fastest_kernel(architecture.shape.head_dim) if chosen == "auto" else chosen
+    if chosen == "flash4" and not attention.flash4_takes(head_dim):
+        raise ModelError(
+            f"train.attention flash4 takes heads of 32, 64, 96 or 128; this model's are {head_dim}, whose gradients it "
+            "gets wrong on Hopper; set it to auto"
+        )
+    return attention.fastest_kernel(head_dim) if chosen == "auto" else chosen
 
 
 def describe_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -> str:

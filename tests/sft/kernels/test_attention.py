@@ -1,0 +1,60 @@
+"""Which attention kernel a run gets; the machine's GPU is made up, because the rule is one of names and numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.errors import ModelError
+from sft.hf.architecture import read_architecture
+from sft.kernels import attention
+from sft.megatron.model import attention_kernel
+from tests.sft.hf_cases import run_spec
+from tests.tiny_model import make_tiny_model
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention, "has_flash4", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kernel"),
+    [(64, "flash4"), (96, "flash4"), (128, "flash4"), (72, "flash2"), (80, "flash2"), (112, "flash2"), (256, "flash2")],
+)
+@pytest.mark.usefixtures("hopper")
+def test_heads_with_wrong_gradients_do_not_go_to_flash4(head_dim: int, kernel: str) -> None:
+    assert attention.fastest_kernel(head_dim) == kernel
+
+
+@pytest.mark.usefixtures("hopper")
+def test_flash4_is_not_for_runs_that_must_be_repeatable() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert attention.fastest_kernel(128) == "flash2"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_without_a_gpu_it_is_torchs() -> None:
+    assert torch.cuda.is_available() or attention.fastest_kernel(128) == "flash2"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_asked_for_by_name_it_is_refused(tmp_path: Path) -> None:
+    spec = run_spec(make_tiny_model(tmp_path / "model"), 1)
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, attention="flash4"))
+    architecture = read_architecture(Path(spec.model.path))
+
+    def kernel(head_dim: int) -> str:
+        shape = dataclasses.replace(architecture.shape, head_dim=head_dim)
+        return attention_kernel(spec, dataclasses.replace(architecture, shape=shape))
+
+    assert kernel(64) == "flash4"
+    with pytest.raises(ModelError, match="takes heads of 32, 64, 96 or 128; this model's are 80"):
+        kernel(80)
