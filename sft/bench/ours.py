@@ -160,7 +160,7 @@ class BenchModule(SFTGPT):
             }
             loss = self.last_step.loss.item()
             self.result = self.clock.result("ours", settings, self.architecture.shape, loss, self._expected())
-            self.result.phases_ms.update(self.timers.milliseconds(self.result.steps))
+            self.result.phases_ms.update(self.timers.milliseconds(self.result.steps, self.result.step_ms))
             self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self._profile.__enter__()
 

@@ -53,15 +53,20 @@ class PhaseTimers:
         """Forget what was measured."""
         self._spans.clear()
 
-    def milliseconds(self, steps: int) -> dict[str, float]:
-        """Of each phase, a step; `other` is what belongs to none of them."""
+    def milliseconds(self, steps: int, whole: float) -> dict[str, float]:
+        """Of each phase, a step, which takes `whole` milliseconds in all.
+
+        `other` is what belongs to no phase of the step, `data` what is between one step and the next: waiting for
+        data, copying it to the device, the trainer's loop.
+        """
         found: defaultdict[str, float] = defaultdict(float)
         for name, span in self._spans.items():
             if name in _PHASES:
                 pairs = zip(span.marks[::2], span.marks[1::2], strict=True)
                 found[_PHASES[name]] += sum(self._elapsed(*pair) for pair in pairs) / steps
-        whole = found.pop("step", 0.0)
-        found["other"] = whole - sum(found.values())
+        step = found.pop("step", 0.0)
+        found["other"] = step - sum(found.values())
+        found["data"] = whole - step
         return {name: round(value, 2) for name, value in found.items()}
 
     @staticmethod
