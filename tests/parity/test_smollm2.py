@@ -52,7 +52,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, questions
     return reference_curve(tmp_path_factory.mktemp("reference"), smollm2, questions, steps=steps, **settings)
 
 
-@pytest.mark.parametrize("name", thinned(LAYOUTS, "tp3", "pp2"))
+@pytest.mark.parametrize("name", thinned(LAYOUTS, "tp3"))
 def test_layout_follows_reference(name: str, tmp_path: Path, smollm2: Path, questions: Path, reference: Curve) -> None:
     ranks, topology = LAYOUTS[name]
     paths = make_run(tmp_path, smollm2, questions, ranks=ranks, topology=topology, **SETTINGS)
