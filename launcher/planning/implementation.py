@@ -116,7 +116,8 @@ CURRENT = dataclasses.replace(
     fp8_efficiency=0.52,
 )
 """What `sft` runs with flash-attn-4: SwiGLU's output computed again where the MLP is one operation, weights gathered
-behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens."""
+behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens, fp8 from a
+step of 3B."""
 
 LORA_PASSES = 8
 """Reads and writes of an adapted linear's inputs and outputs that the adapter adds, forward and backward: its products
