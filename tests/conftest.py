@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("ci", derandomize=True)  # a push is judged by what it changes; luck is for everybody else
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+settings.register_profile("here", deadline=None)  # how long an example takes is up to what runs beside it
+settings.register_profile("ci", settings.get_profile("here"), derandomize=True)  # a push is judged by what it changes
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 TIERS = ("parity", "slurm", "gpu", "nemo", "slow")
 """Markers in the order in which their tests run; tests without one of them come first."""

@@ -70,7 +70,7 @@ def run_ours(
     (folder / "config.json").write_text(json.dumps(workload.model_config))
     architecture = read_architecture(folder)
     topology = build_topology(spec, architecture.shape)
-    clock = StepClock(warmup, topology.world_size // topology.data_parallel)
+    clock = StepClock(warmup, steps, topology.world_size // topology.data_parallel)
     module = BenchModule(spec, architecture, topology, folder, max_steps, clock=clock, last=warmup + steps)
     trainer = megatron_trainer(spec, topology, env, max_steps=max_steps, data_key={})
     trainer.fit(module, datamodule=BenchData(workload, spec, topology, max_steps))

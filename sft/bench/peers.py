@@ -82,7 +82,7 @@ def run_trl(
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-    clock, kernel = StepClock(warmup), _kernel(attention, workload)
+    clock, kernel = StepClock(warmup, steps), _kernel(attention, workload)
 
     offsets: list[Tensor] = []  # of the step's micro-batches
     pending: list[list[Tensor]] = []  # of each step
@@ -174,7 +174,7 @@ def run_transformers(
     kernel = _kernel(attention, workload)
     model = build_model(workload, weights, kernel).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu)
-    clock, loss = StepClock(warmup), torch.zeros(())
+    clock, loss = StepClock(warmup, steps), torch.zeros(())
     batches = iter(packed_batches(workload, warmup + steps, micro_batches))
     for parts in zip(*[batches] * micro_batches, strict=True):
         clock.before_step()

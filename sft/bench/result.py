@@ -48,13 +48,18 @@ class Result:
 
 
 class StepClock:
-    """Times steps by the host's clock between synchronisations, over many steps at once: nothing waits inside."""
+    """Times steps by the host's clock between synchronisations, over many steps at once: nothing waits inside.
 
-    def __init__(self, warmup: int, gpus_per_replica: int = 1) -> None:
+    It begins behind `warmup` steps and stops by itself `steps` later, so that what a trainer does at its end is not
+    counted.
+    """
+
+    def __init__(self, warmup: int, steps: int, gpus_per_replica: int = 1) -> None:
         self._warmup = warmup
+        self._steps = steps
         self._gpus = gpus_per_replica
         self._done = 0
-        self._began = 0.0
+        self._began = self._elapsed = 0.0
         self.slots = self.supervised = 0
         self.lengths: list[int] = []
 
@@ -78,6 +83,9 @@ class StepClock:
             self.slots += slots
             self.supervised += supervised
         self._done += 1
+        if self._done == self._warmup + self._steps:
+            synchronize()
+            self._elapsed = time.perf_counter() - self._began
 
     def result(
         self,
@@ -87,11 +95,15 @@ class StepClock:
         loss: float,
         expected: float | None = None,
     ) -> Result:
-        """What was measured since the warm-up, with the peak memory of the GPU that had most."""
-        synchronize()
-        elapsed = time.perf_counter() - self._began
-        seconds = elapsed * self._gpus
+        """What was measured since the warm-up, with the peak memory of the GPU that had most.
+
+        Raises RuntimeError before the last step has ended.
+        """
         steps = self._done - self._warmup
+        if steps != self._steps:
+            raise RuntimeError(f"{steps} steps were timed, not {self._steps}")
+        elapsed = self._elapsed
+        seconds = elapsed * self._gpus
         flops = training_flops(shape, self.lengths)
         kind = match_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         peak = _highest(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

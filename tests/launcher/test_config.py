@@ -291,7 +291,7 @@ def test_resolved_config_reads_back_the_same(workdir: Path) -> None:
     assert load_config(Path("config.yaml"), resolved=True).spec == read_resolved(Path("config.yaml")) == spec
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(alphabet="ab:{}[]\n -'\"$?#&*!|>%@,.\\0", max_size=40), st.text(alphabet="a.={}[]$:\"' ", max_size=12))
 @example("train: &a {optimizer: *a}", "")
 @example("data: &a [*a]", "")

@@ -239,7 +239,7 @@ def test_sbatch_words() -> None:
 NASTY = st.text(alphabet="a 'b\"$(){}`;&|<>*?#!~\\%é\t", min_size=1, max_size=20)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=NASTY, folder=st.text(alphabet="a 'b\"$()`;&#!~é", min_size=1, max_size=10))
 @example(value="$(touch pwned)", folder="`touch pwned`")
 @example(value="'; touch pwned; '", folder='"; touch pwned; "')

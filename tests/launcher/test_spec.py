@@ -12,7 +12,7 @@ from launcher.errors import ConfigError
 from launcher.spec import DataSpec, LoggingSpec, OptimizerSpec, RunSpec, SourceSpec, TrainSpec, read_resolved, to_yaml
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(), st.floats(allow_nan=False))
 @example("${x} \\${y} ???", 1e-5)
 @example("1:30:00", 1e22)

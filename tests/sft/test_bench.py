@@ -8,6 +8,7 @@ import pytest
 
 from launcher.errors import TopologyError
 from launcher.exit_codes import ExitCode
+from launcher.model_shape import named_model_shape
 from launcher.spec import TopologySpec
 from launcher.topology import build_topology
 from sft.__main__ import main
@@ -15,6 +16,7 @@ from sft.bench.layout import micro_batch_rows, parse_layout, replica_size
 from sft.bench.ours import BenchData, run_spec
 from sft.bench.overlap import busy, exposed, union
 from sft.bench.phases import PhaseTimers
+from sft.bench.result import StepClock
 from sft.bench.workload import Workload
 from sft.data.sampler import EMPTY_SLOT
 
@@ -70,6 +72,23 @@ def test_exposed_communication() -> None:
     assert exposed([(1.0, 2.0)], computing) == 0.0
     assert exposed([(4.0, 11.0)], computing) == 5.0
     assert exposed([(4.0, 7.0), (6.0, 8.0), (12.0, 13.0)], computing) == 4.0
+
+
+def test_only_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the warm-up nor what a trainer does behind its last step."""
+    now = iter([10.0, 11.0])
+    monkeypatch.setattr("sft.bench.result.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("sft.bench.result.torch.cuda.is_available", lambda: False)
+    clock = StepClock(warmup=1, steps=2)
+    for _ in range(2):
+        clock.before_step()
+        clock.after_step([60, 30], slots=100, supervised=50)
+    with pytest.raises(RuntimeError, match="1 steps were timed, not 2"):
+        clock.result("ours", {}, named_model_shape("1b"), 0.0)
+    clock.before_step()
+    clock.after_step([70, 40], slots=120, supervised=60)
+    found = clock.result("ours", {}, named_model_shape("1b"), 0.0)  # a third look at the clock would raise
+    assert (found.step_ms, found.real_tokens_per_second, found.slots_per_second) == (500.0, 200.0, 220.0)
 
 
 def test_phases_are_milliseconds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

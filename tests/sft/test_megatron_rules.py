@@ -102,7 +102,7 @@ def megatron_problem(spec: RunSpec, shape: ModelShape) -> str | None:
     return None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(specs(), shapes)
 def test_megatron_core_agrees(spec: RunSpec, shape: ModelShape) -> None:
     problem = megatron_problem(spec, shape)

@@ -113,7 +113,7 @@ PIECES = st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<|im", "_end|>
 
 
 @given(PIECES, PIECES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_mixture_decodes_to_what_was_rendered(user: list[str], assistant: list[str]) -> None:
     tokenizer = _TINY
     row = encoded(tokenizer, "".join(user), "".join(assistant))

@@ -34,7 +34,7 @@ def textbook(lengths: NDArray[np.int64], capacity: int) -> list[int]:
 
 
 @given(LENGTHS, st.integers(40, 100))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rows_are_those_of_best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> None:
     rows = best_fit_decreasing(lengths, capacity)
     assert sorted(rows.items.tolist()) == list(range(len(lengths)))
@@ -44,7 +44,7 @@ def test_rows_are_those_of_best_fit_decreasing(lengths: NDArray[np.int64], capac
 
 
 @given(LENGTHS, st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_order_decides_only_between_equal_lengths(lengths: NDArray[np.int64], seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(lengths))
     plain, drawn = best_fit_decreasing(lengths, 50), best_fit_decreasing(lengths, 50, order)
@@ -77,7 +77,7 @@ def test_lengths_that_fit_nowhere_are_refused() -> None:
 
 
 @given(LENGTHS, st.integers(1, 12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_levelled_rows_hold_every_example_once(lengths: NDArray[np.int64], count: int) -> None:
     rows = levelled(lengths, count, 200)
     if rows is None:
@@ -91,7 +91,7 @@ def test_levelled_rows_hold_every_example_once(lengths: NDArray[np.int64], count
 
 
 @given(LENGTHS, st.sampled_from([1, 2, 3, 8]), st.sampled_from([1, 2, 4]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_step_is_packed_into_places_for_all_ranks(lengths: NDArray[np.int64], ranks: int, multiple: int) -> None:
     rows = pack_step(lengths, 64, ranks, multiple)
     assert sorted(rows.items.tolist()) == list(range(len(lengths)))
@@ -114,7 +114,7 @@ def test_planned_rows_are_levelled_only_where_places_would_stay_empty() -> None:
 
 
 @given(LENGTHS, st.sampled_from([1, 2, 3, 8]), st.sampled_from([1, 2, 4]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_rank_has_equally_many_places_and_each_row_has_one(
     lengths: NDArray[np.int64], ranks: int, multiple: int
 ) -> None:

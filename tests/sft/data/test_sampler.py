@@ -46,7 +46,7 @@ def epoch(batches: StepPlan, number: int) -> list[int]:
 
 
 @given(PLANS, st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_trap_16_the_union_over_an_epoch_is_the_data_once(batches: BatchPlan, number: int) -> None:
     """Seen to fail with an order drawn by rng.integers (with replacement)."""
     seen = [i for i in epoch(batches, number) if i != EMPTY_SLOT]
@@ -54,7 +54,7 @@ def test_trap_16_the_union_over_an_epoch_is_the_data_once(batches: BatchPlan, nu
 
 
 @given(PLANS, st.integers(0, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_trap_16_every_data_parallel_size_sees_the_same_global_batch(batches: BatchPlan, step: int) -> None:
     """Seen to fail with shards of consecutive slots joined as if they were strided."""
     slots = batches.examples_at(step)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.model_shape import ModelShape
@@ -84,7 +84,6 @@ def test_gate_comes_before_up_and_a_rank_holds_a_part_of_each() -> None:
     ]
 
 
-@settings(deadline=None)  # other tests' ranks share the cores
 @given(
     groups=st.sampled_from([1, 2, 3, 6]),
     bias=st.booleans(),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.nemo.convert import convert
@@ -15,7 +15,6 @@ from launcher.spec import OptimizerSpec
 from sft.megatron.optimizer import build_scheduler
 
 
-@settings(deadline=None)
 @given(
     steps=st.integers(1, 300),
     warmup=st.integers(0, 40),
