@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 
 # Before anything imports torch: tests start several ranks, and their threads would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The scheduler's answers are not shared between tests, whose schedulers change their minds at once.
 os.environ["SFT_SCHEDULER_CACHE_SECONDS"] = "0"
+# What a script starts in the background ignores interrupts, and so would all that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 
