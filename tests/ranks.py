@@ -36,7 +36,7 @@ def run_ranks(
     world_size: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout: float = 300.0,
+    timeout: float = 120.0,
     env: dict[str, str] | None = None,
     init: bool = False,
 ) -> list[Any]:

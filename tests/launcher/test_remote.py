@@ -228,7 +228,7 @@ def test_the_far_end_of_logs_ends_with_the_near_one(site: Site, how: str) -> Non
                 process.kill()
         code = process.returncode
     assert code == (-signal.SIGKILL if how == "kill" else ExitCode.INTERRUPTED)
-    wait_until(lambda: not site.at_work(), "the command on the login node to end", timeout=120)
+    wait_until(lambda: not site.at_work(), "the command on the login node to end", timeout=30)
     assert site("cancel", name).returncode == 0
 
 

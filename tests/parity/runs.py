@@ -69,7 +69,7 @@ def make_run(
     return paths
 
 
-def run_training(paths: RunPaths, ranks: int, timeout: float = 300.0, function: Any = None) -> list[Any]:
+def run_training(paths: RunPaths, ranks: int, timeout: float = 120.0, function: Any = None) -> list[Any]:
     """Run the rank main on real ranks; asserts that each one finished its steps unless `function` replaces it."""
     results = run_ranks(ranks, function or train, paths.config, timeout=timeout)
     if function is None:

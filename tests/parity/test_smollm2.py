@@ -56,7 +56,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, questions
 def test_layout_follows_reference(name: str, tmp_path: Path, smollm2: Path, questions: Path, reference: Curve) -> None:
     ranks, topology = LAYOUTS[name]
     paths = make_run(tmp_path, smollm2, questions, ranks=ranks, topology=topology, **SETTINGS)
-    run_training(paths, ranks)
+    run_training(paths, ranks, timeout=240)
     losses, norms = curve(paths)
     assert losses == pytest.approx(reference.losses, rel=1e-5)
     assert norms == pytest.approx(reference.grad_norms, rel=1e-5)
@@ -66,7 +66,7 @@ def test_target_losses_equal_transformers(tmp_path: Path, smollm2: Path, questio
     paths = make_run(
         tmp_path, smollm2, questions, ranks=3, topology={"tensor_parallel": 3}, **{**SETTINGS, "max_steps": 1}
     )
-    found = run_ranks(3, losses_of_first_step, paths.config)[0]
+    found = run_ranks(3, losses_of_first_step, paths.config, timeout=240)[0]
     for row, losses in zip(found, reference.first_step.values(), strict=True):
         assert row[: len(losses)] == pytest.approx(losses, abs=1e-4)
 
@@ -93,7 +93,7 @@ def test_mean_loss_on_gsm8k(tmp_path: Path, smollm2: Path) -> None:
         max_steps=1,
         global_batch_size=32,
     )
-    run_training(paths, 2)
+    run_training(paths, 2, timeout=280)
     step = next(record for record in read_lines(paths.metrics) if "loss" in record)
     assert step["supervised_tokens"] == 4127
     assert step["loss"] == pytest.approx(1.4238, abs=5e-5)

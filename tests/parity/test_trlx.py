@@ -56,7 +56,7 @@ def learn(
 
 
 def run(ranks: int, *args: Any) -> tuple[RunPaths, list[list[str]]]:
-    results = run_ranks(ranks, learn, *args)
+    results = run_ranks(ranks, learn, *args, timeout=240.0)
     return RunPaths(results[0][0]), results[0][1]
 
 
@@ -169,7 +169,7 @@ def test_without_a_nemo_config_the_trlconfig_decides_alone(tmp_path: Path, model
     """train.batch_size is of each rank, as for trlx's other trainer; overrides are above all."""
     overrides = {"data.cyclic_seed": None, "data.packing": True, "train.micro_batch_size": 1}
     config = trl_config(model, checkpoint_dir=str(tmp_path / "run"), trainer_kwargs={"overrides": overrides})
-    paths = RunPaths(run_ranks(2, learn_alone, config)[0])
+    paths = RunPaths(run_ranks(2, learn_alone, config, timeout=240.0)[0])
     spec = read_resolved(paths.config)
     assert (spec.train.global_batch_size, spec.train.max_steps, spec.data.packing) == (8, 4, True)
     assert (spec.train.optimizer.lr, spec.train.optimizer.min_lr) == (3e-3, 3e-4)
@@ -183,7 +183,7 @@ def learn_twice(first: dict[str, Any], second: dict[str, Any]) -> list[Path]:
 
 def test_a_program_may_train_twice(tmp_path: Path, model: Path) -> None:
     configs = [trl_config(model, checkpoint_dir=str(tmp_path / name)) for name in ("a", "b")]
-    first, second = (RunPaths(root) for root in run_ranks(1, learn_twice, *configs)[0])
+    first, second = (RunPaths(root) for root in run_ranks(1, learn_twice, *configs, timeout=240.0)[0])
     assert losses(first) == losses(second)
     assert len(losses(first)) == 4
 
