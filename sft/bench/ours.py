@@ -71,7 +71,7 @@ def run_ours(
     architecture = read_architecture(folder)
     topology = build_topology(spec, architecture.shape)
     clock = StepClock(warmup, steps, topology.world_size // topology.data_parallel)
-    module = BenchModule(spec, architecture, topology, folder, max_steps, clock=clock, last=warmup + steps)
+    module = BenchModule(spec, architecture, topology, folder, max_steps, clock=clock)
     trainer = megatron_trainer(spec, topology, env, max_steps=max_steps, data_key={})
     trainer.fit(module, datamodule=BenchData(workload, spec, topology, max_steps))
     assert module.result is not None
@@ -108,11 +108,9 @@ def run_spec(
 class BenchModule(SFTGPT):
     """SFTGPT with weights drawn on the device, a clock around its steps, and a profiler behind them."""
 
-    def __init__(self, *args: Any, clock: StepClock, last: int) -> None:
+    def __init__(self, *args: Any, clock: StepClock) -> None:
         super().__init__(*args)
         self.clock = clock
-        self.last = last
-        """Steps under the clock, the warm-up included."""
         self.result: Result | None = None
         self.timers = PhaseTimers()
         self._profile: profile | None = None
@@ -132,7 +130,8 @@ class BenchModule(SFTGPT):
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        if batch_idx < self.last:
+        timed = not self.clock.over
+        if timed:
             self.clock.before_step()
             if self.clock.begins:
                 self.timers.reset()
@@ -140,12 +139,12 @@ class BenchModule(SFTGPT):
         super().training_step(batch, batch_idx)
         self.timers("optimizer").stop()
         self.timers("step").stop()
-        if batch_idx < self.last:
+        if timed:
             lengths = [length for part in batch.micro_batches for length in part.seq_lengths or ()]
             slots = sum(part.tokens.numel() for part in batch.micro_batches)
             real = batch.tokens // self.topology.data_parallel
             self.clock.after_step(without_padding(lengths, real), slots, batch.supervised_tokens)
-        if batch_idx == self.last - 1:
+        if timed and self.clock.over:
             assert self.last_step is not None
             train = self.spec.train
             settings: dict[str, object] = {

@@ -68,6 +68,11 @@ class StepClock:
         """Whether the step at hand is the first that counts."""
         return self._done == self._warmup
 
+    @property
+    def over(self) -> bool:
+        """Whether all steps that count are done."""
+        return self._done == self._warmup + self._steps
+
     def before_step(self) -> None:
         """Call first in a step."""
         if self.begins:
@@ -83,7 +88,7 @@ class StepClock:
             self.slots += slots
             self.supervised += supervised
         self._done += 1
-        if self._done == self._warmup + self._steps:
+        if self.over:
             synchronize()
             self._elapsed = time.perf_counter() - self._began
 
@@ -99,11 +104,9 @@ class StepClock:
 
         Raises RuntimeError before the last step has ended.
         """
-        steps = self._done - self._warmup
-        if steps != self._steps:
-            raise RuntimeError(f"{steps} steps were timed, not {self._steps}")
-        elapsed = self._elapsed
-        seconds = elapsed * self._gpus
+        if not self.over:
+            raise RuntimeError(f"{self._done - self._warmup} steps were timed, not {self._steps}")
+        seconds = self._elapsed * self._gpus
         flops = training_flops(shape, self.lengths)
         kind = match_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         peak = _highest(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
@@ -112,8 +115,8 @@ class StepClock:
         return Result(
             contender=contender,
             settings=settings,
-            steps=steps,
-            step_ms=round(elapsed / steps * 1e3, 2),
+            steps=self._steps,
+            step_ms=round(self._elapsed / self._steps * 1e3, 2),
             real_tokens_per_second=round(sum(self.lengths) / seconds, 1),
             slots_per_second=round(self.slots / seconds, 1),
             supervised_tokens_per_second=round(self.supervised / seconds, 1),
