@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from launcher.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
-from sft.data.batch import RankShare, collate
-from sft.data.cache import TokenCache
-from sft.data.datamodule import step_plan
-from sft.data.prepare import open_or_build
-from sft.data.sampler import TokenBatchPlan
-from sft.hf.model_files import resolve_model_dir
+from launcher.contract.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
+from sft.data.batches.batch import RankShare, collate
+from sft.data.batches.sampler import TokenBatchPlan
+from sft.data.cache.store import TokenCache
+from sft.data.prepared.prepare import open_or_build
+from sft.model_source import resolve_model_dir
+from sft.training.datamodule import step_plan
 
 ROW_LENGTHS = (2048, 4096)
 

@@ -18,15 +18,16 @@ from typing import Any
 
 import yaml
 
-from launcher.hardware import gpu_kind
-from launcher.model_shape import named_model_shape
-from launcher.planning.implementation import CURRENT, FUSED, PLAIN, TRANSFORMER_ENGINE
-from launcher.planning.memory import largest_stage
-from launcher.planning.search import Candidate, search
-from launcher.planning.step_time import step_time
-from launcher.planning.workload import Layout, Workload
-from launcher.spec import DataSpec, ResourcesSpec, RunSpec, TrainSpec
-from launcher.topology import Topology
+from launcher.contract.cost_model.implementation import CURRENT, FUSED, PLAIN, TRANSFORMER_ENGINE
+from launcher.contract.cost_model.memory import largest_stage
+from launcher.contract.cost_model.predict import Candidate
+from launcher.contract.cost_model.step_time import step_time
+from launcher.contract.cost_model.workload import Layout, Workload
+from launcher.contract.hardware import gpu_kind
+from launcher.contract.model_shape import named_model_shape
+from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TrainSpec
+from launcher.contract.topology import Topology
+from launcher.planning.search import search
 
 ROWS = yaml.safe_load(Path(__file__).with_name("planning_rows.yaml").read_text(encoding="utf-8"))
 IMPLEMENTATIONS = {item.name: item for item in (PLAIN, FUSED, TRANSFORMER_ENGINE, CURRENT)}

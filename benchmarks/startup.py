@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.rundir import COMPLETE, RunPaths, append_event, write_json
-from launcher.submission.manifest import Attempt, Manifest, write_manifest
+from launcher.contract.manifest import Attempt, Manifest, write_manifest
+from launcher.contract.rundir import COMPLETE, RunPaths, append_event, write_json
 
 _MODEL = {
     "model_type": "llama",

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from launcher.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
-from sft.data.prepare import open_or_build
-from sft.data.tokenizer import load_tokenizer
-from sft.hf.model_files import resolve_model_dir
+from launcher.contract.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
+from sft.data.encoding.tokenizer import load_tokenizer
+from sft.data.prepared.prepare import open_or_build
+from sft.model_source import resolve_model_dir
 
 COLUMNS = {"prompt": "question", "completion": "answer"}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from launcher.rundir import write_atomic
+from launcher.contract.rundir import write_atomic
 
 TOPICS = ("ai", "botprofile", "computers", "food", "literature", "money", "science", "trivia")
 HELD_OUT_PERCENT = 12

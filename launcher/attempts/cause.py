@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from launcher.exit_codes import ExitCode
+from launcher.contract.exit_codes import ExitCode
 
 
 class Cause(str, Enum):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.attempts.cause import Evidence, JobView, RankError
-from launcher.rundir import RunPaths
+from launcher.contract.rundir import RunPaths
 
 _TAIL_BYTES = 1 << 15
 _SIGNAL = 128

@@ -22,9 +22,9 @@ from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
 
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, read_json
-from launcher.spec import NotifySpec, read_resolved
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, read_json
+from launcher.contract.spec import NotifySpec, read_resolved
 
 _SECONDS = 10.0
 _OUTCOMES = {int(ExitCode.OK): "completed", int(ExitCode.REQUEUE): "interrupted"}

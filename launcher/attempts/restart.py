@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from launcher.attempts.cause import Cause, Verdict
-from launcher.exit_codes import ExitCode
-from launcher.spec import RestartSpec
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.spec import RestartSpec
 
 _FINAL = {
     Cause.DONE: "nothing is left to do",

@@ -6,15 +6,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher import resources
-from launcher.config.load import ClusterFile, load_cluster
-from launcher.errors import ConfigError, LauncherError, SchedulerError, TemplateError, did_you_mean
-from launcher.rundir import RunPaths
+from launcher.contract import resources
+from launcher.contract.config.load import ClusterFile, load_cluster
+from launcher.contract.errors import ConfigError, LauncherError, SchedulerError, TemplateError, did_you_mean
+from launcher.contract.rundir import RunPaths
+from launcher.contract.spec import ClusterSpec, RunSpec, TrainSpec
+from launcher.contract.topology import build_topology
 from launcher.scheduler import slurm
 from launcher.scheduler.slurm import time_limit_minutes
-from launcher.spec import ClusterSpec, RunSpec, TrainSpec
 from launcher.submission.render import render
-from launcher.topology import build_topology
 
 
 def cluster_problems(name: str) -> list[str]:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ConfigError, RunStateError, SchedulerError
-from launcher.resources import search_path
-from launcher.rundir import RUN_NAME
+from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
+from launcher.contract.resources import search_path
+from launcher.contract.rundir import RUN_NAME
 from launcher.scheduler import slurm
 from launcher.scheduler.slurm import Partition
 

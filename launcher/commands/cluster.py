@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from launcher.commands import command, json_option, print_json
-from launcher.errors import ConfigError
-from launcher.exit_codes import ExitCode
+from launcher.commands.arguments import command, json_option, print_json
+from launcher.contract.errors import ConfigError
+from launcher.contract.exit_codes import ExitCode
 
 
 def add(commands: Any) -> None:
@@ -45,7 +45,7 @@ def _cluster(options: argparse.Namespace) -> int:
 
 def _elsewhere(options: argparse.Namespace) -> int | None:
     """The exit code of the check on the cluster's host; None where there is none, or the file cannot say."""
-    from launcher.config.load import load_cluster
+    from launcher.contract.config.load import load_cluster
     from launcher.remote.hand_over import run_on
 
     try:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.commands import command
-from launcher.exit_codes import ExitCode
+from launcher.commands.arguments import command
+from launcher.contract.exit_codes import ExitCode
 
 
 def add(commands: Any) -> None:
@@ -24,9 +24,9 @@ def add(commands: Any) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from launcher.config.load import read_text
-    from launcher.errors import ConfigError
-    from launcher.nemo.convert import convert, describe, to_yaml
+    from launcher.contract.config.load import read_text
+    from launcher.contract.errors import ConfigError
+    from launcher.contract.nemo.convert import convert, describe, to_yaml
     from launcher.nemo.layout import check_layout
 
     path: Path = options.config

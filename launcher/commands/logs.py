@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from launcher.commands import chosen_run, chosen_runs, cluster_option, command, run_argument, runs_argument
-from launcher.exit_codes import ExitCode
+from launcher.commands.arguments import chosen_run, chosen_runs, cluster_option, command, run_argument, runs_argument
+from launcher.contract.exit_codes import ExitCode
 
 
 def add(commands: Any) -> None:
@@ -55,7 +55,7 @@ def _wait(options: argparse.Namespace) -> int:
 
 def exit_with(status: Any) -> int:
     """The run's own exit code; a run that ended without one has failed."""
-    from launcher.scheduler.state import JobState
+    from launcher.contract.job_state import JobState
 
     if status.state is JobState.COMPLETED:
         return int(ExitCode.OK)

@@ -6,12 +6,12 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands import command, json_option, print_json, run_root_option
-from launcher.errors import ConfigError, RunStateError
-from launcher.exit_codes import ExitCode
+from launcher.commands.arguments import command, json_option, print_json, run_root_option
+from launcher.contract.errors import ConfigError, RunStateError
+from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from launcher.spec import ClusterSpec
+    from launcher.contract.spec import ClusterSpec
 
 
 def add(commands: Any) -> None:
@@ -31,8 +31,8 @@ def _nodes(options: argparse.Namespace) -> int:
     if not options.host or not options.cluster or (options.action == "add" and not options.why):
         why = " --why TEXT" if options.action == "add" else ""
         raise ConfigError(f"nodes {options.action} needs a node and its cluster: HOST --cluster NAME{why}")
-    from launcher.clusters.nodes import by_hand, ledger_of
-    from launcher.config.load import load_cluster
+    from launcher.contract.config.load import load_cluster
+    from launcher.runs.nodes import by_hand, ledger_of
 
     cluster = load_cluster(options.cluster)
     ledger = ledger_of(cluster)
@@ -47,8 +47,8 @@ def _nodes(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from launcher.clusters.nodes import describe, learn, ledger_of
-    from launcher.views.runs import all_runs, default_run_root
+    from launcher.runs.find import all_runs, default_run_root
+    from launcher.runs.nodes import describe, learn, ledger_of
 
     rows: list[dict[str, Any]] = []
     for cluster in _clusters(options.cluster):
@@ -71,9 +71,9 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _clusters(name: str | None) -> list[ClusterSpec]:
-    from launcher.clusters.nodes import ledger_of
-    from launcher.config.load import load_cluster
-    from launcher.spec import ClusterSpec
+    from launcher.contract.config.load import load_cluster
+    from launcher.contract.spec import ClusterSpec
+    from launcher.runs.nodes import ledger_of
 
     if name:
         return [load_cluster(name)]

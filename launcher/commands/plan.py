@@ -6,8 +6,8 @@ import argparse
 import re
 from typing import Any
 
-from launcher.commands import command, config_argument, json_option, override_arguments, print_json
-from launcher.exit_codes import ExitCode
+from launcher.commands.arguments import command, config_argument, json_option, override_arguments, print_json
+from launcher.contract.exit_codes import ExitCode
 
 _MOST_GPUS = 1_000_000
 
@@ -27,12 +27,12 @@ def add(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from launcher.config.load import load_config
-    from launcher.errors import ConfigError
-    from launcher.planning.report import as_json, text
+    from launcher.contract.config.load import load_config
+    from launcher.contract.errors import ConfigError
     from launcher.planning.run_plan import gpu_of, unknown_gpu
     from launcher.planning.search import search, with_gpus
     from launcher.submission.plan import model_shape_of
+    from launcher.views.plan_report import as_json, text
 
     spec = load_config(options.config, options.overrides, options.cluster).spec
     shape, gpu = model_shape_of(spec), gpu_of(spec)
@@ -58,7 +58,7 @@ def _count(word: str) -> int:
 
 def _sizes(words: str) -> list[int]:
     """`16` or `8..1024`, which doubles."""
-    from launcher.errors import ConfigError
+    from launcher.contract.errors import ConfigError
 
     found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", words)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launcher.commands import chosen_run, cluster_option, command, run_argument
-from launcher.exit_codes import ExitCode
+from launcher.commands.arguments import chosen_run, cluster_option, command, run_argument
+from launcher.contract.exit_codes import ExitCode
 
 
 def add(commands: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from launcher.commands import (
+from launcher.commands.arguments import (
     chosen_run,
     chosen_runs,
     cluster_option,
@@ -16,7 +16,7 @@ from launcher.commands import (
     run_argument,
     runs_argument,
 )
-from launcher.exit_codes import ExitCode
+from launcher.contract.exit_codes import ExitCode
 
 
 def add(commands: Any) -> None:
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 
 def _resubmit(options: argparse.Namespace) -> int:
-    from launcher.remote.at_host import other_cluster
+    from launcher.contract.arrival import other_cluster
     from launcher.submission.resubmit import child_plan, same_run
     from launcher.submission.submit import next_steps, submit, summary
 
@@ -55,11 +55,11 @@ def _resubmit(options: argparse.Namespace) -> int:
 
 
 def _resubmit_failed(options: argparse.Namespace) -> int:
-    from launcher.errors import ConfigError
-    from launcher.remote.at_host import other_cluster
+    from launcher.contract.arrival import other_cluster
+    from launcher.contract.errors import ConfigError
+    from launcher.runs.find import default_run_root
     from launcher.submission.resubmit import failed_of, same_run
     from launcher.sweeps.groups import find_runs
-    from launcher.views.runs import default_run_root
 
     if options.overrides or other_cluster(options.cluster):
         raise ConfigError("--failed goes on with runs as they are; settings can be changed one run at a time")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.commands import (
+from launcher.commands.arguments import (
     chosen_runs,
     cluster_option,
     command,
@@ -17,7 +17,7 @@ from launcher.commands import (
     run_root_option,
     runs_argument,
 )
-from launcher.exit_codes import ExitCode
+from launcher.contract.exit_codes import ExitCode
 
 
 def add(commands: Any) -> None:
@@ -38,15 +38,15 @@ def add(commands: Any) -> None:
 
 
 def _selection(options: argparse.Namespace) -> Any:
-    from launcher.views.selection import Selection, parse_since, parse_states
+    from launcher.runs.selection import Selection, parse_since, parse_states
 
     since = parse_since(options.since) if options.since else None
     return Selection(name=options.name, group=options.group, since=since, states=parse_states(options.state))
 
 
 def _status(options: argparse.Namespace) -> int:
-    from launcher.views.runs import all_runs, default_run_root
-    from launcher.views.status import collect
+    from launcher.runs.find import all_runs, default_run_root
+    from launcher.runs.state import collect
     from launcher.views.table import table, terminal_width
 
     root, selection = options.run_root or default_run_root(), _selection(options)
@@ -86,7 +86,7 @@ def _why(options: argparse.Namespace, runs: list[Any]) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from launcher.views.runs import all_runs, default_run_root, listing
+    from launcher.runs.find import all_runs, default_run_root, listing
     from launcher.views.table import columns
 
     selection = _selection(options)

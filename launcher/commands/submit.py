@@ -7,9 +7,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands import command, config_argument, json_option, override_arguments, print_json, run_root_option
+from launcher.commands.arguments import (
+    command,
+    config_argument,
+    json_option,
+    override_arguments,
+    print_json,
+    run_root_option,
+)
 from launcher.commands.logs import exit_with
-from launcher.exit_codes import ExitCode
+from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from launcher.submission.plan import Plan
@@ -51,7 +58,7 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
-    from launcher.errors import ConfigError
+    from launcher.contract.errors import ConfigError
     from launcher.submission.submit import run_root_words, summary
     from launcher.sweeps.submit import plan_sweep, submit_group
 
@@ -117,7 +124,7 @@ def _swept(options: argparse.Namespace) -> tuple[Group, list[Plan]] | None:
 
 def _confirm(plans: Sequence[Plan], yes: bool) -> None:
     """Ask before what is costly together; ConfigError where nobody can answer, or the answer is not yes."""
-    from launcher.errors import ConfigError
+    from launcher.contract.errors import ConfigError
     from launcher.planning.run_plan import run_cost
 
     limit = plans[0].spec.resources.gpu_hour_limit
@@ -170,10 +177,10 @@ def _render(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace, plan: Plan) -> str:
-    from launcher.errors import ConfigError
+    from launcher.contract.errors import ConfigError
+    from launcher.runs.find import find_run
     from launcher.submission.plan import make_plan
     from launcher.submission.script_diff import against_cluster, against_run
-    from launcher.views.runs import find_run
 
     if options.diff:
         return against_run(plan, find_run(options.diff, options.run_root or plan.paths.root.parent))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from launcher.commands import cluster_option, command, json_option, print_json, run_root_option
-from launcher.exit_codes import ExitCode
+from launcher.commands.arguments import cluster_option, command, json_option, print_json, run_root_option
+from launcher.contract.exit_codes import ExitCode
 
 
 def add(commands: Any) -> None:
@@ -21,9 +21,9 @@ def add(commands: Any) -> None:
 
 
 def _results(options: argparse.Namespace) -> int:
+    from launcher.runs.find import default_run_root
+    from launcher.runs.state import collect
     from launcher.sweeps.groups import find_runs, read_group, results, sort_results
-    from launcher.views.runs import default_run_root
-    from launcher.views.status import collect
     from launcher.views.table import columns
 
     root = options.run_root or default_run_root()

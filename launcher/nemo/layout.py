@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from launcher.config.leaves import Leaf, Leaves
-from launcher.config.load import typed
-from launcher.errors import ConfigError
-from launcher.model_shape import ModelShape
-from launcher.nemo.convert import Conversion
-from launcher.topology import build_topology
+from launcher.contract.config.load import typed
+from launcher.contract.errors import ConfigError
+from launcher.contract.leaves import Leaf, Leaves
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.nemo.convert import Conversion
+from launcher.contract.topology import build_topology
 
 
 def check_layout(conversion: Conversion) -> None:

@@ -6,14 +6,15 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from launcher.errors import ConfigError, TopologyError
-from launcher.hardware import GpuKind, gpu_kind, gpu_kinds
-from launcher.model_shape import ModelShape
-from launcher.planning.implementation import CURRENT
-from launcher.planning.search import HEADROOM, Candidate, SearchResult, evaluate, nearest_fitting, search, workload_of
-from launcher.planning.workload import Layout
-from launcher.spec import RunSpec
-from launcher.topology import Topology
+from launcher.contract.cost_model.implementation import CURRENT
+from launcher.contract.cost_model.predict import Candidate, evaluate
+from launcher.contract.cost_model.workload import Layout
+from launcher.contract.errors import ConfigError, TopologyError
+from launcher.contract.hardware import GpuKind, gpu_kind, gpu_kinds
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import RunSpec
+from launcher.contract.topology import Topology
+from launcher.planning.search import HEADROOM, SearchResult, nearest_fitting, search, workload_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

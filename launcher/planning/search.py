@@ -1,7 +1,7 @@
 """The topology compiler: every valid layout of a run, predicted and ranked.
 
-Which layouts are valid is decided by `launcher.topology` alone; here they are enumerated, sized and timed. Rejected: a
-solver. All layouts of 8,192 GPUs are a few thousand, and each costs some microseconds.
+Which layouts are valid is decided by `launcher.contract.topology` alone; here they are enumerated, sized and timed.
+Rejected: a solver. All layouts of 8,192 GPUs are a few thousand, and each costs some microseconds.
 """
 
 from __future__ import annotations
@@ -10,49 +10,20 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from launcher.errors import TopologyError
-from launcher.flops import mfu
-from launcher.hardware import GpuKind
-from launcher.model_shape import ModelShape
-from launcher.planning.implementation import CURRENT, Implementation
-from launcher.planning.memory import StageMemory, largest_stage
-from launcher.planning.step_time import StepTime, step_time
-from launcher.planning.workload import Layout, Recompute, Workload
-from launcher.spec import RunSpec
-from launcher.topology import build_topology, sequence_multiple
+from launcher.contract.cost_model.implementation import CURRENT, Implementation
+from launcher.contract.cost_model.predict import Candidate, evaluate
+from launcher.contract.cost_model.workload import Layout, Recompute, Workload
+from launcher.contract.errors import TopologyError
+from launcher.contract.hardware import GpuKind
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import RunSpec
+from launcher.contract.topology import build_topology, sequence_multiple
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 HEADROOM = 0.92
 """Part of the memory that a layout to be proposed may need: the model errs by some per cent. A run is refused only
 where it needs more than all of it."""
 RECOMPUTE: tuple[Recompute, ...] = ("none", "norms", "selective", "full")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A valid layout, its largest stage and, where it was worth computing, its time."""
-
-    layout: Layout
-    memory: StageMemory
-    missing: float
-    """GiB by which the largest stage is too large; 0 or less where it fits."""
-    time: StepTime
-    tokens_per_second: float
-    """Real tokens over all GPUs."""
-    mfu: float
-
-    @property
-    def overrides(self) -> dict[str, int | bool | str]:
-        """The config keys that make a run take this layout."""
-        topology = self.layout.topology
-        return {
-            "topology.tensor_parallel": topology.tensor_parallel,
-            "topology.pipeline_parallel": topology.pipeline_parallel,
-            "topology.virtual_pipeline": topology.virtual_pipeline,
-            "topology.sequence_parallel": topology.sequence_parallel,
-            "train.micro_batch_size": topology.micro_batch_size,
-            "train.recompute": self.layout.recompute,
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,21 +93,6 @@ def search(spec: RunSpec, shape: ModelShape, gpu: GpuKind, implementation: Imple
         fitting=tuple(sorted(fitting, key=_slowness)),
         too_large=tuple(sorted(too_large, key=lambda candidate: candidate.missing)),
         broken=tuple(broken),
-    )
-
-
-def evaluate(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> Candidate:
-    """Memory and speed of one layout."""
-    memory = largest_stage(workload, layout, implementation)
-    time = step_time(workload, layout, gpu, implementation)
-    seconds, ranks = time.total, layout.topology.world_size
-    return Candidate(
-        layout=layout,
-        memory=memory,
-        missing=memory.total - gpu.memory_gib,
-        time=time,
-        tokens_per_second=workload.tokens / seconds,
-        mfu=mfu(workload.flops, seconds, gpu.bf16_tflops, ranks),
     )
 
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from launcher.errors import ConfigError, LauncherError, SchedulerError
-from launcher.remote import host_end
+from launcher.contract.errors import ConfigError, LauncherError, SchedulerError
+from launcher.contract.resources import Kind, own_folders
+from launcher.contract.spec import RunSpec
+from launcher.remote import deposit
 from launcher.remote.ssh import LOST, Host
-from launcher.resources import Kind, own_folders
-from launcher.spec import RunSpec
 from launcher.submission.code_snapshot import digest_of, travelling_code
 
 _LARGEST_FILE = 10 << 20
@@ -93,7 +93,7 @@ def _tethered(words: Sequence[str]) -> int:
 
 def _deposit(host: Host, request: Request, spec: RunSpec) -> tuple[str, str]:
     """Leave code and command on the host; the paths of the program that runs it and of the command."""
-    program, luggage = Path(host_end.__file__).read_bytes(), _luggage(spec)
+    program, luggage = Path(deposit.__file__).read_bytes(), _luggage(spec)
     words = host.command([host.python, "-c", _START, str(len(program))])
     answer: dict[str, str] = {}
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -109,7 +109,7 @@ def _deposit(host: Host, request: Request, spec: RunSpec) -> tuple[str, str]:
 def _talk(
     process: subprocess.Popen[bytes], host: Host, program: bytes, luggage: Mapping[str, bytes], request: Request
 ) -> dict[str, str]:
-    """What `host_end.deposit` said last."""
+    """What `deposit.deposit` said last."""
     if process.stdin is None or process.stdout is None:
         raise TypeError("both ends must be pipes")
     head = {"directory": host.directory, "code": digest_of(sorted(luggage.items()))[:32]}
@@ -136,8 +136,8 @@ def _send(pipe: IO[bytes], *parts: bytes) -> None:
 def _answer(pipe: IO[bytes]) -> dict[str, str]:
     """The next answer, past whatever a login shell prints; empty where there is none."""
     for line in pipe:
-        if line.startswith(host_end.MARK.encode()):
-            return dict(json.loads(line.removeprefix(host_end.MARK.encode())))
+        if line.startswith(deposit.MARK.encode()):
+            return dict(json.loads(line.removeprefix(deposit.MARK.encode())))
     return {}
 
 

@@ -16,11 +16,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launcher.remote.at_host import arrival
+from launcher.contract.arrival import arrival
 
 if TYPE_CHECKING:
+    from launcher.contract.spec import ClusterSpec
     from launcher.remote.ssh import Host
-    from launcher.spec import ClusterSpec
 
 
 def hand_over(options: argparse.Namespace, words: Sequence[str]) -> int | None:
@@ -32,14 +32,14 @@ def hand_over(options: argparse.Namespace, words: Sequence[str]) -> int | None:
 
 def _with_config(options: argparse.Namespace, words: Sequence[str]) -> int | None:
     """A command on a config file."""
-    from launcher.config.load import read_remote
+    from launcher.contract.config.load import read_remote
 
     spec = read_remote(options.config, options.overrides, options.cluster)
     if spec is None:
         return None
+    from launcher.contract.manifest import describe_source
     from launcher.remote.delivery import Request, read_files, run
     from launcher.remote.sent_runs import remember
-    from launcher.submission.manifest import describe_source
 
     files = read_files([str(options.config), spec.data.chat_template, spec.evaluation.prompts])
     source, diff = describe_source()
@@ -59,7 +59,7 @@ def _on_runs(options: argparse.Namespace, words: Sequence[str]) -> int | None:
     name = chosen or options.cluster if resubmits else options.cluster or chosen
     if not name:
         return None
-    from launcher.config.load import load_cluster
+    from launcher.contract.config.load import load_cluster
 
     cluster = load_cluster(name)
     names = [*cluster.env_from, *(known.secrets if known else ())] if resubmits else []
@@ -70,9 +70,9 @@ def run_on(cluster: ClusterSpec, words: Sequence[str], secrets: Sequence[str] = 
     """Run a command that needs no file on the cluster's host; None where the cluster has none, or this is it."""
     if cluster.host is None or arrival() is not None:
         return None
+    from launcher.contract.manifest import describe_source
+    from launcher.contract.spec import RunSpec
     from launcher.remote.delivery import Request, run
-    from launcher.spec import RunSpec
-    from launcher.submission.manifest import describe_source
 
     source, diff = describe_source()
     request = Request(words=tuple(words), environment=_values(secrets), source=source, diff=diff)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ConfigError
-from launcher.rundir import RunPaths, append_line, read_lines
-from launcher.views.runs import default_run_root
+from launcher.contract.errors import ConfigError
+from launcher.contract.rundir import RunPaths, append_line, read_lines
+from launcher.runs.find import default_run_root
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.private_folder import private_folder
+from launcher.contract.private_folder import private_folder
 
 LOST = 255
 """What ssh exits with when it failed itself."""

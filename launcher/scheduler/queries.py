@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import SchedulerError
-from launcher.private_folder import private_folder
-from launcher.rundir import write_atomic
+from launcher.contract.errors import SchedulerError
+from launcher.contract.job_state import JobState
+from launcher.contract.private_folder import private_folder
+from launcher.contract.rundir import write_atomic
 from launcher.scheduler import slurm
 from launcher.scheduler.slurm import JobRecord
-from launcher.scheduler.state import JobState
 
 KEPT_SECONDS = 5.0
 """How long squeue's answer counts; SFT_SCHEDULER_CACHE_SECONDS says otherwise, 0 asks each time."""

@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from launcher.errors import SchedulerError
-from launcher.scheduler.state import JobState, from_slurm
-from launcher.submission.environment import clean_environment
+from launcher.contract.errors import SchedulerError
+from launcher.contract.job_state import JobState, from_slurm
+from launcher.scheduler.environment import clean_environment
 
 TIMEOUT_SECONDS = 30
 _CLOCK_SKEW_SECONDS = 3600

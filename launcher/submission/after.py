@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.errors import ConfigError, RunStateError, SchedulerError
-from launcher.scheduler.state import JobState
-from launcher.spec import RunSpec
-from launcher.views.runs import find_run
-from launcher.views.status import collect
+from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
+from launcher.contract.job_state import JobState
+from launcher.contract.spec import RunSpec
+from launcher.runs.find import find_run
+from launcher.runs.state import collect
 
 
 def dependency_option(spec: RunSpec, others: Sequence[str] = ()) -> list[str]:

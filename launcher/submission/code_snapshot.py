@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ConfigError
-from launcher.resources import checkout_root
-from launcher.spec import RunSpec
+from launcher.contract.errors import ConfigError
+from launcher.contract.resources import checkout_root
+from launcher.contract.spec import RunSpec
 
 LARGEST_FILE = 10 << 20
 """Bytes; a larger file is data, and is left out with a warning."""

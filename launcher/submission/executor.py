@@ -2,7 +2,7 @@
 
 submitit brings the submission, the job handle and the local controller (time limit, warning signal); its pickled
 functions, its requeue and its state guesses are not in play. The private methods relied upon are named in
-tests/launcher/test_executor.py, and submitit is pinned to the minor version they were read in.
+tests/launcher/scheduler/test_executor.py, and submitit is pinned to the minor version they were read in.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor
 
-from launcher.errors import SchedulerError
+from launcher.contract.errors import SchedulerError
+from launcher.scheduler.environment import clean_environment
 from launcher.scheduler.slurm import time_limit_minutes
-from launcher.submission.environment import clean_environment
 from launcher.submission.intent import SBATCH_TIMEOUT, TOKEN_VARIABLE
 
 _TIMED_OUT = 124  # what coreutils `timeout` exits with

@@ -17,10 +17,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.errors import RunStateError
-from launcher.rundir import RunPaths, read_json, read_lines, write_json
-from launcher.scheduler import processes, slurm
-from launcher.submission.manifest import Attempt, read_manifest
+from launcher.contract import processes
+from launcher.contract.errors import RunStateError
+from launcher.contract.manifest import Attempt, read_manifest
+from launcher.contract.rundir import RunPaths, read_json, read_lines, write_json
+from launcher.scheduler import slurm
 
 TOKEN_VARIABLE = "SFT_SUBMISSION"
 """Environment variable in which a local run carries its token."""

@@ -23,14 +23,14 @@ from typing import Any
 import yaml
 
 from launcher import __version__
-from launcher.config.checks import package_file
-from launcher.config.load import read_text
-from launcher.errors import ConfigError
-from launcher.rundir import RunPaths, write_atomic, write_json
-from launcher.spec import RunSpec, to_yaml
+from launcher.contract.config.checks import package_file
+from launcher.contract.config.load import read_text
+from launcher.contract.errors import ConfigError
+from launcher.contract.manifest import Manifest
+from launcher.contract.rundir import RunPaths, write_atomic, write_json
+from launcher.contract.spec import RunSpec, to_yaml
 from launcher.submission.code_snapshot import Snapshot
 from launcher.submission.intent import free_name
-from launcher.submission.manifest import Manifest
 from launcher.submission.plan import Plan, make_plan
 
 SUFFIX = ".lock.yaml"

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launcher.config.checks import package_file
-from launcher.config.leaves import Source
-from launcher.config.load import LoadedConfig, load_config, value_at
-from launcher.errors import ConfigError, TopologyError
-from launcher.gguf_shape import read_gguf_shape
-from launcher.hardware import GpuKind
-from launcher.model_shape import ModelShape, read_model_shape
-from launcher.nemo.checkpoint import is_checkpoint, read_shape
+from launcher.contract.config.checks import package_file
+from launcher.contract.config.load import LoadedConfig, load_config, value_at
+from launcher.contract.cost_model.predict import Candidate
+from launcher.contract.errors import TopologyError
+from launcher.contract.gguf_shape import read_gguf_shape
+from launcher.contract.hardware import GpuKind
+from launcher.contract.leaves import Source
+from launcher.contract.model_shape import ModelShape, read_model_shape
+from launcher.contract.nemo.checkpoint import is_checkpoint, read_shape
+from launcher.contract.nemo.described import check_described
+from launcher.contract.rundir import RunPaths
+from launcher.contract.spec import RunSpec, read_resolved
+from launcher.contract.topology import Topology, build_topology
 from launcher.planning.run_plan import check_fit, estimate, gpu_of, nothing_fits, unknown_gpu
-from launcher.planning.search import Candidate, apply, search
-from launcher.rundir import RunPaths
-from launcher.spec import RunSpec, read_resolved
-from launcher.topology import Topology, build_topology
+from launcher.planning.search import apply, search
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,22 +78,6 @@ def with_best_topology(config: LoadedConfig, shape: ModelShape, gpu: GpuKind | N
     return dataclasses.replace(
         config, spec=apply(spec, allowed[0]), sources={**config.sources, **chosen}, auto_topology=False
     )
-
-
-def check_described(
-    described: Mapping[str, Any], shape: ModelShape, shown: str, model_path: str, ignored: Sequence[str] = ()
-) -> None:
-    """ConfigError where the model that the file `shown` spells out, as a config.json, is not the one in model_path."""
-    spelled_out = ModelShape.from_config(dict(described), shown)
-    ignored = ("max_position_embeddings", *ignored)  # rotary positions have no table of that length
-    differences = [
-        f"{shown}: model: {field.name} is {mine}, but {theirs} in model.path {model_path}"
-        for field in dataclasses.fields(ModelShape)
-        if field.name not in ignored
-        and (mine := getattr(spelled_out, field.name)) != (theirs := getattr(shape, field.name))
-    ]
-    if differences:
-        raise ConfigError(differences)
 
 
 def model_shape_of(spec: RunSpec) -> ModelShape:

@@ -18,13 +18,13 @@ from typing import Any
 
 import jinja2
 
-from launcher import resources
-from launcher.errors import TemplateError
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths
-from launcher.spec import RunSpec
+from launcher.contract import resources
+from launcher.contract.errors import TemplateError
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths
+from launcher.contract.spec import RunSpec
+from launcher.contract.topology import Topology
 from launcher.submission.secret_files import secrets_file
-from launcher.topology import Topology
 
 
 def shell(value: Any) -> str:

@@ -9,23 +9,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from launcher.attempts.lease import check_free, holder
-from launcher.errors import ConfigError, RunStateError, SchedulerError
-from launcher.rundir import RunPaths, append_event
-from launcher.scheduler import processes, slurm
+from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
+from launcher.contract.job_state import JobState
+from launcher.contract.lease import check_free, holder
+from launcher.contract.manifest import Attempt
+from launcher.contract.rundir import RunPaths, append_event
+from launcher.contract.spec import RunSpec, read_resolved
+from launcher.runs.find import snapshot
+from launcher.runs.state import RunStatus, collect
+from launcher.scheduler import local, slurm
 from launcher.scheduler import queries as scheduler
-from launcher.scheduler.state import JobState
-from launcher.spec import RunSpec, read_resolved
 from launcher.submission.claim import claim
 from launcher.submission.code_snapshot import digest
 from launcher.submission.intent import free_name
 from launcher.submission.lockfile import read_lock
-from launcher.submission.manifest import Attempt
 from launcher.submission.plan import Plan, make_plan
 from launcher.submission.secret_files import remove_secrets
 from launcher.submission.submit import start
-from launcher.views.runs import snapshot
-from launcher.views.status import RunStatus, collect
 
 
 def check_idle(paths: RunPaths) -> RunStatus:
@@ -131,14 +131,14 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
         job = snapshot(paths).job
         if job is None:
             raise RunStateError(f"run {paths.name} has no job")
-        if job.scheduler == "local" and not processes.is_here(job):
+        if job.scheduler == "local" and not local.is_here(job):
             raise RunStateError(f"run {paths.name} is process {job.job_id} on {job.host}; cancel it there")
         append_event(paths, "cancelled", job_id=job.job_id)
         if job.scheduler == "slurm":
             slurm.cancel([job.job_id])
             scheduler.forget()
         else:
-            processes.end(job)
+            local.end(job)
         done.append(f"cancelled run {row.run} (job {job.job_id})")
         if job.scheduler == "slurm":
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
-from launcher.rundir import RunPaths
+from launcher.contract.rundir import RunPaths
 from launcher.submission.plan import Plan
 from launcher.submission.submit import script_of
 

@@ -17,9 +17,9 @@ import stat
 import time
 from pathlib import Path
 
-from launcher.errors import ConfigError
-from launcher.rundir import RunPaths, write_atomic
-from launcher.spec import RunSpec
+from launcher.contract.errors import ConfigError
+from launcher.contract.rundir import RunPaths, write_atomic
+from launcher.contract.spec import RunSpec
 
 DEFAULT_FOLDER = Path("~/.config/slurm-sft-launcher/secrets")
 

@@ -14,23 +14,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import nodes
-from launcher.errors import LauncherError, RunStateError, SchedulerError
+from launcher.contract import processes
+from launcher.contract.errors import LauncherError, RunStateError, SchedulerError
+from launcher.contract.manifest import Attempt, Manifest, describe_run, read_manifest, write_manifest
+from launcher.contract.rundir import RunPaths, append_event, read_lines, write_atomic
+from launcher.contract.spec import RunSpec, to_yaml
+from launcher.contract.topology import describe_batch
 from launcher.planning.run_plan import run_cost
-from launcher.rundir import RunPaths, append_event, read_lines, write_atomic
-from launcher.scheduler import processes
-from launcher.spec import RunSpec, to_yaml
+from launcher.runs import nodes
+from launcher.runs.find import all_runs, default_run_root
 from launcher.submission.after import dependency_option
 from launcher.submission.claim import LOCK_FILE, claim
 from launcher.submission.code_snapshot import has_own_code, take_snapshot
 from launcher.submission.intent import Intent, begin, end, find, pending
 from launcher.submission.lockfile import write_lock
-from launcher.submission.manifest import Attempt, Manifest, describe_run, read_manifest, write_manifest
 from launcher.submission.plan import Plan
 from launcher.submission.render import render
 from launcher.submission.secret_files import check_secrets, remove_secrets, write_secrets
-from launcher.topology import describe_batch
-from launcher.views.runs import all_runs, default_run_root
 
 
 def submit(

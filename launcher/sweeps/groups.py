@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConfigError, did_you_mean
-from launcher.rundir import RunPaths, read_json, read_lines
-from launcher.views.runs import find_run
+from launcher.contract.errors import ConfigError, did_you_mean
+from launcher.contract.rundir import RunPaths, read_json, read_lines
+from launcher.runs.find import find_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,13 +11,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.errors import ConfigError, RunStateError, SchedulerError
-from launcher.rundir import RunPaths, read_json, write_atomic, write_json
+from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
+from launcher.contract.manifest import Attempt
+from launcher.contract.rundir import RunPaths, read_json, write_atomic, write_json
+from launcher.contract.spec import to_yaml
 from launcher.scheduler import slurm
-from launcher.spec import to_yaml
 from launcher.submission.claim import claim
 from launcher.submission.intent import begin, end, find, pending
-from launcher.submission.manifest import Attempt
 from launcher.submission.plan import Plan
 from launcher.submission.render import directives_of, render_array
 from launcher.submission.secret_files import check_secrets, write_secrets

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.errors import ConfigError, LauncherError, RunStateError, SchedulerError
-from launcher.rundir import RunPaths, write_json
+from launcher.contract.errors import ConfigError, LauncherError, RunStateError, SchedulerError
+from launcher.contract.manifest import read_manifest
+from launcher.contract.rundir import RunPaths, write_json
+from launcher.contract.spec import to_yaml
 from launcher.scheduler import slurm
-from launcher.spec import to_yaml
 from launcher.submission.intent import pending
-from launcher.submission.manifest import read_manifest
 from launcher.submission.plan import Plan, make_plan
 from launcher.submission.submit import submit
 from launcher.sweeps.groups import Group, read_group

@@ -21,9 +21,9 @@ from typing import Any
 
 import yaml
 
-from launcher.config.leaves import compose
-from launcher.config.load import read_text
-from launcher.errors import ConfigError, did_you_mean
+from launcher.contract.config.load import read_text
+from launcher.contract.errors import ConfigError, did_you_mean
+from launcher.contract.leaves import compose
 
 Point = tuple[tuple[str, str], ...]
 """Dotted key and value as text, in the order of the file."""

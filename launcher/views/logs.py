@@ -12,12 +12,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ConfigError, RunStateError, did_you_mean
-from launcher.rundir import RunPaths
-from launcher.scheduler.state import JobState
-from launcher.views.first_failure import first_failure, last_words
-from launcher.views.runs import snapshot
-from launcher.views.status import RunStatus, collect
+from launcher.contract.errors import ConfigError, RunStateError, did_you_mean
+from launcher.contract.job_state import JobState
+from launcher.contract.rundir import RunPaths
+from launcher.runs.find import snapshot
+from launcher.runs.first_failure import first_failure, last_words
+from launcher.runs.state import RunStatus, collect
 
 _POLL_SECONDS = 0.3
 _ASK_SECONDS = 10.0  # between questions to the scheduler while following

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import resources
-from launcher.errors import RunStateError
-from launcher.rundir import RunPaths, read_lines, write_atomic
-from launcher.spec import RunSpec, read_resolved
-from launcher.submission.manifest import Manifest, read_manifest
-from launcher.views.status import collect
+from launcher.contract import resources
+from launcher.contract.errors import RunStateError
+from launcher.contract.manifest import Manifest, read_manifest
+from launcher.contract.rundir import RunPaths, read_lines, write_atomic
+from launcher.contract.spec import RunSpec, read_resolved
+from launcher.runs.state import collect
 from launcher.views.svg import Series, line_chart
 from launcher.views.table import duration
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from launcher.views.status import RunStatus
+from launcher.runs.state import RunStatus
 
 _HEAD = ("RUN", "STATE", "ATTEMPT", "JOB", "STEP", "LOSS", "TOKENS/S", "MFU", "ETA", "CHECKPOINT", "REASON")
 _DROPPED = ("ATTEMPT", "CHECKPOINT", "MFU", "JOB", "TOKENS/S", "LOSS", "ETA")

@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from launcher.errors import SchedulerError
-from launcher.rundir import RunPaths
-from launcher.scheduler.state import JobState
-from launcher.views.status import RunStatus, collect
+from launcher.contract.errors import SchedulerError
+from launcher.contract.job_state import JobState
+from launcher.contract.rundir import RunPaths
+from launcher.runs.state import RunStatus, collect
 from launcher.views.table import table
 
 _SECONDS = 5.0

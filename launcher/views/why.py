@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.rundir import RunPaths, read_lines
+from launcher.contract.rundir import RunPaths, read_lines
 
 _TOLD = {
     "submitted": lambda event: (

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launcher.rundir import write_json
+from launcher.contract.rundir import write_json
 
 
 def main(request: Path, result: Path) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from launcher.errors import TopologyError
-from launcher.hardware import match_gpu
-from launcher.model_shape import ModelShape
-from launcher.planning.implementation import CURRENT
-from launcher.planning.search import evaluate
-from launcher.planning.workload import Layout, Workload
-from launcher.spec import RunSpec, TopologySpec
-from launcher.topology import Topology
+from launcher.contract.cost_model.implementation import CURRENT
+from launcher.contract.cost_model.predict import evaluate
+from launcher.contract.cost_model.workload import Layout, Workload
+from launcher.contract.errors import TopologyError
+from launcher.contract.hardware import match_gpu
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import RunSpec, TopologySpec
+from launcher.contract.topology import Topology
 
 _PART = re.compile(r"(dp|tp|pp|vp|cp)(\d*)")
 _KEYS = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "vp": "virtual_pipeline", "cp": "context_parallel"}

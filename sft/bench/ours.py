@@ -16,22 +16,22 @@ from numpy.typing import NDArray
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from launcher.spec import DataSpec, ModelSpec, OptimizerSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
-from launcher.topology import Topology, build_topology
+from launcher.contract.spec import DataSpec, ModelSpec, OptimizerSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+from launcher.contract.topology import Topology, build_topology
 from sft.bench.layout import expected_tokens_per_second, micro_batch_rows, parse_layout
 from sft.bench.overlap import Interval, busy, exposed
 from sft.bench.phases import PhaseTimers
 from sft.bench.result import Result, StepClock
 from sft.bench.workload import Workload
-from sft.data.batch import StepBatch
-from sft.data.cache import TokenPair
-from sft.data.datamodule import StepBatches, StepLoader, step_plan
-from sft.hf.architecture import read_architecture
+from sft.data.batches.batch import StepBatch
+from sft.data.cache.store import TokenPair
+from sft.engine.module import SFTGPT
 from sft.megatron.initial_weights import INITIAL_STD
 from sft.megatron.model import attention_kernel, build_chunks, describe_kernels, transformer_config
-from sft.module import SFTGPT
-from sft.rank_env import RankEnv
-from sft.trainer import megatron_trainer
+from sft.models.architecture import read_architecture
+from sft.runtime.rank_env import RankEnv
+from sft.training.datamodule import StepBatches, StepLoader, step_plan
+from sft.training.trainer import megatron_trainer
 
 PROFILED_STEPS = 2
 _LARGEST = 25

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sft.bench.result import Result, StepClock
 from sft.bench.workload import Workload
-from sft.data.packing import best_fit_decreasing
+from sft.data.batches.packing import best_fit_decreasing
 from sft.kernels import attention
 
 ATTENTION = "packed_offsets"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from launcher.flops import mfu, training_flops
-from launcher.hardware import match_gpu
-from launcher.model_shape import ModelShape
+from launcher.contract.flops import mfu, training_flops
+from launcher.contract.hardware import match_gpu
+from launcher.contract.model_shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class Result:
     """Places of rows, padding included."""
     supervised_tokens_per_second: float
     tflops: float
-    """Useful operations a second and GPU, by launcher/flops.py, in units of 10^12."""
+    """Useful operations a second and GPU, by launcher/contract/flops.py, in units of 10^12."""
     mfu: float | None
     """None on a card whose peak is not known."""
     peak_memory_gib: float

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.model_shape import ModelShape, named_model_config, named_model_shape
+from launcher.contract.model_shape import ModelShape, named_model_config, named_model_shape
 
 MEDIAN_LENGTH = 375
 LONGEST = 4_000
@@ -27,7 +27,7 @@ class Workload:
     """One benchmark's model and data."""
 
     shape: str
-    """Name in launcher/model_shapes.yaml."""
+    """Name in launcher/contract/model_shapes.yaml."""
     data: Literal["full", "ragged"]
     seq_length: int
     rows: int

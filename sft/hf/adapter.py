@@ -1,8 +1,8 @@
 """Low-rank adapters by Hugging Face names: which layers have one, and where its rows lie in Megatron-core's linears.
 
 An adapter adds scale * B(A(x)) to a linear layer of the *files* (q_proj, gate_proj, ...), as PEFT has it. Megatron-core
-fuses several of these into one linear, whose layout (`sft.hf.layouts`) tells the rows of each. So every target keeps
-an A and a B of its own, and an adapter trained here is an adapter there.
+fuses several of these into one linear, whose layout (`sft.models.weight_map`) tells the rows of each. So every target
+keeps an A and a B of its own, and an adapter trained here is an adapter there.
 
 B is kept by blocks of the layout: within a block a tensor-parallel rank holds a contiguous part, so that a checkpoint
 can be cut anew for another number of ranks. Only Phi-3's gate_up_proj has two blocks.
@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import torch
 
-from launcher.spec import LoraSpec
-from sft.hf.architecture import Architecture
-from sft.hf.layouts import Layout, Piece, checkpoint_key, layer_parameters, layout_of, split_parameter
+from launcher.contract.spec import LoraSpec
+from sft.models.architecture import Architecture
+from sft.models.weight_map import Layout, Piece, checkpoint_key, layer_parameters, layout_of, split_parameter
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

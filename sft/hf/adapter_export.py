@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from launcher.errors import CheckpointError
-from launcher.rundir import read_json, write_json
-from launcher.spec import LoraSpec
+from launcher.contract.errors import CheckpointError
+from launcher.contract.rundir import read_json, write_json
+from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,11 +27,11 @@ from sft.hf.adapter import (
     all_targets,
     peft_config,
 )
-from sft.hf.architecture import Architecture, read_architecture
 from sft.hf.exporter import copy_settings, file_dtypes, whole_directory, write_config, write_model
 from sft.hf.files import WeightFiles, check_model_files, write_weights
-from sft.hf.layouts import checkpoint_key, hf_shapes, layout_of
 from sft.hf.sharded_reader import ShardedReader
+from sft.models.architecture import Architecture, read_architecture
+from sft.models.weight_map import checkpoint_key, hf_shapes, layout_of
 
 MERGED_ADAPTER = "adapter"
 """Where a merged export keeps the adapter that went into it."""

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from launcher.rundir import RunPaths, append_line, read_lines
+from launcher.contract.rundir import RunPaths, append_line, read_lines
+from launcher.contract.spec import RunSpec
 from sft.hf.adapter_export import adapted_model, add_adapter
 
 
@@ -74,3 +75,8 @@ def _answer_one(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) ->
         )
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text.strip()
+
+
+def answers_wanted(spec: RunSpec) -> bool:
+    """Whether the prompts of the config are answered before and after training."""
+    return bool(spec.logging.prompts) and spec.checkpoint.export and spec.model.init == "pretrained"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from launcher.errors import ModelError
-from launcher.spec import RunSpec
+from launcher.contract.errors import ModelError
+from launcher.contract.spec import RunSpec
 from sft.hf.adapter import lora_problems
-from sft.hf.architecture import Architecture
+from sft.models.architecture import Architecture
 
 
 def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from launcher.errors import CheckpointError
-from launcher.rundir import read_json, sync_path, write_json
-from sft.hf.architecture import Architecture, read_architecture
+from launcher.contract.errors import CheckpointError
+from launcher.contract.rundir import read_json, sync_path, write_json
 from sft.hf.files import INDEX, SINGLE, check_model_files, read_header, sync_files, weight_map, write_weights
-from sft.hf.layouts import checkpoint_key, hf_shapes, parameter_layouts, split_parameter
 from sft.hf.sharded_reader import ShardedReader
+from sft.models.architecture import Architecture, read_architecture
+from sft.models.weight_map import checkpoint_key, hf_shapes, parameter_layouts, split_parameter
 
 MAX_FILE_BYTES = 4 * 10**9
 """Largest weight file: what a reader without slicing must hold at once."""

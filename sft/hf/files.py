@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from launcher.errors import ModelError
-from launcher.rundir import sync_path
-from sft.hf.architecture import Architecture
-from sft.hf.layouts import embedding_name, hf_shapes
+from launcher.contract.errors import ModelError
+from launcher.contract.rundir import sync_path
+from sft.models.architecture import Architecture
+from sft.models.weight_map import embedding_name, hf_shapes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from launcher.errors import ModelError
-from sft.hf.architecture import Architecture, read_architecture
+from launcher.contract.errors import ModelError
 from sft.hf.files import SINGLE, check_model_files, write_weights
-from sft.hf.layouts import hf_shapes
+from sft.models.architecture import Architecture, read_architecture
+from sft.models.weight_map import hf_shapes
 
 _COVERED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose tensors a GGUF holds under names of their own, unchanged but for the order of rows. Not so Gemma, to

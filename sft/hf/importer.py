@@ -1,7 +1,7 @@
 """Fill the Megatron-core parameters of this rank from a Hugging Face directory, reading only this rank's slices.
 
 Parameters are filled one after another and piece by piece, straight into place: beside the model, a rank never holds
-more than the piece it is reading. What the pieces are is `sft.hf.layouts`' matter.
+more than the piece it is reading. What the pieces are is `sft.models.weight_map`' matter.
 
 Rejected: loading a transformers model on every rank and copying from it (world size times the whole model in host
 memory), and one rank that reads and sends (the others wait, and the interconnect carries what the file system could).
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from sft.hf.adapter import MARK as ADAPTER_MARK
-from sft.hf.architecture import Architecture
 from sft.hf.files import WeightFiles
-from sft.hf.layouts import Layout, canonical_name, hf_shapes, layer_parameters, layout_of, rank_pieces
+from sft.models.architecture import Architecture
+from sft.models.weight_map import Layout, canonical_name, hf_shapes, layer_parameters, layout_of, rank_pieces
 
 
 class TensorSource(Protocol):

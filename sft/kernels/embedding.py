@@ -47,7 +47,7 @@ class _Lookup(torch.autograd.Function):
 def _add_rows(out: Tensor, ids: Tensor, here: Tensor | None, rows: Tensor) -> None:
     """out[id] += row, for each of ids [b, s] that is `here` and rows [b * s, h], in the same order every time."""
     if out.is_cuda:
-        from sft.kernels import triton_embedding  # Triton is there where CUDA is
+        from sft.kernels.triton import embedding as triton_embedding  # Triton is there where CUDA is
 
         triton_embedding.add_rows(out, (ids if here is None else ids.where(here, -1)).flatten(), rows)
         return

@@ -34,7 +34,7 @@ class Rows:
 def quantize(x: Tensor) -> Rows:
     """A contiguous [rows, columns] by rows."""
     if x.is_cuda:
-        from sft.kernels import triton_fp8  # Triton is there where CUDA is
+        from sft.kernels.triton import fp8 as triton_fp8  # Triton is there where CUDA is
 
         return Rows(*triton_fp8.rows(x))
     scales = x.float().abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST) / LARGEST
@@ -48,7 +48,7 @@ def quantize_transposed(weight: Tensor) -> Rows:
     """
     if not weight.is_cuda:
         return quantize(weight.t().contiguous())
-    from sft.kernels import triton_fp8
+    from sft.kernels.triton import fp8 as triton_fp8
 
     peaks: Tensor | None = getattr(weight, _PEAKS, None)
     if peaks is None or not getattr(weight, "grad_added_to_main_grad", False):

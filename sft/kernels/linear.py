@@ -94,7 +94,7 @@ def _as_rows(x: Tensor) -> Tensor:
 
 def _gated(mixed: Tensor) -> Tensor:
     if mixed.is_cuda:
-        from sft.kernels import triton_swiglu  # Triton is there where CUDA is
+        from sft.kernels.triton import swiglu as triton_swiglu  # Triton is there where CUDA is
 
         return triton_swiglu.forward(mixed)
     gate, up = mixed.chunk(2, dim=-1)
@@ -103,7 +103,7 @@ def _gated(mixed: Tensor) -> Tensor:
 
 def _gated_rows(mixed: Tensor) -> fp8.Rows:
     if mixed.is_cuda:
-        from sft.kernels import triton_fp8
+        from sft.kernels.triton import fp8 as triton_fp8
 
         return fp8.Rows(*triton_fp8.swiglu(mixed))
     return fp8.quantize(_gated(mixed))
@@ -112,7 +112,7 @@ def _gated_rows(mixed: Tensor) -> fp8.Rows:
 def _gated_backward(grad: Tensor, mixed: Tensor, *, quantize: bool) -> tuple[Tensor, Tensor, fp8.Rows | None]:
     """(silu(gate) * up, gradient of `mixed`, the same in fp8). On a GPU the gradient takes the memory of `mixed`."""
     if mixed.is_cuda:
-        from sft.kernels import triton_fp8
+        from sft.kernels.triton import fp8 as triton_fp8
 
         gated, low = triton_fp8.swiglu_backward(grad, mixed, quantize=quantize)
         return gated, mixed, None if low is None else fp8.Rows(*low)

@@ -138,7 +138,7 @@ def _losses(logits: Tensor, labels: Tensor, part: VocabPart) -> tuple[Tensor, Te
 def _statistics(logits: Tensor, labels: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """(maximum, sum of exp(logit - maximum), the label's logit or 0) of each row, over `width` columns, in fp32."""
     if logits.is_cuda:
-        from sft.kernels import triton_cross_entropy
+        from sft.kernels.triton import cross_entropy as triton_cross_entropy
 
         return triton_cross_entropy.statistics(logits, labels, width)
     wide = logits.float() if logits.dtype != torch.float64 else logits
@@ -153,7 +153,7 @@ def _statistics(logits: Tensor, labels: Tensor, width: int) -> tuple[Tensor, Ten
 def _gradient_in_place(logits: Tensor, labels: Tensor, log_sum: Tensor, loss_weights: Tensor, width: int) -> Tensor:
     """loss_weight * (softmax - onehot(label)) in the memory of `logits`."""
     if logits.is_cuda:
-        from sft.kernels import triton_cross_entropy
+        from sft.kernels.triton import cross_entropy as triton_cross_entropy
 
         return triton_cross_entropy.gradient_in_place(logits, labels, log_sum, loss_weights, width)
     logits[:, :width] = (logits[:, :width].to(log_sum.dtype) - log_sum[:, None]).exp().to(logits.dtype)

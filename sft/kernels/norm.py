@@ -60,7 +60,7 @@ def forget(normed: Tensor, past: Tensor, weight: Tensor, eps: float, result: Ten
         kept.clear()  # the graph, and this with it, can outlive its backward pass; these must not
         memory.untyped_storage().resize_(size)
         if memory.is_cuda:
-            from sft.kernels import triton_norm
+            from sft.kernels.triton import norm as triton_norm
 
             triton_norm.forward_into(memory, source, weight.detach(), eps)
         else:
@@ -75,7 +75,7 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, in_fp8: bool
     ) -> tuple[Tensor, ...]:
-        from sft.kernels import triton_norm  # Triton is there where CUDA is
+        from sft.kernels.triton import norm as triton_norm  # Triton is there where CUDA is
 
         rows = x.contiguous().view(-1, x.shape[-1])
         added = None if branch is None else branch.contiguous().view_as(rows)
@@ -92,7 +92,7 @@ class _Norm(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor, past_grad: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
-        from sft.kernels import triton_norm
+        from sft.kernels.triton import norm as triton_norm
 
         total, weight, rstd = ctx.saved_tensors
         parts = (grad.contiguous().view_as(total), past_grad.contiguous().view_as(total))

@@ -52,7 +52,7 @@ class _SplitAndRotate(torch.autograd.Function):
         positions: Tensor | None,
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from sft.kernels import triton_rope
+        from sft.kernels.triton import rope as triton_rope
 
         ctx.save_for_backward(cos, sin, positions)
         ctx.rows = rows
@@ -60,7 +60,7 @@ class _SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
-        from sft.kernels import triton_rope
+        from sft.kernels.triton import rope as triton_rope
 
         cos, sin, positions = ctx.saved_tensors
         grads = (query.contiguous(), key.contiguous(), value.contiguous())

@@ -21,7 +21,7 @@ def swiglu(x: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        from sft.kernels import triton_swiglu
+        from sft.kernels.triton import swiglu as triton_swiglu
 
         rows = x.contiguous().view(-1, x.shape[-1])
         ctx.save_for_backward(rows)
@@ -29,7 +29,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        from sft.kernels import triton_swiglu
+        from sft.kernels.triton import swiglu as triton_swiglu
 
         (rows,) = ctx.saved_tensors
         own = grad.contiguous().view(rows.shape[0], -1)

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launcher.spec import RunSpec
-from sft.hf.architecture import Architecture
+from launcher.contract.spec import RunSpec
 from sft.hf.files import weights_identity
 from sft.hf.importer import fill_parameters, load_hf_weights
-from sft.megatron.lora import reset_adapters
-from sft.megatron.mcore import TransformerConfig, get_transformer_layer_offset, parallel_state
+from sft.megatron.core import TransformerConfig, get_transformer_layer_offset, parallel_state
+from sft.megatron.layers.lora import reset_adapters
+from sft.models.architecture import Architecture
 
 INITIAL_STD = 0.02
 """Standard deviation of drawn matrices, the usual `initializer_range`."""

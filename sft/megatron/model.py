@@ -19,22 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launcher.errors import CheckpointError, ModelError
-from launcher.spec import RunSpec
-from launcher.topology import Topology
+from launcher.contract.errors import CheckpointError, ModelError
+from launcher.contract.spec import RunSpec
+from launcher.contract.topology import Topology
 from sft.hf.adapter import MARK
-from sft.hf.architecture import Activation, Architecture
 from sft.hf.checks import check_model_settings
 from sft.kernels import attention
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
-from sft.megatron.context_parallel import SharedRows, keep_angles_whole
-from sft.megatron.embedding import use_direct_lookup
-from sft.megatron.fp8 import use_fp8_linears
-from sft.megatron.fused import await_weights, use_fused_layers
-from sft.megatron.layers import decoder_spec
-from sft.megatron.lora import attach_adapters, use_lora_linears
-from sft.megatron.mcore import GPTModel, TransformerBlockSubmodules, TransformerConfig, parallel_state, tensor_parallel
-from sft.megatron.norms import LayerNorm, ZeroCenteredRMSNorm
+from sft.megatron.core import GPTModel, TransformerBlockSubmodules, TransformerConfig, parallel_state, tensor_parallel
+from sft.megatron.layers.attention import decoder_spec
+from sft.megatron.layers.fp8 import use_fp8_linears
+from sft.megatron.layers.fused import await_weights, use_fused_layers
+from sft.megatron.layers.lora import attach_adapters, use_lora_linears
+from sft.megatron.layers.norms import LayerNorm, ZeroCenteredRMSNorm
+from sft.megatron.parallel.context import SharedRows, keep_angles_whole
+from sft.megatron.patches.embedding import use_direct_lookup
+from sft.models.architecture import Activation, Architecture
 
 _BASE = "base_weights"
 

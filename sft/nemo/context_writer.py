@@ -2,7 +2,7 @@
 
 io.json is a Fiddle configuration in its JSON form (https://github.com/google/fiddle, experimental/serialization.py):
 a graph of classes by name and their arguments, with nothing pickled in it. Arguments that are left out take the
-defaults of NeMo's class. model.yaml says the same for people, and for `launcher.nemo.context`.
+defaults of NeMo's class. model.yaml says the same for people, and for `launcher.contract.nemo.context`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.errors import ModelError
-from launcher.model_shape import ModelShape
-from sft.hf.architecture import Architecture
+from launcher.contract.errors import ModelError
+from launcher.contract.model_shape import ModelShape
+from sft.models.architecture import Architecture
 
 TOKENIZER = "nemo_tokenizer"
 

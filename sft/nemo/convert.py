@@ -19,15 +19,15 @@ from typing import Protocol
 import torch
 import yaml
 
-from launcher.errors import ModelError
-from launcher.model_shape import ModelShape
-from launcher.nemo.checkpoint import CONFIG, inside, read_config, read_entries, sharded_dir
-from launcher.nemo.context import CONTEXT, tokenizer_dir
-from launcher.nemo.rules import Entries, value_of
-from sft.hf.architecture import Architecture, read_architecture
+from launcher.contract.errors import ModelError
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.nemo.checkpoint import CONFIG, inside, read_config, read_entries, sharded_dir
+from launcher.contract.nemo.context import CONTEXT, tokenizer_dir
+from launcher.contract.nemo.rules import Entries, value_of
 from sft.hf.exporter import copy_settings, write_model
 from sft.hf.files import check_model_files
-from sft.hf.layouts import Layout, parameter_layouts, split_parameter
+from sft.models.architecture import Architecture, read_architecture
+from sft.models.weight_map import Layout, parameter_layouts, split_parameter
 from sft.nemo.distributed import DistributedWeights
 from sft.nemo.shards import open_shards
 
@@ -35,7 +35,7 @@ _GPT2_END = "<|endoftext|>"
 
 
 class Weights(Protocol):
-    """The parameters of a checkpoint, by the names of `sft.hf.layouts`."""
+    """The parameters of a checkpoint, by the names of `sft.models.weight_map`."""
 
     def names(self) -> set[str]:
         """Names of all parameters."""

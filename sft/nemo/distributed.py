@@ -1,4 +1,4 @@
-"""The sharded weights of NeMo 2 and Megatron-core: parameters by the names of `sft.hf.layouts`.
+"""The sharded weights of NeMo 2 and Megatron-core: parameters by the names of `sft.models.weight_map`.
 
 Megatron-core writes whole parameters in chunks, whatever the topology: reading them needs no rank's layout. Keys have
 the wrapper's prefix (`module.` in NeMo 2, `model.` in NeMo 1.x); a key of layers holds all of them on a leading axis,
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launcher.errors import ModelError
-from sft.hf.layouts import Layout, canonical_name
+from launcher.contract.errors import ModelError
 from sft.hf.sharded_reader import ShardedReader
+from sft.models.weight_map import Layout, canonical_name
 
 _PREFIX = re.compile(r"^((module|model)\.)+")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from launcher.errors import ModelError
-from sft.hf.architecture import Architecture, read_architecture
+from launcher.contract.errors import ModelError
 from sft.hf.exporter import copy_settings, file_dtypes, whole_directory
 from sft.hf.files import WeightFiles, check_model_files
-from sft.hf.layouts import Layout, checkpoint_key, hf_shapes, parameter_layouts
 from sft.hf.sharded_writer import Chunk, write_sharded
+from sft.models.architecture import Architecture, read_architecture
+from sft.models.weight_map import Layout, checkpoint_key, hf_shapes, parameter_layouts
 from sft.nemo.context_writer import TOKENIZER, io_json, model_object, model_yaml
 
 _PREFIX = "module."

@@ -1,7 +1,8 @@
 """The weight files of a NeMo 1.x checkpoint: which rank wrote each, and whole parameters put together from all of them.
 
 NeMo's GPT has two sets of names, its own (`language_model.encoder.layers.0.self_attention.query_key_value.weight`) and
-since it is built on Megatron-core that one's. Both become the names of `sft.hf.layouts`, with global layer numbers.
+since it is built on Megatron-core that one's. Both become the names of `sft.models.weight_map`, with global layer
+numbers.
 
 Tensor-parallel parts follow the layout of the parameter, as Megatron-core's do. NeMo's own code has two more ways: with
 `megatron_legacy` a rank's query, key and value lie one after the other and not head by head, and `swiglu` keeps gate
@@ -22,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.errors import ModelError
-from launcher.model_shape import ModelShape
-from launcher.nemo.rules import Entries, value_of
-from sft.hf.layouts import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, OUTPUT, POSITIONS, Layout, canonical_name
+from launcher.contract.errors import ModelError
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.nemo.rules import Entries, value_of
+from sft.models.weight_map import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, OUTPUT, POSITIONS, Layout, canonical_name
 
 WEIGHTS = "model_weights.ckpt"
 

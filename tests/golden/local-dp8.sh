@@ -87,7 +87,7 @@ rc=0
 echo "prepare"
 one_process -m sft prepare "$config" || exit
 echo "train: dp8 = 8 ranks"
-attended /opt/python -m launcher.attempts.local_ranks --ranks 8 --log-dir "$log_dir" \
+attended /opt/python -m launcher.contract.local_ranks --ranks 8 --log-dir "$log_dir" \
   -- "${python[@]}" -m sft train "$config" || rc=$?
 if [ "$rc" -eq 0 ]; then
   echo "export"

@@ -87,7 +87,7 @@ rc=0
 echo "prepare"
 one_process -m sft prepare "$config" || exit
 echo "train: tp4 = 4 ranks"
-attended /opt/python -m launcher.attempts.local_ranks --ranks 4 --log-dir "$log_dir" \
+attended /opt/python -m launcher.contract.local_ranks --ranks 4 --log-dir "$log_dir" \
   -- "${python[@]}" -m sft train "$config" || rc=$?
 if [ "$rc" -eq 0 ]; then
   echo "export"

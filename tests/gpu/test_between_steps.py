@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import sft.module
-from launcher.exit_codes import ExitCode
-from launcher.rundir import read_lines
-from launcher.spec import EvaluationSpec
-from sft.trainer import train
+import sft.engine.module
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import read_lines
+from launcher.contract.spec import EvaluationSpec
+from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.parity.test_checkpoint import train_with_slow_disk
 from tests.parity.test_generation import NEW_TOKENS, QUESTIONS, answers_of, transformers_answer
@@ -34,16 +34,16 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def train_without_waiting(config: Path) -> ExitCode:
     """Runs on a rank: from the fourth step on, whatever makes the host wait for the device raises."""
-    training_step = sft.module.SFTGPT.training_step
+    training_step = sft.engine.module.SFTGPT.training_step
 
-    def step(self: sft.module.SFTGPT, batch: Any, batch_idx: int) -> None:
+    def step(self: sft.engine.module.SFTGPT, batch: Any, batch_idx: int) -> None:
         torch.cuda.set_sync_debug_mode("error" if batch_idx >= 3 else "default")
         try:
             training_step(self, batch, batch_idx)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    sft.module.SFTGPT.training_step = step  # type: ignore[method-assign]
+    sft.engine.module.SFTGPT.training_step = step  # type: ignore[method-assign]
     return train(config)
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import sft.megatron.layers
-from sft.data.context_slice import ContextShare, share_rows
+import sft.megatron.layers.attention
+from sft.data.batches.context_slice import ContextShare, share_rows
 from sft.kernels.attention import Kernel, fastest_kernel
-from sft.megatron.context_parallel import shared_rows
+from sft.megatron.parallel.context import shared_rows
 from tests.gpu.test_packing import attention
 
 pytestmark = [
@@ -68,7 +68,7 @@ def whole(tensors: Inputs, lengths: tuple[int, ...] | None) -> Tensor:
 @pytest.fixture(autouse=True)
 def keys_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda key, value: (key, value)  # noqa: E731
-    monkeypatch.setattr(sft.megatron.layers, "gather_rows", both)
+    monkeypatch.setattr(sft.megatron.layers.attention, "gather_rows", both)
 
 
 def kernels() -> list[Kernel]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.rundir import RunPaths
+from launcher.contract.rundir import RunPaths
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.tiny_model import make_material
 

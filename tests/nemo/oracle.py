@@ -1,7 +1,7 @@
 """What the real NeMo says. Run by the Python of .venv-nemo: `oracle.py COMMAND REQUEST.json ANSWER.json`.
 
 NeMo needs CUDA; here it runs on CPU through the same rewriting of Megatron-core that this project uses
-(sft/megatron/cpu_support.py), and with those fusions off that need Transformer Engine.
+(sft/megatron/patches/cpu.py), and with those fusions off that need Transformer Engine.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sft.megatron import cpu_support
+from sft.megatron.patches import cpu
 
-cpu_support.install()
+cpu.install()
 
 import torch  # noqa: E402 - after the rewriting
 
@@ -126,7 +126,7 @@ def _answer(model: Any, rows: list[list[int]]) -> dict[str, Any]:
     """Logits, and the loss of each token as the label of the one before it."""
     from megatron.core.tensor_parallel import random
 
-    cpu_support.redirect_rng(random)
+    cpu.redirect_rng(random)
     random.model_parallel_cuda_manual_seed(1)
     model.eval()
     ids = torch.tensor(rows)

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.spec import DataSpec, ModelSpec, RunSpec
-from sft.data.formats import Example, parse_row
-from sft.data.masking import encode
-from sft.data.tokenizer import load_tokenizer
-from sft.hf.model_files import resolve_model_dir
+from launcher.contract.spec import DataSpec, ModelSpec, RunSpec
+from sft.data.encoding.masking import encode
+from sft.data.encoding.tokenizer import load_tokenizer
+from sft.data.reading.formats import Example, parse_row
+from sft.model_source import resolve_model_dir
 from sft.nemo.export import export_nemo2
 from tests.nemo.conftest import Oracle
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import example_ids, hf_logits, rank_logits, run_spec, save_hf_model
-from tests.sft.megatron.test_nemo_schedule import imported_rates
+from tests.sft.megatron.optim.test_nemo_schedule import imported_rates
 from tests.tiny_model import make_chat_rows, make_tokenizer, write_jsonl
 
 pytestmark = [pytest.mark.nemo, pytest.mark.timeout(900)]  # importing NeMo takes a minute on a busy machine

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-import sft.module
-from launcher.spec import read_resolved
-from sft.hf.architecture import Architecture, read_architecture
-from sft.hf.layouts import canonical_name, hf_shapes, layout_of, rank_pieces
-from sft.megatron.mcore import get_transformer_layer_offset, parallel_state
-from sft.trainer import train
+import sft.engine.module
+from launcher.contract.spec import read_resolved
+from sft.megatron.core import get_transformer_layer_offset, parallel_state
+from sft.models.architecture import Architecture, read_architecture
+from sft.models.weight_map import canonical_name, hf_shapes, layout_of, rank_pieces
+from sft.training.trainer import train
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,13 @@ def train_and_capture(config: Path) -> list[list[Part]]:
     """Runs on a rank: what this rank holds of the gradients of each step, as the optimizer gets them."""
     architecture = read_architecture(Path(read_resolved(config).model.path))
     steps: list[list[Part]] = []
-    finalize = sft.module._finalize
+    finalize = sft.engine.module._finalize
 
     def spy(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize(chunks, *args, **kwargs)
         steps.append(_parts(chunks, architecture))
 
-    sft.module._finalize = spy
+    sft.engine.module._finalize = spy
     train(config)
     return steps
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from launcher.spec import OptimizerSpec, RunSpec
-from sft.data.cache import TokenCache
-from sft.data.sampler import EMPTY_SLOT, StepPlan
+from launcher.contract.spec import OptimizerSpec, RunSpec
+from sft.data.batches.sampler import EMPTY_SLOT, StepPlan
+from sft.data.cache.store import TokenCache
 
 
 @dataclass(frozen=True, slots=True)

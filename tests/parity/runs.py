@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, read_lines
-from launcher.spec import (
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.spec import (
     CheckpointSpec,
     DataSpec,
     EvaluationSpec,
@@ -22,9 +22,9 @@ from launcher.spec import (
     read_resolved,
     to_yaml,
 )
-from sft.data.datamodule import step_plan
-from sft.data.prepare import open_or_build
-from sft.trainer import train
+from sft.data.prepared.prepare import open_or_build
+from sft.training.datamodule import step_plan
+from sft.training.trainer import train
 from tests.parity.reference import Curve, train_reference
 from tests.ranks import run_ranks
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-import sft.checkpoint_files
-import sft.checkpoint_save
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, read_lines
+import sft.checkpoint.files
+import sft.checkpoint.save
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, read_lines
 from sft.__main__ import main
-from sft.checkpoint import newest_usable
-from sft.checkpoint_files import changed_bytes, damage
+from sft.checkpoint.files import changed_bytes, damage
+from sft.checkpoint.load import newest_usable
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
 from tests.tiers import thinned
@@ -69,7 +69,7 @@ def exit_code(config: Path) -> int:
 
 def exit_code_without_space_check(config: Path) -> int:
     """The same on a file system that does not tell beforehand that it is full, as with a quota."""
-    sft.checkpoint_files.check_space = lambda directory, needed: None
+    sft.checkpoint.files.check_space = lambda directory, needed: None
     return main(["train", str(config)])
 
 
@@ -100,8 +100,8 @@ def exit_code_when_full_before(config: Path, file: str) -> int:
         "common.pt": (torch, "save"),
         ".metadata": (FileSystemWriter, "finish"),
         "metadata.json": (json, "dump"),
-        "trainer.json": (sft.checkpoint_files, "write_synced"),
-        "COMPLETE": (sft.checkpoint_files, "seal"),
+        "trainer.json": (sft.checkpoint.files, "write_synced"),
+        "COMPLETE": (sft.checkpoint.files, "seal"),
     }[file]
     write = getattr(holder, name)
     checkpoints = config.parent / "checkpoints"
@@ -140,8 +140,8 @@ def test_disk_full_for_what_rank_0_writes_alone(
 
 def error_of_train(config: Path) -> str:
     """Runs on a rank: the message of the CheckpointError that training ends with."""
-    from launcher.errors import CheckpointError
-    from sft.trainer import train
+    from launcher.contract.errors import CheckpointError
+    from sft.training.trainer import train
 
     with pytest.raises(CheckpointError) as caught:
         train(config)
@@ -192,13 +192,13 @@ def flip_a_bit(checkpoint: Path) -> None:
 
 def train_with_slow_disk(config: Path) -> tuple[int, int]:
     """Runs on a rank: files are written a while after the save began; exit code, and steps begun meanwhile."""
-    from sft.module import SFTGPT
+    from sft.engine.module import SFTGPT
 
-    write, training_step = sft.checkpoint_save._write, SFTGPT.training_step
+    write, training_step = sft.checkpoint.save._write, SFTGPT.training_step
     writing: list[bool] = []
     meanwhile: list[int] = []
 
-    def slow(save: sft.checkpoint_save._Save) -> None:
+    def slow(save: sft.checkpoint.save._Save) -> None:
         writing.append(True)
         time.sleep(0.7)
         write(save)
@@ -208,7 +208,7 @@ def train_with_slow_disk(config: Path) -> tuple[int, int]:
         meanwhile.extend([batch_idx] if writing else [])
         training_step(self, batch, batch_idx)
 
-    sft.checkpoint_save._write = slow
+    sft.checkpoint.save._write = slow
     SFTGPT.training_step = step  # type: ignore[method-assign]
     return main(["train", str(config)]), len(meanwhile)
 
@@ -295,16 +295,16 @@ def test_signal_stops_at_a_step_boundary_with_a_checkpoint(
 
 def stop_after_third_step(config: Path, name: str) -> int:
     """Runs on a rank: rank 1 gets the signal when it begins step 3."""
-    import sft.module
+    import sft.engine.module
 
-    training_step = sft.module.SFTGPT.training_step
+    training_step = sft.engine.module.SFTGPT.training_step
 
-    def step(self: sft.module.SFTGPT, batch: object, batch_idx: int) -> None:
+    def step(self: sft.engine.module.SFTGPT, batch: object, batch_idx: int) -> None:
         if batch_idx == 2 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.Signals[name])
         training_step(self, batch, batch_idx)  # type: ignore[arg-type]
 
-    sft.module.SFTGPT.training_step = step  # type: ignore[method-assign]
+    sft.engine.module.SFTGPT.training_step = step  # type: ignore[method-assign]
     return main(["train", str(config)])
 
 

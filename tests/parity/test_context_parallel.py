@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-import sft.module
-from launcher.rundir import RunPaths, read_lines
-from sft.data.batch import MicroBatch
-from sft.hf.architecture import read_architecture
-from sft.trainer import train
+import sft.engine.module
+from launcher.contract.rundir import RunPaths, read_lines
+from sft.data.batches.batch import MicroBatch
+from sft.models.architecture import read_architecture
+from sft.training.trainer import train
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
@@ -103,7 +103,7 @@ def places_of(batch: MicroBatch) -> list[int]:
 def losses_by_place(config: Path) -> list[dict[int, float]]:
     """Runs on a rank: train, and keep the loss at each place of each row, as far as it is computed here."""
     found: list[dict[int, float]] = []
-    forward_step, weighted_sum = sft.module._forward_step, sft.module._weighted_sum
+    forward_step, weighted_sum = sft.engine.module._forward_step, sft.engine.module._weighted_sum
 
     def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
         batch = next(iterator)
@@ -114,7 +114,7 @@ def losses_by_place(config: Path) -> list[dict[int, float]]:
         found[-1] = dict(zip(found[-1], losses.detach().flatten().tolist(), strict=True))
         return weighted_sum(weights, losses)
 
-    sft.module._forward_step, sft.module._weighted_sum = step, weigh
+    sft.engine.module._forward_step, sft.engine.module._weighted_sum = step, weigh
     train(config)
     return found
 
@@ -122,7 +122,7 @@ def losses_by_place(config: Path) -> list[dict[int, float]]:
 def gradients_of_second(config: Path) -> list[tuple[tuple[int, ...], dict[int, float]]]:
     """Runs on a rank: train on the second sequence of each row alone; (lengths, gradient at each embedding here)."""
     found: list[tuple[tuple[int, ...], dict[int, float]]] = []
-    forward_step = sft.module._forward_step
+    forward_step = sft.engine.module._forward_step
 
     def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
         batch = next(iterator)
@@ -139,7 +139,7 @@ def gradients_of_second(config: Path) -> list[tuple[tuple[int, ...], dict[int, f
         hook.remove()
         return output
 
-    sft.module._forward_step = step
+    sft.engine.module._forward_step = step
     train(config)
     return found
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import sft.module
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, checkpoint_step, read_lines
-from launcher.spec import EarlyStoppingSpec, read_resolved
-from sft.data.prepare import open_or_build
-from sft.job import export
-from sft.trainer import train
+import sft.engine.module
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, checkpoint_step, read_lines
+from launcher.contract.spec import EarlyStoppingSpec, read_resolved
+from sft.commands.export import export
+from sft.data.prepared.prepare import open_or_build
+from sft.training.trainer import train
 from tests.parity.reference import target_losses
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
@@ -65,14 +65,14 @@ def expected(tmp_path_factory: pytest.TempPathFactory, material: Material) -> fl
 
 def first_evaluation(config: Path) -> tuple[float, int]:
     """Runs on a rank: loss and number of examples of the evaluation before the first step."""
-    results: list[sft.module.EvalResult] = []
-    evaluate = sft.module.SFTGPT.evaluate
+    results: list[sft.engine.module.EvalResult] = []
+    evaluate = sft.engine.module.SFTGPT.evaluate
 
-    def spy(self: Any, batches: Any) -> sft.module.EvalResult:
+    def spy(self: Any, batches: Any) -> sft.engine.module.EvalResult:
         results.append(evaluate(self, batches))
         return results[-1]
 
-    sft.module.SFTGPT.evaluate = spy  # type: ignore[method-assign]
+    sft.engine.module.SFTGPT.evaluate = spy  # type: ignore[method-assign]
     train(config)
     return results[0].loss, results[0].examples
 
@@ -166,14 +166,14 @@ def stop_after_two(config: Path) -> ExitCode:
     import os
     import signal
 
-    step = sft.module.SFTGPT.training_step
+    step = sft.engine.module.SFTGPT.training_step
 
-    def signalled(self: sft.module.SFTGPT, batch: Any, batch_idx: int) -> None:
+    def signalled(self: sft.engine.module.SFTGPT, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
             os.kill(os.getpid(), signal.SIGUSR2)
         step(self, batch, batch_idx)
 
-    sft.module.SFTGPT.training_step = signalled  # type: ignore[method-assign]
+    sft.engine.module.SFTGPT.training_step = signalled  # type: ignore[method-assign]
     return train(config)
 
 

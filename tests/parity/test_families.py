@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.exit_codes import ExitCode
+from launcher.contract.exit_codes import ExitCode
 from sft.__main__ import main
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.ranks import run_ranks

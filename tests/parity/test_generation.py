@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import sft.answers
-from launcher.exit_codes import ExitCode
-from launcher.rundir import read_lines
-from launcher.spec import EvaluationSpec
+import sft.generation.answers
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import read_lines
+from launcher.contract.spec import EvaluationSpec
 from sft.__main__ import main
-from sft.trainer import train
+from sft.training.trainer import train
 from tests.parity.runs import make_run, run_training
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
@@ -93,7 +93,7 @@ def evaluation(material: Material, **settings: Any) -> dict[str, Any]:
 def answers_of(config: Path) -> dict[int, list[int]]:
     """Runs on a rank: prompt number -> token ids of the answer before the first step."""
     found: dict[int, list[int]] = {}
-    generate = sft.answers.generate
+    generate = sft.generation.answers.generate
 
     def spy(module: Any, prompts: Sequence[Any], spec: Any, **more: Any) -> list[list[int]]:
         answers = generate(module, prompts, spec, **more)
@@ -101,7 +101,7 @@ def answers_of(config: Path) -> dict[int, list[int]]:
             found.setdefault(number, answer)
         return answers
 
-    sft.answers.generate = spy
+    sft.generation.answers.generate = spy
     train(config)
     return found
 

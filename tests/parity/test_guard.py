@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-import sft.megatron.optimizer
-import sft.module
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, read_lines
-from launcher.spec import read_resolved
+import sft.engine.module
+import sft.megatron.optim.optimizer
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.spec import read_resolved
 from sft.__main__ import main
-from sft.data.prepare import open_or_build
-from sft.data.sampler import BatchPlan
+from sft.data.batches.sampler import BatchPlan
+from sft.data.prepared.prepare import open_or_build
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
 from tests.tiny_model import make_material
@@ -41,25 +41,25 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def train_with_bad_steps(config: Path, factor: float, first: int, last: int) -> tuple[int, list[str]]:
     """Runs on a rank: loss weights times `factor` in steps first..last; exit code, and state before each step."""
     states: list[str] = []
-    training_step = sft.module.SFTGPT.training_step
+    training_step = sft.engine.module.SFTGPT.training_step
 
-    def poisoned(self: sft.module.SFTGPT, batch: Any, batch_idx: int) -> None:
+    def poisoned(self: sft.engine.module.SFTGPT, batch: Any, batch_idx: int) -> None:
         states.append(digest(self))
         if first <= batch_idx + 1 <= last:
             parts = [replace(part, loss_weights=part.loss_weights * factor) for part in batch.micro_batches]
             batch = replace(batch, micro_batches=tuple(parts))
         training_step(self, batch, batch_idx)
 
-    sft.module.SFTGPT.training_step = poisoned  # type: ignore[method-assign]
+    sft.engine.module.SFTGPT.training_step = poisoned  # type: ignore[method-assign]
     code = main(["train", str(config)])
     return code, states
 
 
-def digest(module: sft.module.SFTGPT) -> str:
+def digest(module: sft.engine.module.SFTGPT) -> str:
     """Weights, master weights, moments and step counts of this rank, as one hash."""
     found = hashlib.sha256()
     tensors = list(module.parameters())
-    for inner in sft.megatron.optimizer._torch_optimizers(module.megatron_optimizer):
+    for inner in sft.megatron.optim.optimizer._torch_optimizers(module.megatron_optimizer):
         for group in inner.param_groups:
             for param in group["params"]:
                 tensors += [param, *inner.state[param].values()]

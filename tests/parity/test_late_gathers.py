@@ -19,15 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sft.megatron.fused
+import sft.engine.module
+import sft.megatron.layers.fused
 import sft.megatron.model
-import sft.module
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, checkpoint_step, read_lines
-from launcher.spec import EvaluationSpec
-from sft.job import export
-from sft.megatron.mcore import DistributedDataParallelConfig
-from sft.trainer import train
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, checkpoint_step, read_lines
+from launcher.contract.spec import EvaluationSpec
+from sft.commands.export import export
+from sft.megatron.core import DistributedDataParallelConfig
+from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import RankFailure, run_ranks
 from tests.tiers import thinned
@@ -46,9 +46,9 @@ CELLS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "vpp2_dp2": (4, {"pipeline_parallel": 2, "virtual_pipeline": 2}, {}),
 }
 WAITS = {
-    "norms": (sft.megatron.fused, "FusedRMSNorm"),
-    "mlp_up": (sft.megatron.fused, "ColumnParallelLinear"),
-    "mlp_down": (sft.megatron.fused, "RowParallelLinear"),
+    "norms": (sft.megatron.layers.fused, "FusedRMSNorm"),
+    "mlp_up": (sft.megatron.layers.fused, "ColumnParallelLinear"),
+    "mlp_down": (sft.megatron.layers.fused, "RowParallelLinear"),
     "lm_head": (sft.megatron.model, "ColumnParallelLinear"),
 }
 """Who calls `await_weights`, and for what."""
@@ -58,7 +58,7 @@ def train_late(config: Path, forgotten: str | None = None) -> ExitCode:
     """Runs on a rank: training with late gathers of single weights; `forgotten` is one of WAITS."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
-    sft.module.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1)  # type: ignore[attr-defined]
+    sft.engine.module.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1)  # type: ignore[attr-defined]
     delay(_ParamAndGradBucketGroup)
     if forgotten is not None:
         forget(*WAITS[forgotten])

@@ -19,22 +19,22 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from launcher.errors import CheckpointError, ModelError
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths
-from launcher.spec import LoraSpec, RunSpec, read_resolved, to_yaml
+from launcher.contract.errors import CheckpointError, ModelError
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths
+from launcher.contract.spec import LoraSpec, RunSpec, read_resolved, to_yaml
 from sft.__main__ import main
-from sft.data.datamodule import step_plan
-from sft.data.prepare import open_or_build
-from sft.data.sampler import EMPTY_SLOT
-from sft.export import export_run
+from sft.commands.export import export_run
+from sft.data.batches.sampler import EMPTY_SLOT
+from sft.data.prepared.prepare import open_or_build
+from sft.engine.module import SFTGPT
 from sft.hf.adapter import all_targets
 from sft.hf.answer import answer
-from sft.hf.architecture import read_architecture
 from sft.hf.checks import check_model_settings
 from sft.hf.sharded_reader import ShardedReader
-from sft.module import SFTGPT
-from sft.trainer import train
+from sft.models.architecture import read_architecture
+from sft.training.datamodule import step_plan
+from sft.training.trainer import train
 from tests.parity.reference import target_losses
 from tests.parity.runs import curve, make_run, run_training
 from tests.parity.test_families import family_model

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sft.module
-from launcher.exit_codes import ExitCode
-from sft.trainer import train
+import sft.engine.module
+from launcher.contract.exit_codes import ExitCode
+from sft.training.trainer import train
 from tests.parity.runs import make_run
 from tests.ranks import RankFailure, run_ranks
 from tests.tiny_model import make_material
@@ -34,9 +34,9 @@ class _NoReads(TorchDispatchMode):
 
 def train_without_reads(config: Path, reading: bool = False) -> ExitCode:
     """Runs on a rank."""
-    training_step = sft.module.SFTGPT.training_step
+    training_step = sft.engine.module.SFTGPT.training_step
 
-    def step(self: sft.module.SFTGPT, batch: Any, batch_idx: int) -> None:
+    def step(self: sft.engine.module.SFTGPT, batch: Any, batch_idx: int) -> None:
         if batch_idx < 2:
             return training_step(self, batch, batch_idx)
         with _NoReads():
@@ -46,7 +46,7 @@ def train_without_reads(config: Path, reading: bool = False) -> ExitCode:
                 float(self.last_step.loss)
         return None
 
-    sft.module.SFTGPT.training_step = step  # type: ignore[method-assign]
+    sft.engine.module.SFTGPT.training_step = step  # type: ignore[method-assign]
     return train(config)
 
 

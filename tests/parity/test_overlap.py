@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-import sft.megatron.fused
-import sft.module
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, read_lines
-from sft.megatron.mcore import DistributedOptimizer
-from sft.trainer import train
+import sft.engine.module
+import sft.megatron.layers.fused
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, read_lines
+from sft.megatron.core import DistributedOptimizer
+from sft.training.trainer import train
 from tests.parity.runs import curve, make_run
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
@@ -31,13 +31,15 @@ BUCKET = 5_000
 
 def train_in_small_buckets(config: Path, awaiting: bool = True, mended: bool = True) -> ExitCode:
     """Runs on a rank: training with buckets so small that nearly each weight waits for a gathering of its own."""
-    sft.module.DistributedDataParallelConfig = partial(sft.module.DistributedDataParallelConfig, bucket_size=BUCKET)  # type: ignore[misc,assignment]
+    sft.engine.module.DistributedDataParallelConfig = partial(
+        sft.engine.module.DistributedDataParallelConfig, bucket_size=BUCKET
+    )  # type: ignore[misc,assignment]
     if not mended:
         DistributedOptimizer.sharded_param_state_fully_reshardable = (
             DistributedOptimizer.sharded_param_state_fully_reshardable.__wrapped__
         )
     if not awaiting:
-        sft.megatron.fused.await_weights = lambda module: None
+        sft.megatron.layers.fused.await_weights = lambda module: None
     return train(config)
 
 
@@ -87,7 +89,7 @@ def test_weights_that_nobody_waits_for_are_old(tmp_path: Path, data: tuple[Path,
 
 
 def test_optimizer_state_of_padded_buckets_would_be_shifted(tmp_path: Path, data: tuple[Path, Path, Path]) -> None:
-    """Megatron-core's own checkpoint of several buckets (see sft/megatron/mends.py): a resume from it starts anew."""
+    """Megatron-core's own checkpoint of several buckets (see patches/fixes.py): a resume from it starts anew."""
     settings: dict[str, Any] = {"overlap": True, "max_steps": 4}
     paths = run(tmp_path, data, "whole", "plain", **settings)
     assert run_ranks(2, train_in_small_buckets, paths.config, True, False) == [ExitCode.OK] * 2

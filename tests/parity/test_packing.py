@@ -17,12 +17,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import sft.module
-from launcher.errors import ConfigError
-from launcher.rundir import RunPaths, read_lines
-from sft.data.batch import MicroBatch
-from sft.megatron.layers import CoreAttention
-from sft.trainer import train
+import sft.engine.module
+from launcher.contract.errors import ConfigError
+from launcher.contract.rundir import RunPaths, read_lines
+from sft.data.batches.batch import MicroBatch
+from sft.megatron.layers.attention import CoreAttention
+from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl
 
@@ -65,7 +65,11 @@ class Pass:
 def trace(config: Path) -> list[Pass]:
     """Runs on a rank: train, and keep every forward pass."""
     passes: list[Pass] = []
-    forward_step, weighted_sum, attention = sft.module._forward_step, sft.module._weighted_sum, CoreAttention.forward
+    forward_step, weighted_sum, attention = (
+        sft.engine.module._forward_step,
+        sft.engine.module._weighted_sum,
+        CoreAttention.forward,
+    )
 
     def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
         batch = next(iterator)
@@ -82,14 +86,14 @@ def trace(config: Path) -> list[Pass]:
         passes[-1].queries.append(query.detach().reshape(len(query), -1, query.size(-1)).numpy().copy())
         return attention(self, query, *args, **kwargs)
 
-    sft.module._forward_step, sft.module._weighted_sum, CoreAttention.forward = step, weigh, attend  # type: ignore[assignment]
+    sft.engine.module._forward_step, sft.engine.module._weighted_sum, CoreAttention.forward = step, weigh, attend  # type: ignore[assignment]
     train(config)
     return passes
 
 
 def trace_perturbed(config: Path) -> list[Pass]:
     """Runs on a rank: the same with other tokens in the first sequence of each row."""
-    forward_step = sft.module._forward_step
+    forward_step = sft.engine.module._forward_step
 
     def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
         batch = next(iterator)
@@ -98,14 +102,14 @@ def trace_perturbed(config: Path) -> list[Pass]:
         tokens[0, : batch.seq_lengths[0]] = (tokens[0, : batch.seq_lengths[0]] + 1) % 331
         return forward_step(iter([dataclasses.replace(batch, tokens=tokens)]), model)
 
-    sft.module._forward_step = step
+    sft.engine.module._forward_step = step
     return trace(config)
 
 
 def embedding_gradients(config: Path) -> list[tuple[tuple[int, ...], list[float]]]:
     """Runs on a rank: train on the second sequence of each row alone; (lengths, gradient at each embedding)."""
     found: list[tuple[tuple[int, ...], list[float]]] = []
-    forward_step = sft.module._forward_step
+    forward_step = sft.engine.module._forward_step
 
     def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
         batch = next(iterator)
@@ -122,7 +126,7 @@ def embedding_gradients(config: Path) -> list[tuple[tuple[int, ...], list[float]
         hook.remove()
         return output
 
-    sft.module._forward_step = step
+    sft.engine.module._forward_step = step
     train(config)
     return found
 

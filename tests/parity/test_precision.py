@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-import sft.module
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths
-from sft.megatron.optimizer import LightningOptimizerShell
-from sft.trainer import train
+import sft.engine.module
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths
+from sft.megatron.optim.optimizer import LightningOptimizerShell
+from sft.training.trainer import train
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.tiny_model import make_material
@@ -87,13 +87,13 @@ def test_gradients_added_up_in_bf16_stay_near_fp32(
 
 def train_with_half_gradients(config: Path) -> ExitCode:
     """Runs on a rank: training as it is, and a look at the gradient buffers."""
-    wrap = sft.module.SFTGPT.wrap_chunks
+    wrap = sft.engine.module.SFTGPT.wrap_chunks
 
-    def wrapped(self: sft.module.SFTGPT) -> None:
+    def wrapped(self: sft.engine.module.SFTGPT) -> None:
         wrap(self)
         assert {buffer.grad_dtype for chunk in self.chunks for buffer in chunk.buffers} == {torch.bfloat16}
 
-    sft.module.SFTGPT.wrap_chunks = wrapped  # type: ignore[method-assign]
+    sft.engine.module.SFTGPT.wrap_chunks = wrapped  # type: ignore[method-assign]
     return train(config)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.rundir import RunPaths
+from launcher.contract.rundir import RunPaths
 from tests.parity.runs import curve, make_run, run_training
 from tests.tiny_model import make_material
 

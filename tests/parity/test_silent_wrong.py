@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import sft.megatron.model
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths
-from launcher.spec import read_resolved
-from launcher.topology import build_topology
-from sft.hf.architecture import read_architecture
-from sft.megatron import mends
-from sft.megatron.mcore import DistributedOptimizer, TransformerConfig, parallel_state
-from sft.trainer import train
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths
+from launcher.contract.spec import read_resolved
+from launcher.contract.topology import build_topology
+from sft.megatron.core import DistributedOptimizer, TransformerConfig, parallel_state
+from sft.megatron.patches import fixes
+from sft.models.architecture import read_architecture
+from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import RankFailure, run_ranks
 from tests.tiny_model import make_material
@@ -93,13 +93,13 @@ def test_s3_load_would_fail(function: str, tmp_path: Path, material: tuple[Path,
 
 def train_with_shared_steps(config: Path) -> ExitCode:
     """Runs on a rank."""
-    mends.unshare_steps = lambda optimizer: None
+    fixes.unshare_steps = lambda optimizer: None
     return train(config)
 
 
 def train_without_priming(config: Path) -> ExitCode:
     """Runs on a rank."""
-    mends.prime_states = lambda optimizer: None
+    fixes.prime_states = lambda optimizer: None
     return train(config)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from launcher.rundir import read_lines
+from launcher.contract.rundir import read_lines
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_topologies import losses_of_first_step

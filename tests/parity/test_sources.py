@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ConfigError
-from launcher.rundir import RunPaths, read_lines
-from launcher.spec import SourceSpec
-from sft.trainer import train
+from launcher.contract.errors import ConfigError
+from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.spec import SourceSpec
+from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 

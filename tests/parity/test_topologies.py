@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-import sft.module
-from sft.megatron.mcore import parallel_state
-from sft.trainer import train
+import sft.engine.module
+from sft.megatron.core import parallel_state
+from sft.training.trainer import train
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.ranks import run_ranks
@@ -99,13 +99,13 @@ def test_target_losses_of_first_step_equal_transformers(
 def losses_of_first_step(config: Path) -> list[list[float]]:
     """Runs on a rank: the loss of each position as the last stage computes it, by example (micro-batches of 1)."""
     seen: list[list[float]] = []
-    weighted_sum = sft.module._weighted_sum
+    weighted_sum = sft.engine.module._weighted_sum
 
     def spy(weights: torch.Tensor, losses: torch.Tensor) -> Any:
         seen.append(losses.detach().flatten().tolist())
         return weighted_sum(weights, losses)
 
-    sft.module._weighted_sum = spy
+    sft.engine.module._weighted_sum = spy
     train(config)
     assert bool(seen) == parallel_state.is_pipeline_last_stage()
     return seen

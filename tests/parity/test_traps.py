@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import sft.module
-from sft.megatron.mcore import parallel_state
+import sft.engine.module
+from sft.megatron.core import parallel_state
 from sft.megatron.model import SFTGPTModel
-from sft.trainer import train
+from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl
@@ -72,12 +72,12 @@ def reference_norms(tmp_path_factory: pytest.TempPathFactory, material: Material
 
 def train_with_nan_in_padding(config: Path) -> Any:
     """Runs on a rank: the loss of every position without a target is NaN, forward and backward."""
-    weighted_sum = sft.module._weighted_sum
+    weighted_sum = sft.engine.module._weighted_sum
 
     def planted(weights: torch.Tensor, losses: torch.Tensor) -> Any:
         return weighted_sum(weights, losses + torch.where(weights == 0, float("nan"), 0.0))
 
-    sft.module._weighted_sum = planted
+    sft.engine.module._weighted_sum = planted
     return train(config)
 
 
@@ -107,13 +107,13 @@ def test_trap_3_ranks_without_a_target_stay_finite(tmp_path: Path, material: Mat
 def embedding_after_training(config: Path) -> str | None:
     """Runs on a rank: digest of this rank's copy of the shared embedding after the last step, if it has one."""
     built: list[SFTGPTModel] = []
-    wrap = sft.module.SFTGPT.wrap_chunks
+    wrap = sft.engine.module.SFTGPT.wrap_chunks
 
-    def spy(self: sft.module.SFTGPT) -> None:
+    def spy(self: sft.engine.module.SFTGPT) -> None:
         built.extend(self.gpt)
         wrap(self)
 
-    sft.module.SFTGPT.wrap_chunks = spy  # type: ignore[method-assign]
+    sft.engine.module.SFTGPT.wrap_chunks = spy  # type: ignore[method-assign]
     train(config)
     shared = [chunk for chunk in built if chunk.pre_process or chunk.post_process]
     if not shared:

@@ -12,8 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM
 
-from launcher.rundir import RunPaths, read_lines
-from launcher.spec import read_resolved
+from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.spec import read_resolved
 from sft.compat import trlx
 from sft.compat.trlx.samples import Tokens
 from tests.ranks import run_ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.rundir import RunPaths, read_lines
+from launcher.contract.rundir import RunPaths, read_lines
 from tests.sft.compat.material import megatron_config, trl_config
 from tests.tiny_model import make_tiny_model
 
@@ -36,7 +36,7 @@ STARTS = {
     "alone": (1, [sys.executable]),
     "local_ranks": (
         2,
-        [sys.executable, "-m", "launcher.attempts.local_ranks", "--ranks", "2", "--log-dir", "logs", "--"],
+        [sys.executable, "-m", "launcher.contract.local_ranks", "--ranks", "2", "--log-dir", "logs", "--"],
     ),
     "torchrun": (2, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
 }

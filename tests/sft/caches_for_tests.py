@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.data.cache import Counts, TokenCache, assemble, write_part
+from sft.data.cache.store import Counts, TokenCache, assemble, write_part
 
 Pair = tuple[list[int], list[float]]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from launcher.spec import DataSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+from launcher.contract.spec import DataSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 
 BASE: dict[str, Any] = {
     "vocab_size": 97,
@@ -138,12 +138,12 @@ def run_spec(directory: Path, world_size: int, precision: str = "fp32", **topolo
 
 def build_and_load(spec: RunSpec) -> list[Any]:
     """On a rank: this rank's chunks, filled from the Hugging Face directory."""
-    from launcher.topology import build_topology
-    from sft.hf.architecture import read_architecture
+    from launcher.contract.topology import build_topology
     from sft.hf.importer import load_hf_weights
-    from sft.megatron.distributed import init_model_parallel
-    from sft.megatron.mcore import get_transformer_layer_offset, parallel_state
+    from sft.megatron.core import get_transformer_layer_offset, parallel_state
     from sft.megatron.model import build_chunks, transformer_config
+    from sft.megatron.parallel.groups import init_model_parallel
+    from sft.models.architecture import read_architecture
 
     architecture = read_architecture(Path(spec.model.path))
     topology = build_topology(spec, architecture.shape)
@@ -171,7 +171,7 @@ def rank_logits(spec: RunSpec, ids: list[list[int]]) -> Any:
 
     Arrays travel through the pipe by value; tensors would be shared memory that ends with the rank.
     """
-    from launcher.model_shape import read_model_shape
+    from launcher.contract.model_shape import read_model_shape
 
     vocab = read_model_shape(Path(spec.model.path)).vocab_size
     logits = forward_chunks(build_and_load(spec), torch.tensor(ids), vocab)
@@ -182,7 +182,7 @@ def save_sharded(spec: RunSpec, directory: Path) -> None:
     """On a rank: import, and write Megatron-core's distributed checkpoint to `directory`."""
     import torch.distributed as dist
 
-    from sft.megatron.mcore import dist_checkpointing, parallel_state
+    from sft.megatron.core import dist_checkpointing, parallel_state
 
     chunks = build_and_load(spec)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -201,7 +201,7 @@ def forward_chunks(chunks: list[Any], ids: torch.Tensor, vocab: int) -> torch.Te
     """Pass hidden states from stage to stage, chunk after chunk; gather the vocabulary at the end."""
     import torch.distributed as dist
 
-    from sft.megatron.mcore import parallel_state, tensor_parallel
+    from sft.megatron.core import parallel_state, tensor_parallel
 
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     before = parallel_state.get_pipeline_model_parallel_prev_rank()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.rundir import RunPaths
+from launcher.contract.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster, why_unavailable
 from tests.slurm.runs import Workbench, make_workbench
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from launcher.rundir import RunPaths
+from launcher.contract.rundir import RunPaths
 from tests.slurm.processes import pids_with, wait_until
 from tests.slurm.runs import CHECKOUT, Workbench, events
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from launcher.rundir import RunPaths, read_lines
-from launcher.scheduler.state import JobState
+from launcher.contract.job_state import JobState
+from launcher.contract.rundir import RunPaths, read_lines
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl

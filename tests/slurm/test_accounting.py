@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.rundir import RunPaths
+from launcher.contract.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.matrix import decided
 from tests.slurm.processes import wait_until

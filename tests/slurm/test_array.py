@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.submission.manifest import read_manifest
+from launcher.contract.manifest import read_manifest
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
 from tests.slurm.runs import events, make_workbench

@@ -29,7 +29,7 @@ def test_edits_after_submit_change_nothing(slurm: SlurmCluster, tmp_path: Path) 
     small = ["resources.nodes=1", "resources.tasks_per_node=1", "topology.tensor_parallel=1"]
     small += ["topology.sequence_parallel=false", "train.max_steps=3", "checkpoint.export=false"]
     submit(bench.config, source, "name=first", *small, "resources.extra_sbatch=[--hold]")
-    for module in ("sft/__main__.py", "sft/trainer.py", "launcher/attempts/local_ranks.py"):
+    for module in ("sft/__main__.py", "sft/training/trainer.py", "launcher/contract/local_ranks.py"):
         (source / module).write_text("raise SystemExit('this is not the code that was submitted')\n")
     first = bench.run_paths("first")
     slurm.run(["scontrol", "release", bench.status(first)["job"]])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.exit_codes import ExitCode
+from launcher.contract.exit_codes import ExitCode
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.runs import make_workbench
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster, why_unavailable
 from tests.slurm.matrix import (
     PATIENCE,

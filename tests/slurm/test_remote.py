@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths
-from launcher.submission.manifest import read_manifest
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.manifest import read_manifest
+from launcher.contract.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
 from tests.slurm.runs import CHECKOUT, make_workbench

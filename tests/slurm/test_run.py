@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, checkpoint_step
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, checkpoint_step
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
 from tests.slurm.runs import STEPS, Workbench, events, loss_curve, wait_for_checkpoint

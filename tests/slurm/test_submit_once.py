@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from launcher.rundir import RunPaths
-from launcher.submission.manifest import read_manifest
+from launcher.contract.manifest import read_manifest
+from launcher.contract.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
 from tests.slurm.runs import CHECKOUT, Workbench, make_workbench

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Optional
 
-from launcher.errors import ConfigError
+from launcher.contract.errors import ConfigError
 from sft.compat.trlx.configs import TRLConfig
 from sft.compat.trlx.defaults import default_sft_config
 from sft.compat.trlx.registry import get_trainer

@@ -18,7 +18,7 @@ from typing import Any, Optional, TypeVar
 
 import yaml
 
-from launcher.errors import ConfigError, did_you_mean
+from launcher.contract.errors import ConfigError, did_you_mean
 
 T = TypeVar("T", bound="_Section")
 

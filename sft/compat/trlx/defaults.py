@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from launcher.errors import ConfigError
+from launcher.contract.errors import ConfigError
 from sft.compat.trlx.configs import (
     ModelConfig,
     OptimizerConfig,

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from launcher.config.load import read_text
-from launcher.errors import ConfigError
-from launcher.nemo.convert import Conversion, convert_entries
-from launcher.nemo.document import Entry, read_document
-from launcher.nemo.rules import value_of
+from launcher.contract.config.load import read_text
+from launcher.contract.errors import ConfigError
+from launcher.contract.nemo.convert import Conversion, convert_entries
+from launcher.contract.nemo.document import Entry, read_document
+from launcher.contract.nemo.rules import value_of
 from sft.compat.trlx.defaults import NAMED
 
 _TAKEN_HERE = ("model.data.add_bos", "model.data.add_eos", "model.data.eod_mask_loss", "model.resume_from_checkpoint")

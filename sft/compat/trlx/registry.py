@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from launcher.errors import ConfigError, did_you_mean
+from launcher.contract.errors import ConfigError, did_you_mean
 
 T = TypeVar("T", bound=type)
 

@@ -1,7 +1,7 @@
 """Settings and samples -> a run directory like every other, and the training of it on all ranks that were started.
 
 Every rank comes to the same config by itself. Rank 0 writes the directory and prepares the run (model conversion, token
-cache); the others wait for its mark on the file system, as ranks do for a token cache (sft.data.prepare).
+cache); the others wait for its mark on the file system, as ranks do for a token cache (sft.data.prepared.prepare).
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launcher.config.leaves import Leaf, Leaves
-from launcher.config.load import checked
-from launcher.errors import ConfigError, DataError
-from launcher.exit_codes import ExitCode
-from launcher.rundir import RunPaths, append_event, complete_checkpoints, write_atomic
-from launcher.spec import RunSpec, to_yaml
-from launcher.submission.manifest import describe_run, write_manifest
-from launcher.topology import build_topology
+from launcher.contract.config.load import checked
+from launcher.contract.errors import ConfigError, DataError
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.leaves import Leaf, Leaves
+from launcher.contract.manifest import describe_run, write_manifest
+from launcher.contract.rundir import RunPaths, append_event, complete_checkpoints, write_atomic
+from launcher.contract.spec import RunSpec, to_yaml
+from launcher.contract.topology import build_topology
+from sft.commands.export import export
+from sft.commands.prepare import prepare
 from sft.compat.trlx.samples import Tokens
-from sft.data.prepare import WAIT_SECONDS
-from sft.job import export, prepare
-from sft.megatron.mcore import parallel_state
-from sft.prompts import Metric
-from sft.rank_env import RankEnv
-from sft.trainer import train_run
+from sft.data.prepared.prepare import WAIT_SECONDS
+from sft.generation.prompts import Metric
+from sft.megatron.core import parallel_state
+from sft.runtime.rank_env import RankEnv
+from sft.training.trainer import train_run
 
 _POLL_SECONDS = 0.2
 
@@ -67,7 +68,7 @@ def make_spec(values: Mapping[str, Leaf], material: Material, paths: RunPaths, e
             f"trainer.devices {spec.resources.ranks_per_node} x trainer.num_nodes {spec.resources.nodes} = "
             f"{spec.resources.world_size} ranks, and {env.world_size} were started; start the program once for each, "
             f"by srun, by torchrun --nproc-per-node {spec.resources.ranks_per_node}, or by python -m "
-            f"launcher.attempts.local_ranks --ranks {spec.resources.world_size}"
+            f"launcher.contract.local_ranks --ranks {spec.resources.world_size}"
         )
     return spec
 

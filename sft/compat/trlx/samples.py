@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from launcher.errors import DataError
-from sft.data.sampler import cyclic_order
+from launcher.contract.errors import DataError
+from sft.data.batches.sampler import cyclic_order
 
 Sample = str | Sequence[str]
 """A text; or prompt and completion; or prompt, output, prompt, output, and so on."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config.leaves import Leaf
-from launcher.errors import ConfigError, did_you_mean
+from launcher.contract.errors import ConfigError, did_you_mean
+from launcher.contract.leaves import Leaf
 from sft.compat.trlx.configs import SFTConfig, TRLConfig
 from sft.compat.trlx.megatron_cfg import MegatronConfig
-from sft.rank_env import RankEnv
+from sft.runtime.rank_env import RankEnv
 
 Settings = dict[str, tuple[Any, str]]
 """Our key -> value, and the TRLConfig key it comes from."""
@@ -27,7 +27,7 @@ class Settled:
     """The outcome of both configs."""
 
     values: Mapping[str, Leaf]
-    """Our keys, as launcher.config.load takes them."""
+    """Our keys, as launcher.contract.config.load takes them."""
     notes: tuple[str, ...]
     """Contradictions, and what has no effect, for a warning."""
 

@@ -13,24 +13,24 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from launcher.config.leaves import Leaf, Leaves
-from launcher.config.load import typed
-from launcher.errors import ConfigError, DataError, ModelError
-from launcher.model_shape import ModelShape, read_model_shape
-from launcher.nemo.checkpoint import is_checkpoint, read_shape
-from launcher.rundir import RunPaths
-from launcher.submission.plan import check_described
-from launcher.topology import build_topology
+from launcher.contract.config.load import typed
+from launcher.contract.errors import ConfigError, DataError, ModelError
+from launcher.contract.leaves import Leaf, Leaves
+from launcher.contract.model_shape import ModelShape, read_model_shape
+from launcher.contract.nemo.checkpoint import is_checkpoint, read_shape
+from launcher.contract.nemo.described import check_described
+from launcher.contract.rundir import RunPaths
+from launcher.contract.topology import build_topology
 from sft.compat.trlx.configs import SFTConfig, TRLConfig
 from sft.compat.trlx.megatron_cfg import MegatronConfig, read_megatron_config
 from sft.compat.trlx.registry import register_trainer
 from sft.compat.trlx.run import Material, make_spec, refuse_other_run, resume_point, run
 from sft.compat.trlx.samples import Sample, SampleEncoder, Tokens
 from sft.compat.trlx.settings import run_place, settle
-from sft.data.tokenizer import load_tokenizer
-from sft.prompts import Metric
-from sft.rank_env import RankEnv
-from sft.trainer import megatron_trainer as our_trainer
+from sft.data.encoding.tokenizer import load_tokenizer
+from sft.generation.prompts import Metric
+from sft.runtime.rank_env import RankEnv
+from sft.training.trainer import megatron_trainer as our_trainer
 
 MegatronCfg = str | Path | Mapping[str, Any] | DictConfig
 

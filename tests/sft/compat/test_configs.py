@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.errors import ConfigError
+from launcher.contract.errors import ConfigError
 from sft.compat import trlx
 from sft.compat.trlx import TRLConfig, default_sft_config, get_trainer, register_trainer
 from tests.sft.compat.material import trl_config

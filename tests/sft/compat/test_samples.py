@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.errors import DataError
-from launcher.spec import DataSpec, RunSpec, TrainSpec
+from launcher.contract.errors import DataError
+from launcher.contract.spec import DataSpec, RunSpec, TrainSpec
 from sft.compat.trlx import PromptPipeline, ShuffledCyclicSequence
 from sft.compat.trlx.run import _lines, _row
 from sft.compat.trlx.samples import SampleEncoder, Tokens, collate
-from sft.data.batch import RankShare
-from sft.data.batch import collate as batch_of
-from sft.data.datamodule import training_plan
-from sft.data.prepare import open_or_build
+from sft.data.batches.batch import RankShare
+from sft.data.batches.batch import collate as batch_of
+from sft.data.prepared.prepare import open_or_build
+from sft.training.datamodule import training_plan
 from tests.sft.compat.material import BOS, EOS, character_tokenizer
 
 SAMPLES = ("AB", "ABCDEFGH", "")

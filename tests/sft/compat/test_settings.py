@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from launcher.errors import ConfigError
+from launcher.contract.errors import ConfigError
 from sft.compat import trlx
 from sft.compat.trlx import TRLConfig
 from sft.compat.trlx.megatron_cfg import MegatronConfig, read_megatron_config
 from sft.compat.trlx.settings import Settled, run_place, settle
 from sft.compat.trlx.trainer import _name_for_wandb
-from sft.rank_env import RankEnv
+from sft.runtime.rank_env import RankEnv
 from tests.sft.compat.material import megatron_config, trl_config
 from tests.tiny_model import make_tiny_model
 

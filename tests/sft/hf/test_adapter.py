@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.errors import ModelError
-from launcher.spec import LoraSpec
+from launcher.contract.errors import ModelError
+from launcher.contract.spec import LoraSpec
 from sft.hf import gguf
 from sft.hf.adapter import AdapterTarget, adapter_targets, added_weight, all_targets, peft_config
-from tests.sft.hf.test_architecture import write_config
-from tests.sft.hf.test_layouts import architecture
+from tests.sft.models.test_architecture import write_config
+from tests.sft.models.test_weight_map import architecture
 
 
 def by_name(fused: bool = False, targets: list[str] | None = None) -> dict[str, AdapterTarget]:

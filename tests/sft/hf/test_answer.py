@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.rundir import RunPaths, read_lines
+from launcher.contract.rundir import RunPaths, read_lines
 from sft.hf import answer as module
 from sft.hf.answer import answer, record_answers
 from tests.tiny_model import make_tiny_model

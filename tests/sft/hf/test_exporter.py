@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.errors import CheckpointError, RunStateError
-from launcher.rundir import COMPLETE, RunPaths
-from launcher.spec import to_yaml
-from sft.export import export_run
+from launcher.contract.errors import CheckpointError, RunStateError
+from launcher.contract.rundir import COMPLETE, RunPaths
+from launcher.contract.spec import to_yaml
+from sft.commands.export import export_run
 from sft.hf import exporter as hf_export
-from sft.hf.architecture import read_architecture
 from sft.hf.exporter import export_checkpoint, plan_files
 from sft.hf.files import weight_map
 from sft.hf.sharded_reader import ShardedReader
+from sft.models.architecture import read_architecture
 from tests.parity.runs import make_run, run_training
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import example_ids, hf_logits, run_spec, save_hf_model, save_sharded

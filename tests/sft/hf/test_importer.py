@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from launcher.errors import ModelError
-from sft.hf.architecture import read_architecture
+from launcher.contract.errors import ModelError
 from sft.hf.files import WeightFiles, check_model_files
 from sft.hf.importer import load_hf_weights
-from sft.hf.layouts import layout_of, parameter_names
+from sft.models.architecture import read_architecture
+from sft.models.weight_map import layout_of, parameter_names
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import BASE, CASES, example_ids, hf_logits, rank_logits, run_spec, save_hf_model
 

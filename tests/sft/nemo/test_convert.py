@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.errors import ModelError
-from launcher.model_shape import read_model_shape
-from launcher.nemo.checkpoint import is_checkpoint, read_shape
-from launcher.spec import DataSpec, ModelSpec, RunSpec
-from sft.hf.model_files import resolve_model_dir
+from launcher.contract.errors import ModelError
+from launcher.contract.model_shape import read_model_shape
+from launcher.contract.nemo.checkpoint import is_checkpoint, read_shape
+from launcher.contract.spec import DataSpec, ModelSpec, RunSpec
+from sft.model_source import resolve_model_dir
 from sft.nemo.convert import convert_nemo
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import example_ids, hf_logits, rank_logits, run_spec, save_hf_model

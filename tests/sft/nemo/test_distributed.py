@@ -12,13 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from launcher.errors import CheckpointError, ModelError
-from launcher.model_shape import read_model_shape
-from launcher.nemo.checkpoint import is_checkpoint, read_shape
-from launcher.spec import DataSpec, ModelSpec, RunSpec
-from sft.hf.architecture import read_architecture
-from sft.hf.model_files import resolve_model_dir
+from launcher.contract.errors import CheckpointError, ModelError
+from launcher.contract.model_shape import read_model_shape
+from launcher.contract.nemo.checkpoint import is_checkpoint, read_shape
+from launcher.contract.spec import DataSpec, ModelSpec, RunSpec
 from sft.hf.sharded_reader import ShardedReader
+from sft.model_source import resolve_model_dir
+from sft.models.architecture import read_architecture
 from sft.nemo.convert import convert_nemo
 from sft.nemo.export import export_nemo2
 from tests.ranks import run_ranks

@@ -1,0 +1,136 @@
+"""Memory of each pipeline stage, by what it is for.
+
+Activations follow Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), section 4, with the score matrix gone
+(flash attention) and SwiGLU in place of the MLP: each tensor that the backward pass reads is counted once.
+Micro-batches in flight are those of 1F1B and of the interleaved schedule (Narayanan et al. 2021,
+https://arxiv.org/abs/2104.04473).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.contract.cost_model.implementation import COMMUNICATOR_GIB, CUDA_CONTEXT_GIB, Implementation
+from launcher.contract.cost_model.workload import Layout, Workload, adapter_parameters, stage_parameters
+from launcher.contract.topology import Topology
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageMemory:
+    """GiB on one GPU of a pipeline stage at its peak."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    overhead: float
+    """CUDA context and communication buffers: outside of what torch counts as allocated."""
+
+    @property
+    def allocated(self) -> float:
+        """What torch.cuda.max_memory_allocated would say, GiB."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    @property
+    def total(self) -> float:
+        """All of it, GiB."""
+        return self.allocated + self.overhead
+
+
+def pipeline_memory(workload: Workload, layout: Layout, implementation: Implementation) -> tuple[StageMemory, ...]:
+    """Of every stage, first to last."""
+    return tuple(
+        stage_memory(workload, layout, implementation, stage) for stage in range(layout.topology.pipeline_parallel)
+    )
+
+
+def largest_stage(workload: Workload, layout: Layout, implementation: Implementation) -> StageMemory:
+    """The stage with the highest peak: the first holds most micro-batches, the last the logits."""
+    ends = {0, layout.topology.pipeline_parallel - 1}
+    stages = [stage_memory(workload, layout, implementation, stage) for stage in ends]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def stage_memory(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> StageMemory:
+    """Of one stage."""
+    topology = layout.topology
+    held = stage_parameters(workload.shape, topology, stage)
+    trained = held
+    if workload.lora_rank is not None:
+        trained = adapter_parameters(workload.shape, topology, workload.lora_rank)
+        held += trained
+    # fp32 training has no master copy besides the weights: 8 bytes of moments, else 12
+    state = trained * (8 if workload.precision == "fp32" else 12)
+    if layout.distributed_optimizer:
+        state //= topology.reducing_ranks
+    last = stage == topology.pipeline_parallel - 1
+    return StageMemory(
+        stage=stage,
+        weights=held * workload.width / GIB,
+        gradients=trained * 4 / GIB,
+        optimizer=state / GIB,
+        activations=_activation_bytes(workload, layout, implementation, stage) / GIB,
+        logits=_logit_bytes(workload, topology, implementation) / GIB if last else 0.0,
+        overhead=CUDA_CONTEXT_GIB + COMMUNICATOR_GIB * _communicators(topology),
+    )
+
+
+def layer_activation_bytes(workload: Workload, layout: Layout, implementation: Implementation) -> float:
+    """What one layer keeps of one micro-batch unless it is computed again as a whole."""
+    shape, topology = workload.shape, layout.topology
+    tensor = topology.tensor_parallel
+    sequence = tensor if topology.sequence_parallel else 1
+    queries = shape.num_attention_heads * shape.head_dim / tensor
+    groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
+    outputs = 1 if layout.recompute == "selective" else 2  # the kernel's, and as the projection reads it
+    norms = 2 if layout.recompute == "norms" else 4  # inputs and outputs of the two
+    per_token = norms * shape.hidden_size / sequence
+    # Between ranks that share rows, attention keeps keys and values of the whole row, unless it gathers them once more.
+    shared_rows = 1 if layout.recompute == "selective" else topology.context_parallel
+    per_token += queries + 2 * groups * shared_rows + outputs * queries
+    mlp = implementation.saved_mlp if shape.gated_mlp else 2
+    whole = (tensor == 1 or workload.precision == "fp8") and workload.lora_rank is None
+    if implementation.spares_mlp_output and shape.gated_mlp and whole:
+        mlp -= 1
+    per_token += mlp * shape.ffn_hidden_size / tensor
+    return per_token * workload.width * _micro_batch_tokens(workload, topology)
+
+
+def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:
+    """Model chunks whose activations a stage holds at its peak, each of layers / (pp * vpp)."""
+    stages, virtual = topology.pipeline_parallel, topology.virtual_pipeline
+    if virtual == 1:
+        return min(micro_batches, stages - stage)
+    return min(micro_batches * virtual, 2 * (stages - stage - 1) + (virtual - 1) * stages + 1)
+
+
+def _activation_bytes(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> float:
+    topology = layout.topology
+    layers = workload.shape.num_layers // (topology.pipeline_parallel * topology.virtual_pipeline)
+    flying = layers * chunks_in_flight(topology, workload.micro_batches(topology), stage)
+    full = layer_activation_bytes(workload, layout, implementation)
+    if layout.recompute == "offload":
+        return full  # inputs of layers are not on the GPU
+    if layout.recompute != "full":
+        return flying * full
+    sequence = topology.tensor_parallel if topology.sequence_parallel else 1
+    kept = workload.shape.hidden_size / sequence * workload.width * _micro_batch_tokens(workload, topology)
+    return flying * kept + full  # inputs of all layers, and one layer that is computed again
+
+
+def _logit_bytes(workload: Workload, topology: Topology, implementation: Implementation) -> float:
+    logits = workload.shape.vocab_size / topology.tensor_parallel * _micro_batch_tokens(workload, topology)
+    return implementation.logit_bytes * logits + min(implementation.logit_chunk, logits * workload.width / 2)
+
+
+def _micro_batch_tokens(workload: Workload, topology: Topology) -> float:
+    return topology.micro_batch_size * workload.seq_length / topology.context_parallel
+
+
+def _communicators(topology: Topology) -> int:
+    sizes = (topology.tensor_parallel, topology.pipeline_parallel, topology.context_parallel, topology.data_parallel)
+    return sum(size > 1 for size in sizes)

@@ -1,0 +1,54 @@
+"""Memory and speed of one layout by the cost model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.contract.cost_model.implementation import Implementation
+from launcher.contract.cost_model.memory import StageMemory, largest_stage
+from launcher.contract.cost_model.step_time import StepTime, step_time
+from launcher.contract.cost_model.workload import Layout, Workload
+from launcher.contract.flops import mfu
+from launcher.contract.hardware import GpuKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A valid layout, its largest stage and, where it was worth computing, its time."""
+
+    layout: Layout
+    memory: StageMemory
+    missing: float
+    """GiB by which the largest stage is too large; 0 or less where it fits."""
+    time: StepTime
+    tokens_per_second: float
+    """Real tokens over all GPUs."""
+    mfu: float
+
+    @property
+    def overrides(self) -> dict[str, int | bool | str]:
+        """The config keys that make a run take this layout."""
+        topology = self.layout.topology
+        return {
+            "topology.tensor_parallel": topology.tensor_parallel,
+            "topology.pipeline_parallel": topology.pipeline_parallel,
+            "topology.virtual_pipeline": topology.virtual_pipeline,
+            "topology.sequence_parallel": topology.sequence_parallel,
+            "train.micro_batch_size": topology.micro_batch_size,
+            "train.recompute": self.layout.recompute,
+        }
+
+
+def evaluate(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> Candidate:
+    """Memory and speed of one layout."""
+    memory = largest_stage(workload, layout, implementation)
+    time = step_time(workload, layout, gpu, implementation)
+    seconds, ranks = time.total, layout.topology.world_size
+    return Candidate(
+        layout=layout,
+        memory=memory,
+        missing=memory.total - gpu.memory_gib,
+        time=time,
+        tokens_per_second=workload.tokens / seconds,
+        mfu=mfu(workload.flops, seconds, gpu.bf16_tflops, ranks),
+    )

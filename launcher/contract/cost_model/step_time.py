@@ -1,0 +1,252 @@
+"""Time of one optimizer step, by what it is spent on.
+
+Products run at the rate that large ones reach, plus the part of their reads and writes that arithmetic does not hide;
+elementwise kernels at the memory's rate; collectives as rings at the rate of the slowest link they cross. The pipeline
+adds (pp - 1) / vpp micro-batches of idle time (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 2.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from launcher.contract.cost_model.implementation import LORA_PASSES, MATMUL_EXPOSED_TRAFFIC, Implementation
+from launcher.contract.cost_model.workload import (
+    Layout,
+    Workload,
+    adapter_parameters,
+    layer_parameters,
+    stage_parameters,
+)
+from launcher.contract.hardware import GpuKind
+from launcher.contract.topology import Topology
+
+FP32_RATE = 0.5
+"""fp32 products run as TF32, at half the bf16 rate on NVIDIA's data sheets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Seconds of a step on the slowest stage. Communication is what no computation hides."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    recompute: float = 0.0
+    tensor_parallel: float = 0.0
+    context_parallel: float = 0.0
+    pipeline_bubble: float = 0.0
+    pipeline_sends: float = 0.0
+    data_parallel: float = 0.0
+    optimizer: float = 0.0
+    overhead: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(seconds for _, seconds in self.parts())
+
+    @property
+    def communication(self) -> float:
+        """All exposed communication, without the bubble."""
+        return self.tensor_parallel + self.context_parallel + self.pipeline_sends + self.data_parallel
+
+    def parts(self) -> list[tuple[str, float]]:
+        """What the step is spent on, in seconds, most first."""
+        names = (field.name for field in dataclasses.fields(self))
+        values: list[tuple[str, float]] = [(name, getattr(self, name)) for name in names]
+        return sorted(values, key=lambda part: -part[1])
+
+    def shares(self) -> list[tuple[str, float]]:
+        """The same as parts of the step."""
+        total = self.total
+        return [(name, seconds / total) for name, seconds in self.parts()]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pass:
+    """Seconds of forward and backward of one micro-batch in some layers, apart from recomputation."""
+
+    matmul: float
+    attention: float
+    elementwise: float
+    tensor_parallel: float
+    context_parallel: float = 0.0
+    norms: float = 0.0
+    """Forward alone, and part of elementwise."""
+
+
+def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> StepTime:
+    """One optimizer step."""
+    topology = layout.topology
+    count = workload.micro_batches(topology)
+    layers = _layers(workload, topology, gpu, implementation)
+    head = _head(workload, topology, gpu, implementation)
+    gradients = _trained(workload, topology) * implementation.gradient_bytes / _memory_rate(gpu)
+    again = _recompute(layout, layers)
+    collectives = layers.tensor_parallel + layers.context_parallel
+    compute = layers.matmul + layers.attention + layers.elementwise + collectives + again + gradients
+    sends = _sends(workload, topology, gpu)
+    idle = (topology.pipeline_parallel - 1) / topology.virtual_pipeline
+    backward = (compute + head.matmul + head.elementwise) * 2 / 3
+    return StepTime(
+        matmul=count * (layers.matmul + head.matmul),
+        attention=count * layers.attention,
+        elementwise=count * (layers.elementwise + head.elementwise + gradients),
+        recompute=count * again,
+        tensor_parallel=count * (layers.tensor_parallel + head.tensor_parallel),
+        context_parallel=count * layers.context_parallel,
+        pipeline_bubble=idle * (compute + (head.matmul + head.elementwise) / topology.pipeline_parallel),
+        pipeline_sends=count * sends,
+        data_parallel=_data_parallel(workload, layout, gpu, implementation, backward),
+        optimizer=_optimizer(workload, layout, gpu, implementation),
+        overhead=implementation.step_overhead,
+    )
+
+
+def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation) -> _Pass:
+    """The decoder layers of one stage."""
+    shape, tensor = workload.shape, topology.tensor_parallel
+    tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel
+    layers = shape.num_layers // topology.pipeline_parallel
+    queries, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    up = 2 if shape.gated_mlp else 1
+    outer = 4 * shape.hidden_size + (2 * queries + 2 * groups + (up + 1) * shape.ffn_hidden_size) / tensor
+    weights = layer_parameters(shape, tensor)
+    # causal half: 6 * s a token and head dimension over forward and backward
+    attention = 6 * queries / tensor * tokens * workload.attended
+    sequence = tensor if topology.sequence_parallel else 1
+    moved = implementation.passes_hidden * shape.hidden_size / sequence
+    moved += implementation.passes_ffn * shape.ffn_hidden_size / tensor
+    moved += 0 if workload.lora_rank is None else LORA_PASSES * outer
+    collectives = (10 if topology.sequence_parallel else 8) * _ring(tensor) * tokens * shape.hidden_size
+    attention_rate = gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, workload.attended)
+    return _Pass(
+        matmul=layers * _products(workload, gpu, implementation, weights, tokens, outer),
+        attention=layers * attention / attention_rate,
+        elementwise=layers * moved * workload.width * tokens / _memory_rate(gpu),
+        tensor_parallel=layers
+        * collectives
+        * workload.width
+        * implementation.tensor_parallel_exposed
+        / _link_rate(gpu, crosses=False),
+        context_parallel=layers * _gathered_rows(workload, topology, gpu),
+        # two a layer, each read and written
+        norms=layers * 4 * shape.hidden_size / sequence * workload.width * tokens / _memory_rate(gpu),
+    )
+
+
+def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
+    """Keys and values of whole rows gathered for a layer, and their gradients back, a micro-batch; none is hidden."""
+    shape, tensor, context = workload.shape, topology.tensor_parallel, topology.context_parallel
+    groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
+    size = 2 * groups * topology.micro_batch_size * workload.seq_length * workload.width
+    return 2 * _ring(context) * size / _link_rate(gpu, crosses=tensor * context > topology.ranks_per_node)
+
+
+def _head(workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation) -> _Pass:
+    """Output layer and loss; never in fp8."""
+    shape, tensor = workload.shape, topology.tensor_parallel
+    tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel
+    rows = shape.vocab_size / tensor
+    weights = rows * shape.hidden_size
+    half = dataclasses.replace(workload, precision="bf16") if workload.precision == "fp8" else workload
+    return _Pass(
+        matmul=_products(half, gpu, implementation, weights, tokens, shape.hidden_size + rows),
+        attention=0.0,
+        elementwise=implementation.passes_logits * rows * workload.width * tokens / _memory_rate(gpu),
+        tensor_parallel=4
+        * _ring(tensor)
+        * tokens
+        * shape.hidden_size
+        * workload.width
+        / _link_rate(gpu, crosses=False),
+    )
+
+
+def _products(
+    workload: Workload, gpu: GpuKind, implementation: Implementation, weights: float, tokens: float, outer: float
+) -> float:
+    """Forward and backward of linear layers with so many weights and inputs + outputs a token, one micro-batch."""
+    rate, width = gpu.bf16_tflops * gpu.matmul_efficiency, workload.width
+    if workload.precision == "fp32":
+        rate *= FP32_RATE
+    elif workload.precision == "fp8":
+        assert gpu.fp8_tflops is not None and implementation.fp8_efficiency is not None
+        rate, width = gpu.fp8_tflops * implementation.fp8_efficiency, 1
+    products = 3 if workload.lora_rank is None else 2  # frozen weights have no gradient of their own
+    traffic = products * (tokens * outer + weights) * width
+    return products * 2 * weights * tokens / (rate * 1e12) + MATMUL_EXPOSED_TRAFFIC * traffic / _memory_rate(gpu)
+
+
+def _recompute(layout: Layout, layers: _Pass) -> float:
+    """The forward pass once more: a third of what both passes take, collectives included; of gathered rows half."""
+    if layout.recompute in ("full", "offload"):  # copies to the host run beside computation
+        computed = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel
+        return computed / 3 + layers.context_parallel / 2
+    if layout.recompute == "norms":
+        return layers.norms
+    return layers.attention / 3 + layers.context_parallel / 2 if layout.recompute == "selective" else 0.0
+
+
+def _sends(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
+    """Activations and gradients between stages, a micro-batch. The interleaved schedule sends behind computation."""
+    if topology.pipeline_parallel == 1 or topology.virtual_pipeline > 1:
+        return 0.0
+    sequence = topology.tensor_parallel if topology.sequence_parallel else 1
+    tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel
+    size = tokens * workload.shape.hidden_size * workload.width / sequence
+    neighbours_apart = topology.world_size // topology.pipeline_parallel
+    return 2 * size / _link_rate(gpu, crosses=neighbours_apart >= topology.ranks_per_node)
+
+
+def _data_parallel(
+    workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation, backward: float
+) -> float:
+    """Reduction of fp32 gradients, hidden behind the last backward pass, and the gathering of updated weights."""
+    topology = layout.topology
+    if topology.reducing_ranks == 1:
+        return 0.0
+    trained, ring = _trained(workload, topology), _ring(topology.reducing_ranks)
+    rate = _data_parallel_rate(topology, gpu)
+    reduce = (1 if layout.distributed_optimizer else 2) * trained * 4 * ring / rate
+    exposed = max(0.0, reduce - backward)
+    if layout.distributed_optimizer:
+        gather = trained * workload.width * ring / rate
+        exposed += max(0.0, gather - backward / 2) if implementation.gathers_behind_forward else gather
+    return exposed
+
+
+def _optimizer(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> float:
+    updated = _trained(workload, layout.topology)
+    if layout.distributed_optimizer:
+        updated /= layout.topology.reducing_ranks
+    return updated * implementation.optimizer_bytes / _memory_rate(gpu)
+
+
+def _trained(workload: Workload, topology: Topology) -> float:
+    """Parameters that have gradients on a rank of the largest stage."""
+    if workload.lora_rank is not None:
+        return adapter_parameters(workload.shape, topology, workload.lora_rank)
+    return stage_parameters(workload.shape, topology, topology.pipeline_parallel - 1)
+
+
+def _ring(size: int) -> float:
+    """Part of a tensor that each rank sends in a ring all-gather or reduce-scatter."""
+    return (size - 1) / size
+
+
+def _memory_rate(gpu: GpuKind) -> float:
+    return gpu.memory_bandwidth * gpu.memory_efficiency * 1e9
+
+
+def _link_rate(gpu: GpuKind, *, crosses: bool) -> float:
+    return (gpu.inter_node_bandwidth if crosses else gpu.intra_node_bandwidth) * gpu.collective_efficiency * 1e9
+
+
+def _data_parallel_rate(topology: Topology, gpu: GpuKind) -> float:
+    """A ring over nodes leaves each by the network cards of all its members there, up to the rate within the node."""
+    if topology.tensor_parallel * topology.reducing_ranks <= topology.ranks_per_node:
+        return _link_rate(gpu, crosses=False)
+    members = max(1, topology.ranks_per_node // topology.tensor_parallel)
+    return min(_link_rate(gpu, crosses=False), members * _link_rate(gpu, crosses=True))

@@ -1,0 +1,62 @@
+"""Kinds of GPU: peaks, memory and links, from the data file gpu_kinds.yaml, where each figure has its source."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from launcher.contract.errors import ConfigError, did_you_mean
+
+_FILE = Path(__file__).with_name("gpu_kinds.yaml")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuKind:
+    """One kind of GPU. Rates are in TFLOP/s and GB/s (10^9 bytes), links one direction a GPU."""
+
+    name: str
+    names: tuple[str, ...]
+    """Regular expressions found in the name that torch and nvidia-smi report."""
+    bf16_tflops: float
+    """Dense peak of bf16 matrix products."""
+    fp8_tflops: float | None = None
+    """Dense peak of fp8 matrix products; None where there are none."""
+    matmul_efficiency: float
+    """Part of the peak that large matrix products reach."""
+    memory_gib: float
+    memory_bandwidth: float
+    memory_efficiency: float
+    """Part of the memory bandwidth that elementwise kernels reach."""
+    intra_node_bandwidth: float
+    inter_node_bandwidth: float
+    collective_efficiency: float
+    """Part of the links' bandwidth that large collectives reach."""
+
+
+@functools.cache
+def gpu_kinds() -> tuple[GpuKind, ...]:
+    """All kinds, in the order in which `match_gpu` tries them."""
+    values = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    return tuple(
+        GpuKind(name=name, **{**figures, "names": tuple(figures["names"])}) for name, figures in values.items()
+    )
+
+
+def gpu_kind(name: str) -> GpuKind:
+    """The kind of this name; ConfigError lists those there are."""
+    known = {kind.name: kind for kind in gpu_kinds()}
+    if name not in known:
+        raise ConfigError(f"{name!r} is no known kind of GPU{did_you_mean(name, known)}; known: {', '.join(known)}")
+    return known[name]
+
+
+def match_gpu(reported: str) -> GpuKind | None:
+    """The kind whose names fit what torch.cuda.get_device_name() or nvidia-smi says, or None."""
+    for kind in gpu_kinds():
+        if any(re.search(pattern, reported, re.IGNORECASE) for pattern in kind.names):
+            return kind
+    return None

@@ -1,0 +1,151 @@
+"""`python -m launcher.contract.local_ranks --ranks N --log-dir DIR -- COMMAND`: the ranks of a run on this machine.
+
+Each rank gets torchrun's variables and a log file of its own. Signals are handed on; when one rank fails, the others
+get a grace period and are then ended; the exit code is that of the first rank that failed. Ranks die with this
+process, whatever kills it.
+
+Rejected: torchrun, which starts failed ranks again and masks their exit codes; this imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+GRACE_SECONDS = 30.0
+"""How long the other ranks may go on after one has failed, and then again between TERM and KILL."""
+
+_POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launcher.contract.local_ranks", description="Start the ranks of a local run."
+    )
+    parser.add_argument("--ranks", type=int, required=True, help="number of ranks")
+    parser.add_argument("--log-dir", type=Path, required=True, help="where rank-<N>.log files go")
+    parser.add_argument("--grace", type=float, default=GRACE_SECONDS, help="seconds before ranks are ended")
+    parser.add_argument("command", nargs="+", help="what each rank runs, after --")
+    options = parser.parse_args(arguments)
+    _die_with(os.getppid())()
+    return run_ranks(options.command, options.ranks, options.log_dir, options.grace)
+
+
+def run_ranks(command: Sequence[str], ranks: int, log_dir: Path, grace: float = GRACE_SECONDS) -> int:
+    """Run `command` once a rank and return the exit code of the first that failed, or 0."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        _signal_all(processes, number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    try:
+        with held_port() as port:
+            for rank in range(ranks):
+                processes.append(_start(command, rank, ranks, port, log_dir / f"rank-{rank}.log"))
+            return _attend(processes, grace, log_dir / "failure")
+    finally:
+        _signal_all(processes, signal.SIGKILL)
+        for process in processes:
+            process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _start(command: Sequence[str], rank: int, ranks: int, port: int, log: Path) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with(os.getpid()),
+        )
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """What a child does before exec: ask the kernel for SIGKILL when the parent ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def ask() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # bash has background jobs ignore it
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+def _attend(processes: Sequence[subprocess.Popen[bytes]], grace: float, failure: Path) -> int:
+    """Wait for all; once one failed, write down which, and end the others in two steps."""
+    failed: int | None = None
+    failed_at = 0.0
+    steps = [(grace, signal.SIGTERM), (2 * grace, signal.SIGKILL)]
+    while True:
+        codes = [process.poll() for process in processes]
+        if failed is None:
+            rank = next((rank for rank, code in enumerate(codes) if code), None)
+            if rank is not None:
+                failed, failed_at = _exit_code(codes[rank] or 0), time.monotonic()
+                with contextlib.suppress(FileExistsError), failure.open("x", encoding="utf-8") as file:
+                    file.write(f"{failed} {rank} {socket.gethostname()}\n")  # the watchdog may have named another
+                first = failure.read_text(encoding="utf-8").split()[1]
+                print(f"rank {first} failed first, with exit code {failed}", flush=True)
+        if all(code is not None for code in codes):
+            return failed or 0
+        if failed is not None and steps and time.monotonic() - failed_at >= steps[0][0]:
+            number = steps.pop(0)[1]
+            running = [rank for rank, code in enumerate(codes) if code is None]
+            print(f"ending ranks {', '.join(map(str, running))} with {number.name}", flush=True)
+            _signal_all(processes, number)
+        time.sleep(_POLL_SECONDS)
+
+
+def _exit_code(code: int) -> int:
+    """A shell's view: 128 + N for death by signal N."""
+    return 128 - code if code < 0 else code
+
+
+def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port for rank 0 to listen on, which the kernel gives to nobody else meanwhile.
+
+    The socket that holds it is bound alone, and only then allows others the same address: rank 0's, which torch opens
+    with SO_REUSEADDR. It never listens, or that would fail.
+    """
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield int(holder.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

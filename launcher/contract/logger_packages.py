@@ -1,0 +1,27 @@
+"""Which packages the loggers of a config need: asked on the login node where ranks run in the same environment, and
+again by `sft prepare` in theirs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from launcher.contract.spec import RunSpec
+
+_PACKAGES = {"nemo": "nemo_toolkit"}
+"""Packages that are not called as their module is."""
+
+
+def missing_loggers(spec: RunSpec) -> Iterator[tuple[str, str]]:
+    """Key and problem of every logger whose package is not installed here."""
+    logging = spec.logging
+    wanted = {
+        "tensorboard": logging.tensorboard,
+        "wandb": logging.wandb,
+        "mlflow": logging.mlflow,
+        "nemo": logging.nemo,
+    }
+    for module, setting in wanted.items():
+        if setting and importlib.util.find_spec(module) is None:
+            package = _PACKAGES.get(module, module)
+            yield f"logging.{module}", f"needs the package {package}: pip install {package}, or leave this out"

@@ -1,0 +1,102 @@
+"""The numbers of a Hugging Face `config.json` that topology checks need; read with json, never with transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.contract.errors import ModelError, did_you_mean
+
+_NAMED = Path(__file__).with_name("model_shapes.yaml")
+
+_TIED_BY_DEFAULT = ("gemma", "gpt2")
+"""Model types whose config may leave `tie_word_embeddings` out and mean true."""
+
+_GPT2_KEYS = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+"""What GPT-2's config calls the sizes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """A decoder-only transformer's sizes."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """KV heads."""
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    tied_embeddings: bool
+    gated_mlp: bool = True
+    """Whether the MLP has a gate beside its up projection."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], where: str) -> ModelShape:
+        """Read the keys shared by Llama-like configs, or GPT-2's; `where` names the file in errors."""
+        model_type = str(config.get("model_type", ""))
+        if model_type == "gpt2":
+            named = {ours: config.get(theirs, config.get(ours)) for ours, theirs in _GPT2_KEYS.items()}
+            config = config | named | {"num_key_value_heads": None, "head_dim": None}  # which GPT-2 does not read
+            config["intermediate_size"] = config.get("intermediate_size") or 4 * (config.get("hidden_size") or 0)
+        needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+        missing = [key for key in needed if not isinstance(config.get(key), int)]
+        if missing:
+            raise ModelError(f"{where}: no integer {', '.join(missing)}; is this a decoder-only model's config?")
+        heads: int = config["num_attention_heads"]
+        return cls(
+            model_type=model_type,
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config.get("max_position_embeddings") or 2**31,
+            tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
+            gated_mlp=model_type != "gpt2",
+        )
+
+
+def read_model_shape(model_dir: Path) -> ModelShape:
+    """Shape of the model in `model_dir`; ModelError says what is missing."""
+    path = model_dir / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"model.path: no config.json in {model_dir}; it must be a Hugging Face model directory"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"model.path: {path} is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"model.path: {path} holds a {type(config).__name__}, not an object")
+    return ModelShape.from_config(config, str(path))
+
+
+def named_model_config(name: str) -> dict[str, Any]:
+    """The config.json values of a named size (model_shapes.yaml), for planning and benchmarks."""
+    values = yaml.safe_load(_NAMED.read_text(encoding="utf-8"))
+    if name not in values:
+        raise ModelError(f"{name!r} is no named model size{did_you_mean(name, values)}; known: {', '.join(values)}")
+    config: dict[str, Any] = values[name]
+    return config
+
+
+def named_model_shape(name: str) -> ModelShape:
+    """The sizes of a named model (model_shapes.yaml)."""
+    return ModelShape.from_config(named_model_config(name), f"{_NAMED.name}: {name}")

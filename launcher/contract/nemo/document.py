@@ -1,0 +1,126 @@
+"""A NeMo YAML file as dotted keys with resolved values and the lines they were written on.
+
+Interpolations are OmegaConf's own; the resolver functions are those that NeMo's and trlx's programs register before
+they read such files. They are registered for the time of one reading only, so that our own configs do not know them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from launcher.contract.errors import ConfigError
+from launcher.contract.secret_names import is_secret_name
+
+_RESOLVERS: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "divide": operator.truediv,
+    "int_div": operator.floordiv,
+    "divide_floor": operator.floordiv,
+    "divide_ceil": lambda dividend, divisor: math.ceil(dividend / divisor),
+}
+
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One value of the file."""
+
+    value: Any
+    where: str
+    """`nemo.yaml:12`."""
+
+
+def is_nemo(text: str) -> bool:
+    """Whether this YAML text is a NeMo config: both `trainer` and `model` are sections at its top."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return False
+    if not isinstance(node, yaml.MappingNode):
+        return False
+    return {"trainer", "model"} <= {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+
+
+def read_document(text: str, shown: str) -> dict[str, Entry]:
+    """Dotted key -> entry, in the order of the file; lists are values, and so are empty mappings.
+
+    ConfigError with every key whose interpolation does not resolve. A value left as `???` is None.
+    """
+    lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    entries: dict[str, Entry] = {}
+    problems = [
+        f"{shown}: {name} looks like a secret, and the resolved config is stored; export it in your shell instead"
+        for name in _ENVIRONMENT.findall(text)
+        if is_secret_name(name)
+    ]
+    with _resolvers():
+        config = OmegaConf.create(text)
+        assert isinstance(config, DictConfig)
+        for key in _leaves(config):
+            where = f"{shown}:{lines.get(key, 1)}"
+            try:
+                entries[key] = Entry(_value(config, key), where)
+            except OmegaConfBaseException as error:
+                reason = str(error).partition("\n")[0]
+                problems.append(f"{where}: {key}: does not resolve: {reason}")
+    if problems:
+        raise ConfigError(problems)
+    return entries
+
+
+def _value(config: DictConfig, key: str) -> Any:
+    try:
+        value = OmegaConf.select(config, key, throw_on_missing=True)
+    except MissingMandatoryValue:
+        return None
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of everything that is not a filled section."""
+    for name in map(str, config):
+        key = f"{prefix}{name}"
+        plain = OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name)
+        node = None if plain else config[name]
+        if isinstance(node, DictConfig) and len(node):
+            yield from _leaves(node, f"{key}.")
+        else:
+            yield key
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+    """Dotted key -> line, counted from 1."""
+    found: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            found[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            found |= _lines(value, f"{prefix}{key.value}.")
+    return found
+
+
+@contextmanager
+def _resolvers() -> Iterator[None]:
+    """NeMo's resolver functions, and no way to read a secret."""
+    before = {name for name in _RESOLVERS if OmegaConf.has_resolver(name)}
+    # OmegaConf 2.4 has a new name for it, and warns of the old one.
+    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+    for name, function in _RESOLVERS.items():
+        register(name, function, replace=True)
+    try:
+        yield
+    finally:
+        for name in _RESOLVERS.keys() - before:
+            OmegaConf.clear_resolver(name)

@@ -1,0 +1,55 @@
+"""Which rank failed first, and what it said: the others only report that it was gone.
+
+The batch script (srun) and `launcher.contract.local_ranks` write `<exit code> <rank> <host>` into
+logs/<attempt>/failure when the first rank fails, and never again in that attempt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.contract.rundir import RunPaths
+
+_TAIL_BYTES = 256 * 1024
+_TAIL_LINES = 20
+_TRACEBACK = "Traceback (most recent call last):"
+_CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
+
+
+@dataclass(frozen=True, slots=True)
+class FirstFailure:
+    """The first rank of an attempt to end with a code other than 0."""
+
+    exit_code: int
+    rank: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+def first_failure(paths: RunPaths, attempt: str) -> FirstFailure | None:
+    """The first failure of an attempt; None where no rank is known to have failed."""
+    try:
+        code, rank, host = (paths.logs / attempt / "failure").read_text(encoding="utf-8").split()
+        return FirstFailure(int(code), int(rank), host)
+    except (OSError, ValueError):
+        return None
+
+
+def last_words(log: Path) -> str:
+    """The last traceback in a log, with those it was raised from; else the last lines."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return f"(no log {log.name})"
+    starts = [number for number, line in enumerate(lines) if line.endswith(_TRACEBACK)]
+    if not starts:
+        return "\n".join(lines[-_TAIL_LINES:])
+    first = len(starts) - 1
+    while first > 0 and any(line.startswith(_CHAINED) for line in lines[starts[first] - 3 : starts[first]]):
+        first -= 1
+    return "\n".join(lines[starts[first] :])

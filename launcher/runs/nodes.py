@@ -1,0 +1,168 @@
+"""Nodes to keep away from: a ledger a cluster, with evidence and an end.
+
+An entry is added where a run's own events name a node: it failed the preflight, or the first rank to hang was on it.
+The node list of a failed job is not evidence. One hang excludes nobody, since a program can hang on any node: two
+attempts must have hung on the same host. Entries lapse, and never are more than `cluster.max_excluded` nodes excluded.
+
+The launcher writes the ledger when it submits or is asked for it; compute nodes may not see the user's home.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.contract.errors import ConfigError, LauncherError
+from launcher.contract.rundir import RunPaths, read_json, read_lines, write_json
+from launcher.contract.spec import ClusterSpec, read_resolved
+
+Kind = Literal["preflight", "hang", "by hand"]
+
+_NEEDED = {"hang": 2}
+"""Entries of a kind that exclude a node; one of any other."""
+_DAY = 24 * 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One piece of evidence against a node."""
+
+    host: str
+    kind: Kind
+    why: str
+    time: float
+    expires: float
+    run: str = ""
+    attempt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The entries of a cluster, in one JSON file."""
+
+    path: Path
+
+    def entries(self) -> list[Entry]:
+        """Entries that have not lapsed, oldest first."""
+        try:
+            values = read_json(self.path) or []
+            entries = [Entry(**value) for value in values]
+        except (ValueError, TypeError) as error:
+            raise LauncherError(f"{self.path} is not a ledger of nodes ({error}); move it away") from None
+        return sorted((entry for entry in entries if entry.expires > time.time()), key=lambda entry: entry.time)
+
+    def add(self, new: Iterable[Entry]) -> None:
+        """Add entries; the same evidence from the same attempt counts once."""
+
+        def change(entries: list[Entry]) -> list[Entry]:
+            return list({(e.host, e.kind, e.run, e.attempt): e for e in [*new, *entries]}.values())
+
+        self._change(change)
+
+    def clear(self, host: str) -> int:
+        """Forget all about a node; how many entries that were."""
+        gone = [entry for entry in self.entries() if entry.host == host]
+        self._change(lambda entries: [entry for entry in entries if entry.host != host])
+        return len(gone)
+
+    def _change(self, change: Callable[[list[Entry]], list[Entry]]) -> None:
+        with _locked(self.path):
+            write_json(self.path, [dataclasses.asdict(entry) for entry in change(self.entries())])
+
+
+def ledger_of(cluster: ClusterSpec) -> Ledger:
+    """The cluster's ledger: the configured file, or one in the user's state directory."""
+    if cluster.node_ledger:
+        return Ledger(Path(cluster.node_ledger).expanduser())
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Ledger(Path(state).expanduser() / "slurm-sft-launcher" / "nodes" / f"{cluster.name}.json")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def excluded(entries: Sequence[Entry], most: int) -> list[str]:
+    """Hosts with evidence enough, the newest evidence first where there are more than `most`."""
+    newest: dict[str, float] = {}
+    for entry in entries:
+        same = [other for other in entries if (other.host, other.kind) == (entry.host, entry.kind)]
+        if len(same) >= _NEEDED.get(entry.kind, 1):
+            newest[entry.host] = max(newest.get(entry.host, 0.0), entry.time)
+    return sorted(sorted(newest, key=lambda host: -newest[host])[:most])
+
+
+def exclude_option(cluster: ClusterSpec, given: str | None) -> str | None:
+    """What `--exclude` should say: the config's own nodes and the ledger's; None for neither.
+
+    Slurm takes host lists joined by commas as they are, brackets included.
+    """
+    hosts = excluded(ledger_of(cluster).entries(), cluster.max_excluded)
+    return ",".join([*([given] if given else []), *hosts]) or None
+
+
+def learn(runs: Iterable[RunPaths], cluster: ClusterSpec) -> None:
+    """Take over what the runs' events say of nodes, of those written to while an entry would still count."""
+    since = time.time() - cluster.node_days * _DAY
+    found: list[Entry] = []
+    for paths in runs:
+        with contextlib.suppress(OSError, ConfigError):  # a directory that somebody removes, or another version made
+            telling = list(_telling(paths)) if paths.events.stat().st_mtime > since else []
+            if telling and read_resolved(paths.config).cluster.name == cluster.name:
+                found += [entry for event in telling for entry in _evidence(event, paths, cluster.node_days)]
+    ledger = ledger_of(cluster)
+    if found and not {_key(entry) for entry in found} <= {_key(entry) for entry in ledger.entries()}:
+        ledger.add(found)
+
+
+def by_hand(host: str, why: str, days: float) -> Entry:
+    """A person's word."""
+    now = time.time()
+    return Entry(host=host, kind="by hand", why=why, time=now, expires=now + days * _DAY)
+
+
+def _key(entry: Entry) -> tuple[str, str, str, str]:
+    return entry.host, entry.kind, entry.run, entry.attempt
+
+
+def _telling(paths: RunPaths) -> Iterator[dict[str, Any]]:
+    return (event for event in read_lines(paths.events) if event.get("event") in ("hang_detected", "preflight_failed"))
+
+
+def _evidence(event: dict[str, Any], paths: RunPaths, days: float) -> Iterator[Entry]:
+    """Entries an event gives rise to; a hang that several hosts share tells nothing about one of them."""
+    common: dict[str, Any] = {
+        "run": str(paths.root),
+        "attempt": str(event.get("attempt", "")),
+        "time": float(event["time"]),
+        "expires": float(event["time"]) + days * _DAY,
+    }
+    if event["event"] == "preflight_failed":
+        for node in event.get("nodes", []):
+            why = "; ".join(f"{check['name']}: {check['detail']}" for check in node["checks"])
+            yield Entry(host=node["host"], kind="preflight", why=why, **common)
+        return
+    behind = event.get("behind", [])
+    if event.get("told_apart") and len({place["host"] for place in behind}) == 1:
+        ranks = ", ".join(str(place["rank"]) for place in behind)
+        yield Entry(host=behind[0]["host"], kind="hang", why=f"rank {ranks} hung after step {event['step']}", **common)
+
+
+def describe(entries: Sequence[Entry], most: int) -> list[dict[str, Any]]:
+    """What `launcher nodes --json` shows."""
+    out = excluded(entries, most)
+    return [{**dataclasses.asdict(entry), "excluded": entry.host in out} for entry in entries]

@@ -1,0 +1,89 @@
+"""Which checkpoint of a run becomes RUN/export, and writing it.
+
+Where evaluations ranked the checkpoints (checkpoint.keep_best, or early stopping), the best is exported: who stops
+because a model gets worse does not want the worse one. Otherwise it is the newest. The bytes are compared with the
+checksums first, and a damaged checkpoint is passed over for the next best, then the next older one.
+
+No model is built and Megatron-core is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.contract.errors import CheckpointError, RunStateError
+from launcher.contract.rundir import RunPaths, checkpoint_step
+from launcher.contract.spec import RunSpec
+from sft.checkpoint.files import TRAINER, changed_bytes, damage
+
+_READERS = 8
+"""Threads that take checksums: one alone does not keep a parallel file system busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A checkpoint to export."""
+
+    path: Path
+    why: str
+
+    @property
+    def step(self) -> int:
+        return checkpoint_step(self.path)
+
+
+def choose(paths: RunPaths, spec: RunSpec, step: int | None = None) -> Choice:
+    """The first undamaged checkpoint of those to try; warns about each that is passed over."""
+    complete = paths.complete_checkpoints()
+    choices = list(_as_asked(complete, step) if step is not None else _by_rank(complete, spec))
+    if not choices:
+        there = ", ".join(str(checkpoint_step(path)) for path in complete)
+        what = "complete checkpoint to export" if step is None else f"complete checkpoint of step {step}"
+        do = f"there are those of steps {there}" if there else "let the run reach its first one"
+        raise RunStateError(f"{paths.root}: no {what}; {do}")
+    for choice in choices:
+        problem = damage(choice.path) or _changed(choice.path)
+        if problem is None:
+            return choice
+        warnings.warn(f"checkpoint {choice.path} is damaged and passed over: {problem}", stacklevel=2)
+    raise CheckpointError(f"{paths.root}: no checkpoint to export is undamaged; the last one looked at: {problem}")
+
+
+def _as_asked(complete: list[Path], step: int) -> Iterator[Choice]:
+    yield from (Choice(path, "the step asked for") for path in complete if checkpoint_step(path) == step)
+
+
+def _by_rank(complete: list[Path], spec: RunSpec) -> Iterator[Choice]:
+    """The best, best first, then all others from the newest on."""
+    by_step = {checkpoint_step(path): path for path in complete}
+    ranked = _ranked(complete) if spec.checkpoint.export_step == "best" else []
+    for best in ranked:
+        if best["step"] in by_step:
+            metric = spec.checkpoint_ranking.best_metric
+            yield Choice(by_step.pop(best["step"]), f"the best {metric}, {best['value']:.4f}")
+    for step in reversed(by_step):
+        yield Choice(by_step[step], "the newest" if not ranked else "the newest of those that are not among the best")
+
+
+def _ranked(complete: list[Path]) -> list[dict[str, Any]]:
+    """The best evaluations as the newest checkpoint knows them, best first: each has a step and a value."""
+    for path in reversed(complete):
+        try:
+            state = json.loads((path / TRAINER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # the checksums will tell, if this one is to be exported
+            continue
+        best: list[dict[str, Any]] = state["lightning"].get("callbacks", {}).get("checkpoints", {}).get("best", [])
+        return best
+    return []
+
+
+def _changed(path: Path) -> str | None:
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda share: changed_bytes(path, share=share, shares=_READERS), range(_READERS))
+        return next((problem for problem in found if problem is not None), None)

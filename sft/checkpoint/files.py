@@ -1,0 +1,135 @@
+"""The files of a checkpoint directory: checksums, the marker that says it is complete, removal.
+
+COMPLETE holds size and CRC-32 of every file. The size costs nothing to look at and finds a file that was cut short;
+the checksum finds bytes that changed. CRC-32 because it runs at gigabytes a second (zlib uses the processor's own
+instructions, SHA-256 takes five times as long), and because what it guards against is a failing disk, not a forger.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.contract.rundir import COMPLETE, read_json, sync_path
+
+SHARDED = "sharded"
+"""Megatron-core's part of a checkpoint directory."""
+TRAINER = "trainer.json"
+"""Lightning's counters, and what the checkpoint belongs to."""
+_SPACE_MARGIN = 1.02
+"""File headers and metadata beside the tensors."""
+_BLOCK = 1 << 22
+
+
+def crc32(path: Path) -> str:
+    """CRC-32 of a file in hexadecimal."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def seal(directory: Path, known: Mapping[str, str]) -> None:
+    """Sync every file and write COMPLETE; `known` are checksums that the writers took already, by file name."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            sync_path(path)
+            checksum = known.get(path.name) or crc32(path)
+            files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "crc32": checksum}
+    for folder in {(directory / name).parent for name in files}:
+        sync_path(folder)
+    write_synced(directory / COMPLETE, json.dumps({"files": files}, indent=1))
+    sync_path(directory)
+
+
+def damage(source: Path) -> str | None:
+    """What is wrong with a checkpoint directory, or None: the files must be there in the size they were written."""
+    try:
+        marker = read_json(source / COMPLETE)
+    except json.JSONDecodeError:
+        return f"{COMPLETE} is not readable"
+    if marker is None:
+        return f"no {COMPLETE}: it was not finished"
+    for name, written in marker["files"].items():
+        if not isinstance(written, dict):
+            return f"its {COMPLETE} is from another version, without checksums"
+        try:
+            found = (source / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if found != written["bytes"]:
+            return f"{name} has {found} bytes, written were {written['bytes']}"
+    return None
+
+
+def changed_bytes(source: Path, *, share: int = 0, shares: int = 1) -> str | None:
+    """The first file whose bytes are not those that were written, or None.
+
+    Looks at every `shares`-th file, from number `share` on: ranks divide the reading between them.
+    """
+    marker: dict[str, Any] = read_json(source / COMPLETE) or {"files": {}}
+    for name in sorted(marker["files"])[share::shares]:
+        expected = marker["files"][name]["crc32"]
+        try:
+            found = crc32(source / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+        if found != expected:
+            return f"{name} has changed: its CRC-32 is {found}, written was {expected}"
+    return None
+
+
+def remove(directory: Path) -> None:
+    """Remove a checkpoint so that no reader ever takes what is left of it for a whole one."""
+    aside = directory.parent / f".{directory.name}.removed"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        directory.rename(aside)
+    except OSError:  # gone already, or the disk refuses: the next save tries again
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_all_but(checkpoints: list[Path], keep: Iterable[Path]) -> None:
+    """Remove checkpoints that are not in `keep`; never the newest, which is last in the list."""
+    kept = {*keep, *checkpoints[-1:]}
+    for path in checkpoints:
+        if path not in kept:
+            remove(path)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """OSError where the file system says that `needed` bytes will not fit."""
+    free = shutil.disk_usage(directory).free
+    if needed * _SPACE_MARGIN > free:
+        raise OSError(
+            f"it needs about {needed * _SPACE_MARGIN / 2**20:,.0f} MiB, "
+            f"and {free / 2**20:,.0f} MiB are free in {directory.parent}"
+        )
+
+
+def local_bytes(state: Any) -> int:
+    """Bytes of the tensors that this rank writes of a sharded state; replicas are written by one rank only."""
+    if isinstance(state, dict):
+        return sum(local_bytes(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return sum(local_bytes(value) for value in state)
+    replica = getattr(state, "replica_id", 0)
+    if any(replica) if isinstance(replica, tuple) else replica:
+        return 0
+    data = getattr(state, "data", None)
+    return data.numel() * data.element_size() if isinstance(data, torch.Tensor) else 0
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file that survives a crash of the machine."""
+    path.write_text(text, encoding="utf-8")
+    sync_path(path)

@@ -1,0 +1,185 @@
+"""What a checkpoint holds, and reading it back, under another topology too.
+
+    step-00000010/
+      sharded/        Megatron-core's distributed checkpoint: weights, optimizer, random generators
+      trainer.json    Lightning's counters, topology, identity of the data, versions
+      COMPLETE        written last: size and checksum of every file
+
+All is written into a hidden directory beside the target, synced, marked, and renamed (sft.checkpoint.save). A full
+disk is met before the first byte where the file system tells, and else leaves only the hidden directory, which the
+next save removes. Size and checksum let a reader pass over a checkpoint that was damaged later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.contract.errors import CheckpointError, ConfigError
+from launcher.contract.rundir import checkpoint_step, complete_checkpoints
+from launcher.contract.topology import Topology
+from sft.checkpoint.files import SHARDED, TRAINER, changed_bytes, damage
+from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
+from sft.megatron.core import __version__ as megatron_version
+from sft.megatron.parallel.groups import ControlGroup
+from sft.megatron.patches import fixes
+
+if TYPE_CHECKING:
+    from sft.engine.module import SFTGPT
+
+FORMAT = 3
+"""Version of the directory's layout; 2 has checksums, 3 says what the data were."""
+
+
+def load_newest(
+    source: Path, module: SFTGPT, *, control: ControlGroup, data_key: Mapping[str, object]
+) -> tuple[Path, dict[str, Any]]:
+    """Load `source`, or the newest older one whose bytes are as they were written; where from, and the counters.
+
+    Each rank reads a part of the files for the checksums, and all ranks come to the same checkpoint.
+    """
+    older = [path for path in complete_checkpoints(source.parent) if checkpoint_step(path) < checkpoint_step(source)]
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    problem: str | None = None
+    for path in (source, *reversed(older)):
+        found = damage(path) or changed_bytes(path, share=rank, shares=size)
+        problem = control.first_error(found)
+        if problem is None:
+            return path, load_checkpoint(path, module, data_key=data_key)
+        if rank == 0:
+            warnings.warn(f"checkpoint {path} is damaged and passed over: {problem}", stacklevel=2)
+    raise CheckpointError(
+        f"no checkpoint in {source.parent} is undamaged; the last one looked at: {problem}. Remove them to start again"
+    )
+
+
+def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, object]) -> dict[str, Any]:
+    """Fill model, optimizer and (on the same topology) random generators; returns Lightning's counters."""
+    trainer = read_trainer_state(source)
+    if trainer["data_key"] != data_key:
+        raise ConfigError(
+            f"{source} was written by a run over other batches: {_differences(trainer['data_key'], data_key)}. Going "
+            "on would repeat or skip examples. Put that back, or start a new run with model.path set to the exported "
+            "model"
+        )
+    same_topology = trainer["topology"] == dataclasses.asdict(module.topology)
+    hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]
+    wanted = sharded_state(module, loading=True, with_rng=same_topology)
+    loaded = dist_checkpointing.load(wanted, str(source / SHARDED))
+    for index, chunk in enumerate(module.chunks):
+        chunk.module.load_state_dict(loaded[_chunk_key(index, len(module.chunks))])
+    module.megatron_optimizer.load_state_dict(loaded["optimizer"])
+    fixes.unshare_steps(module.megatron_optimizer)
+    _keep_hyperparameters(module, hyperparameters)
+    if same_topology:
+        _restore_rng(loaded["rng"])
+    counters: dict[str, Any] = trainer["lightning"]
+    return counters
+
+
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """What of two data keys differs, by the keys of the config."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}" for name in names)
+
+
+def _shown(value: object) -> str:
+    """A value for people: of the hash of a cache a part is enough."""
+    if isinstance(value, str) and value.startswith("sha256:"):
+        return value[: len("sha256:") + 12]
+    return "unset" if value is None else json.dumps(value)
+
+
+def read_trainer_state(source: Path) -> dict[str, Any]:
+    """trainer.json of a complete checkpoint; CheckpointError says what is wrong with it."""
+    problem = damage(source)
+    if problem:
+        raise CheckpointError(f"checkpoint {source}: {problem}")
+    state: dict[str, Any] = json.loads((source / TRAINER).read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {source}: format {state.get('format')}, and this version reads {FORMAT}")
+    return state
+
+
+def newest_usable(checkpoints: list[Path]) -> Path | None:
+    """The newest undamaged checkpoint of a list sorted by age; warns about each that is passed over."""
+    for path in reversed(checkpoints):
+        problem = damage(path)
+        if problem is None:
+            return path
+        warnings.warn(f"checkpoint {path} is damaged and passed over: {problem}", stacklevel=2)
+    return None
+
+
+def sharded_state(module: SFTGPT, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+    """The sharded view of everything in a checkpoint. The metadata makes optimizer state readable at any tp/pp/dp."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    chunks = module.chunks
+    state: dict[str, Any] = {
+        _chunk_key(index, len(chunks)): chunk.module.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(chunks)
+    }
+    if loading and module.spec.train.optimizer.distributed:
+        fixes.prime_states(module.megatron_optimizer)
+    model = state if len(chunks) > 1 else state["model"]
+    optimizer = module.megatron_optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    return state | {"optimizer": optimizer} | ({"rng": _rng_state()} if with_rng else {})
+
+
+def _chunk_key(index: int, count: int) -> str:
+    return "model" if count == 1 else f"model{index}"
+
+
+def _rng_state() -> ShardedObject:
+    """Generators of this rank; every (pipeline, tensor, data) rank has its own."""
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    sizes = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    )
+    return ShardedObject("rng", states, sizes, place)
+
+
+def _restore_rng(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _keep_hyperparameters(module: SFTGPT, groups: list[dict[str, Any]]) -> None:
+    """The config of this attempt decides learning rate, decay and betas, not the one that wrote the checkpoint."""
+    for group, configured in zip(module.megatron_optimizer.param_groups, groups, strict=True):
+        group.update({key: value for key, value in configured.items() if key not in ("params", "step")})
+
+
+def trainer_json(counters: Mapping[str, Any], topology: Topology, data_key: Mapping[str, object]) -> str:
+    """Content of trainer.json."""
+    state = {
+        "format": FORMAT,
+        "lightning": counters,
+        "topology": dataclasses.asdict(topology),
+        "data_key": data_key,
+        "versions": {"torch": torch.__version__, "megatron_core": megatron_version},
+    }
+    return json.dumps(state, indent=1)

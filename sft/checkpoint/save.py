@@ -1,0 +1,203 @@
+"""Writing a checkpoint: planned by all ranks, written by a thread of each, made visible by all ranks together.
+
+A save has three parts. `begin` plans it and takes a copy of this rank's tensors in host memory. A thread then writes
+the copy and takes checksums. `finish` waits for the threads of all ranks, writes what rank 0 writes alone, marks and
+renames. Synchronous saves call one after the other; asynchronous ones train on between `begin` and `finish`. At most
+one save is in flight, so that at most one copy is in memory.
+
+Rejected: Megatron-core's own asynchronous caller. It forks the rank, with its CUDA context, gloo threads and locks, and
+takes the snapshot by copy-on-write, so that memory grows with what training touches meanwhile; results come back over
+a manager process that outlives the rank. Its synchronous path forks writers too, and waits forever when one dies. The
+writing itself, file format included, is Megatron-core's here as well.
+"""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from launcher.contract.errors import CheckpointError
+from launcher.contract.rundir import sync_path
+from sft.checkpoint import files as checkpoint_files
+from sft.checkpoint.files import SHARDED, TRAINER
+from sft.megatron.core import AsyncRequest, CheckpointingException, dist_checkpointing, filesystem_async
+from sft.megatron.parallel.groups import ControlGroup
+from sft.megatron.patches import fixes
+
+_FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
+
+
+@dataclass(slots=True)
+class _Save:
+    """A save in flight, as its thread and the rank share it."""
+
+    target: Path
+    aside: Path
+    trainer_json: str
+    began: float
+    request: AsyncRequest | None = None
+    thread: threading.Thread | None = None
+    error: str | None = None
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A finished save."""
+
+    path: Path
+    seconds: float
+    """From `begin` to the end."""
+
+
+class CheckpointSaver:
+    """Saves of this rank. All methods but the properties are collective: every rank calls them in the same order."""
+
+    def __init__(self, control: ControlGroup) -> None:
+        self._control = control
+        self._leader = torch.distributed.get_rank() == 0
+        self._save: _Save | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save was begun and not finished."""
+        return self._save is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part of the save in flight is on disk, or has failed."""
+        return self._save is not None and (self._save.thread is None or not self._save.thread.is_alive())
+
+    def begin(self, target: Path, state: dict[str, Any], trainer_json: str, *, copy: bool) -> None:
+        """Start writing `state` for `target`. Tensors on the host are copied first where `copy` says so.
+
+        A checkpoint that is at `target` already was found damaged, or its step would not be done again: it is
+        replaced. On CheckpointError nothing is left behind, on any rank.
+        """
+        if self._save is not None:
+            raise RuntimeError("a save is still in flight")
+        save = _Save(target, target.parent / f".{target.name}.partial", trainer_json, time.perf_counter())
+        needed = self._control.total(checkpoint_files.local_bytes(state))
+        self._attempt(save, lambda: self._make_room(save, needed))
+        self._attempt(save, lambda: self._plan(save, state, copy))
+        self._save = save
+        save.thread = threading.Thread(target=_write, args=(save,), name=f"save {target.name}")
+        save.thread.start()
+
+    def finish(self) -> Saved | None:
+        """Wait for all ranks and make the checkpoint visible; None where no save is in flight."""
+        save = self._save
+        if save is None:
+            return None
+        if save.thread is not None:
+            save.thread.join()
+        self._save = None
+        self._raise_first(save, save.error)
+        gathered = self._control.gather(save.checksums)
+        self._attempt(save, lambda: self._publish(save, gathered))
+        return Saved(save.target, time.perf_counter() - save.began)
+
+    def _attempt(self, save: _Save, part: Callable[[], None]) -> None:
+        """Do a part of the work on every rank; where it fails on one, all raise."""
+        error = None
+        try:
+            part()
+        except _FAILURES as problem:
+            error = _describe(problem)
+        self._raise_first(save, error)
+
+    def _make_room(self, save: _Save, needed: int) -> None:
+        if self._leader:
+            shutil.rmtree(save.aside, ignore_errors=True)
+            (save.aside / SHARDED).mkdir(parents=True)
+            checkpoint_files.check_space(save.aside, needed)
+
+    def _plan(self, save: _Save, state: dict[str, Any], copy: bool) -> None:
+        request = dist_checkpointing.save(state, str(save.aside / SHARDED), async_sharded_save=True)
+        fixes.raise_write_error()
+        if request.preload_fn is not None:
+            rank, buckets, results = request.async_fn_args
+            staged = request.preload_fn()  # copies from the device
+            if copy:
+                staged = [_copied(after, before) for after, before in zip(staged, buckets, strict=True)]
+            request = request._replace(async_fn_args=(rank, staged, results))
+        save.request = request
+
+    def _publish(self, save: _Save, gathered: list[dict[str, str]]) -> None:
+        if save.request is not None:
+            for finalize in save.request.finalize_fns:
+                finalize()
+            fixes.raise_write_error()
+        if not self._leader:
+            return
+        checkpoint_files.write_synced(save.aside / TRAINER, save.trainer_json)
+        checkpoint_files.seal(save.aside, {name: value for part in gathered for name, value in part.items()})
+        checkpoint_files.remove(save.target)
+        save.aside.rename(save.target)
+        sync_path(save.target.parent)
+
+    def _raise_first(self, save: _Save, error: str | None) -> None:
+        """Raise on all ranks what went wrong on one, after the partial directory is gone."""
+        first = self._control.first_error(error)
+        if first is None:
+            return
+        if self._leader:
+            shutil.rmtree(save.aside, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {save.target.name} was not written: {first}; earlier complete checkpoints are untouched. "
+            "Free space or set checkpoint.keep_last lower, then resubmit"
+        )
+
+
+def _copied(after: Any, before: Any) -> Any:
+    """A staged bucket that shares no memory with the model: staging leaves tensors of the host where they are."""
+    path, key, (raw, tensors) = after
+    _, _, (_, originals) = before
+    own = [
+        (item, tensor.clone() if original.device.type == "cpu" else tensor)
+        for (item, tensor), (_, original) in zip(tensors, originals, strict=True)
+    ]
+    return path, key, (raw, own)
+
+
+def _write(save: _Save) -> None:
+    """Runs on the thread: write this rank's files as Megatron-core's writer processes would, and hand it the results.
+
+    That function reports an exception as a result, and wants to be told beforehand that it was started.
+    """
+    request = save.request
+    if request is None or request.async_fn is None:
+        return
+    _, buckets, results = request.async_fn_args
+    transforms = request.async_fn.args[0]
+    written: dict[int, Any] = {}
+    try:
+        for index, bucket in enumerate(buckets):
+            outcome: queue.Queue[Any] = queue.Queue()
+            started: queue.Queue[int] = queue.Queue()
+            started.put(index)
+            write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+            write(transforms, index, bucket, outcome, started, True)
+            _, written[index] = outcome.get_nowait()
+            if isinstance(written[index], Exception):
+                raise written[index]
+            save.checksums[Path(bucket[0]).name] = checkpoint_files.crc32(Path(bucket[0]))
+        results.put(written)
+    except Exception as problem:  # a thread has nobody above it: the rank raises it in `finish`
+        save.error = _describe(problem)
+    finally:
+        save.request = request._replace(async_fn_args=())  # the copy in host memory goes now, not with the next save
+
+
+def _describe(problem: BaseException) -> str:
+    text = str(problem).strip().splitlines()
+    return text[-1] if text else type(problem).__name__

@@ -1,0 +1,74 @@
+"""`python -m sft audit CONFIG`: looks at the data of a run on one CPU, and refuses what the limits refuse.
+
+The report is written first and the limits are checked afterwards, so that data which are refused can be looked at.
+Trained text is green on a terminal and between double brackets elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from launcher.contract.errors import ConfigError
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.spec import RunSpec, read_resolved
+from sft.data.audit.audit import Sample, audit_data, summary
+from sft.data.audit.html import write_report
+from sft.data.prepared.report import check_lost, report
+from sft.model_source import resolve_model_dir
+
+_PRINTED_EXAMPLES = 2
+_PRINTED_CHARACTERS = 1500
+
+
+def audit(config: Path, output: Optional[Path] = None) -> ExitCode:
+    """Print what the data are, write the HTML report to `output` or beside the config, and check the limits."""
+    spec = read_config(config)
+    tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else resolve_model_dir(spec, convert=True)
+    audits = audit_data(spec, tokenizer_dir)
+    target = output or config.with_name(f"{config.stem}.audit.html")
+    try:
+        write_report(audits, spec, target)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}; name another file with --output") from error
+    for each in audits:
+        print("\n".join([report(each.name, each.cache), *summary(each)]))
+    print(coloured(audits[0].samples[:_PRINTED_EXAMPLES], colours=sys.stdout.isatty()))
+    print(f"report: {target}", flush=True)
+    for each in audits:
+        check_lost(each.cache.counts, each.key, spec.data)
+    return ExitCode.OK
+
+
+def read_config(path: Path) -> RunSpec:
+    """The spec of a run directory's config.yaml, or of a config as a user writes it."""
+    try:
+        return read_resolved(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ConfigError:
+        # The launcher's reader needs OmegaConf, which ranks do without; audits are made where it is.
+        from launcher.contract.config.load import load_config
+
+        return load_config(path).spec
+
+
+def coloured(samples: Sequence[Sample], *, colours: bool) -> str:
+    """Examples as text, their trained parts marked; control characters of the data never reach the terminal."""
+    before, after = ("\x1b[32m", "\x1b[0m") if colours else ("[[", "]]")
+    found = []
+    for sample in samples:
+        parts = []
+        for segment in sample.segments:
+            text = "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in segment.text)
+            parts.append(f"{before}{text}{after}" if segment.weight else text)
+        shown = "".join(parts)
+        cut = (
+            f"{shown[:_PRINTED_CHARACTERS]}{after if colours else ''} ..."
+            if len(shown) > _PRINTED_CHARACTERS
+            else shown
+        )
+        found.append(f"{sample.where}:\n{cut.rstrip()}")
+    return "\n".join(found)

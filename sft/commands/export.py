@@ -1,0 +1,78 @@
+"""`python -m sft export`: write a checkpoint of a run as a Hugging Face directory, and say what training changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.contract.errors import ConfigError, RunStateError
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, append_event, read_lines
+from launcher.contract.spec import RunSpec, read_resolved
+from sft.checkpoint.choose import Choice, choose
+from sft.checkpoint.files import SHARDED
+from sft.hf.adapter_export import export_adapter
+from sft.hf.answer import answers_wanted, record_answers
+from sft.hf.exporter import export_checkpoint
+from sft.model_source import resolve_model_dir
+from sft.nemo.export import export_nemo2
+from sft.runtime.rank_env import RankEnv
+
+
+def export(run: Path, step: int | None = None, *, nemo2: bool = False) -> ExitCode:
+    """Write RUN/export from the best, newest or given checkpoint, and print what training changed.
+
+    With `nemo2` the same model is written to RUN/export_nemo2, too.
+    """
+    paths = RunPaths(run.resolve())
+    if not paths.config.is_file():
+        raise RunStateError(f"{run}: no {paths.config.name}; it is not a run directory")
+    spec = read_resolved(paths.config)
+    if nemo2 and spec.model.lora.rank is not None and not spec.checkpoint.export_merged:
+        raise ConfigError(
+            "--format nemo2: an adapter alone has no NeMo 2 form here; resubmit with checkpoint.export_merged=true"
+        )
+    choice = export_run(paths.root, step)
+    print(f"exported to {paths.export}", flush=True)
+    if nemo2:
+        export_nemo2(paths.export, paths.export_nemo2)
+        print(f"exported to {paths.export_nemo2}", flush=True)
+    if answers_wanted(spec):
+        record_answers(paths, spec.logging.prompts, paths.export, "after")
+    for line in _held_out_change(paths, choice.step):
+        print(line, flush=True)
+    attempt = RankEnv.from_environ().attempt
+    append_event(paths, "exported", attempt=attempt, path=str(paths.export), step=choice.step, why=choice.why)
+    return ExitCode.OK
+
+
+def export_run(run_root: Path, step: int | None = None) -> Choice:
+    """Write RUN/export from the checkpoint of `step`, or from the one that the config chooses; which one it was."""
+    paths = RunPaths(run_root)
+    if not paths.config.is_file():
+        raise RunStateError(f"{run_root}: no {paths.config.name}; it is not a run directory")
+    spec = read_resolved(paths.config)
+    choice = choose(paths, spec, step)
+    print(f"exporting {choice.path.name}: {choice.why}", flush=True)
+    _write(choice.path / SHARDED, spec, paths.export)
+    return choice
+
+
+def _write(sharded: Path, spec: RunSpec, out_dir: Path) -> None:
+    model_dir = resolve_model_dir(spec, convert=False)
+    tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else None
+    template = None if spec.data.chat_template in ("tokenizer", "none") else Path(spec.data.chat_template)
+    if spec.model.lora.rank is None:
+        export_checkpoint(sharded, model_dir, out_dir, tokenizer_dir=tokenizer_dir, chat_template=template)
+        return
+    merged = spec.checkpoint.export_merged
+    export_adapter(
+        sharded, model_dir, out_dir, spec.model.lora, merged=merged, tokenizer_dir=tokenizer_dir, chat_template=template
+    )
+
+
+def _held_out_change(paths: RunPaths, step: int) -> list[str]:
+    """The held-out loss before training and at the exported step (or the last before it that was evaluated)."""
+    records = [record for record in read_lines(paths.metrics) if "eval_loss" in record and record["step"] <= step]
+    if len(records) < 2:
+        return []
+    return [f"held-out loss: {records[0]['eval_loss']:.4f} before, {records[-1]['eval_loss']:.4f} after training"]

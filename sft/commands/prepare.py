@@ -1,0 +1,47 @@
+"""The two single-process steps of a job: `prepare` before the ranks start, `export` after they are done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, append_event
+from launcher.contract.spec import read_resolved
+from launcher.contract.topology import build_topology
+from sft.data.prepared.held_out import open_validation_sets
+from sft.data.prepared.prepare import check_vocabulary, prepare_data
+from sft.data.prepared.report import report
+from sft.generation.prompts import check_prompts
+from sft.hf.answer import answers_wanted, record_answers
+from sft.hf.checks import check_model_settings
+from sft.hf.files import check_model_files
+from sft.metrics.loggers import check_loggers
+from sft.model_source import resolve_model_dir
+from sft.models.architecture import read_architecture
+from sft.runtime.rank_env import RankEnv
+
+
+def prepare(config: Path) -> ExitCode:
+    """Convert and check the model, tokenize the data, answer the prompts with the model as it is.
+
+    Everything that needs no other rank fails here, before a rank is started.
+    """
+    spec, paths = read_resolved(config), RunPaths(config.resolve().parent)
+    check_loggers(spec)
+    model_dir = resolve_model_dir(spec, convert=True)
+    architecture = read_architecture(model_dir)
+    build_topology(spec, architecture.shape)
+    check_model_settings(spec, architecture)
+    if spec.model.init == "pretrained":
+        check_model_files(model_dir, architecture)
+    tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
+    check_vocabulary(prepare_data(spec, tokenizer_dir), architecture.shape.vocab_size)
+    for name, prepared in open_validation_sets(spec, tokenizer_dir, build=True):
+        check_vocabulary(prepared, architecture.shape.vocab_size)
+        if prepared.validation is not None:
+            print(report(name, prepared.validation))
+    check_prompts(spec, tokenizer_dir, model_dir)
+    if answers_wanted(spec):
+        record_answers(paths, spec.logging.prompts, model_dir, "before")
+    append_event(paths, "prepared", attempt=RankEnv.from_environ().attempt)
+    return ExitCode.OK

@@ -1,0 +1,160 @@
+"""Tokenizing data files into a cache, in several processes.
+
+Processes are spawned: a fork of a process in which torch or a tokenizer has started threads can hang. A worker gets
+byte ranges and writes parts, so that neither it nor this process ever holds more than one range; results do not
+depend on the number of workers. Small data are tokenized here, which is faster than to start anybody.
+
+Bad rows are collected, a few at a time: the first ones in the order of the files, whoever found them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from launcher.contract.errors import DataError, LauncherError
+from launcher.contract.spec import DataSpec
+from sft.data.cache.progress import Progress
+from sft.data.cache.store import Counts, Part, TokenPair, write_part
+from sft.data.encoding.length_policy import fit
+from sft.data.encoding.masking import Encoded, Encoder
+from sft.data.encoding.tokenizer import load_tokenizer
+from sft.data.reading.files import ByteRange, cut, read_lines
+from sft.data.reading.formats import parse_row
+from sft.data.reading.tables import holds_lines, write_lines
+
+MAX_PROBLEMS = 5
+RANGE_BYTES = 4 << 20
+"""About what a worker takes at a time, and what is not worth a second process: some seconds of work."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a worker has to know."""
+
+    tokenizer_dir: Path
+    data: DataSpec
+    row_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A written part, or the first problems in its rows."""
+
+    part: Part
+    problems: tuple[str, ...]
+
+
+class Worker:
+    """Tokenizes byte ranges; one in each process."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._encoder = Encoder(load_tokenizer(job.tokenizer_dir), job.data)
+
+    def run(self, work: tuple[ByteRange, Path]) -> Result:
+        """Tokenize one range into a part."""
+        rows, prefix = work
+        tally: Counter[str] = Counter()
+        pairs: list[TokenPair] = []
+        problems: list[str] = []
+        for number, line in read_lines(rows):
+            try:
+                found = self._encode(line, rows.where(number), tally)
+            except DataError as error:
+                problems += error.problems
+                if len(problems) >= MAX_PROBLEMS:
+                    break
+            else:
+                pairs += found
+        part = write_part(prefix, [] if problems else pairs, Counts(**tally))
+        return Result(part, tuple(problems[:MAX_PROBLEMS]))
+
+    def _encode(self, line: bytes, where: str, tally: Counter[str]) -> list[TokenPair]:
+        examples = self._encoder.encode(parse_row(line, where, self._job.row_format, self._job.data.columns))
+        tally["rows"] += 1
+        tally["rewritten"] += len(examples) > 1
+        tally["escaped"] += any(encoded.escaped for encoded in examples)
+        kept: list[Encoded] = []
+        for encoded in examples:
+            try:
+                pieces = fit(encoded, self._job.data, tally)
+            except DataError as error:
+                raise DataError([f"{where}: {problem}" for problem in error.problems]) from error
+            tally["straddling"] += encoded.straddling
+            tally["messages_trimmed"] += encoded.unused
+            tally["answers"] += encoded.answers if pieces else 0
+            kept += pieces
+        tally["terminators"] += sum(int(np.count_nonzero(piece.weights[piece.ends])) for piece in kept)
+        return [(piece.ids, piece.weights) for piece in kept]
+
+
+def write_parts(job: Job, files: Sequence[Path], aside: Path, *, show_progress: bool, title: str) -> list[Part]:
+    """Tokenize `files` into parts in directory `aside`; DataError with the first problems."""
+    lines = [(path, None) if holds_lines(path) else (_written_out(path, aside), path) for path in files]
+    total = sum(path.stat().st_size for path, _ in lines)
+    workers = min(job.data.workers or len(os.sched_getaffinity(0)), -(-total // RANGE_BYTES))
+    # Several ranges for each worker, so that none of them is idle for long at the end.
+    size = max(min(RANGE_BYTES, total // (4 * max(workers, 1))), 1 << 16)
+    ranges = [rows for path, source in lines for rows in cut(path, size, source)]
+    work = [(rows, aside / f"part-{index:06d}") for index, rows in enumerate(ranges)]
+    parts: list[Part] = []
+    with Progress(title, total, shown=show_progress) as progress:
+        for rows, result in zip(ranges, _run(job, work, workers), strict=True):
+            if result.problems:
+                raise DataError(result.problems)
+            parts.append(result.part)
+            progress.advance(rows.end - rows.start)
+    for path, source in lines:
+        if source is not None:
+            path.unlink()
+    return parts
+
+
+def _written_out(path: Path, aside: Path) -> Path:
+    """The rows of a file that does not hold lines, as lines in a file of their own."""
+    number = sum(1 for _ in aside.glob("rows-*"))
+    target = aside / f"rows-{number:06d}"
+    write_lines(path, target)
+    return target
+
+
+def _run(job: Job, work: Iterable[tuple[ByteRange, Path]], workers: int) -> Iterator[Result]:
+    """Results in the order of the work."""
+    if workers < 2:
+        yield from map(Worker(job).run, work)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=partial(_start_worker, job))
+    try:
+        yield from pool.map(_run_in_worker, work)
+    except BrokenProcessPool as error:
+        raise LauncherError(
+            f"one of {workers} tokenizing processes died; if memory ran out, set data.workers to fewer"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: Worker | None = None
+
+
+def _start_worker(job: Job) -> None:
+    global _worker
+    # The tokenizer's own threads would compete with the other workers for the same cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = Worker(job)
+
+
+def _run_in_worker(work: tuple[ByteRange, Path]) -> Result:
+    assert _worker is not None, "the pool's initializer makes it"
+    return _worker.run(work)

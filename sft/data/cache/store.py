@@ -1,0 +1,260 @@
+"""Tokenized examples as flat memory-mapped arrays in a directory that is complete or absent.
+
+    <cache>/<key>/
+      ids.npy             int32    token ids of all examples, one after another
+      weights.npy         float32  loss weight of each token as a target
+      offsets.npy         int64    example i is ids[offsets[i]:offsets[i + 1]]
+      target_weights.npy  float64  sum of an example's target weights
+      supervised.npy      int64    number of an example's targets with a weight other than 0
+      manifest.json       key, format version and counts; written last
+
+Workers write parts; `assemble` joins them in a directory aside; `publish` renames that. Several jobs may build the
+same key at once: the first rename wins and the others use the winner's, which holds the same bytes.
+
+Rejected: an Arrow data set (a second copy of every token in a row format, and a library that hashes the code), and
+a lock file (a job that is killed leaves it behind, and locks lie on shared file systems).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from launcher.contract.errors import DataError
+from launcher.contract.rundir import sync_path, write_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_ARRAYS = {"ids": "<i4", "weights": "<f4", "offsets": "<i8", "target_weights": "<f8", "supervised": "<i8"}
+_PART_ARRAYS = ("ids", "weights", "lengths", "target_weights", "supervised")
+
+TokenPair = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""Ids of one example, and the weight of each as a target."""
+
+
+class Examples(Protocol):
+    """Tokenized examples by number, and what plans and batches need of each."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example."""
+        ...
+
+    @property
+    def target_weights(self) -> NDArray[np.float64]:
+        """Sum of each example's target weights."""
+        ...
+
+    @property
+    def supervised(self) -> NDArray[np.int64]:
+        """Number of each example's targets with a weight other than 0."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, example: int) -> TokenPair:
+        """Ids and weights of one example."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What became of the rows. Adding two joins their reports."""
+
+    rows: int = 0
+    examples: int = 0
+    """Rows that are trained on."""
+    tokens: int = 0
+    """Tokens of the examples."""
+    supervised_tokens: int = 0
+    """Targets with a weight other than 0."""
+    answers: int = 0
+    """Answers of those examples, as they were before the length policy."""
+    terminators: int = 0
+    """Targets that end an answer."""
+    longest: int = 0
+    """Tokens of the longest example."""
+    longest_row: int = 0
+    """Tokens of the longest row, before the length policy."""
+    largest_id: int = 0
+    too_long: int = 0
+    """Rows that the length policy dropped."""
+    truncated: int = 0
+    split: int = 0
+    """Rows that the length policy cut into pieces."""
+    rewritten: int = 0
+    """Rows that became several examples, because the template rewrites earlier turns."""
+    unsupervised: int = 0
+    """Rows dropped because no target is left in them."""
+    tokens_lost: int = 0
+    """Tokens that dropping and truncating took away."""
+    supervised_lost: int = 0
+    """Targets among the lost tokens."""
+    tokens_trimmed: int = 0
+    """Tokens after the last target: nothing is learnt from them."""
+    messages_trimmed: int = 0
+    """Messages after the last trained one."""
+    straddling: int = 0
+    """Tokens that lie across the edge of what is trained."""
+    escaped: int = 0
+    """Rows whose content spells special tokens, which were tokenized as the text they are."""
+
+    def __add__(self, other: Counts) -> Counts:
+        largest = {"longest", "longest_row", "largest_id"}
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        joined = {name: max(n, theirs[name]) if name in largest else n + theirs[name] for name, n in mine.items()}
+        return Counts(**joined)
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """A complete cache, opened for reading. The arrays are read from disk as they are touched."""
+
+    directory: Path
+    key: str
+    counts: Counts
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+    target_weights: NDArray[np.float64]
+    supervised: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, directory: Path) -> TokenCache:
+        """The cache in `directory`; DataError where it is incomplete or damaged."""
+        try:
+            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+            counts = Counts(**manifest["counts"])
+            arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
+            expected = _shapes(counts)
+            wrong = [name for name, array in arrays.items() if array.shape != (expected[name],)]
+            wrong += [name for name, array in arrays.items() if array.dtype != np.dtype(_ARRAYS[name])]
+            if wrong or manifest["version"] != FORMAT_VERSION:
+                raise ValueError(f"{', '.join(wrong) or MANIFEST} does not fit the manifest")
+            return cls(directory=directory, key=str(manifest["key"]), counts=counts, **arrays)
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"data cache {directory} is damaged ({error}); delete it and prepare again") from error
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def tokens(self, example: int) -> TokenPair:
+        """Ids and weights of one example, as views."""
+        part = slice(int(self.offsets[example]), int(self.offsets[example + 1]))
+        return self.ids[part], self.weights[part]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Examples that one worker wrote: files `<prefix>.<array>` and how many of each there are."""
+
+    prefix: Path
+    counts: Counts
+
+
+def write_part(prefix: Path, pairs: Sequence[TokenPair], counts: Counts) -> Part:
+    """Write `pairs` beside each other as raw arrays; `counts` is completed with what follows from them."""
+    lengths = np.array([len(ids) for ids, _ in pairs], dtype="<i8")
+    # The first token is never a target, so its weight counts nowhere.
+    sums = np.array([weights[1:].sum(dtype=np.float64) for _, weights in pairs], dtype="<f8")
+    supervised = np.array([np.count_nonzero(weights[1:]) for _, weights in pairs], dtype="<i8")
+    ids = np.concatenate([np.asarray(ids, dtype="<i4") for ids, _ in pairs] or [np.zeros(0, "<i4")])
+    weights = np.concatenate([np.asarray(weights, dtype="<f4") for _, weights in pairs] or [np.zeros(0, "<f4")])
+    arrays = {"ids": ids, "weights": weights, "lengths": lengths, "target_weights": sums, "supervised": supervised}
+    for name, array in arrays.items():
+        array.tofile(f"{prefix}.{name}")
+    measured = dataclasses.replace(
+        counts,
+        examples=len(pairs),
+        tokens=int(lengths.sum()),
+        supervised_tokens=int(supervised.sum()),
+        longest=int(lengths.max(initial=0)),
+        largest_id=int(ids.max(initial=0)),
+    )
+    return Part(prefix, measured)
+
+
+def assemble(directory: Path, key: str, parts: Sequence[Part], **details: Any) -> Counts:
+    """Join `parts`, in this order, into a cache in `directory`; the parts are deleted as they are copied."""
+    counts = sum((part.counts for part in parts), Counts())
+    shapes = _shapes(counts)
+    for name in _PART_ARRAYS:
+        target = "offsets" if name == "lengths" else name
+        with (directory / f"{target}.npy").open("wb") as file:
+            _write_header(file, _ARRAYS[target], shapes[target])
+            if name == "lengths":
+                _write_offsets(file, parts)
+            else:
+                _copy(file, [Path(f"{part.prefix}.{name}") for part in parts])
+            file.flush()
+            os.fsync(file.fileno())
+        for part in parts:
+            Path(f"{part.prefix}.{name}").unlink()
+    write_json(
+        directory / MANIFEST,
+        {"version": FORMAT_VERSION, "key": key, "counts": dataclasses.asdict(counts), **details},
+    )
+    return counts
+
+
+def publish(aside: Path, final: Path) -> bool:
+    """Rename `aside` to `final`; False, with `aside` removed, where somebody else was faster."""
+    try:
+        aside.rename(final)
+    except OSError:
+        if not (final / MANIFEST).is_file():
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        return False
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a directory
+        sync_path(final.parent)
+    return True
+
+
+def _shapes(counts: Counts) -> dict[str, int]:
+    examples = counts.examples
+    return {
+        "ids": counts.tokens,
+        "weights": counts.tokens,
+        "offsets": examples + 1,
+        "target_weights": examples,
+        "supervised": examples,
+    }
+
+
+def _write_header(file: IO[bytes], dtype: str, length: int) -> None:
+    # Written by hand so that parts can be copied behind it without ever being in memory; a memory map would turn
+    # a full disk into SIGBUS, a plain write turns it into OSError.
+    header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _write_offsets(file: IO[bytes], parts: Sequence[Part]) -> None:
+    total = 0
+    file.write(np.zeros(1, dtype="<i8").tobytes())
+    for part in parts:
+        ends = total + np.cumsum(np.fromfile(f"{part.prefix}.lengths", dtype="<i8"), dtype="<i8")
+        file.write(ends.tobytes())
+        total = int(ends[-1]) if len(ends) else total
+
+
+def _copy(file: IO[bytes], sources: Sequence[Path]) -> None:
+    for source in sources:
+        with source.open("rb") as part:
+            shutil.copyfileobj(part, file, 1 << 20)

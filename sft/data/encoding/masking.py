@@ -1,0 +1,187 @@
+"""Examples -> token ids and the loss weight of each token as a target.
+
+A conversation is rendered once and tokenized once, so that its ids are those of `apply_chat_template`. Which tokens
+are trained follows from characters (sft/data/encoding/chat.py): a plain token is trained if any of its characters are
+the answer's; a control token if its first one is. Tokens that lie across an edge are counted.
+
+A `text`, and prompt and completion with data.chat_template `none`, are taken as they are: special tokens
+spelled in them are special tokens, for who writes the wire format by hand means them. In conversations they are text
+(sft/data/encoding/escape.py).
+
+Rejected: `{% generation %}` masks (few templates have it), searching for the ids of the answer (they depend on what
+is in front of it), and tokenizing turn by turn (other ids than generation sees).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from launcher.contract.errors import DataError, ModelError
+from launcher.contract.spec import DataSpec
+from sft.data.encoding.chat import ChatRenderer, Rendered
+from sft.data.encoding.escape import ControlTokens, Tokenized
+from sft.data.encoding.tokenizer import chat_template, control_tokens, end_of_text, leading_ids
+from sft.data.reading.formats import Example
+from sft.data.reading.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example's tokens. `weights[i]` is the weight of predicting token i; the first is predicted by nothing."""
+
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    ends: NDArray[np.bool_]
+    """Which tokens end an answer."""
+    answers: int = 1
+    """Answers that are trained."""
+    straddling: int = 0
+    """Trained tokens that lie across the edge of a trained span."""
+    escaped: bool = False
+    """Whether content spells special tokens."""
+    unused: int = 0
+    """Messages after the last trained one, which are left out."""
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> list[Encoded]:
+    """Ids and loss weights of one example; many are faster through one `Encoder`."""
+    return Encoder(tokenizer, spec).encode(example)
+
+
+class Encoder:
+    """Encodes examples with one tokenizer, template and loss policy."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> None:
+        self._tokenizer = tokenizer
+        self._spec = spec
+        self._control_ids = np.array(sorted(control_tokens(tokenizer).values()), dtype=np.int32)
+        self._renderer: Optional[ChatRenderer] = None
+
+    def encode(self, example: Example) -> list[Encoded]:
+        """Ids and loss weights of `example`, several only under data.on_mismatch split; DataError names the row."""
+        if example.ids is not None:
+            return [self._weighted(example.ids, np.array(example.weights, dtype=np.float32))]
+        if example.text is not None:
+            return [self._trained_from(self._closed(self._opened(example.text)), 0)]
+        if example.completion is not None and self._spec.chat_template == "none":
+            return [self._joined(example.prompt, example.completion)]
+        return self._conversation(_as_turns(example))
+
+    def inspect(self, example: Example) -> list[tuple[Encoded, list[str]]]:
+        """What `encode` gives, and the role that each token belongs to."""
+        encoded = self.encode(example)
+        if not (example.messages or (example.completion is not None and self._spec.chat_template != "none")):
+            return [(each, ["trained" if weight else "prompt" for weight in each.weights]) for each in encoded]
+        renderer, example = self._chat_renderer(), _as_turns(example)
+        found = []
+        for each, rendered in zip(encoded, renderer.render(example), strict=True):
+            turns = renderer.turn_ends(example, rendered.text)
+            ends = [len(renderer.controls.reveal(rendered.text[:end])) for _, end in turns]
+            begins = renderer.controls.tokenize(rendered.text).begins
+            names = [*(role for role, _ in turns), "end"]
+            found.append((each, [names[index] for index in np.searchsorted(ends, begins, side="right")]))
+        return found
+
+    def _joined(self, prompt: str, completion: str) -> Encoded:
+        prompt_ids = self._opened(prompt)
+        completion_ids: list[int] = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
+        trained_from = 0 if self._spec.loss_on == "all" else len(prompt_ids)
+        return self._trained_from(self._closed(prompt_ids + completion_ids), trained_from)
+
+    def _opened(self, text: str) -> list[int]:
+        """Ids of a text's beginning: what the tokenizer puts in front of it is there once."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        leading = leading_ids(self._tokenizer)
+        return ids if ids[: len(leading)] == leading else leading + ids
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        end = end_of_text(self._tokenizer)
+        return ids if ids and ids[-1] == end else [*ids, end]
+
+    def _trained_from(self, ids: Sequence[int], first: int) -> Encoded:
+        weights = np.ones(len(ids), dtype=np.float32)
+        weights[:first] = 0.0
+        return self._weighted(ids, weights)
+
+    def _weighted(self, ids: Sequence[int], weights: NDArray[np.float32]) -> Encoded:
+        """Ids whose weights are known: each run of trained tokens is an answer, and a control token may end it."""
+        known = np.array(ids, dtype=np.int32)
+        trained = weights > 0
+        last = trained & ~np.append(trained[1:], False)
+        ends = last & np.isin(known, self._control_ids)
+        return Encoded(known, _without_first(weights), ends, answers=int(np.count_nonzero(last)))
+
+    def _conversation(self, example: Example) -> list[Encoded]:
+        renderer = self._chat_renderer()
+        try:
+            return [self._tokenized(rendered, renderer.controls) for rendered in renderer.render(example)]
+        except DataError as error:
+            raise DataError([f"{example.where}: {problem}" for problem in error.problems]) from error
+
+    def _chat_renderer(self) -> ChatRenderer:
+        if self._renderer is None:
+            template = chat_template(self._tokenizer, self._spec)
+            if template is None:
+                raise ModelError("data.chat_template none joins prompt and completion; messages need a template")
+            self._renderer = ChatRenderer(self._tokenizer, template, ControlTokens(self._tokenizer), self._spec)
+        return self._renderer
+
+    def _tokenized(self, rendered: Rendered, controls: ControlTokens) -> Encoded:
+        tokens = controls.tokenize(rendered.text)
+        weights = np.zeros(len(tokens.ids), dtype=np.float32)
+        ends = np.zeros(len(tokens.ids), dtype=np.bool_)
+        is_control = np.isin(tokens.ids, controls.ids)
+        crossing = 0
+        for first, last, weight in rendered.spans:
+            begin, end = (len(controls.reveal(rendered.text[:at])) for at in (first, last))
+            inside = _tokens_of(tokens, begin, end, is_control)
+            weights[inside] = weight
+            ends |= _end_of(inside, is_control, tokens)
+            edges = [(tokens.begins < edge) & (edge < tokens.ends) for edge in (begin, end)]
+            crossing += int(np.count_nonzero(inside & np.logical_or(*edges))) if weight else 0
+        return Encoded(
+            ids=tokens.ids,
+            weights=_without_first(weights),
+            ends=ends,
+            answers=sum(1 for *_, weight in rendered.spans if weight),
+            straddling=crossing,
+            escaped=controls.hides_in(rendered.text),
+            unused=rendered.unused,
+        )
+
+
+def _as_turns(example: Example) -> Example:
+    """The example as a conversation."""
+    if example.completion is None:
+        return example
+    turns = (Message("user", example.prompt), Message("assistant", example.completion))
+    return Example(where=example.where, messages=turns)
+
+
+def _tokens_of(tokens: Tokenized, first: int, last: int, is_control: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    begins_inside = (first <= tokens.begins) & (tokens.begins < last)
+    overlaps = (tokens.begins < last) & (first < tokens.ends)
+    inside: NDArray[np.bool_] = begins_inside | (overlaps & ~is_control)
+    return inside
+
+
+def _end_of(inside: NDArray[np.bool_], is_control: NDArray[np.bool_], tokens: Tokenized) -> NDArray[np.bool_]:
+    """The control token that ends a span: the last one, if nothing but spaces comes after it."""
+    ends = np.zeros(len(inside), dtype=np.bool_)
+    for index in np.flatnonzero(inside)[::-1]:
+        if is_control[index]:
+            ends[index] = True
+        if is_control[index] or tokens.text[int(tokens.begins[index]) : int(tokens.ends[index])].strip():
+            break
+    return ends
+
+
+def _without_first(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    weights[:1] = 0.0
+    return weights

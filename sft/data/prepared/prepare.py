@@ -1,0 +1,215 @@
+"""Data files -> token caches, built by one process and found by all ranks.
+
+A cache is named by what it was made from: bytes of the data, files of the tokenizer, template, policies, and the
+version of the code. So there is nothing to invalidate: other input has another name.
+
+`python -m sft prepare` builds it before any rank is started. Should it be missing all the same, global rank 0 builds
+it and the others look for it on the file system: a collective would hit its timeout long before a large data set is
+tokenized, and would say nothing of why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from launcher.contract.errors import DataError
+from launcher.contract.spec import DataSpec, RunSpec
+from sft.data.cache.build import Job, write_parts
+from sft.data.cache.store import FORMAT_VERSION, MANIFEST, TokenCache, assemble, publish
+from sft.data.encoding.tokenizer import tokenizer_files
+from sft.data.prepared.report import check_counts, check_lost, epoch_report, report
+from sft.data.prepared.sources import DataSet, Sources, held_out_sets, joined, training_sets
+from sft.data.reading.files import digest, expand, file_identity, sha256_of
+from sft.data.reading.formats import check_columns, detect_format
+
+CODE_VERSION = 3
+"""Raised with every change that gives the same rows other tokens or weights."""
+
+WAIT_SECONDS = 6 * 3600.0
+_POLL_SECONDS = 1.0
+_STALE_SECONDS = 2 * 86400.0
+_POLICIES = ("columns", "chat_template_kwargs", "loss_on", "on_mismatch", "seq_length", "length_policy")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """Tokenized training data and, where there is some, validation data."""
+
+    train: TokenCache | Sources
+    """Of several sources where the config names them."""
+    validation: TokenCache | None
+
+    @property
+    def training_caches(self) -> tuple[TokenCache, ...]:
+        """The cache of each source."""
+        return self.train.caches if isinstance(self.train, Sources) else (self.train,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """One data set: its files, and where its cache belongs."""
+
+    of: DataSet
+    files: tuple[Path, ...]
+    row_format: str
+    key: str
+    directory: Path
+
+
+def prepare_data(spec: RunSpec, tokenizer_dir: Path) -> PreparedData:
+    """Build what is missing and print what the run will train on."""
+    prepared = open_or_build(spec, tokenizer_dir, build=True)
+    for _, name, cache in _named_caches(prepared):
+        print(report(name, cache))
+    if isinstance(prepared.train, Sources):
+        print(epoch_report(prepared.train))
+    return prepared
+
+
+def open_or_build(
+    spec: RunSpec, tokenizer_dir: Path, *, build: bool, wait_seconds: float = WAIT_SECONDS
+) -> PreparedData:
+    """The run's data. With `build` what is missing is made; without, it is waited for. Makes no collective calls."""
+    check_columns(spec.data.columns, "data.columns")
+    for name, given in spec.data.sources.items():
+        check_columns(given.columns, f"data.sources.{name}.columns")
+    training = training_sets(spec.data)
+    caches = []
+    for data_set in (*training, *held_out_sets(spec.data)):
+        source = _source(spec, data_set, tokenizer_dir, write_notes=build)
+        if build:
+            caches.append(_open_or_make(spec, source, tokenizer_dir))
+        else:
+            caches.append(_wait_for(source, wait_seconds))
+        check_lost(caches[-1].counts, data_set.key, spec.data)
+    train, held_out = caches[: len(training)], caches[len(training) :]
+    return PreparedData(joined(training, train, spec.data), held_out[0] if held_out else None)
+
+
+def check_vocabulary(prepared: PreparedData, vocab_size: int) -> None:
+    """Refuse token ids that the model has no embedding for: a GPU would only say `device-side assert`."""
+    for key, _, cache in _named_caches(prepared):
+        if cache.counts.largest_id >= vocab_size:
+            raise DataError(
+                f"{key}: token id {cache.counts.largest_id} is not in the model's vocabulary of {vocab_size} "
+                "(vocab_size in its config.json); model.tokenizer, or who made the ids, belongs to another model"
+            )
+
+
+def _named_caches(prepared: PreparedData) -> list[tuple[str, str, TokenCache]]:
+    """Key, name and cache of each data set."""
+    train = prepared.train
+    if isinstance(train, Sources):
+        pairs = zip(train.shares, train.caches, strict=True)
+        found = [(f"data.sources.{share.name}", share.name, cache) for share, cache in pairs]
+    else:
+        found = [("data.train", "train", train)]
+    validation = prepared.validation
+    return found if validation is None else [*found, ("data.validation", "validation", validation)]
+
+
+def _source(spec: RunSpec, data_set: DataSet, tokenizer_dir: Path, *, write_notes: bool) -> _Source:
+    files = tuple(expand(data_set.data.train, data_set.key))
+    row_format = detect_format(files, data_set.data, data_set.key)
+    notes = spec.cache_dir / "digests"
+    content = [digest(path, notes, write=write_notes) for path in files]
+    key = cache_key(data_set.data, row_format, content, tokenizer_dir)
+    directory = spec.cache_dir / "tokens" / key[:40]
+    return _Source(of=data_set, files=files, row_format=row_format, key=key, directory=directory)
+
+
+def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir: Path) -> str:
+    """SHA-256 over everything that decides the cache's bytes."""
+    template = data.chat_template
+    if template not in ("tokenizer", "none"):
+        try:
+            template = sha256_of(Path(template))
+        except OSError as error:
+            raise DataError(f"data.chat_template: {template} cannot be read: {error}") from error
+    made_from = {
+        "code": [CODE_VERSION, FORMAT_VERSION, version("transformers"), version("tokenizers")],
+        "data": content,
+        "format": row_format,
+        "tokenizer": {str(path.relative_to(tokenizer_dir)): sha256_of(path) for path in tokenizer_files(tokenizer_dir)},
+        "template": template,
+        "policies": {name: getattr(data, name) for name in _POLICIES},
+    }
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path) -> TokenCache:
+    if (source.directory / MANIFEST).is_file():
+        try:
+            return TokenCache.open(source.directory)
+        except DataError as error:
+            print(f"{error}; it is built again", file=sys.stderr)
+            shutil.rmtree(source.directory)
+    parent = source.directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(parent)
+    aside = Path(tempfile.mkdtemp(prefix=f".{source.key[:12]}-", dir=parent))
+    try:
+        _build(spec, source, tokenizer_dir, aside)
+        aside.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out of a shared cache
+        publish(aside, source.directory)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return TokenCache.open(source.directory)
+
+
+def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> None:
+    before = [file_identity(path) for path in source.files]
+    job = Job(tokenizer_dir=tokenizer_dir, data=source.of.data, row_format=source.row_format)
+    title = f"tokenizing {source.of.name}"
+    parts = write_parts(job, source.files, aside, show_progress=spec.logging.progress_bar, title=title)
+    changed = [
+        str(path) for path, identity in zip(source.files, before, strict=True) if file_identity(path) != identity
+    ]
+    if changed:
+        raise DataError(f"{source.of.key}: {', '.join(changed)} changed while being read; start again")
+    counts = assemble(aside, source.key, parts, files=[str(path) for path in source.files], format=source.row_format)
+    check_counts(counts, source.of.key, source.files)
+
+
+def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:
+    deadline = time.monotonic() + wait_seconds
+    told = False
+    while not _has_appeared(source.directory):
+        if time.monotonic() >= deadline:
+            raise DataError(
+                f"{source.of.key}: {source.directory} did not appear in {wait_seconds:.0f} s; "
+                "is data.cache_dir on a file system that all nodes share?"
+            )
+        if not told:
+            print(f"waiting for {source.directory}", file=sys.stderr)
+            told = True
+        time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+    return TokenCache.open(source.directory)
+
+
+def _has_appeared(directory: Path) -> bool:
+    # Reading the parent makes network file systems forget that the name was absent a moment ago.
+    with contextlib.suppress(FileNotFoundError):
+        return directory in set(directory.parent.iterdir())
+    return False
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove what killed builds left behind; a living one touches its directory with every part."""
+    for path in parent.glob(".*-*"):
+        try:
+            old = time.time() - path.stat().st_mtime > _STALE_SECONDS
+        except FileNotFoundError:
+            continue
+        if old:
+            shutil.rmtree(path, ignore_errors=True)

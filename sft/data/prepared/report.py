@@ -1,0 +1,111 @@
+"""What became of the rows, for people, and the limits past which a run is refused.
+
+Nothing is taken away silently: a run that would lose half its data, or never learn to stop, says so before it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.contract.errors import DataError
+from launcher.contract.spec import DataSpec
+from sft.data.cache.store import Counts, TokenCache
+from sft.data.prepared.sources import Sources
+
+
+def report(name: str, cache: TokenCache) -> str:
+    """What a cache holds and what was lost on the way, for people."""
+    c = cache.counts
+    targets = c.tokens - c.examples
+    lines = [
+        f"{name}: {c.examples:,} examples, {c.tokens:,} tokens (mean {c.tokens / c.examples:.0f}, "
+        f"longest {c.longest:,}), {c.supervised_tokens:,} trained ({c.supervised_tokens / targets:.1%})"
+    ]
+    if c.too_long:
+        lines.append(f"  dropped: {c.too_long:,} rows longer than data.seq_length (longest {c.longest_row:,} tokens)")
+    if c.truncated:
+        lines.append(f"  truncated: {c.truncated:,} rows (longest {c.longest_row:,} tokens)")
+    if c.split:
+        lines.append(f"  split: {c.split:,} rows into pieces of data.seq_length (longest {c.longest_row:,} tokens)")
+    if c.rewritten:
+        lines.append(f"  split: {c.rewritten:,} rows whose earlier turns the chat template rewrites")
+    if c.unsupervised:
+        lines.append(f"  dropped: {c.unsupervised:,} rows without any token to train on")
+    if c.tokens_lost:
+        lines.append(
+            f"  lost so: {c.tokens_lost:,} tokens, {c.supervised_lost:,} of them to be trained "
+            f"({lost_percent(c):.1f} % of those)"
+        )
+    if c.terminators < c.answers:
+        lines.append(f"  cut: {c.answers - c.terminators:,} of {c.answers:,} answers have no end token that is trained")
+    if c.tokens_trimmed or c.messages_trimmed:
+        lines.append(
+            f"  trimmed: {c.messages_trimmed:,} messages, and {c.tokens_trimmed:,} tokens, after the last trained one"
+        )
+    if c.straddling:
+        lines.append(f"  edges: {c.straddling:,} trained tokens hold text of prompt and answer")
+    if c.escaped:
+        lines.append(f"  escaped: special tokens spelled in {c.escaped:,} rows are trained as plain text")
+    return "\n".join(lines)
+
+
+def epoch_report(sources: Sources) -> str:
+    """What an epoch takes of each source, for people."""
+    total = sum(share.taken for share in sources.shares)
+    lines = [f"an epoch takes {total:,} examples of {len(sources.shares)} sources:"]
+    lines += [f"  {share.name}: {text}" for share, text in zip(sources.shares, epoch_shares(sources), strict=True)]
+    return "\n".join(lines)
+
+
+def epoch_shares(sources: Sources) -> list[str]:
+    """What an epoch takes of each source; of trained tokens the mean over epochs, which may take other examples."""
+    total = sum(share.taken for share in sources.shares)
+    counts = [cache.counts for cache in sources.caches]
+    trained = [share.taken * c.supervised_tokens / c.examples for share, c in zip(sources.shares, counts, strict=True)]
+    found = []
+    for share, mine in zip(sources.shares, trained, strict=True):
+        copies = f"{share.copies} x {share.examples:,}"
+        how = f"{copies} + {share.rest:,}" if share.rest and share.copies else "" if share.rest else copies
+        found.append(
+            f"{share.taken:,} examples, weight {share.weight:g} of {share.examples:,}{f' ({how})' if how else ''}; "
+            f"{share.taken / total:.1%} of the examples, {mine / sum(trained):.1%} of the trained tokens"
+        )
+    return found
+
+
+def lost_percent(counts: Counts) -> float:
+    """Share of the tokens to be trained that the length policy took away."""
+    wanted = counts.supervised_tokens + counts.supervised_lost
+    return 100.0 * counts.supervised_lost / wanted if wanted else 0.0
+
+
+def check_counts(counts: Counts, key: str, files: Sequence[Path]) -> None:
+    """Refuse data that nothing can be learnt from; `key` and `files` name them in errors."""
+    names = ", ".join(map(str, files))
+    if counts.rows == 0:
+        raise DataError(f"{key}: no rows in {names}")
+    if counts.supervised_tokens == 0:
+        raise DataError(
+            f"{key}: no token of {counts.rows:,} rows in {names} is left to train on "
+            f"({counts.unsupervised:,} without an assistant turn or cut before one, {counts.too_long:,} too long); "
+            "see data.loss_on, data.seq_length and data.length_policy"
+        )
+    if counts.terminators == 0:
+        raise DataError(
+            f"{key}: no answer in {names} ends with an end token that is trained, so the model would "
+            "never learn to stop; the chat template must write one after each assistant turn"
+        )
+
+
+def check_lost(counts: Counts, key: str, data: DataSpec) -> None:
+    """Refuse data of which the length policy took away more than data.max_lost_percent."""
+    if not 0.0 <= data.max_lost_percent <= 100.0:
+        raise DataError(f"data.max_lost_percent {data.max_lost_percent:g} must be between 0 and 100")
+    if lost_percent(counts) > data.max_lost_percent:
+        raise DataError(
+            f"{key}: data.length_policy {data.length_policy} at data.seq_length {data.seq_length} takes away "
+            f"{counts.supervised_lost:,} of {counts.supervised_tokens + counts.supervised_lost:,} tokens to be trained "
+            f"({lost_percent(counts):.1f} %); data.max_lost_percent {data.max_lost_percent:g} allows no more "
+            f"(the longest row has {counts.longest_row:,} tokens)"
+        )

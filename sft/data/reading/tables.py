@@ -1,0 +1,182 @@
+"""Data files that do not hold one JSON object a line: JSON arrays, CSV, TSV, Parquet and Arrow.
+
+They are written out as lines once, beside the parts that workers write, and removed when these have read them. So
+there is one way to cut work into ranges, memory stays flat, and a row is the same thing everywhere. Each line begins
+with the number that an error is to name: the line in a JSON or CSV file, the row in the others.
+
+Parquet and Arrow give every row every key: those that are null in a nested object were not written there by anybody,
+and are left out again. Their rows are read by pyarrow alone; a directory that `datasets` saved is its Arrow files.
+
+Rejected: loading with `datasets` (a second cache of every row, and a library that would be needed on every node), and
+reading Parquet by row groups in the workers (row groups are as large as their writer liked).
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import decimal
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.contract.errors import DataError
+from sft.data.reading.row import kind
+
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow")
+_BATCH_ROWS = 1024
+_INSTALL = "pip install 'slurm-sft-launcher[data]'"
+
+
+def holds_lines(path: Path) -> bool:
+    """Whether the file holds one JSON object a line."""
+    if path.suffix == ".json":
+        with path.open("rb") as file:
+            return file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"["
+    return path.suffix not in _TABLES
+
+
+def place(path: Path, number: int) -> str:
+    """How errors name a row: file and line, or file and row where there are no lines."""
+    return f"{path} row {number}" if path.suffix in (".parquet", ".arrow") else f"{path}:{number}"
+
+
+def write_lines(path: Path, target: Path) -> None:
+    """Write the rows of a file as lines: number, tab, JSON object."""
+    with target.open("w", encoding="ascii") as file:
+        for number, row in read_rows(path):
+            file.write(f"{number}\t{as_json(row)}\n")
+
+
+def as_json(row: Mapping[str, Any]) -> str:
+    """A row as one line."""
+    return json.dumps(row, default=_plain)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a file that does not hold lines, each with its number."""
+    if path.suffix == ".json":
+        return _json_array(path)
+    if path.suffix in (".csv", ".tsv"):
+        return _separated(path, "," if path.suffix == ".csv" else "\t")
+    return _arrow(path)
+
+
+def dataset_files(directory: Path, key: str) -> list[Path]:
+    """The Arrow files of a directory that `datasets` saved; `key` names it in errors."""
+    try:
+        if (directory / "dataset_dict.json").is_file():
+            splits = json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            choice = ", ".join(str(directory / split) for split in splits)
+            raise DataError(f"{key}: {str(directory)!r} holds several data sets; name one of {choice}")
+        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        return [directory / entry["filename"] for entry in state["_data_files"]]
+    except FileNotFoundError:
+        raise DataError(f"{key}: {str(directory)!r} is no file, and no data set that `datasets` saved") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{key}: {directory} cannot be read as a saved data set: {error}") from error
+
+
+def _json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = _utf8(path)
+    decoder = json.JSONDecoder()
+    position, line, counted = text.index("[") + 1, 1, 0
+    closed = False
+    while not closed:
+        position = _spaces(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        if text.startswith("]", position):
+            break
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}") from None
+        except RecursionError:
+            raise DataError(f"{path}:{line}: JSON is nested too deeply") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{line}: {kind(row)}, where a JSON object is needed")
+        yield line, row
+        position = _spaces(text, position)
+        closed = text.startswith("]", position)
+        if not closed and not text.startswith(",", position):
+            number = 1 + text.count("\n", 0, position)
+            raise DataError(f"{path}:{number}: malformed JSON: ',' or ']' is missing after an object")
+        position += 1
+
+
+def _spaces(text: str, position: int) -> int:
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
+
+
+def _separated(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header: list[str] = []
+        line = 1
+        try:
+            for fields in reader:
+                if fields and not header:
+                    header = _header(fields, f"{path}:{line}")
+                elif fields and len(fields) != len(header):
+                    raise DataError(f"{path}:{line}: {len(fields)} fields, where the header names {len(header)}")
+                elif fields:
+                    yield line, dict(zip(header, fields, strict=True))
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}:{line}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+
+
+def _header(fields: list[str], where: str) -> list[str]:
+    doubled = sorted({name for name in fields if fields.count(name) > 1})
+    if doubled:
+        raise DataError(f"{where}: the header names {', '.join(map(repr, doubled))} more than once")
+    return fields
+
+
+def _arrow(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError(f"{path}: reading it needs pyarrow: {_INSTALL}") from None
+    number = 0
+    try:
+        with pa.memory_map(str(path)) as source:
+            if path.suffix == ".parquet":
+                batches = pq.ParquetFile(source).iter_batches(_BATCH_ROWS)
+            else:
+                batches = iter(pa.ipc.open_stream(source))
+            for batch in batches:
+                for start in range(0, batch.num_rows, _BATCH_ROWS):
+                    for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                        number += 1
+                        yield number, {name: _without_nulls(value) for name, value in row.items()}
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: damaged after row {number}: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> str | None:
+    """What JSON has no type for: dates and decimals as text; bytes (images, audio) as nothing, which is an error
+    where a column is used."""
+    known = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)
+    return str(value) if isinstance(value, known) else None
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1})") from None

@@ -1,0 +1,255 @@
+"""SFTGPT: the Lightning module around this rank's Megatron-core chunks, and the one objective.
+
+The loss is sum(weight * nll) / sum(weight) over the whole global batch, whatever the layout, micro-batch size or
+padding. Every rank knows the divisor beforehand (`StepBatch.global_weight`), so gradients are summed over micro-batches
+and data parallel ranks as they are and divided once, after the reduction and before clipping. Megatron-core's default,
+a mean over micro-batches of means over tokens, is another objective and changes with the layout.
+
+Lightning keeps the loop, the callbacks and the step count; Megatron-core's schedules run forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.contract.spec import RunSpec
+from launcher.contract.topology import Topology
+from sft.data.batches.batch import MicroBatch, StepBatch
+from sft.engine.objective import weighted_for
+from sft.engine.results import EvalResult, StepResult
+from sft.megatron.core import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    MegatronOptimizer,
+    OptimizerParamScheduler,
+    TransformerConfig,
+    finalize_model_grads,
+    get_forward_backward_func,
+    parallel_state,
+)
+from sft.megatron.initial_weights import load_initial_weights
+from sft.megatron.layers.attention import PackedSequences, packed_sequences
+from sft.megatron.model import Targets, build_chunks, transformer_config
+from sft.megatron.optim.optimizer import LightningOptimizerShell, build_optimizer, build_scheduler
+from sft.megatron.optim.step_check import StepJudge
+from sft.megatron.parallel.context import SharedRows, shared_rows
+from sft.megatron.parallel.groups import sum_over
+from sft.models.architecture import Architecture
+
+
+class SFTGPT(pl.LightningModule):
+    """A GPTModel, spread over ranks, that is fine-tuned."""
+
+    def __init__(
+        self, spec: RunSpec, architecture: Architecture, topology: Topology, model_dir: Path, max_steps: int
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.spec = spec
+        self.architecture = architecture
+        self.topology = topology
+        self.model_dir = model_dir
+        self.max_steps = max_steps
+        self.chunks: list[DistributedDataParallel] = []
+        self.judge = StepJudge(spec.train.spike_factor)
+        self.last_step: StepResult | None = None
+        self.config: TransformerConfig
+        self.megatron_optimizer: MegatronOptimizer
+        self.schedule: OptimizerParamScheduler
+
+    # Building, in the order in which Lightning calls ------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build this rank's chunks and load its slices of the weights."""
+        device = self.trainer.strategy.root_device
+        on_gpu = device.type == "cuda"
+        self.config = transformer_config(self.spec, self.architecture, self.topology, on_gpu=on_gpu)
+        chunks = build_chunks(self.spec, self.architecture, self.topology, self.config)
+        load_initial_weights(chunks, self.spec, self.architecture, self.config, self.model_dir)
+        self.gpt = torch.nn.ModuleList(chunk.to(device) for chunk in chunks)
+
+    def wrap_chunks(self) -> None:
+        """Put Megatron-core's data parallelism (gradient buffers and their reduction) around the chunks."""
+        optimizer = self.spec.train.optimizer
+        wanted = self.device.type == "cuda" if optimizer.overlap is None else optimizer.overlap
+        overlap = wanted and self.topology.reducing_ranks > 1
+        adapted = self.spec.model.lora.rank is not None  # adapters are used outside of modules that hooks could wait in
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=optimizer.distributed,
+            grad_reduce_in_fp32=optimizer.grad_reduce == "fp32",
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap and optimizer.distributed and not adapted,
+        )
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(self.gpt)
+        ]
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = self.spec.train.optimizer
+        self.megatron_optimizer = build_optimizer(optimizer, self.chunks, self.config.params_dtype)
+        self.schedule = build_scheduler(optimizer, self.megatron_optimizer, self.max_steps)
+        self.config.grad_scale_func = self.megatron_optimizer.scale_loss
+        return LightningOptimizerShell(self.megatron_optimizer, self.judge)
+
+    def gather_weights(self) -> None:
+        """Fetch what other ranks have updated, where that waits for the next forward pass of a training step."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels are fused ones."""
+        return bool(self.config.gradient_accumulation_fusion)
+
+    # Training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step over this rank's micro-batches of the global batch."""
+        optimizer = self.optimizers()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        batch = weighted_for(self.spec.train.objective, batch, self.topology.data_parallel)
+        self.config.finalize_model_grads_func = partial(_finalize, divisor=1.0 if self.fused else batch.global_weight)
+        loss = _divide(self.forward_backward(batch, forward_only=False), batch.global_weight)
+        learning_rate = self._set_learning_rate(batch.step)
+        shell: LightningOptimizerShell = optimizer.optimizer  # type: ignore[union-attr,assignment]
+        shell.loss = loss
+        optimizer.step()  # type: ignore[union-attr]
+        self.last_step = StepResult(
+            step=batch.step + 1,
+            loss=loss,
+            grad_norm=shell.grad_norm,
+            bad=shell.bad,
+            lr=learning_rate,
+            examples=batch.examples,
+            tokens=batch.tokens,
+            squared_lengths=batch.squared_lengths,
+            supervised_tokens=batch.supervised_tokens,
+        )
+
+    def _set_learning_rate(self, step: int) -> float:
+        """Put the schedule's value for `step` into the optimizer; a function of the step, so nothing to resume."""
+        self.schedule.num_steps = step
+        self.schedule.step(0)
+        return self.learning_rate
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate now set."""
+        return float(self.megatron_optimizer.param_groups[0]["lr"])
+
+    def forward_backward(self, batch: StepBatch, *, forward_only: bool) -> Tensor:
+        """Run the schedule; the summed weighted loss of the global batch, on every rank."""
+        parts = [micro_batch.own_part() for micro_batch in batch.micro_batches]
+        iterators: list[Iterator[MicroBatch]] = [iter(parts) for _ in self.chunks]
+        rows, seq_length = batch.micro_batches[0].tokens.shape
+        outputs = get_forward_backward_func()(
+            forward_step_func=partial(_fused_step, divisor=batch.global_weight) if self.fused else _forward_step,
+            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batch.micro_batches),
+            seq_length=seq_length,  # of whole rows: the schedule divides it by cp and tp itself
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
+        total = torch.stack(outputs).sum() if outputs else torch.zeros((), device=self.device)
+        sum_over(total, parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if self.topology.pipeline_parallel > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[StepBatch]) -> EvalResult:
+        """Exact mean loss over `batches`; each token counts once, however they are cut."""
+        self.gather_weights()
+        for chunk in self.chunks:
+            chunk.eval()
+        loss_sum, weight, examples, supervised = torch.zeros((), dtype=torch.float64), 0.0, 0, 0
+        for batch in batches:
+            loss_sum += self.forward_backward(batch.to(self.device), forward_only=True).double().cpu()
+            weight += batch.global_weight
+            examples += batch.examples
+            supervised += batch.supervised_tokens
+        for chunk in self.chunks:
+            chunk.train()
+        return EvalResult(loss=float(loss_sum) / weight, examples=examples, supervised_tokens=supervised)
+
+
+def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+    """Megatron-core's forward step: on the last stage the output is the loss of each target, [b, s]."""
+    batch = next(iterator)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=_packed(batch))
+    return output, partial(_weighted_sum, batch.loss_weights)
+
+
+def _fused_step(
+    iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, divisor: float
+) -> tuple[Tensor, Any]:
+    """The same with fused kernels: on the last stage the output is the sum of weighted losses, divided already.
+
+    Then nobody has to divide all gradients.
+    """
+    batch = next(iterator)
+    places = batch.supervised
+    assert places is not None
+    weights, labels = (rows.t().reshape(-1)[places] for rows in (batch.loss_weights, batch.labels))
+    divisor = divisor or 1.0
+    targets = Targets(places, labels, weights / divisor)
+    output = model(
+        batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=_packed(batch), loss_mask=targets
+    )
+    return output, partial(_as_sum, len(places), divisor)
+
+
+def _packed(batch: MicroBatch) -> PackedSequences | SharedRows | None:
+    if batch.context_share is not None:
+        return shared_rows(batch.context_share)
+    return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids.flatten())
+
+
+def _as_sum(count: int, divisor: float, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_weighted_sum` returns, but for the first, which stays divided: gradients come from it."""
+    return mean, torch.full((), count, dtype=torch.int32, device=mean.device), mean.detach() * divisor
+
+
+def _weighted_sum(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum(w * nll), number of targets, the sum again for the log).
+
+    Unsupervised positions are selected away, not multiplied by 0: 0 * NaN is NaN. The logged copy must be a copy,
+    because the schedule scales the loss in place.
+    """
+    supervised = weights != 0
+    total = torch.where(supervised, losses.float() * weights, 0.0).sum()
+    return total, supervised.sum().int(), total.detach().clone()
+
+
+def _finalize(
+    chunks: list[DistributedDataParallel], num_tokens: Tensor | None, *, divisor: float, **kwargs: Any
+) -> None:
+    """Reduce gradients as Megatron-core does, then divide by the global batch's weight.
+
+    Megatron-core would divide by its own count of tokens, an integer that it has to reduce over ranks first;
+    fractional weights do not fit into it, and the sum is known here already.
+    """
+    finalize_model_grads(chunks, None, **kwargs)
+    if divisor != 1.0:
+        for chunk in chunks:
+            chunk.scale_gradients(1.0 / divisor if divisor > 0 else 0.0)
+
+
+def _divide(total: Tensor, weight: float) -> Tensor:
+    return total / weight if weight > 0 else torch.zeros_like(total)

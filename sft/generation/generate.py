@@ -1,0 +1,182 @@
+"""Answers of the model as it stands on the ranks: tensor and pipeline parallel, with a cache of keys and values.
+
+Prompts of unequal lengths are answered together without padding: the first pass reads as many tokens as the shortest
+prompt has, and then each step takes one more, of the prompt where it goes on and of the answer where it has begun.
+Causal attention needs no mask for that, and every row is what it would be alone.
+
+Attention uses Megatron-core's own cache (StaticInferenceContext). Stages pass activations by plain sends: one
+micro-batch at a time leaves nothing to overlap, and Megatron-core's schedules know nothing of virtual stages in
+inference. Sequence parallel is switched off meanwhile, since one token cannot be split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launcher.contract.spec import EvaluationSpec
+from sft.engine.module import SFTGPT
+from sft.generation.sampling import next_tokens, penalized, stream
+from sft.megatron.core import StaticInferenceContext, parallel_state
+
+_SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+"""Attributes by which Megatron-core's modules split a sequence over tensor parallel ranks."""
+
+
+class _CachedAttention(nn.Module):
+    """Core attention that also serves a single query behind a cache of keys, all of which it may see."""
+
+    def __init__(self, inner: nn.Module, scale: float | None) -> None:
+        super().__init__()
+        self._inner = inner
+        self._scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """query [1 or s, b, heads, dim], key and value [s, b, groups, dim] -> [1 or s, b, heads * dim]."""
+        if query.size(0) == key.size(0):
+            context: Tensor = self._inner(query, key, value, *args, **kwargs)
+            return context
+        gqa = query.size(2) != key.size(2)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, dim]
+        seen = F.scaled_dot_product_attention(query, key, value, scale=self._scale, enable_gqa=gqa)
+        return seen.permute(2, 0, 1, 3).flatten(2)
+
+
+@torch.no_grad()
+def generate(
+    module: SFTGPT,
+    prompts: Sequence[Sequence[int]],
+    spec: EvaluationSpec,
+    *,
+    stops: Collection[int],
+    numbers: Sequence[int],
+) -> list[list[int]]:
+    """Answers to prompts of this model replica, as token ids up to and without the stop token.
+
+    All ranks of the replica call this with the same prompts; each gets all answers. `numbers` name the prompts among
+    those of all replicas, and choose their streams.
+    """
+    answers: list[list[int]] = []
+    with _inference(module):
+        for first in range(0, len(prompts), spec.batch_size):
+            part = slice(first, first + spec.batch_size)
+            streams = [stream(spec.seed, number) for number in numbers[part]]
+            answers += _Batch(module, prompts[part], spec, frozenset(stops), streams).answer()
+    return answers
+
+
+class _Batch:
+    """Prompts that are answered together."""
+
+    def __init__(
+        self,
+        module: SFTGPT,
+        prompts: Sequence[Sequence[int]],
+        spec: EvaluationSpec,
+        stops: Collection[int],
+        streams: Sequence[torch.Generator],
+    ) -> None:
+        self._module = module
+        self._spec = spec
+        self._stops = stops
+        self._streams = streams
+        self._lengths = [len(prompt) for prompt in prompts]
+        size = max(self._lengths) + spec.max_new_tokens
+        self._tokens = torch.zeros(len(prompts), size, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            self._tokens[row, : len(prompt)] = torch.tensor(prompt)
+        self._answers: list[list[int]] = [[] for _ in prompts]
+        self._done = [False] * len(prompts)
+        self._context = StaticInferenceContext(len(prompts), size)
+
+    def answer(self) -> list[list[int]]:
+        begin, end = 0, min(self._lengths)
+        while True:
+            self._context.sequence_len_offset = begin
+            logits = _forward(self._module, self._tokens[:, begin:end], begin, self._context)
+            self._take(end, self._choose(logits, end))
+            if all(self._done):
+                return self._answers
+            begin, end = end, end + 1
+
+    def _choose(self, logits: Tensor | None, place: int) -> Tensor:
+        """The token for `place` of each row whose answer has begun; the last stage chooses, for all."""
+        answering = [not done and length <= place for done, length in zip(self._done, self._lengths, strict=True)]
+        device = self._module.device
+        chosen = torch.zeros(len(answering), dtype=torch.int64, device=device)
+        if logits is not None:
+            streams = [own if ours else None for own, ours in zip(self._streams, answering, strict=True)]
+            if self._spec.repetition_penalty != 1.0:
+                logits = penalized(logits, self._tokens[:, :place].to(device), self._spec.repetition_penalty)
+            chosen.copy_(next_tokens(logits, self._spec, streams))
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(chosen, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return chosen.cpu()
+
+    def _take(self, place: int, chosen: Tensor) -> None:
+        for row, token in enumerate(chosen.tolist()):
+            if self._done[row] or place < self._lengths[row]:
+                continue
+            if token in self._stops:
+                self._done[row] = True
+                continue
+            self._answers[row].append(token)
+            self._tokens[row, place : place + 1] = token
+            self._done[row] = len(self._answers[row]) == self._spec.max_new_tokens
+
+
+def _forward(module: SFTGPT, tokens: Tensor, begin: int, context: StaticInferenceContext) -> Tensor | None:
+    """Logits behind the last of `tokens`, [b, vocabulary], on the ranks of the last stage; None on the others."""
+    rows, length = tokens.shape
+    tokens = tokens.to(module.device)
+    positions = torch.arange(begin, begin + length, device=module.device).expand(rows, -1)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    output: Tensor
+    for chunk in (chunk.module for chunk in module.chunks):
+        if not chunk.pre_process:
+            shape = (length, rows, module.config.hidden_size)
+            received = torch.empty(shape, dtype=module.config.params_dtype, device=module.device)
+            dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
+            chunk.set_input_tensor(received)
+        output = chunk(tokens, positions, None, inference_context=context, runtime_gather_output=True)
+        if chunk.post_process:
+            return output[:, -1, : module.architecture.shape.vocab_size].float()
+        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+    return None
+
+
+@contextlib.contextmanager
+def _inference(module: SFTGPT) -> Iterator[None]:
+    """The module as inference needs it, and as it was afterwards."""
+    changed: list[tuple[Any, str, Any]] = []
+
+    def change(owner: Any, name: str, value: Any) -> None:
+        changed.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    module.gather_weights()
+    try:
+        for chunk in module.chunks:
+            chunk.eval()
+            for part in chunk.modules():
+                for name in _SEQUENCE_PARALLEL:
+                    if getattr(part, name, None) is True:
+                        change(part, name, False)
+            for layer in chunk.module.decoder.layers:
+                attention = layer.self_attention
+                cached = _CachedAttention(attention.core_attention, module.config.softmax_scale)
+                change(attention, "core_attention", cached.eval())
+        change(module.config, "sequence_parallel", False)
+        yield
+    finally:
+        for owner, name, value in reversed(changed):
+            setattr(owner, name, value)
+        for chunk in module.chunks:
+            chunk.train()

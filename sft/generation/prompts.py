@@ -1,0 +1,149 @@
+"""What evaluations ask: prompts as token ids, the tokens that end an answer, the metric function.
+
+A prompt is written exactly as training writes one: the same chat template with its generation prompt, and no text of
+a user becomes a control token. All of this is read before a rank is started too (`python -m sft prepare`), so that a
+misspelt function does not wait for the first evaluation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from launcher.contract.errors import ConfigError, DataError, ModelError
+from launcher.contract.spec import RunSpec
+from sft.data.encoding.chat import ChatRenderer
+from sft.data.encoding.escape import ControlTokens
+from sft.data.encoding.tokenizer import chat_template, leading_ids, load_tokenizer
+from sft.data.reading.formats import parse_ids
+from sft.data.reading.messages import Message, read_messages
+
+Metric = Callable[..., Mapping[str, Any]]
+"""What evaluation.metric names: called with samples=, prompts= and outputs=."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as text, control tokens spelled out, and as ids."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, spec: RunSpec) -> list[Prompt]:
+    """The prompts of a jsonl file; DataError names the line."""
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"evaluation.prompts: {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            prompt = _prompt(line, f"evaluation.prompts: {path}:{number}", tokenizer, spec)
+            found.append(prompt)
+    if not found:
+        raise DataError(f"evaluation.prompts: {path} holds no prompt")
+    return found
+
+
+def _prompt(line: str, where: str, tokenizer: PreTrainedTokenizerBase, spec: RunSpec) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or "messages" in row):
+        raise DataError(f"{where}: a row has prompt (a text) or messages")
+    if "input_ids" in row and "prompt" in row:
+        return Prompt(row["prompt"], tuple(parse_ids(row, "input_ids", where)))
+    template = chat_template(tokenizer, spec.data)
+    if template is None:
+        if "messages" in row:
+            raise DataError(f"{where}: messages need a chat template, and data.chat_template is none")
+        ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        leading = leading_ids(tokenizer)
+        prompt = Prompt(row["prompt"], tuple(ids if ids[: len(leading)] == leading else leading + ids))
+    else:
+        has_turns = "messages" in row
+        turns = read_messages(row["messages"], f"{where}: messages", {}) if has_turns else _question(row["prompt"])
+        prompt = _rendered(turns, tokenizer, template, spec)
+    if not prompt.ids:
+        raise DataError(f"{where}: the prompt is empty")
+    return prompt
+
+
+def _question(text: str) -> tuple[Message, ...]:
+    return (Message("user", text),)
+
+
+def _rendered(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, spec: RunSpec) -> Prompt:
+    controls = ControlTokens(tokenizer)
+    renderer = ChatRenderer(tokenizer, template, controls, spec.data)
+    text = renderer.apply([controls.hide_in(turn.for_template()) for turn in turns], None, True)
+    return Prompt(controls.reveal(text), tuple(int(token) for token in controls.tokenize(text).ids))
+
+
+def stop_tokens(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> set[int]:
+    """What ends an answer: end tokens of tokenizer and model, and those of evaluation.stop_tokens."""
+    stops = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
+    if (model_dir / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
+        stops |= set(ends) if isinstance(ends, list) else {ends} if isinstance(ends, int) else set()
+    vocabulary = tokenizer.get_vocab()
+    for text in spec.evaluation.stop_tokens:
+        if text not in vocabulary:
+            raise ModelError(f"evaluation.stop_tokens: {text!r} is not a token of the tokenizer")
+        stops.add(vocabulary[text])
+    return stops
+
+
+def trimmed(answer: str, stop_sequences: Sequence[str]) -> str:
+    """The answer up to the first of the stop sequences, without white space before it."""
+    ends = [place for text in stop_sequences if (place := answer.find(text)) >= 0]
+    return answer[: min(ends)].rstrip() if ends else answer
+
+
+def metric_function(name: str) -> Metric:
+    """The function behind package.module:function."""
+    package, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(package), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"evaluation.metric: {name} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"evaluation.metric: {name} is not a function")
+    return cast(Metric, found)
+
+
+def averages(name: str, result: Any, prompts: int) -> dict[str, float]:
+    """metric/<key> -> mean, of what a metric function returned."""
+    if not isinstance(result, Mapping):
+        raise ConfigError(f"evaluation.metric: {name} returned {type(result).__name__}, not a dict of numbers")
+    means = {}
+    for key, value in result.items():
+        try:
+            values = [float(value)] if not hasattr(value, "__len__") else [float(item) for item in value]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"evaluation.metric: {name} returned {value!r} for {key!r}") from error
+        if len(values) not in (1, prompts):
+            raise ConfigError(f"evaluation.metric: {name} returned {len(values)} {key!r} for {prompts} prompts")
+        means[f"metric/{key}"] = sum(values) / len(values)
+    return means
+
+
+def check_prompts(spec: RunSpec, tokenizer_dir: Path, model_dir: Path) -> None:
+    """Fail now where an evaluation would fail later; does nothing where there are no prompts."""
+    if spec.evaluation.prompts is None:
+        return
+    tokenizer = load_tokenizer(tokenizer_dir)
+    prompts = read_prompts(Path(spec.evaluation.prompts), tokenizer, spec)
+    stop_tokens(spec, tokenizer, model_dir)
+    if spec.evaluation.metric:
+        metric_function(spec.evaluation.metric)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    print(f"prompts: {len(prompts):,} to answer at each evaluation, the longest of {longest:,} tokens")

@@ -1,0 +1,129 @@
+"""What a node can say about itself: one function a check, each of which ends within seconds.
+
+A check that fails says whose fault it is: the node's, or the run's (a full disk is full on every node).
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launcher.contract.rundir import sync_path
+
+Fault = Literal["node", "run"]
+
+_PACKAGES = ("torch", "megatron-core", "pytorch-lightning", "transformers")
+_NVIDIA_SMI_SECONDS = 15
+_MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    ok: bool
+    detail: str
+    fault: Fault = "node"
+
+
+def check_gpus(wanted: int) -> Check:
+    """The driver answers, shows as many GPUs as a node is to have, and none with uncorrected memory errors."""
+    if not wanted:
+        return Check(name="gpus", ok=True, detail="skipped: CPU ranks")
+    if shutil.which("nvidia-smi") is None:
+        return Check(name="gpus", ok=True, detail="skipped: no nvidia-smi")
+    query = "--query-gpu=index,ecc.errors.uncorrected.volatile.total"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check(name="gpus", ok=False, detail=f"nvidia-smi gave no answer: {error}")
+    if done.returncode != 0:
+        return Check(name="gpus", ok=False, detail=f"nvidia-smi failed: {(done.stderr or done.stdout).strip()[:200]}")
+    rows = [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    # GPUs without ECC say [N/A]
+    faulty = [f"GPU {row[0]}: {row[1]}" for row in rows if len(row) > 1 and row[1].isdigit() and int(row[1])]
+    if len(rows) < wanted:
+        return Check(name="gpus", ok=False, detail=f"{len(rows)} GPUs, and resources.gpus_per_node is {wanted}")
+    if faulty:
+        return Check(name="gpus", ok=False, detail=f"uncorrected ECC errors: {', '.join(faulty)}")
+    return Check(name="gpus", ok=True, detail=f"{len(rows)} GPUs, no uncorrected ECC errors")
+
+
+def check_shm(least_mib: int, path: Path = Path("/dev/shm")) -> Check:
+    """Shared memory, through which NCCL and gloo ranks of a node speak: containers often have 64 MiB."""
+    try:
+        free = shutil.disk_usage(path).free // _MIB
+    except OSError as error:
+        return Check(name="shm", ok=False, detail=f"{path}: {error.strerror}")
+    return Check(name="shm", ok=free >= least_mib, detail=f"{free} MiB free in {path}, {least_mib} needed")
+
+
+def check_run_directory(folder: Path, host: str, least_gib: float) -> Check:
+    """A file can be written, synced and renamed where checkpoints go, and there is space."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written, renamed = folder / f".preflight-{host}.partial", folder / f".preflight-{host}"
+    try:
+        with written.open("wb") as file:
+            file.write(os.urandom(4096))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(written, renamed)
+        sync_path(folder)
+        renamed.unlink()
+        free = shutil.disk_usage(folder).free / 2**30
+    except OSError as error:
+        written.unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        detail = f"{folder} cannot be written: {error.strerror}"
+        return Check(name="run directory", ok=False, detail=detail, fault="run" if full else "node")
+    if free < least_gib:
+        detail = f"{free:.1f} GiB free in {folder}, and {least_gib:g} are needed"
+        return Check(name="run directory", ok=False, detail=detail, fault="run")
+    return Check(name="run directory", ok=True, detail=f"written, synced, renamed; {free:.0f} GiB free")
+
+
+def node_versions() -> dict[str, str]:
+    """What must be the same on all nodes, by name."""
+    versions = {"python": platform.python_version(), "kernel": platform.release()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.is_file():
+        versions["driver"] = driver.read_text().splitlines()[0]
+    return versions
+
+
+def check_versions(versions: Mapping[str, str], reference: Mapping[str, str]) -> Check:
+    """The node's versions against those of most nodes."""
+    other = [
+        f"{name} {versions.get(name, 'absent')}, elsewhere {reference[name]}"
+        for name in reference
+        if versions.get(name) != reference[name]
+    ]
+    return Check(name="versions", ok=not other, detail="; ".join(other) or "as elsewhere")
+
+
+def most_common(versions: list[Mapping[str, str]]) -> dict[str, str]:
+    """Each version as most nodes have it; in a tie as the first of them has it, which made the data ready."""
+    names = sorted({name for known in versions for name in known})
+    return {name: Counter(known.get(name, "absent") for known in versions).most_common(1)[0][0] for name in names}
+
+
+def check_clock(offset: float, uncertainty: float, limit: float) -> Check:
+    """The node's clock against the first node's; `uncertainty` is half of the time the question took."""
+    detail = f"{offset:+.3f} s from the first node's, within {uncertainty:.3f} s"
+    return Check(name="clock", ok=abs(offset) - uncertainty <= limit, detail=detail)

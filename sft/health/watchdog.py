@@ -1,0 +1,210 @@
+"""Ends a run that hangs: stacks of every rank, an event that names the rank behind, exit code 76.
+
+A thread on each rank looks whether the rank has left its phase in time. A step may take `multiple` times the median of
+those before it, and at least `floor_seconds`; loading, the first step, evaluation and checkpoints have allowances of
+their own. The first rank whose time is over asks all others (sft.health.rank_positions), and all write their stacks.
+
+Two cases need more than a thread, since Python threads stand still in them. A C call that keeps the GIL: faulthandler's
+own timer, a C thread that this thread puts off again and again, then writes the stacks; and a neighbour on the same
+host sends SIGQUIT, which faulthandler answers from a C handler. A stopped process can write nothing; its neighbours
+name it. In both the other ranks end with 76, and Slurm or the local launcher ends the one that hangs. A run of a single
+rank that keeps the GIL is ended by faulthandler itself, whose exit code is 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import os
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, append_event, write_json
+from launcher.contract.spec import WatchdogSpec
+from sft.health.rank_positions import Board, Phase, Position, behind, claim, main_thread_place, process_state
+from sft.runtime.rank_env import RankEnv
+
+_LOOK_SECONDS = 5.0
+_NAMED = 8
+"""Ranks that the event names; the others are in hang.json."""
+
+
+class Allowance:
+    """How long a phase may last."""
+
+    def __init__(self, spec: WatchdogSpec) -> None:
+        self._spec = spec
+        self._seconds: deque[float] = deque(maxlen=100)
+
+    def add(self, seconds: float) -> None:
+        """Take note of a step's time; the first of an attempt compiles and warms up, and does not count."""
+        self._seconds.append(seconds)
+
+    def of(self, phase: Phase, step_is_first: bool) -> float:
+        """Seconds that `phase` may last."""
+        if phase in (Phase.LOADING, Phase.GUARD):
+            return self._spec.loading_seconds
+        if phase is Phase.EVALUATION:
+            return self._spec.evaluation_seconds
+        if phase is Phase.CHECKPOINT:
+            return self._spec.checkpoint_seconds
+        if step_is_first:
+            return self._spec.first_step_seconds
+        median = statistics.median(self._seconds) if self._seconds else 0.0
+        return max(self._spec.floor_seconds, self._spec.multiple * median)
+
+    @property
+    def shortest(self) -> float:
+        spec = self._spec
+        return min(spec.floor_seconds, spec.first_step_seconds, spec.evaluation_seconds, spec.checkpoint_seconds)
+
+
+class Watchdog:
+    """Watches this rank while its block lasts."""
+
+    def __init__(self, spec: WatchdogSpec, paths: RunPaths, env: RankEnv) -> None:
+        self._spec, self._paths, self._env = spec, paths, env
+        self._allowance = Allowance(spec)
+        self._look = min(_LOOK_SECONDS, self._allowance.shortest / 10)
+        self._grace = 3 * self._look + min(10.0, self._allowance.shortest)
+        self._board = Board(env)
+        self._stopped = threading.Event()
+        self._now = (Phase.LOADING, 0, time.monotonic())
+        """Phase, finished steps and since when; replaced as a whole, as two threads look at it."""
+        self._steps_here = 0
+        self._stacks = paths.stacks(env.attempt, env.rank)
+
+    def __enter__(self) -> Watchdog:
+        """Begin to watch; does nothing where the config switches it off."""
+        if not self._spec.enabled:
+            return self
+        self._stacks.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._stacks.open("a", encoding="utf-8")  # open from now on: a C handler cannot open one
+        faulthandler.register(signal.SIGQUIT, file=self._file, all_threads=True)
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Watch no longer."""
+        if not self._spec.enabled:
+            return
+        self._stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGQUIT)
+        self._file.close()
+        with contextlib.suppress(OSError):
+            if self._stacks.stat().st_size == 0:
+                self._stacks.unlink()
+
+    def enter(self, phase: Phase, step: int | None = None) -> None:
+        """The rank is in `phase` from now on; `step` is the number of finished steps, if that changed."""
+        self._now = (phase, self._now[1] if step is None else step, time.monotonic())
+
+    def step_finished(self, step: int) -> None:
+        """A step ended, after `step` steps in all."""
+        if self._steps_here:
+            self._allowance.add(time.monotonic() - self._now[2])
+        self._steps_here += 1
+        self.enter(Phase.GUARD, step)
+
+    def joined(self) -> None:
+        """The ranks have met: from here on they can be asked."""
+        if self._spec.enabled:
+            self._board.join(self._position(answered=False))
+
+    def _position(self, *, answered: bool) -> Position:
+        phase, step, since = self._now
+        where, waiting = main_thread_place()
+        return Position(
+            rank=self._env.rank,
+            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            pid=os.getpid(),
+            step=step,
+            phase=phase.name,
+            seconds=round(time.monotonic() - since, 1),
+            where=where,
+            waiting=waiting,
+            answered=answered,
+        )
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._look):
+            phase, _, since = self._now
+            allowed = self._allowance.of(phase, self._steps_here == 0)
+            left = since + allowed - time.monotonic()
+            alone = self._env.world_size == 1
+            with contextlib.suppress(ValueError):  # closed meanwhile: training is over
+                faulthandler.dump_traceback_later(max(left, 0) + 3 * self._look, exit=alone, file=self._file)
+            if (left < 0 or self._board.is_asked()) and not self._stopped.is_set():
+                self._end(allowed)
+
+    def _end(self, allowed: float) -> None:
+        """Write down where this rank stands, have one rank tell about all, and end."""
+        faulthandler.cancel_dump_traceback_later()
+        position = self._position(answered=True)
+        self._file.write(f"{position.describe()}\n")
+        self._file.flush()
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        self._board.tell(position)
+        self._board.ask()
+        teller = claim(self._paths.logs / self._env.attempt / "hang.json")
+        time.sleep(self._grace)
+        self._look_after_neighbours()
+        if teller:
+            time.sleep(2 * self._look)
+            self._tell(allowed)
+            self._board.close()
+        else:
+            deadline = time.monotonic() + 2 * self._grace
+            while time.monotonic() < deadline and not self._is_told():
+                time.sleep(self._look)
+        print(f"the run hangs: {position.describe()}; stacks are in {self._stacks}", flush=True)
+        sys.stderr.flush()
+        os._exit(ExitCode.HANG)
+
+    def _is_told(self) -> bool:
+        return not self._board.lost and self._board.is_closed()
+
+    def _look_after_neighbours(self) -> None:
+        """The lowest rank of a host that answered has the silent ones there write their stacks, if they still can."""
+        first = self._env.rank - self._env.local_rank
+        here = self._board.positions(range(first, first + self._env.local_world_size))
+        answered = [position.rank for position in here if position.answered]
+        if not answered or self._env.rank != min(answered):
+            return
+        for position in here:
+            if not position.answered:
+                state = process_state(position.pid)
+                with contextlib.suppress(OSError):
+                    os.kill(position.pid, signal.SIGQUIT)
+                self._board.tell(dataclasses.replace(position, process=state))
+
+    def _tell(self, allowed: float) -> None:
+        """The event, hang.json and the failure file, which says who failed first."""
+        positions = self._board.positions(range(self._env.world_size)) or [self._position(answered=True)]
+        if self._board.lost and self._env.world_size > 1:  # the store lived in rank 0
+            leader = Position(rank=0, host=self._env.master_addr, pid=0)
+            positions = [leader, *(position for position in positions if position.rank)]
+        last = behind(positions)
+        folder = self._paths.logs / self._env.attempt
+        write_json(folder / "hang.json", [dataclasses.asdict(position) for position in positions])
+        with contextlib.suppress(FileExistsError), (folder / "failure").open("x", encoding="utf-8") as file:
+            file.write(f"{int(ExitCode.HANG)} {last[0].rank} {last[0].host}\n")
+        append_event(
+            self._paths,
+            "hang_detected",
+            attempt=self._env.attempt,
+            allowed_seconds=round(allowed, 1),
+            step=min((position.step for position in positions if position.answered), default=0),
+            told_apart=len(last) < len(positions) or len(positions) == 1,
+            behind=[dataclasses.asdict(position) for position in last[:_NAMED]],
+        )
+        for position in last[:_NAMED]:
+            print(f"behind: {position.describe()}", flush=True)

@@ -1,0 +1,120 @@
+"""RMSNorm in Triton; in the same pass the residual addition before it, or behind its gradient, and rounding to fp8.
+
+A row is read once. The weight's gradient is summed by a fixed number of programs, each over its share of the rows in
+order, and then over the programs: no atomics, so that a repeated step gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sft.kernels.triton.fp8 import empty_rows, store_row
+
+_PROGRAMS_PER_PROCESSOR = 4
+
+
+@triton.jit
+def _forward(
+    x_ptr, branch_ptr, weight_ptr, normed_ptr, sum_ptr, rstd_ptr, low_ptr, scale_ptr, columns, eps,
+    HAS_BRANCH: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(x_ptr + row * columns + column, mask=inside, other=0.0)
+    if HAS_BRANCH:
+        branch = tl.load(branch_ptr + row * columns + column, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + branch.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * columns + column, x, mask=inside)
+    wide = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
+    tl.store(rstd_ptr + row, rstd)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    normed = (wide * rstd * weight).to(normed_ptr.dtype.element_ty)
+    tl.store(normed_ptr + row * columns + column, normed, mask=inside)
+    if QUANTIZE:
+        store_row(normed.to(tl.float32), low_ptr, scale_ptr, row, columns, column, inside)
+
+
+@triton.jit
+def _backward(
+    grad_ptr, residual_grad_ptr, x_ptr, weight_ptr, rstd_ptr, x_grad_ptr, partial_ptr, rows, columns, share,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    weight_grad = tl.zeros((BLOCK,), dtype=tl.float32)
+    for turn in range(share):
+        row = program * share + turn
+        place = row * columns + column
+        inside = (column < columns) & (row < rows)
+        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        unit = x * rstd
+        weight_grad += grad * unit
+        scaled = grad * weight
+        x_grad = rstd * (scaled - unit * (tl.sum(scaled * unit, axis=0) / columns))
+        if HAS_RESIDUAL:
+            x_grad += tl.load(residual_grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x_grad_ptr + place, x_grad.to(x_grad_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + program * columns + column, weight_grad, mask=column < columns)
+
+
+def forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, quantize: bool = False
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """From contiguous [rows, columns]: the norm of x + branch, x + branch, 1 / root mean square of each row.
+
+    At last, where asked for, what `triton_fp8.rows` makes of the norm.
+    """
+    rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    normed = torch.empty_like(x)
+    total = x if branch is None else torch.empty_like(x)
+    low = empty_rows(x, *x.shape) if quantize else None
+    _launch(x, branch, weight, normed, total, rstd, low, eps)
+    return normed, total, rstd, low
+
+
+def forward_into(normed: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """Norm of contiguous `x`, [..., columns], in the memory of `normed`; the same bits as `forward` gives."""
+    rows = x.view(-1, x.shape[-1])
+    _launch(rows, None, weight, normed, rows, torch.empty(len(rows), device=x.device), None, eps)
+
+
+def _launch(
+    x: Tensor, branch: Tensor | None, weight: Tensor, normed: Tensor, total: Tensor, rstd: Tensor,
+    low: tuple[Tensor, Tensor] | None, eps: float,
+) -> None:  # fmt: skip
+    rows, columns = x.shape
+    block = triton.next_power_of_2(columns)
+    _forward[(rows,)](
+        x, x if branch is None else branch, weight, normed, total, rstd, *((x, rstd) if low is None else low),
+        columns, eps, HAS_BRANCH=branch is not None, QUANTIZE=low is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+
+
+def backward(
+    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, of weight), from those of the norm's output and, if it has one, of x past the norm."""
+    rows, columns = x.shape
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    programs = min(rows, processors * _PROGRAMS_PER_PROCESSOR)
+    x_grad = torch.empty_like(x)
+    partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(columns)
+    _backward[(programs,)](
+        grad, grad if residual_grad is None else residual_grad, x, weight, rstd, x_grad, partial, rows, columns,
+        triton.cdiv(rows, programs),
+        HAS_RESIDUAL=residual_grad is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return x_grad, partial.sum(dim=0).to(weight.dtype)
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 4), 16)

@@ -1,0 +1,230 @@
+"""Low-rank adapters on Megatron-core's parallel linears; the model's own weights are frozen.
+
+Under tensor parallel an adapter is split as its linear is. Column-parallel (linear_qkv, linear_fc1): A is whole on
+every rank, B holds the rank's rows. Row-parallel (linear_proj, linear_fc2): A holds the rank's columns, B is whole.
+Between A and B there are only `rank` numbers a token, so that is where ranks exchange: with sequence parallel a gather
+(or a reduce-scatter), without it an all-reduce (of the gradient, or of the sum). A part that is whole on every rank
+then gets a whole gradient on each without sequence parallel, and a partial one with it; those carry the mark by which
+Megatron-core adds them up.
+
+The fused linears take one B for all their targets: its rows in the linear's order, each zero outside the columns of
+its own target's A. That is done on weights, which are small, and not on activations.
+
+Rejected: wrapping the linears in modules of our own (every parameter would change its name, in the importer and in
+checkpoints), and PEFT itself (it knows neither the fused layout nor these linears).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launcher.contract.spec import LoraSpec
+from sft.hf.adapter import MARK, AdapterTarget, adapter_targets
+from sft.megatron.core import (
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    make_sharded_tensors_for_checkpoint,
+    parallel_state,
+    tensor_parallel,
+)
+from sft.models.architecture import Architecture
+from sft.models.weight_map import layout_of, rank_pieces
+
+
+class Adapter(nn.Module):
+    """This rank's A and B of one target."""
+
+    def __init__(self, target: AdapterTarget, rank: int, weight: Tensor, *, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.target = target
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        columns, shares = (target.columns // size, 1) if target.split_input else (target.columns, size)
+        self.lora_A = nn.Parameter(weight.new_empty(rank, columns))
+        self.lora_B = nn.ParameterList(
+            nn.Parameter(weight.new_zeros(rows // shares, rank)) for rows in target.block_rows
+        )
+        split, whole = ([self.lora_A], self.lora_B) if target.split_input else (self.lora_B, [self.lora_A])
+        for parameter in split:
+            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, int(target.split_input), 1)
+        for parameter in whole:
+            parameter.sequence_parallel = sequence_parallel  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """A as it starts, the same under every topology, and B zero: the model starts as it is."""
+        whole = self.target.draw_a(self.lora_A.shape[0], seed)
+        columns = self.lora_A.shape[1]
+        first = parallel_state.get_tensor_model_parallel_rank() * columns if self.target.split_input else 0
+        self.lora_A.copy_(whole[:, first : first + columns])
+        for block in self.lora_B:
+            block.zero_()
+
+    def split_axes(self) -> dict[str, int]:
+        """Parameters that are split over tensor-parallel ranks, and along which axis."""
+        if self.target.split_input:
+            return {"lora_A": 1}
+        return {f"lora_B.{block}": 0 for block in range(len(self.lora_B))}
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one Megatron-core linear, by the names of their targets."""
+
+    def __init__(
+        self, targets: Sequence[AdapterTarget], lora: LoraSpec, linear: Any, architecture: Architecture
+    ) -> None:
+        assert lora.rank is not None
+        made = [
+            Adapter(target, lora.rank, linear.weight, sequence_parallel=linear.sequence_parallel) for target in targets
+        ]
+        super().__init__({adapter.target.name: adapter for adapter in made})
+        self.scale = lora.scale
+        self.dropout = lora.dropout
+        order = _row_order(targets, architecture, linear.weight.shape[0])
+        self.register_buffer("_order", order.to(linear.weight.device), persistent=False)
+
+    def down(self, x: Tensor, *, own_part: bool) -> Tensor:
+        """Scaled A(x) of each target, side by side. `own_part`: no other rank of the tensor group has this input."""
+        return self.scale * torch.cat([F.linear(self._dropped(x, own_part), part.lora_A) for part in self._parts()], -1)
+
+    def up_weight(self) -> Tensor:
+        """B of all targets in the order of the linear's rows, [rows, targets * rank]."""
+        blocks = torch.block_diag(*(torch.cat(list(part.lora_B)) for part in self._parts()))  # type: ignore[no-untyped-call]
+        order: Tensor = self._order  # type: ignore[assignment]
+        return F.pad(blocks, (0, 0, 0, 1)).index_select(0, order)
+
+    def sharded_state_dict(self, prefix: str, sharded_offsets: Any, metadata: Any, tp_group: Any) -> dict[str, Any]:
+        """The adapters in a sharded checkpoint."""
+        axes = {f"{name}.{own}": axis for name, part in self._named() for own, axis in part.split_axes().items()}
+        state = self.state_dict(keep_vars=True)
+        made: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            state, prefix, axes, sharded_offsets, tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
+        )
+        return made
+
+    def _named(self) -> Iterator[tuple[str, Adapter]]:
+        for name, part in self.items():
+            assert isinstance(part, Adapter)
+            yield name, part
+
+    def _parts(self) -> Iterator[Adapter]:
+        return (part for _, part in self._named())
+
+    def _dropped(self, x: Tensor, own_part: bool) -> Tensor:
+        """Inputs that ranks share must be dropped alike on all of them, parts must not: hence two generators."""
+        if not self.training or self.dropout == 0.0:
+            return x
+        with tensor_parallel.get_cuda_rng_tracker().fork() if own_part else nullcontext():
+            return F.dropout(x, self.dropout)
+
+
+class _Adapted:
+    """What both linears below have beside Megatron-core's: a place for adapters, and their part of a checkpoint."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lora: Adapters | None = None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """The linear's own, and the adapters', which Megatron-core takes for tensors that are whole on every rank."""
+        own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        if self.lora is None:
+            return own
+        kept = {key: value for key, value in own.items() if MARK not in key}
+        return kept | self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata, self.tp_group)  # type: ignore[attr-defined]
+
+
+class LoraColumnParallelLinear(_Adapted, tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron-core's, with adapters where `attach_adapters` put them."""
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and bias."""
+        output, bias = super().forward(input_, weight, runtime_gather_output)
+        if self.lora is None:
+            return output, bias
+        hidden = self.lora.down(input_, own_part=self.sequence_parallel)
+        if self.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return output + F.linear(hidden, self.lora.up_weight()), bias
+
+
+class LoraRowParallelLinear(_Adapted, tensor_parallel.RowParallelLinear):  # type: ignore[misc]
+    """Megatron-core's, with adapters where `attach_adapters` put them."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output and bias."""
+        output, bias = super().forward(input_)
+        if self.lora is None:
+            return output, bias
+        hidden = self.lora.down(input_, own_part=True)
+        if self.sequence_parallel:
+            hidden = tensor_parallel.reduce_scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
+        else:
+            hidden = tensor_parallel.reduce_from_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return output + F.linear(hidden, self.lora.up_weight()), bias
+
+
+def use_lora_linears(block: TransformerBlockSubmodules) -> None:
+    """Let the decoder spec build linears that can take adapters."""
+    for layer in block.layer_specs:
+        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+        attention.linear_qkv = mlp.linear_fc1 = LoraColumnParallelLinear
+        attention.linear_proj = mlp.linear_fc2 = LoraRowParallelLinear
+
+
+def attach_adapters(chunk: Any, lora: LoraSpec, architecture: Architecture, config: TransformerConfig) -> None:
+    """Give every targeted linear of a chunk its adapters, and freeze all else."""
+    chunk.requires_grad_(False)
+    for layer in chunk.decoder.layers:
+        targets = adapter_targets(architecture, lora, layer.layer_number - 1)
+        for linear in dict.fromkeys(target.linear for target in targets):
+            module = layer.get_submodule(linear)
+            own = [target for target in targets if target.linear == linear]
+            module.lora = Adapters(own, lora, module, architecture)
+    if chunk.pre_process and config.recompute_granularity == "full":
+        chunk.embedding.register_forward_hook(_require_grad)
+
+
+def reset_adapters(chunks: Sequence[nn.Module], seed: int) -> None:
+    """Fill all adapters as they start."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, Adapter):
+                module.reset(seed)
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A recomputed layer none of whose inputs requires a gradient gets none for its adapters either."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def _row_order(targets: Sequence[AdapterTarget], architecture: Architecture, rows: int) -> Tensor:
+    """For each of this rank's rows of the linear its place among the targets' rows; untargeted ones point behind."""
+    target = targets[0]
+    layout = layout_of(f"decoder.layers.{target.layer}.{target.linear}.weight", architecture)
+    assert layout is not None
+    size = 1 if target.split_input else parallel_state.get_tensor_model_parallel_world_size()
+    rank = 0 if target.split_input else parallel_state.get_tensor_model_parallel_rank()
+    held = [piece.name for piece in rank_pieces(layout, rank, size, rows) for _ in range(piece.rows)]
+    order = torch.full((rows,), -1, device="cpu")
+    taken = 0
+    for target in targets:
+        mine = torch.tensor([name == f"{target.module}.weight" for name in held], device="cpu")
+        count = int(mine.sum())
+        if count * size != target.layout.rows:
+            raise ValueError(
+                f"{target.module}: a rank holds {count} of {target.layout.rows} rows, which is no even share"
+            )
+        order[mine] = torch.arange(taken, taken + count, device="cpu")
+        taken += count
+    order[order < 0] = taken
+    return order

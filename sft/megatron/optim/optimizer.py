@@ -1,0 +1,168 @@
+"""AdamW by Megatron-core (master weights, sharding, clipping) with the face that Lightning expects.
+
+The schedule is Megatron-core's too: linear warm-up, then cosine, linear or no decay to `min_lr`. Step k (from 0) runs
+at the schedule's value for k.
+
+The step itself never waits for the device. Norm, clipping and the verdict on the step are tensors; a step that must
+not be applied is passed over by torch's fused AdamW itself, by the flag that mixed precision scalers use
+(`found_inf`): weights, moments and step count stay as they are. Megatron-core's own step fetches the gradient norm to
+the host, and can only refuse a step there. Multiplying gradients by 0 would not do: 0 * NaN is NaN, and AdamW moves
+weights for a gradient of 0 too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launcher.contract.spec import OptimizerSpec
+from sft.megatron.core import (
+    DistributedDataParallel,
+    MegatronOptimizer,
+    OptimizerConfig,
+    OptimizerParamScheduler,
+    get_megatron_optimizer,
+)
+from sft.megatron.parallel.groups import sum_over
+from sft.megatron.patches import fixes
+from sft.megatron.patches.master_step import use_one_pass
+
+
+def build_optimizer(
+    spec: OptimizerSpec, chunks: Sequence[DistributedDataParallel], dtype: torch.dtype
+) -> MegatronOptimizer:
+    """Megatron-core's optimizer over the wrapped chunks."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=spec.lr,
+        min_lr=spec.min_lr,
+        weight_decay=spec.weight_decay,
+        adam_beta1=spec.beta1,
+        adam_beta2=spec.beta2,
+        adam_eps=spec.eps,
+        # An infinite bound never clips, yet the norm is computed and logged.
+        clip_grad=spec.clip_grad if spec.clip_grad > 0 else math.inf,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=spec.distributed,
+        overlap_param_gather=any(chunk.ddp_config.overlap_param_gather for chunk in chunks),
+    )
+    optimizer = get_megatron_optimizer(config, list(chunks))
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group.update(fused=True, foreach=False)
+    if chunks[0].config.gradient_accumulation_fusion:
+        for part in _parts(optimizer):
+            use_one_pass(part)
+    return optimizer
+
+
+def build_scheduler(spec: OptimizerSpec, optimizer: MegatronOptimizer, max_steps: int) -> OptimizerParamScheduler:
+    """The learning rate schedule over `max_steps` optimizer steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=spec.initial_lr,
+        max_lr=spec.lr,
+        min_lr=spec.lr if spec.schedule == "constant" else spec.min_lr,
+        lr_warmup_steps=spec.warmup_steps,
+        lr_decay_steps=max(spec.decay_steps or max_steps, spec.warmup_steps + 1),
+        lr_decay_style=spec.schedule,
+        start_wd=spec.weight_decay,
+        end_wd=spec.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # the resolved config is the truth, also when it was changed on resubmit
+    )
+
+
+Judge = Callable[[Tensor, Tensor], Tensor]
+"""Of loss and gradient norm: 1.0 where the step must not be applied, else 0.0; all of them on the device."""
+
+
+@torch.no_grad()
+def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, judge: Judge) -> tuple[Tensor, Tensor]:
+    """Clip and step unless `judge` finds the step bad; gradient norm before clipping, and the verdict."""
+    parts = _parts(optimizer)
+    optimizer.prepare_grads()
+    norm = _gradient_norm(parts, loss.device)
+    bad = judge(loss, norm)
+    for part in parts:
+        grads = [param.grad for param in part.get_parameters() if param.grad is not None]
+        if not grads or part.config.clip_grad == math.inf:
+            continue
+        if grads[0].is_cuda:  # AdamW's kernel divides by a scaler's factor: one pass over all gradients less
+            part.optimizer.grad_scale = ((norm + 1e-6) / part.config.clip_grad).clamp(min=1.0).float()
+        else:
+            factor = (part.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+    for inner in _torch_optimizers(optimizer):
+        inner.found_inf = bad  # type: ignore[attr-defined]
+    optimizer.step_with_ready_grads()
+    return norm, bad
+
+
+def _gradient_norm(parts: Sequence[MegatronOptimizer], device: torch.device) -> Tensor:
+    """Global gradient norm in fp64, each parameter counted once, on every rank and on the device."""
+    grads = [grad for part in parts for grad in part.get_main_grads_for_grad_norm()]
+    norm = fixes.total_norm(grads) if grads else torch.zeros((), device=device)
+    squared = norm.double().square()
+    sum_over(squared, parts[0].get_grad_stats_parallel_group())
+    return squared.sqrt()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
+
+
+class LightningOptimizerShell(torch.optim.Optimizer):
+    """What Lightning holds in place of the Megatron-core optimizer.
+
+    Its parameter is a dummy; its groups are the live groups of the real one. State travels in the sharded
+    checkpoint, so `state_dict` is empty.
+    """
+
+    def __init__(self, inner: MegatronOptimizer, judge: Judge) -> None:
+        self.inner = inner
+        self.loss: Tensor
+        """Loss of the step that comes next; the module sets it."""
+        self.grad_norm: Tensor
+        """Global gradient norm before clipping, of the last step."""
+        self.bad: Tensor
+        """1.0 where the last step was not applied."""
+        self._judge = judge
+        super().__init__([torch.zeros(1)], {})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.inner.param_groups
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        pass  # set by the base class's constructor; the real groups stay
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        pass
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            closure()
+        self.grad_norm, self.bad = guarded_step(self.inner, self.loss, self._judge)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,92 @@
+"""Context parallel: what the layers know of rows that several ranks share, and how keys and values come together.
+
+Each rank has two chunks of every row (sft.data.batches.context_slice). Only attention looks beyond them: it gathers
+the keys and values of the whole row from the ranks of the group, and the gradients of them go back as sums. Rejected:
+keys and values that go round in a ring. That hides the messages behind the computation and holds no whole rows, but
+partial results have to be merged by the softmax's denominators, which not every kernel returns, and offsets be cut for
+each turn; with few KV heads a row's keys are small beside its activations.
+
+Megatron-core's own RoPE would cut the table of angles by rank, once for rows of one sequence, sequence by sequence for
+packed ones (where it takes each sequence to be cut in 2 * cp chunks), and in inference too, where every rank has whole
+sequences. Here the table stays whole, and each rank takes from it by the positions of its tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sft.data.batches.context_slice import Chunk, ContextShare, chunk_numbers
+from sft.megatron.core import GPTModel, PackedSeqParams, parallel_state
+
+
+@dataclass
+class SharedRows(PackedSeqParams):  # type: ignore[misc]
+    """This rank's part of rows that a context parallel group shares, for RoPE and attention of every layer."""
+
+    chunks: tuple[Chunk, ...] = ()
+    positions: Tensor | None = None
+    """Place of each token of the part in its own sequence, [s]."""
+
+
+def shared_rows(share: ContextShare) -> SharedRows:
+    """What the layers must know of this rank's part.
+
+    The format says that tensors keep the dimension of rows: with `thd`, packed rows', Megatron-core would turn queries
+    and keys by segments of its own.
+    """
+    return SharedRows(
+        qkv_format="sbhd",
+        max_seqlen_q=share.longest,
+        max_seqlen_kv=share.longest,
+        chunks=share.chunks,
+        positions=share.positions,
+    )
+
+
+def keep_angles_whole(model: GPTModel) -> None:
+    """Let the model's RoPE give the table of all positions on every rank."""
+    model.rotary_pos_emb.cp_group = None
+
+
+def gather_rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole rows in their order, [s * cp, ...], from those of each rank's part, [s, ...]."""
+    group = parallel_state.get_context_parallel_group()
+    whole: tuple[Tensor, Tensor] = _GatherRows.apply(key, value, group)  # type: ignore[no-untyped-call]
+    return whole
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        ctx.group = group
+        own = torch.cat([key, value])
+        gathered = own.new_empty(group.size() * own.size(0), *own.shape[1:])
+        dist.all_gather_into_tensor(gathered, own, group=group)
+        pieces = dict(zip(_as_sent(group.size()), gathered.chunk(4 * group.size()), strict=True))
+        key, value = (torch.cat([pieces[which, number] for number in range(2 * group.size())]) for which in (0, 1))
+        return key, value
+
+    @staticmethod
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None]:
+        size = ctx.group.size()
+        chunks = [grad.chunk(2 * size) for grad in (grad_key, grad_value)]
+        wanted = torch.cat([chunks[which][number] for which, number in _as_sent(size)])
+        own = wanted.new_empty(wanted.size(0) // size, *wanted.shape[1:])
+        dist.reduce_scatter_tensor(own, wanted, group=ctx.group)
+        key, value = own.chunk(2)
+        return key, value, None
+
+
+def _as_sent(size: int) -> list[tuple[int, int]]:
+    """(0 for keys and 1 for values, number of the chunk) in the order in which the ranks of a group have them."""
+    return [(which, number) for rank in range(size) for which in (0, 1) for number in chunk_numbers(rank, size)]
+
+
+def bottom_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Which of the keys each query sees where the queries are the last of the positions, [queries, keys]."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

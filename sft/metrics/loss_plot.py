@@ -1,0 +1,30 @@
+"""The loss curve as a picture."""
+
+from __future__ import annotations
+
+from launcher.contract.rundir import RunPaths, read_lines
+
+
+def plot_loss(paths: RunPaths) -> None:
+    """Draw training and held-out loss over steps from metrics.jsonl into loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = list(read_lines(paths.metrics))
+    training = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    if training:
+        axes.plot(*zip(*training, strict=True), color="tab:blue", linewidth=1.2, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out")
+    axes.set(title=paths.name, xlabel="step", ylabel="loss (nats per target token)")
+    axes.grid(alpha=0.3)
+    if training or held_out:
+        axes.legend()
+    partial = paths.loss_plot.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=120)
+    pyplot.close(figure)
+    partial.replace(paths.loss_plot)

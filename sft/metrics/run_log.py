@@ -1,0 +1,158 @@
+"""What a run says about itself while it trains: log lines, metrics.jsonl, events.jsonl, progress.json.
+
+Numbers of a step stay on the device until a line is due, so that logging every n-th step waits for the device every
+n-th step. Log lines are also the progress bar: logs are files, and a bar redrawn in place would be one long line.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from typing import Any
+
+from launcher.contract.rundir import RunPaths, append_event, append_line, read_lines, write_atomic, write_json
+from launcher.contract.spec import RunSpec
+from sft.engine.results import StepResult
+from sft.metrics.loggers import MetricLoggers
+from sft.metrics.mfu import Utilization
+
+_PROGRESS_INTERVAL_SECONDS = 2.0
+"""progress.json is synced to a shared file system; more often would only cost."""
+_BAR_WIDTH = 20
+
+
+class RunLog:
+    """The log lines, metrics and progress of a run; only rank 0 writes."""
+
+    def __init__(
+        self,
+        paths: RunPaths,
+        spec: RunSpec,
+        *,
+        attempt: str,
+        max_steps: int,
+        is_writer: bool,
+        utilization: Utilization | None = None,
+    ) -> None:
+        self.paths = paths
+        self.max_steps = max_steps
+        self.is_writer = is_writer
+        self._spec = spec
+        self._attempt = attempt
+        self._step_seconds: deque[float] = deque(maxlen=20)
+        self._last_written = 0.0
+        self._checkpoint: str | None = None
+        self._record: dict[str, Any] = {}
+        self._utilization = utilization
+        self._loggers: MetricLoggers | None = None
+        self._tokens = 0
+        self._squared_lengths = 0
+        self._seconds = 0.0
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since training began."""
+        return time.monotonic() - self._began
+
+    def begin(self, step: int, source: str) -> None:
+        """Training begins after `step` steps; what an earlier attempt logged of later ones is done again now."""
+        self._began = time.monotonic()
+        if self.is_writer:
+            kept = [record for record in read_lines(self.paths.metrics) if record["step"] <= step]
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            write_atomic(self.paths.metrics, "".join(lines))
+            self._loggers = MetricLoggers(self._spec, self.paths, step, self.say)
+        self.say(f"resuming after step {step} from {source}" if step else f"starting from {source}")
+        self.event("training_started", step=step, max_steps=self.max_steps)
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        if self.is_writer:
+            print(text, flush=True)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Record an event on rank 0."""
+        if self.is_writer:
+            append_event(self.paths, name, attempt=self._attempt, **fields)
+
+    def metrics(self, **fields: Any) -> None:
+        """Append a line to metrics.jsonl on rank 0."""
+        if self.is_writer:
+            append_line(self.paths.metrics, fields)
+            if self._loggers is not None:
+                self._loggers.log(fields)
+
+    def close(self) -> None:
+        """Nothing more will be logged."""
+        if self._loggers is not None:
+            self._loggers.close()
+
+    def checkpoint_saved(self, name: str) -> None:
+        """Show `name` as the newest checkpoint from now on."""
+        self._checkpoint = name
+        if self.is_writer and self._record:
+            self._write_progress()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step gets a log line."""
+        return step % self._spec.logging.every == 0 or step == self.max_steps
+
+    def step(self, result: StepResult, seconds: float, consumed_examples: int) -> None:
+        """Log one optimizer step that took `seconds`."""
+        self._step_seconds.append(seconds)
+        self._tokens += result.tokens
+        self._squared_lengths += result.squared_lengths
+        self._seconds += seconds
+        if not self.is_writer or not self.is_due(result.step):
+            return
+        speed = self._speed()
+        record = {
+            "step": result.step,
+            "loss": float(result.loss),
+            "grad_norm": float(result.grad_norm),
+            "lr": result.lr,
+            **speed,
+            "consumed_examples": consumed_examples,
+        }
+        counts = {
+            "examples": result.examples,
+            "tokens": result.tokens,
+            "supervised_tokens": result.supervised_tokens,
+        }
+        self.metrics(**record, **counts)
+        eta = (self.max_steps - result.step) * sorted(self._step_seconds)[len(self._step_seconds) // 2]
+        self._record = {**record, "eta_seconds": round(eta, 1)}
+        if self._spec.logging.progress_bar:
+            self.say(_progress_line(record, self.max_steps, eta))
+        if result.step == self.max_steps or time.time() - self._last_written >= _PROGRESS_INTERVAL_SECONDS:
+            self._write_progress()
+
+    def _speed(self) -> dict[str, float]:
+        """Tokens a second, and MFU where it has a meaning, since the last line."""
+        seconds = max(self._seconds, 1e-9)
+        speed = {"tokens_per_second": round(self._tokens / seconds, 1)}
+        if self._utilization is not None:
+            speed["mfu"] = round(self._utilization.of(self._tokens, self._squared_lengths, seconds), 4)
+        self._tokens, self._squared_lengths, self._seconds = 0, 0, 0.0
+        return speed
+
+    def _write_progress(self) -> None:
+        self._last_written = time.time()
+        head = {"attempt": self._attempt, "max_steps": self.max_steps}
+        tail = {"checkpoint": self._checkpoint, "time": self._last_written}
+        write_json(self.paths.progress, {**head, **self._record, **tail})
+
+
+def _progress_line(record: dict[str, Any], max_steps: int, eta: float) -> str:
+    done = record["step"] * _BAR_WIDTH // max_steps
+    minutes, seconds = divmod(int(eta), 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    return (
+        f"step {record['step']:>{len(str(max_steps))}}/{max_steps} [{'#' * done}{'.' * (_BAR_WIDTH - done)}] "
+        f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s{mfu}  ETA {clock}"
+    )

@@ -1,0 +1,96 @@
+"""Where a run's model is: a Hugging Face directory, a GGUF file, a NeMo checkpoint, or a file of an installed package.
+
+A GGUF or NeMo checkpoint is converted once, into a cache keyed by the hash of its content: the same model under another
+path or in another run is found again, a changed file is not. `prepare` converts; ranks only look, so that no two of
+them do the same work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+
+from launcher.contract.errors import ModelError
+from launcher.contract.nemo.checkpoint import SUFFIX as NEMO
+from launcher.contract.nemo.checkpoint import is_checkpoint
+from launcher.contract.rundir import COMPLETE, sync_path
+from launcher.contract.spec import RunSpec
+from sft.hf.files import sync_files
+
+PACKAGE = "package:"
+
+_BLOCK = 2**22
+
+
+def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
+    """The Hugging Face directory of `spec.model.path`; other kinds are converted, or with `convert` off must be."""
+    source = locate(spec.model.path)
+    if source.is_dir() and not is_checkpoint(source):
+        return source
+    target = spec.cache_dir / "models" / _content_hash(source)
+    if (target / COMPLETE).is_file():
+        return target
+    if not convert:
+        raise ModelError(
+            f"model.path: {source} is not converted yet ({target} is absent or incomplete); "
+            "run `python -m sft prepare RUN/config.yaml` first"
+        )
+    _convert_into(source, target)
+    return target
+
+
+def locate(path: str) -> Path:
+    """The directory or file that `model.path` means; ModelError says what is not there."""
+    source = _package_file(path.removeprefix(PACKAGE)) if path.startswith(PACKAGE) else Path(path)
+    if source.is_dir() or (source.is_file() and source.suffix in (".gguf", NEMO)):
+        return source
+    if source.is_file():
+        raise ModelError(f"model.path: {source} is neither a model directory nor a .gguf or .nemo file")
+    raise ModelError(f"model.path: {source} does not exist")
+
+
+def _package_file(place: str) -> Path:
+    """NAME/FILE -> the file in the installed package NAME, which is found but not imported."""
+    name, _, file = place.partition("/")
+    if not name.isidentifier() or not file or ".." in Path(file).parts or Path(file).is_absolute():
+        raise ModelError(f"model.path: {PACKAGE}{place} is not of the form {PACKAGE}NAME/FILE")
+    spec = importlib.util.find_spec(name)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not folders:
+        raise ModelError(f"model.path: {PACKAGE}{place}: no package {name} is installed here; pip install it first")
+    return next((Path(folder) / file for folder in folders if (Path(folder) / file).exists()), Path(folders[0]) / file)
+
+
+def _content_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    for item in files:
+        digest.update(str(item.relative_to(path)).encode() if path.is_dir() else b"")
+        with item.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _convert_into(source: Path, target: Path) -> None:
+    """Convert beside `target`, mark and rename; of two that do it at once, the first to end wins."""
+    from sft.hf.gguf import convert_gguf  # transformers takes seconds to import
+    from sft.nemo.convert import convert_nemo
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:12]}.", dir=target.parent))
+    try:
+        (convert_gguf if source.suffix == ".gguf" else convert_nemo)(source, aside)
+        (aside / COMPLETE).write_text(f"{source}\n", encoding="utf-8")
+        aside.chmod((aside / COMPLETE).stat().st_mode | 0o111)  # mkdtemp's is owner only; the cache is shared
+        sync_files(aside)
+        if target.exists() and not (target / COMPLETE).is_file():
+            shutil.rmtree(target)
+        if not target.exists():
+            aside.rename(target)
+            sync_path(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

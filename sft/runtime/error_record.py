@@ -1,0 +1,34 @@
+"""The first error of an attempt, as data: what the restart policy and `status --why` go by.
+
+Of all ranks that fail, the first to write decides; the others mostly fail because it did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+
+from launcher.contract.rundir import RunPaths
+
+_LONGEST_MESSAGE = 2000
+
+
+def record_error(path: Path, error: BaseException) -> None:
+    """Write logs/<attempt>/error.json for the run directory or config `path`, unless another rank has.
+
+    Silent where no batch script made the directory, or the disk takes nothing: the error itself is in the log.
+    """
+    root = path.resolve()
+    paths = RunPaths(root if root.is_dir() else root.parent)
+    record = {
+        "rank": int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0),
+        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "kinds": [kind.__name__ for kind in type(error).__mro__],
+        "message": str(error)[:_LONGEST_MESSAGE],
+    }
+    target = paths.error(os.environ.get("SFT_ATTEMPT") or "by-hand")
+    with contextlib.suppress(OSError), target.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")

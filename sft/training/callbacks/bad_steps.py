@@ -1,0 +1,149 @@
+"""The guard against steps whose numbers went wrong: NaN, infinity, and (if asked for) spikes of the gradient norm.
+
+The verdict is computed on the device and keeps the optimizer from applying the step (sft.megatron.optim.optimizer), so
+a bad update never happens, whatever the policy. The host learns of it one step later, by a copy that the device makes
+in passing: nobody waits for it, and the price is that one more step was done by then. What follows is decided by
+`train.on_bad_step`, by all ranks alike, since loss and norm are the same on all.
+
+`rewind` takes back the weights and not the step count: a spike tends to come from updates before it, and going over
+the same examples again from the same weights would give the same spike. So the data between the checkpoint and now
+are left out, and the learning rate goes on as scheduled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from launcher.contract.rundir import append_line, checkpoint_step
+from launcher.contract.spec import TrainSpec
+from sft.engine.module import SFTGPT
+from sft.engine.results import StepResult
+from sft.metrics.run_log import RunLog
+from sft.training.strategy import MegatronStrategy
+
+MAX_IN_A_ROW = 10
+"""Bad steps in a row after which going on is pointless."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A verdict on its way to the host."""
+
+    step: int
+    values: Tensor
+    """bad, loss, gradient norm"""
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, result: StepResult) -> _Pending:
+        values = torch.stack([result.bad.double(), result.loss.double(), result.grad_norm.double()])
+        if not values.is_cuda:
+            return cls(result.step, values, None)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return cls(result.step, host, arrived)
+
+    def read(self) -> tuple[bool, float, float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        bad, loss, norm = self.values.tolist()
+        return bad > 0, loss, norm
+
+
+class GuardCallback(pl.Callback):
+    """Reads verdicts one step late, writes down the examples of bad steps, and carries the policy out."""
+
+    def __init__(self, spec: TrainSpec, log: RunLog, example_ids: Callable[[int], Sequence[int | str]]) -> None:
+        self._policy = spec.on_bad_step
+        self._log = log
+        self._example_ids = example_ids
+        self._pending: _Pending | None = None
+        self._in_a_row = 0
+        self.failure: str | None = None
+        """Why training must end, once it must."""
+
+    @property
+    def state_key(self) -> str:
+        return "guard"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._module = cast(SFTGPT, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gradient_norms": self._module.judge.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._module.judge.restore(state_dict["gradient_norms"])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        result = self._module.last_step
+        if result is None:
+            raise RuntimeError("a batch ended without a step")
+        before, self._pending = self._pending, _Pending.of(result)
+        first_bad = before.step if before is not None and self._examine(before) else None
+        if first_bad is not None or result.step == self._log.max_steps:
+            # What follows concerns the step just done as well, and it is the last of its weights or of all.
+            bad = self._examine_rest()
+            first_bad = result.step if first_bad is None and bad else first_bad
+        if first_bad is None:
+            return
+        if self._in_a_row >= MAX_IN_A_ROW:
+            self.failure = f"{self._in_a_row} bad steps in a row"
+        elif self._policy == "stop":
+            self.failure = "a bad step, and train.on_bad_step is stop"
+        elif self._policy == "rewind":
+            self._rewind(cast(MegatronStrategy, trainer.strategy), result.step, first_bad)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._examine_rest()
+
+    def _examine_rest(self) -> bool:
+        pending, self._pending = self._pending, None
+        return pending is not None and self._examine(pending)
+
+    def _examine(self, pending: _Pending) -> bool:
+        """Whether the step was bad; if so, it is written down."""
+        bad, loss, norm = pending.read()
+        self._in_a_row = self._in_a_row + 1 if bad else 0
+        if bad:
+            self._record(pending.step, loss, norm)
+        return bad
+
+    def _record(self, step: int, loss: float, norm: float) -> None:
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        reason = "spike" if finite else "not finite"
+        examples = list(self._example_ids(step - 1))
+        numbers = {"loss": _json_number(loss), "grad_norm": _json_number(norm)}
+        if self._log.is_writer:
+            append_line(self._log.paths.bad_steps, {"step": step, "reason": reason, **numbers, "examples": examples})
+        self._log.say(
+            f"step {step}: {reason} (loss {loss:.4g}, gradient norm {norm:.4g}); its update was not applied, and the "
+            f"ids of its {len(examples)} examples are in {self._log.paths.bad_steps.name}"
+        )
+        self._log.event("bad_step", step=step, reason=reason, policy=self._policy, examples=len(examples), **numbers)
+
+    def _rewind(self, strategy: MegatronStrategy, step: int, first_bad: int) -> None:
+        """Load the newest checkpoint from before the bad step; without one, leaving its update out has to do."""
+        complete = strategy.control.from_leader([str(path) for path in self._log.paths.complete_checkpoints()])
+        earlier = [Path(path) for path in complete if checkpoint_step(Path(path)) < first_bad]
+        if not earlier:
+            self._log.say(f"step {step}: there is no checkpoint from before step {first_bad} to go back to")
+            return
+        source, _ = strategy.load_weights(earlier[-1])
+        self._log.say(f"step {step}: weights and optimizer are those of {source.name} again; the data go on")
+        self._log.event("rewound", step=step, checkpoint=source.name)
+
+
+def _json_number(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,157 @@
+"""Checkpoints and the end of training: when to save, what to keep, when to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import pytorch_lightning as pl
+
+from launcher.contract.errors import RunStateError
+from launcher.contract.lease import Keeper
+from launcher.contract.rundir import checkpoint_step
+from launcher.contract.spec import CheckpointSpec
+from sft.checkpoint import files as checkpoint_files
+from sft.metrics.run_log import RunLog
+from sft.runtime.stop import Deadline, StopFlag
+from sft.training.callbacks.bad_steps import GuardCallback
+from sft.training.callbacks.early_stopping import is_better
+from sft.training.callbacks.evaluation import EvaluationCallback
+from sft.training.strategy import MegatronStrategy
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """A checkpoint that is among the best."""
+
+    step: int
+    value: float
+
+
+class BestCheckpoints:
+    """The best `keep_best` evaluations of a run so far."""
+
+    def __init__(self, spec: CheckpointSpec) -> None:
+        self._spec = spec
+        self._ranked: list[_Ranked] = []
+
+    @property
+    def steps(self) -> list[int]:
+        """Their steps, best first."""
+        return [ranked.step for ranked in self._ranked]
+
+    def offer(self, step: int, value: float) -> bool:
+        """Take the evaluation in if it is among the best; an older one wins a tie."""
+        if not self._spec.keep_best or math.isnan(value):
+            return False
+        better = [ranked for ranked in self._ranked if not is_better(value, ranked.value, self._spec.best_mode)]
+        if len(better) >= self._spec.keep_best:
+            return False
+        worse = [ranked for ranked in self._ranked if ranked not in better]
+        self._ranked = [*better, _Ranked(step, value), *worse][: self._spec.keep_best]
+        return True
+
+    def state(self) -> list[dict[str, Any]]:
+        return [asdict(ranked) for ranked in self._ranked]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        self._ranked = [_Ranked(**ranked) for ranked in state][: self._spec.keep_best]
+
+
+class CheckpointCallback(pl.Callback):
+    """Saves every `checkpoint.every` steps, after a good evaluation, at the end, and when training has to stop.
+
+    Comes last of the callbacks: what the others found at this step boundary is in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        spec: CheckpointSpec,
+        stop: StopFlag,
+        deadline: Deadline,
+        lease: Keeper | None,
+        evaluation: EvaluationCallback,
+        guard: GuardCallback,
+        log: RunLog,
+    ) -> None:
+        self._spec = spec
+        self._stop = stop
+        self._deadline = deadline
+        self._lease = lease
+        self._evaluation = evaluation
+        self._guard = guard
+        self._log = log
+        self._best = BestCheckpoints(spec)
+
+    @property
+    def state_key(self) -> str:
+        return "checkpoints"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": str(self._log.paths.root), "best": self._best.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["run"] == str(self._log.paths.root):  # else they are another run's, and not ours to keep
+            self._best.restore(state_dict["best"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop.install()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        strategy = cast(MegatronStrategy, trainer.strategy)
+        step = trainer.global_step
+        writing = strategy.saver.in_flight and not strategy.saver.is_written
+        self._deadline.step_ended()
+        late = self._log.is_writer and self._deadline.is_due  # one clock decides for all
+        lost = self._lease is not None and self._lease.lost
+        asked, late, lost, unwritten = strategy.control.any_of([bool(self._stop), late, lost, writing])
+        if lost:
+            raise RunStateError(f"another attempt has taken over run {self._log.paths.name}; this one writes no more")
+        if not unwritten:
+            self._finish(strategy)
+        value = self._evaluation.metrics_at(step).get(self._spec.best_metric, math.nan)
+        is_good = self._best.offer(step, value)
+        ends = asked or late or self._guard.failure is not None or self._evaluation.early_stopping.is_due
+        last = ends or step == self._log.max_steps
+        if last or is_good or (self._spec.every and step % self._spec.every == 0):
+            self._save(trainer, strategy, step, wait=last)
+        if ends:
+            trainer.should_stop = True
+        if (asked or late) and step < self._log.max_steps:
+            self._say_why(step, asked)
+        self._deadline.step_begins()
+
+    def _say_why(self, step: int, asked: bool) -> None:
+        """Asked comes first: a signal says more than the clock."""
+        if asked:
+            self._log.say(f"stopping after step {step} as asked ({self._stop.signal_name or 'by another rank'})")
+        else:
+            self._log.say(f"stopping after step {step}: the job ends within {self._deadline.needed:.0f} s")
+        self._log.event("stop_requested", step=step, signal=self._stop.signal_name, deadline=not asked)
+
+    def _save(self, trainer: pl.Trainer, strategy: MegatronStrategy, step: int, *, wait: bool) -> None:
+        self._finish(strategy)  # at most one save in flight
+        trainer.save_checkpoint(self._log.paths.checkpoint(step), weights_only=False)
+        if wait or not self._spec.asynchronous:
+            self._finish(strategy)
+
+    def _finish(self, strategy: MegatronStrategy) -> None:
+        """Wait for the save in flight, if there is one, then remove what it makes superfluous."""
+        saved = strategy.saver.finish()
+        if saved is None:
+            return
+        if self._log.is_writer:
+            # Later ones than this were found damaged, or the run would have resumed from them.
+            complete = [
+                path
+                for path in self._log.paths.complete_checkpoints()
+                if checkpoint_step(path) <= checkpoint_step(saved.path)
+            ]
+            keep = complete[-self._spec.keep_last :] + [self._log.paths.checkpoint(best) for best in self._best.steps]
+            checkpoint_files.remove_all_but(complete, keep)
+        strategy.control.barrier()
+        self._deadline.saved(saved.seconds)
+        self._log.checkpoint_saved(saved.path.name)
+        seconds = round(saved.seconds, 3)
+        self._log.event("checkpoint_saved", step=checkpoint_step(saved.path), seconds=seconds, best=self._best.steps)

@@ -1,0 +1,100 @@
+"""Evaluation between steps: held-out loss of each data set, answers to prompts, and early stopping on either.
+
+Lightning's validation loop is not used: it averages batches, and runs at batch indices rather than at the ends. Here
+every token of a data set counts once, whatever the batches, so that the loss depends on model and data alone.
+
+Every rank comes to the same numbers: losses are reduced over all ranks, and what a metric function gives is sent from
+rank 0. So each rank decides by itself to stop, and all decide the same. What early stopping has seen is saved with
+the checkpoint; a resumed run counts on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+
+from launcher.contract.spec import RunSpec
+from launcher.contract.topology import Topology
+from sft.data.prepared.held_out import open_validation_sets
+from sft.engine.module import SFTGPT
+from sft.megatron.parallel.groups import ControlGroup
+from sft.metrics.run_log import RunLog
+from sft.training.callbacks.early_stopping import EarlyStopping
+from sft.training.datamodule import SFTDataModule, StepBatches
+from sft.training.strategy import MegatronStrategy
+
+Answers = Callable[[SFTGPT, ControlGroup, int], dict[str, float]]
+"""Answers the prompts at a step and gives what the metric function made of them."""
+
+
+def held_out_batches(
+    spec: RunSpec, topology: Topology, data: SFTDataModule, tokenizer_dir: Path, *, build: bool
+) -> dict[str, StepBatches]:
+    """What is evaluated, by the suffix that its metrics carry: nothing for data.validation, `/name` for a set."""
+    found = {"": data.validation_batches()}
+    for name, prepared in open_validation_sets(spec, tokenizer_dir, build=build):
+        found[f"/{name}"] = SFTDataModule(spec, topology, prepared).validation_batches()
+    return {suffix: batches for suffix, batches in found.items() if batches is not None}
+
+
+class EvaluationCallback(pl.Callback):
+    """Evaluates before the first step, every `eval_every` steps, and after the last."""
+
+    STATE_KEY = "evaluation"
+
+    def __init__(
+        self, spec: RunSpec, held_out: Mapping[str, StepBatches], answers: Answers | None, log: RunLog
+    ) -> None:
+        self._every = spec.train.eval_every
+        self._held_out = held_out
+        self._answers = answers
+        self._log = log
+        self.early_stopping = EarlyStopping(spec.train.early_stopping)
+        self._metric = spec.train.early_stopping.metric
+        self._latest: tuple[int, dict[str, float]] = (-1, {})
+
+    @property
+    def state_key(self) -> str:
+        return self.STATE_KEY
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.early_stopping.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.early_stopping.load_state_dict(state_dict)
+
+    def metrics_at(self, step: int) -> dict[str, float]:
+        """What the evaluation after `step` steps gave; empty where there was none."""
+        return self._latest[1] if self._latest[0] == step else {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._evaluate(trainer, cast(SFTGPT, pl_module), 0)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self._log.max_steps or (self._every and step % self._every == 0):
+            self._evaluate(trainer, cast(SFTGPT, pl_module), step)
+
+    def _evaluate(self, trainer: pl.Trainer, module: SFTGPT, step: int) -> None:
+        metrics: dict[str, float] = {}
+        for suffix, batches in self._held_out.items():
+            result = module.evaluate(batches[index] for index in range(len(batches)))
+            metrics |= {f"eval_loss{suffix}": result.loss, f"perplexity{suffix}": result.perplexity}
+            self._log.say(
+                f"step {step}: held-out loss{suffix and ' of ' + suffix[1:]} {result.loss:.4f}, "
+                f"perplexity {result.perplexity:.2f} ({result.examples} examples, {result.supervised_tokens} targets)"
+            )
+        if self._answers is not None:
+            metrics |= self._answers(module, cast(MegatronStrategy, trainer.strategy).control, step)
+        self._latest = (step, metrics)
+        if metrics:
+            self._log.metrics(step=step, **metrics)
+        self.early_stopping.update(step, metrics)
+        if self.early_stopping.is_due and step < self._log.max_steps:
+            best, waited = self.early_stopping.best_step, self.early_stopping.waited
+            self._log.say(f"step {step}: {self._metric} has not improved in {waited} evaluations; best at step {best}")
+            self._log.event("stopped_early", step=step, metric=self._metric, best_step=best)

@@ -1,0 +1,35 @@
+"""Times the steps and hands them to the run's log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytorch_lightning as pl
+
+from sft.engine.module import SFTGPT
+from sft.metrics.run_log import RunLog
+from sft.training.strategy import MegatronStrategy
+
+
+class ProgressCallback(pl.Callback):
+    """Times the steps and hands them to the RunLog."""
+
+    def __init__(self, log: RunLog, consumed_examples: Callable[[int], int]) -> None:
+        self._log = log
+        self._consumed_examples = consumed_examples
+        self._began = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        resumed = cast(MegatronStrategy, trainer.strategy).resumed_from
+        self._log.begin(trainer.global_step, str(resumed or cast(SFTGPT, pl_module).model_dir))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        result = cast(SFTGPT, pl_module).last_step
+        if result is None:
+            raise RuntimeError("a batch ended without a step")
+        self._log.step(result, time.perf_counter() - self._began, self._consumed_examples(result.step))

@@ -1,0 +1,61 @@
+"""Tells the watchdog what Lightning's loop is at, by marks between the callbacks: the callbacks need not know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+
+from sft.health.rank_positions import Phase
+from sft.health.watchdog import Watchdog
+from sft.training.callbacks.checkpoints import CheckpointCallback
+from sft.training.callbacks.evaluation import EvaluationCallback
+
+_PHASES: dict[type[pl.Callback], Phase] = {
+    EvaluationCallback: Phase.EVALUATION,
+    CheckpointCallback: Phase.CHECKPOINT,
+}
+"""What a callback does at a step boundary; the others look at the step, which is Phase.GUARD."""
+
+
+def watched(callbacks: Sequence[pl.Callback], watchdog: Watchdog) -> list[pl.Callback]:
+    """The callbacks, with marks before, between and after them."""
+    marked: list[pl.Callback] = [_Steps(watchdog)]
+    for callback in callbacks:
+        phase = _PHASES.get(type(callback))
+        marked += [_Entering(watchdog, phase), callback] if phase is not None else [callback]
+    return [*marked, _Entering(watchdog, Phase.DATA)]
+
+
+class _Steps(pl.Callback):
+    """First of the callbacks: tells the watchdog of batches and steps."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._watchdog.joined()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watchdog.enter(Phase.LOADING, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._watchdog.enter(Phase.STEP)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._watchdog.step_finished(trainer.global_step)
+
+
+class _Entering(pl.Callback):
+    """Stands between callbacks: what those after it do is `phase`."""
+
+    def __init__(self, watchdog: Watchdog, phase: Phase) -> None:
+        self._watchdog = watchdog
+        self._phase = phase
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watchdog.enter(self._phase)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._watchdog.enter(self._phase)

@@ -1,0 +1,184 @@
+"""Feeds each rank its share of every global batch, from any step on.
+
+One item of the loader is one optimizer step (a StepBatch), so Lightning's batch index and its step count agree. What
+a step holds is a function of the step number alone (sft.data.batches.sampler): to resume, the loader starts at the
+trainer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from launcher.contract.spec import RunSpec
+from launcher.contract.topology import Topology
+from sft.data.batches.batch import RankShare, StepBatch, collate
+from sft.data.batches.mixture import Mixture
+from sft.data.batches.sampler import EMPTY_SLOT, BatchPlan, CyclicPlan, StepPlan, TokenBatchPlan
+from sft.data.cache.store import Examples
+from sft.data.prepared.prepare import PreparedData
+from sft.data.prepared.sources import Sources
+from sft.megatron.core import parallel_state
+
+
+class StepBatches(Dataset[StepBatch]):
+    """The batches of one data parallel rank, by step."""
+
+    def __init__(self, cache: Examples, plan: StepPlan, spec: RunSpec, topology: Topology, steps: int) -> None:
+        self._cache = cache
+        self._plan = plan
+        self._spec = spec
+        self._topology = topology
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> StepBatch:
+        share = RankShare(
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=self._topology.data_parallel,
+            micro_batch_size=self._spec.train.micro_batch_size,
+            pad_to_multiple=self._spec.data.pad_to_multiple,
+            sequence_multiple=self._topology.sequence_multiple,
+            micro_batch_multiple=self._topology.micro_batch_multiple,
+            row_length=self._spec.data.seq_length if self._spec.data.packing else None,
+            cp_rank=parallel_state.get_context_parallel_rank() if self._topology.context_parallel > 1 else 0,
+            cp_size=self._topology.context_parallel,
+        )
+        return collate(self._cache, self._plan, step, share)
+
+
+class StepLoader(DataLoader[StepBatch]):
+    """Loader of StepBatches that starts where the trainer stands.
+
+    `state_dict` and `load_state_dict` tell Lightning that it may resume in the middle of an epoch; the position itself
+    is the trainer's step count.
+    """
+
+    def __init__(self, batches: StepBatches, trainer: pl.Trainer, *, pin_memory: bool) -> None:
+        sampler = _RemainingSteps(trainer, len(batches))
+        # Each iterator draws a seed for workers; from the default generator, dropout on CPU would go on elsewhere after
+        # a resume, which makes one iterator more.
+        own = torch.Generator()
+        super().__init__(
+            batches, batch_size=None, sampler=sampler, collate_fn=_identity, pin_memory=pin_memory, generator=own
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+class SFTDataModule(pl.LightningDataModule):
+    """Training and held-out batches of a run."""
+
+    def __init__(self, spec: RunSpec, topology: Topology, data: PreparedData) -> None:
+        super().__init__()
+        self._spec = spec
+        self._topology = topology
+        self._data = data
+        self.plan = training_plan(spec, data.train)
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self._spec.train
+        return train.max_steps if train.max_steps is not None else self.plan.steps_in(train.epochs or 1)
+
+    @property
+    def data_key(self) -> dict[str, object]:
+        """Identity of the sequence of global batches: the data, their order, how they are cut and laid into rows.
+
+        By the keys of the config, so that what differs can be named. Together with the step it is the whole state of
+        the data.
+        """
+        data, train = self._spec.data, self._data.train
+        rows = {"data.packing": data.packing, **({"data.seq_length": data.seq_length} if data.packing else {})}
+        if not isinstance(train, Sources):
+            return {"data.train": f"sha256:{train.key}", **rows, **self.plan.identity}
+        pairs = zip(train.shares, train.caches, strict=True)
+        contents = {f"data.sources.{share.name}": f"sha256:{cache.key}" for share, cache in pairs}
+        return {**contents, **rows, **self.plan.identity}
+
+    def example_ids(self, step: int) -> list[int | str]:
+        """The examples of `step` (from 0) as records name them: numbers in data.train, or source and number there."""
+        slots, train = self.plan.examples_at(step), self._data.train
+        examples = [int(example) for example in slots[slots != EMPTY_SLOT]]
+        return [train.id_of(example) for example in examples] if isinstance(train, Sources) else list(examples)
+
+    def train_dataloader(self) -> StepLoader:
+        batches = StepBatches(self._data.train, self.plan, self._spec, self._topology, self.max_steps)
+        trainer = self.trainer
+        if trainer is None:
+            raise RuntimeError("the data module has no trainer yet")
+        return StepLoader(batches, trainer, pin_memory=self._spec.resources.gpus_per_node > 0)
+
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        return batch.to(device)
+
+    def validation_batches(self) -> StepBatches | None:
+        """Each held-out example once, in batches like those of training; None without held-out data."""
+        cache = self._data.validation
+        if cache is None:
+            return None
+        plan = step_plan(self._spec, cache, shuffle=False)
+        return StepBatches(cache, plan, self._spec, self._topology, plan.steps_per_epoch)
+
+
+def training_plan(spec: RunSpec, cache: Examples) -> StepPlan:
+    """Which examples of the training data each step holds."""
+    if spec.data.cyclic_seed is None:
+        return step_plan(spec, cache, shuffle=spec.data.shuffle)
+    assert spec.train.max_steps is not None, "launcher.contract.config.checks asks for it"
+    return CyclicPlan(
+        num_examples=len(cache),
+        global_batch_size=spec.train.global_batch_size,
+        max_steps=spec.train.max_steps,
+        seed=spec.data.cyclic_seed,
+    )
+
+
+def step_plan(spec: RunSpec, cache: Examples, *, shuffle: bool) -> StepPlan:
+    """Which examples of `cache` each step holds."""
+    train = spec.train
+    mixture = Mixture(shares=cache.shares, seed=train.seed, shuffle=shuffle) if isinstance(cache, Sources) else None
+    if train.global_batch_unit == "tokens":
+        return TokenBatchPlan(
+            lengths=cache.lengths - 1,
+            row_length=spec.data.seq_length,
+            rows_per_step=train.global_batch_size // spec.data.seq_length,
+            seed=train.seed,
+            shuffle=shuffle,
+            mixture=mixture,
+        )
+    return BatchPlan(
+        num_examples=len(cache),
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+        shuffle=shuffle,
+        mixture=mixture,
+        group_lengths=cache.lengths if spec.data.group_by_length and shuffle else None,
+    )
+
+
+class _RemainingSteps(Sampler[int]):
+    def __init__(self, trainer: pl.Trainer, steps: int) -> None:
+        self._trainer = trainer
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self._trainer.global_step, self._steps)
+
+
+def _identity(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,94 @@
+"""MegatronStrategy: Lightning starts and loops, Megatron-core owns groups, gradients, optimizer state and checkpoints.
+
+Built on DDPStrategy for its process group and device handling only; torch's DistributedDataParallel is never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+
+from launcher.contract.topology import Topology
+from sft.checkpoint.load import load_newest, sharded_state, trainer_json
+from sft.checkpoint.save import CheckpointSaver
+from sft.megatron.core import parallel_state
+from sft.megatron.parallel.groups import ControlGroup, init_model_parallel
+
+if TYPE_CHECKING:
+    from sft.engine.module import SFTGPT
+
+
+class MegatronStrategy(DDPStrategy):
+    """Runs an SFTGPT under a Topology."""
+
+    strategy_name = "megatron"
+
+    def __init__(self, topology: Topology, seed: int, data_key: Mapping[str, object], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.topology = topology
+        self.seed = seed
+        self.data_key = data_key
+        """Identifies data and order; a checkpoint of other data is refused."""
+        self.control: ControlGroup
+        self.saver: CheckpointSaver
+        self.resumed_from: Path | None = None
+
+    @property
+    def megatron_module(self) -> SFTGPT:
+        return cast("SFTGPT", self.lightning_module)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        init_model_parallel(self.topology, self.seed)
+        self.control = ControlGroup()
+        self.saver = CheckpointSaver(self.control)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {
+            "num_replicas": parallel_state.get_data_parallel_world_size(),
+            "rank": parallel_state.get_data_parallel_rank(),
+        }
+
+    def configure_ddp(self) -> None:
+        self.megatron_module.wrap_chunks()
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # the sharded load fills a built model and optimizer
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # tensors travel in the sharded checkpoint
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        pass
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        pass
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Begin to write `checkpoint` (Lightning's counters) and all sharded state; `saver.finish` ends it."""
+        module = self.megatron_module
+        module.gather_weights()
+        trainer = trainer_json(checkpoint, self.topology, self.data_key)
+        state = sharded_state(module, loading=False)
+        self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill model and optimizer from a checkpoint or, where it is damaged, from an older one beside it.
+
+        Returns Lightning's counters.
+        """
+        self.resumed_from, counters = self.load_weights(Path(checkpoint_path))
+        return counters
+
+    def load_weights(self, source: Path) -> tuple[Path, dict[str, Any]]:
+        """Fill model and optimizer; which checkpoint it was, and Lightning's counters, which nobody has to heed."""
+        return load_newest(source, self.megatron_module, control=self.control, data_key=self.data_key)

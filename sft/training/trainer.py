@@ -1,0 +1,186 @@
+"""Build a Lightning trainer that runs SFTGPT under a topology, and run it.
+
+`megatron_trainer` is the one place that says how Lightning is set up: no sampler, precision plugin, gradient clipping,
+progress bar or checkpoint callback of its own, because Megatron-core or this package does each of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import pytorch_lightning as pl
+import torch
+
+from launcher.contract.errors import CheckpointError, ConfigError, TrainingError
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.lease import Keeper, held
+from launcher.contract.rundir import RunPaths, checkpoint_step, complete_checkpoints
+from launcher.contract.spec import RunSpec, read_resolved
+from launcher.contract.topology import Topology, build_topology, describe_batch
+from sft.checkpoint.load import newest_usable, read_trainer_state
+from sft.data.prepared.prepare import open_or_build
+from sft.engine.module import SFTGPT
+from sft.generation.answers import PromptAnswers
+from sft.generation.prompts import Metric
+from sft.health.watchdog import Watchdog
+from sft.megatron.model import describe_kernels
+from sft.metrics.loss_plot import plot_loss
+from sft.metrics.mfu import utilization
+from sft.metrics.run_log import RunLog
+from sft.model_source import resolve_model_dir
+from sft.models.architecture import read_architecture
+from sft.runtime.rank_env import RankClusterEnvironment, RankEnv
+from sft.runtime.stop import Deadline, StopFlag
+from sft.training.callbacks.bad_steps import GuardCallback
+from sft.training.callbacks.checkpoints import CheckpointCallback
+from sft.training.callbacks.early_stopping import EarlyStopping
+from sft.training.callbacks.evaluation import EvaluationCallback, held_out_batches
+from sft.training.callbacks.progress import ProgressCallback
+from sft.training.callbacks.watchdog_marks import watched
+from sft.training.datamodule import SFTDataModule
+from sft.training.strategy import MegatronStrategy
+
+
+def megatron_trainer(
+    spec: RunSpec,
+    topology: Topology,
+    env: RankEnv,
+    *,
+    max_steps: int,
+    data_key: Mapping[str, object],
+    callbacks: Sequence[pl.Callback] = (),
+) -> pl.Trainer:
+    """A trainer for SFTGPT on this rank: process groups and checkpoints by MegatronStrategy, CPU or GPU."""
+    on_gpu = spec.resources.gpus_per_node > 0
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            f"resources.gpus_per_node is {spec.resources.gpus_per_node} and this rank sees no CUDA device; set it to 0 "
+            "for CPU ranks, or check the cluster's runtime and GPU directive"
+        )
+    if spec.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        return pl.Trainer(
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=topology.ranks_per_node,
+            num_nodes=spec.resources.nodes,
+            strategy=MegatronStrategy(topology, spec.train.seed, data_key),
+            plugins=[RankClusterEnvironment(env)],
+            callbacks=list(callbacks),
+            max_steps=max_steps,
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )
+
+
+def train(config: Path) -> ExitCode:
+    """Train the run whose resolved config is `config`, from its newest complete checkpoint if it has one.
+
+    Called on every rank. OK when all steps are done or more would not help, REQUEUE when asked to stop before.
+    """
+    return train_run(read_resolved(config), RunPaths(config.resolve().parent))
+
+
+def train_run(spec: RunSpec, paths: RunPaths, metric: Metric | None = None) -> ExitCode:
+    """`train` for a program of its own; `metric` takes the place of the function that evaluation.metric names."""
+    env = RankEnv.from_environ()
+    stop = StopFlag()
+    stop.install()
+    holding = held(paths, env.attempt) if env.rank == 0 else contextlib.nullcontext()
+    with holding as lease, Watchdog(spec.watchdog, paths, env) as watchdog:
+        return _train(spec, paths, env, stop, lease, watchdog, metric)
+
+
+def _train(
+    spec: RunSpec,
+    paths: RunPaths,
+    env: RankEnv,
+    stop: StopFlag,
+    lease: Keeper | None,
+    watchdog: Watchdog,
+    metric: Metric | None,
+) -> ExitCode:
+    """Train as the one who holds the run; the lease is rank 0's."""
+    leader = env.rank == 0
+    model_dir = resolve_model_dir(spec, convert=False)
+    architecture = read_architecture(model_dir)
+    topology = build_topology(spec, architecture.shape)
+    tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
+    data = SFTDataModule(spec, topology, open_or_build(spec, tokenizer_dir, build=leader))
+    held_out = held_out_batches(spec, topology, data, tokenizer_dir, build=leader)
+    mfu = utilization(spec, architecture.shape, topology.world_size)
+    log = RunLog(paths, spec, attempt=env.attempt, max_steps=data.max_steps, is_writer=leader, utilization=mfu)
+    resume = _resume_point(spec, paths)
+    done = _nothing_to_do(spec, resume, data.max_steps)
+    if done:
+        log.say(f"{done} ({resume}); nothing to train")
+        return ExitCode.OK
+    answers = PromptAnswers(spec, tokenizer_dir, model_dir, log, metric) if spec.evaluation.prompts else None
+    evaluation = EvaluationCallback(spec, held_out, answers, log)
+    guard = GuardCallback(spec.train, log, data.example_ids)
+    progress = ProgressCallback(log, data.plan.consumed_examples)
+    # In this order at each step boundary: each builds on what those before it found.
+    deadline = Deadline.from_environ(spec.resources.signal_seconds)
+    saves = CheckpointCallback(spec.checkpoint_ranking, stop, deadline, lease, evaluation, guard, log)
+    callbacks = [progress, guard, evaluation, saves]
+    steps, key = data.max_steps, data.data_key
+    trainer = megatron_trainer(
+        spec, topology, env, max_steps=steps, data_key=key, callbacks=watched(callbacks, watchdog)
+    )
+    module = SFTGPT(spec, architecture, topology, model_dir, steps)
+    log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
+    log.say(describe_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0))
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    # srun ends all ranks when one exits other than 0: none may leave while another is still writing.
+    cast(MegatronStrategy, trainer.strategy).control.barrier()
+    return _finish(trainer.global_step, guard, evaluation, spec, log)
+
+
+def _finish(step: int, guard: GuardCallback, evaluation: EvaluationCallback, spec: RunSpec, log: RunLog) -> ExitCode:
+    """Say how it ended."""
+    log.close()
+    if guard.failure is not None:
+        raise TrainingError(f"stopped after step {step}: {guard.failure}; see {log.paths.bad_steps}")
+    if step < log.max_steps and not evaluation.early_stopping.is_due:
+        return ExitCode.REQUEUE
+    log.event("training_finished", step=step, seconds=round(log.seconds, 1))
+    if log.is_writer and spec.logging.plot:
+        plot_loss(log.paths)
+    return ExitCode.OK
+
+
+def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | None:
+    """Why there is nothing to train behind this checkpoint, if so."""
+    if resume is None:
+        return None
+    if checkpoint_step(resume) >= max_steps:
+        return f"all {max_steps} steps are done"
+    states = read_trainer_state(resume)["lightning"].get("callbacks", {})
+    early = EarlyStopping(spec.train.early_stopping)
+    early.load_state_dict(states.get(EvaluationCallback.STATE_KEY, early.state_dict()))
+    return f"training ended early after step {checkpoint_step(resume)}" if early.is_due else None
+
+
+def _resume_point(spec: RunSpec, paths: RunPaths) -> Path | None:
+    """This run's newest usable checkpoint, else the configured one of another run."""
+    own = newest_usable(paths.complete_checkpoints())
+    if own is not None or spec.checkpoint.resume_from is None:
+        return own
+    given = Path(spec.checkpoint.resume_from)
+    newest = newest_usable(complete_checkpoints(given))  # of a run's checkpoints folder
+    if newest is not None:
+        return newest
+    if given not in complete_checkpoints(given.parent):
+        raise CheckpointError(f"checkpoint.resume_from: {given} is not a complete checkpoint (no COMPLETE file in it)")
+    return given

@@ -1,0 +1,104 @@
+"""Rules on values, one wrong value each."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from launcher.contract.config.checks import spec_problems
+from launcher.contract.config.load import load_config
+from launcher.contract.errors import ConfigError
+from launcher.contract.secret_names import is_secret_name
+from launcher.contract.spec import ClusterSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec
+
+CFG = Path("cfg.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps=0", "train.max_steps: 0 is not at least 1"),
+        ("train.optimizer.lr=0", "train.optimizer.lr: 0.0 is not above 0"),
+        ("train.optimizer.lr=nan", "train.optimizer.lr: nan is not above 0"),
+        ("train.optimizer.weight_decay=-1", "train.optimizer.weight_decay: -1.0 is not at least 0"),
+        ("train.optimizer.min_lr=1", "train.optimizer.min_lr: 1.0 is above train.optimizer.lr 1e-05"),
+        ("train.optimizer.beta2=1", "train.optimizer.beta2: 1.0 is not in [0, 1)"),
+        ("model.hidden_dropout=1.5", "model.hidden_dropout: 1.5 is not in [0, 1)"),
+        ("resources.cpus_per_task=0", "resources.cpus_per_task: 0 is not at least 1"),
+        ("resources.nodes=0", "resources.nodes: 0 is not at least 1"),
+        ("resources.memory_per_node=lots", "resources.memory_per_node: 'lots' is not a size such as 200G"),
+        ("resources.extra_sbatch=-A x", "resources.extra_sbatch: '-A x' does not start with --; one option an item, "),
+        ("cluster.srun_args=mpi", "cluster.srun_args: 'mpi' does not start with -; one option an item, "),
+        ("cluster.env.A-B=1", "cluster.env: 'A-B' is not the name of an environment variable"),
+        ("cluster.env.HF_TOKEN=x", "cluster.env: HF_TOKEN looks like a secret, and would be stored in the run "),
+        ("resources.nodes=2", "resources.nodes: 2 on cluster local, which is this machine alone; set it to 1"),
+        ("run_root=a%j", "run_root: '"),
+        ("cluster.runtime.kind=venv", "cluster.runtime.path: missing; runtime kind venv needs it"),
+        ("cluster.runtime.kind=apptainer", "cluster.runtime.image: missing; runtime kind apptainer needs it"),
+        ("cluster.runtime.mounts=/a", "cluster.runtime.mounts: '/a' is not SOURCE:TARGET[:OPTIONS]"),
+        ("train.eval_every=5", "train.eval_every: 5 needs data.validation, data.validation_sets or "),
+        ("train.early_stopping.patience=2", "train.early_stopping.metric: 'eval_loss' is not what evaluations "),
+        ("checkpoint.keep_best=1", "checkpoint.best_metric: 'eval_loss' is not what evaluations of this "),
+        ("train.spike_factor=1", "train.spike_factor: 1.0 is not above 1"),
+        ("evaluation.top_p=0", "evaluation.top_p: 0.0 is not in (0, 1]"),
+        ("evaluation.metric=a.b:c", "evaluation.metric: a.b:c needs evaluation.prompts, which is unset"),
+        ("evaluation.prompts=nope", "evaluation.prompts: "),
+        ("data.validation_sets.maths=nope/*.jsonl", "data.validation_sets: maths: no file matches "),
+        ("model.path=cfg.yaml", "model.path: "),
+        ("model.tokenizer=nope", "model.tokenizer: "),
+        ("data.chat_template=nope.jinja", "data.chat_template: "),
+        ("checkpoint.resume_from=model", "checkpoint.resume_from: "),
+        ("model.path=package:json/x.gguf", "model.path: package:json/x.gguf: it has no file 'x.gguf'"),
+        ("model.path=package:nope_x/x", "model.path: package:nope_x/x: package 'nope_x' is not installed here"),
+    ],
+)  # fmt: skip
+def test_rule(workdir: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CFG, [override])
+    (problem,) = caught.value.problems
+    assert problem.partition(": ")[2].startswith(message)
+
+
+def test_rules_between_two_values(workdir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"logging\.prompts: answers need checkpoint\.export: true$"):
+        load_config(CFG, ["logging.prompts=hello?", "checkpoint.export=false"])
+    with pytest.raises(ConfigError, match="pyxis is an extension of srun; a local run can use apptainer"):
+        load_config(CFG, ["cluster.runtime.kind=pyxis", "cluster.runtime.image=x"])
+    with pytest.raises(ConfigError, match=r"model is not a venv: it has no bin/activate$"):
+        load_config(CFG, ["cluster.runtime.kind=venv", "cluster.runtime.path=model"])
+
+
+@pytest.mark.parametrize("limit", ["30", "1:30", "01:00:00", "1-00", "1-00:30", "1-00:30:15", "UNLIMITED"])
+def test_time_limits_slurm_takes(workdir: Path, limit: str) -> None:
+    assert load_config(CFG, [f"resources.time={limit}"]).spec.resources.time == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("HF_TOKEN", True),
+        ("WANDB_API_KEY", True),
+        ("my_password", True),
+        ("AWS_SECRET_ACCESS", True),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("NCCL_IB_PKEY", False),
+        ("HOME", False),
+    ],
+)
+def test_names_of_secrets(name: str, secret: bool) -> None:
+    assert is_secret_name(name) is secret
+
+
+def test_fp8_where_it_cannot_be() -> None:
+    """On GPUs without fp8 products, and with adapters; before the queue."""
+    plain = RunSpec(train=TrainSpec(precision="fp8"))
+    assert "train.precision" not in dict(spec_problems(plain))
+    adapted = dataclasses.replace(plain, model=ModelSpec(lora=LoraSpec(rank=4)))
+    assert "adapters are added to products in bf16" in dict(spec_problems(adapted))["train.precision"]
+    for named in ({"gpu": "a100-80gb"}, {"gpu_type": "A100-80GB"}):
+        older = dataclasses.replace(plain, cluster=ClusterSpec(**named))
+        assert "kind a100-80gb, which have no fp8 products" in dict(spec_problems(older))["train.precision"]
+    newer = dataclasses.replace(plain, cluster=ClusterSpec(gpu="h100"))
+    assert "train.precision" not in dict(spec_problems(newer))

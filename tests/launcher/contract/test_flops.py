@@ -1,0 +1,47 @@
+"""FLOPs and parameter counts against published sizes and against the measured table's own pairs of figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.contract.errors import ModelError
+from launcher.contract.flops import mfu, parameters, training_flops, training_flops_of
+from launcher.contract.model_shape import named_model_shape
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [  # "num_parameters" of the models' cards, exact where a card gives all digits
+        ("1b", 1_235_814_400),
+        ("3b", 3_212_749_824),
+        ("8b", 8_030_261_248),
+        ("70b", 70_553_706_496),
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+    ],
+)
+def test_parameters_are_the_published_ones(name: str, published: int) -> None:
+    assert parameters(named_model_shape(name)) == published
+
+
+@pytest.mark.parametrize(("tokens_per_second", "tflops"), [(46_277, 380), (51_430, 423), (57_642, 474), (62_705, 515)])
+def test_flops_of_a_measured_row(tokens_per_second: int, tflops: int) -> None:
+    """Measured on one H100, Llama-3.2-1B shape, rows of 4096: tokens/s and TFLOP/s by this convention."""
+    per_token = training_flops(named_model_shape("1b"), [4096]) / 4096
+    assert tokens_per_second * per_token / 1e12 == pytest.approx(tflops, abs=0.6)
+
+
+def test_packing_costs_each_example_its_own_square() -> None:
+    shape = named_model_shape("1b")
+    apart = training_flops(shape, [1000]) + training_flops(shape, [3096])
+    assert training_flops(shape, [1000, 3096]) == apart < training_flops(shape, [4096])
+    assert training_flops_of(shape, 4096, 1000**2 + 3096**2) == apart
+
+
+def test_mfu() -> None:
+    assert mfu(989e12 * 3, seconds=2, peak_tflops=989, gpus=3) == pytest.approx(0.5)
+
+
+def test_unknown_size_names_the_known_ones() -> None:
+    with pytest.raises(ModelError, match=r"^'12b' is no named model size; did you mean '1b'\?; known: 0.5b, 1b, "):
+        named_model_shape("12b")

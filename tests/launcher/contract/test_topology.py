@@ -1,0 +1,223 @@
+"""Layout rules against a plain statement of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.contract.errors import TopologyError
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+from launcher.contract.topology import build_topology
+
+SMOLLM = ModelShape(
+    model_type="llama",
+    num_layers=30,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    num_attention_heads=9,
+    num_query_groups=3,
+    head_dim=64,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    tied_embeddings=True,
+)
+
+small = st.integers(1, 4)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> RunSpec:
+    return RunSpec(
+        resources=ResourcesSpec(nodes=draw(st.integers(1, 3)), tasks_per_node=draw(st.integers(1, 6))),
+        topology=TopologySpec(
+            tensor_parallel=draw(small),
+            pipeline_parallel=draw(small),
+            virtual_pipeline=draw(st.sampled_from([1, 1, 2, 3])),
+            context_parallel=draw(st.sampled_from([1, 1, 2])),
+            sequence_parallel=draw(st.booleans()),
+        ),
+        train=TrainSpec(global_batch_size=draw(st.integers(1, 24)), micro_batch_size=draw(st.integers(1, 3))),
+        data=DataSpec(seq_length=draw(st.integers(1, 64))),
+    )
+
+
+shapes = st.builds(
+    lambda heads, groups, layers, ffn, positions: dataclasses.replace(
+        SMOLLM,
+        num_attention_heads=heads * groups,
+        num_query_groups=groups,
+        num_layers=layers,
+        ffn_hidden_size=ffn,
+        max_position_embeddings=positions,
+    ),
+    *(small, small, st.integers(1, 12), st.integers(1, 24), st.integers(16, 64)),
+)
+
+
+def fits(spec: RunSpec, shape: ModelShape) -> bool:
+    """The rules as one would write them down."""
+    topo, train = spec.topology, spec.train
+    tp, pp, vpp, cp = topo.tensor_parallel, topo.pipeline_parallel, topo.virtual_pipeline, topo.context_parallel
+    world = spec.resources.nodes * spec.resources.ranks_per_node
+    if spec.resources.ranks_per_node % tp or world % (tp * pp * cp):
+        return False
+    data = world // (tp * pp * cp)
+    micro_batches, rest = divmod(train.global_batch_size, train.micro_batch_size * data)
+    groups = shape.num_query_groups
+    return not (
+        rest
+        or (topo.sequence_parallel and (tp == 1 or spec.data.seq_length % tp))
+        or (cp > 1 and spec.data.seq_length % (2 * cp))
+        or (cp > 1 and topo.sequence_parallel and spec.data.seq_length % (2 * cp * tp))
+        or (vpp > 1 and (pp == 1 or micro_batches % pp))
+        or shape.num_attention_heads % tp
+        or (groups % tp and tp % groups)
+        or shape.num_layers % (pp * vpp)
+        or shape.ffn_hidden_size % tp
+        or spec.data.seq_length > shape.max_position_embeddings
+    )
+
+
+@given(specs(), shapes)
+def test_accepts_exactly_what_fits(spec: RunSpec, shape: ModelShape) -> None:
+    try:
+        topology = build_topology(spec, shape)
+    except TopologyError as error:
+        assert not fits(spec, shape), error
+        assert all(error.problems)
+    else:
+        assert fits(spec, shape)
+        sizes = (
+            topology.tensor_parallel,
+            topology.pipeline_parallel,
+            topology.context_parallel,
+            topology.data_parallel,
+        )
+        assert sizes[0] * sizes[1] * sizes[2] * sizes[3] == topology.world_size
+        assert topology.micro_batches * topology.micro_batch_size * topology.data_parallel == topology.global_batch_size
+
+
+@given(specs(), shapes)
+def test_nearest_global_batch_sizes_are_valid(spec: RunSpec, shape: ModelShape) -> None:
+    try:
+        build_topology(spec, shape)
+    except TopologyError as error:
+        for problem in error.problems:
+            match = re.search(r"^train\.global_batch_size .* nearest valid: ([\d, ]+)$", problem)
+            for size in map(int, match.group(1).split(",")) if match else ():
+                mended = dataclasses.replace(spec, train=dataclasses.replace(spec.train, global_batch_size=size))
+                remaining = _problems(mended, shape)
+                assert not [text for text in remaining if text.startswith("train.global_batch_size")]
+
+
+def _problems(spec: RunSpec, shape: ModelShape | None) -> tuple[str, ...]:
+    try:
+        build_topology(spec, shape)
+    except TopologyError as error:
+        return error.problems
+    return ()
+
+
+def make(nodes: int = 1, tasks: int = 2, gpus: int = 0, batch: int = 8, **topology: int | bool) -> RunSpec:
+    return RunSpec(
+        resources=ResourcesSpec(nodes=nodes, tasks_per_node=tasks, gpus_per_node=gpus),
+        topology=TopologySpec(**topology),  # type: ignore[arg-type]
+        train=TrainSpec(global_batch_size=batch),
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "messages"),
+    [
+        (make(tensor_parallel=2), ["9 attention heads do not divide by tensor_parallel 2; valid here: 1, 3, 9"]),
+        (
+            make(tasks=4, pipeline_parallel=4),
+            ["30 layers do not divide by pipeline_parallel 4; valid pipeline_parallel here: 1, 2, 3, 5, 6, 10, 15, 30"],
+        ),
+        (
+            make(tasks=4, pipeline_parallel=4, virtual_pipeline=4),
+            ["30 layers do not divide by pipeline_parallel 4 x virtual_pipeline 4; valid pipeline_parallel here: none"],
+        ),
+        (
+            make(tasks=3, batch=8),
+            [
+                "train.global_batch_size 8 does not divide by micro_batch_size 1 x data_parallel 3 = 3; "
+                "nearest valid: 6, 9"
+            ],
+        ),
+        (
+            make(nodes=3, tasks=1, pipeline_parallel=2),
+            [
+                "3 ranks (3 nodes x 1) do not divide by tensor_parallel 1 x pipeline_parallel 2 x context_parallel 1 "
+                "= 2; nearest valid numbers of ranks: 2, 4"
+            ],
+        ),
+        (
+            make(nodes=3, tasks=1, tensor_parallel=3),
+            [
+                "topology.tensor_parallel 3 does not divide the 1 ranks of a node, and tensor parallel must not cross "
+                "nodes; valid here: 1"
+            ],
+        ),
+        (
+            make(sequence_parallel=True, virtual_pipeline=2),
+            [
+                "topology.sequence_parallel needs tensor_parallel > 1; set it to false",
+                "topology.virtual_pipeline 2 needs pipeline_parallel > 1; set it to 1",
+            ],
+        ),
+        (
+            make(tasks=2, pipeline_parallel=2, virtual_pipeline=3, batch=3),
+            [
+                "topology.virtual_pipeline 3 needs the micro-batches of a step to be a multiple of pipeline_parallel "
+                "2, and there are 3 (global_batch_size 3 / (micro_batch_size 1 x data_parallel 1)); "
+                "nearest valid global_batch_size: 2, 4"
+            ],
+        ),
+        (
+            make(tensor_parallel=0, tasks=0),
+            [
+                "resources.tasks_per_node is 0; it must be at least 1",
+                "topology.tensor_parallel is 0; it must be at least 1",
+            ],
+        ),
+        (
+            make(tasks=2, gpus=4),
+            [
+                "resources.tasks_per_node is 2 on nodes with 4 GPUs; each rank drives one GPU, so leave tasks_per_node "
+                "out or set it to 4"
+            ],
+        ),
+    ],
+)
+def test_messages(spec: RunSpec, messages: list[str]) -> None:
+    assert list(_problems(spec, SMOLLM)) == messages
+
+
+def test_model_that_cannot_be_read_here_is_left_to_the_ranks() -> None:
+    assert build_topology(make(tensor_parallel=2), None).tensor_parallel == 2
+
+
+def test_descriptions() -> None:
+    assert build_topology(make(tasks=1), None).describe() == "dp1 = 1 ranks"
+    layout = make(nodes=2, tasks=4, tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True)
+    assert build_topology(layout, None).describe() == "tp2 x pp2 x dp2 = 8 ranks + sequence parallel"
+
+
+def test_fp8_needs_sides_of_sixteens() -> None:
+    """The library's rule for weights; said before the queue."""
+    shape = dataclasses.replace(SMOLLM, ffn_hidden_size=1544)
+    spec = make(tasks=1)
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, precision="fp8"))
+    assert build_topology(spec, SMOLLM).world_size == 1
+    with pytest.raises(TopologyError) as caught:
+        build_topology(spec, shape)
+    assert list(caught.value.problems) == [
+        "train.precision fp8 needs multiples of 16, and feed-forward size on a rank of tensor_parallel 1 is 1544; "
+        "set train.precision to bf16, or another tensor_parallel"
+    ]

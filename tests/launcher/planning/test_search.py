@@ -1,0 +1,402 @@
+"""The cost model against measured rows, its own invariants, and the commands that use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.__main__ import main
+from launcher.contract.cost_model.implementation import CURRENT, FUSED, PLAIN
+from launcher.contract.cost_model.memory import chunks_in_flight, largest_stage, pipeline_memory
+from launcher.contract.cost_model.predict import Candidate, evaluate
+from launcher.contract.cost_model.workload import Layout, Recompute, Workload, stage_parameters
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.hardware import gpu_kind
+from launcher.contract.model_shape import named_model_config, named_model_shape
+from launcher.contract.spec import DataSpec, LoraSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+from launcher.contract.topology import Topology, build_topology
+from launcher.planning.run_plan import run_cost
+from launcher.planning.search import HEADROOM, MICRO_BATCH_SIZES, search, with_gpus, workload_of
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+H100 = gpu_kind("h100")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    """benchmarks/planning.py as a module."""
+    found = importlib.util.spec_from_file_location("planning_benchmark", REPOSITORY / "benchmarks" / "planning.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_speed_of_measured_and_published_rows(benchmark: ModuleType) -> None:
+    rows = [(row, value) for row, value in benchmark.speed_errors() if row["use"] != "not comparable"]
+    assert sum(row["use"] == "predicted" for row, _ in rows) >= 8
+    for row, predicted in rows:
+        assert predicted == pytest.approx(row["tokens_per_second"], rel=0.2), row["what"]
+
+
+def test_memory_of_measured_rows(benchmark: ModuleType) -> None:
+    for row, predicted in benchmark.memory_errors():
+        if row["use"] != "missed":
+            assert predicted == pytest.approx(row["gib"], rel=0.1), row["what"]
+
+
+def test_tables_in_the_docs_are_what_the_script_prints(benchmark: ModuleType) -> None:
+    text = (REPOSITORY / "docs" / "planning.md").read_text(encoding="utf-8")
+    for table in (benchmark.speed_table(), benchmark.memory_table(), benchmark.scaling_table()):
+        assert table in text
+
+
+def run(nodes: int = 2, gpus: int = 8, batch: int = 128, length: int = 4096, **train: object) -> RunSpec:
+    return RunSpec(
+        resources=ResourcesSpec(nodes=nodes, gpus_per_node=gpus),
+        data=DataSpec(seq_length=length),
+        train=TrainSpec(global_batch_size=batch, max_steps=100, **train),  # type: ignore[arg-type]
+    )
+
+
+def test_every_layout_keeps_the_rules_and_the_memory() -> None:
+    shape = named_model_shape("8b")
+    result = search(run(), shape, H100)
+    assert len(result.fitting) > 50
+    assert [found.tokens_per_second for found in result.fitting] == sorted(
+        (found.tokens_per_second for found in result.fitting), reverse=True
+    )
+    for found in result.fitting:
+        topology = found.layout.topology
+        assert topology.tensor_parallel * topology.pipeline_parallel * topology.data_parallel == 16
+        assert topology.tensor_parallel <= 8
+        assert 128 % (topology.micro_batch_size * topology.data_parallel) == 0
+        assert found.memory.total <= HEADROOM * H100.memory_gib
+    assert all(found.memory.total > HEADROOM * H100.memory_gib for found in result.too_large)
+
+
+@given(
+    tensor=st.sampled_from([1, 2, 4, 8]),
+    pipeline=st.sampled_from([1, 2, 4, 8]),
+    tied=st.booleans(),
+    model=st.sampled_from(["1b", "8b", "70b"]),
+)
+def test_stages_hold_the_whole_model(tensor: int, pipeline: int, tied: bool, model: str) -> None:
+    shape = dataclasses.replace(named_model_shape(model), tied_embeddings=tied)
+    topology = layout(tensor=tensor, pipeline=pipeline)
+    held = sum(stage_parameters(shape, topology, stage) for stage in range(pipeline)) * tensor
+    from launcher.contract.flops import embedding_parameters, parameters
+
+    copies = embedding_parameters(shape) if tied and pipeline > 1 else 0
+    norms = (tensor - 1) * shape.hidden_size * (2 * shape.num_layers + 1)  # which every rank holds
+    assert held == parameters(shape) + copies + norms
+
+
+def layout(tensor: int = 1, pipeline: int = 1, virtual: int = 1, data: int = 1, micro: int = 1) -> Topology:
+    return Topology(
+        world_size=tensor * pipeline * data,
+        ranks_per_node=8,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        virtual_pipeline=virtual,
+        context_parallel=1,
+        data_parallel=data,
+        sequence_parallel=tensor > 1,
+        micro_batch_size=micro,
+        global_batch_size=micro * data * pipeline,
+    )
+
+
+def in_flight_of_a_schedule(stages: int, virtual: int, micro_batches: int, stage: int) -> int:
+    """Replays the order of Megatron-core's schedules: warm-up forwards, then one forward and one backward in turn."""
+    total = micro_batches * virtual
+    warm_up = (stages - stage - 1) if virtual == 1 else (stages - stage - 1) * 2 + (virtual - 1) * stages
+    warm_up = min(warm_up, total)
+    held = most = warm_up
+    for _ in range(total - warm_up):
+        held += 1
+        most = max(most, held)
+        held -= 1
+    return most
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 6), st.data())
+def test_micro_batches_in_flight(stages: int, virtual: int, rounds: int, data: st.DataObject) -> None:
+    stage = data.draw(st.integers(0, stages - 1))
+    virtual = virtual if stages > 1 else 1
+    micro_batches = rounds * stages if virtual > 1 else rounds
+    expected = in_flight_of_a_schedule(stages, virtual, micro_batches, stage)
+    assert chunks_in_flight(layout(pipeline=stages, virtual=virtual), micro_batches, stage) == expected
+
+
+def test_what_saves_memory_saves_it_and_costs_time() -> None:
+    shape, spec = named_model_shape("8b"), run(batch=32)
+    workload = workload_of(spec, shape)
+    none, norms, selective, full = (
+        evaluate(workload, Layout(topology=layout(data=16), recompute=recompute), H100, PLAIN)
+        for recompute in ("none", "norms", "selective", "full")
+    )
+    assert none.memory.total > selective.memory.total > norms.memory.total > full.memory.total
+    assert none.time.total < norms.time.total < selective.time.total < full.time.total
+    assert norms.time.total < 1.01 * none.time.total
+    assert full.time.total < none.time.total * 4 / 3 + 1e-9
+    sharded = Layout(topology=layout(data=16))
+    whole = dataclasses.replace(sharded, distributed_optimizer=False)
+    assert largest_stage(workload, whole, PLAIN).optimizer == 16 * largest_stage(workload, sharded, PLAIN).optimizer
+    chunk = 4096 / 2 * 128_256 * 2 / 2**30  # half of a row's, in bf16
+    assert largest_stage(workload, sharded, FUSED).logits == pytest.approx(chunk)
+    assert largest_stage(workload, sharded, PLAIN).logits == pytest.approx(6 * chunk)
+
+
+def test_first_stage_holds_most_activations_and_only_the_last_the_logits() -> None:
+    shape = named_model_shape("8b")
+    stages = pipeline_memory(workload_of(run(), shape), Layout(topology=layout(pipeline=4, data=4)), PLAIN)
+    assert [stage.stage for stage in stages] == [0, 1, 2, 3]
+    activations = [stage.activations for stage in stages]
+    assert activations == sorted(activations, reverse=True)
+    assert [stage.logits > 0 for stage in stages] == [False, False, False, True]
+
+
+def test_bubble_is_the_one_of_the_paper() -> None:
+    """(pp - 1) / (m * vpp) of the time of the layers, where the head is as good as nothing."""
+    shape = dataclasses.replace(named_model_shape("8b"), vocab_size=8)
+    workload = workload_of(run(nodes=1, batch=32), shape)
+    for virtual in (1, 2, 4):
+        time = evaluate(workload, Layout(topology=layout(pipeline=8, virtual=virtual)), H100, FUSED).time
+        busy = time.matmul + time.attention + time.elementwise
+        assert time.pipeline_bubble == pytest.approx(busy * 7 / (32 * virtual), rel=1e-3)
+
+
+def test_lora_needs_less_of_everything() -> None:
+    shape, spec = named_model_shape("8b"), run(nodes=1, gpus=1, batch=8)
+    adapted = dataclasses.replace(spec, model=ModelSpec(lora=LoraSpec(rank=16)))
+    assert not search(spec, shape, H100).fitting
+    best = search(adapted, shape, H100).fitting[0]
+    assert best.memory.optimizer < 1
+
+
+def test_more_gpus_are_faster_until_the_batch_is_used_up() -> None:
+    shape, spec = named_model_shape("8b"), run(batch=256)
+    speeds = [search(with_gpus(spec, gpus), shape, H100).fitting[0].tokens_per_second for gpus in (8, 16, 64, 256)]
+    assert speeds == sorted(speeds)
+    assert speeds[-1] < 32 * speeds[0]
+
+
+def test_context_parallel_stays_as_it_is() -> None:
+    spec = dataclasses.replace(run(), topology=TopologySpec(context_parallel=2))
+    result = search(spec, named_model_shape("8b"), H100)
+    assert {found.layout.topology.context_parallel for found in result.fitting} == {2}
+    assert any(found.layout.topology.sequence_parallel for found in result.fitting)
+
+
+def sharing_rows(context: int, recompute: Recompute = "none") -> Candidate:
+    """8B on 8 GPUs, tp1, a row of 32,768 tokens for each data parallel rank."""
+    topology = dataclasses.replace(layout(data=8 // context), world_size=8, context_parallel=context)
+    workload = Workload(shape=named_model_shape("8b"), seq_length=32_768, rows=8, attended=32_768)
+    return evaluate(workload, Layout(topology=topology, recompute=recompute), H100, CURRENT)
+
+
+def test_ranks_that_share_rows_need_less_memory_and_send_keys_and_values() -> None:
+    alone, two, four = (sharing_rows(context) for context in (1, 2, 4))
+    assert alone.memory.optimizer == two.memory.optimizer == four.memory.optimizer
+    # 18 hidden sizes a token, of which keys and values, half of one, stay those of whole rows
+    assert alone.memory.activations / 2 < two.memory.activations < 0.53 * alone.memory.activations
+    assert two.memory.activations / 2 < four.memory.activations
+    assert sharing_rows(2, "selective").memory.activations == sharing_rows(1, "selective").memory.activations / 2
+    assert alone.time.context_parallel == 0
+    # By hand: 2 rows a rank, 32 layers; keys and values of 8 heads of 128 in bf16; half of them sent, there and back
+    sent = 2 * 32 * (2 * 8 * 128 * 2 * 32_768) * (1 / 2 + 1 / 2)
+    assert two.time.context_parallel == pytest.approx(
+        sent / (H100.intra_node_bandwidth * H100.collective_efficiency * 1e9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "hours"),
+    [("90", 1.5), ("10:30", 0.175), ("1:30:00", 1.5), ("2-0", 48), ("1-2:30", 26.5), ("1-2:30:36", 26.51)],
+)
+def test_hours_of_a_time_limit(limit: str, hours: float) -> None:
+    spec = dataclasses.replace(
+        run(), train=TrainSpec(epochs=1), resources=ResourcesSpec(nodes=2, gpus_per_node=8, time=limit)
+    )
+    cost = run_cost(spec, None)
+    assert cost is not None and cost.gpu_hours == pytest.approx(16 * hours)
+
+
+def test_no_cost_is_invented() -> None:
+    epochs = dataclasses.replace(run(), train=TrainSpec(epochs=1))
+    unlimited = dataclasses.replace(epochs, resources=ResourcesSpec(nodes=1, gpus_per_node=8, time="UNLIMITED"))
+    assert run_cost(epochs, None) is run_cost(unlimited, None) is None
+
+
+# --- commands
+
+
+@pytest.fixture
+def big(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An 8B model on a cluster of H100s that asks above 10 GPU hours."""
+    (workdir / "model" / "config.json").write_text(json.dumps(named_model_config("8b")))
+    folder = tmp_path / "home" / "cluster_configs"
+    folder.mkdir(parents=True)
+    (folder / "big.yaml").write_text(
+        "scheduler: slurm\ngpu: h100\ngpu_hour_price: 2\nresources: {gpus_per_node: 8, gpu_hour_limit: 10}\n"
+    )
+    monkeypatch.setenv("SFT_LAUNCHER_HOME", str(folder.parent))
+    config = workdir / "big.yaml"
+    config.write_text(
+        "name: big\ncluster: big\nmodel: {path: model}\ndata: {train: a.jsonl, seq_length: 4096}\n"
+        "train: {max_steps: 1000, global_batch_size: 128}\nresources: {nodes: 2}\ntopology: auto\n"
+    )
+    return config
+
+
+def test_plan_lists_layouts_and_says_why(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(big), "--top", "3"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert lines[0].startswith("8.03B parameters, 128 rows of at most 4,096 tokens a step, on h100 (79.6 GiB)")
+    assert lines[2].split()[:4] == ["GPUS", "TP", "PP", "VPP"]
+    assert [line.split()[0] for line in lines[3:6]] == ["16"] * 3
+    for word in (
+        "best       ",
+        "time       matrix products ",
+        "why        tp",
+        "why        pp",
+        "left out   ",
+        "cost ",
+    ):
+        assert word in text
+
+
+def test_numbers_that_cannot_be_planned_for(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for gpus in ("0", "8..4", "8..99999999999", "x"):  # a range without an end would be planned for without one
+        assert main(["plan", str(big), "--gpus", gpus]) == ExitCode.BAD_INPUT
+        assert "give a number, or a range such as 8..1024" in capsys.readouterr().err
+    for top in ("0", "-1", "x"):
+        with pytest.raises(SystemExit):
+            main(["plan", str(big), f"--top={top}"])
+        assert f"--top: '{top}' is not a whole number above 0" in capsys.readouterr().err
+
+
+def test_plan_of_a_range_as_json(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(big), "--gpus", "8..32", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [plan["gpus"] for plan in plans] == [8, 16, 32]
+    best = plans[0]["layouts"][0]
+    assert best["step_seconds"] == pytest.approx(sum(best["step_parts"].values()))
+    assert best["cost"]["price"] == pytest.approx(2 * best["cost"]["gpu_hours"])
+    assert all(stage["total"] < 80 for stage in best["stages"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "12"], "12 GPUs are not whole nodes of 8; nearest: 8, 16"),
+        (["--gpus", "8-16"], "--gpus 8-16: give a number, or a range such as 8..1024"),
+        (["cluster.gpu=h10"], "cluster.gpu: 'h10' is no known kind of GPU; did you mean 'h100'?"),
+        (["--cluster", "local", "resources.nodes=1"], "resources.gpus_per_node is 0, and only GPUs can be planned for"),
+    ],
+)
+def test_plan_refuses(big: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert main(["plan", str(big), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_plan_where_nothing_fits(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(big), "--gpus", "1"]) == 2
+    assert "nothing fits: no layout of 1 GPUs fits into 92% of the 79.6 GiB of h100" in capsys.readouterr().out
+
+
+def test_auto_takes_the_first_of_the_plan(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(big), "--json"])
+    best = json.loads(capsys.readouterr().out)[0]["layouts"][0]["overrides"]
+    assert main(["validate", str(big), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    for key, value in best.items():
+        section, name = key.split(".")
+        assert answer["config"][section][name] == value
+        assert answer["sources"][key] == "plan"
+    assert main(["validate", str(big)]) == 0
+    assert "(topology: auto)\n" in capsys.readouterr().out
+
+
+def test_auto_keeps_what_the_user_has_set(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(big), "train.recompute=full", "train.micro_batch_size=4", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["config"]["train"]["recompute"], answer["config"]["train"]["micro_batch_size"]) == ("full", 4)
+    assert answer["sources"]["train.recompute"] == "override"
+
+
+def test_sizes_by_override_win_over_auto_and_back(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(big), "topology.tensor_parallel=4", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["sources"]["topology.tensor_parallel"] == "override"
+    big.write_text(big.read_text().replace("topology: auto", "topology: {tensor_parallel: 8}"))
+    assert main(["validate", str(big), "topology=auto", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sources"]["topology.tensor_parallel"] == "plan"
+
+
+def test_auto_without_a_known_gpu(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(big), "cluster.gpu="]) == 2
+    assert "topology: auto: cluster big does not say what its GPUs are; set cluster.gpu" in capsys.readouterr().err
+
+
+def test_what_cannot_fit_is_refused_with_a_way_out(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["topology.tensor_parallel=1", "train.micro_batch_size=8"]
+    assert main(["submit", str(big), *words, "--yes"]) == 2
+    error = capsys.readouterr().err
+    assert " GiB too much (stage 0: activations " in error
+    way_out = error.rpartition(": ")[2].split()
+    assert main(["validate", str(big), *way_out]) == 0
+    assert main(["validate", str(big), *words, "topology.check_memory=false"]) == 0
+
+
+def test_costly_run_is_not_submitted_unasked(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", str(big)]) == 2  # pytest's stdin is no terminal
+    error = capsys.readouterr().err
+    assert "GPU hours (cost " in error and "resources.gpu_hour_limit is 10.0; submit with --yes" in error
+    assert not (big.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(("answer", "asked_again"), [("y\n", True), ("\n", False)])
+def test_costly_run_is_asked_for_on_a_terminal(
+    big: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str, asked_again: bool
+) -> None:
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self) -> str:
+            return answer
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setenv("PATH", "/nonexistent")  # no sbatch: what is submitted fails there, with the scheduler's code
+    assert main(["submit", str(big)]) == (3 if asked_again else 2)
+    assert ("not submitted" in capsys.readouterr().err) is not asked_again
+
+
+def test_packed_rows_are_one_a_micro_batch(big: Path) -> None:
+    spec = dataclasses.replace(run(), data=DataSpec(seq_length=4096, packing=True))
+    sizes = {found.layout.topology.micro_batch_size for found in search(spec, named_model_shape("8b"), H100).fitting}
+    assert sizes == {1} != set(MICRO_BATCH_SIZES)
+
+
+def test_predictions_of_a_config_without_gpus_are_not_made(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "cfg.yaml"]) == 0
+    assert "predicted" not in capsys.readouterr().out
+
+
+def test_topology_of_a_candidate_is_what_the_config_builds() -> None:
+    from launcher.planning.search import apply
+
+    shape, spec = named_model_shape("8b"), run()
+    for found in search(spec, shape, H100).fitting[::10]:
+        assert build_topology(apply(spec, found), shape) == found.layout.topology

@@ -1,0 +1,273 @@
+"""What is shown for a run, from the scheduler's word and the run's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.contract.rundir import COMPLETE, RunPaths, append_event, write_json
+from launcher.contract.processes import start_ticks
+from launcher.contract.job_state import JobState
+from launcher.contract.manifest import Attempt, Manifest, read_manifest, write_manifest
+from launcher.runs.find import all_runs, find_run, listing
+from launcher.runs.state import RunStatus, collect
+from launcher.views.table import duration, table
+from tests.launcher.conftest import Commands
+
+
+def make_run(root: Path, name: str, **attempt: Any) -> RunPaths:
+    """A run directory with one job."""
+    paths = RunPaths(root / name)
+    paths.logs.mkdir(parents=True)
+    job = Attempt(**{"job_id": "7", "scheduler": "slurm", "submitted_at": 1.0, **attempt})
+    manifest = Manifest(
+        name=name,
+        created_at=1.0,
+        submitter="me",
+        host="login",
+        command=("launcher", "submit"),
+        versions={},
+        source={},
+        topology={"summary": "tp2 = 2 ranks"},
+        attempts=(job,),
+    )
+    write_manifest(paths, manifest)
+    return paths
+
+
+def started(paths: RunPaths, attempt: str = "7.0", job_id: str = "7") -> None:
+    append_event(paths, "attempt_started", attempt=attempt, job_id=job_id)
+
+
+def ended(paths: RunPaths, exit_code: int, attempt: str = "7.0") -> None:
+    append_event(paths, "attempt_ended", attempt=attempt, exit_code=exit_code)
+
+
+def state_of(paths: RunPaths) -> tuple[JobState, str]:
+    ((row,), _) = collect([paths])
+    return row.state, row.reason
+
+
+@pytest.fixture
+def silent(commands: Commands) -> Commands:
+    """A Slurm that knows no job."""
+    commands.add("squeue", "")
+    commands.add("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    return commands
+
+
+def squeue_says(commands: Commands, state: str, reason: str = "None", name: str = "a") -> None:
+    commands.add("squeue", f"echo '7|{state}|{reason}|2026-01-01T00:00:00|{name}'")
+
+
+def test_one_squeue_and_one_sacct_for_all_runs(tmp_path: Path, commands: Commands) -> None:
+    commands.add("squeue", "echo '1|RUNNING|None|N/A|run1'; echo '2|PENDING|Priority|N/A|run2'")
+    commands.add("sacct", "printf 'JobID|State|ExitCode|Start|JobName\\n3|TIMEOUT|0:0|N/A|run3\\n'")
+    runs = [make_run(tmp_path, f"run{number}", job_id=str(number)) for number in range(5)]
+    started(runs[0], "0.0", "0")
+    ended(runs[0], 0, "0.0")  # known to be over: nobody is asked
+    rows, problem = collect(runs)
+    assert problem is None
+    assert [row.state.value for row in rows] == ["COMPLETED", "RUNNING", "PENDING", "TIMEOUT", "UNKNOWN"]
+    assert len(commands.calls("squeue")) == 1
+    assert [call.split("--jobs=")[1].split()[0] for call in commands.calls("sacct")] == ["3,4"]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "state", "reason"),
+    [
+        (0, JobState.COMPLETED, ""),
+        (75, JobState.INTERRUPTED, "ended with exit code 75 (stopped on request, checkpoint complete)"),
+        (74, JobState.FAILED, "ended with exit code 74 (could not write; is the disk full?)"),
+        (2, JobState.FAILED, "ended with exit code 2 (bad input)"),
+        (137, JobState.FAILED, "ended with exit code 137 (signal 9)"),
+        (17, JobState.FAILED, "ended with exit code 17"),
+    ],
+)
+def test_forgotten_job_is_judged_by_its_own_last_word(
+    tmp_path: Path, silent: Commands, exit_code: int, state: JobState, reason: str
+) -> None:
+    paths = make_run(tmp_path, "a")
+    assert state_of(paths) == (JobState.UNKNOWN, "Slurm knows the job no more, and it left no word of its end")
+    started(paths)
+    assert state_of(paths)[0] is JobState.UNKNOWN
+    ended(paths, exit_code)
+    assert state_of(paths) == (state, reason)
+
+
+def test_rank_that_failed_first_is_named(tmp_path: Path, silent: Commands) -> None:
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    ended(paths, 1)
+    (paths.logs / "7.0").mkdir()
+    (paths.logs / "7.0" / "failure").write_text("1 3 node2\n")
+    assert state_of(paths)[1] == "rank 3 on node2 ended with exit code 1"
+
+
+@pytest.mark.parametrize(
+    ("slurm", "reason", "state", "shown"),
+    [
+        ("RUNNING", "None", JobState.RUNNING, "training"),
+        ("PENDING", "Resources", JobState.PENDING, "Resources"),
+        ("PENDING", "JobHeldAdmin", JobState.HELD, "JobHeldAdmin: waits for `scontrol release 7`"),
+        ("CANCELLED", "Resources", JobState.CANCELLED, ""),
+        ("OUT_OF_MEMORY", "OutOfMemory", JobState.OUT_OF_MEMORY, "OutOfMemory"),
+        ("FAILED", "NonZeroExitCode", JobState.FAILED, "NonZeroExitCode"),
+        ("COMPLETED", "None", JobState.COMPLETED, ""),
+    ],
+)  # fmt: skip
+def test_slurms_word_counts(
+    tmp_path: Path, commands: Commands, slurm: str, reason: str, state: JobState, shown: str
+) -> None:
+    squeue_says(commands, slurm, reason)
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    append_event(paths, "training_started", attempt="7.0", step=0)
+    assert state_of(paths) == (state, shown)
+
+
+def test_failed_job_that_stopped_on_request_is_interrupted(tmp_path: Path, commands: Commands) -> None:
+    squeue_says(commands, "FAILED", "NonZeroExitCode")
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    ended(paths, 75)
+    assert state_of(paths)[0] is JobState.INTERRUPTED
+
+
+def test_requeued_job_is_not_judged_by_its_first_attempt(tmp_path: Path, commands: Commands) -> None:
+    squeue_says(commands, "PENDING", "BeginTime")
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    ended(paths, 143)
+    state, reason = state_of(paths)
+    assert (state, reason.partition(":")[0]) == (JobState.PENDING, "BeginTime")
+    started(paths, "7.1")
+    squeue_says(commands, "RUNNING")
+    ((row,), _) = collect([paths])
+    assert (row.state, row.attempt, row.exit_code) == (JobState.RUNNING, "7.1", None)
+
+
+def test_job_id_that_slurm_gave_to_somebody_else(tmp_path: Path, commands: Commands) -> None:
+    squeue_says(commands, "RUNNING", name="somebody-else")
+    assert state_of(make_run(tmp_path, "a"))[0] is JobState.UNKNOWN
+
+
+def test_job_submitted_by_hand_is_found_by_its_event(tmp_path: Path, commands: Commands) -> None:
+    commands.add("squeue", "echo '9|RUNNING|None|N/A|a'")
+    paths = make_run(tmp_path, "a")
+    started(paths, "9.0", "9")
+    ((row,), _) = collect([paths])
+    assert (row.state, row.job) == (JobState.RUNNING, "9")
+
+
+def test_unreachable_slurm_is_unknown_with_its_words(tmp_path: Path, commands: Commands) -> None:
+    commands.add("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    rows, problem = collect([make_run(tmp_path, "a")])
+    assert problem == "squeue failed: Unable to contact slurm controller"
+    assert (rows[0].state, rows[0].reason) == (JobState.UNKNOWN, problem)
+
+
+def test_local_process(tmp_path: Path) -> None:
+    me = {"scheduler": "local", "job_id": str(os.getpid()), "host": socket.gethostname()}
+    alive = make_run(tmp_path, "alive", **me, process_start=start_ticks(os.getpid()))
+    assert state_of(alive)[0] is JobState.RUNNING
+    reused = make_run(tmp_path, "reused", **me, process_start=1)
+    assert state_of(reused) == (JobState.FAILED, f"process {os.getpid()} is gone and left no word of its end")
+    elsewhere = make_run(tmp_path, "elsewhere", **{**me, "host": "other"}, process_start=1)
+    assert state_of(elsewhere) == (JobState.UNKNOWN, "it runs on other; look there")
+    started(reused, "local-1", str(os.getpid()))
+    ended(reused, 0, "local-1")
+    assert state_of(reused) == (JobState.COMPLETED, "")
+
+
+def test_cancelled_job_that_was_killed_before_its_last_word(tmp_path: Path, silent: Commands) -> None:
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    append_event(paths, "cancelled", job_id="7")
+    assert state_of(paths) == (JobState.CANCELLED, "by `launcher cancel`")
+    assert listing([paths])[0]["state"] == "CANCELLED"
+
+
+def test_cancelled_local_run(tmp_path: Path) -> None:
+    paths = make_run(tmp_path, "a", scheduler="local", host=socket.gethostname())
+    started(paths, "local-1")
+    append_event(paths, "cancelled", job_id="7")
+    ended(paths, 75, "local-1")
+    assert state_of(paths) == (JobState.CANCELLED, "by `launcher cancel`")
+
+
+def test_progress_and_checkpoint_are_shown(tmp_path: Path, commands: Commands) -> None:
+    squeue_says(commands, "RUNNING")
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    progress = {"step": 5, "max_steps": 20, "loss": 1.23456, "tokens_per_second": 12345.6, "eta_seconds": 3725}
+    write_json(paths.progress, progress)
+    for step, complete in ((2, True), (4, True), (5, False)):
+        paths.checkpoint(step).mkdir(parents=True)
+        if complete:
+            (paths.checkpoint(step) / COMPLETE).touch()
+    (head, line) = table(collect([paths])[0]).splitlines()
+    assert " ".join(head.split()) == "RUN STATE ATTEMPT JOB STEP LOSS TOKENS/S MFU ETA CHECKPOINT REASON"
+    assert " ".join(line.split()) == "a RUNNING 7.0 7 5/20 1.2346 12,346 - 1:02:05 step-00000004 preparing"
+
+
+def test_unreadable_run_does_not_hide_the_others(tmp_path: Path, silent: Commands) -> None:
+    broken = make_run(tmp_path, "broken")
+    broken.manifest.write_text("{")
+    rows, _ = collect([broken, make_run(tmp_path, "fine")])
+    assert [row.run for row in rows] == ["broken", "fine"]
+    assert rows[0].reason.startswith(f"unreadable: {broken.manifest} cannot be read: ")
+
+
+def test_json_of_a_row() -> None:
+    row = RunStatus(run="a", directory="/r/a", state=JobState.RUNNING, step=1)
+    assert json.loads(json.dumps(row.as_json()))["state"] == "RUNNING"
+    assert set(row.as_json()) == {item.name for item in dataclasses.fields(RunStatus)}
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0, 61, 3600, 86400.9)] == ["0:00", "1:01", "1:00:00", "24:00:00"]
+
+
+def test_finding_runs(tmp_path: Path) -> None:
+    first = make_run(tmp_path, "b-first")
+    second = make_run(tmp_path, "a-second")
+    (tmp_path / "no-run").mkdir()
+    assert [paths.name for paths in all_runs(tmp_path)] == ["b-first", "a-second"]
+    assert all_runs(tmp_path / "absent") == []
+    assert find_run("b-first", tmp_path) == find_run(str(first.root), Path("elsewhere")) == first
+    assert read_manifest(second).attempts[0].job_id == "7"
+    with pytest.raises(
+        Exception, match=r"^no run 'b-frist' in .*; did you mean 'b-first'\? \(--run-root or SFT_RUN_ROOT"
+    ):
+        find_run("b-frist", tmp_path)
+
+
+def test_listing_asks_nobody(tmp_path: Path) -> None:
+    paths = make_run(tmp_path, "a")
+    assert listing([paths])[0]["state"] is None
+    started(paths)
+    assert listing([paths])[0]["state"] == "preparing"
+    ended(paths, 0)
+    assert listing([paths])[0] == {
+        "run": "a",
+        "directory": str(paths.root),
+        "state": "COMPLETED",
+        "created_at": 1.0,
+        "topology": "tp2 = 2 ranks",
+        "parent_run": None,
+    }
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> None:
+    whole, damaged = make_run(tmp_path, "a"), make_run(tmp_path, "b")
+    damaged.manifest.write_text("{")
+    rows = listing([damaged, whole])
+    assert [row["state"] for row in rows] == ["UNKNOWN", None]
+    assert rows[0]["topology"].startswith("unreadable: ")

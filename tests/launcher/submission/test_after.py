@@ -1,0 +1,78 @@
+"""Runs that wait for others: what Slurm is told, what is refused, and what may be missing yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.__main__ import main
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.rundir import RunPaths, append_event
+from tests.launcher.conftest import Commands
+
+SLURM = "--cluster=slurm-dev"
+
+
+@pytest.fixture
+def parent(workdir: Path, commands: Commands) -> RunPaths:
+    """A run `first` with job 7, which squeue says is in the state that the file `state` holds."""
+    commands.add("srun", "")
+    commands.add("sbatch", "echo 7")
+    commands.add("squeue", f'[ ! -s {workdir}/state ] || echo "7|$(cat {workdir}/state)|None|N/A|first"')
+    commands.add("sacct", "exit 1")
+    assert main(["submit", "cfg.yaml", SLURM]) == 0
+    return RunPaths(workdir / "runs" / "first")
+
+
+def submit(workdir: Path, state: str, *words: str) -> int:
+    (workdir / "state").write_text(state)
+    return main(["submit", "cfg.yaml", SLURM, "name=second", "after=first", *words])
+
+
+def test_job_of_a_waiting_run_is_named(workdir: Path, parent: RunPaths, commands: Commands) -> None:
+    own = "resources.extra_sbatch=[--dependency=singleton]"
+    assert (
+        submit(workdir, "RUNNING", own, f"model.path={parent.export}", "checkpoint.resume_from=runs/first/checkpoints")
+        == 0
+    )
+    assert "--dependency=singleton,afterok:7 " in commands.calls("sbatch")[-1]
+    assert submit(workdir, "PENDING", "name=third", f"after={parent.root}") == 0
+    assert "--dependency=afterok:7 " in commands.calls("sbatch")[-1]
+
+
+def test_finished_run_is_not_waited_for(workdir: Path, parent: RunPaths, commands: Commands) -> None:
+    append_event(parent, "attempt_started", attempt="7.0", job_id="7")
+    append_event(parent, "attempt_ended", attempt="7.0", exit_code=0)
+    assert submit(workdir, "COMPLETED") == 0
+    assert "--dependency" not in commands.calls("sbatch")[-1]
+
+
+@pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"])
+def test_run_that_failed_is_refused(
+    workdir: Path, parent: RunPaths, state: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(workdir, state) == ExitCode.CONFLICT
+    assert f"after: run first is {state}, so this one would wait for ever" in capsys.readouterr().err
+    assert not (workdir / "runs" / "second").exists()
+
+
+def test_unknown_state_and_unknown_run(workdir: Path, parent: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit(workdir, "") == ExitCode.SCHEDULER
+    assert "after: cannot tell whether run first will succeed" in capsys.readouterr().err
+    assert submit(workdir, "RUNNING", "after=nobody") == ExitCode.BAD_INPUT
+    assert f"after: nobody is not a run in {workdir}/runs" in capsys.readouterr().err
+    assert main(["submit", "cfg.yaml", "name=local", "after=first"]) == ExitCode.BAD_INPUT
+    assert "only Slurm waits" in capsys.readouterr().err
+
+
+def test_only_what_the_run_before_will_write_may_be_missing(
+    workdir: Path, parent: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = f"model.path={workdir}/runs/other/export"
+    assert submit(workdir, "RUNNING", missing) == ExitCode.BAD_INPUT
+    assert "model.path: " in capsys.readouterr().err
+    # the layout is checked against the model that the run before trains: 4 layers do not make 3 stages
+    stages = ["topology.pipeline_parallel=3", "resources.tasks_per_node=3"]
+    assert submit(workdir, "RUNNING", f"model.path={parent.export}", *stages) == ExitCode.BAD_INPUT
+    assert "4 layers do not divide by pipeline_parallel 3" in capsys.readouterr().err

@@ -1,0 +1,282 @@
+"""Scripts byte for byte, their syntax, and values that stay data whatever they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from launcher.contract.config.load import load_config
+from launcher.contract.errors import TemplateError
+from launcher.contract.rundir import RunPaths
+from launcher.contract.spec import (
+    CheckpointSpec,
+    ClusterSpec,
+    DataSpec,
+    ModelSpec,
+    NotifySpec,
+    ResourcesSpec,
+    RunSpec,
+    RuntimeSpec,
+    TopologySpec,
+    TrainSpec,
+)
+from launcher.contract.topology import build_topology
+from launcher.submission.render import render, sbatch
+from tests.launcher.conftest import Commands
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+SITES = ("slurm-dev", "site-gres-modules", "site-pyxis", "site-apptainer")
+RUNTIMES = {
+    "none": RuntimeSpec(),
+    "venv": RuntimeSpec(kind="venv", path="/home/me/my venv"),
+    "conda": RuntimeSpec(kind="conda", path="sft", modules=["cuda/12.8"]),
+    "apptainer": RuntimeSpec(kind="apptainer", image="/images/sft.sif", mounts=["/scratch:/scratch"]),
+}
+TOPOLOGIES = {
+    "dp8": TopologySpec(),
+    "tp2-pp2": TopologySpec(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
+    "pp4": TopologySpec(pipeline_parallel=4),
+}
+ROOT = Path("/shared/runs/demo")
+
+
+def make_spec(**changes: Any) -> RunSpec:
+    """A run of two GPU nodes with four ranks each."""
+    spec = RunSpec(
+        name="demo",
+        run_root="/shared/runs",
+        model=ModelSpec(path="/models/llama"),
+        data=DataSpec(train=["/data/a.jsonl", "/data/b.jsonl"], validation=["/data/held/out.jsonl"]),
+        train=TrainSpec(max_steps=10, global_batch_size=8),
+        topology=TopologySpec(tensor_parallel=4),
+        resources=ResourcesSpec(nodes=2, gpus_per_node=4, cpus_per_task=8, time="01:00:00"),
+    )
+    return dataclasses.replace(spec, **changes)
+
+
+def script(spec: RunSpec, root: Path = ROOT, source_root: Path | None = None) -> str:
+    return render(spec, build_topology(spec, None), RunPaths(root), "/opt/python", source_root)
+
+
+def golden_scripts() -> dict[str, RunSpec]:
+    specs = {}
+    for name, runtime in RUNTIMES.items():
+        cluster = ClusterSpec(runtime=runtime)
+        specs[f"local-{name}"] = make_spec(cluster=cluster, resources=ResourcesSpec(tasks_per_node=4))
+        specs[f"slurm-{name}"] = make_spec(cluster=ClusterSpec(name="c", scheduler="slurm", runtime=runtime))
+    slurm = ClusterSpec(name="c", scheduler="slurm")
+    pyxis = RuntimeSpec(kind="pyxis", image="registry.example/sft:1", mounts=["/scratch:/scratch"])
+    specs["slurm-pyxis"] = make_spec(cluster=dataclasses.replace(slurm, runtime=pyxis))
+    for name, topology in TOPOLOGIES.items():
+        specs[f"slurm-{name}"] = make_spec(cluster=slurm, topology=topology)
+        on_cpu = ResourcesSpec(nodes=1, tasks_per_node=8)
+        specs[f"local-{name}"] = make_spec(topology=topology, resources=on_cpu)
+    everything = ResourcesSpec(
+        nodes=2,
+        gpus_per_node=4,
+        cpus_per_task=8,
+        memory_per_node="0",
+        time="1-00:00:00",
+        partition="gpu",
+        account="a b",
+        qos="high",
+        constraint="h100&ib",
+        reservation="r",
+        nodelist="n[1-4]",
+        exclude="n3",
+        exclusive=True,
+        signal_seconds=60,
+        extra_sbatch=["--mail-type=END", '--comment=it\'s "a" # \\ comment'],
+    )
+    cluster = ClusterSpec(scheduler="slurm", gpu_directive="gpus_per_task", gpu_type="h100", env={"A": "$x 'y'"})
+    specs["slurm-everything"] = make_spec(
+        cluster=cluster,
+        resources=everything,
+        notify=NotifySpec(email="me@example.org"),
+        checkpoint=CheckpointSpec(export=False),
+    )
+    return specs
+
+
+def site_spec(site: str, workdir: Path) -> RunSpec:
+    overrides = ["name=demo", "resources.tasks_per_node=", "topology.pipeline_parallel=1", "train.global_batch_size=16"]
+    spec = load_config(workdir / "cfg.yaml", overrides, site).spec
+    return dataclasses.replace(
+        make_spec(),
+        cluster=spec.cluster,
+        train=spec.train,
+        topology=spec.topology,
+        resources=dataclasses.replace(spec.resources, nodes=2),
+    )
+
+
+def compare(name: str, text: str) -> None:
+    """UPDATE_GOLDEN=1 writes the files anew; read the difference before you commit it."""
+    path = GOLDEN / f"{name}.sh"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def check_syntax(text: str) -> None:
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", golden_scripts())
+def test_golden(name: str) -> None:
+    spec = golden_scripts()[name]
+    check_syntax(script(spec))
+    compare(name, script(spec))
+    assert script(spec) == script(spec)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_golden_of_cluster_files(site: str, workdir: Path) -> None:
+    spec = site_spec(site, workdir)
+    check_syntax(script(spec))
+    compare(site, script(spec))
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (Debian: shellcheck)")
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.sh")), ids=lambda path: path.stem)
+def test_shellcheck(path: Path) -> None:
+    done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+REQUEUE = """\
+job_id=7
+sleep() { :; }
+scontrol() {
+  if [ "$1" = show ]; then [ "$calls" -le 2 ] || echo "JobState=$STATE"; return; fi
+  calls=$((calls + 1))
+  echo "$*"
+  [ "$1" = update ] || [ "$calls" -gt "$FAILURES" ]
+}
+calls=0
+follow 75 requeue node2
+"""
+
+
+@pytest.mark.parametrize(
+    ("failures", "state", "said"),
+    [
+        (0, "RUNNING", ["requeue 7", "update JobId=7 ExcNodeList=node2"]),
+        (2, "RUNNING", ["requeue 7"] * 3 + ["update JobId=7 ExcNodeList=node2"]),  # no controller for a while
+        (9, "RUNNING", ["requeue 7"] * 3 + ["the job may not be requeued here; a new one goes on", "sbatch node2"]),
+        (9, "CANCELLED", ["requeue 7"] * 3),
+    ],
+)
+def test_a_requeue_outlasts_an_absent_controller(failures: int, state: str, said: list[str]) -> None:
+    text = script(make_spec(cluster=ClusterSpec(scheduler="slurm")))
+    functions = text[text.index("job_view() {") : text.index("resubmit() {")]
+    program = f'{functions}resubmit() {{ echo "sbatch $1"; }}\n{REQUEUE}'
+    environment = {**os.environ, "FAILURES": str(failures), "STATE": state}
+    done = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == said
+
+
+def test_cpu_ranks_get_nothing_of_cuda() -> None:
+    spec = make_spec(cluster=ClusterSpec(scheduler="slurm"), resources=ResourcesSpec(nodes=2, tasks_per_node=4))
+    assert "CUDA" not in script(spec)
+    assert "gpu" not in script(spec)
+
+
+def test_checkout_goes_first_on_pythonpath() -> None:
+    spec = make_spec(resources=ResourcesSpec(tasks_per_node=4))
+    assert "export PYTHONPATH='/a b'${PYTHONPATH:+:$PYTHONPATH}\n" in script(spec, source_root=Path("/a b"))
+    assert "PYTHONPATH" not in script(spec)
+
+
+def test_newline_is_refused() -> None:
+    spec = make_spec(cluster=ClusterSpec(scheduler="slurm", env={"A": "x\ny"}))
+    with pytest.raises(TemplateError, match=r"'x\\ny' holds '\\n', which cannot stand in a batch script"):
+        script(spec)
+
+
+def test_container_cannot_mount_a_path_with_a_colon() -> None:
+    cluster = ClusterSpec(scheduler="slurm", runtime=RuntimeSpec(kind="pyxis", image="i"))
+    spec = make_spec(cluster=cluster, model=ModelSpec(path="/models/a:b"))
+    with pytest.raises(TemplateError, match=r"^/models/a:b: a container cannot mount a path with ':' or ','"):
+        script(spec)
+
+
+def test_site_template_overrides_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "templates"
+    folder.mkdir()
+    monkeypatch.setenv("SFT_LAUNCHER_HOME", str(tmp_path))
+    spec = make_spec(cluster=ClusterSpec(scheduler="slurm", template="mine.sh.j2"))
+    mine = folder / "mine.sh.j2"
+    mine.write_text('{% extends "slurm.sh.j2" %}\n{% block finish %}\nrm -rf /tmp/scratch\n{% endblock %}\n')
+    assert 'rm -rf /tmp/scratch\nexit "$rc"\n' in script(spec)
+    mine.write_text("{{ resources.nods }}")
+    with pytest.raises(TemplateError, match=r"^template mine\.sh\.j2 does not render: .* no attribute 'nods'"):
+        script(spec)
+    mine.write_text("\n{% if %}")
+    with pytest.raises(TemplateError, match=r"^template mine\.sh\.j2:2 does not render: "):
+        script(spec)
+    with pytest.raises(TemplateError, match=r"^template 'main\.sh\.j2' not found; did you mean 'mine\.sh\.j2'\?"):
+        script(make_spec(cluster=ClusterSpec(template="main.sh.j2")))
+
+
+def test_sbatch_words() -> None:
+    assert sbatch("--nodes=2") == "--nodes=2"
+    assert sbatch('--comment=a "b" \\') == '"--comment=a \\"b\\" \\\\"'
+    assert sbatch("") == '""'
+
+
+NASTY = st.text(alphabet="a 'b\"$(){}`;&|<>*?#!~\\%é\t", min_size=1, max_size=20)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=NASTY, folder=st.text(alphabet="a 'b\"$()`;&#!~é", min_size=1, max_size=10))
+@example(value="$(touch pwned)", folder="`touch pwned`")
+@example(value="'; touch pwned; '", folder='"; touch pwned; "')
+@example(value="\\", folder="-n")
+def test_values_stay_data_when_the_script_runs(
+    tmp_path: Path, workdir: Path, commands: Commands, value: str, folder: str
+) -> None:
+    """The script really runs, with srun, scontrol and Python replaced by scripts that write down what they get."""
+    shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    root = tmp_path / "x" / folder.strip() / "run"
+    seen = tmp_path / "x" / "seen"
+    root.mkdir(parents=True)
+    python = root / f"py {folder}"
+    python.write_text(f'#!/bin/bash\nprintf "%s\\0" "$A" "${{@:1:4}}" >>"{seen}"\n')
+    python.chmod(0o755)
+    commands.add("srun", 'while [[ "$1" == -* ]]; do shift; done; SLURM_PROCID=0 SLURMD_NODENAME=n exec "$@"')
+    commands.add("scontrol", "echo node1")
+    spec = make_spec(
+        run_root=str(root.parent),
+        resources=ResourcesSpec(nodes=2, tasks_per_node=4),
+        cluster=ClusterSpec(scheduler="slurm", env={"A": value}, runtime=RuntimeSpec(python=str(python))),
+    )
+    (root / "job.sh").write_text(script(spec, root))
+    job = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+    done = subprocess.run(["bash", str(root / "job.sh")], cwd=workdir, env=job, capture_output=True, text=True)
+    log = (root / "logs" / "7.0" / "batch.log").read_text()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), log
+    words = seen.read_text().split("\0")[:-1]
+    assert [words[start : start + 5] for start in range(0, len(words), 5)] == [
+        [value, "-m", module, phase, where]
+        for module, phase, where in (
+            ("launcher.attempts.attempt", "begin", str(root)),
+            ("sft", "prepare", f"{root}/config.yaml"),
+            ("sft", "preflight", f"{root}/config.yaml"),
+            ("sft", "train", f"{root}/config.yaml"),
+            ("sft", "export", str(root)),
+            ("launcher.attempts.attempt", "end", str(root)),
+        )
+    ]
+    assert not list(tmp_path.rglob("pwned"))

@@ -1,0 +1,258 @@
+"""A run from submit to its end on this machine, and what is left behind when it cannot begin."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.__main__ import main
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.job_state import JobState
+from launcher.contract.lease import BY_HAND, held
+from launcher.contract.manifest import read_manifest
+from launcher.contract.rundir import COMPLETE, RunPaths, append_event
+from launcher.contract.spec import read_resolved
+from launcher.runs.state import collect
+from launcher.views import logs
+from tests.launcher.conftest import Commands
+
+RUN = RunPaths(Path("runs/first"))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def state(paths: RunPaths = RUN) -> JobState:
+    return collect([RunPaths(paths.root.absolute())])[0][0].state
+
+
+def launch(*words: str) -> int:
+    return main(["submit", "cfg.yaml", *words])
+
+
+def test_local_run(workdir: Path, fake_python: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(fake_python, "--follow") == 0
+    out = capfd.readouterr().out
+    for line in (
+        "topology   pp2 = 2 ranks",
+        "batch      4 examples a step = micro-batch 1 x dp 1 x 4 accumulated; at most 512 tokens",
+        "  train.max_steps             3  ",
+        "next       launcher status first\n",
+        "\nprepare \ntrain: pp2 = 2 ranks\n",
+        "\ntrain 0\n",
+        "\nexport\nexport \nattempt local-1 ended with exit code 0\n",
+    ):
+        assert line in out
+    assert RUN.rank_log("local-1", 1).read_text() == "train 1\n"
+    manifest = read_manifest(RUN)
+    assert (manifest.name, manifest.parent_run, manifest.topology["summary"]) == ("first", None, "pp2 = 2 ranks")
+    assert manifest.command[:3] == ("launcher", "submit", "cfg.yaml")
+    assert [attempt.scheduler for attempt in manifest.attempts] == ["local"]
+    assert manifest.versions["submitit"].startswith("1.5")
+    assert state() is JobState.COMPLETED
+    assert stat.S_IMODE(RUN.root.stat().st_mode) == 0o700
+
+
+def test_run_outlives_the_process_that_submitted_it(workdir: Path, fake_python: str) -> None:
+    command = [sys.executable, "-m", "launcher", "submit", "cfg.yaml", fake_python, "--json"]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin", "FAKE_TICKS": "20"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
+    assert json.loads(done.stdout)["run"] == "first", done.stderr
+    assert done.stderr == ""
+    assert state() is JobState.RUNNING
+    wait_for(lambda: state() is JobState.COMPLETED)
+
+
+def test_existing_run_is_left_alone(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RUN.root.mkdir(parents=True)
+    (RUN.root / "mine").touch()
+    assert launch() == ExitCode.CONFLICT
+    assert capsys.readouterr().err == (
+        f"error: run first exists in {workdir}/runs; go on with `launcher resubmit first`, "
+        "or choose another name (name=...)\n"
+    )
+    assert [path.name for path in RUN.root.iterdir()] == ["mine"]
+
+
+def test_refused_job_leaves_nothing(workdir: Path, commands: Commands) -> None:
+    commands.add("srun", "")
+    commands.add("sbatch", "echo 'sbatch: error: no' >&2; exit 1")
+    assert launch("--cluster=slurm-dev", "run_root=new/deep") == ExitCode.SCHEDULER
+    assert not Path("new").exists()
+
+
+def test_bad_config_leaves_nothing(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("topology.tensor_parallel=3", "topology.pipeline_parallel=1") == ExitCode.BAD_INPUT
+    assert capsys.readouterr().err.startswith("error: topology.tensor_parallel 3 does not divide the 2 ranks of a node")
+    assert not Path("runs").exists()
+
+
+def test_run_root_that_cannot_be_made(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("run_root=cfg.yaml/x") == ExitCode.FAILURE
+    assert (
+        capsys.readouterr().err == f"error: run_root: {workdir}/cfg.yaml/x/first cannot be created: Not a directory\n"
+    )
+
+
+def test_dry_run_and_render_write_nothing(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--dry-run") == 0
+    dry = capsys.readouterr().out
+    assert main(["render", "cfg.yaml"]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash\n")
+    assert dry.endswith(f"\n\n{script}")
+    assert main(["validate", "cfg.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["topology"]["pipeline_parallel"] == 2
+    assert not Path("runs").exists()
+
+
+def test_source_and_uncommitted_changes_are_kept(workdir: Path, fake_python: str) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "cfg.yaml"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    Path("cfg.yaml").write_text(Path("cfg.yaml").read_text() + "# changed\n")
+    assert launch(fake_python, "--follow") == 0
+    source = read_manifest(RUN).source[str(workdir)]
+    assert (len(source["commit"]), source["dirty"], " M cfg.yaml" in source["changed"]) == (40, True, True)
+    assert "+# changed\n" in RUN.source_diff.read_text()
+
+
+def test_failed_rank_gives_the_run_its_code(
+    workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_BAD_RANK", "1")
+    monkeypatch.setenv("FAKE_CODE", "74")
+    assert launch(fake_python, "--follow") == 74
+    assert main(["status", "first"]) == 0
+    out = capfd.readouterr().out
+    assert "exited" not in out
+    assert "rank 1 on " in out.splitlines()[-1]
+    assert "export \n" not in out
+
+
+def test_cancel_and_go_on(
+    workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_TICKS", "1000")
+    assert launch(fake_python) == 0
+    wait_for(RUN.rank_log("local-1", 1).exists)
+    wait_for(lambda: RUN.rank_log("local-1", 1).read_text())
+    assert main(["resubmit", "first"]) == ExitCode.CONFLICT
+    assert "is RUNNING as job" in capsys.readouterr().err
+    assert main(["cancel", "first"]) == 0
+    assert state() is JobState.CANCELLED
+    assert RUN.rank_log("local-1", 0).read_text() == "train 0\nasked to stop\n"
+    assert main(["cancel", "first"]) == ExitCode.CONFLICT
+    monkeypatch.setenv("FAKE_TICKS", "1")
+    assert main(["resubmit", "first"]) == 0
+    wait_for(lambda: state() is JobState.COMPLETED)
+    assert [attempt.scheduler for attempt in read_manifest(RUN).attempts] == ["local", "local"]
+    assert RUN.rank_log("local-2", 1).read_text() == "train 1\n"
+
+
+def test_ranks_by_hand_hold_the_run(
+    workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_BAD_RANK", "1")
+    monkeypatch.setenv("FAKE_CODE", "74")
+    assert launch(fake_python, "--follow") == 74
+    with held(RUN, BY_HAND):
+        assert main(["resubmit", "first"]) == ExitCode.CONFLICT
+        assert f"run first is held by attempt by-hand on {socket.gethostname()}" in capsys.readouterr().err
+        assert main(["resubmit", "first", "train.seed=9"]) == ExitCode.CONFLICT
+    monkeypatch.setenv("FAKE_BAD_RANK", "none")
+    assert main(["resubmit", "first"]) == 0
+    wait_for(lambda: state() is JobState.COMPLETED)
+
+
+def test_local_run_is_started_again(workdir: Path, commands: Commands, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the same process, and with the same followers, until the budget is used up or it is done."""
+    judge = f'[[ "$2" != launcher.attempts* ]] || exec {sys.executable} "$@"\n'
+    killed = '[ "$3 ${RANK-}" != "train 1" ] || [ "$SFT_ATTEMPT" = local-3 ] || kill -9 $$\n'
+    python = commands.add("killed-twice", judge + killed)
+    assert launch(f"cluster.runtime.python={python}", "--follow") == 0
+    out = capfd.readouterr().out
+    for line in (
+        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 1 of 2 without a new checkpoint",
+        "attempt local-1 ended with exit code 137",
+        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 2 of 2 without a new checkpoint",
+        "attempt local-2 ended with exit code 137",
+        "attempt local-3 ended with exit code 0",
+    ):
+        assert f"{line}\n" in out
+    assert state() is JobState.COMPLETED
+    assert len(read_manifest(RUN).attempts) == 1
+
+
+def test_child_run_of_a_finished_run(workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("cfg.yaml").write_text(Path("cfg.yaml").read_text() + "logging: {prompts: ['costs \\${x}']}\n")
+    assert launch(fake_python, "--follow") == 0
+    RUN.checkpoint(3).mkdir(parents=True)
+    (RUN.checkpoint(3) / COMPLETE).touch()
+    assert main(["resubmit", "first"]) == ExitCode.CONFLICT
+    assert "has finished; to train on, raise its steps" in capsys.readouterr().err
+    assert main(["resubmit", "first", "train.seed=9"]) == ExitCode.CONFLICT
+    assert "do not train longer" in capsys.readouterr().err
+    assert main(["resubmit", "first", "train.max_steps=9"]) == 0
+    child = RunPaths(Path("runs/first-2"))
+    spec = read_resolved(child.config)
+    assert spec.checkpoint.resume_from == str(RUN.checkpoint(3).absolute())
+    assert (spec.name, spec.train.max_steps, spec.logging.prompts) == ("first-2", 9, ["costs ${x}"])
+    assert read_manifest(child).parent_run == str(RUN.root.absolute())
+    wait_for(lambda: state(child) is JobState.COMPLETED)
+    capsys.readouterr()
+    assert main(["list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["run"], row["state"]) for row in rows] == [("first", "COMPLETED"), ("first-2", "COMPLETED")]
+
+
+def test_logs_of_ranks_batch_and_attempts(workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(fake_python, "--follow") == 0
+    capsys.readouterr()
+
+    def shown(*words: str) -> str:
+        assert main(["logs", "first", *words]) == 0
+        return capsys.readouterr().out
+
+    assert shown() == shown("--rank=0") == "train 0\n"
+    assert shown("--rank=1") == shown("--rank=1", "--attempt=local-1") == "train 1\n"
+    assert shown("--batch").endswith("ended with exit code 0\n")
+    assert main(["logs", "first", "--rank=1", "-f"]) == 0
+    assert capsys.readouterr().out == "train 1\n"
+    assert main(["logs", "first", "--attempt=local-2"]) == ExitCode.CONFLICT
+    assert capsys.readouterr().err == (
+        "error: run first has no attempt 'local-2'; did you mean 'local-1'?; it has local-1\n"
+    )
+    assert main(["logs", "first", "--rank=9"]) == 0
+    assert "run first: job" in capsys.readouterr().err
+
+
+def test_logs_before_the_first_rank_show_the_batch_log(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.launcher.runs.test_state import make_run, started
+
+    paths = make_run(Path("runs"), "a", scheduler="local", host="elsewhere")
+    logs.show(paths, logs.Choice())
+    assert capsys.readouterr().err == "# no log yet; run a: job 7 is UNKNOWN (it runs on elsewhere; look there)\n"
+    started(paths, "local-1")
+    (paths.logs / "local-1").mkdir()
+    (paths.logs / "local-1" / "batch.log").write_text("preparing\n")
+    logs.show(paths, logs.Choice())
+    captured = capsys.readouterr()
+    assert captured.out == "preparing\n"
+    assert captured.err.startswith("# no rank-0.log yet; ")
+    append_event(paths, "attempt_ended", attempt="local-1", exit_code=3)
+    assert logs.follow(paths, logs.Choice(batch=True)).exit_code == 3
+    assert capsys.readouterr().out == "preparing\n"

@@ -1,0 +1,108 @@
+"""What `sft bench` computes around its measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.contract.errors import TopologyError
+from launcher.contract.exit_codes import ExitCode
+from launcher.contract.model_shape import named_model_shape
+from launcher.contract.spec import TopologySpec
+from launcher.contract.topology import build_topology
+from sft.__main__ import main
+from sft.bench.layout import micro_batch_rows, parse_layout, replica_size
+from sft.bench.ours import BenchData, run_spec
+from sft.bench.overlap import busy, exposed, union
+from sft.bench.phases import PhaseTimers
+from sft.bench.result import StepClock
+from sft.bench.workload import Workload
+from sft.data.batches.sampler import EMPTY_SLOT
+
+
+def test_layouts_by_name() -> None:
+    assert parse_layout("dp") == TopologySpec()
+    assert parse_layout("dp8") == TopologySpec()
+    assert parse_layout("tp2+sp") == TopologySpec(tensor_parallel=2, sequence_parallel=True)
+    found = parse_layout("tp4+pp2+vp3+cp2")
+    assert found == TopologySpec(tensor_parallel=4, pipeline_parallel=2, virtual_pipeline=3, context_parallel=2)
+    assert replica_size(found) == 16
+    with pytest.raises(TopologyError, match="'zp2' is none of"):
+        parse_layout("tp2+zp2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "zp2"], "error: --topology zp2: 'zp2' is none of dp, tpN"),
+        (["--shape", "1c"], "error: '1c' is no named model size"),
+    ],
+)
+def test_wrong_words_end_it_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == ExitCode.BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows", "micro_batches", "expected"),
+    [("dp", 8, 1, 8), ("dp", 8, 2, 4), ("dp", 1, 4, 1), ("tp2+sp", 4, 1, 8), ("pp2", 8, 1, 2), ("pp2", 2, 1, 1)],
+)
+def test_rows_of_a_micro_batch(layout: str, rows: int, micro_batches: int, expected: int) -> None:
+    """A GPU's rows times the GPUs of a model, cut; a pipeline of two has eight micro-batches if there are as many."""
+    assert micro_batch_rows(parse_layout(layout), rows, micro_batches) == expected
+
+
+@pytest.mark.parametrize("layout", ["dp", "tp2+sp", "pp2", "tp2+cp2"])
+def test_no_example_comes_twice(layout: str) -> None:
+    """A step has the rows of each GPU, however many of them train one replica."""
+    workload, steps = Workload(shape="0.5b", data="ragged", seq_length=512, rows=2), 5
+    spec = run_spec(workload, Path("model"), 4, parse_layout(layout), {}, 1, steps)
+    data = BenchData(workload, spec, build_topology(spec, workload.model_shape), steps)
+    ids = [int(example) for step in range(steps) for example in data.plan.examples_at(step) if example != EMPTY_SLOT]
+    assert len(ids) == len(set(ids))
+    assert sum(data.examples.lengths[ids]) > 0.9 * steps * 4 * workload.rows * workload.seq_length
+
+
+def test_exposed_communication() -> None:
+    computing = [(0.0, 4.0), (3.0, 5.0), (10.0, 12.0)]
+    assert union(computing) == [(0.0, 5.0), (10.0, 12.0)]
+    assert busy(computing) == 7.0
+    assert exposed([], computing) == 0.0
+    assert exposed([(1.0, 2.0)], computing) == 0.0
+    assert exposed([(4.0, 11.0)], computing) == 5.0
+    assert exposed([(4.0, 7.0), (6.0, 8.0), (12.0, 13.0)], computing) == 4.0
+
+
+def test_only_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the warm-up nor what a trainer does behind its last step."""
+    now = iter([10.0, 11.0])
+    monkeypatch.setattr("sft.bench.result.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("sft.bench.result.torch.cuda.is_available", lambda: False)
+    clock = StepClock(warmup=1, steps=2)
+    for _ in range(2):
+        clock.before_step()
+        clock.after_step([60, 30], slots=100, supervised=50)
+    with pytest.raises(RuntimeError, match="1 steps were timed, not 2"):
+        clock.result("ours", {}, named_model_shape("1b"), 0.0)
+    clock.before_step()
+    clock.after_step([70, 40], slots=120, supervised=60)
+    found = clock.result("ours", {}, named_model_shape("1b"), 0.0)  # a third look at the clock would raise
+    assert (found.step_ms, found.real_tokens_per_second, found.slots_per_second) == (500.0, 200.0, 220.0)
+
+
+def test_phases_are_milliseconds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft.bench.phases.torch.cuda.is_available", lambda: False)
+    clock = iter([0.0, 0.1, 0.4, 0.4, 0.9, 1.0, 1.5, 2.0])
+    monkeypatch.setattr("sft.bench.phases.time.perf_counter", lambda: next(clock))
+    timers = PhaseTimers()
+    timers("step").start()
+    timers("forward-compute", log_level=2).start()
+    timers("forward-compute").stop()
+    timers("optimizer").start()
+    timers("optimizer").stop()
+    timers("step").stop()
+    timers("of no interest").start()
+    assert timers.milliseconds(2, whole=510.0) == {"forward": 150.0, "optimizer": 250.0, "other": 100.0, "data": 10.0}
+    timers.reset()
+    assert timers.milliseconds(2, whole=0.0) == {"other": 0.0, "data": 0.0}

@@ -1,0 +1,245 @@
+"""Rows -> examples, and the exact message for each way a row can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.contract.errors import DataError
+from launcher.contract.spec import DataSpec
+from sft.data.reading.formats import Example, check_columns, detect_format, parse_row
+from sft.data.reading.messages import Message
+
+
+def parse(row: Any, row_format: str = "messages", columns: dict[str, str] | None = None) -> Example:
+    line = row if isinstance(row, bytes) else json.dumps(row).encode()
+    return parse_row(line, "a.jsonl:3", row_format, columns or {})
+
+
+def test_messages() -> None:
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}], "id": 7}
+    assert parse(row).messages == (Message("user", "hi"), Message("assistant", "yo"))
+
+
+def test_columns_map_our_names_to_the_rows() -> None:
+    turns = {"conversation": [{"from": "user", "value": "hi"}]}
+    columns = {"messages": "conversation", "role": "from", "content": "value"}
+    assert parse(turns, columns=columns).messages == (Message("user", "hi"),)
+    example = parse({"q": "2+2", "a": "4"}, "prompt_completion", {"prompt": "q", "completion": "a"})
+    assert (example.prompt, example.completion) == ("2+2", "4")
+    assert parse({"body": "x"}, "text", {"text": "body"}) == Example(where="a.jsonl:3", text="x")
+
+
+def test_a_byte_order_mark_and_carriage_returns_are_harmless() -> None:
+    assert parse(b'\xef\xbb\xbf{"text": "x"}\r\n', "text").text == "x"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"messages": [}', "a.jsonl:3: malformed JSON at column 15: Expecting value"),
+        (
+            b"[\n",
+            "a.jsonl:3: malformed JSON at column 2: Expecting value; a data file holds one object a line",
+        ),
+        (b"\xff", "a.jsonl:3: not UTF-8 (byte 1 of the line)"),
+        (b"[1]", "a.jsonl:3: an array, where a JSON object is needed; a data file holds one object a line"),
+        (b"[" * 100_000, "a.jsonl:3: JSON is nested too deeply"),
+        ({"message": []}, "a.jsonl:3: no key 'messages'; found 'message'; did you mean 'message'?"),
+        ({"messages": "hi"}, "a.jsonl:3: messages must be a list of messages, found the text 'hi'"),
+        ({"messages": []}, "a.jsonl:3: messages must be a list of messages, found an empty array"),
+        (
+            {"messages": ["hi"]},
+            "a.jsonl:3: messages[0] must be an object with role and content, found the text 'hi'",
+        ),
+        ({"messages": [{"role": "user"}]}, "a.jsonl:3: messages[0]: no key 'content'; found 'role'"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "a.jsonl:3: messages[0]: 'content' must be a text, found null",
+        ),
+        (
+            {"messages": [{"role": "user", "content": True}]},
+            "a.jsonl:3: messages[0]: 'content' must be a text, found the boolean true",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a\ud800"}]},
+            "a.jsonl:3: messages[0]: 'content' holds half a surrogate pair (\\ud800), which is no text",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_with_what_was_found(row: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse(row)
+    assert str(caught.value) == message
+
+
+def test_what_no_template_could_be_given_is_refused() -> None:
+    """Seen to fail (trained without the call) with the key passed over."""
+    turn = {"role": "assistant", "content": "", "function_call": {"name": "f"}}
+    with pytest.raises(DataError, match=r"messages\[0\]: function_call would be left out of training"):
+        parse({"messages": [turn]})
+    with pytest.raises(DataError, match=r"a\.jsonl:3: images would be left out of training"):
+        parse({"messages": [{"role": "user", "content": "x"}], "images": ["a.png"]})
+    image = {"role": "user", "content": [{"type": "image"}]}
+    with pytest.raises(DataError, match=r"'content' holds a part that is not text"):
+        parse({"messages": [image]})
+
+
+def test_dotted_columns_go_down() -> None:
+    row = {"instances": [{"input": "3, 4", "output": "7"}], "a.b": "as it is", "a": {"b": "down"}}
+    columns = {"prompt": "a.b", "input": "instances.0.input", "completion": "instances.0.output"}
+    example = parse(row, "prompt_completion", columns)
+    assert (example.prompt, example.completion) == ("as it is\n\n3, 4", "7")
+    empty = parse({**row, "instances": [{"input": "", "output": "7"}]}, "prompt_completion", columns)
+    assert empty.prompt == "as it is"
+    with pytest.raises(DataError, match=r"a\.jsonl:3: no key 'instances\.1\.output'; found 'instances', 'a\.b', 'a'"):
+        parse(row, "prompt_completion", {"prompt": "a.b", "completion": "instances.1.output"})
+
+
+def test_a_system_column_and_tools_make_a_conversation_of_a_pair() -> None:
+    row = {"prompt": "hi", "completion": "yo", "rule": "be brief", "tools": '[{"name": "f"}]'}
+    example = parse(row, "prompt_completion", {"system": "rule"})
+    assert [message.role for message in example.messages] == ["system", "user", "assistant"]
+    assert example.tools == ({"type": "function", "function": {"name": "f"}},)
+
+
+def test_turns_of_a_conversational_prompt_are_not_trained() -> None:
+    """Seen to fail with all answers trained: those of the prompt are only what the completion answers."""
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    example = parse({"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]}, "prompt_completion")
+    assert [message.weight for message in example.messages] == [0.0, 0.0, 0.0, None]
+
+
+def test_sharegpt() -> None:
+    turns = [
+        {"from": "human", "value": "Rain?"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"city": "Paris"}}'},
+        {"from": "observation", "value": "0"},
+        {"from": "gpt", "value": "No."},
+    ]
+    example = parse({"conversations": turns, "system": "Be brief.", "tools": "[]"}, "sharegpt")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Paris"}}}
+    assert example.messages == (
+        Message("system", "Be brief."),
+        Message("user", "Rain?"),
+        Message("assistant", "", None, {"tool_calls": [call]}),
+        Message("tool", "0"),
+        Message("assistant", "No."),
+    )
+    assert example.tools == ()
+    with pytest.raises(DataError, match=r"conversations\[0\]: unknown role 'bing'; known are human, user, gpt"):
+        parse({"conversations": [{"from": "bing", "value": "x"}]}, "sharegpt")
+    with pytest.raises(DataError, match=r"conversations\[0\]: 'value' is no JSON .*: 'f\(\)'"):
+        parse({"conversations": [{"from": "function_call", "value": "f()"}]}, "sharegpt")
+
+
+def test_ids_come_with_labels_or_a_mask() -> None:
+    example = parse({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, "tokens")
+    assert (example.ids, example.weights) == ((5, 6, 7), (0.0, 1.0, 1.0))
+    masked = parse({"input_ids": [5, 6], "loss_mask": [False, 0.5]}, "tokens")
+    assert masked.weights == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, -2]}, "'input_ids' must be a list of token ids, found an array"),
+        ({"input_ids": [1, 2]}, "2 'input_ids' need as many 'labels' or 'loss_mask', found null"),
+        ({"input_ids": [1, 2], "labels": [1]}, "2 'input_ids' need as many 'labels' or 'loss_mask', found 1"),
+        ({"input_ids": [1, 2], "loss_mask": [1, -1]}, "'loss_mask' must be a number from 0, found the number -1"),
+        (
+            {"input_ids": [1, 2, 3], "labels": [2, 3, -100]},
+            "labels[0] is 2, input_ids[0] is 1: a label is the token at its own place or -100; they are shifted in "
+            "training, not in the data",
+        ),
+    ],
+)
+def test_ids_that_cannot_be_right_are_refused(row: dict[str, Any], message: str) -> None:
+    """Labels that are already shifted would train each token to predict the one after the next."""
+    with pytest.raises(DataError) as caught:
+        parse(row, "tokens")
+    assert str(caught.value) == f"a.jsonl:3: {message}"
+
+
+def test_the_weight_of_a_message() -> None:
+    def weight(**more: Any) -> float | None:
+        return parse({"messages": [{"role": "assistant", "content": "x", **more}]}).messages[0].weight
+
+    assert (weight(), weight(train=True), weight(train=False), weight(weight=0.5)) == (None, 1.0, 0.0, 0.5)
+    assert (weight(train=False, weight=1), weight(train=True, weight=0.5)) == (0.0, 0.5)
+    for more in ({"weight": -1}, {"weight": float("nan")}, {"weight": True}, {"weight": "1"}, {"train": 1}):
+        with pytest.raises(DataError, match=r"a\.jsonl:3: messages\[0\]: '(weight|train)' must be"):
+            weight(**more)
+
+
+def test_tool_calls_come_in_one_form() -> None:
+    """Arguments may be JSON text, as OpenAI writes them, and calls and tools may be bare."""
+    calls = [{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}, {"name": "g"}]
+    row = {"messages": [{"role": "assistant", "tool_calls": calls}], "tools": [{"name": "f"}, {"name": "g"}]}
+    example = parse(row)
+    assert example.messages[0].content == ""
+    assert example.messages[0].extra["tool_calls"] == [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}},
+        {"type": "function", "function": {"name": "g", "arguments": {}}},
+    ]
+    assert [tool["type"] for tool in example.tools] == ["function", "function"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tool_calls": [1]}, "messages[0]: tool_calls: a call must be an object with name and arguments, found"),
+        ({"tool_calls": [{"name": "f", "arguments": "{"}]}, "arguments of 'f' is no JSON"),
+        (
+            {"tool_calls": [{"name": "f", "arguments": "[]"}]},
+            "arguments of 'f' must be an object, found an empty array",
+        ),
+        ({"tool_calls": [{"name": "\ud800"}]}, "holds half a surrogate pair"),
+    ],
+)
+def test_a_bad_tool_call_is_named(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse({"messages": [{"role": "assistant", **row}]})
+    assert message in str(caught.value)
+
+
+def test_bad_tools_are_named() -> None:
+    messages = [{"role": "user", "content": "x"}]
+    for tools, message in (("{", "is no JSON"), ({}, "must be a list of objects"), ([{}], "a tool has no name")):
+        with pytest.raises(DataError, match=f"a.jsonl:3: 'tools'.*{message}"):
+            parse({"messages": messages, "tools": tools})
+
+
+def test_the_format_is_told_from_the_first_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    for row, columns, expected in (
+        ({"prompt": "", "completion": ""}, {}, "prompt_completion"),
+        ({"question": "", "answer": ""}, {"prompt": "question", "completion": "answer"}, "prompt_completion"),
+        ({"messages": [], "text": ""}, {}, "messages"),
+        ({"text": ""}, {}, "text"),
+        ({"conversations": []}, {}, "sharegpt"),
+        ({"input_ids": [], "labels": []}, {}, "tokens"),
+        ({"a": {"b": ""}}, {"text": "a.b"}, "text"),
+    ):
+        file.write_text("\n  \n" + json.dumps(row) + "\n")
+        assert detect_format([file], DataSpec(columns=columns), "data.train") == expected
+    assert detect_format([file], DataSpec(format="messages"), "data.train") == "messages"
+
+
+def test_an_unknown_format_names_the_keys(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('\n{"question": "", "answer": ""}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the format cannot be told from the keys 'question', 'answer'"):
+        detect_format([file], DataSpec(), "data.train")
+    file.write_text("\n\n")
+    with pytest.raises(DataError, match=r"data\.train: no rows in .*a\.jsonl"):
+        detect_format([file], DataSpec(), "data.train")
+
+
+def test_an_unknown_column_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(DataError, match=r"data\.columns: unknown name 'promt'; did you mean 'prompt'\?"):
+        check_columns({"promt": "question"}, "data.columns")
+    check_columns({"prompt": "question", "completion": "answer"}, "data.columns")

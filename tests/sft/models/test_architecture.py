@@ -1,0 +1,216 @@
+"""Every covered family is read in both config forms; every setting that is not covered is refused with its value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.contract.errors import ModelError
+from sft.models.architecture import read_architecture
+from sft.models.rope import Llama3Scaling, Rope
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def write_config(directory: Path, **changes: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    return directory
+
+
+def refusal(directory: Path, **changes: Any) -> list[str]:
+    with pytest.raises(ModelError) as caught:
+        read_architecture(write_config(directory, **changes))
+    where = f"{directory / 'config.json'}: "
+    assert all(problem.startswith(where) for problem in caught.value.problems)
+    return [problem.removeprefix(where) for problem in caught.value.problems]
+
+
+def test_plain_llama(tmp_path: Path) -> None:
+    architecture = read_architecture(write_config(tmp_path))
+
+    assert architecture.shape.head_dim == 8
+    assert architecture.layernorm_epsilon == 1e-5
+    assert architecture.rope == Rope(theta=10000.0)
+    assert (architecture.activation, architecture.embedding_scale, architecture.attention_window) == (
+        "silu",
+        None,
+        None,
+    )
+    assert not architecture.qkv_bias
+    assert not architecture.qk_norm
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
+        {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+        {"rope_scaling": {**LLAMA3, "rope_type": None, "type": "llama3"}, "rope_theta": 500000},
+    ],
+    ids=["transformers 5", "transformers 4", "key type"],
+)
+def test_rope_is_read_from_old_and_new_places(tmp_path: Path, rope: dict[str, Any]) -> None:
+    for value in rope.values():
+        if isinstance(value, dict) and value.get("rope_type") is None:
+            value.pop("rope_type", None)
+    architecture = read_architecture(write_config(tmp_path, **rope))
+
+    llama3 = Llama3Scaling(low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
+    assert architecture.rope == Rope(theta=500000.0, factor=32.0, llama3=llama3)
+
+
+def test_old_default_rope_scaling_of_null(tmp_path: Path) -> None:
+    architecture = read_architecture(write_config(tmp_path, rope_scaling=None, rope_theta=1000000.0))
+
+    assert architecture.rope == Rope(theta=1000000.0)
+
+
+def test_what_families_imply(tmp_path: Path) -> None:
+    qwen2 = read_architecture(write_config(tmp_path, model_type="qwen2", attention_bias=True))
+    qwen3 = read_architecture(write_config(tmp_path, model_type="qwen3", head_dim=16))
+    mistral = read_architecture(write_config(tmp_path, model_type="mistral", sliding_window=None))
+
+    assert (qwen2.qkv_bias, qwen2.qk_norm) == (True, False)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.shape.head_dim) == (False, True, 16)
+    assert (mistral.qkv_bias, mistral.qk_norm) == (False, False)
+
+
+@pytest.mark.parametrize("activation", [{}, {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}])
+def test_gemma(tmp_path: Path, activation: dict[str, Any]) -> None:
+    """The first files leave tied embeddings out, and call the activation by another's name."""
+    gemma = read_architecture(write_config(tmp_path, model_type="gemma", head_dim=16, **activation))
+
+    assert (gemma.activation, gemma.zero_centered_norm, gemma.embedding_scale) == ("gelu_tanh", True, 48**0.5)
+    assert gemma.shape.tied_embeddings
+
+
+def test_phi3(tmp_path: Path) -> None:
+    phi3 = read_architecture(
+        write_config(tmp_path, model_type="phi3", partial_rotary_factor=0.75, sliding_window=2047, rope_scaling=None)
+    )
+
+    assert (phi3.fused, phi3.attention_window, phi3.rope) == (True, 2047, Rope(theta=10000.0, fraction=0.75))
+
+
+def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
+    assert refusal(tmp_path, model_type="gpt_neo") == [
+        "model_type 'gpt_neo' is not supported; supported are gemma, gpt2, llama, mistral, phi3, qwen2, qwen3"
+    ]
+
+
+def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) -> None:
+    assert refusal(tmp_path, model_type="gemma2") == [
+        "model_type 'gemma2' is not supported (it caps attention scores and logits by tanh and norms each sublayer's "
+        "output); supported are gemma, gpt2, llama, mistral, phi3, qwen2, qwen3"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; only 'silu'"),
+        ({"attention_bias": True}, "attention_bias true is not supported"),
+        ({"mlp_bias": True}, "mlp_bias true is not supported"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config: quantized weights are not supported; use the unquantized model",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; only 1.0"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "RoPE settings that differ between layers are not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "beta_fast": "many"}},
+            "rope_type 'yarn' without a number for factor, beta_fast",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.5}},
+            "rope_type 'yarn' with an attention factor of 0.5, below 1",
+        ),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+            "rope_type 'longrope' is not supported; supported are 'default', 'linear', 'llama3', 'yarn'",
+        ),
+        (
+            {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+            "rope_type 'llama3' with low_freq_factor 4.0 and high_freq_factor 4.0; the first must be above 0 and below "
+            "the second",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0}},
+            "rope_type 'llama3' without a number for factor, high_freq_factor",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            "rope_type 'linear' without a number for factor",
+        ),
+        (
+            {"model_type": "gemma", "head_dim": 16, "hidden_act": "silu"},
+            "hidden_act 'silu' is not supported; only 'gelu_pytorch_tanh' or 'gelu'",
+        ),
+        (
+            {"model_type": "gemma", "head_dim": 16, "use_bidirectional_attention": True},
+            "use_bidirectional_attention true is not supported",
+        ),
+        (
+            {"model_type": "mistral"},
+            "no sliding_window, which a mistral config must state",
+        ),
+        (
+            {"model_type": "qwen3"},
+            "no head_dim, which a qwen3 config must state",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"] * 2},
+            "2 of 4 layers have a sliding window, and sliding_window is None",
+        ),
+    ],
+)
+def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    assert refusal(tmp_path, **changes) == [message]
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, 64),
+        ({"model_type": "qwen2", "sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"] * 2}, 32),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}, None),
+        ({"model_type": "llama", "sliding_window": 64}, None),
+    ],
+    ids=["all layers", "upper layers", "by layer", "switched off", "above the last layer", "not read by this family"],
+)
+def test_the_window_that_layers_have(tmp_path: Path, changes: dict[str, Any], window: int | None) -> None:
+    assert read_architecture(write_config(tmp_path, **changes)).attention_window == window
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    assert refusal(tmp_path, hidden_act="relu", mlp_bias=True, partial_rotary_factor=0.25) == [
+        "hidden_act 'relu' is not supported; only 'silu'",
+        "mlp_bias true is not supported",
+        "partial_rotary_factor 0.25 is not supported; only 1.0",
+    ]

@@ -1,0 +1,210 @@
+"""The layouts: against the formulas they stand for, bit-exact both ways, and the same rows whatever the rank count."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.contract.model_shape import ModelShape
+from sft.models.architecture import Architecture
+from sft.models.rope import Rope
+from sft.models.weight_map import (
+    EMBEDDING,
+    OUTPUT,
+    Layout,
+    canonical_name,
+    checkpoint_key,
+    hf_shapes,
+    layout_of,
+    parameter_names,
+    rank_pieces,
+    split_parameter,
+)
+
+
+def architecture(
+    heads: int = 6, groups: int = 3, tied: bool = False, bias: bool = True, norm: bool = True, fused: bool = False
+) -> Architecture:
+    shape = ModelShape(
+        model_type="llama",
+        num_layers=2,
+        hidden_size=8,
+        ffn_hidden_size=12,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=4,
+        vocab_size=11,
+        max_position_embeddings=64,
+        tied_embeddings=tied,
+    )
+    return Architecture(
+        shape=shape, layernorm_epsilon=1e-5, rope=Rope(theta=1e4), qkv_bias=bias, qk_norm=norm, fused=fused
+    )
+
+
+def merge_parameter(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The whole Megatron-core parameter, without padding, by the layout's own words."""
+    return torch.cat([tensors[piece.name][piece.start : piece.stop] for piece in layout.pieces])
+
+
+def hf_tensors(model: Architecture) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in hf_shapes(model).items()}
+
+
+def test_qkv_rows_are_grouped_by_kv_head() -> None:
+    model = architecture()
+    tensors = hf_tensors(model)
+    attention = "model.layers.1.self_attn."
+    for kind in ("weight", "bias"):
+        layout = layout_of(f"decoder.layers.1.self_attention.linear_qkv.{kind}", model)
+        assert layout is not None
+        query, key, value = (tensors[f"{attention}{which}_proj.{kind}"] for which in "qkv")
+        by_group = [
+            torch.cat(
+                [query.unflatten(0, (3, 8))[group], key.unflatten(0, (3, 4))[group], value.unflatten(0, (3, 4))[group]]
+            )
+            for group in range(3)
+        ]
+        assert torch.equal(merge_parameter(layout, tensors), torch.cat(by_group))
+
+
+def test_gate_comes_before_up_and_a_rank_holds_a_part_of_each() -> None:
+    model = architecture()
+    layout = layout_of("decoder.layers.0.mlp.linear_fc1.weight", model)
+    assert layout is not None
+
+    assert [(piece.name, piece.start, piece.stop) for piece in rank_pieces(layout, rank=1, size=3, rows=8)] == [
+        ("model.layers.0.mlp.gate_proj.weight", 4, 8),
+        ("model.layers.0.mlp.up_proj.weight", 4, 8),
+    ]
+
+
+@given(
+    groups=st.sampled_from([1, 2, 3, 6]),
+    bias=st.booleans(),
+    norm=st.booleans(),
+    tied=st.booleans(),
+    fused=st.booleans(),
+    padding=st.integers(0, 5),
+)
+def test_merge_then_split_is_the_identity(
+    groups: int, bias: bool, norm: bool, tied: bool, fused: bool, padding: int
+) -> None:
+    model = architecture(groups=groups, bias=bias, norm=norm, tied=tied, fused=fused)
+    tensors = hf_tensors(model)
+    found: dict[str, torch.Tensor] = {}
+    for name in parameter_names(model):
+        layout = layout_of(name, model)
+        assert layout is not None
+        parameter = merge_parameter(layout, tensors)
+        if layout.padded:
+            parameter = torch.cat([parameter, torch.full((padding, 8), 9.0)])
+        found |= split_parameter(layout, parameter)
+
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_fused_tensors_hold_the_same_rows() -> None:
+    """Phi-3's file has all queries, all keys, all values in one tensor, and all gates, all ups in another."""
+    separate, fused = architecture(bias=False), architecture(bias=False, fused=True)
+    tensors = hf_tensors(separate)
+    layer = "model.layers.1."
+    joined = {
+        f"{layer}self_attn.qkv_proj.weight": [f"{layer}self_attn.{which}_proj.weight" for which in "qkv"],
+        f"{layer}mlp.gate_up_proj.weight": [f"{layer}mlp.{which}_proj.weight" for which in ("gate", "up")],
+    }
+    together = {name: torch.cat([tensors[part] for part in parts]) for name, parts in joined.items()}
+    for parameter in ("self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"):
+        ours, theirs = (layout_of(f"decoder.layers.1.{parameter}", model) for model in (separate, fused))
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(merge_parameter(ours, tensors), merge_parameter(theirs, together))
+    assert hf_shapes(fused)[f"{layer}self_attn.qkv_proj.weight"] == (48, 8)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_ranks_together_hold_every_row_once(size: int, fused: bool) -> None:
+    model = architecture(heads=6, groups=3, fused=fused)
+    for name in parameter_names(model):
+        layout = layout_of(name, model)
+        assert layout is not None
+        if layout.split != 0 or layout.rows % size:
+            continue
+        ranks = [rank_pieces(layout, rank, size, layout.rows // size) for rank in range(size)]
+        assert all(sum(piece.rows for piece in pieces) == layout.rows // size for pieces in ranks)
+        rows = [(piece.name, row) for pieces in ranks for piece in pieces for row in range(piece.start, piece.stop)]
+        whole = [(piece.name, row) for piece in layout.pieces for row in range(piece.start, piece.stop)]
+        assert sorted(rows) == sorted(whole)
+
+
+def test_more_ranks_than_kv_heads_hold_consecutive_rows() -> None:
+    layout = layout_of("decoder.layers.0.self_attention.linear_qkv.weight", architecture(heads=6, groups=1))
+    assert layout is not None
+
+    assert [[(piece.name[-13], piece.rows) for piece in rank_pieces(layout, rank, 2, 16)] for rank in range(2)] == [
+        [("q", 16)],
+        [("q", 8), ("k", 4), ("v", 4)],
+    ]
+
+
+def test_vocabulary_padding_goes_to_the_last_ranks() -> None:
+    layout = layout_of(EMBEDDING, architecture())
+    assert layout is not None
+    rows = [[(piece.start, piece.stop) for piece in rank_pieces(layout, rank, 5, 3)] for rank in range(5)]
+
+    assert rows == [[(0, 3)], [(3, 6)], [(6, 9)], [(9, 11)], []]
+
+
+def test_a_tied_output_layer_reads_the_embedding() -> None:
+    tied, untied = architecture(tied=True), architecture(tied=False)
+
+    assert layout_of(OUTPUT, tied) == layout_of(EMBEDDING, tied)
+    assert "lm_head.weight" not in hf_shapes(tied)
+    assert hf_shapes(untied)["lm_head.weight"] == (11, 8)
+    assert OUTPUT not in parameter_names(tied)
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "expected"),
+    [
+        ("decoder.layers.1.input_layernorm.weight", 3, "decoder.layers.4.input_layernorm.weight"),
+        ("module.module.decoder.final_layernorm.weight", 3, "decoder.final_layernorm.weight"),
+        ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", 0, "decoder.layers.0.pre_mlp_layernorm.weight"),
+    ],
+)
+def test_canonical_names(name: str, offset: int, expected: str) -> None:
+    assert canonical_name(name, offset) == expected
+
+
+def test_checkpoint_keys_stack_layers() -> None:
+    assert checkpoint_key("decoder.layers.7.input_layernorm.weight") == (
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+        7,
+    )
+    assert checkpoint_key("decoder.layers.0.mlp.linear_fc2.weight") == ("decoder.layers.mlp.linear_fc2.weight", 0)
+    assert checkpoint_key("decoder.final_layernorm.weight") == ("decoder.final_layernorm.weight", None)
+
+
+def test_names_of_no_parameter() -> None:
+    model = architecture(bias=False)
+    names = (
+        "decoder.layers.2.input_layernorm.weight",
+        "decoder.layers.0.self_attention.linear_qkv.bias",
+        "decoder.final_layernorm.bias",
+    )
+    assert [layout_of(name, model) for name in names] == [None, None, None]
+
+
+def test_every_hf_tensor_belongs_to_one_parameter() -> None:
+    model = architecture()
+    layouts = [layout_of(name, model) for name in parameter_names(model)]
+    owners = [{piece.name for piece in layout.pieces} for layout in layouts if layout is not None]
+
+    assert not any(left & right for left, right in itertools.combinations(owners, 2))

@@ -1,0 +1,78 @@
+"""Rules of early stopping and of the best checkpoints, without ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from launcher.contract.spec import CheckpointSpec, EarlyStoppingSpec
+from sft.training.callbacks.checkpoints import BestCheckpoints
+from sft.training.callbacks.early_stopping import EarlyStopping, is_better
+
+
+def stopped_after(values: list[float], **settings: Any) -> int | None:
+    """Number of evaluations until patience ends, if it does."""
+    stopping = EarlyStopping(EarlyStoppingSpec(**{"patience": 2, **settings}))
+    for step, value in enumerate(values):
+        stopping.update(step, {"eval_loss": value})
+        if stopping.is_due:
+            return step + 1
+    return None
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "expected"),
+    [
+        ([3.0, 2.0, 1.0, 0.5], {}, None),
+        ([3.0, 3.0, 3.0], {}, 3),
+        ([3.0, 4.0, 2.0, 4.0, 4.0], {}, 5),
+        ([3.0, 2.9, 2.8, 2.75], {"min_delta": 0.15}, None),
+        ([3.0, 2.95, 2.9], {"min_delta": 0.15}, 3),
+        ([1.0, 2.0, 3.0], {"mode": "max"}, None),
+        ([3.0, 2.0, 1.0], {"mode": "max"}, 3),
+        ([math.nan, math.nan], {}, 2),
+        ([3.0, math.nan, 2.0, math.nan, math.nan], {}, 5),
+        ([3.0] * 9, {"patience": None}, None),
+        ([3.0, 2.0], {"metric": "metric/other"}, 2),
+    ],
+)
+def test_early_stopping(values: list[float], settings: dict[str, Any], expected: int | None) -> None:
+    assert stopped_after(values, **settings) == expected
+
+
+def test_state_survives_json() -> None:
+    first = EarlyStopping(EarlyStoppingSpec(patience=3))
+    for step, value in enumerate([2.0, 1.0, 1.5, 1.5]):
+        first.update(step, {"eval_loss": value})
+    second = EarlyStopping(EarlyStoppingSpec(patience=3))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert (second.best, second.best_step, second.waited) == (1.0, 1, 2)
+
+
+def test_nothing_is_better_than_nan_nor_nan_than_anything() -> None:
+    assert not is_better(math.nan, 1.0, "min")
+    assert not is_better(math.nan, 1.0, "max")
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "offers", "best"),
+    [
+        ("min", [3.0, 2.0, 2.5, 1.0, 4.0], [True, True, True, True, False], [4, 2]),
+        ("max", [3.0, 2.0, 2.5, 1.0, 4.0], [True, True, True, False, True], [5, 1]),
+        ("min", [2.0, 2.0, 2.0, math.nan], [True, True, False, False], [1, 2]),
+    ],
+)
+def test_best_checkpoints(mode: Any, values: list[float], offers: list[bool], best: list[int]) -> None:
+    ranking = BestCheckpoints(CheckpointSpec(keep_best=2, best_mode=mode))
+    assert [ranking.offer(step, value) for step, value in enumerate(values, start=1)] == offers
+    assert ranking.steps == best
+    again = BestCheckpoints(CheckpointSpec(keep_best=1, best_mode=mode))
+    again.restore(json.loads(json.dumps(ranking.state())))
+    assert again.steps == best[:1]
+
+
+def test_none_are_kept_unless_asked() -> None:
+    assert not BestCheckpoints(CheckpointSpec()).offer(1, 1.0)
