@@ -16,8 +16,8 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.spec import DataSpec, LoggingSpec, ModelSpec, RunSpec, to_yaml
 from sft.__main__ import main
 from sft.commands.audit import audit, coloured, read_config
-from sft.data.audit.audit import Sample, Segment, audit_data, summary
 from sft.data.audit import audit as measures
+from sft.data.audit.audit import Sample, Segment, audit_data, summary
 from sft.data.audit.html import write_report
 from sft.data.prepared.sources import training_sets
 from tests.tiny_model import make_chat_rows, make_tiny_model, make_tokenizer, write_jsonl

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from sft.data.cache.progress import Progress
 from sft.data.cache import progress
+from sft.data.cache.progress import Progress
 
 
 def test_a_log_gets_lines_and_no_carriage_returns(
