@@ -10,9 +10,9 @@ from typing import Any
 
 from launcher.contract.errors import LauncherError, RunStateError, did_you_mean
 from launcher.contract.exit_codes import ExitCode
-from launcher.contract.rundir import RunPaths, read_json, read_lines
 from launcher.contract.job_state import JobState
 from launcher.contract.manifest import Attempt, Manifest, read_manifest
+from launcher.contract.rundir import RunPaths, read_json, read_lines
 from launcher.runs.first_failure import first_failure
 
 _PHASES = {

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from launcher.contract.errors import ConfigError, LauncherError, did_you_mean
-from launcher.contract.rundir import RunPaths
 from launcher.contract.job_state import JobState
 from launcher.contract.manifest import read_manifest
+from launcher.contract.rundir import RunPaths
 
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 _DATES = ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S")

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.contract.errors import LauncherError
+from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths
+from launcher.runs.find import Snapshot, snapshot
 from launcher.scheduler import local
 from launcher.scheduler.queries import Answer, ask
 from launcher.scheduler.slurm import JobRecord
-from launcher.contract.job_state import JobState
-from launcher.runs.find import Snapshot, snapshot
 
 _ADVICE = {
     "DependencyNeverSatisfied": "DependencyNeverSatisfied: it will never start; cancel it",

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from launcher.__main__ import main
-from launcher.runs import nodes
-from launcher.runs.nodes import Entry, Ledger, by_hand, excluded
 from launcher.contract.errors import LauncherError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, append_event
 from launcher.contract.spec import ClusterSpec, RunSpec, to_yaml
+from launcher.runs import nodes
+from launcher.runs.nodes import Entry, Ledger, by_hand, excluded
 from tests.launcher.conftest import Commands
 
 CHECKOUT = Path(__file__).parents[3]

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from launcher.contract.rundir import COMPLETE, RunPaths, append_event, write_json
-from launcher.contract.processes import start_ticks
 from launcher.contract.job_state import JobState
 from launcher.contract.manifest import Attempt, Manifest, read_manifest, write_manifest
+from launcher.contract.processes import start_ticks
+from launcher.contract.rundir import COMPLETE, RunPaths, append_event, write_json
 from launcher.runs.find import all_runs, find_run, listing
 from launcher.runs.state import RunStatus, collect
 from launcher.views.table import duration, table
