@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from launcher.contract.exit_codes import ExitCode
 
 
-class Cause(str, Enum):
+class Cause(StrEnum):
     """Why an attempt ended."""
 
     DONE = "done"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from launcher.attempts.cause import Cause, Verdict
 from launcher.contract.exit_codes import ExitCode
@@ -31,7 +31,7 @@ _REMEDY = {
 }
 
 
-class Action(str, Enum):
+class Action(StrEnum):
     """What the batch script does now."""
 
     REQUEUE = "requeue"

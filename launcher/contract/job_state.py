@@ -6,10 +6,10 @@ the job may still run (`active`), and whether starting again is the natural next
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class JobState(str, Enum):
+class JobState(StrEnum):
     """State of a run's newest attempt."""
 
     PENDING = "PENDING"
