@@ -1,6 +1,7 @@
-"""AdamW (decoupled weight decay, arXiv:1711.05101) over fp32 master weights that writes their rounded copies as well.
+"""AdamW (decoupled weight decay, arXiv:1711.05101) on fp32 master weights, written to the model's weights as well.
 
-On a GPU all tensors go through one kernel (`triton_adamw`); elsewhere the same is computed by torch, one by one.
+This is the version of torch operations, tensor by tensor, for CPUs and as the reference of the tests. On a GPU one
+kernel updates all tensors (sft.kernels.triton.adamw).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 class Settings(NamedTuple):
-    """Of one parameter group."""
+    """Hyperparameters of one parameter group."""
 
     lr: float
     weight_decay: float
@@ -22,25 +23,31 @@ class Settings(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Flat tensors of one size, fp32 but for the copy."""
+    """What is updated together: five flat tensors of equal length, all fp32 except `copy`."""
 
     weight: Tensor
+    """The master weights."""
     grad: Tensor
     mean: Tensor
+    """First moment, `exp_avg` in torch."""
     square: Tensor
+    """Second moment, `exp_avg_sq` in torch."""
     copy: Tensor
+    """The model's weights, in half precision."""
 
 
 def bias_corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:
-    """1 - beta^step, [steps, 2], taken in fp64: after one step 1 - 0.999 in fp32 would be off by 1e-5."""
+    """Return 1 - beta^step for both betas, fp32 [tensors, 2], from the step of each tensor."""
+    # In fp64: 1 - 0.999 in fp32 has a relative error of 1e-5.
     return (1 - torch.stack([beta ** steps.double() for beta in betas], dim=1)).float()
 
 
 @torch.no_grad()
 def update(rows: Sequence[Row], corrections: Tensor, scale: Tensor, skip: Tensor, settings: Settings) -> None:
-    """Update weights, moments and copies in place; nothing where `skip` is not 0.
+    """Update weights, moments and copies in place, or leave all as they are where `skip` is not 0.
 
-    Gradients are divided by `scale`, moments by their tensor's row of `corrections`, [tensors, 2].
+    Gradients are divided by `scale`, moments by their tensor's row of `corrections` [tensors, 2]. `scale` and `skip`
+    are tensors of one element on the rows' device.
     """
     for row, correction in zip(rows, corrections, strict=True):
         grad = row.grad / scale
@@ -48,5 +55,6 @@ def update(rows: Sequence[Row], corrections: Tensor, scale: Tensor, skip: Tensor
         square = torch.lerp(row.square, grad * grad, 1 - settings.betas[1])
         step = mean / correction[0] / ((square / correction[1]).sqrt() + settings.eps)
         weight = row.weight * (1 - settings.lr * settings.weight_decay) - settings.lr * step
+        # `where` instead of `if`: reading `skip` would make the host wait for the device.
         for old, new in ((row.mean, mean), (row.square, square), (row.weight, weight), (row.copy, weight)):
             old.copy_(torch.where(skip == 0, new.to(old.dtype), old))

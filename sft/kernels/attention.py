@@ -1,21 +1,14 @@
-"""Causal attention over packed sequences, without repeating KV heads, by the faster of two kernels.
+"""Causal attention over packed sequences with grouped KV heads, by the faster of two kernels.
 
-FlashAttention-4 (the package flash-attn-4, written for Hopper and Blackwell in Python and compiled at its first call)
-where it is installed, else the FlashAttention-2 that torch carries. Measured on an H100 for 8 packed rows of ragged
-chat, forward and backward: 2.1 ms against 3.8 with 32 heads of 64, 2.9 against 4.8 with 24 heads of 128; on rows of
-equal length as fast as cuDNN's kernel or faster. The rule is fixed, not timed at the start of each run, so that a run
-that resumes computes with the kernel it began with.
+FlashAttention-4 (package flash-attn-4, for Hopper and Blackwell, compiled at its first call) where it is installed,
+else the FlashAttention-2 that torch contains. Measured on an H100 with 8 packed rows of chats of mixed length, forward
+and backward: 2.1 ms against 3.8 ms with 32 heads of 64, 2.9 ms against 4.8 ms with 24 heads of 128. On rows of equal
+length it is at least as fast as cuDNN's kernel.
 
-Only heads of 32, 64, 96 or 128 go to FlashAttention-4: 4.0.0b36 returns wrong dQ on Hopper, without a word, where a
-head's size rounded up to 16 is not one rounded up to 32 (72, 80, 104, 112; seen at 80, its repository's #2896).
-
-torch's is called by its operator, because torch's own function for it (`varlen_attn`) takes no fewer KV heads than
-query heads before torch 2.13.
-
-Rejected, after measuring on an H200 with torch 2.11: cuDNN's kernel for offsets (60 ms for what takes 0.5 ms here, and
-gradients of NaN; on rows of equal lengths it is 1.5 times as fast as FlashAttention-2, and comes in by
-`scaled_dot_product_attention`), and long and short sequences in two calls, which was to spare blocks that find nothing
-to do (3 to 5 % slower).
+Rejected, as measured on an H200 with torch 2.11:
+* cuDNN's kernel for packed sequences: 60 ms for what takes 0.5 ms here, and gradients of NaN. On rows of equal length
+  it is 1.5 times as fast as FlashAttention-2, and `scaled_dot_product_attention` already uses it there.
+* Long and short sequences in two calls, to avoid thread blocks without work: 3 to 5 % slower.
 """
 
 from __future__ import annotations
@@ -24,16 +17,22 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from sft.kernels.autograd import Context
 
 Kernel = Literal["flash2", "flash4"]
 
 
 def fastest_kernel(head_dim: int) -> Kernel:
-    """The kernel for this machine, and whether the run must be repeatable: FlashAttention-4 adds up dQ as it comes."""
+    """Return the fastest correct kernel on this machine for heads of `head_dim`.
+
+    The rule is fixed, not timed when a run starts, so that a resumed run computes with the kernel it began with.
+    """
+    # FlashAttention-4 sums dQ in the order in which blocks happen to finish.
     if torch.are_deterministic_algorithms_enabled() or not torch.cuda.is_available():
         return "flash2"
     capable = torch.cuda.get_device_capability()[0] in (9, 10) and flash4_takes(head_dim)
@@ -41,15 +40,18 @@ def fastest_kernel(head_dim: int) -> Kernel:
 
 
 def flash4_takes(head_dim: int) -> bool:
-    """Whether heads of this size are among those for which FlashAttention-4 is known to be right."""
+    """Return whether FlashAttention-4 is known to be correct for heads of this size: 32, 64, 96 or 128."""
+    # Version 4.0.0b36 silently returns a wrong dQ on Hopper where head_dim rounded up to a multiple of 16 is not a
+    # multiple of 32 (72, 80, 104, 112; seen at 80, issue 2896 of its repository).
     return head_dim % 32 == 0 and head_dim <= 128
 
 
 def has_flash4() -> bool:
-    """Whether flash-attn-4 is installed. FlashAttention-2 has the same package name without the part asked for."""
+    """Return whether flash-attn-4 is installed."""
     try:
+        # FlashAttention-2 installs a package `flash_attn` as well, but without `cute`.
         return importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:  # no package of that name, or another version of it that does not load
+    except ImportError:  # no such package, or a version of it that cannot be imported
         return False
 
 
@@ -65,9 +67,12 @@ def flash(
     key_offsets: Tensor | None = None,
     longest_key: int | None = None,
 ) -> Tensor:
-    """[t, heads, dim], [u, groups, dim] twice -> [t, heads, dim], in bf16 or fp16; offsets int32 [sequences + 1].
+    """Return the causal attention of each packed sequence, [t, heads, dim], in the inputs' type (bf16 or fp16).
 
-    Where keys have offsets of their own, the queries of a sequence are the last of its positions.
+    query [t, heads, dim]; key and value [u, groups, dim]. Sequence i is the rows offsets[i] to offsets[i + 1] (int32,
+    [sequences + 1]), `longest` the length of the longest; `scale` None means 1 / sqrt(dim). With `key_offsets` and
+    `longest_key` a sequence may have more keys than queries (context parallelism): its queries are then the last of
+    its positions.
     """
     keys = (offsets, longest) if key_offsets is None or longest_key is None else (key_offsets, longest_key)
     if kernel == "flash4":
@@ -78,9 +83,10 @@ def flash(
 
 @functools.cache
 def _flash4() -> Callable[..., Tensor]:
-    # Its compiler warns of its own argument types at the first call forward and, on autograd's thread, backward.
+    # Its compiler warns about its own argument types at the first call in forward, and again in backward, when a
+    # `catch_warnings` around this call would be over.
     warnings.filterwarnings("ignore", ".*cannot be converted to a JitArgument", UserWarning)
-    from flash_attn.cute import flash_attn_varlen_func
+    from flash_attn.cute import flash_attn_varlen_func  # an optional package that takes seconds to import
 
     def attend(
         query: Tensor,
@@ -102,10 +108,18 @@ def _flash4() -> Callable[..., Tensor]:
     return attend
 
 
+class _FlashContext(Context, Protocol):
+    longest: int
+    longest_key: int
+    scale: float | None
+
+
 class _Flash(torch.autograd.Function):
+    """FlashAttention-2 by torch's operators: `varlen_attn` takes fewer KV heads than query heads only from 2.13 on."""
+
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _FlashContext,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -116,6 +130,7 @@ class _Flash(torch.autograd.Function):
         scale: float | None,
     ) -> Tensor:
         context: Tensor
+        # The literals: no dropout, causal, no debug mask. `state` and `unused` belong to dropout's random numbers.
         context, log_sum, state, unused, _ = torch.ops.aten._flash_attention_forward(
             query, key, value, offsets, key_offsets, longest, longest_key, 0.0, True, False, scale=scale
         )
@@ -124,7 +139,7 @@ class _Flash(torch.autograd.Function):
         return context
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _FlashContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, context, log_sum, state, unused, offsets, key_offsets = ctx.saved_tensors
         grads = torch.ops.aten._flash_attention_backward(
             grad.contiguous(), query, key, value, context, log_sum, offsets, key_offsets, ctx.longest, ctx.longest_key,

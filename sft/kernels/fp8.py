@@ -1,10 +1,11 @@
-"""Matrix products in fp8 (E4M3) with a scale for each row of both factors.
+"""Matrix products in fp8 (E4M3, arXiv:2209.05433) with a scale for each row of both factors.
 
-The larger a group that shares a scale, the more of its small values are lost, so each token and each output channel
-has its own. The scales come from the values at hand: there is no history to keep, and a resumed run is the same run.
+The more values share a scale, the more of the small ones round to zero, so each token and each output channel has its
+own. Scales come from the values themselves, not from earlier steps: there is no history to save, and a resumed run
+computes the same.
 
-On a GPU the product is the library's (`torch._scaled_mm`), 1.8 times as fast as in bf16 on an H100. Elsewhere the same
-rounded values are multiplied in fp32, which is how the wiring is tested.
+On a GPU the product is torch's (`torch._scaled_mm`, 1.8 times as fast as in bf16 on an H100). Elsewhere the same
+rounded values are multiplied in fp32, for tests.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch import Tensor
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
+"""The largest finite value of E4M3."""
 _SMALLEST = 1e-12
+"""Lower bound of a row's largest value, so that a row of zeros has a scale other than 0."""
 _PEAKS, _ROWS = "fp8_column_peaks", "fp8_rows"
-MULTIPLE = 16
-"""What both dimensions of a weight must be a multiple of: the library's rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A matrix [rows, columns] of which row i is scales[i] * values[i]."""
+    """A matrix [rows, columns] in fp8; row i is scales[i] * values[i]."""
 
     values: Tensor
     scales: Tensor
@@ -32,9 +33,9 @@ class Rows:
 
 
 def quantize(x: Tensor) -> Rows:
-    """A contiguous [rows, columns] by rows."""
+    """Return contiguous `x` [rows, columns] in fp8."""
     if x.is_cuda:
-        from sft.kernels.triton import fp8 as triton_fp8  # Triton is there where CUDA is
+        from sft.kernels.triton import fp8 as triton_fp8  # installed with CUDA builds of torch only
 
         return Rows(*triton_fp8.rows(x))
     scales = x.float().abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST) / LARGEST
@@ -42,14 +43,15 @@ def quantize(x: Tensor) -> Rows:
 
 
 def quantize_transposed(weight: Tensor) -> Rows:
-    """The transposed of a contiguous weight [rows, columns], by its rows.
+    """Return the transpose of a contiguous weight [rows, columns] in fp8, with a scale for each column of `weight`.
 
-    Their largest values are found once a step, which begins where the weight has no gradient in its buffer yet.
+    The largest value of each column is found once a step, not in each micro-batch.
     """
     if not weight.is_cuda:
         return quantize(weight.t().contiguous())
     from sft.kernels.triton import fp8 as triton_fp8
 
+    # Weights change between steps, and a step begins with no gradient in the weight's buffer.
     peaks: Tensor | None = getattr(weight, _PEAKS, None)
     if peaks is None or not getattr(weight, "grad_added_to_main_grad", False):
         peaks = triton_fp8.column_peaks(weight)
@@ -69,10 +71,11 @@ def attached(x: Tensor) -> Rows | None:
 
 
 def product(a: Rows, b: Rows, dtype: torch.dtype) -> Tensor:
-    """a @ b^T, [rows of a, rows of b]."""
+    """Return a @ b^T, [rows of a, rows of b], in `dtype`. On a GPU both dimensions of b must be multiples of 16."""
     if a.values.is_cuda:
-        found: Tensor = torch._scaled_mm(
+        # Fast accumulation sums in the tensor cores alone: quicker than moving partial sums to fp32, and less exact.
+        result: Tensor = torch._scaled_mm(
             a.values, b.values.t(), a.scales, b.scales.t(), out_dtype=dtype, use_fast_accum=True
         )
-        return found
+        return result
     return ((a.values.float() * a.scales) @ (b.values.float() * b.scales).t()).to(dtype)

@@ -1,36 +1,37 @@
 """Linear layers and the SwiGLU MLP as single operations, in the input's precision or with products in fp8.
 
-In fp8 forward and the gradient of the input are products of rows (sft.kernels.fp8); the gradient of a weight sums over
-tokens, where rounding errors would stay in the weights for good, and is taken from unrounded factors in fp32.
+In fp8, forward and the gradient of the input are fp8 products (sft.kernels.fp8). The gradient of a weight is not: it
+is a sum over tokens whose rounding errors would stay in the weights, so it is computed from the unrounded factors.
 
-The MLP keeps its input and the projection [gate; up], and not what SwiGLU makes of that: the backward kernel has both
-halves at hand and gives it once more. That is a fifth of a layer's activations for a pass of one write.
+The MLP saves its input and the projection [gate; up] for backward, but not silu(gate) * up: the backward kernel reads
+both halves anyway and writes the product again. That saves a fifth of a layer's activations for one write.
 
-No communication happens in here: who splits weights over tensor parallel ranks gathers before and reduces behind.
+Nothing here communicates: with tensor parallelism the caller gathers inputs before and reduces outputs after.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sft.kernels import fp8
+from sft.kernels.autograd import Context
 from sft.kernels.weight_gradient import weight_gradient
 
 
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T in fp8, [..., columns] and [rows, columns] -> [..., rows]."""
+    """Return x @ weight^T in fp8, [..., rows], of x [..., columns] and weight [rows, columns]."""
     output: Tensor = _Fp8Linear.apply(x, weight)
     return output
 
 
 def swiglu_mlp(x: Tensor, up: Tensor, down: Tensor, *, in_fp8: bool = False) -> Tensor:
-    """(silu(gate) * up) @ down^T, where [gate; up] = x @ up^T.
+    """Return (silu(gate) * up) @ down^T, [..., hidden], where [gate; up] = x @ up^T.
 
-    x [..., hidden], up [2 * width, hidden], down [hidden, width] -> [..., hidden].
+    x [..., hidden]; up [2 * width, hidden], gate first; down [hidden, width].
     """
     output: Tensor = _SwiGLUMLP.apply(x, up, down, in_fp8)
     return output
@@ -38,14 +39,14 @@ def swiglu_mlp(x: Tensor, up: Tensor, down: Tensor, *, in_fp8: bool = False) -> 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor) -> Tensor:
         rows = _as_rows(x)
         ctx.save_for_backward(rows, weight)
         output = fp8.product(fp8.attached(x) or fp8.quantize(rows), fp8.quantize(weight), x.dtype)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         own = _as_rows(grad)
         x_grad = weight_grad = None
@@ -57,9 +58,13 @@ class _Fp8Linear(torch.autograd.Function):
         return x_grad, weight_grad
 
 
+class _MLPContext(Context, Protocol):
+    in_fp8: bool
+
+
 class _SwiGLUMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, in_fp8: bool) -> Tensor:
+    def forward(ctx: _MLPContext, x: Tensor, up: Tensor, down: Tensor, in_fp8: bool) -> Tensor:
         rows = _as_rows(x)
         if in_fp8:
             mixed = fp8.product(fp8.attached(x) or fp8.quantize(rows), fp8.quantize(up), x.dtype)
@@ -72,7 +77,7 @@ class _SwiGLUMLP(torch.autograd.Function):
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _MLPContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, mixed, up, down = ctx.saved_tensors
         own = _as_rows(grad)
         if ctx.in_fp8:
@@ -80,7 +85,7 @@ class _SwiGLUMLP(torch.autograd.Function):
         else:
             gated_grad = own @ down
         gated, mixed_grad, low = _gated_backward(gated_grad, mixed, quantize=ctx.in_fp8)
-        del gated_grad
+        del gated_grad  # these are the largest tensors of a layer: each is freed before the next is made
         down_grad = weight_gradient(down, own, gated) if ctx.needs_input_grad[2] else None
         del gated
         x_grad = mixed_grad @ up if low is None else fp8.product(low, fp8.quantize_transposed(up), grad.dtype)
@@ -94,7 +99,7 @@ def _as_rows(x: Tensor) -> Tensor:
 
 def _gated(mixed: Tensor) -> Tensor:
     if mixed.is_cuda:
-        from sft.kernels.triton import swiglu as triton_swiglu  # Triton is there where CUDA is
+        from sft.kernels.triton import swiglu as triton_swiglu  # installed with CUDA builds of torch only
 
         return triton_swiglu.forward(mixed)
     gate, up = mixed.chunk(2, dim=-1)
@@ -110,7 +115,10 @@ def _gated_rows(mixed: Tensor) -> fp8.Rows:
 
 
 def _gated_backward(grad: Tensor, mixed: Tensor, *, quantize: bool) -> tuple[Tensor, Tensor, fp8.Rows | None]:
-    """(silu(gate) * up, gradient of `mixed`, the same in fp8). On a GPU the gradient takes the memory of `mixed`."""
+    """Return silu(gate) * up, the gradient of `mixed`, and that gradient in fp8 (None unless `quantize` is set).
+
+    On a GPU the gradient is written over `mixed`.
+    """
     if mixed.is_cuda:
         from sft.kernels.triton import fp8 as triton_fp8
 

@@ -1,67 +1,85 @@
-"""LM head and cross-entropy over the supervised positions alone, in chunks, without ever holding all logits.
+"""LM head and cross-entropy in one operation that never holds all logits.
 
-The loss is a weighted sum, so that a position's gradient is known as soon as its logits are: forward turns each chunk
-of logits into its gradient in place, multiplies that into the gradients of hidden states and weight, and throws it
-away. Backward only scales. With 128,000 tokens of vocabulary the logits of a row of 4,096 tokens would be 1 GiB, and
-their fp32 copies twice that each.
+With a vocabulary of 128,000 the bf16 logits of 4,096 tokens are 1 GiB, and each fp32 copy of them is 2 GiB. The caller
+passes only positions that are trained, and this takes them in blocks of rows. The loss is a weighted sum, so the
+gradient of a position is known as soon as its logits are: forward overwrites each block of logits with their gradient,
+multiplies it into the gradients of hidden states and weight, and frees it. Backward only scales.
 
-Where the weight has a gradient buffer in fp32 (`sft.kernels.weight_gradient`), forward adds to that itself: a copy of
-the gradient would be as large (1.5 GiB in a 3B model) and cost a pass over both. The sum must then be what is
-differentiated, and no multiple of it, which backward asserts.
+Where the weight has an fp32 gradient buffer (sft.kernels.weight_gradient), forward adds to it directly: a gradient of
+its own would be as large (1.5 GiB in a 3B model) and cost another pass over both. Then the sum itself must be what is
+differentiated, not a multiple of it; backward asserts that.
 
-Under tensor parallelism each rank has its rows of the vocabulary; maximum, sum and the label's logit are agreed on
-between the passes over a chunk, which is exact. The gradient of the hidden states is then a partial sum: who gathers
-or copies the hidden states before (Megatron-core's mappings) adds the parts up.
+Under tensor parallelism each rank has some rows of the vocabulary. The ranks exchange maximum, sum and the label's
+logit of each position, which gives the exact loss. The gradient of the hidden states is then this rank's part of a
+sum: Megatron-core's mapping that gathered or copied the hidden states adds the parts in its backward.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sft.kernels.autograd import Context
 from sft.kernels.weight_gradient import add_product, set_product
 
-CHUNK_BYTES = 2 << 30
-"""Logits held at a time: enough rows that the products run at full speed."""
+BLOCK_BYTES = 2 << 30
+"""Size of a block of logits: enough rows that the matrix products run at full speed."""
 
 
 @dataclass(frozen=True, slots=True)
 class VocabPart:
-    """The rows of the vocabulary that this rank has."""
+    """This rank's part of the vocabulary."""
 
     first: int = 0
     """Token id of its first row."""
     width: int = 0
-    """Rows that are tokens; those behind them only fill up."""
+    """Rows that are tokens; any rows after them are padding."""
     group: dist.ProcessGroup | None = None
-    """The ranks that have the others; None where this one has all."""
+    """The tensor parallel ranks; None where this rank has the whole vocabulary."""
     tied: bool = False
-    """The weight is the embedding too, and its lookup, which comes later in backward, answers autograd."""
+    """Whether the weight is the embedding too. Its lookup, which comes later in backward, then returns the tensor that
+    autograd needs for the weight (sft.kernels.weight_gradient)."""
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, part: VocabPart
 ) -> Tensor:
-    """sum(loss_weights * cross-entropy), fp32, from hidden [n, h], this rank's weight [rows, h] and labels [n]."""
+    """Return sum(loss_weights * cross-entropy) over n positions, an fp32 scalar.
+
+    hidden [n, h]; weight [rows, h], this rank's part; labels [n], token ids of the whole vocabulary; loss_weights [n],
+    fp32. Where gradients are disabled, none are computed.
+    """
+    # Asked here: inside a torch.autograd.Function gradients are always disabled.
     keep_gradients = torch.is_grad_enabled()
     total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, part, keep_gradients)
     return total
 
 
+class _LossContext(Context, Protocol):
+    weight_grad: _WeightGradient | None
+    tied: bool
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, part: VocabPart, grads: bool
+        ctx: _LossContext,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor,
+        part: VocabPart,
+        grads: bool,
     ) -> Tensor:
         hidden_grad = torch.empty_like(hidden) if grads and ctx.needs_input_grad[0] else None
         weight_grad = _WeightGradient(weight) if grads and ctx.needs_input_grad[1] else None
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        size = max(CHUNK_BYTES // (weight.shape[0] * weight.element_size()), 1)
-        size = min(size, -(-len(hidden) // 2))  # what a small micro-batch saves should not go into its logits
+        size = max(BLOCK_BYTES // (weight.shape[0] * weight.element_size()), 1)
+        size = min(size, -(-len(hidden) // 2))  # two blocks at least: small micro-batches are meant to save memory
         for first in range(0, len(hidden), max(size, 1)):
             rows = slice(first, first + size)
             logits = hidden[rows] @ weight.t()
@@ -74,15 +92,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=hidden_grad[rows])
             if weight_grad is not None:
                 weight_grad.add(grad, hidden[rows])
-            del logits, grad  # else the next chunk finds the last one still there
+            del logits, grad  # both names, or this block is still in memory when the next is made
         ctx.save_for_backward(hidden_grad)
         ctx.weight_grad, ctx.tied = weight_grad, part.tied
         return torch.dot(losses, loss_weights)
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _LossContext, scale: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad: Tensor | None
         (hidden_grad,) = ctx.saved_tensors
-        weight_grad, ctx.weight_grad = ctx.weight_grad, None
+        weight_grad, ctx.weight_grad = ctx.weight_grad, None  # else the graph would keep its memory
         return (
             None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
             None if weight_grad is None else weight_grad.finish(scale, tied=ctx.tied),
@@ -91,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _WeightGradient:
-    """The weight's gradient while chunks add to it: in the weight's buffer, or else in fp32 memory of its own."""
+    """Sum of the weight's gradient over blocks, in the weight's own buffer if that is fp32, else in new memory."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
@@ -99,22 +118,28 @@ class _WeightGradient:
         self._direct = self._buffer is not None and self._buffer.dtype == torch.float32
         if self._direct:
             assert self._buffer is not None
+            # Before the first gradient of a step the buffer is all zeros: overwriting it saves reading it.
             self._sum, self._empty = self._buffer, not weight.grad_added_to_main_grad  # type: ignore[attr-defined]
             weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         else:
             self._sum, self._empty = weight.new_empty(weight.shape, dtype=torch.float32), True
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
-        """Add grad^T @ hidden, from [n, rows] and [n, h]."""
+        """Add grad^T @ hidden, where grad is [n, rows] and hidden [n, h]."""
         (set_product if self._empty else add_product)(self._sum, grad.t(), hidden)
         self._empty = False
 
     def finish(self, scale: Tensor, *, tied: bool) -> Tensor | None:
-        """What autograd gets, as `weight_gradient` explains; None where the lookup gives it that."""
+        """Return what autograd gets as the weight's gradient (see `weight_gradient`), None for a tied weight.
+
+        `scale` is the gradient of the loss. It multiplies the sum, unless that already stands in the weight's buffer.
+        """
         if self._direct:
-            torch._assert_async(scale == 1, "a loss whose weight gradients are summed as they are was scaled")
+            # On the device, without waiting for it: `assert scale == 1` would make the host wait.
+            torch._assert_async(scale == 1, "the loss was scaled after its weight gradient had been added unscaled")
         else:
-            own = torch.zeros_like(self._sum) if self._empty else self._sum  # a micro-batch without targets
+            # Where no position is trained nothing was added, and the memory is not initialized.
+            own = torch.zeros_like(self._sum) if self._empty else self._sum
             if self._buffer is None:
                 return (own * scale).to(self._weight.dtype)
             torch.addcmul(self._buffer, own.to(self._buffer.dtype), scale.to(self._buffer.dtype), out=self._buffer)
@@ -123,9 +148,10 @@ class _WeightGradient:
 
 
 def _losses(logits: Tensor, labels: Tensor, part: VocabPart) -> tuple[Tensor, Tensor]:
-    """(cross-entropy, log of the sum of exponentials) of each row over the whole vocabulary."""
+    """Return the cross-entropy and the log of the sum of exponentials of each row, over the whole vocabulary."""
     peak, total, label_logit = _statistics(logits, labels, part.width)
     if part.group is not None:
+        # Each rank summed exp(logit - its own maximum): bring the sums to the common maximum, then add them.
         highest = peak.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=part.group)
         sums = torch.stack([total * (peak - highest).exp(), label_logit])
@@ -136,13 +162,17 @@ def _losses(logits: Tensor, labels: Tensor, part: VocabPart) -> tuple[Tensor, Te
 
 
 def _statistics(logits: Tensor, labels: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(maximum, sum of exp(logit - maximum), the label's logit or 0) of each row, over `width` columns, in fp32."""
+    """Return maximum, sum of exp(logit - maximum), and the label's logit of each row's first `width` columns, in fp32.
+
+    The label's logit is 0 where another rank has the label.
+    """
     if logits.is_cuda:
         from sft.kernels.triton import cross_entropy as triton_cross_entropy
 
         return triton_cross_entropy.statistics(logits, labels, width)
     wide = logits.float() if logits.dtype != torch.float64 else logits
     wide = wide[:, :width]
+    # A rank may have no tokens at all, only padding; a maximum over nothing is an error.
     peak = wide.amax(dim=1) if width else wide.new_full((len(wide),), -torch.inf)
     total = (wide - peak[:, None]).exp().sum(dim=1)
     here = (labels >= 0) & (labels < width)
@@ -151,7 +181,7 @@ def _statistics(logits: Tensor, labels: Tensor, width: int) -> tuple[Tensor, Ten
 
 
 def _gradient_in_place(logits: Tensor, labels: Tensor, log_sum: Tensor, loss_weights: Tensor, width: int) -> Tensor:
-    """loss_weight * (softmax - onehot(label)) in the memory of `logits`."""
+    """Overwrite `logits` with loss_weight * (softmax - onehot(label)), their gradient, and return them."""
     if logits.is_cuda:
         from sft.kernels.triton import cross_entropy as triton_cross_entropy
 

@@ -1,28 +1,32 @@
-"""RMSNorm that also carries the residual stream: the addition before it, and that of the gradients behind it.
+"""RMSNorm (arXiv:1910.07467) fused with the residual stream.
 
-On a CPU these are torch's own operations; on a GPU one kernel each way.
+In a pre-norm layer the residual x goes both into the norm and past it. The addition that makes x comes just before the
+norm, and the sum of x's two gradients just after the norm's backward. On a GPU one kernel does each pair and moves x
+through memory once; on a CPU these are torch's own operations.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sft.kernels import fp8
+from sft.kernels.autograd import Context
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm of `x` over its last dimension."""
+    """Return the RMSNorm of `x` over its last dimension."""
     return fork(x, weight, eps)[0] if x.is_cuda else F.rms_norm(x, weight.shape, weight, eps)
 
 
 def fork(x: Tensor, weight: Tensor, eps: float, *, in_fp8: bool = False) -> tuple[Tensor, Tensor]:
-    """(norm of x, x): what goes into a branch, and what goes past it. Their gradients meet in one kernel.
+    """Return the norm of `x` for a branch of the layer, and `x` itself as the residual that goes past it.
 
-    With `in_fp8` the norm, on a GPU, brings its rows in fp8 along for the product that it goes into.
+    Use the returned residual, not `x`: the gradients of both results are then added in the norm's backward kernel.
+    With `in_fp8` the norm, on a GPU, also carries its rows in fp8 for the matrix product it goes into.
     """
     if not x.is_cuda:
         return F.rms_norm(x, weight.shape, weight, eps), x
@@ -32,7 +36,7 @@ def fork(x: Tensor, weight: Tensor, eps: float, *, in_fp8: bool = False) -> tupl
 def add_and_fork(
     branch: Tensor, residual: Tensor, weight: Tensor, eps: float, *, in_fp8: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`fork` of branch + residual."""
+    """Return `fork` of branch + residual."""
     if not branch.is_cuda:
         return fork(residual + branch, weight, eps)
     return _forked(residual, branch, weight, eps, in_fp8)
@@ -46,18 +50,19 @@ def _forked(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, in_fp8
 
 
 def forget(normed: Tensor, past: Tensor, weight: Tensor, eps: float, result: Tensor) -> None:
-    """Free the memory of `normed`, one half of a fork, until the gradient of `result`, made of it, is there.
+    """Free the memory of `normed` until backward needs it; then compute it again from `past`.
 
-    Then it is computed again from the other half, into the same tensor: who kept it for backward finds it as it was.
-    Nobody may read it in between.
+    `normed` and `past` are the two results of a fork, `result` what was computed from `normed`. Once the gradient of
+    `result` exists, the norm is written into the same tensor, so that operations which saved it find its values.
+    Nothing may read `normed` in between.
     """
-    # No versions are counted for .data: autograd would take a tensor that was written twice for a wrong one.
+    # `.data` does not share the version counter: else autograd would refuse a tensor written after it was saved.
     kept = [normed.data, past.detach()]
     size = normed.untyped_storage().nbytes()
 
     def renew(_: Tensor) -> None:
         memory, source = kept
-        kept.clear()  # the graph, and this with it, can outlive its backward pass; these must not
+        kept.clear()  # the graph, and this closure with it, can outlive its backward pass; the tensors must not
         memory.untyped_storage().resize_(size)
         if memory.is_cuda:
             from sft.kernels.triton import norm as triton_norm
@@ -70,12 +75,16 @@ def forget(normed: Tensor, past: Tensor, weight: Tensor, eps: float, result: Ten
     normed.untyped_storage().resize_(0)
 
 
+class _NormContext(Context, Protocol):
+    has_branch: bool
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, in_fp8: bool
+        ctx: _NormContext, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, in_fp8: bool
     ) -> tuple[Tensor, ...]:
-        from sft.kernels.triton import norm as triton_norm  # Triton is there where CUDA is
+        from sft.kernels.triton import norm as triton_norm  # installed with CUDA builds of torch only
 
         rows = x.contiguous().view(-1, x.shape[-1])
         added = None if branch is None else branch.contiguous().view_as(rows)
@@ -90,7 +99,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor, past_grad: Tensor, *_: Any
+        ctx: _NormContext, grad: Tensor, past_grad: Tensor, *_: object
     ) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
         from sft.kernels.triton import norm as triton_norm
 
@@ -98,4 +107,5 @@ class _Norm(torch.autograd.Function):
         parts = (grad.contiguous().view_as(total), past_grad.contiguous().view_as(total))
         x_grad, weight_grad = triton_norm.backward(*parts, total, weight, rstd)
         x_grad = x_grad.view_as(grad)
+        # A sum passes its gradient on unchanged to both of its terms.
         return x_grad, x_grad if ctx.has_branch else None, weight_grad, None, None

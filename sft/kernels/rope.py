@@ -1,21 +1,28 @@
-"""From a fused QKV projection to heads, queries and keys turned by their positions."""
+"""Split a fused QKV projection into heads and rotate queries and keys by their positions (RoPE, arXiv:2104.09864).
+
+The projection holds, for each KV group, its query heads, then its key head, then its value head (Megatron-core's
+order). A rotation turns dimension i together with dimension i + half, as Hugging Face's models do ("rotate half"), not
+neighbouring dimensions as in the paper.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from sft.kernels.autograd import Context
 
 
 def split_and_rotate(
     mixed: Tensor, groups: int, queries: int, angles: Tensor, positions: Tensor | None, magnitude: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, key, value), each [s, b, heads, dim], from `mixed` [s, b, groups * (queries + 2) * dim].
+    """Return query, key and value, each [s, b, heads, dim], from `mixed` [s, b, groups * (queries + 2) * dim].
 
-    `angles` [positions, turned dimensions / 2], fp32; `positions` [s * b], or None where each of the b rows is one
-    sequence from position 0 on. Where angles cover half of `dim` all of it is turned, else its first part. What is
-    turned is multiplied by `magnitude` too (YaRN).
+    `angles` [positions, half] in fp32 rotate the first 2 * half dimensions of each head; the rest stays as it is.
+    `positions` [s * b] are the rows of `angles` to take; None where each of the b rows is one sequence from position 0
+    on. `magnitude` also multiplies what is rotated (YaRN's attention factor, arXiv:2309.00071).
     """
     s, b = mixed.shape[:2]
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
@@ -34,16 +41,20 @@ def split_and_rotate(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first 2 * half dimensions of `x` turned; cos and sin broadcast against them and end in `half`."""
+    """Return `x` with its first 2 * half dimensions rotated; cos and sin, [..., half], broadcast against each half."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
 
 
+class _RotationContext(Context, Protocol):
+    rows: int
+
+
 class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _RotationContext,
         mixed: Tensor,
         groups: int,
         queries: int,
@@ -59,7 +70,7 @@ class _SplitAndRotate(torch.autograd.Function):
         return triton_rope.forward(mixed.contiguous(), groups, queries, cos, sin, positions, rows)
 
     @staticmethod
-    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _RotationContext, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
         from sft.kernels.triton import rope as triton_rope
 
         cos, sin, positions = ctx.saved_tensors

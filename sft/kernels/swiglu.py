@@ -1,16 +1,19 @@
-"""silu(gate) * up of a fused [gate; up] projection."""
+"""SwiGLU, silu(gate) * up, of a fused [gate; up] projection (arXiv:2002.05202)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sft.kernels.autograd import Context
+
 
 def swiglu(x: Tensor) -> Tensor:
-    """[..., 2 * width] -> [..., width]. On a GPU backward overwrites `x`, which nothing else may then need."""
+    """Return silu(gate) * up, [..., width], of x = [gate, up], [..., 2 * width].
+
+    On a GPU backward writes the gradient over `x`: no other operation may need `x` in its own backward.
+    """
     if x.is_cuda:
         activated: Tensor = _SwiGLU.apply(x)
         return activated
@@ -20,7 +23,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor) -> Tensor:
         from sft.kernels.triton import swiglu as triton_swiglu
 
         rows = x.contiguous().view(-1, x.shape[-1])
@@ -28,7 +31,7 @@ class _SwiGLU(torch.autograd.Function):
         return triton_swiglu.forward(rows).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Context, grad: Tensor) -> Tensor:
         from sft.kernels.triton import swiglu as triton_swiglu
 
         (rows,) = ctx.saved_tensors

@@ -176,7 +176,7 @@ def test_adamw(shift: int) -> None:
 
 @pytest.mark.parametrize("vocab", [1000, 32003])
 def test_linear_cross_entropy(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sft.kernels.linear_cross_entropy.CHUNK_BYTES", 2 * vocab * 100)
+    monkeypatch.setattr("sft.kernels.linear_cross_entropy.BLOCK_BYTES", 2 * vocab * 100)
     labels = torch.randint(0, vocab - 3, (257,), device="cuda")
     weights = torch.rand(257, device="cuda")
 

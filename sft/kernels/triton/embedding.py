@@ -1,7 +1,7 @@
-"""Rows added to a table at given places, in Triton.
+"""Add rows to a table at given places, in Triton.
 
-Places are sorted first, and one program adds up all rows of one place: no atomics, so that a repeated step gives the
-same bits, and nothing is rounded in between.
+The places are sorted first, and one program sums all rows of one place in fp32. So there are no atomics, a repeated
+step gives the same bits, and the sum is rounded once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ _COLUMNS = 1024
 def _add_rows(
     table_ptr, place_ptr, order_ptr, rows_ptr, count, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
+    # A program for each sorted entry and block of columns. The first entry of each place sums all of them, the programs
+    # of the others end at once.
     first = tl.program_id(0)
     place = tl.load(place_ptr + first)
     before = tl.load(place_ptr + first - 1, mask=first > 0, other=-1)
@@ -26,7 +28,7 @@ def _add_rows(
         inside = column < columns
         total = tl.zeros((COLUMNS,), dtype=tl.float32)
         found = ROWS
-        while found == ROWS:
+        while found == ROWS:  # fewer than ROWS entries of this place: the next ones are another's
             turn = first + tl.arange(0, ROWS)
             same = (turn < count) & (tl.load(place_ptr + turn, mask=turn < count, other=-1) == place)
             source = tl.load(order_ptr + turn, mask=same, other=0)
@@ -41,8 +43,8 @@ def _add_rows(
 
 
 def add_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
-    """table[place] += row, from places [n] and contiguous rows [n, columns]; rows of negative places are left out."""
+    """Add rows [n, columns], contiguous, to table[places]. Rows with a negative place are left out."""
     count, columns = rows.shape
-    ordered, order = places.sort(stable=True)
+    ordered, order = places.sort(stable=True)  # stable: equal places keep the order in which they are summed
     grid = (count, triton.cdiv(columns, _COLUMNS))
     _add_rows[grid](table, ordered, order, rows, count, columns, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4)

@@ -1,7 +1,7 @@
-"""Rows in fp8 with a scale each, in Triton: of any matrix, of a transposed one, and of what SwiGLU gives.
+"""Quantize to fp8 with a scale for each row, in Triton: a matrix, its transpose, or the result of SwiGLU.
 
-A row is held by one program, which knows its largest value before it writes, so that a tensor is read once. Only the
-transposed form, whose scales run across rows, reads twice.
+One program holds a whole row and knows its largest value before it writes, so a tensor is read once. Only the
+transpose, whose scales are those of columns, reads it twice.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPE = torch.float8_e4m3fn
-_LARGEST = tl.constexpr(448.0)
-_SMALLEST = tl.constexpr(1e-12)  # a row of zeros has a scale too
-_TILE = 64
-_WIDE = 256
+_LARGEST = tl.constexpr(448.0)  # of E4M3
+_SMALLEST = tl.constexpr(1e-12)  # keeps the scale of a row of zeros above 0
+_TILE = 64  # rows and columns of a block that is transposed
+_WIDE = 256  # columns of a program that looks for the largest value of each
 
 
 @triton.jit
 def store_row(x, y_ptr, scale_ptr, row, columns, column, inside):
+    # The scale maps the row's largest value to the largest of fp8.
     scale = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST) / _LARGEST
     tl.store(scale_ptr + row, scale)
     tl.store(y_ptr + row * columns + column, (x * (1.0 / scale)).to(y_ptr.dtype.element_ty), mask=inside)
@@ -36,6 +37,7 @@ def _rows(x_ptr, y_ptr, scale_ptr, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def _column_peaks(x_ptr, peak_ptr, rows, columns, SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    # A program takes COLUMNS columns and SHARE rows.
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1).to(tl.int64) * SHARE
     peak = tl.zeros((COLUMNS,), dtype=tl.float32)
@@ -44,7 +46,7 @@ def _column_peaks(x_ptr, peak_ptr, rows, columns, SHARE: tl.constexpr, ROWS: tl.
         inside = (row < tl.minimum(rows, first + SHARE))[:, None] & (column < columns)[None, :]
         x = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
         peak = tl.maximum(peak, tl.max(tl.abs(x), axis=0))
-    tl.atomic_max(peak_ptr + column, peak, mask=column < columns)
+    tl.atomic_max(peak_ptr + column, peak, mask=column < columns)  # a maximum is the same in any order
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def _transposed(x_ptr, peak_ptr, y_ptr, scale_ptr, rows, columns, TILE: tl.const
     x = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
     y = (x * factor[None, :]).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + column[None, :] * rows + row[:, None], y, mask=inside)
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) == 0:  # all programs of these columns have the same scales
         tl.store(scale_ptr + column, scale, mask=column < columns)
 
 
@@ -69,6 +71,7 @@ def _swiglu(x_ptr, y_ptr, scale_ptr, width, BLOCK: tl.constexpr):
     inside = column < width
     gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    # Rounded as the bf16 version stores it, so that both versions quantize the same values.
     y = (gate * tl.sigmoid(gate) * up).to(x_ptr.dtype.element_ty).to(tl.float32)
     store_row(y, y_ptr, scale_ptr, row, width, column, inside)
 
@@ -82,6 +85,7 @@ def _swiglu_backward(grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width, QUANTIZE
     grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(x_ptr + first, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + second, mask=inside, other=0.0).to(tl.float32)
+    # silu(g) = g * sigmoid(g), so silu'(g) = sigmoid(g) + silu(g) * (1 - sigmoid(g)).
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     tl.store(y_ptr + row * width + column, (silu * up).to(y_ptr.dtype.element_ty), mask=inside)
@@ -90,6 +94,7 @@ def _swiglu_backward(grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width, QUANTIZE
     tl.store(x_ptr + first, gate_grad.to(x_ptr.dtype.element_ty), mask=inside)
     tl.store(x_ptr + second, up_grad.to(x_ptr.dtype.element_ty), mask=inside)
     if QUANTIZE:
+        # Gate and up are one row of the product that follows, and share its scale.
         peak = tl.maximum(tl.max(tl.abs(gate_grad), axis=0), tl.max(tl.abs(up_grad), axis=0))
         scale = tl.maximum(peak, _SMALLEST) / _LARGEST
         factor = 1.0 / scale
@@ -99,7 +104,7 @@ def _swiglu_backward(grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width, QUANTIZE
 
 
 def rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(fp8 values, fp32 scale of each row [rows, 1]) of a contiguous [rows, columns]."""
+    """Return contiguous `x` [rows, columns] as fp8 values and the fp32 scale of each row, [rows, 1]."""
     count, columns = x.shape
     y, scale = empty_rows(x, count, columns)
     block = triton.next_power_of_2(columns)
@@ -108,17 +113,20 @@ def rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_peaks(x: Tensor) -> Tensor:
-    """Largest absolute value of each column of a contiguous [rows, columns], fp32."""
+    """Return the largest absolute value of each column of contiguous `x` [rows, columns], in fp32."""
     count, columns = x.shape
     peaks = torch.zeros(columns, dtype=torch.float32, device=x.device)
-    share = max(triton.cdiv(count, 64), 32)
+    share = max(triton.cdiv(count, 64), 32)  # at most 64 programs for the same columns
     grid = (triton.cdiv(columns, _WIDE), triton.cdiv(count, share))
     _column_peaks[grid](x, peaks, count, columns, SHARE=share, ROWS=32, COLUMNS=_WIDE, num_warps=8)
     return peaks
 
 
 def transposed(x: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
-    """`rows` of the transposed [rows, columns], whose `column_peaks` are known: values [columns, rows], scales."""
+    """Return the transpose of contiguous `x` [rows, columns] as fp8 values [columns, rows] and scales [columns, 1].
+
+    `peaks` are the `column_peaks` of `x`.
+    """
     count, columns = x.shape
     y, scale = empty_rows(x, columns, count)
     grid = (triton.cdiv(count, _TILE), triton.cdiv(columns, _TILE))
@@ -127,7 +135,7 @@ def transposed(x: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def swiglu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`rows` of silu(gate) * up, from a contiguous [rows, 2 * width]."""
+    """Return silu(gate) * up, of x = [gate, up] contiguous [rows, 2 * width], as fp8 values and scales."""
     count, width = x.shape[0], x.shape[1] // 2
     y, scale = empty_rows(x, count, width)
     block = triton.next_power_of_2(width)
@@ -136,7 +144,10 @@ def swiglu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def swiglu_backward(grad: Tensor, x: Tensor, *, quantize: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """(silu(gate) * up once more, `rows` of the gradient of `x`); that gradient itself takes the memory of `x`."""
+    """Overwrite `x` = [gate, up] with its gradient, and return silu(gate) * up.
+
+    With `quantize` also return the gradient of `x` as fp8 values and scales.
+    """
     count, width = grad.shape
     y = torch.empty_like(grad)
     low = empty_rows(x, *x.shape) if quantize else None
@@ -149,10 +160,11 @@ def swiglu_backward(grad: Tensor, x: Tensor, *, quantize: bool) -> tuple[Tensor,
 
 
 def empty_rows(x: Tensor, count: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Memory for fp8 values [count, columns] and their scales [count, 1], where `x` is."""
+    """Return uninitialized fp8 values [count, columns] and scales [count, 1] on the device of `x`."""
     values = torch.empty(count, columns, dtype=DTYPE, device=x.device)
     return values, torch.empty(count, 1, dtype=torch.float32, device=x.device)
 
 
 def _warps(block: int) -> int:
+    # About 16 elements of a row for each thread, as far as a program can have threads.
     return min(max(block // 512, 4), 16)

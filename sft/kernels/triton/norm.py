@@ -1,7 +1,8 @@
-"""RMSNorm in Triton; in the same pass the residual addition before it, or behind its gradient, and rounding to fp8.
+"""RMSNorm in Triton, fused with the residual addition before it, the addition of gradients after it, and fp8 rounding.
 
-A row is read once. The weight's gradient is summed by a fixed number of programs, each over its share of the rows in
-order, and then over the programs: no atomics, so that a repeated step gives the same bits.
+One program reads a row once and holds it whole. The weight's gradient is summed over rows by a fixed number of
+programs, each over its share in order, and then over the programs. So there are no atomics, and a repeated step gives
+the same bits.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def _forward(
     x = tl.load(x_ptr + row * columns + column, mask=inside, other=0.0)
     if HAS_BRANCH:
         branch = tl.load(branch_ptr + row * columns + column, mask=inside, other=0.0)
+        # Rounded before the norm is taken: backward recomputes from the stored sum and must see the same values.
         x = (x.to(tl.float32) + branch.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * columns + column, x, mask=inside)
     wide = x.to(tl.float32)
@@ -36,6 +38,7 @@ def _forward(
     normed = (wide * rstd * weight).to(normed_ptr.dtype.element_ty)
     tl.store(normed_ptr + row * columns + column, normed, mask=inside)
     if QUANTIZE:
+        # From the rounded norm, so that fp8 values are the same as those of a norm read back from memory.
         store_row(normed.to(tl.float32), low_ptr, scale_ptr, row, columns, column, inside)
 
 
@@ -44,12 +47,14 @@ def _backward(
     grad_ptr, residual_grad_ptr, x_ptr, weight_ptr, rstd_ptr, x_grad_ptr, partial_ptr, rows, columns, share,
     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # With u = x * rstd, y = u * w and g = dL/dy: dL/dw = sum over rows of g * u, and
+    # dL/dx = rstd * (g * w - u * mean(g * w * u)), the mean over columns.
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     weight_grad = tl.zeros((BLOCK,), dtype=tl.float32)
-    for turn in range(share):
-        row = program * share + turn
+    for index in range(share):
+        row = program * share + index
         place = row * columns + column
         inside = (column < columns) & (row < rows)
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -68,9 +73,10 @@ def _backward(
 def forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, quantize: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """From contiguous [rows, columns]: the norm of x + branch, x + branch, 1 / root mean square of each row.
+    """Return the norm of x + branch, x + branch, 1 / root mean square of each row, and the norm in fp8.
 
-    At last, where asked for, what `triton_fp8.rows` makes of the norm.
+    x and branch are contiguous [rows, columns]. The fp8 form is what `triton.fp8.rows` makes of the norm; None unless
+    `quantize` is set.
     """
     rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
     normed = torch.empty_like(x)
@@ -81,7 +87,7 @@ def forward(
 
 
 def forward_into(normed: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-    """Norm of contiguous `x`, [..., columns], in the memory of `normed`; the same bits as `forward` gives."""
+    """Write the norm of contiguous `x` [..., columns] to `normed`: the same bits as `forward` returns."""
     rows = x.view(-1, x.shape[-1])
     _launch(rows, None, weight, normed, rows, torch.empty(len(rows), device=x.device), None, eps)
 
@@ -92,6 +98,7 @@ def _launch(
 ) -> None:  # fmt: skip
     rows, columns = x.shape
     block = triton.next_power_of_2(columns)
+    # A kernel takes no None: what it does not use gets any tensor.
     _forward[(rows,)](
         x, x if branch is None else branch, weight, normed, total, rstd, *((x, rstd) if low is None else low),
         columns, eps, HAS_BRANCH=branch is not None, QUANTIZE=low is not None, BLOCK=block, num_warps=_warps(block),
@@ -101,8 +108,13 @@ def _launch(
 def backward(
     grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x, of weight), from those of the norm's output and, if it has one, of x past the norm."""
+    """Return the gradients of x and of the weight.
+
+    `grad` is the gradient of the norm, `residual_grad` that of x past the norm, if there is one; both contiguous
+    [rows, columns].
+    """
     rows, columns = x.shape
+    # More programs would read memory no faster, and each has a row of `partial` to sum afterwards.
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     programs = min(rows, processors * _PROGRAMS_PER_PROCESSOR)
     x_grad = torch.empty_like(x)

@@ -1,6 +1,7 @@
-"""Split a fused QKV projection into its heads and turn queries and keys by their positions, in one pass.
+"""Split a fused QKV projection into heads and rotate queries and keys by their positions, in one Triton kernel.
 
-A program takes one token with all its heads. Backward is the same pass from the other side, with the angles negated.
+A program takes all heads of one token. A rotation is orthogonal, so backward is the same kernel with the angles
+negated and sources and targets exchanged.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def _rotate(
         position = tl.load(position_ptr + token)
     else:
         position = token // rows_per_position
+    # The projection's heads in order: of each group the queries, then the key, then the value.
     head = tl.arange(0, HEAD_BLOCK)
     group, place = head // (QUERIES + 2), head % (QUERIES + 2)
     exists = head < GROUPS * (QUERIES + 2)
@@ -34,9 +36,10 @@ def _rotate(
     within = half < HALF
     cos = tl.load(cos_ptr + position * HALF + half, mask=within, other=0.0)
     sin = tl.load(sin_ptr + position * HALF + half, mask=within, other=0.0)
-    turned = (is_q | is_k)[:, None]
-    cos = tl.where(turned, cos[None, :], 1.0)
-    sin = tl.where(turned, sin[None, :], 0.0)
+    # Values go through the same arithmetic, rotated by 0.
+    rotated = (is_q | is_k)[:, None]
+    cos = tl.where(rotated, cos[None, :], 1.0)
+    sin = tl.where(rotated, sin[None, :], 0.0)
     if BACKWARD:
         sin = -sin
     low, high = half[None, :], half[None, :] + HALF
@@ -45,6 +48,7 @@ def _rotate(
         is_k[:, None] & within[None, :], is_v[:, None] & within[None, :],
     )  # fmt: skip
     if BACKWARD:
+        # Each head is a query, a key or a value: two of the three loads are masked and give 0.
         first = tl.load(q_ptr + q_row[:, None] + low, mask=mask_q, other=0.0).to(tl.float32)
         first += tl.load(k_ptr + kv_row[:, None] + low, mask=mask_k, other=0.0).to(tl.float32)
         first += tl.load(v_ptr + kv_row[:, None] + low, mask=mask_v, other=0.0).to(tl.float32)
@@ -67,7 +71,7 @@ def _rotate(
         tl.store(v_ptr + kv_row[:, None] + low, out_first, mask=mask_v)
         tl.store(v_ptr + kv_row[:, None] + high, out_second, mask=mask_v)
 
-    if REST_BLOCK > 0:  # dimensions behind the turned ones, where a model turns only a part
+    if REST_BLOCK > 0:  # the dimensions that a model with a partial rotary factor copies as they are
         rest = tl.arange(0, REST_BLOCK) + 2 * HALF
         left = (rest < DIM)[None, :]
         at = rest[None, :]
@@ -86,10 +90,10 @@ def _rotate(
 def forward(
     mixed: Tensor, groups: int, queries: int, cos: Tensor, sin: Tensor, positions: Tensor | None, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, key, value), each [tokens, heads, dim], from [tokens, groups * (queries + 2) * dim].
+    """Return query, key and value, each [tokens, heads, dim], from `mixed` [tokens, groups * (queries + 2) * dim].
 
-    cos and sin are fp32 [positions, turned dimensions / 2]. Without `positions`, token i of `rows` rows that take
-    turns is at i // rows.
+    cos and sin are fp32 [positions, half] and rotate the first 2 * half dimensions. `positions` [tokens] are the rows
+    of them to take. Without it the tokens are those of [sequence, rows], so that token i has position i // rows.
     """
     tokens, dim = mixed.shape[0], mixed.shape[1] // (groups * (queries + 2))
     q = mixed.new_empty(tokens, groups * queries, dim)
@@ -101,7 +105,7 @@ def forward(
 def backward(
     grads: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, positions: Tensor | None, rows: int
 ) -> Tensor:
-    """The gradient of `mixed` from those of (query, key, value)."""
+    """Return the gradient of `mixed` from those of query, key and value."""
     q, k, v = grads
     tokens, groups, dim = k.shape
     queries = q.shape[1] // groups

@@ -1,4 +1,4 @@
-"""silu(gate) * up in Triton: one pass forward, and one back in which the input's memory takes its gradient."""
+"""SwiGLU, silu(gate) * up, in Triton. Backward writes the gradient over the input, to save its memory."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def _backward(grad_ptr, x_ptr, width, BLOCK: tl.constexpr):
     grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    # silu(g) = g * sigmoid(g), so silu'(g) = sigmoid(g) + silu(g) * (1 - sigmoid(g)).
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     gate_grad = grad * up * (sigmoid + silu * (1 - sigmoid))
@@ -37,7 +38,7 @@ def _backward(grad_ptr, x_ptr, width, BLOCK: tl.constexpr):
 
 
 def forward(x: Tensor) -> Tensor:
-    """[rows, 2 * width], gate before up and contiguous, -> [rows, width]."""
+    """Return silu(gate) * up, [rows, width], of x = [gate, up], contiguous [rows, 2 * width]."""
     rows, width = x.shape[0], x.shape[1] // 2
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     _forward[(rows, triton.cdiv(width, _BLOCK))](x, y, width, BLOCK=_BLOCK, num_warps=4)
@@ -45,7 +46,8 @@ def forward(x: Tensor) -> Tensor:
 
 
 def backward_in_place(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of `x`, in its memory: x is the largest activation of a layer, and nobody reads it again."""
+    """Overwrite `x` with its gradient and return it. `grad` is contiguous [rows, width]."""
+    # x is the largest activation of a layer, and nothing reads it after this.
     rows, width = grad.shape
     _backward[(rows, triton.cdiv(width, _BLOCK))](grad, x, width, BLOCK=_BLOCK, num_warps=4)
     return x

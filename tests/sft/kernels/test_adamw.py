@@ -1,4 +1,4 @@
-"""The update against torch's AdamW, and what a step that is to be skipped leaves alone."""
+"""The update against torch's AdamW, and a skipped step, which changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SETTINGS = adamw.Settings(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8
 
 
 def adamw_rows(device: str, sizes: Sequence[int], shift: int = 0) -> list[adamw.Row]:
-    """Drawn tensors, the same every time, that begin `shift` elements behind an aligned address."""
+    """Return random tensors, the same every time, that begin `shift` elements after an aligned address."""
     draw = torch.Generator(device).manual_seed(0)
     rows = []
     for size in sizes:

@@ -1,4 +1,4 @@
-"""Which attention kernel a run gets; the machine's GPU is made up, because the rule is one of names and numbers."""
+"""Which attention kernel a run gets. The GPU is simulated: the rule reads only its name and numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lookup whose gradient goes to a buffer against torch's own, in fp64."""
+"""The lookup that adds its gradient to a buffer, against torch's own, in fp64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VOCAB, HIDDEN = 7, 5
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weight, ids with repetitions, and the gradient of what is looked up."""
+    """Return a weight, ids with repetitions, and a gradient of the lookup's result."""
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(VOCAB, HIDDEN, generator=draw, dtype=torch.float64).requires_grad_()
     ids = torch.tensor([[3, 3, 0, 6], [3, 2, 6, 3]])
@@ -44,7 +44,7 @@ def test_gradient_is_added_to_the_buffer() -> None:
 
 @pytest.mark.parametrize("buffered", [False, True])
 def test_a_part_of_the_vocabulary_leaves_other_ids_alone(buffered: bool) -> None:
-    """As of a rank that has rows 2 to 5: ids of others are negative or too large."""
+    """Look up on a rank with rows 2 to 5: ids of other ranks are negative or too large."""
     weight, ids, grad = inputs()
     own = weight.detach()[2:6].clone().requires_grad_()
     if buffered:

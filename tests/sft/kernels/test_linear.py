@@ -1,4 +1,4 @@
-"""Linears and the MLP as single operations on a CPU: against torch in fp64; fp8 against the same rounding by hand."""
+"""Linears and the MLP as single operations on a CPU: against torch in fp64, and fp8 against rounding by hand."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_frozen_weights_have_no_gradient() -> None:
 
 
 def rounded(x: Tensor, rows: bool) -> Tensor:
-    """What a matrix is after a scale for each row, or column, has taken its largest value to 448."""
+    """Return the matrix rounded to fp8 with a scale for each row, or column, that maps its largest value to 448."""
     scale = x.detach().float().abs().amax(dim=1 if rows else 0, keepdim=True).clamp(min=1e-12) / 448
     return (x.detach().float() / scale).to(torch.float8_e4m3fn).float() * scale
 
@@ -59,7 +59,7 @@ def test_fp8_rounds_tokens_and_channels_and_not_weight_gradients() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 3e4])
 def test_rows_of_any_size(value: float) -> None:
-    """Zeros stay zeros, the largest value stays what it is, and one row does not matter to another."""
+    """Zeros stay zeros, the largest value stays what it is, and no row affects another."""
     x = torch.ones(2, HIDDEN)
     x[1] = value
     found = fp8.quantize(x)
@@ -67,7 +67,7 @@ def test_rows_of_any_size(value: float) -> None:
 
 
 def test_weight_gradients_of_a_step_are_added_up() -> None:
-    """The first overwrites what is in the buffer, which is zeroed in training, and the flag says which is the first."""
+    """The first product overwrites the buffer, which is zeroed in training. The flag says which is the first."""
     weight, inputs, grad = drawn(WIDTH, HIDDEN), drawn(7, HIDDEN).detach(), drawn(7, WIDTH).detach()
     weight.main_grad, weight.grad_added_to_main_grad = torch.full((WIDTH, HIDDEN), 9.0), False  # type: ignore[attr-defined]
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The loss without logits against torch's own, in fp64: in chunks, with padded vocabulary, over ranks."""
+"""The loss that never holds all logits, against torch in fp64: in blocks, with a padded vocabulary, over ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
 
 
 def expected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss and gradients of hidden states and weight, by torch, times 3."""
+    """Return torch's loss and gradients of hidden states and weight, times 3."""
     hidden, weight, labels, loss_weights = inputs()
     total = (F.cross_entropy(hidden @ weight.t(), labels, reduction="none") * loss_weights).sum()
     (3 * total).backward()
@@ -36,11 +36,11 @@ def expected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, ROWS])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_equals_torch(rows_at_a_time: int, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of the weight that only fill up the vocabulary have no share in the sum, and get no gradient."""
+    """Padding rows of the vocabulary have no share in the sum and get no gradient."""
     total, hidden_grad, weight_grad = expected()
     hidden, weight, labels, loss_weights = inputs()
     wide = F.pad(weight.detach(), (0, 0, 0, padding), value=9.0).requires_grad_()
-    monkeypatch.setattr(module, "CHUNK_BYTES", rows_at_a_time * (VOCAB + padding) * 8)
+    monkeypatch.setattr(module, "BLOCK_BYTES", rows_at_a_time * (VOCAB + padding) * 8)
     found = linear_cross_entropy(hidden, wide, labels, loss_weights, VocabPart(0, VOCAB))
     (3 * found).backward()
     assert wide.grad is not None
@@ -53,9 +53,9 @@ def test_equals_torch(rows_at_a_time: int, padding: int, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_weight_gradient_goes_to_its_buffer(tied: bool, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Added to what is there. Where the weight is the embedding too, the lookup answers autograd."""
+    """Gradients are added to the buffer. Where the weight is the embedding too, the lookup returns it to autograd."""
     _, hidden_grad, weight_grad = expected()
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCAB * 8)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 4 * VOCAB * 8)
     hidden, weight, labels, loss_weights = inputs()
     before = torch.ones(weight.shape, dtype=torch.bfloat16 if half else torch.float32)
     weight.main_grad, weight.grad_added_to_main_grad = before, True  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def test_weight_gradient_goes_to_its_buffer(tied: bool, half: bool, monkeypatch:
 
 
 def test_the_first_gradient_of_a_step_replaces_what_is_in_the_buffer() -> None:
-    """Which is zeroed by then, and need not be read."""
+    """The buffer is zeroed by then and need not be read."""
     hidden, weight, labels, loss_weights = inputs()
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(weight.shape), False  # type: ignore[attr-defined]
     linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB)).backward()
@@ -94,14 +94,14 @@ def test_no_two_chunks_of_logits_are_held(monkeypatch: pytest.MonkeyPatch) -> No
         return statistics(logits, *args)
 
     monkeypatch.setattr(module, "_statistics", watched)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCAB * 8)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 4 * VOCAB * 8)
     hidden, weight, labels, loss_weights = inputs()
     linear_cross_entropy(hidden, weight, labels, loss_weights, VocabPart(0, VOCAB)).backward()
     assert len(chunks) == 3
 
 
 def test_no_targets_give_gradients_of_zero() -> None:
-    """A micro-batch without them must still answer the hooks that wait for every parameter's gradient."""
+    """A micro-batch without targets must still trigger the hooks that wait for every parameter's gradient."""
     hidden, weight, labels, loss_weights = (
         tensor.detach()[:0] if tensor.shape[0] == ROWS else tensor for tensor in inputs()
     )
@@ -123,7 +123,7 @@ def test_frozen_weight_and_evaluation_compute_no_gradients() -> None:
 
 
 def over_ranks() -> tuple[Any, Any, Any]:
-    """Runs on a rank: loss, the sum of all ranks' gradients of the hidden states, this rank's of its weight rows."""
+    """Return, on a rank, the loss, the summed gradient of the hidden states, and that of this rank's weight rows."""
     rank, size = dist.get_rank(), dist.get_world_size()
     hidden, weight, labels, loss_weights = inputs()
     rows = -(-VOCAB // size)

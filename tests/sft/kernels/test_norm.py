@@ -31,7 +31,7 @@ def test_nothing_changes_but_memory() -> None:
 
 
 def test_nothing_is_kept_behind_the_backward_pass() -> None:
-    """Also not where somebody still holds the result, as pipeline schedules do until the next one is there."""
+    """Also where the result is still referenced, as pipeline schedules do until the next one exists."""
     x, weight = torch.randn(6, 1, 8, requires_grad=True), torch.ones(8, requires_grad=True)
     normed, past = norm.fork(x, weight, 1e-5)
     memory = weakref.ref(normed.untyped_storage())
