@@ -29,9 +29,10 @@ def add(commands: Any) -> None:
 
 def _logs(options: argparse.Namespace) -> int:
     from launcher.views import logs
+    from launcher.views.log_files import Choice, parse_ranks
 
-    choice = logs.Choice(
-        ranks=logs.parse_ranks(options.rank) if options.rank else (),
+    choice = Choice(
+        ranks=parse_ranks(options.rank) if options.rank else (),
         all_ranks=options.all,
         batch=options.batch,
         failed=options.failed,
@@ -45,7 +46,7 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _wait(options: argparse.Namespace) -> int:
-    from launcher.views.watch import wait
+    from launcher.runs.wait import wait
 
     rows = wait(chosen_runs(options), options.timeout)
     if rows is None:

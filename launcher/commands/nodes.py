@@ -59,7 +59,7 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         print_json(rows)
         return int(ExitCode.OK)
-    from launcher.views.table import columns
+    from launcher.views.text import columns
 
     head = ("CLUSTER", "NODE", "EXCLUDED", "UNTIL", "EVIDENCE", "WHY")
     body = [

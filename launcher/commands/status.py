@@ -47,7 +47,8 @@ def _selection(options: argparse.Namespace) -> Any:
 def _status(options: argparse.Namespace) -> int:
     from launcher.runs.find import all_runs, default_run_root
     from launcher.runs.state import collect
-    from launcher.views.table import table, terminal_width
+    from launcher.views.status_table import status_table
+    from launcher.views.text import terminal_width
 
     root, selection = options.run_root or default_run_root(), _selection(options)
 
@@ -66,7 +67,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.json:
         print_json([row.as_json() for row in rows])
     elif rows:
-        print(table(rows, terminal_width()))
+        print(status_table(rows, terminal_width()))
     else:
         print(f"no runs in {root.absolute()}", file=sys.stderr)
     if problem is not None:
@@ -87,7 +88,7 @@ def _why(options: argparse.Namespace, runs: list[Any]) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     from launcher.runs.find import all_runs, default_run_root, listing
-    from launcher.views.table import columns
+    from launcher.views.text import columns
 
     selection = _selection(options)
     rows = listing(selection.of(all_runs(options.run_root or default_run_root())))

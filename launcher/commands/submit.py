@@ -82,7 +82,7 @@ def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
 
 def _points(group: Group, jobs: Sequence[str] = ()) -> str:
     """A line a run: its job, where it has one, and what the sweep sets for it."""
-    from launcher.views.table import columns
+    from launcher.views.text import columns
 
     keys = list(dict.fromkeys(key for point in group.points.values() for key in point))
     rows = [[run, *(point.get(key, "-") for key in keys)] for run, point in group.points.items()]
@@ -217,6 +217,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _follow(paths: Any) -> int:
-    from launcher.views.logs import Choice, follow
+    from launcher.views.log_files import Choice
+    from launcher.views.logs import follow
 
     return exit_with(follow(paths, Choice()))

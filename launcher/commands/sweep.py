@@ -24,7 +24,7 @@ def _results(options: argparse.Namespace) -> int:
     from launcher.runs.find import default_run_root
     from launcher.runs.state import collect
     from launcher.sweeps.groups import find_runs, read_group, results, sort_results
-    from launcher.views.table import columns
+    from launcher.views.text import columns
 
     root = options.run_root or default_run_root()
     group, runs = read_group(options.group, root), find_runs(options.group, root)

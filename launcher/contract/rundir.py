@@ -38,6 +38,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+JsonObject = dict[str, Any]
+"""A record as it is in a JSON file. Its values are whatever the file holds: check them where they are used."""
+
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names that are safe as a directory, a Slurm job name and a word in a script."""
 
@@ -210,7 +213,7 @@ def write_atomic(path: Path, text: str, mode: int | None = None) -> None:
     sync_path(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Replace `path` by `value` as indented JSON."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -223,12 +226,12 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
-def append_event(paths: RunPaths, event: str, **fields: Any) -> None:
+def append_event(paths: RunPaths, event: str, **fields: object) -> None:
     """Add one line to events.jsonl; a single write, so lines of several writers do not mix."""
     append_line(paths.events, {"time": time.time(), "event": event, **fields})
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
+def append_line(path: Path, record: JsonObject) -> None:
     """Append `record` as one JSON line."""
     line = json.dumps(record, ensure_ascii=False) + "\n"
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -238,8 +241,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         os.close(handle)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSON-lines file; a line cut short by a crash is passed over."""
+def read_lines(path: Path) -> Iterator[JsonObject]:
+    """Yield the records of a JSON-lines file; a line that a crash cut short is skipped."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:

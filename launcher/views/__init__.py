@@ -1,1 +1,1 @@
-"""What runs there are and how they are: status, logs, reports."""
+"""What the commands print: states, logs, plans and reports of runs."""

@@ -1,98 +1,68 @@
-"""Print or follow the logs of an attempt.
-
-`batch.log` holds what one process did (prepare, export) and how the ranks ended; `rank-<N>.log` what rank N printed.
-Following without a choice shows both as they grow: they take turns. Several ranks are told apart by a prefix.
-"""
+"""`launcher logs`: print the logs of an attempt, or follow them until it has ended."""
 
 from __future__ import annotations
 
-import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.contract.errors import ConfigError, RunStateError, did_you_mean
+from launcher.contract.errors import RunStateError
 from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths
 from launcher.runs.find import snapshot
 from launcher.runs.first_failure import first_failure, last_words
 from launcher.runs.state import RunStatus, collect
+from launcher.views.log_files import Choice, batch_log, chosen_attempt, files_to_follow, files_to_show, main_file
 
 _POLL_SECONDS = 0.3
 _ASK_SECONDS = 10.0  # between questions to the scheduler while following
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """Whose logs."""
-
-    ranks: tuple[int, ...] = ()
-    all_ranks: bool = False
-    batch: bool = False
-    failed: bool = False
-    """The last words of the first rank that failed."""
-    attempt: str | None = None
-    """None: the newest."""
-
-
-def parse_ranks(text: str) -> tuple[int, ...]:
-    """`0,3-5` → 0, 3, 4, 5."""
-    ranks: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
-        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
-            raise ConfigError(f"--rank {text}: {part!r} is no rank; write numbers and ranges, e.g. 0,3-5")
-        ranks += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return tuple(dict.fromkeys(ranks))
-
-
 def show(paths: RunPaths, choice: Choice) -> None:
     """Print logs as they are now."""
-    label = _attempt(paths, choice.attempt)
+    attempt = chosen_attempt(paths, choice.attempt)
     if choice.failed:
-        print(_failed_words(paths, label))
+        print(_first_failure(paths, attempt))
         return
-    files = [file for file in _chosen(paths, label, choice) if file.exists()]
+    files = [file for file in files_to_show(paths, attempt, choice) if file.exists()]
     if not files:
-        asked = choice.ranks or choice.all_ranks or label is None
-        print(f"# {_awaited(paths, None if label is None else _default(paths, label, choice))}", file=sys.stderr)
-        files = [] if asked else [paths.logs / str(label) / "batch.log"]
-    many = len(files) > 1
+        missing = None if attempt is None else main_file(paths, attempt, choice)
+        print(f"# {_awaited(paths, missing)}", file=sys.stderr)
+        if attempt is not None and not choice.ranks and not choice.all_ranks:
+            files = [batch_log(paths, attempt)]
     for file in files:
-        _Follower(file, prefixed=many).copy(last=True)
+        _Follower(file, prefixed=len(files) > 1).copy(last=True)
 
 
 def follow(paths: RunPaths, choice: Choice) -> RunStatus:
-    """Print logs as they grow until the attempt has ended, and what the first rank to fail said; its last state."""
+    """Print logs as they grow until the attempt has ended, then what the first rank to fail said; return the status."""
     followers: dict[Path, _Follower] = {}
     told, asked = "", 0.0
     before = None
     while True:
-        label = _attempt(paths, choice.attempt)
-        if label != before:  # the last words of an attempt may come between two looks
+        attempt = chosen_attempt(paths, choice.attempt)
+        if attempt != before:  # the last lines of the attempt before may have come between two looks
             for follower in followers.values():
                 follower.copy(last=True)
-            before = label
-        over = _ended(paths, label)  # asked before reading: what was written until then is shown
+            before = attempt
+        over = _ended(paths, attempt)  # asked before reading, so that all that was written until then is shown
         if not over and time.monotonic() - asked >= _ASK_SECONDS:
             status, asked = _status(paths), time.monotonic()
             over = not status.state.active and status.state is not JobState.UNKNOWN
-            if label is None and status.state is not JobState.RUNNING and (line := _line(status)) != told:
+            if attempt is None and status.state is not JobState.RUNNING and (line := _line(status)) != told:
                 print(f"# {line}", file=sys.stderr, flush=True)
                 told = line
-        several = len(choice.ranks) > 1 or choice.all_ranks
-        for file in _followed(paths, label, choice):
-            followers.setdefault(file, _Follower(file, prefixed=several)).copy(last=over)
+        for file in files_to_follow(paths, attempt, choice):
+            followers.setdefault(file, _Follower(file, prefixed=choice.several)).copy(last=over)
         if over:
-            if label is not None and not choice.batch:
-                _explain(paths, label, followers)
+            if attempt is not None and not choice.batch:
+                _explain(paths, attempt, followers)
             return _status(paths)
         time.sleep(_POLL_SECONDS)
 
 
 class _Follower:
-    """Prints what a file gains; with a prefix whole lines only, so that those of others do not cut into them."""
+    """Prints what a file gains; with a prefix whole lines only, so that lines of several files do not mix."""
 
     def __init__(self, file: Path, *, prefixed: bool) -> None:
         self._file = file
@@ -100,7 +70,7 @@ class _Follower:
         self._offset = 0
 
     def copy(self, *, last: bool) -> None:
-        """Print what is new; `last`: nothing more will come."""
+        """Print what is new; `last` says that nothing more will come, so an unfinished line is printed too."""
         try:
             with self._file.open("rb") as log:
                 log.seek(self._offset)
@@ -118,20 +88,9 @@ class _Follower:
             sys.stdout.flush()
 
 
-def _attempt(paths: RunPaths, wanted: str | None) -> str | None:
-    """The attempt asked for, or the newest that has started."""
-    if wanted is None:
-        return snapshot(paths).attempt
-    known = [path.name for path in paths.logs.iterdir() if path.is_dir()] if paths.logs.is_dir() else []
-    if wanted not in known:
-        near = did_you_mean(wanted, known)
-        raise RunStateError(f"run {paths.name} has no attempt {wanted!r}{near}; it has {', '.join(known) or 'none'}")
-    return wanted
-
-
-def _ended(paths: RunPaths, label: str | None) -> bool:
-    item = snapshot(paths)
-    return label is not None and (item.attempt != label or item.exit_code is not None)
+def _ended(paths: RunPaths, attempt: str | None) -> bool:
+    run = snapshot(paths)
+    return attempt is not None and (run.attempt != attempt or run.exit_code is not None)
 
 
 def _status(paths: RunPaths) -> RunStatus:
@@ -143,50 +102,27 @@ def _line(status: RunStatus) -> str:
     return f"run {status.run}: job {status.job} is {status.state.value}{reason}"
 
 
-def _default(paths: RunPaths, label: str, choice: Choice) -> Path:
-    return paths.logs / label / "batch.log" if choice.batch else paths.rank_log(label, (*choice.ranks, 0)[0])
+def _explain(paths: RunPaths, attempt: str, shown: dict[Path, _Follower]) -> None:
+    """Print the last words of the rank that failed first, unless its log was shown anyway."""
+    failure = first_failure(paths, attempt)
+    if failure is not None and paths.rank_log(attempt, failure.rank) not in shown:
+        print(_first_failure(paths, attempt), flush=True)
 
 
-def _chosen(paths: RunPaths, label: str | None, choice: Choice) -> list[Path]:
-    """The files to show, of ranks in order of their numbers."""
-    if label is None:
-        return []
-    if choice.all_ranks:
-        logs = (paths.logs / label).glob("rank-*.log")
-        return sorted(logs, key=lambda file: (len(file.name), file.name))
-    if len(choice.ranks) > 1:
-        return [paths.rank_log(label, rank) for rank in choice.ranks]
-    return [_default(paths, label, choice)]
-
-
-def _followed(paths: RunPaths, label: str | None, choice: Choice) -> list[Path]:
-    if label is None:
-        return []
-    if choice.batch or choice.ranks or choice.all_ranks:
-        return _chosen(paths, label, choice)
-    return [paths.logs / label / "batch.log", paths.rank_log(label, 0)]
-
-
-def _explain(paths: RunPaths, label: str, shown: dict[Path, _Follower]) -> None:
-    """At the end of a failed attempt: the words of the rank that failed first, if they were not among those shown."""
-    failure = first_failure(paths, label)
-    if failure is not None and paths.rank_log(label, failure.rank) not in shown:
-        print(_failed_words(paths, label), flush=True)
-
-
-def _failed_words(paths: RunPaths, label: str | None) -> str:
-    failure = first_failure(paths, label) if label is not None else None
-    if label is None or failure is None:
+def _first_failure(paths: RunPaths, attempt: str | None) -> str:
+    """Return who failed first and its last words; raise RunStateError if no rank is known to have failed."""
+    failure = first_failure(paths, attempt) if attempt is not None else None
+    if attempt is None or failure is None:
         raise RunStateError(
-            f"no rank of run {paths.name}{f', attempt {label},' if label else ''} is known to have failed; "
+            f"no rank of run {paths.name}{f', attempt {attempt},' if attempt else ''} is known to have failed; "
             f"`launcher logs {paths.name} --batch` shows how the attempt went"
         )
-    words = last_words(paths.rank_log(label, failure.rank))
+    words = last_words(paths.rank_log(attempt, failure.rank))
     return f"# {failure} failed first, with exit code {failure.exit_code}:\n{words}"
 
 
 def _awaited(paths: RunPaths, file: Path | None) -> str:
-    """What a missing log waits for."""
+    """Return why a log is missing."""
     status = _status(paths)
     missing = f"no {file.name} yet; " if file is not None else "no log yet; "
     return f"{missing if not status.state.terminal else ''}{_line(status)}"

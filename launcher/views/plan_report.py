@@ -1,10 +1,9 @@
-"""Plans as text and as JSON."""
+"""`launcher plan`: the layouts that fit and how fast they are predicted to be, as text and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from launcher.contract.cost_model.implementation import CURRENT
 from launcher.contract.cost_model.memory import pipeline_memory
@@ -13,7 +12,7 @@ from launcher.contract.flops import parameters
 from launcher.contract.spec import RunSpec
 from launcher.planning.run_plan import nothing_fits, override_words, run_cost
 from launcher.planning.search import HEADROOM, SearchResult
-from launcher.views.table import columns
+from launcher.views.text import columns
 
 _HEAD = "GPUS TP PP VPP DP MICRO RECOMPUTE GIB S/STEP TOKENS/S MFU GPU-HOURS COST MOST-OF-THE-REST"
 _STAGE_HEAD = "STAGE WEIGHTS GRADIENTS OPTIMIZER ACTIVATIONS LOGITS OVERHEAD GIB"
@@ -32,7 +31,7 @@ _NAMES = {
 
 
 def text(plans: Sequence[tuple[RunSpec, SearchResult]], top: int) -> str:
-    """The best layouts of each number of GPUs in one table, then why the best is best and what fell out."""
+    """Return a table of the best layouts for each number of GPUs, then why the best is best and what was left out."""
     rows = [tuple(_HEAD.split())]
     for spec, result in plans:
         rows += [_row(spec, candidate) for candidate in result.fitting[:top]]
@@ -45,8 +44,8 @@ def text(plans: Sequence[tuple[RunSpec, SearchResult]], top: int) -> str:
     return "\n".join(lines + [f"{spec.resources.world_size} GPUs: {_one_line(spec, result)}" for spec, result in plans])
 
 
-def as_json(spec: RunSpec, result: SearchResult, top: int) -> dict[str, Any]:
-    """One number of GPUs; figures in GiB, seconds and tokens/s."""
+def as_json(spec: RunSpec, result: SearchResult, top: int) -> dict[str, object]:
+    """Return the result for one number of GPUs, with figures in GiB, seconds and tokens/s."""
     return {
         "gpus": spec.resources.world_size,
         "gpu": result.gpu.name,
@@ -58,7 +57,7 @@ def as_json(spec: RunSpec, result: SearchResult, top: int) -> dict[str, Any]:
     }
 
 
-def _candidate_json(spec: RunSpec, result: SearchResult, candidate: Candidate) -> dict[str, Any]:
+def _candidate_json(spec: RunSpec, result: SearchResult, candidate: Candidate) -> dict[str, object]:
     cost = run_cost(spec, candidate)
     return {
         "overrides": candidate.overrides,
@@ -106,7 +105,7 @@ def _row(spec: RunSpec, candidate: Candidate) -> tuple[str, ...]:
 
 
 def _most_of_the_rest(candidate: Candidate) -> tuple[str, float]:
-    """The largest part of the step beside matrix products."""
+    """Return name and share of the step's largest part beside matrix products."""
     return next((part for part in candidate.time.shares() if part[0] != "matmul"), ("matmul", 1.0))
 
 
@@ -141,11 +140,11 @@ def _best(spec: RunSpec, result: SearchResult) -> list[str]:
 
 
 def _why_best(result: SearchResult) -> list[str]:
-    """Against the fastest layout with another tp, and with another pp."""
+    """Compare the best layout with the fastest one of another tp, and with the fastest one of another pp."""
     best, lines = result.fitting[0], []
     for name, size in (("tp", "tensor_parallel"), ("pp", "pipeline_parallel")):
         mine = getattr(best.layout.topology, size)
-        other = next((found for found in result.fitting if getattr(found.layout.topology, size) != mine), None)
+        other = next((one for one in result.fitting if getattr(one.layout.topology, size) != mine), None)
         if other is None:
             continue
         ours = dict(best.time.parts())

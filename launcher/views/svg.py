@@ -12,14 +12,14 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 30
 _MOST_POINTS = 800
 _LARGEST = 1e30
 _SMALLEST = 1e-15
-"""Differences below this, or below a billionth of the values, are none."""
+"""Differences below this, or below a billionth of the values, count as none."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A named curve; points that are not finite, or too large to be drawn, are left out."""
+    """A named curve. Points that are not finite, or too large to draw, are left out."""
 
     name: str
     points: Sequence[Point]
@@ -28,7 +28,7 @@ class Series:
 
 
 def line_chart(series: Sequence[Series], *, marks: Sequence[float] = ()) -> str:
-    """An SVG element: curves over steps, and vertical lines at the steps in `marks`; empty without points."""
+    """Return an SVG element: curves over steps, a vertical line at each step in `marks`. Without points it is empty."""
     shown = [Series(one.name, _thinned(one.points), one.colour, one.dots) for one in series]
     xs = [x for one in shown for x, _ in one.points]
     ys = [y for one in shown for _, y in one.points]
@@ -71,14 +71,14 @@ def _curve(series: Series, places: Sequence[Point]) -> str:
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
-    """At most `_MOST_POINTS` of the finite points, the last one among them."""
-    finite = [point for point in points if all(abs(number) < _LARGEST for number in point)]  # NaN is not
+    """Return at most `_MOST_POINTS` of the finite points, the last one among them."""
+    finite = [point for point in points if all(abs(number) < _LARGEST for number in point)]  # false for NaN too
     every = -(-len(finite) // _MOST_POINTS) or 1
     return [*finite[:-1:every], *finite[-1:]]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from below `low` to above `high`, about `count` of them."""
+    """Return about `count` round numbers, from one at or below `low` to one at or above `high`."""
     largest = max(abs(low), abs(high))
     span = high - low if high - low > max(_SMALLEST, 1e-9 * largest) else 0.1 * max(largest, 1.0)
     rough = span / count

@@ -1,7 +1,4 @@
-"""Look at runs again and again: `status --watch` for people, `wait` for scripts.
-
-Both ask the scheduler as seldom as `status` does (`launcher.scheduler.queries`), whatever the runs and shells.
-"""
+"""`status --watch`: the table of runs, shown anew whenever it changes."""
 
 from __future__ import annotations
 
@@ -12,16 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from launcher.contract.errors import SchedulerError
 from launcher.contract.job_state import JobState
-from launcher.contract.rundir import RunPaths
-from launcher.runs.state import RunStatus, collect
-from launcher.views.table import table
+from launcher.runs.state import RunStatus
+from launcher.views.status_table import status_table
 
 _SECONDS = 5.0
-_PATIENCE = 12
-"""Times in a row that a state may be unknown before `wait` gives up."""
-
 _COLOURS = {
     JobState.RUNNING: "green",
     JobState.COMPLETED: "bold green",
@@ -35,30 +27,13 @@ _COLOURS = {
     JobState.UNKNOWN: "dim",
 }
 
-
-def wait(runs: Sequence[RunPaths], timeout: float | None = None, interval: float = _SECONDS) -> list[RunStatus] | None:
-    """Rows of all runs once none can go on by itself; None when `timeout` seconds were not enough.
-
-    SchedulerError where nobody can tell how they are: whoever waits for a word would wait for ever.
-    """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    silent = 0
-    while True:
-        rows, problem = collect(runs)
-        going_on = [row for row in rows if not row.state.terminal]
-        if not going_on:
-            return rows
-        silent = silent + 1 if all(row.state is JobState.UNKNOWN for row in going_on) else 0
-        if silent >= _PATIENCE:
-            raise SchedulerError(problem or "\n".join(f"run {row.run} is UNKNOWN: {row.reason}" for row in going_on))
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
-            return None
-        time.sleep(interval if left is None else min(interval, left))
+Pick = Callable[[], tuple[list[RunStatus], str | None]]
+"""Returns the runs' rows and, if the scheduler could not be asked, why."""
+Show = Callable[[Sequence[RunStatus], str | None], None]
 
 
-def watch(pick: Callable[[], tuple[list[RunStatus], str | None]], interval: float = _SECONDS) -> None:
-    """Show the rows that `pick` gives until all runs have ended, or Ctrl-C."""
+def watch(pick: Pick, interval: float = _SECONDS) -> None:
+    """Show what `pick` returns, every `interval` seconds, until all runs have ended."""
     with _screen() as show:
         while True:
             rows, problem = pick()
@@ -68,12 +43,9 @@ def watch(pick: Callable[[], tuple[list[RunStatus], str | None]], interval: floa
             time.sleep(interval)
 
 
-Show = Callable[[Sequence[RunStatus], str | None], None]
-
-
 @contextlib.contextmanager
 def _screen() -> Iterator[Show]:
-    """Something that shows rows: in place on a terminal, one table after another elsewhere."""
+    """Yield a function that shows rows: in place on a terminal, one table after another elsewhere."""
     if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
         last = ""
 
@@ -101,5 +73,5 @@ def _screen() -> Iterator[Show]:
 
 
 def _text(rows: Sequence[RunStatus], problem: str | None, width: int | None) -> str:
-    body = table(rows, width) if rows else "no runs"
+    body = status_table(rows, width) if rows else "no runs"
     return body if problem is None else f"{body}\nerror: {problem}"

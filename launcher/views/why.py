@@ -1,14 +1,13 @@
-"""`status --why`: every attempt of a run, how it ended, what was decided then, and why."""
+"""`status --why`: how each attempt of a run ended, what was decided then, and why."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
-from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.rundir import JsonObject, RunPaths, read_lines
+from launcher.views.text import local_time
 
-_TOLD = {
+_TOLD: dict[str, Callable[[JsonObject], str]] = {
     "submitted": lambda event: (
         f"submitted as {event['scheduler']} job {event['job_id']}" + (" by the run itself" if event.get("by") else "")
     ),
@@ -30,25 +29,25 @@ _TOLD = {
 
 
 def explain(paths: RunPaths) -> str:
-    """The run's story, one line an event that decides something, times in local time."""
+    """Return the run's history: one line, with its local time, for every event that matters."""
     events = list(read_lines(paths.events))
     decided = {event.get("attempt") for event in events if event.get("event") == "restart_decided"}
     lines = [f"run {paths.name}"]
     for event in events:
         if event.get("event") == "attempt_ended" and event.get("attempt") in decided:
-            continue  # the decision says it
+            continue  # its decision, which follows, says the same and more
         tell = _TOLD.get(str(event.get("event")))
         if tell is not None:
             lines.append(f"{_clock(event)}  {_safely(tell, event)}")
     return "\n".join(lines)
 
 
-def decisions(paths: RunPaths) -> list[dict[str, Any]]:
-    """The decisions alone, for --json."""
+def decisions(paths: RunPaths) -> list[JsonObject]:
+    """Return the decisions alone, for --json."""
     return [event for event in read_lines(paths.events) if event.get("event") == "restart_decided"]
 
 
-def _decision(event: Mapping[str, Any]) -> str:
+def _decision(event: JsonObject) -> str:
     budget = "" if event.get("budget") is None else f" [{event['budget_left']} of {event['budget']} restarts left]"
     avoid = f", avoiding {', '.join(event['avoid'])}" if event.get("avoid") else ""
     cause = str(event["cause"]).replace("_", " ")
@@ -60,23 +59,23 @@ def _decision(event: Mapping[str, Any]) -> str:
     return f"\n{'':21}".join(lines)
 
 
-def _stop(event: Mapping[str, Any]) -> str:
+def _stop(event: JsonObject) -> str:
     if event.get("deadline"):
         return "the end of the job's time is near"
     return f"asked by {event['signal']}" if event.get("signal") else "another rank was asked"
 
 
-def _behind(event: Mapping[str, Any]) -> str:
+def _behind(event: JsonObject) -> str:
     ranks = [f"rank {place['rank']} on {place['host']}" for place in event.get("behind", [])]
     return ", ".join(ranks) if event.get("told_apart") else "nobody in particular"
 
 
-def _clock(event: Mapping[str, Any]) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(event.get("time", 0))))
+def _clock(event: JsonObject) -> str:
+    return local_time(float(event.get("time", 0)))
 
 
-def _safely(tell: Any, event: Mapping[str, Any]) -> str:
+def _safely(tell: Callable[[JsonObject], str], event: JsonObject) -> str:
     try:
-        return str(tell(event))
-    except (KeyError, TypeError):  # of another version
+        return tell(event)
+    except (KeyError, TypeError):  # written by another version
         return str(event.get("event"))

@@ -17,7 +17,8 @@ from launcher.contract.processes import start_ticks
 from launcher.contract.rundir import COMPLETE, RunPaths, append_event, write_json
 from launcher.runs.find import all_runs, find_run, listing
 from launcher.runs.state import RunStatus, collect
-from launcher.views.table import duration, table
+from launcher.views.status_table import status_table
+from launcher.views.text import duration
 from tests.launcher.conftest import Commands
 
 
@@ -212,7 +213,7 @@ def test_progress_and_checkpoint_are_shown(tmp_path: Path, commands: Commands) -
         paths.checkpoint(step).mkdir(parents=True)
         if complete:
             (paths.checkpoint(step) / COMPLETE).touch()
-    (head, line) = table(collect([paths])[0]).splitlines()
+    (head, line) = status_table(collect([paths])[0]).splitlines()
     assert " ".join(head.split()) == "RUN STATE ATTEMPT JOB STEP LOSS TOKENS/S MFU ETA CHECKPOINT REASON"
     assert " ".join(line.split()) == "a RUNNING 7.0 7 5/20 1.2346 12,346 - 1:02:05 step-00000004 preparing"
 

@@ -18,7 +18,7 @@ from launcher.contract.spec import RunSpec, to_yaml
 from launcher.runs.state import collect
 from launcher.scheduler.queries import ask
 from launcher.submission.resubmit import cancel
-from launcher.views.table import table
+from launcher.views.status_table import status_table
 from tests.launcher.conftest import Commands
 from tests.launcher.fake_slurm import FakeSlurm
 from tests.launcher.runs.test_state import make_run
@@ -53,7 +53,7 @@ def test_a_thousand_runs_are_two_questions(tmp_path: Path, slurm: FakeSlurm) -> 
     slurm.forget(*jobs[300:500])
     began = time.process_time()
     rows, problem = collect(runs)
-    text = table(rows, 100)
+    text = status_table(rows, 100)
     assert time.process_time() - began < 1.0
     assert problem is None
     assert [row.state.value for row in rows] == ["RUNNING"] * 300 + ["TIMEOUT"] * 300 + ["PENDING"] * 400

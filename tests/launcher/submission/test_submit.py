@@ -22,6 +22,7 @@ from launcher.contract.rundir import COMPLETE, RunPaths, append_event
 from launcher.contract.spec import read_resolved
 from launcher.runs.state import collect
 from launcher.views import logs
+from launcher.views.log_files import Choice
 from tests.launcher.conftest import Commands
 
 RUN = RunPaths(Path("runs/first"))
@@ -244,15 +245,15 @@ def test_logs_before_the_first_rank_show_the_batch_log(workdir: Path, capsys: py
     from tests.launcher.runs.test_state import make_run, started
 
     paths = make_run(Path("runs"), "a", scheduler="local", host="elsewhere")
-    logs.show(paths, logs.Choice())
+    logs.show(paths, Choice())
     assert capsys.readouterr().err == "# no log yet; run a: job 7 is UNKNOWN (it runs on elsewhere; look there)\n"
     started(paths, "local-1")
     (paths.logs / "local-1").mkdir()
     (paths.logs / "local-1" / "batch.log").write_text("preparing\n")
-    logs.show(paths, logs.Choice())
+    logs.show(paths, Choice())
     captured = capsys.readouterr()
     assert captured.out == "preparing\n"
     assert captured.err.startswith("# no rank-0.log yet; ")
     append_event(paths, "attempt_ended", attempt="local-1", exit_code=3)
-    assert logs.follow(paths, logs.Choice(batch=True)).exit_code == 3
+    assert logs.follow(paths, Choice(batch=True)).exit_code == 3
     assert capsys.readouterr().out == "preparing\n"

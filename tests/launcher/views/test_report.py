@@ -90,7 +90,7 @@ def test_page_holds_everything_and_asks_for_nothing(run: RunPaths, capsys: pytes
         "train.max_steps 10 20",
         "train.seed 1234 7",
         "exit code 75",
-        "no word of its end",
+        "no end recorded",
         "step-00000005 2 KiB",
         "tp2 = 2 ranks",
         "restart decided",
