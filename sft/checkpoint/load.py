@@ -28,7 +28,7 @@ from sft.checkpoint.files import SHARDED, TRAINER, changed_bytes, damage
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.parallel.groups import ControlGroup
-from sft.megatron.patches import fixes
+from sft.megatron.patches import adamw_state
 
 if TYPE_CHECKING:
     from sft.engine.module import SFTGPT
@@ -75,7 +75,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     for index, chunk in enumerate(module.chunks):
         chunk.module.load_state_dict(loaded[_chunk_key(index, len(module.chunks))])
     module.megatron_optimizer.load_state_dict(loaded["optimizer"])
-    fixes.unshare_steps(module.megatron_optimizer)
+    adamw_state.unshare_steps(module.megatron_optimizer)
     _keep_hyperparameters(module, hyperparameters)
     if same_topology:
         _restore_rng(loaded["rng"])
@@ -129,7 +129,7 @@ def sharded_state(module: SFTGPT, *, loading: bool, with_rng: bool = True) -> di
         for index, chunk in enumerate(chunks)
     }
     if loading and module.spec.train.optimizer.distributed:
-        fixes.prime_states(module.megatron_optimizer)
+        adamw_state.prime_states(module.megatron_optimizer)
     model = state if len(chunks) > 1 else state["model"]
     optimizer = module.megatron_optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return state | {"optimizer": optimizer} | ({"rng": _rng_state()} if with_rng else {})

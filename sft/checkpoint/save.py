@@ -13,6 +13,7 @@ writing itself, file format included, is Megatron-core's here as well.
 
 from __future__ import annotations
 
+import inspect
 import queue
 import shutil
 import threading
@@ -31,8 +32,12 @@ from sft.checkpoint import files as checkpoint_files
 from sft.checkpoint.files import SHARDED, TRAINER
 from sft.megatron.core import AsyncRequest, CheckpointingException, dist_checkpointing, filesystem_async
 from sft.megatron.parallel.groups import ControlGroup
-from sft.megatron.patches import fixes
+from sft.megatron.patches.write_errors import raise_write_error
 
+# From 0.17 on Megatron-core's default is a writer from another package, nvidia-resiliency-ext.
+_STRATEGY = (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
 _FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
 
 
@@ -122,8 +127,8 @@ class CheckpointSaver:
             checkpoint_files.check_space(save.aside, needed)
 
     def _plan(self, save: _Save, state: dict[str, Any], copy: bool) -> None:
-        request = dist_checkpointing.save(state, str(save.aside / SHARDED), async_sharded_save=True)
-        fixes.raise_write_error()
+        request = dist_checkpointing.save(state, str(save.aside / SHARDED), async_sharded_save=True, **_STRATEGY)
+        raise_write_error()
         if request.preload_fn is not None:
             rank, buckets, results = request.async_fn_args
             staged = request.preload_fn()  # copies from the device
@@ -136,7 +141,7 @@ class CheckpointSaver:
         if save.request is not None:
             for finalize in save.request.finalize_fns:
                 finalize()
-            fixes.raise_write_error()
+            raise_write_error()
         if not self._leader:
             return
         checkpoint_files.write_synced(save.aside / TRAINER, save.trainer_json)

@@ -11,41 +11,17 @@ inference. Sequence parallel is switched off meanwhile, since one token cannot b
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from launcher.contract.spec import EvaluationSpec
 from sft.engine.module import SFTGPT
 from sft.generation.sampling import next_tokens, penalized, stream
 from sft.megatron.core import StaticInferenceContext, parallel_state
-
-_SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-"""Attributes by which Megatron-core's modules split a sequence over tensor parallel ranks."""
-
-
-class _CachedAttention(nn.Module):
-    """Core attention that also serves a single query behind a cache of keys, all of which it may see."""
-
-    def __init__(self, inner: nn.Module, scale: float | None) -> None:
-        super().__init__()
-        self._inner = inner
-        self._scale = scale
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """query [1 or s, b, heads, dim], key and value [s, b, groups, dim] -> [1 or s, b, heads * dim]."""
-        if query.size(0) == key.size(0):
-            context: Tensor = self._inner(query, key, value, *args, **kwargs)
-            return context
-        gqa = query.size(2) != key.size(2)
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, dim]
-        seen = F.scaled_dot_product_attention(query, key, value, scale=self._scale, enable_gqa=gqa)
-        return seen.permute(2, 0, 1, 3).flatten(2)
+from sft.megatron.patches.inference import inference_mode
 
 
 @torch.no_grad()
@@ -63,7 +39,8 @@ def generate(
     those of all replicas, and choose their streams.
     """
     answers: list[list[int]] = []
-    with _inference(module):
+    module.gather_weights()
+    with inference_mode(module.chunks, module.config):
         for first in range(0, len(prompts), spec.batch_size):
             part = slice(first, first + spec.batch_size)
             streams = [stream(spec.seed, number) for number in numbers[part]]
@@ -150,33 +127,3 @@ def _forward(module: SFTGPT, tokens: Tensor, begin: int, context: StaticInferenc
             return output[:, -1, : module.architecture.shape.vocab_size].float()
         dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
     return None
-
-
-@contextlib.contextmanager
-def _inference(module: SFTGPT) -> Iterator[None]:
-    """The module as inference needs it, and as it was afterwards."""
-    changed: list[tuple[Any, str, Any]] = []
-
-    def change(owner: Any, name: str, value: Any) -> None:
-        changed.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    module.gather_weights()
-    try:
-        for chunk in module.chunks:
-            chunk.eval()
-            for part in chunk.modules():
-                for name in _SEQUENCE_PARALLEL:
-                    if getattr(part, name, None) is True:
-                        change(part, name, False)
-            for layer in chunk.module.decoder.layers:
-                attention = layer.self_attention
-                cached = _CachedAttention(attention.core_attention, module.config.softmax_scale)
-                change(attention, "core_attention", cached.eval())
-        change(module.config, "sequence_parallel", False)
-        yield
-    finally:
-        for owner, name, value in reversed(changed):
-            setattr(owner, name, value)
-        for chunk in module.chunks:
-            chunk.train()

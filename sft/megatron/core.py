@@ -1,30 +1,30 @@
-"""The one place that imports Megatron-core, and the list of all that this project takes from it.
+"""The way to Megatron-core: everything that this project takes from it, with the patches installed.
 
-Import order matters: on a machine without CUDA the sources must be rewritten before the first import, and the mends
-must be in before the first optimizer is built. With one importer, neither can be forgotten.
+Other modules import Megatron-core from here, and only the patches themselves import it directly. So the order is always
+right: on a machine without CUDA the sources are rewritten before the first import, and the patches are in before the
+first model or optimizer is built.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import warnings
 
-from sft.megatron.patches import cpu, fixes
+from sft.megatron.patches import cpu
+
+# Where .venv lies in a git tree, `megatron.core.__version__` ends in the commit of that tree.
+__version__ = importlib.metadata.version("megatron-core")
 
 cpu.install()
 
 with warnings.catch_warnings():
     # Transformer Engine and Apex are optional here; Megatron-core warns on import that they are absent.
     warnings.simplefilter("ignore")
-    import megatron.core.optimizer.clip_grads as _clip_grads
-    import megatron.core.tensor_parallel.layers as _linears
-    import megatron.core.tensor_parallel.random as _random
-    from megatron.core import __version__, dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing import serialization as _serialization
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy as _TorchCommonSaveStrategy
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -52,10 +52,10 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-cpu.redirect_rng(_random)
-fixes.apply(DistributedOptimizer, filesystem_async, _clip_grads, _TorchCommonSaveStrategy, _serialization)
-fixes.provide_weight_gradient(_linears)
-fixes.checkpoint_without_fp8(_random.CheckpointWithoutOutput)
+    from sft.megatron.patches.catalogue import PATCHES
+    from sft.megatron.patches.patch import install
+
+install(PATCHES, __version__)
 
 __all__ = [
     "MLP",

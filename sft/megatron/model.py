@@ -32,8 +32,9 @@ from sft.megatron.layers.fp8 import use_fp8_linears
 from sft.megatron.layers.fused import await_weights, use_fused_layers
 from sft.megatron.layers.lora import attach_adapters, use_lora_linears
 from sft.megatron.layers.norms import LayerNorm, ZeroCenteredRMSNorm
-from sft.megatron.parallel.context import SharedRows, keep_angles_whole
+from sft.megatron.parallel.context import SharedRows
 from sft.megatron.patches.embedding import use_direct_lookup
+from sft.megatron.patches.rotary_angles import keep_angles_whole
 from sft.models.architecture import Activation, Architecture
 
 _BASE = "base_weights"

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import sft.engine.module
+from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, read_lines
 from sft.data.batches.batch import MicroBatch
+from sft.megatron.core import parallel_state
 from sft.models.architecture import read_architecture
 from sft.training.trainer import train
 from tests.parity.gradients import join, train_and_capture
@@ -22,6 +24,7 @@ from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_families import family_model
 from tests.parity.test_grid import RATE, STEPS, assert_gradients_equal
 from tests.parity.test_packing import first_steps, trace
+from tests.ranks import RankFailure
 from tests.tiers import thinned
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl
 
@@ -215,6 +218,27 @@ def test_trap_21_runs_go_on_with_more_ranks_for_a_row_and_with_fewer(
         else:
             assert curve(paths)[0] == pytest.approx(curve(full)[0], rel=1e-5)
             assert curve(paths)[1] == pytest.approx(curve(full)[1], rel=3e-5)
+
+
+def test_angles_would_be_cut_by_rank(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """Megatron-core would give each rank the angles of its own part alone; on a CPU its cut cannot even be computed."""
+    paths = make_run(tmp_path, *material, ranks=2, topology=CP2, max_steps=1, packing=True)
+    with pytest.raises(RankFailure, match="in get_pos_emb_on_this_cp_rank"):
+        run_training(paths, 2, function=train_with_cut_angles)
+
+
+def train_with_cut_angles(config: Path) -> ExitCode:
+    """Runs on a rank: with the table of angles as Megatron-core makes it."""
+    build = sft.engine.module.build_chunks
+
+    def build_unpatched(*args: Any) -> Any:
+        chunks = build(*args)
+        for chunk in chunks:
+            chunk.rotary_pos_emb.cp_group = parallel_state.get_context_parallel_group()
+        return chunks
+
+    sft.engine.module.build_chunks = build_unpatched
+    return train(config)
 
 
 @pytest.mark.parametrize("objective", thinned(["token_mean", "example_mean", "microbatch_mean"], "example_mean"))

@@ -29,12 +29,12 @@ BUCKET = 5_000
 """Parameters; the tiny model has some 200,000."""
 
 
-def train_in_small_buckets(config: Path, awaiting: bool = True, mended: bool = True) -> ExitCode:
+def train_in_small_buckets(config: Path, awaiting: bool = True, fixed: bool = True) -> ExitCode:
     """Runs on a rank: training with buckets so small that nearly each weight waits for a gathering of its own."""
     sft.engine.module.DistributedDataParallelConfig = partial(
         sft.engine.module.DistributedDataParallelConfig, bucket_size=BUCKET
     )  # type: ignore[misc,assignment]
-    if not mended:
+    if not fixed:
         DistributedOptimizer.sharded_param_state_fully_reshardable = (
             DistributedOptimizer.sharded_param_state_fully_reshardable.__wrapped__
         )
@@ -89,7 +89,7 @@ def test_weights_that_nobody_waits_for_are_old(tmp_path: Path, data: tuple[Path,
 
 
 def test_optimizer_state_of_padded_buckets_would_be_shifted(tmp_path: Path, data: tuple[Path, Path, Path]) -> None:
-    """Megatron-core's own checkpoint of several buckets (see patches/fixes.py): a resume from it starts anew."""
+    """Megatron-core's own checkpoint of several buckets (patches/bucket_padding.py): a resume starts anew."""
     settings: dict[str, Any] = {"overlap": True, "max_steps": 4}
     paths = run(tmp_path, data, "whole", "plain", **settings)
     assert run_ranks(2, train_in_small_buckets, paths.config, True, False) == [ExitCode.OK] * 2

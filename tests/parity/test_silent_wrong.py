@@ -1,7 +1,7 @@
-"""Places where Megatron-core gives wrong numbers without an error, and that we avoid or mend each of them.
+"""Places where Megatron-core gives wrong numbers without an error, each avoided by a setting or fixed by a patch.
 
-Each mend or setting is also taken out once, to see that the wrong result is still there: when one of these tests
-fails after an upgrade, the mend can go. Numbering as in the notes of the project: S1 to S4.
+Each patch or setting is also taken out once, to see that the wrong result is still there: when one of these tests
+fails after an upgrade, the patch can go. sft.megatron.patches.catalogue says which test belongs to which patch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import read_resolved
 from launcher.contract.topology import build_topology
 from sft.megatron.core import DistributedOptimizer, TransformerConfig, parallel_state
-from sft.megatron.patches import fixes
+from sft.megatron.patches import adamw_state
 from sft.models.architecture import read_architecture
 from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
@@ -93,13 +93,13 @@ def test_s3_load_would_fail(function: str, tmp_path: Path, material: tuple[Path,
 
 def train_with_shared_steps(config: Path) -> ExitCode:
     """Runs on a rank."""
-    fixes.unshare_steps = lambda optimizer: None
+    adamw_state.unshare_steps = lambda optimizer: None
     return train(config)
 
 
 def train_without_priming(config: Path) -> ExitCode:
     """Runs on a rank."""
-    fixes.prime_states = lambda optimizer: None
+    adamw_state.prime_states = lambda optimizer: None
     return train(config)
 
 

@@ -28,7 +28,7 @@ from sft.megatron.core import (
     get_megatron_optimizer,
 )
 from sft.megatron.parallel.groups import sum_over
-from sft.megatron.patches import fixes
+from sft.megatron.patches.gradient_norm import total_norm
 from sft.megatron.patches.master_step import use_one_pass
 
 
@@ -108,11 +108,18 @@ def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, judge: Judge) -> tu
 
 def _gradient_norm(parts: Sequence[MegatronOptimizer], device: torch.device) -> Tensor:
     """Global gradient norm in fp64, each parameter counted once, on every rank and on the device."""
-    grads = [grad for part in parts for grad in part.get_main_grads_for_grad_norm()]
-    norm = fixes.total_norm(grads) if grads else torch.zeros((), device=device)
+    grads = [grad for part in parts for grad in _counted_grads(part)]
+    norm = total_norm(grads) if grads else torch.zeros((), device=device)
     squared = norm.double().square()
     sum_over(squared, parts[0].get_grad_stats_parallel_group())
     return squared.sqrt()
+
+
+def _counted_grads(part: MegatronOptimizer) -> list[Tensor]:
+    """Return the gradients that count towards the norm on this rank; Megatron-core renamed the method in 0.19."""
+    renamed = hasattr(part, "get_grads_for_grad_norm")
+    grads: list[Tensor] = part.get_grads_for_grad_norm() if renamed else part.get_main_grads_for_grad_norm()
+    return grads
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

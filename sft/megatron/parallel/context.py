@@ -5,10 +5,6 @@ the keys and values of the whole row from the ranks of the group, and the gradie
 keys and values that go round in a ring. That hides the messages behind the computation and holds no whole rows, but
 partial results have to be merged by the softmax's denominators, which not every kernel returns, and offsets be cut for
 each turn; with few KV heads a row's keys are small beside its activations.
-
-Megatron-core's own RoPE would cut the table of angles by rank, once for rows of one sequence, sequence by sequence for
-packed ones (where it takes each sequence to be cut in 2 * cp chunks), and in inference too, where every rank has whole
-sequences. Here the table stays whole, and each rank takes from it by the positions of its tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sft.data.batches.context_slice import Chunk, ContextShare, chunk_numbers
-from sft.megatron.core import GPTModel, PackedSeqParams, parallel_state
+from sft.megatron.core import PackedSeqParams, parallel_state
 
 
 @dataclass
@@ -46,11 +42,6 @@ def shared_rows(share: ContextShare) -> SharedRows:
         chunks=share.chunks,
         positions=share.positions,
     )
-
-
-def keep_angles_whole(model: GPTModel) -> None:
-    """Let the model's RoPE give the table of all positions on every rank."""
-    model.rotary_pos_emb.cp_group = None
 
 
 def gather_rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,8 @@ stop costs no GPU synchronisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from launcher.contract.topology import Topology
 from sft.megatron.core import parallel_state, tensor_parallel
+from sft.megatron.patches.communicators import communicators_on_demand
 
 _DATA_RANK_SEED_STRIDE = 10_007
 _STAGE_SEED_STRIDE = 100
@@ -27,7 +27,7 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
     Dropout streams are equal within a tensor parallel group where activations are replicated, and differ between
     pipeline stages, data parallel and context parallel ranks.
     """
-    with _communicators_on_demand():
+    with communicators_on_demand():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=topology.tensor_parallel,
             pipeline_model_parallel_size=topology.pipeline_parallel,
@@ -41,22 +41,6 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
     )
     torch.manual_seed(rank_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed)
-
-
-@contextmanager
-def _communicators_on_demand() -> Iterator[None]:
-    """Let NCCL build a group's communicator when ranks first send in it.
-
-    Lightning binds the world to a device, and torch then splits a communicator off at once for each new group. There
-    are twenty, most of them of one rank or never used, and each holds 0.4 GiB of an H100.
-    """
-    world = dist.distributed_c10d._get_default_group()
-    bound = world.bound_device_id
-    world.bound_device_id = None
-    try:
-        yield
-    finally:
-        world.bound_device_id = bound
 
 
 def sum_over(values: Tensor, group: dist.ProcessGroup) -> None:
@@ -78,36 +62,36 @@ class ControlGroup:
         self._group = dist.new_group(backend="gloo")
 
     def any(self, flag: bool) -> bool:
-        """True on every rank when it is true on one."""
+        """Return whether it is true on any rank."""
         value = torch.tensor(int(flag))
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group)
         return bool(value)
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
-        """`any` of each flag, in one message."""
+        """Return `any` of each flag, in one message."""
         values = torch.tensor([int(flag) for flag in flags])
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
         return [bool(value) for value in values]
 
     def total(self, number: int) -> int:
-        """Sum over all ranks."""
+        """Return the sum over all ranks."""
         value = torch.tensor(number, dtype=torch.int64)
         dist.all_reduce(value, group=self._group)
         return int(value)
 
     def first_error(self, error: str | None) -> str | None:
-        """The error of the lowest rank that has one, on every rank."""
+        """Return the error of the lowest rank that has one, on every rank."""
         errors = self.gather(error)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None), None)
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, by rank, on every rank."""
-        values: list[Any] = [None] * dist.get_world_size(self._group)
+        """Return the values of all ranks, by rank, on every rank."""
+        values = [value] * dist.get_world_size(self._group)  # each is replaced
         dist.all_gather_object(values, value, group=self._group)
         return values
 
     def from_leader(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]

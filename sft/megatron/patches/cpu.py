@@ -1,6 +1,6 @@
 """Run Megatron-core on CPU ranks: rewrite its CUDA idioms while its modules are imported.
 
-Megatron-core 0.16 names CUDA literally in some 220 places (`torch.cuda.current_device()`, `device="cuda"`,
+Megatron-core names CUDA literally in some 220 places (`torch.cuda.current_device()`, `device="cuda"`,
 `param.type() == 'torch.cuda.FloatTensor'`). A finder on `sys.meta_path` replaces these few idioms in the source text
 of `megatron.core` modules, in memory, before they are compiled. The installed files and their caches stay as they
 are, line numbers do not move, and torch itself is not touched, so Lightning and transformers see an ordinary CPU
@@ -78,24 +78,6 @@ def install() -> None:
             f"{loaded} was imported before sft.megatron.core; import Megatron-core only through sft.megatron.core"
         )
     sys.meta_path.insert(0, _Finder())
-
-
-def redirect_rng(random: types.ModuleType) -> None:
-    """Let `megatron.core.tensor_parallel.random` set the CPU generator's state.
-
-    Its setter looks the CUDA generator up by index; without this, restoring a forked state does nothing, silently.
-    """
-    if torch.cuda.is_available():
-        return
-    if "_set_cuda_rng_state" not in random.CudaRNGStatesTracker.fork.__wrapped__.__code__.co_names:
-        raise RuntimeError(
-            "Megatron-core's RNG tracker no longer calls _set_cuda_rng_state; sft.megatron.patches.cpu is stale"
-        )
-    random._set_cuda_rng_state = _set_cpu_rng_state  # type: ignore[attr-defined]
-
-
-def _set_cpu_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
-    torch.set_rng_state(state)
 
 
 class _Loader(importlib.machinery.SourceFileLoader):

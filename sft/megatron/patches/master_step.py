@@ -1,19 +1,21 @@
 """The update of a distributed optimizer with fused kernels: master weights and weights of this rank in one pass.
 
-State and groups stay those of torch's AdamW, so that checkpoints and schedules do not know the difference, and so does
-its way to pass over a step (`found_inf`) and to scale gradients (`grad_scale`), both on the device.
+State and groups stay those of torch's AdamW, so that checkpoints and schedules see no difference. Its protocol for
+skipping a step (`found_inf`) and scaling gradients (`grad_scale`), both on the device, is kept too.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from sft.kernels import adamw
-from sft.megatron.core import DistributedOptimizer, MegatronOptimizer
-from sft.megatron.patches import fixes
+from sft.megatron.patches.adamw_state import prime_states
+from sft.megatron.patches.patch import Patch
 
 if TYPE_CHECKING:
     from sft.kernels.triton import adamw as triton_adamw
@@ -32,19 +34,19 @@ def _nothing_left_to_copy() -> None:
 
 
 def _copies(part: DistributedOptimizer) -> dict[Tensor, Tensor]:
-    """By shard of a master weight: the same part of the weight, as a view of the buffer that ranks gather."""
-    found = {}
+    """Return, by shard of a master weight, the same part of the weight as a view of the buffer that ranks gather."""
+    copies = {}
     for masters, weights in zip(part.shard_fp32_from_float16_groups, part.model_float16_groups, strict=True):
         for master, weight in zip(masters, weights, strict=True):
             places = part._get_model_param_range_map(weight)["gbuf_world_in_bucket"]
             buffer, _, bucket = part.model_param_gbuf_map[weight]
             data = part.buffers[buffer].buckets[bucket].param_data
-            found[master] = data.view(-1)[places.start : places.end]
-    return found
+            copies[master] = data.view(-1)[places.start : places.end]
+    return copies
 
 
 class MasterStep:
-    """What `step` of the AdamW inside a distributed optimizer does."""
+    """Takes the place of `step` of the AdamW inside a distributed optimizer."""
 
     def __init__(self, part: DistributedOptimizer, copies: dict[Tensor, Tensor]) -> None:
         self._part = part
@@ -53,7 +55,7 @@ class MasterStep:
         """By group."""
 
     def __call__(self) -> None:
-        fixes.prime_states(self._part)
+        prime_states(self._part)
         optimizer = self._part.optimizer
         skip = optimizer.found_inf
         scale = getattr(optimizer, "grad_scale", None)
@@ -73,13 +75,32 @@ class MasterStep:
         assert master.grad is not None
         return adamw.Row(master.detach(), master.grad, state["exp_avg"], state["exp_avg_sq"], self._copies[master])
 
-    def _update(self, group: int, rows: list[adamw.Row], *arguments: Any) -> None:
+    def _update(
+        self,
+        group: int,
+        rows: list[adamw.Row],
+        corrections: Tensor,
+        scale: Tensor,
+        skip: Tensor,
+        settings: adamw.Settings,
+    ) -> None:
         if not rows[0].weight.is_cuda:
-            adamw.update(rows, *arguments)
+            adamw.update(rows, corrections, scale, skip, settings)
             return
         from sft.kernels.triton import adamw as triton_adamw  # Triton is there where fused kernels run on a GPU
 
         table = self._tables.get(group)
         if table is None or table.addresses != triton_adamw.addresses_of(rows):  # gradients reduced in bf16 move
             self._tables[group] = table = triton_adamw.Table(rows)
-        triton_adamw.update(table, *arguments)
+        triton_adamw.update(table, corrections, scale, skip, settings)
+
+
+PATCH = Patch(
+    name="master_step",
+    why="Megatron-core copies master weights into the weights in a pass of its own, and casts gradients in another",
+    targets=(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_main_params_to_model_params",
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_model_param_range_map",
+    ),
+    test="sft/kernels/test_adamw.py::test_equals_torch_and_rounds_the_copies",
+)

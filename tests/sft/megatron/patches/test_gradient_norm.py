@@ -1,4 +1,4 @@
-"""Corrections of Megatron-core that need no rank to be seen; the others are in tests/parity/test_silent_wrong.py."""
+"""The gradient norm without Transformer Engine and Apex."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sft.megatron.core  # noqa: F401  (makes megatron.core importable below)
-from sft.megatron.patches import fixes
+from sft.megatron.patches import gradient_norm
 
 
 def test_gradient_norm_is_exact_where_megatron_cores_is_not() -> None:
@@ -26,4 +26,4 @@ def test_gradient_norm_is_exact_where_megatron_cores_is_not() -> None:
 def test_gradient_norm_is_replaced_only_where_it_is_the_fallback() -> None:
     from megatron.core.optimizer import clip_grads
 
-    assert clip_grads.l2_norm_impl is fixes._l2_norm
+    assert clip_grads.l2_norm_impl is gradient_norm.l2_norm

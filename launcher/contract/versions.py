@@ -1,0 +1,80 @@
+"""The versions that a run has of Python and of the packages it trains with, and which of them do not work.
+
+`launcher validate`, preflight and the start of each rank look them up here. The bounds are those of setup.cfg, which
+states what the tests were run with; pip keeps to them, a container image or a cluster's modules need not.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PACKAGES = ("torch", "megatron-core", "pytorch-lightning", "transformers")
+ABSENT = "absent"
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """Return the numbers of a version, e.g. (2, 13, 0) for 2.13.0+cpu; zeros at the end do not count."""
+    release = re.match(r"\d+(\.\d+)*", text.strip())
+    numbers = [int(number) for number in release.group().split(".")] if release else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The versions of one package that work."""
+
+    first: str
+    """The first one; with earlier ones a run goes wrong."""
+    why_first: str
+    before: str | None = None
+    """The first one of which nothing is known; None where newer ones are expected to work."""
+
+
+BOUNDS: dict[str, Bounds] = {
+    "python": Bounds("3.11", "the code uses its syntax and library"),
+    "torch": Bounds("2.8", "matrix products of bf16 factors with fp32 results came with it"),
+    "megatron-core": Bounds("0.16.1", "the patches in sft/megatron/patches are written for it", before="0.20"),
+    "pytorch-lightning": Bounds("2.6.6", "earlier ones resume at another step"),
+    "transformers": Bounds("5", "it writes configs and tokenizers in another form"),
+}
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions that this Python has, by name, without importing a package."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = ABSENT
+    return versions
+
+
+def version_problems(versions: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with these versions, one message a package; absent packages are not judged."""
+    problems = []
+    for name, bounds in BOUNDS.items():
+        version = versions.get(name, ABSENT)
+        if version == ABSENT:
+            continue
+        number = parse_version(version)
+        if number < parse_version(bounds.first):
+            problems.append(f"{name} {version} is too old: {bounds.why_first}; install {_wanted(name, bounds)}")
+        elif bounds.before is not None and number >= parse_version(bounds.before):
+            problems.append(f"{name} {version} is newer than what is known to work; install {_wanted(name, bounds)}")
+    return problems
+
+
+def describe_versions(versions: Mapping[str, str]) -> str:
+    """Return one line for people, e.g. `python 3.12.1, torch 2.13.0`."""
+    return ", ".join(f"{name} {versions[name]}" for name in BOUNDS if name in versions)
+
+
+def _wanted(name: str, bounds: Bounds) -> str:
+    return f"{name}>={bounds.first}{f',<{bounds.before}' if bounds.before else ''}"
