@@ -1,4 +1,6 @@
-"""How full rows are on real chat data, and how long an epoch takes to plan. Prints the rows of docs/measured.md.
+"""Measure how full rows are on real chat data, and how long an epoch takes to plan.
+
+The output is the rows of docs/explanation/performance.md.
 
     python benchmarks/packing.py --trees oasst_en_100_tree.jsonl --model MODEL
     python benchmarks/packing.py --plan 10000000

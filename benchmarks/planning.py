@@ -1,6 +1,6 @@
 """The cost model against measured and published rows, scaling on paper, and how long planning takes.
 
-    python benchmarks/planning.py                    # the tables of docs/planning.md
+    python benchmarks/planning.py                    # the tables of docs/explanation/planning.md
     python benchmarks/planning.py --json FILE        # the scaling table's figures
     python benchmarks/planning.py --time             # how long plans take
 

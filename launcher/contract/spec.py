@@ -162,7 +162,7 @@ class TopologySpec:
     sequence_parallel: bool = False
     """Spread norms and residuals over the tensor parallel ranks as well."""
     check_memory: bool = True
-    """Refuse a run that the memory model says cannot fit; see docs/planning.md for how good it is."""
+    """Refuse a run that the memory model says cannot fit; see docs/explanation/planning.md for how good it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 Few and named, because the code changes. Units: `saved_*` are tensors kept for the backward pass, `passes_*` tensors
 read or written by elementwise kernels in forward and backward together, both in multiples of the named size and of
-the activations' type. docs/planning.md says which measurement fixed which constant.
+the activations' type. docs/explanation/planning.md says which measurement fixed which constant.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ read the input again and write a second output, which is then added. Counted, no
 
 MATMUL_EXPOSED_TRAFFIC = 0.6
 """Part of a product's reads and writes that its arithmetic does not hide: small products are slower than the peak
-product. From a profile (docs/planning.md)."""
+product. From a profile (docs/explanation/planning.md)."""
 
 CUDA_CONTEXT_GIB = 1.0
 """CUDA context, libraries' workspaces and what the allocator cannot use; assumed."""

@@ -1,7 +1,7 @@
 """TRLConfig and its sections: the fields and defaults of trlx, and no key that is passed over in silence.
 
 They are mutable, unlike every other config here, because programs assign to them. What becomes of each field is said
-in sft/compat/trlx/settings.py and docs/migration.md.
+in sft/compat/trlx/settings.py and docs/how-to/nemo-and-trlx.md.
 """
 
 from __future__ import annotations

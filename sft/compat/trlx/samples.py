@@ -79,7 +79,7 @@ class SampleEncoder:
         if isinstance(sample, Mapping) or not all(isinstance(phrase, str) for phrase in sample):
             raise DataError(
                 f"{where}: a sample is a text, or prompt and output by turns; messages with roles need a chat "
-                "template: write them to a file and name it by data.train (docs/data.md)"
+                "template: write them to a file and name it by data.train (docs/how-to/data.md)"
             )
         if not sample or len(sample) % 2:
             raise DataError(f"{where}: {len(sample)} phrases; prompt and output by turns are an even number")

@@ -114,7 +114,7 @@ def test_groups_are_of_similar_lengths_whatever_is_taken() -> None:
 
 
 def test_the_worked_example_of_the_docs() -> None:
-    """docs/data.md: what four epochs use of chat, math and code."""
+    """docs/how-to/data.md: what four epochs use of chat, math and code."""
     named = (("chat", 1.0, 1000), ("math", 2.5, 201), ("code", 0.3, 5000))
     shares = tuple(Share(name=name, weight=weight, examples=count) for name, weight, count in named)
     plan = plan_of(Mixture(shares=shares, seed=1, shuffle=True), size=64)

@@ -3,7 +3,7 @@
 The `trl` wheel ships the chat templates of many families as their checkpoints have them, and for most a training twin
 in which `{% generation %}` marks what is trained. Masks on the ORIGINAL template are compared with the twin's marks,
 turn by turn: the twin is asked for the conversation up to a turn and says what is trained of the turn it ends with.
-What becomes of each family and kind of conversation is in one table, in docs/data.md, which is read here.
+The table in docs/how-to/chat-templates.md, read here, says what happens to each family and kind of conversation.
 
 The tokenizers of these families cannot be had without a network. Each family gets a byte-level BPE that holds the
 control tokens its templates write, so that ids, offsets and special tokens are real ones.
@@ -29,7 +29,7 @@ from sft.data.encoding.masking import Encoded, Encoder
 from sft.data.reading.formats import Example
 from sft.data.reading.messages import read_messages, read_tools
 
-DOCS = Path(__file__).parents[4] / "docs" / "data.md"
+DOCS = Path(__file__).parents[4] / "docs" / "how-to" / "chat-templates.md"
 KINDS = ("turns", "system", "tools", "thinking", "thinking turns", "thinking tools")
 
 GIVEN = {
@@ -109,7 +109,7 @@ def templates() -> Path:
 
 
 def expected_outcomes() -> dict[str, tuple[str, ...]]:
-    """The table in docs/data.md: family -> what happens to each kind of conversation."""
+    """The table in docs/how-to/chat-templates.md: family -> what happens to each kind of conversation."""
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in DOCS.read_text().splitlines()]
     head = next(index for index, row in enumerate(rows) if row[:1] == ["family"])
     assert tuple(rows[head][1 : 1 + len(KINDS)]) == KINDS
