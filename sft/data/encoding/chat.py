@@ -16,6 +16,7 @@ occur twice); taking what two renderings have in common (off by a turn without a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.escape import ControlTokens
+from sft.data.encoding.written import WrittenParts, describe
 from sft.data.reading.formats import Example
 from sft.data.reading.messages import Message
 
@@ -68,6 +70,9 @@ class ChatRenderer:
         self._controls = controls
         self._spec = spec
         self._variables = {name: _variable(name, value) for name, value in spec.chat_template_kwargs.items()}
+        self.written = WrittenParts(lambda messages, tools: self.apply(messages, tools, False))
+        self.wants_parts = False
+        self.wants_parts = self._wants_parts()
 
     def render(self, example: Example) -> list[Rendered]:
         """The texts of a conversation: one, or several where the template rewrites turns and may be split."""
@@ -96,6 +101,8 @@ class ChatRenderer:
 
     def apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool) -> str:
         """The template's text; DataError where it refuses."""
+        if self.wants_parts:
+            messages = [_with_parts(message) for message in messages]
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
@@ -109,6 +116,18 @@ class ChatRenderer:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise DataError(f"the chat template refuses the first {len(messages)} messages: {error}") from error
         return str(text)
+
+    def _wants_parts(self) -> bool:
+        """Return whether the template writes content only where it is a list of parts, as those of vision models do."""
+        marker = "zqcontentxk"
+        forms = (marker, [{"type": "text", "text": marker}])
+        for wants_parts, content in enumerate(forms):
+            with contextlib.suppress(DataError):
+                text = self.apply([{"role": "user", "content": content}], None, False)
+                as_code = re.search(r"""["']type["']""", text)  # the list itself, as Python or JSON writes it
+                if marker in text and not as_code:
+                    return bool(wants_parts)
+        return False
 
     @property
     def controls(self) -> ControlTokens:
@@ -192,7 +211,7 @@ class _Conversation:
             return len(prompt), end
         # Nobody generates the header of such a turn, nor what a template puts in front of the first one: it begins
         # where what it says is written, which is the last thing before the end token.
-        said = next(iter(_texts(self._messages[turn]["content"])), "").strip()
+        said = (self._messages[turn]["content"] or "").strip()
         return max(text.rfind(said, len(prompt), self._controls.trailing(text[:end])[-1]), len(prompt)), end
 
     def _context(self, turn: int, text: str) -> str:
@@ -239,7 +258,7 @@ class _Conversation:
     def _require_answer(self, turn: int, said: str, name: str) -> None:
         """A template that leaves out what an answer says would train another answer."""
         message = self._messages[turn]
-        parts = [("content", text) for text in _texts(message["content"])]
+        parts = [("content", message["content"])] if message["content"] else []
         parts += [(key, message[key]) for key in _REASONING if key in message]
         parts += [("tool_calls", call["function"]["name"]) for call in message.get("tool_calls", ())]
         missing = [key for key, part in parts if not _holds(said, part)]
@@ -248,12 +267,13 @@ class _Conversation:
 
     def _require_written(self, count: int, text: str) -> None:
         """A template that leaves out what is asked would train answers to questions that nobody saw."""
-        for turn, message in enumerate(self._messages[:count]):
-            if message["role"] != "assistant" and not all(_holds(text, part) for part in _texts(message["content"])):
-                raise DataError(f"message {turn + 1} ({message['role']}): the chat template does not write it")
-        for tool in self._tools or ():
-            if not _holds(text, tool.get("function", tool)["name"]):
-                raise DataError("the chat template does not write the tools; name one that does in data.chat_template")
+        messages = self._messages[:count]
+        left_out = self._renderer.written.left_out(messages, self._tools)
+        if left_out:
+            raise DataError(list(describe(left_out, messages)))
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant" and message["content"] and not _holds(text, message["content"]):
+                raise DataError(f"message {turn + 1} ({message['role']}): the chat template does not write its content")
 
     def _difference(self, what: str, expected: str, found: str) -> str:
         expected, found = self._controls.reveal(expected), self._controls.reveal(found)
@@ -273,10 +293,10 @@ def _variable(name: str, text: str) -> Any:
     return text if isinstance(value, datetime.date) else value
 
 
-def _texts(content: Any) -> list[str]:
-    if isinstance(content, list):
-        return [part["text"] for part in content]
-    return [content] if content else []
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """Return the message with its content as a list of parts."""
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}] if content else []}
 
 
 def _holds(text: str, part: str) -> bool:

@@ -44,8 +44,8 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    content: Any
-    """A text; None in a turn of tool calls alone; or a list of text parts, for templates that want one."""
+    content: Optional[str]
+    """None in a turn of tool calls alone."""
     weight: Optional[float] = None
     """Loss weight that the row asks for; None leaves it to data.loss_on."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -121,7 +121,8 @@ def _items(value: Any, where: str, what: str, keys: str) -> list[tuple[dict[str,
     return [(item, f"{where}[{index}]") for index, item in enumerate(value)]
 
 
-def _content(item: Mapping[str, Any], key: str, at: str, has_calls: bool) -> Any:
+def _content(item: Mapping[str, Any], key: str, at: str, has_calls: bool) -> str | None:
+    """Return what a turn says; parts of a list are joined as they are."""
     value = find(item, key)
     if has_calls and value in (None, MISSING):
         return None if value is None else ""
@@ -129,9 +130,11 @@ def _content(item: Mapping[str, Any], key: str, at: str, has_calls: bool) -> Any
         return get_text(item, key, at)
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise DataError(f"{at}: {key!r} holds a part that is not text; only text can be trained on")
+            found = f"a part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
+            raise DataError(f"{at}: {key!r} holds {found}; only parts {{type: text, text: ...}} can be trained on")
     check_texts(value, f"{at}: {key!r}")
-    return [{"type": "text", "text": part["text"]} for part in value]
+    # One text, because most templates would write a list as Python does: [{'type': 'text', ...
+    return "".join(part["text"] for part in value)
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:

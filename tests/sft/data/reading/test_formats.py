@@ -84,7 +84,7 @@ def test_what_no_template_could_be_given_is_refused() -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:3: images would be left out of training"):
         parse({"messages": [{"role": "user", "content": "x"}], "images": ["a.png"]})
     image = {"role": "user", "content": [{"type": "image"}]}
-    with pytest.raises(DataError, match=r"'content' holds a part that is not text"):
+    with pytest.raises(DataError, match=r"'content' holds a part of type 'image'"):
         parse({"messages": [image]})
 
 

@@ -1,0 +1,105 @@
+"""Parts of a conversation that a template leaves out, with the templates of real families (from the trl wheel)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launcher.contract.errors import DataError
+from launcher.contract.spec import DataSpec
+from sft.data.encoding.masking import Encoder
+from sft.data.reading.formats import Example
+from sft.data.reading.messages import read_messages, read_tools
+from tests.sft.data.encoding.test_mask_oracle import templates, tokenizer_for
+from tests.tiny_model import make_tokenizer
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells the weather of a city."}}]
+
+
+def call(city: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+
+
+def trained(family: str, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[str]:
+    """What each trained run of tokens decodes to."""
+    template = (templates() / f"{family}.jinja").read_text()
+    tokenizer = tokenizer_for(template, template)
+    example = Example(
+        where="a.jsonl:1", messages=read_messages(messages, "messages", {}), tools=read_tools(tools, "tools")
+    )
+    (encoded,) = Encoder(tokenizer, DataSpec()).encode(example)
+    return [str(tokenizer.decode(encoded.ids[encoded.weights > 0]))]
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama3_1", "llama3_2", "gemma", "lfm2", "qwen2_5", "smolvlm"])
+def test_text_parts_are_one_text(family: str) -> None:
+    """Seen to train `[{'type': 'text', 'text': 'Hello there.'}]` with the list handed to the template."""
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": " you"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Hello there."}]},
+    ]
+    (answer,) = trained(family, messages)
+    assert "Hello there." in answer
+    assert "type" not in answer
+
+
+@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "audio", "audio": "x"}, {"text": "no type"}, "bare"])
+def test_parts_that_are_no_text_are_refused_by_name(part: object) -> None:
+    with pytest.raises(DataError, match=r"messages\[0\]: 'content' holds"):
+        read_messages([{"role": "user", "content": [part]}], "messages", {})
+
+
+def test_a_tool_turn_whose_words_the_answer_repeats_is_not_taken_for_written() -> None:
+    """Seen to pass (exit 0, without the turn) where the words were looked for in the whole text."""
+    messages = [
+        {"role": "user", "content": "Capital of France?"},
+        {"role": "assistant", "content": "I will look it up."},
+        {"role": "tool", "content": "Paris"},
+        {"role": "assistant", "content": "It is Paris."},
+    ]
+    with pytest.raises(DataError, match=r"message 3 \(tool\): the chat template does not write its content"):
+        trained("phi3", messages)
+
+
+@pytest.mark.parametrize("family", ["llama3", "phi3", "gemma"])
+def test_tools_whose_name_the_question_holds_are_not_taken_for_written(family: str) -> None:
+    messages = [
+        {"role": "user", "content": "What is the weather in Paris? Tells the weather of a city."},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    with pytest.raises(DataError, match=r"does not write the tools \(tool name, tool description\)"):
+        trained(family, messages, TOOLS)
+
+
+def test_each_of_several_calls_must_be_written() -> None:
+    """Seen to train the first call only, and to keep both results, where only the function's name was looked for."""
+    messages = [
+        {"role": "user", "content": "Weather in Paris and in Rome?"},
+        {"role": "assistant", "content": "", "tool_calls": [call("Paris"), call("Rome")]},
+        {"role": "tool", "name": "weather", "content": "sun in Paris"},
+        {"role": "tool", "name": "weather", "content": "rain in Rome"},
+        {"role": "assistant", "content": "Sun and rain."},
+    ]
+    with pytest.raises(DataError, match=r"message 2 \(assistant\): the chat template does not write its tool call"):
+        trained("gptoss", messages, TOOLS)
+    (answers,) = trained("qwen2_5", messages, TOOLS)
+    assert '"Paris"' in answers
+    assert '"Rome"' in answers
+
+
+def test_one_proof_serves_all_conversations_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    encoder = Encoder(tokenizer, DataSpec())
+    rendered: list[str] = []
+    real = tokenizer.apply_chat_template
+
+    def counting(messages: list[dict[str, Any]], **options: Any) -> Any:
+        rendered.append(messages[0]["content"])
+        return real(messages, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    for question in ("one", "two", "three"):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "an answer"}]
+        encoder.encode(Example(where="a.jsonl:1", messages=read_messages(turns, "messages", {})))
+    assert len([text for text in rendered if text.startswith("zq0")]) == 1
