@@ -27,12 +27,12 @@ def _import(options: argparse.Namespace) -> int:
     from launcher.contract.config.load import read_text
     from launcher.contract.errors import ConfigError
     from launcher.contract.nemo.convert import convert, describe, to_yaml
-    from launcher.nemo.layout import check_layout
+    from launcher.nemo.topology import check_topology
 
     path: Path = options.config
     conversion = convert(read_text(path), str(path))
     if conversion.model is not None:
-        check_layout(conversion)
+        check_topology(conversion)
     more: dict[str, Any] = {}
     if options.model_dir is not None:
         if conversion.model is None:

@@ -1,4 +1,4 @@
-"""The numbers of a Hugging Face `config.json` that topology checks need; read with json, never with transformers."""
+"""Read a model's sizes from its Hugging Face `config.json`, with json alone: the launcher imports no transformers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import yaml
 
 from launcher.contract.errors import ModelError, did_you_mean
 
+HfConfig = dict[str, Any]
+"""A config.json as it was read. Its values are whatever the file holds: check them where they are used."""
+
 _NAMED = Path(__file__).with_name("model_shapes.yaml")
 
 _TIED_BY_DEFAULT = ("gemma", "gpt2")
-"""Model types whose config may leave `tie_word_embeddings` out and mean true."""
+"""Model types for which an absent `tie_word_embeddings` means true."""
 
 _GPT2_KEYS = {
     "num_hidden_layers": "n_layer",
@@ -23,7 +26,7 @@ _GPT2_KEYS = {
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-"""What GPT-2's config calls the sizes."""
+"""The names of the sizes in GPT-2's config."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +48,12 @@ class ModelShape:
     """Whether the MLP has a gate beside its up projection."""
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], where: str) -> ModelShape:
-        """Read the keys shared by Llama-like configs, or GPT-2's; `where` names the file in errors."""
+    def from_config(cls, config: HfConfig, where: str) -> ModelShape:
+        """Read the keys that Llama-like configs share, or GPT-2's. `where` names the file in errors."""
         model_type = str(config.get("model_type", ""))
         if model_type == "gpt2":
             named = {ours: config.get(theirs, config.get(ours)) for ours, theirs in _GPT2_KEYS.items()}
-            config = config | named | {"num_key_value_heads": None, "head_dim": None}  # which GPT-2 does not read
+            config = config | named | {"num_key_value_heads": None, "head_dim": None}  # GPT-2 reads neither
             config["intermediate_size"] = config.get("intermediate_size") or 4 * (config.get("hidden_size") or 0)
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         missing = [key for key in needed if not isinstance(config.get(key), int)]
@@ -73,7 +76,7 @@ class ModelShape:
 
 
 def read_model_shape(model_dir: Path) -> ModelShape:
-    """Shape of the model in `model_dir`; ModelError says what is missing."""
+    """Return the sizes of the model in `model_dir`; raise ModelError if they cannot be read."""
     path = model_dir / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -88,15 +91,15 @@ def read_model_shape(model_dir: Path) -> ModelShape:
     return ModelShape.from_config(config, str(path))
 
 
-def named_model_config(name: str) -> dict[str, Any]:
-    """The config.json values of a named size (model_shapes.yaml), for planning and benchmarks."""
+def named_model_config(name: str) -> HfConfig:
+    """Return the config.json of a model listed in model_shapes.yaml, for planning and benchmarks."""
     values = yaml.safe_load(_NAMED.read_text(encoding="utf-8"))
     if name not in values:
-        raise ModelError(f"{name!r} is no named model size{did_you_mean(name, values)}; known: {', '.join(values)}")
-    config: dict[str, Any] = values[name]
+        raise ModelError(f"{name!r} is not a known model size{did_you_mean(name, values)}; known: {', '.join(values)}")
+    config: HfConfig = values[name]
     return config
 
 
 def named_model_shape(name: str) -> ModelShape:
-    """The sizes of a named model (model_shapes.yaml)."""
+    """Return the sizes of a model listed in model_shapes.yaml."""
     return ModelShape.from_config(named_model_config(name), f"{_NAMED.name}: {name}")

@@ -23,7 +23,7 @@ from launcher.contract.errors import ModelError
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.nemo.checkpoint import CONFIG, inside, read_config, read_entries, sharded_dir
 from launcher.contract.nemo.context import CONTEXT, tokenizer_dir
-from launcher.contract.nemo.rules import Entries, value_of
+from launcher.contract.nemo.entries import Entries, value_of
 from sft.hf.exporter import copy_settings, write_model
 from sft.hf.files import check_model_files
 from sft.models.architecture import Architecture, read_architecture

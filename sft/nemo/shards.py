@@ -25,7 +25,7 @@ from torch import Tensor
 
 from launcher.contract.errors import ModelError
 from launcher.contract.model_shape import ModelShape
-from launcher.contract.nemo.rules import Entries, value_of
+from launcher.contract.nemo.entries import Entries, value_of
 from sft.models.weight_map import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, OUTPUT, POSITIONS, Layout, canonical_name
 
 WEIGHTS = "model_weights.ckpt"

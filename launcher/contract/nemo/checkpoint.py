@@ -1,4 +1,4 @@
-"""NeMo and Megatron-core checkpoints from outside: is this one, and which model is in it?
+"""Recognise NeMo and Megatron-core checkpoints, and read which model they hold.
 
 * NeMo 1.x: a `.nemo` archive (a tar file), or a directory with the same contents. model_config.yaml spells the model
   out; the weights are in model_weights.ckpt, mp_rank_XX/, tp_rank_XX_pp_rank_XXX/, or sharded in model_weights/.
@@ -6,8 +6,7 @@
 * Megatron-core: sharded weights with the Hugging Face config.json of their model beside them, or one folder above in
   a directory like NeMo 2's.
 
-Only the config is read here, which is enough to check a topology; the ranks' side is `sft.nemo`. OmegaConf is imported
-by those functions alone that need it: ranks ask only whether a path is such a checkpoint.
+Only the config is read here, which is enough to check a topology; `sft.nemo` reads the weights.
 """
 
 from __future__ import annotations
@@ -15,14 +14,11 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
 
 from launcher.contract.errors import ConfigError, ModelError
-from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_shape import HfConfig, ModelShape
 from launcher.contract.nemo.context import CONTEXT, context_config
-
-if TYPE_CHECKING:
-    from launcher.contract.nemo.document import Entry
+from launcher.contract.nemo.entries import Entry
 
 CONFIG = "model_config.yaml"
 SUFFIX = ".nemo"
@@ -31,12 +27,12 @@ _HF_CONFIG = "config.json"
 _INDEX = ".metadata"
 _FORMAT = "metadata.json"
 _SHARDED = ("weights", "model_weights", ".")
-"""Folders that hold sharded weights: NeMo 2's, NeMo 1.x's, and a plain checkpoint's own."""
-_LARGEST_CONFIG = 2**22
+"""Where sharded weights may be: in NeMo 2's folder, NeMo 1.x's, or a plain checkpoint's own."""
+_LARGEST_CONFIG = 2**22  # bytes
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a NeMo or Megatron-core checkpoint, by its name and contents."""
+    """Return whether `path` is a NeMo or Megatron-core checkpoint, by its name and contents."""
     if path.suffix == SUFFIX and path.is_file():
         return True
     if (path / CONTEXT).is_file():
@@ -47,7 +43,10 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def sharded_dir(path: Path) -> Path | None:
-    """The folder of the sharded weights in the checkpoint's folder `path`; ModelError for a format not supported."""
+    """Return the folder of a checkpoint's sharded weights, or None if it has none.
+
+    Raises ModelError if they are incomplete or in a format that is not supported.
+    """
     for name in _SHARDED:
         folder = path / name
         if (folder / _INDEX).is_file():
@@ -61,12 +60,13 @@ def sharded_dir(path: Path) -> Path | None:
                 f"model.path: {folder} has the format {backend!r}; only torch_dist is read. "
                 "Convert it with the Megatron-core that wrote it: load it and save it as torch_dist"
             )
-        raise ModelError(f"model.path: {folder} has no {_INDEX}; it was not saved to its end")
+        raise ModelError(f"model.path: {folder} has no {_INDEX}: the checkpoint is incomplete")
     return None
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """The checkpoint's model_config.yaml, keys as they are under `model` in a NeMo config."""
+    """Read a checkpoint's model_config.yaml, with the keys that a NeMo config has for it (`model.*`)."""
+    # Imported here because it imports OmegaConf, which ranks do not need to recognise a checkpoint.
     from launcher.contract.nemo.document import read_document
 
     shown = f"{path}: {CONFIG}"
@@ -77,10 +77,10 @@ def read_entries(path: Path) -> dict[str, Entry]:
         raise ModelError(error.problems) from None
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of the checkpoint's model; ModelError where it has no counterpart."""
+def read_config(path: Path) -> HfConfig:
+    """Return the checkpoint's model as a config.json; raise ModelError if it has no Hugging Face counterpart."""
     if path.is_dir():
-        sharded_dir(path)  # refuses formats that are not read, before there is a job
+        sharded_dir(path)  # raises for a format that is not read, before a job is submitted
     if (path / CONTEXT).is_file():
         return context_config(path)
     if (path / _HF_CONFIG).is_file():
@@ -94,11 +94,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_shape(path: Path) -> ModelShape:
-    """Sizes of the checkpoint's model."""
+    """Return the sizes of the checkpoint's model."""
     return ModelShape.from_config(read_config(path), str(path))
 
 
-def _stated_config(path: Path) -> dict[str, Any]:
+def _stated_config(path: Path) -> HfConfig:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -109,7 +109,7 @@ def _stated_config(path: Path) -> dict[str, Any]:
 
 
 def inside(name: str, path: Path) -> PurePosixPath:
-    """A member's name within the archive `path`; ModelError where it would land outside a folder it is unpacked to."""
+    """Return the name of an archive's member as a path; raise ModelError if it would be unpacked outside its folder."""
     place = PurePosixPath(name)
     if place.is_absolute() or ".." in place.parts:
         raise ModelError(f"model.path: {path}: member {name!r} points out of the archive; it is not unpacked")

@@ -1,11 +1,10 @@
-"""The architecture of a NeMo 2 checkpoint, from context/model.yaml, as a Hugging Face config.json.
+"""Translate the model of a NeMo 2 checkpoint (context/model.yaml) into a Hugging Face config.json.
 
-That file is a plain YAML picture of the model object: the class of the model, and every field of its configuration,
-defaults included. The other files of `context/` (io.json and the pickles it names) describe Python objects to be built
-again and are never read.
+The file is a YAML dump of the model object: its class, and every field of its configuration, defaults included. The
+other files of `context/` (io.json and the pickles it names) describe Python objects and are never read.
 
-Which model it is follows from the fields and not from the class's name, because classes such as Llama3Config8B are
-nothing but other values. The name only has to be one whose code adds nothing to the fields.
+The fields decide which model it is, not the class's name: classes such as Llama3Config8B only have other defaults. The
+name has to be one whose code adds nothing to the fields.
 """
 
 from __future__ import annotations
@@ -18,11 +17,14 @@ from typing import Any
 import yaml
 
 from launcher.contract.errors import ModelError
+from launcher.contract.model_shape import HfConfig
 
 CONTEXT = Path("context", "model.yaml")
 
+_Fields = Mapping[str, Any]  # YAML: each value is checked where it is used
+
 _MODELS = ("GPTModel", "LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Classes that build what their fields say; others, such as Gemma's, do more."""
+"""Classes that build what their fields say. Others, such as Gemma's, do more."""
 
 _TRAITS = {
     "gpt2": {
@@ -42,7 +44,7 @@ _TRAITS = {
 }
 """GPT-2, and what Llama, Mistral and Qwen have in common."""
 
-_PLAIN: dict[str, tuple[Any, ...]] = {
+_PLAIN: dict[str, tuple[object, ...]] = {
     "num_moe_experts": (None, 0),
     "multi_latent_attention": (None, False),
     "mtp_num_layers": (None, 0),
@@ -60,11 +62,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "glu_linear_offset": (None, 0, 0.0),
     "activation_func_clamp_value": (None,),
 }
-"""Fields that make another model of it, and the values at which they do not."""
+"""Fields that change the architecture, with the values that leave it as it is."""
 
 
-def context_config(checkpoint: Path) -> dict[str, Any]:
-    """config.json of the NeMo 2 checkpoint; ModelError with everything that has no counterpart."""
+def context_config(checkpoint: Path) -> HfConfig:
+    """Return the config.json of a NeMo 2 checkpoint; raise ModelError that lists everything without a counterpart."""
     path = checkpoint / CONTEXT
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -72,7 +74,7 @@ def context_config(checkpoint: Path) -> dict[str, Any]:
         raise ModelError(f"model.path: {path} cannot be read ({error})") from None
     fields = model.get("config") if isinstance(model, dict) else None
     if not isinstance(fields, dict):
-        raise ModelError(f"model.path: {path}: no section `config`; it is not the picture of a NeMo 2 model")
+        raise ModelError(f"model.path: {path}: no section `config`; it does not describe a NeMo 2 model")
     kind = _kind(fields)
     problems = [*_problems(model, fields, kind), *_size_problems(fields)]
     vocabulary = _vocabulary(model, fields, path.parent)
@@ -83,24 +85,24 @@ def context_config(checkpoint: Path) -> dict[str, Any]:
     return _gpt2(fields, vocabulary) if kind == "gpt2" else _llama(fields, vocabulary)
 
 
-def _kind(fields: Mapping[str, Any]) -> str | None:
+def _kind(fields: _Fields) -> str | None:
     found = {name: _plain(fields.get(name)) for name in _TRAITS["llama"]}
     return next((kind for kind, traits in _TRAITS.items() if traits == found), None)
 
 
-def _plain(value: Any) -> Any:
-    """The last part of a function's name; a value as it is."""
+def _plain(value: object) -> object:
+    """Return the name of a function or class without its module, and any other value as it is."""
     return str(value.get("_target_", "")).rpartition(".")[2] if isinstance(value, dict) else value
 
 
-def _problems(model: Mapping[str, Any], fields: Mapping[str, Any], kind: str | None) -> Iterator[str]:
+def _problems(model: _Fields, fields: _Fields, kind: str | None) -> Iterator[str]:
     name = _plain(model)
     if name not in _MODELS:
         yield f"{name or 'a model without a class'} is not supported; supported are {', '.join(_MODELS)}"
     if kind is None:
         for known, traits in _TRAITS.items():
             differ = [f"{key} {_plain(fields.get(key))!r}" for key in traits if _plain(fields.get(key)) != traits[key]]
-            yield f"it is no {known}-like model: {', '.join(differ)}"
+            yield f"it is not a {known}-like model: {', '.join(differ)}"
     for key, plain in _PLAIN.items():
         if fields.get(key) not in plain:
             yield f"config.{key} {fields[key]!r} is not supported; only {plain[0]!r} is"
@@ -110,14 +112,14 @@ def _problems(model: Mapping[str, Any], fields: Mapping[str, Any], kind: str | N
         yield "it holds adapters (model_transform); merge them with the NeMo that wrote it"
 
 
-def _size_problems(fields: Mapping[str, Any]) -> Iterator[str]:
+def _size_problems(fields: _Fields) -> Iterator[str]:
     for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length"):
         if not isinstance(fields.get(key), int) or fields[key] < 1:
-            yield f"config.{key} {fields.get(key)!r} is no size"
+            yield f"config.{key} {fields.get(key)!r} is not a size"
 
 
-def _vocabulary(model: Mapping[str, Any], fields: Mapping[str, Any], context: Path) -> int | None:
-    """The stated size, or that of the tokenizer beside it: NeMo pads what has no size of its own."""
+def _vocabulary(model: _Fields, fields: _Fields, context: Path) -> int | None:
+    """Return the vocabulary's size as stated, or else that of the tokenizer beside it, which NeMo then pads."""
     if isinstance(fields.get("vocab_size"), int):
         return int(fields["vocab_size"])
     path = tokenizer_dir(model, context) / "tokenizer.json"
@@ -130,14 +132,17 @@ def _vocabulary(model: Mapping[str, Any], fields: Mapping[str, Any], context: Pa
         return None
 
 
-def tokenizer_dir(model: Mapping[str, Any], context: Path) -> Path:
-    """Where the tokenizer's files are; a name that leads out of `context` stands for the folder that NeMo fills."""
+def tokenizer_dir(model: _Fields, context: Path) -> Path:
+    """Return the folder of the tokenizer's files.
+
+    NeMo copies them to `nemo_tokenizer`, whatever name outside of `context` they had.
+    """
     named = Path(str((model.get("tokenizer") or {}).get("pretrained_model_name") or "nemo_tokenizer"))
     inside = not named.is_absolute() and ".." not in named.parts and (context / named).is_dir()
     return context / (named if inside else "nemo_tokenizer")
 
 
-def _gpt2(fields: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+def _gpt2(fields: _Fields, vocabulary: int) -> HfConfig:
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
     if (fields.get("num_query_groups") or heads) != heads or (
         fields.get("kv_channels") or hidden // heads
@@ -152,14 +157,14 @@ def _gpt2(fields: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
         "n_layer": fields["num_layers"],
         "n_head": heads,
         "n_inner": fields["ffn_hidden_size"],
-        # Megatron-core's fused bias and gelu is the tanh form.
+        # Megatron-core's fused bias and gelu use the tanh form.
         "activation_function": "gelu_new" if fields.get("bias_activation_fusion") else "gelu",
         "layer_norm_epsilon": float(fields.get("layernorm_epsilon", 1e-5)),
         "tie_word_embeddings": bool(fields.get("share_embeddings_and_output_weights", True)),
     }
 
 
-def _llama(fields: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+def _llama(fields: _Fields, vocabulary: int) -> HfConfig:
     heads = fields["num_attention_heads"]
     config = {
         "vocab_size": vocabulary,
@@ -188,8 +193,8 @@ def _llama(fields: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
     return family | config
 
 
-def _scaling(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The RoPE scaling that Llama 3.1's configurations have as fields, or Megatron-core's linear one."""
+def _scaling(fields: _Fields) -> HfConfig:
+    """Return the RoPE scaling: Llama 3.1's, Megatron-core's linear one, or none."""
     if fields.get("scale_factor"):
         return {
             "rope_scaling": {

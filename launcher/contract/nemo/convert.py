@@ -1,73 +1,77 @@
-"""A NeMo config -> our keys, a model's config.json where the file spells one out, and what became of every key."""
+"""Convert a NeMo config into our keys and, where it describes a model, into that model's config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
 from launcher.contract.errors import ConfigError, did_you_mean
 from launcher.contract.leaves import Leaf, Leaves
-from launcher.contract.nemo.document import Entry, read_document
-from launcher.contract.nemo.model_config import KEYS, model_config, spells_out
-from launcher.contract.nemo.rules import RULES, Entries, Fate, Refused, rule_of, value_of
+from launcher.contract.model_shape import HfConfig
+from launcher.contract.nemo.document import read_document
+from launcher.contract.nemo.entries import Entries, Entry, value_of
+from launcher.contract.nemo.model_config import KEYS, describes_model, model_config
+from launcher.contract.nemo.rule import Refused, Translation
+from launcher.contract.nemo.rules import RULES, rule_of
 
-_ABSENT: dict[str, tuple[dict[str, Any], str]] = {
+_ABSENT: dict[str, tuple[dict[str, object], str]] = {
     "trainer.precision": ({"train.precision": "fp32"}, "32"),
     "trainer.gradient_clip_val": ({"train.optimizer.clip_grad": 0.0}, "no clipping"),
     "model.optim.betas": ({"train.optimizer.beta1": 0.9, "train.optimizer.beta2": 0.999}, "0.9, 0.999"),
     "model.optim.sched.name": ({"train.optimizer.schedule": "constant"}, "a constant learning rate"),
 }
-"""Keys whose absence means something else to NeMo than to us: our settings, and what it means."""
+"""Keys for which NeMo has another default than we have: our settings for it, and the default in words."""
 
-_ABSENT_WITH_MODEL: dict[str, tuple[dict[str, Any], str]] = {
+_ABSENT_WITH_MODEL: dict[str, tuple[dict[str, object], str]] = {
     f"model.{name}": ({f"model.{name}": 0.1}, "0.1") for name in ("hidden_dropout", "attention_dropout")
 }
-"""The same, in a file that spells its model out."""
+"""The same for files that describe a model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of one NeMo key."""
+    """One NeMo key, where it stands, and what it means here."""
 
     key: str
     where: str
-    fate: Fate
+    translation: Translation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
-    """A NeMo config, taken over."""
+    """A converted NeMo config."""
 
     outcomes: tuple[Outcome, ...]
-    model: Mapping[str, Any] | None
-    """config.json of the model that the file spells out."""
+    model: HfConfig | None
+    """config.json of the model, if the file describes one."""
 
-    def settings(self) -> Iterator[tuple[str, Any, Outcome]]:
-        """Our keys, their values, and what set them."""
+    def settings(self) -> Iterator[tuple[str, object, Outcome]]:
+        """Yield our keys, their values, and the outcome that set them."""
         for outcome in self.outcomes:
-            for key, value in outcome.fate.settings.items():
+            for key, value in outcome.translation.settings.items():
                 yield key, value, outcome
 
 
 def convert(text: str, shown: str) -> Conversion:
-    """Convert the YAML `text` of the file `shown`; ConfigError with every key that cannot be taken over."""
+    """Convert a YAML text; raise ConfigError that lists every key without a counterpart. `shown` names the file."""
     return convert_entries(read_document(text, shown), shown)
 
 
 def convert_entries(entries: Entries, shown: str) -> Conversion:
-    """Convert what `read_document` gave; ConfigError with every key that cannot be taken over."""
+    """Convert the result of `read_document`, like `convert`."""
     outcomes, problems = [], []
     for key, entry in entries.items():
         try:
-            outcomes.append(Outcome(key=key, where=entry.where, fate=_fate(key, entry, entries)))
+            outcomes.append(Outcome(key=key, where=entry.where, translation=_translate(key, entry, entries)))
         except Refused as error:
             problems.append(f"{entry.where}: {key}: {error}")
+        except ConfigError as error:  # of another key that the rule reads
+            problems += error.problems
     outcomes += _absent(entries, shown)
     model = None
-    if spells_out(entries):
+    if describes_model(entries):
         try:
             model = model_config(entries)
         except ConfigError as error:
@@ -78,40 +82,42 @@ def convert_entries(entries: Entries, shown: str) -> Conversion:
     return Conversion(outcomes=tuple(outcomes), model=model)
 
 
-def _fate(key: str, entry: Entry, entries: Entries) -> Fate:
+def _translate(key: str, entry: Entry, entries: Entries) -> Translation:
     if key in KEYS:
-        return Fate(note="in the model's config.json")
+        return Translation(note="in the model's config.json")
     rule = rule_of(key)
     if rule is None and not entry.value and rule_of(f"{key}."):
-        return Fate(note="an empty section")
+        return Translation(note="an empty section")
     if rule is None:
         raise Refused(f"not a known key{did_you_mean(key, RULES)}; remove it if nothing depends on it")
     return rule(entry.value, entries)
 
 
 def _absent(entries: Entries, shown: str) -> list[Outcome]:
-    """What NeMo assumes where the file is silent and we would assume something else."""
-    meant = _ABSENT | (_ABSENT_WITH_MODEL if spells_out(entries) else {})
+    """Return NeMo's defaults for absent keys, where ours differ."""
+    defaults = _ABSENT | (_ABSENT_WITH_MODEL if describes_model(entries) else {})
     return [
-        Outcome(key=key, where=shown, fate=Fate(settings, f"not in the file, which means {meaning} to NeMo"))
-        for key, (settings, meaning) in meant.items()
+        Outcome(
+            key=key, where=shown, translation=Translation(settings, f"not in the file, which means {meaning} to NeMo")
+        )
+        for key, (settings, meaning) in defaults.items()
         if value_of(entries, key) is None
     ]
 
 
 def _contradictions(outcomes: list[Outcome]) -> Iterator[str]:
-    """Two keys of the file that say different things of one of ours."""
-    first: dict[str, tuple[Any, Outcome]] = {}
+    """Yield the keys that set one of ours to different values."""
+    first: dict[str, tuple[object, Outcome]] = {}
     for outcome in outcomes:
-        for key, value in outcome.fate.settings.items():
+        for key, value in outcome.translation.settings.items():
             before = first.setdefault(key, (value, outcome))
-            # The schedule's rule speaks last of the learning rate: it may have none of it left.
+            # The schedule may override the learning rate: without a step to decay, all steps run at min_lr.
             if before[0] != value and outcome.key != "model.optim.sched.name":
                 yield f"{outcome.where}: {outcome.key}: {value!r} contradicts {before[1].key} {before[0]!r}"
 
 
 def read_leaves(text: str, shown: str) -> Leaves:
-    """Our keys as `read_yaml` gives them, each with the line of the NeMo file it comes from."""
+    """Return our keys as those of an own config are read, each with its line in the NeMo file."""
     try:
         conversion = convert(text, shown)
     except ConfigError as error:
@@ -122,15 +128,15 @@ def read_leaves(text: str, shown: str) -> Leaves:
     )
 
 
-def to_yaml(conversion: Conversion, more: Mapping[str, Any]) -> str:
-    """A config of ours, each line with the key it comes from; `more` are settings that the file does not have."""
+def to_yaml(conversion: Conversion, more: Mapping[str, object]) -> str:
+    """Return the config as our YAML, with the NeMo key behind each line. `more` are settings that the file lacks."""
     written = {key: (value, outcome.key) for key, value, outcome in conversion.settings()}
     lines: list[str] = []
     _sections({**written, **{key: (value, "") for key, value in more.items()}}, "", lines)
     return "\n".join(lines) + "\n"
 
 
-def _sections(settings: Mapping[str, tuple[Any, str]], indent: str, lines: list[str]) -> None:
+def _sections(settings: Mapping[str, tuple[object, str]], indent: str, lines: list[str]) -> None:
     """Append the settings as nested YAML, values first."""
     for key, (value, origin) in settings.items():
         if "." not in key:
@@ -143,11 +149,11 @@ def _sections(settings: Mapping[str, tuple[Any, str]], indent: str, lines: list[
 
 
 def describe(conversion: Conversion) -> str:
-    """One line a NeMo key: what became of it."""
+    """Return one line for each NeMo key: what it means here."""
     width = max((len(outcome.key) for outcome in conversion.outcomes), default=0)
-    return "\n".join(f"{outcome.key:<{width}}  {_words(outcome.fate)}" for outcome in conversion.outcomes)
+    return "\n".join(f"{outcome.key:<{width}}  {_words(outcome.translation)}" for outcome in conversion.outcomes)
 
 
-def _words(fate: Fate) -> str:
-    settings = ", ".join(f"{key}={value}" for key, value in fate.settings.items())
-    return " - ".join(part for part in (settings and f"-> {settings}", fate.note) if part) or "not set"
+def _words(translation: Translation) -> str:
+    settings = ", ".join(f"{key}={value}" for key, value in translation.settings.items())
+    return " - ".join(part for part in (settings and f"-> {settings}", translation.note) if part) or "not set"

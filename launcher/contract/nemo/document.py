@@ -1,8 +1,4 @@
-"""A NeMo YAML file as dotted keys with resolved values and the lines they were written on.
-
-Interpolations are OmegaConf's own; the resolver functions are those that NeMo's and trlx's programs register before
-they read such files. They are registered for the time of one reading only, so that our own configs do not know them.
-"""
+"""Read a NeMo YAML file into dotted keys, with resolved values and the lines they were written on."""
 
 from __future__ import annotations
 
@@ -11,17 +7,16 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launcher.contract.errors import ConfigError
+from launcher.contract.nemo.entries import Entry
 from launcher.contract.secret_names import is_secret_name
 
-_RESOLVERS: dict[str, Callable[..., Any]] = {
+_RESOLVERS: dict[str, Callable[..., object]] = {
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
@@ -30,21 +25,13 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "divide_floor": operator.floordiv,
     "divide_ceil": lambda dividend, divisor: math.ceil(dividend / divisor),
 }
+"""The functions that NeMo's and trlx's programs register before they read such a file."""
 
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One value of the file."""
-
-    value: Any
-    where: str
-    """`nemo.yaml:12`."""
-
-
 def is_nemo(text: str) -> bool:
-    """Whether this YAML text is a NeMo config: both `trainer` and `model` are sections at its top."""
+    """Return whether a YAML text is a NeMo config, which has the sections `trainer` and `model`."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
@@ -55,9 +42,10 @@ def is_nemo(text: str) -> bool:
 
 
 def read_document(text: str, shown: str) -> dict[str, Entry]:
-    """Dotted key -> entry, in the order of the file; lists are values, and so are empty mappings.
+    """Return the entries by dotted key, in the order of the file. Lists and empty mappings are values, `???` is None.
 
-    ConfigError with every key whose interpolation does not resolve. A value left as `???` is None.
+    `shown` is the name of the file in messages. Raises ConfigError that lists every key whose interpolation does not
+    resolve, and every secret that an interpolation reads from the environment.
     """
     lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
     entries: dict[str, Entry] = {}
@@ -81,7 +69,7 @@ def read_document(text: str, shown: str) -> dict[str, Entry]:
     return entries
 
 
-def _value(config: DictConfig, key: str) -> Any:
+def _value(config: DictConfig, key: str) -> object:
     try:
         value = OmegaConf.select(config, key, throw_on_missing=True)
     except MissingMandatoryValue:
@@ -90,7 +78,7 @@ def _value(config: DictConfig, key: str) -> Any:
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of everything that is not a filled section."""
+    """Yield the dotted keys of everything but sections with something in them."""
     for name in map(str, config):
         key = f"{prefix}{name}"
         plain = OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name)
@@ -102,7 +90,7 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
-    """Dotted key -> line, counted from 1."""
+    """Return the line of every dotted key, counted from 1."""
     found: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -113,7 +101,7 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
 
 @contextmanager
 def _resolvers() -> Iterator[None]:
-    """NeMo's resolver functions, and no way to read a secret."""
+    """Register NeMo's functions for one reading, so that our own configs do not know them."""
     before = {name for name in _RESOLVERS if OmegaConf.has_resolver(name)}
     # OmegaConf 2.4 has a new name for it, and warns of the old one.
     register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver

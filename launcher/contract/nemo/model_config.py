@@ -1,16 +1,14 @@
-"""The architecture that a NeMo config spells out, as a Hugging Face config.json.
+"""Translate the architecture that a NeMo config describes into a Hugging Face config.json.
 
 Two of NeMo's GPT models have a counterpart there: GPT-2 (LayerNorm, learned positions, biases, gelu) and Llama
-(RMSNorm, rotary positions, no biases, SwiGLU). Others are refused by the settings that make them others.
+(RMSNorm, rotary positions, no biases, SwiGLU). Others are refused, with the settings in which they differ.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from launcher.contract.errors import ConfigError
-from launcher.contract.nemo.document import Entry
-from launcher.contract.nemo.rules import Entries, value_of
+from launcher.contract.model_shape import HfConfig
+from launcher.contract.nemo.entries import Entries, Entry, number_of, value_of, whole_number_of
 
 KEYS = {
     f"model.{name}"
@@ -54,27 +52,27 @@ _SAME = {
 }
 
 
-def spells_out(entries: Entries) -> bool:
-    """Whether the file describes a model, and not only how to train one."""
+def describes_model(entries: Entries) -> bool:
+    """Return whether the file describes a model, and not only how to train one."""
     return value_of(entries, "model.num_layers") is not None
 
 
-def model_config(entries: Entries) -> dict[str, Any]:
-    """config.json of the model; ConfigError with what has no counterpart."""
+def model_config(entries: Entries) -> HfConfig:
+    """Return the model's config.json; raise ConfigError that lists what has no counterpart."""
     traits = _traits(entries)
     kind = next((kind for kind, known in _KINDS.items() if known == traits), None)
     problems = list(_unsupported(entries))
     if kind is None:
         listed = "; ".join(f"{name}: {_words(known)}" for name, known in _KINDS.items())
-        problems.append(f"{_where(entries, 'model.num_layers')}: model: {_words(traits)} is neither of {listed}")
+        problems.append(f"{_where(entries, 'model.num_layers')}: model: {_words(traits)} is none of {listed}")
     sizes = _sizes(entries, problems)
     if problems:
         raise ConfigError(problems)
     return _gpt2(entries, sizes) if kind == "gpt2" else _llama(entries, sizes)
 
 
-def _traits(entries: Entries) -> dict[str, Any]:
-    """What tells NeMo's models apart, by NeMo's defaults where the file is silent."""
+def _traits(entries: Entries) -> dict[str, object]:
+    """Return the settings that distinguish NeMo's models, with NeMo's defaults for absent keys."""
 
     def text(key: str, default: str) -> str:
         value = str(value_of(entries, f"model.{key}", default))
@@ -103,28 +101,30 @@ def _unsupported(entries: Entries) -> list[str]:
 
 
 def _sizes(entries: Entries, problems: list[str]) -> dict[str, int]:
-    """The sizes that both kinds have; what is missing goes to `problems`."""
+    """Return the sizes that both kinds have, 1 for a missing one; append what is wrong to `problems`."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
-    sizes = {name: value_of(entries, f"model.{name}") for name in names}
-    sizes["vocab_size"] = _vocabulary(entries)
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            hint = "; give model.padded_vocab_size, or model.path" if name == "vocab_size" else ""
-            problems.append(f"{_where(entries, 'model.num_layers')}: model.{name}: {value!r} is no size{hint}")
-            sizes[name] = 1
-    sizes["head_dim"] = value_of(entries, "model.kv_channels") or sizes["hidden_size"] // sizes["num_attention_heads"]
-    return sizes
+    found = {name: value_of(entries, f"model.{name}") for name in names} | {"vocab_size": _vocabulary(entries)}
+    sizes = {}
+    for name, value in found.items():
+        if isinstance(value, int) and value > 0:
+            sizes[name] = value
+            continue
+        sizes[name] = 1
+        hint = "; give model.padded_vocab_size, or model.path" if name == "vocab_size" else ""
+        problems.append(f"{_where(entries, 'model.num_layers')}: model.{name}: {value!r} is not a size{hint}")
+    width = sizes["hidden_size"] // sizes["num_attention_heads"]
+    return sizes | {"head_dim": whole_number_of(entries, "model.kv_channels", 0) or width}
 
 
 def _vocabulary(entries: Entries) -> int | None:
-    given = value_of(entries, "model.override_vocab_size") or value_of(entries, "model.padded_vocab_size")
-    if given is None and value_of(entries, "model.tokenizer.type") == "GPT2BPETokenizer":
-        return _GPT2_VOCABULARY
-    return int(given) if given is not None else None
+    for key in ("model.override_vocab_size", "model.padded_vocab_size"):
+        if size := whole_number_of(entries, key, 0):
+            return size
+    return _GPT2_VOCABULARY if value_of(entries, "model.tokenizer.type") == "GPT2BPETokenizer" else None
 
 
-def _gpt2(entries: Entries, sizes: dict[str, int]) -> dict[str, Any]:
-    groups = value_of(entries, "model.num_query_groups", sizes["num_attention_heads"])
+def _gpt2(entries: Entries, sizes: dict[str, int]) -> HfConfig:
+    groups = whole_number_of(entries, "model.num_query_groups", sizes["num_attention_heads"])
     if (
         groups != sizes["num_attention_heads"]
         or sizes["head_dim"] * sizes["num_attention_heads"] != sizes["hidden_size"]
@@ -133,7 +133,7 @@ def _gpt2(entries: Entries, sizes: dict[str, int]) -> dict[str, Any]:
             f"{_where(entries, 'model.num_attention_heads')}: model: a GPT-2 has as many KV heads as heads, each of "
             f"hidden_size / heads = {sizes['hidden_size'] // sizes['num_attention_heads']}"
         )
-    # NeMo's fused bias and gelu, on by default, is the tanh form.
+    # NeMo's fused bias and gelu, on by default, use the tanh form.
     tanh = value_of(entries, "model.bias_activation_fusion", True) or value_of(entries, "model.openai_gelu", False)
     return {
         "model_type": "gpt2",
@@ -145,12 +145,12 @@ def _gpt2(entries: Entries, sizes: dict[str, int]) -> dict[str, Any]:
         "n_head": sizes["num_attention_heads"],
         "n_inner": sizes["ffn_hidden_size"],
         "activation_function": "gelu_new" if tanh else "gelu",
-        "layer_norm_epsilon": float(value_of(entries, "model.layernorm_epsilon", 1e-5)),
+        "layer_norm_epsilon": number_of(entries, "model.layernorm_epsilon", 1e-5),
         "tie_word_embeddings": bool(value_of(entries, "model.share_embeddings_and_output_weights", True)),
     }
 
 
-def _llama(entries: Entries, sizes: dict[str, int]) -> dict[str, Any]:
+def _llama(entries: Entries, sizes: dict[str, int]) -> HfConfig:
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -160,16 +160,16 @@ def _llama(entries: Entries, sizes: dict[str, int]) -> dict[str, Any]:
         "intermediate_size": sizes["ffn_hidden_size"],
         "num_hidden_layers": sizes["num_layers"],
         "num_attention_heads": sizes["num_attention_heads"],
-        "num_key_value_heads": value_of(entries, "model.num_query_groups", sizes["num_attention_heads"]),
+        "num_key_value_heads": whole_number_of(entries, "model.num_query_groups", sizes["num_attention_heads"]),
         "head_dim": sizes["head_dim"],
         "hidden_act": "silu",
-        "rms_norm_eps": float(value_of(entries, "model.layernorm_epsilon", 1e-5)),
-        "rope_theta": float(value_of(entries, "model.rotary_base", 10000.0)),
+        "rms_norm_eps": number_of(entries, "model.layernorm_epsilon", 1e-5),
+        "rope_theta": number_of(entries, "model.rotary_base", 10000.0),
         "tie_word_embeddings": bool(value_of(entries, "model.share_embeddings_and_output_weights", True)),
     }
 
 
-def _words(traits: dict[str, Any]) -> str:
+def _words(traits: dict[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in traits.items())
 
 

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from launcher.contract.config.load import read_text
 from launcher.contract.errors import ConfigError
 from launcher.contract.nemo.convert import Conversion, convert_entries
-from launcher.contract.nemo.document import Entry, read_document
-from launcher.contract.nemo.rules import value_of
+from launcher.contract.nemo.document import read_document
+from launcher.contract.nemo.entries import Entry, value_of
 from sft.compat.trlx.defaults import NAMED
 
 _TAKEN_HERE = ("model.data.add_bos", "model.data.add_eos", "model.data.eod_mask_loss", "model.resume_from_checkpoint")

@@ -43,5 +43,5 @@ def test_mfu() -> None:
 
 
 def test_unknown_size_names_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"^'12b' is no named model size; did you mean '1b'\?; known: 0.5b, 1b, "):
+    with pytest.raises(ModelError, match=r"^'12b' is not a known model size; did you mean '1b'\?; known: 0.5b, 1b, "):
         named_model_shape("12b")

@@ -36,7 +36,7 @@ def test_layouts_by_name() -> None:
     ("arguments", "message"),
     [
         (["--topology", "zp2"], "error: --topology zp2: 'zp2' is none of dp, tpN"),
-        (["--shape", "1c"], "error: '1c' is no named model size"),
+        (["--shape", "1c"], "error: '1c' is not a known model size"),
     ],
 )
 def test_wrong_words_end_it_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,8 +109,8 @@ def test_a_tokenizer_that_is_named_outside_the_checkpoint_is_not_followed(tmp_pa
     [
         ({"num_moe_experts": 8}, "config.num_moe_experts 8 is not supported"),
         ({"rotary_percent": 0.5}, "config.rotary_percent 0.5 is not supported"),
-        ({"normalization": "LayerNorm"}, "it is no llama-like model: normalization 'LayerNorm'"),
-        ({"hidden_size": None}, "config.hidden_size None is no size"),
+        ({"normalization": "LayerNorm"}, "it is not a llama-like model: normalization 'LayerNorm'"),
+        ({"hidden_size": None}, "config.hidden_size None is not a size"),
     ],
 )
 def test_another_model_is_refused_by_what_makes_it_one(fields: dict[str, Any], problem: str, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_classes_that_do_more_than_their_fields_say_are_refused(tmp_path: Path) 
 def test_zarr_is_refused_by_name_and_so_is_half_a_checkpoint(tmp_path: Path) -> None:
     source = nemo2(tmp_path)
     (source / "weights" / ".metadata").unlink()
-    with pytest.raises(ModelError, match="it was not saved to its end"):
+    with pytest.raises(ModelError, match="the checkpoint is incomplete"):
         read_shape(source)
     (source / "weights" / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
     with pytest.raises(ModelError, match="has the format 'zarr'; only torch_dist is read"):

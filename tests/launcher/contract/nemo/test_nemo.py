@@ -1,4 +1,4 @@
-"""NeMo configs: every key has a fate, the result validates, and what cannot be taken over is refused by line."""
+"""NeMo configs: every key has a rule, the result validates, and refusals name the line."""
 
 from __future__ import annotations
 
@@ -94,12 +94,27 @@ def test_unknown_keys_and_unsupported_values_are_refused_with_their_lines() -> N
     ]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "refusal"),
+    [
+        ("betas: [0.9, 0.95]", "betas: 0.9", "model.optim.betas: 0.9 is not a list of two numbers"),
+        ("lr: 5.0e-5", "lr: fast", "model.optim.lr: 'fast' is not a number"),
+        ("warmup_steps: 20", "warmup_steps: 0.5", "model.optim.sched.warmup_steps: 0.5 is not a whole number"),
+        ("num_layers: 44", "num_layers: 44\n  kv_channels: wide", "model.kv_channels: 'wide' is not a number"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_with_their_lines(old: str, new: str, refusal: str) -> None:
+    text = nemo_config("gpt-20b")
+    assert old in text
+    (problem,) = refusals(text.replace(old, new))
+    line = text[: text.index(old)].count("\n") + new.count("\n") + 1
+    assert problem == f"nemo.yaml:{line}: {refusal}"
+
+
 def test_an_architecture_without_counterpart_is_refused() -> None:
     text = nemo_config("llama2-7b").replace("normalization: rmsnorm", "normalization: layernorm1p")
     (problem,) = refusals(text)
-    assert (
-        "model: normalization layernorm1p, activation swiglu, position rope, bias False is neither of gpt2" in problem
-    )
+    assert "model: normalization layernorm1p, activation swiglu, position rope, bias False is none of gpt2" in problem
 
 
 def test_inconsistent_topology_is_refused_before_anything_is_printed(
@@ -174,12 +189,14 @@ def test_a_key_without_a_rule_takes_its_sections() -> None:
 
 
 def test_end_tokens_of_a_fine_tuning_config() -> None:
-    """An EOS is put behind texts in any case; a BOS is the tokenizer's affair."""
+    """Texts always end with the EOS token; whether they begin with a BOS token is up to the tokenizer."""
     text = nemo_config("gpt-20b").replace("  data:\n", "  data:\n    add_bos: True\n    add_eos: {eos}\n")
-    fates = {outcome.key: outcome.fate.note for outcome in convert(text.replace("{eos}", "True"), "x.yaml").outcomes}
-    assert fates["model.data.add_bos"].startswith("the tokenizer decides")
+    notes = {
+        outcome.key: outcome.translation.note for outcome in convert(text.replace("{eos}", "True"), "x.yaml").outcomes
+    }
+    assert notes["model.data.add_bos"].startswith("the tokenizer decides")
     (refusal,) = refusals(text.replace("{eos}", "False"))
-    assert "model.data.add_eos: False is not supported: texts and completions are closed with the end token" in refusal
+    assert "model.data.add_eos: False is not supported: texts and completions always end with the end token" in refusal
 
 
 def test_loggers_and_empty_sections() -> None:
@@ -187,5 +204,5 @@ def test_loggers_and_empty_sections() -> None:
     assert settings(text)["logging.wandb"] == "mine"
     assert "logging.wandb" not in settings(nemo_config("gpt-20b"))
     empty = text.replace("  optim:", "  nsys_profile: {}\n  optim:")
-    fates = {outcome.key: outcome.fate.note for outcome in convert(empty, "x.yaml").outcomes}
-    assert fates["model.nsys_profile"] == "an empty section"
+    notes = {outcome.key: outcome.translation.note for outcome in convert(empty, "x.yaml").outcomes}
+    assert notes["model.nsys_profile"] == "an empty section"

@@ -1,4 +1,4 @@
-"""The topology of a NeMo config, checked by itself: it needs neither data nor weights, which may still be to come."""
+"""Check the topology of a NeMo config by itself, before data or weights are named."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from launcher.contract.nemo.convert import Conversion
 from launcher.contract.topology import build_topology
 
 
-def check_layout(conversion: Conversion) -> None:
-    """TopologyError with every rule that the file's layout breaks."""
+def check_topology(conversion: Conversion) -> None:
+    """Raise TopologyError that lists every rule which the topology of a converted config breaks.
+
+    The config has to describe its model.
+    """
+    assert conversion.model is not None
     values = {key: Leaf(value, "file", outcome.where) for key, value, outcome in conversion.settings()}
     leaves = Leaves(values=values)
     spec = typed(leaves)
     if leaves.problems:
         raise ConfigError(leaves.problems)
-    assert conversion.model is not None
-    build_topology(spec, ModelShape.from_config(dict(conversion.model), "the model it spells out"))
+    build_topology(spec, ModelShape.from_config(conversion.model, "the model it describes"))
