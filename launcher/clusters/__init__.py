@@ -1,1 +1,1 @@
-"""Cluster files and the ledger of nodes to keep away from."""
+"""Cluster files: write a first one from what Slurm says, and check one against its cluster."""

@@ -1,4 +1,4 @@
-"""What is wrong with a cluster file, asked of the cluster itself; nothing is submitted."""
+"""Check a cluster file against the cluster itself. Nothing is submitted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.submission.render import render
 
 
 def cluster_problems(name: str) -> list[str]:
-    """Every problem, one line each; empty where the file is fit for use."""
+    """Return every problem of a cluster file, one line each."""
     try:
         found = load_cluster(name)
     except ConfigError as error:
@@ -47,7 +47,7 @@ def _runtime(found: ClusterFile) -> Iterator[str]:
         elif runtime.image.startswith("/") and not Path(runtime.image).exists():
             yield f"runtime.image: {runtime.image} does not exist"
     if runtime.kind == "apptainer" and not runtime.modules and shutil.which("apptainer") is None:
-        yield "runtime.kind: apptainer is not on PATH, and runtime.modules loads nothing that could bring it"
+        yield "runtime.kind: apptainer is not on PATH, and runtime.modules loads nothing that could provide it"
 
 
 def _slurm(found: ClusterFile) -> Iterator[str]:
@@ -75,7 +75,7 @@ def _slurm(found: ClusterFile) -> Iterator[str]:
 
 
 def _refusal(found: ClusterFile) -> Iterator[str]:
-    """What sbatch has against a job of one node, in this cluster's dialect."""
+    """Yield why sbatch refuses a job of one node, written as the file says."""
     cluster = ClusterSpec(**{name: getattr(found, name) for name in ClusterSpec.__dataclass_fields__})
     batch = TrainSpec(global_batch_size=found.resources.world_size)
     spec = RunSpec(name="cluster-check", cluster=cluster, resources=found.resources, train=batch)

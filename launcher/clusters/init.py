@@ -1,6 +1,6 @@
-"""A first cluster_configs/NAME.yaml out of what Slurm says of itself, each value with the reason for it.
+"""Write a first cluster file from what Slurm reports, with the reason beside each value.
 
-Rejected: to ask the user questions; every answer is in sinfo, or is a choice that has a comment in the file.
+Rejected: asking the user questions. Every answer is in sinfo, or is a choice that a comment in the file explains.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _MODULES = re.compile(r"(cuda|nccl|python|miniforge|anaconda|apptainer|singulari
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Survey:
-    """What was found."""
+    """What Slurm and this machine say about the cluster."""
 
     partitions: Sequence[Partition]
     names_resolve: bool
-    """Whether this machine finds the address of a node by its name."""
+    """Whether this machine can resolve the name of a node."""
     has_pyxis: bool
     has_apptainer: bool
     modules: Sequence[str]
 
 
 def survey() -> Survey:
-    """Ask Slurm and this machine."""
+    """Ask Slurm and this machine; raise SchedulerError if Slurm shows no partition."""
     partitions = slurm.partitions()
     if not partitions:
         raise SchedulerError("sinfo shows no partition; is this account allowed to use the cluster?")
@@ -49,7 +49,7 @@ def survey() -> Survey:
 
 
 def best_partition(partitions: Sequence[Partition]) -> Partition:
-    """Slurm's default, unless only others have GPUs; of those the one with most nodes."""
+    """Return Slurm's default partition, or the largest one with GPUs if the default has none and others do."""
     default = next((partition for partition in partitions if partition.is_default), partitions[0])
     with_gpus = [partition for partition in partitions if partition.gpus]
     if default.gpus or not with_gpus:
@@ -58,7 +58,7 @@ def best_partition(partitions: Sequence[Partition]) -> Partition:
 
 
 def cluster_yaml(name: str, found: Survey) -> str:
-    """The file's text."""
+    """Return the text of the file."""
     chosen = best_partition(found.partitions)
     others = ", ".join(partition.name for partition in found.partitions if partition is not chosen) or "none"
     which = f"{chosen.nodes} nodes{', the default' if chosen.is_default else ''}; others: {others}"
@@ -91,9 +91,9 @@ def cluster_yaml(name: str, found: Survey) -> str:
 
 
 def write_first(name: str) -> Path:
-    """Write the file into the user's folder; RunStateError where there is one already."""
+    """Write the file into the user's folder and return its path; raise RunStateError if there already is one."""
     if not RUN_NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} is not a name for a cluster: letters, digits, '.', '_', '-'")
+        raise ConfigError(f"{name!r} is not a valid name for a cluster; use letters, digits, '.', '_' and '-'")
     path = search_path("cluster_configs")[0] / f"{name}.yaml"
     text = cluster_yaml(name, survey()) if not path.exists() else ""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def write_first(name: str) -> Path:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise RunStateError(f"{path} exists and is left as it is; remove it, or choose another name") from None
+        raise RunStateError(f"{path} exists already; remove it, or choose another name") from None
     return path
 
 
@@ -119,7 +119,10 @@ def _resolves(host: str) -> bool:
 
 
 def _modules() -> list[str]:
-    """Modules of interest, by the folders in MODULEPATH: `module` itself is a function of the user's shell."""
+    """Return the environment modules of interest.
+
+    MODULEPATH tells them; `module` itself cannot be called, being a function of the user's shell.
+    """
     folders = [Path(folder) for folder in os.environ.get("MODULEPATH", "").split(":") if folder]
     names = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
     return sorted(name for name in names if _MODULES.match(name))

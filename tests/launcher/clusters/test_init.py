@@ -1,4 +1,4 @@
-"""A cluster file out of what Slurm says, and what is wrong with one."""
+"""A cluster file written from what Slurm says, and the problems that a check of one reports."""
 
 from __future__ import annotations
 
