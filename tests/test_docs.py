@@ -16,12 +16,9 @@ import yaml
 from launcher.__main__ import build_parser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    *sorted(ROOT.glob("*.md")),
-    *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "benchmarks" / "README.md",
-    ROOT / "tests" / "README.md",
-]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tests/*.md")]
+)
 FOLDERS = "launcher|sft|tests|docs|templates|examples|scripts|benchmarks|cluster_configs|requirements"
 SECTIONS = "cluster|resources|topology|model|data|train|evaluation|checkpoint|restart|logging|notify|preflight|watchdog"
 
@@ -40,7 +37,6 @@ UNDER_WAY = {
     "launcher/contract/spec/",
     "sft/models/families/",
 }
-LEFT_BEHIND = ("docs/data.md", "docs/measured.md", "docs/migration.md", "docs/planning.md", "docs/remote.md")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
@@ -107,15 +103,15 @@ def test_named_modules_exist(page: Path) -> None:
     assert [name for name in missing if not name.endswith((".md", ".yaml", ".org"))] == []
 
 
-def sources() -> Iterator[Path]:
-    for folder in FOLDERS.split("|"):
-        yield from (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".j2"))
+def sources(folder: str) -> list[Path]:
+    return sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".j2"))
 
 
 def test_pages_that_the_sources_name_exist() -> None:
     named = {
         (name, str(path.relative_to(ROOT)))
-        for path in sources()
+        for folder in FOLDERS.split("|")
+        for path in sources(folder)
         if path != Path(__file__)
         for name in re.findall(r"(?<![\w/])docs/[\w/-]+\.md", read(path))
     }
@@ -193,12 +189,29 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield from (option for option in action.option_strings if option.startswith("--"))
 
 
-def test_the_reference_has_every_command_and_option() -> None:
+@pytest.mark.parametrize("program", ["launcher", "sft"])
+def test_the_reference_has_every_command_and_option(program: str) -> None:
     text = read(ROOT / "docs" / "reference" / "commands.md")
-    wanted = set(options_of(build_parser()))
-    assert {option for option in wanted if not re.search(rf"{option}\b", text)} == set()
-    names = command_names(build_parser())
-    assert {name for name in names if not re.search(rf"^\| `{name}\b", text, re.MULTILINE)} == set()
+    parser = build_parser() if program == "launcher" else sft_parser()
+    assert {option for option in options_of(parser) if not re.search(rf"{option}\b(?!-)", text)} == set()
+    assert {name for name in command_names(parser) if not re.search(rf"^\| `{name}\b", text, re.MULTILINE)} == set()
+
+
+def test_the_reference_has_every_event() -> None:
+    said = re.compile(r'append_event\(\s*[\w.]+,\s*"(\w+)"|\.event\("(\w+)"|(?:^|; )\s*event ([a-z_]+)', re.MULTILINE)
+    code = "".join(read(path) for folder in ("launcher", "sft", "templates") for path in sources(folder))
+    events = {name for match in said.findall(code) for name in match if name}
+    assert {"submitted", "attempt_started", "checkpoint_saved", "restart_decided"} <= events
+    text = read(ROOT / "docs" / "reference" / "events-and-json.md")
+    assert {event for event in events if f"| `{event}` |" not in text} == set()
+
+
+def test_the_reference_has_every_environment_variable() -> None:
+    code = "".join(read(path) for folder in ("launcher", "sft", "templates") for path in sources(folder))
+    names = set(re.findall(r"\bSFT_[A-Z_]+\b", code))
+    assert "SFT_ATTEMPT" in names
+    text = read(ROOT / "docs" / "reference" / "environment.md")
+    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
 def config_keys() -> set[str]:
@@ -242,7 +255,3 @@ def test_configs_have_only_keys_that_exist(page: Path) -> None:
             key = re.sub(r"^data\.sources\.\w+", "data.sources.NAME", leaf)
             forms = (key, f"cluster.{key}")
             assert any(form in known or mappings.match(form) for form in forms), leaf
-
-
-def test_moved_pages_are_not_left_behind() -> None:
-    assert [page for page in LEFT_BEHIND if (ROOT / page).exists()] == []
