@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.contract import resources
-from launcher.contract.config.load import ClusterFile, load_cluster
+from launcher.contract.config.cluster_file import ClusterFile, load_cluster
 from launcher.contract.errors import ConfigError, LauncherError, SchedulerError, TemplateError, did_you_mean
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import ClusterSpec, RunSpec, TrainSpec

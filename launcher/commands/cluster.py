@@ -45,7 +45,7 @@ def _cluster(options: argparse.Namespace) -> int:
 
 def _elsewhere(options: argparse.Namespace) -> int | None:
     """The exit code of the check on the cluster's host; None where there is none, or the file cannot say."""
-    from launcher.contract.config.load import load_cluster
+    from launcher.contract.config.cluster_file import load_cluster
     from launcher.remote.hand_over import run_on
 
     try:

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from launcher.contract.config.load import read_text
+    from launcher.contract.config.text import read_text
     from launcher.contract.errors import ConfigError
     from launcher.contract.nemo.convert import convert, describe, to_yaml
     from launcher.nemo.topology import check_topology

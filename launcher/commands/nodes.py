@@ -31,7 +31,7 @@ def _nodes(options: argparse.Namespace) -> int:
     if not options.host or not options.cluster or (options.action == "add" and not options.why):
         why = " --why TEXT" if options.action == "add" else ""
         raise ConfigError(f"nodes {options.action} needs a node and its cluster: HOST --cluster NAME{why}")
-    from launcher.contract.config.load import load_cluster
+    from launcher.contract.config.cluster_file import load_cluster
     from launcher.runs.nodes import by_hand, ledger_of
 
     cluster = load_cluster(options.cluster)
@@ -71,7 +71,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _clusters(name: str | None) -> list[ClusterSpec]:
-    from launcher.contract.config.load import load_cluster
+    from launcher.contract.config.cluster_file import load_cluster
     from launcher.contract.spec import ClusterSpec
     from launcher.runs.nodes import ledger_of
 

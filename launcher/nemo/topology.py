@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.contract.config.load import typed
+from launcher.contract.config.conversion import typed
 from launcher.contract.errors import ConfigError
 from launcher.contract.leaves import Leaf, Leaves
 from launcher.contract.model_shape import ModelShape

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from launcher.contract.arrival import arrival
 
 if TYPE_CHECKING:
-    from launcher.contract.spec import ClusterSpec
+    from launcher.contract.spec import ClusterSpec, RunSpec
     from launcher.remote.ssh import Host
 
 
@@ -41,12 +41,19 @@ def _with_config(options: argparse.Namespace, words: Sequence[str]) -> int | Non
     from launcher.remote.delivery import Request, read_files, run
     from launcher.remote.sent_runs import remember
 
-    files = read_files([str(options.config), spec.data.chat_template, spec.evaluation.prompts])
+    files = read_files([str(options.config), *sent_paths(spec)])
     source, diff = describe_source()
     request = Request(words=tuple(words), environment=_values(spec.secret_names), files=files, source=source, diff=diff)
     if hasattr(options, "follow") and not (options.dry_run or options.test_only):
         remember(spec.name, spec.cluster.name, spec.secret_names)  # first: connections can be lost
     return run(_host(spec.cluster), request, spec)
+
+
+def sent_paths(spec: RunSpec) -> list[str]:
+    """Return the paths in a config whose files go along with a command, as far as they are here."""
+    from launcher.contract.spec.fields import path_fields
+
+    return [field.path for field in path_fields(spec) if field.rule.sent]
 
 
 def _on_runs(options: argparse.Namespace, words: Sequence[str]) -> int | None:
@@ -59,7 +66,7 @@ def _on_runs(options: argparse.Namespace, words: Sequence[str]) -> int | None:
     name = chosen or options.cluster if resubmits else options.cluster or chosen
     if not name:
         return None
-    from launcher.contract.config.load import load_cluster
+    from launcher.contract.config.cluster_file import load_cluster
 
     cluster = load_cluster(name)
     names = [*cluster.env_from, *(known.secrets if known else ())] if resubmits else []

@@ -16,31 +16,46 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import yaml
 
 from launcher import __version__
-from launcher.contract.config.checks import package_file
-from launcher.contract.config.load import read_text
+from launcher.contract.config.text import read_text
 from launcher.contract.errors import ConfigError
 from launcher.contract.manifest import Manifest
 from launcher.contract.rundir import RunPaths, write_atomic, write_json
 from launcher.contract.spec import RunSpec, to_yaml
+from launcher.contract.spec.fields import path_fields
 from launcher.submission.code_snapshot import Snapshot
 from launcher.submission.intent import free_name
 from launcher.submission.plan import Plan, make_plan
 
 SUFFIX = ".lock.yaml"
 
+Fingerprint = dict[str, int | str]
+"""Size and hash of a file."""
+
+Fingerprints = dict[str, dict[str, Fingerprint]]
+"""Config key -> file -> its fingerprint. All files of data.sources are under that one key."""
+
+
+class Lock(TypedDict, total=False):
+    """What the `lock` section holds, as far as it is read."""
+
+    run: str
+    code: dict[str, object] | None
+    files: Fingerprints
+
+
 _WHOLE = 64 << 20  # bytes; of a larger file the two ends are hashed: a login node does not read a terabyte
 _END = 1 << 20
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a config file is a run's lock file."""
+    """Return whether a config file is a run's lock file."""
     return path.name.endswith(SUFFIX)
 
 
@@ -63,18 +78,21 @@ def write_lock(paths: RunPaths, spec: RunSpec, manifest: Manifest, code: Snapsho
 
 
 def plan_of_lock(path: Path, overrides: Sequence[str], cluster: str | None) -> tuple[Plan, str]:
-    """The plan of a new run from a lock file, and the run it was made by; ConfigError where its files have changed."""
+    """Return the plan of a new run from a lock file, and the run that the file was made by.
+
+    Raise ConfigError where files that the run reads have changed, except under keys that `overrides` set anew.
+    """
     plan = make_plan(path, overrides, cluster, resolved=True)
     if not any(word.startswith("name=") for word in overrides) and plan.paths.root.exists():
         plan = make_plan(path, [f"name={free_name(plan.paths)}", *overrides], cluster, resolved=True)
     lock = read_lock(path)
-    given = {word.partition("=")[0] for word in overrides}
+    set_anew = [f"{word.partition('=')[0]}." for word in overrides]
     now = fingerprints(plan.spec)
     problems = [
         f"{key}: {name} is not what it was when {path} was made: {_differences(then, now.get(key, {}).get(name))}; "
         f"restore it, or name other files with {key}=..."
         for key, files in lock["files"].items()
-        if key not in given
+        if not any(given.startswith(f"{key}.") for given in set_anew)  # one entry of a mapping counts as well
         for name, then in files.items()
         if now.get(key, {}).get(name) != then
     ]
@@ -83,55 +101,41 @@ def plan_of_lock(path: Path, overrides: Sequence[str], cluster: str | None) -> t
     return plan, str(lock.get("run"))
 
 
-def read_lock(path: Path) -> dict[str, Any]:
-    """The `lock` section."""
+def read_lock(path: Path) -> Lock:
+    """Return the `lock` section; raise ConfigError where it is missing or damaged."""
     lock = yaml.safe_load(read_text(path)).get("lock")
     if not isinstance(lock, dict) or not isinstance(lock.get("files"), dict):
         raise ConfigError(f"{path}: lock: missing or damaged; to submit it as a config, give it another name")
-    return lock
+    return cast(Lock, lock)
 
 
 def code_note(path: Path) -> str:
-    """How to run the code that a lock file's run had, where it is there and is not the code that runs now."""
+    """Return how to run the code that a lock file's run had; empty where it is gone, or is the code that runs now."""
     code = path.absolute().parent / "bundle" / "code"
     if not (code / "launcher").is_dir() or Path(__file__).is_relative_to(code):
         return ""
     return f"code       of this launcher; for the run's own: cd {code} && python -m launcher submit {path.absolute()}"
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any] | None) -> str:
+def _differences(then: Fingerprint, now: Fingerprint | None) -> str:
     if now is None:
         return "it is gone"
     return ", ".join(f"{name} {then[name]} -> {now.get(name)}" for name in then if then[name] != now.get(name))
 
 
-def fingerprints(spec: RunSpec) -> dict[str, dict[str, dict[str, Any]]]:
-    """Config key -> file -> its size and hash, for all files that the run reads."""
-    return {
-        key: {str(file): _fingerprint(file) for path in paths for file in _files(path)}
-        for key, paths in _named_files(spec)
-    }
-
-
-def _named_files(spec: RunSpec) -> Iterator[tuple[str, list[Path]]]:
-    packaged = package_file(spec.model.path) if spec.model.path.startswith("package:") else Path(spec.model.path)
-    yield "model.path", [packaged] if packaged else []
-    yield "data.train", [Path(file) for file in spec.data.train]
-    others: dict[str, list[str | None]] = {
-        "data.sources": [file for source in spec.data.sources.values() for file in source.files],
-        "model.tokenizer": [spec.model.tokenizer],
-        "data.validation": [*spec.data.validation],
-        "data.validation_sets": [*spec.data.validation_sets.values()],
-        "data.chat_template": [spec.data.chat_template],
-        "evaluation.prompts": [spec.evaluation.prompts],
-    }
-    for key, names in others.items():
-        found = [Path(name) for name in names if name and name.startswith("/")]
-        if found:
-            yield key, found
+def fingerprints(spec: RunSpec) -> Fingerprints:
+    """Return the fingerprints of all files that the run reads."""
+    found: Fingerprints = {}
+    for field in path_fields(spec):
+        path = field.rule.hashed(field.path)
+        if path is not None:
+            files = found.setdefault(field.mapped_by or field.key, {})
+            files.update((str(file), _fingerprint(file)) for file in _files(path))
+    return found
 
 
 def _files(path: Path) -> list[Path]:
+    """Return the file, the files in a folder, or those that a glob matches."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file())
     if path.exists():
@@ -139,7 +143,7 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in Path("/").glob(str(path).removeprefix("/")) if file.is_file())
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
+def _fingerprint(file: Path) -> Fingerprint:
     size = file.stat().st_size
     with file.open("rb") as stream:
         if size <= _WHOLE:
@@ -151,8 +155,8 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 
 
 @functools.cache
-def environment() -> dict[str, Any]:
-    """Python, packages, host and loaded modules of the launcher."""
+def environment() -> Mapping[str, object]:
+    """Return Python, packages, host and loaded modules of the launcher."""
     packages = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),

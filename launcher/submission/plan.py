@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.contract.config.checks import package_file
 from launcher.contract.config.load import LoadedConfig, load_config, value_at
 from launcher.contract.cost_model.predict import Candidate
 from launcher.contract.errors import TopologyError
@@ -17,6 +16,7 @@ from launcher.contract.leaves import Source
 from launcher.contract.model_shape import ModelShape, read_model_shape
 from launcher.contract.nemo.checkpoint import is_checkpoint, read_shape
 from launcher.contract.nemo.described import check_described
+from launcher.contract.package_files import package_file
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.topology import Topology, build_topology

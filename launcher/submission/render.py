@@ -23,6 +23,7 @@ from launcher.contract.errors import TemplateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec
+from launcher.contract.spec.fields import path_fields
 from launcher.contract.topology import Topology
 from launcher.submission.secret_files import secrets_file
 
@@ -157,29 +158,14 @@ def _python(spec: RunSpec, mounts: list[str], launcher_python: str) -> list[str]
 
 
 def _mounts(spec: RunSpec, paths: RunPaths, source_root: Path | None) -> list[str]:
-    """Bind mounts of a container: the user's, then every host directory the ranks read or write, outermost only."""
+    """Return the bind mounts of a container: the user's, then each folder that ranks read or write, outermost only."""
     runtime = spec.cluster.runtime
     if runtime.kind not in ("pyxis", "apptainer"):
         return []
-    files = [*spec.data.train, *spec.data.validation, *spec.data.validation_sets.values()]
-    files += [file for source in spec.data.sources.values() for file in source.files]
-    files += [spec.evaluation.prompts] if spec.evaluation.prompts else []
-    folders = {paths.root, spec.cache_dir, *(_fixed_folder(Path(file)) for file in files)}
-    if not spec.model.path.startswith("package:"):
-        path = Path(spec.model.path)
-        folders.add(path.parent if path.suffix in (".gguf", ".nemo") else path)
-    if spec.data.chat_template not in ("tokenizer", "none"):
-        folders.add(Path(spec.data.chat_template).parent)
-    folders |= {Path(item) for item in (spec.model.tokenizer, spec.checkpoint.resume_from, source_root) if item}
+    needed = (field.rule.mount(field.path) for field in path_fields(spec))
+    folders = {paths.root, spec.cache_dir, *(folder for folder in (*needed, source_root) if folder is not None)}
     outermost = sorted(folder for folder in folders if not any(parent in folders for parent in folder.parents))
     bad = [str(folder) for folder in outermost if set(str(folder)) & set(":,")]
     if bad:
         raise TemplateError([f"{folder}: a container cannot mount a path with ':' or ','; rename it" for folder in bad])
     return [*runtime.mounts, *(f"{os.fspath(folder)}:{os.fspath(folder)}" for folder in outermost)]
-
-
-def _fixed_folder(file: Path) -> Path:
-    """The folder of a file, or of all that a pattern may match."""
-    parts = file.parts
-    fixed = next((index for index, part in enumerate(parts) if set(part) & set("*?[")), len(parts) - 1)
-    return Path(*parts[: min(fixed, len(parts) - 1)])

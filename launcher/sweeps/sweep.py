@@ -21,9 +21,9 @@ from typing import Any
 
 import yaml
 
-from launcher.contract.config.load import read_text
+from launcher.contract.config.text import read_text
+from launcher.contract.config.yaml_leaves import compose
 from launcher.contract.errors import ConfigError, did_you_mean
-from launcher.contract.leaves import compose
 
 Point = tuple[tuple[str, str], ...]
 """Dotted key and value as text, in the order of the file."""

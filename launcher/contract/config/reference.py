@@ -1,16 +1,18 @@
-"""Write docs/config.md from the docstrings under the fields of the config: one text, no second copy to go stale."""
+"""Write docs/config.md from the fields of the config: their types, rules, defaults and docstrings."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
 
-from launcher.contract import spec
-from launcher.contract.leaves import ANY_NAME, describe, field_types, is_dict, is_list
-from launcher.contract.spec import RunSpec, mapped_section
+from launcher.contract.leaves import describe, is_dict, is_list
+from launcher.contract.spec import RunSpec
+from launcher.contract.spec.fields import ANY_NAME, FieldType, field_rules, field_types, mapped_section, section_type
+from launcher.contract.spec.rules import Above, AtLeast, Fraction, Names, Probability, Required
 
 _INTRO = """# Config reference
 
@@ -20,56 +22,66 @@ Any key can be set on the command line too: `launcher submit cfg.yaml train.max_
 
 
 def config_reference() -> str:
-    """The whole page."""
-    docs = _field_docs()
-    return _INTRO + "".join(_sections(RunSpec, "", docs))
+    """Return the whole page."""
+    return _INTRO + "".join(_sections(RunSpec, ""))
 
 
-def _sections(section: type, prefix: str, docs: dict[str, dict[str, str]]) -> Iterator[str]:
-    """This section's table, then those of its subsections."""
+def _sections(section: type, prefix: str) -> Iterator[str]:
+    """Yield this section's table, then those of its subsections."""
     types = field_types(section)
-    fields = {item.name: item for item in dataclasses.fields(section)}
-    inner = {name: below for name, kind in types.items() if (below := _inner(kind)) is not None}
-    leaves = {name: kind for name, kind in types.items() if name not in inner}
+    inner = {name: below for name, kind in types.items() if (below := section_type(kind) or mapped_section(kind))}
     title = prefix.rstrip(".") or "top level"
     about = (section.__doc__ or "").partition("\n")[0]
     yield f"\n## {title}\n\n{about}\n\n| key | value | default | meaning |\n|---|---|---|---|\n"
-    for name, kind in leaves.items():
-        meaning = docs[section.__name__][name].replace("|", "\\|")
-        yield f"| `{prefix}{name}` | {describe(kind)} | {_default(fields[name], kind)} | {meaning} |\n"
+    docs = _class_docs(Path(sys.modules[section.__module__].__file__ or ""))[section.__name__]
+    for item in dataclasses.fields(section):
+        if item.name not in inner:
+            cells = (f"`{prefix}{item.name}`", _value(section, item.name), _default(section, item), docs[item.name])
+            row = " | ".join(cell.replace("|", "\\|") for cell in cells)
+            yield f"| {row} |\n"
     for name, below in inner.items():
         named = f"{name}.{ANY_NAME}" if is_dict(types[name]) else name
-        yield from _sections(below, f"{prefix}{named}.", docs)
+        yield from _sections(below, f"{prefix}{named}.")
 
 
-def _inner(kind: Any) -> type | None:
-    """The section that a field holds, or maps names to."""
-    return cast(type, kind) if dataclasses.is_dataclass(kind) else mapped_section(kind)
+def _value(section: type, name: str) -> str:
+    """Return what a value must be: its type, then what its rules say."""
+    kind = field_types(section)[name]
+    words = describe(kind)
+    for rule in field_rules(section).get(name, ()):
+        if isinstance(rule, AtLeast | Above | Fraction | Probability):
+            words += f", {rule.description}"
+        elif isinstance(rule, Names):
+            words += f", each name {rule.description}"
+        elif not isinstance(rule, Required):
+            words += f", each {rule.description}" if is_list(kind) or is_dict(kind) else f": {rule.description}"
+    return words
 
 
-def _default(item: dataclasses.Field[Any], kind: Any) -> str:
+def _default(section: type, item: dataclasses.Field[object]) -> str:
+    kind: FieldType = field_types(section)[item.name]
+    if any(isinstance(rule, Required) for rule in field_rules(section).get(item.name, ())):
+        return "required"
     if is_list(kind) or is_dict(kind):
         return "empty"
     if item.default is None:
         return "unset"
-    if item.default == "":
-        return "required"
     return f"`{str(item.default).lower() if isinstance(item.default, bool) else item.default}`"
 
 
-def _field_docs() -> dict[str, dict[str, str]]:
-    """Class → field → the docstring below it, on one line."""
-    tree = ast.parse(Path(spec.__file__).read_text(encoding="utf-8"))
-    found: dict[str, dict[str, str]] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            pairs = zip(node.body, node.body[1:], strict=False)
-            found[node.name] = {
-                item.target.id: " ".join(str(doc.value.value).split())
-                for item, doc in pairs
-                if isinstance(item, ast.AnnAssign)
-                and isinstance(item.target, ast.Name)
-                and isinstance(doc, ast.Expr)
-                and isinstance(doc.value, ast.Constant)
-            }
-    return found
+@cache
+def _class_docs(file: Path) -> Mapping[str, Mapping[str, str]]:
+    """Return class -> field -> the docstring below it, on one line."""
+    classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    return {node.name: dict(_field_docs(node)) for node in classes}
+
+
+def _field_docs(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for item, doc in zip(node.body, node.body[1:], strict=False):
+        if (
+            isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and isinstance(doc, ast.Expr)
+            and isinstance(doc.value, ast.Constant)
+        ):
+            yield item.target.id, " ".join(str(doc.value.value).split())

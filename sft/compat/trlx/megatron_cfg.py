@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from launcher.contract.config.load import read_text
+from launcher.contract.config.text import read_text
 from launcher.contract.errors import ConfigError
 from launcher.contract.nemo.convert import Conversion, convert_entries
 from launcher.contract.nemo.document import read_document

@@ -7,13 +7,13 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from launcher.contract.config.load import typed
+from launcher.contract.config.conversion import typed
 from launcher.contract.errors import ConfigError, DataError, ModelError
 from launcher.contract.leaves import Leaf, Leaves
 from launcher.contract.model_shape import ModelShape, read_model_shape
@@ -101,8 +101,8 @@ class NeMoSFTTrainer(BaseRLTrainer):
         self._settled = settle(config, self.megatron_cfg, self._env)
         if self._settled.notes:
             self._say("\n".join(["settings that contradict each other, or have no effect:", *self._settled.notes]))
-        self.batch_size: int = self._settled.values["train.global_batch_size"].value
-        self.max_length: int = self._settled.values["data.seq_length"].value
+        self.batch_size = cast(int, self._settled.values["train.global_batch_size"].value)
+        self.max_length = cast(int, self._settled.values["data.seq_length"].value)
         self.paths = RunPaths(run_place(config, self.megatron_cfg))
         """The run directory: metrics, checkpoints, and the exported model."""
 

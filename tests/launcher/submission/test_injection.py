@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from launcher.contract.errors import ConfigError
-from launcher.contract.leaves import field_types
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec
+from launcher.contract.spec.fields import field_types
 from launcher.contract.topology import build_topology
 from launcher.submission.render import render
 from tests.launcher.conftest import Commands
 from tests.launcher.submission.test_render import golden_scripts
 
-_TEXTS = (str, typing.Optional[str], list[str], dict[str, str])
+_TEXTS = (str, str | None, list[str], dict[str, str])
 _BASES = ("slurm-everything", "slurm-venv", "slurm-conda", "slurm-apptainer", "local-none", "slurm-pyxis")
 _STUBS = ("python", "/opt/python", "srun", "scontrol", "conda", "apptainer", "module", "timeout", "python3")
 

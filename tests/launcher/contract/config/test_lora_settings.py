@@ -30,8 +30,8 @@ def test_none_and_all() -> None:
         (LoraSpec(alpha=8.0), {}, ("model.lora.alpha", "8.0 needs model.lora.rank, which is unset")),
         (LoraSpec(targets=["q_proj"]), {}, ("model.lora.targets", "['q_proj'] needs model.lora.rank, which is unset")),
         (LoraSpec(dropout=0.1), {}, ("model.lora.dropout", "0.1 needs model.lora.rank, which is unset")),
-        (LoraSpec(rank=4, dropout=1.0), {}, ("model.lora.dropout", "1.0 is not in [0, 1)")),
-        (LoraSpec(rank=4, alpha=0.0), {}, ("model.lora.alpha", "0.0 is not above 0")),
+        (LoraSpec(rank=4, dropout=1.0), {}, ("model.lora.dropout", "1 is not in [0, 1)")),
+        (LoraSpec(rank=4, alpha=0.0), {}, ("model.lora.alpha", "0 is not above 0")),
         (
             LoraSpec(rank=4, targets=["q_proj", "q_proj"]),
             {},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.contract.config.reference import config_reference
-from launcher.contract.leaves import leaf_types
 from launcher.contract.spec import RunSpec
+from launcher.contract.spec.fields import leaf_types
 
 
 def test_page_is_up_to_date() -> None:

@@ -1,0 +1,55 @@
+"""Checks of cluster and scheduler settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launcher.contract.secret_names import is_secret_name
+from launcher.contract.spec import RunSpec
+from launcher.contract.spec.fields import Problem
+from launcher.contract.spec.rules import ENVIRONMENT_NAME
+
+_OUR_VARIABLES = ("SLURM_", "SFT_")
+
+
+def environment_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield variables that would store a secret, and secrets that something else sets."""
+    cluster = spec.cluster
+    for name in cluster.env:
+        if ENVIRONMENT_NAME.allows(name) and is_secret_name(name):
+            yield (
+                "cluster.env",
+                f"{name} looks like a secret, and would be stored in the run directory; "
+                f"name it in env_from: [{name}] instead, and export it in your shell",
+            )
+    webhook = [spec.notify.webhook_env] if spec.notify.webhook_env is not None else []
+    sources = (("cluster.env_from", cluster.env_from), ("env_from", spec.env_from), ("notify.webhook_env", webhook))
+    for key, names in sources:
+        for name in names:
+            if name in cluster.env:
+                yield key, f"{name} is set by cluster.env; drop one"
+            elif name.startswith(_OUR_VARIABLES):
+                yield key, f"{name} is set by the launcher; drop it"
+
+
+def scheduler_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield what the scheduler could not do."""
+    resources, cluster = spec.resources, spec.cluster
+    if cluster.scheduler == "local" and resources.nodes > 1:
+        yield (
+            "resources.nodes",
+            f"{resources.nodes} on cluster {cluster.name}, which is this machine alone; set it to 1",
+        )
+    if set("%\\") & set(spec.run_root):  # both mean something in sbatch's --output and in submitit's folders
+        yield "run_root", f"{spec.run_root!r} holds % or a backslash, which Slurm reads as part of a pattern"
+
+
+def runtime_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield what a kind of runtime needs and lacks."""
+    runtime = spec.cluster.runtime
+    if runtime.kind in ("venv", "conda") and not runtime.path:
+        yield "cluster.runtime.path", f"missing; runtime kind {runtime.kind} needs it"
+    if runtime.kind in ("pyxis", "apptainer") and not runtime.image:
+        yield "cluster.runtime.image", f"missing; runtime kind {runtime.kind} needs it"
+    if runtime.kind == "pyxis" and spec.cluster.scheduler == "local":
+        yield "cluster.runtime.kind", "pyxis is an extension of srun; a local run can use apptainer"

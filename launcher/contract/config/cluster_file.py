@@ -1,0 +1,70 @@
+"""Cluster files: one YAML file of cluster_configs/ a machine or site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from omegaconf.errors import OmegaConfBaseException
+
+from launcher.contract import resources
+from launcher.contract.config.conversion import build, schema_of
+from launcher.contract.config.text import read_text
+from launcher.contract.config.yaml_leaves import read_yaml
+from launcher.contract.errors import ConfigError
+from launcher.contract.leaves import Leaf, Leaves
+from launcher.contract.rundir import RUN_NAME
+from launcher.contract.spec import ClusterSpec, ResourcesSpec
+from launcher.contract.spec.fields import Problem, rule_problems
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterFile(ClusterSpec):
+    """What a cluster file may hold: a cluster, and defaults for what is asked of it."""
+
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+
+
+def load_cluster(name: str) -> ClusterFile:
+    """Return the cluster file `name`, its keys and types checked; raise ConfigError with every line that is wrong."""
+    leaves = read_cluster(Leaf(name, "cluster", f"cluster {name}"))
+    if leaves.problems:
+        raise ConfigError(leaves.problems)
+    written = {key.removeprefix("cluster."): leaf for key, leaf in leaves.values.items()}
+    schema = schema_of(ClusterFile)
+    problems = []
+    for key, leaf in written.items():
+        try:
+            build(ClusterFile, schema, {key: leaf})
+        except OmegaConfBaseException as error:
+            reason = str(error).partition("\n")[0]
+            problems.append(f"{leaf.where}: {key}: {reason}")
+    if problems:
+        raise ConfigError(problems)
+    cluster = build(ClusterFile, schema, written)
+    problems = [f"{written['host'].where}: {key}: {problem}" for key, problem in host_problems(cluster)]
+    if problems:
+        raise ConfigError(problems)
+    return cluster
+
+
+def read_cluster(named: Leaf) -> Leaves:
+    """Return the leaves of the named cluster's file, keyed as in a RunSpec."""
+    if not isinstance(named.value, str) or not RUN_NAME.fullmatch(named.value):
+        return Leaves(problems=[f"{named.where}: cluster: {named.value!r} is not the name of a cluster file"])
+    path = resources.find("cluster_configs", named.value, ".yaml")
+    flat = read_yaml(read_text(path), str(path), ClusterFile, "cluster")
+    leaves = Leaves(problems=flat.problems)
+    for key, leaf in flat.values.items():
+        leaves.values[key if key.startswith("resources.") else f"cluster.{key}"] = leaf
+    name = leaves.values.setdefault("cluster.name", Leaf(named.value, "cluster", str(path)))
+    if name.value != named.value:
+        leaves.problems.append(f"{name.where}: name: {name.value!r} is not the file's name {named.value!r}")
+    return leaves
+
+
+def host_problems(cluster: ClusterSpec) -> Iterator[Problem]:
+    """Yield what is wrong with the way to the cluster's host; keys are those of a cluster file."""
+    yield from (problem for problem in rule_problems(cluster) if problem[0] == "host")
+    if cluster.host is not None and not cluster.host_directory:
+        yield "host_directory", f"missing; the directory on {cluster.host} in which commands run and runs/ is"

@@ -1,0 +1,92 @@
+"""The layers of a config laid over each other; later ones win: cluster file, the user's file, overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.contract.config.cluster_file import read_cluster
+from launcher.contract.config.conversion import literal
+from launcher.contract.config.overrides import read_overrides
+from launcher.contract.config.text import read_text
+from launcher.contract.config.yaml_leaves import read_yaml
+from launcher.contract.leaves import NAMED_SECTIONS, Leaf, Leaves
+from launcher.contract.spec import RunSpec
+
+_AUTO_CHOOSES = tuple(f"topology.{name}" for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline"))
+"""Keys of which none may be set where the topology is to be chosen."""
+
+
+def merged_layers(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:
+    """Return the leaves of all layers.
+
+    `cluster` is the word of --cluster; `resolved` says that the file is a run's own config.yaml, in which `${` is text.
+    """
+    written = _read_file(path, ("lock" if resolved else "sweep",))
+    if resolved:
+        written.values = {
+            key: dataclasses.replace(leaf, value=literal(leaf.value)) for key, leaf in written.values.items()
+        }
+    on_top = read_overrides(overrides, RunSpec)
+    named = _named_cluster(written, on_top, cluster)
+    beneath = read_cluster(named) if named is not None else Leaves()
+    merged = Leaves(
+        values={**beneath.values, **written.values},
+        problems=[*beneath.problems, *written.problems, *on_top.problems],
+        bad=beneath.bad | written.bad | on_top.bad,
+        described=written.described,
+    )
+    for key, leaf in on_top.values.items():
+        if key.endswith("."):  # entries for a mapping, beside those it has
+            key = key[:-1]
+            before = merged.values.get(key)
+            leaf = dataclasses.replace(leaf, value={**(before.entries if before else {}), **leaf.entries})
+        merged.values[key] = leaf
+        merged.bad.discard(key)
+    return merged
+
+
+def take_auto_topology(merged: Leaves) -> bool:
+    """Take the word `auto` out of the leaves, and return whether the topology is to be chosen.
+
+    Later layers win: sizes in an override over the word in the file, the word in an override over sizes in the file.
+    """
+    word = merged.values.pop("topology", None)
+    if word is None:
+        return False
+    if word.value != "auto":
+        merged.problems.append(f"{word.where}: topology: {word.value!r} is not the word auto; give that, or its keys")
+        return False
+    sizes = [key for key in _AUTO_CHOOSES if key in merged.values]
+    if word.source == "override":
+        for key in sizes:
+            del merged.values[key]
+        return True
+    return not sizes
+
+
+def _read_file(path: Path, others: Sequence[str]) -> Leaves:
+    """Return the leaves of the user's file, which may be a NeMo config; `others` are sections that are not a run's."""
+    text = read_text(path)
+    if "trainer" in text:
+        # Most configs are not NeMo's, and do without the time that these imports take.
+        from launcher.contract.nemo.convert import read_leaves
+        from launcher.contract.nemo.document import is_nemo
+
+        if is_nemo(text):
+            return read_leaves(text, str(path))
+    return read_yaml(text, str(path), RunSpec, "file", named=NAMED_SECTIONS, others=others)
+
+
+def _named_cluster(written: Leaves, on_top: Leaves, option: str | None) -> Leaf | None:
+    """Return the name of the cluster, if one is named.
+
+    By --cluster or an override it displaces the cluster's settings in the file.
+    """
+    by_file, by_override = written.values.pop("cluster", None), on_top.values.pop("cluster", None)
+    named = Leaf(option, "override", f"--cluster {option}") if option else by_override or by_file
+    if named is not None and named is not by_file:
+        for key in [key for key in written.values if key.startswith("cluster.")]:
+            del written.values[key]
+    return named

@@ -1,0 +1,24 @@
+"""Arithmetic of sizes that must divide each other, for rules and for the values that messages propose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, smallest first."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def nearest_multiples(number: int, step: int) -> list[int]:
+    """Return the multiples of `step` next below (or at) and above `number`, without 0."""
+    below = number // step * step
+    return [size for size in (below, below + step) if size]
+
+
+def shown_numbers(numbers: Iterable[int], limit: int = 12) -> str:
+    """Return the first `limit` numbers as a message lists them, or `none`."""
+    numbers = list(numbers)
+    if not numbers:
+        return "none"
+    return ", ".join(map(str, numbers[:limit])) + (", ..." if len(numbers) > limit else "")

@@ -1,0 +1,54 @@
+"""model: what training starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from launcher.contract.spec.paths import ExistingDirectory, ModelPath
+from launcher.contract.spec.rules import Above, AtLeast, Fraction, Required
+
+_MODELS = "a Hugging Face model directory, a NeMo checkpoint, a .gguf file or package:NAME/FILE"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """Train low-rank adapters and leave the model's own weights as they are."""
+
+    rank: Annotated[int | None, AtLeast(1)] = None
+    """Rank of each adapter; unset trains all weights."""
+    alpha: Annotated[float | None, Above(0)] = None
+    """Adapters count alpha / rank; default the rank, which makes that 1."""
+    targets: list[str] = field(default_factory=list)
+    """Linear layers by their Hugging Face names, e.g. [q_proj, v_proj]; empty adapts every one of them."""
+    dropout: Annotated[float, Fraction()] = 0.0
+    """Dropout on each adapter's input."""
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """The model to start from."""
+
+    path: Annotated[
+        str,
+        Required(_MODELS),
+        ModelPath(),
+    ] = ""
+    """A Hugging Face model directory, a NeMo 1.x checkpoint (.nemo, or its folder), a NeMo 2 checkpoint, a
+    Megatron-core sharded checkpoint with a config.json beside it, a .gguf file, or package:NAME/FILE for a file of an
+    installed package."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """pretrained: load its weights; random: take only its shape and draw weights from train.seed."""
+    tokenizer: Annotated[str | None, ExistingDirectory()] = None
+    """Tokenizer directory; default model.path."""
+    attention_dropout: Annotated[float, Fraction()] = 0.0
+    """Dropout on attention probabilities."""
+    hidden_dropout: Annotated[float, Fraction()] = 0.0
+    """Dropout on each residual branch."""
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    """Train low-rank adapters instead of all weights."""

@@ -1,0 +1,28 @@
+"""notify: who is told when an attempt ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from launcher.contract.spec.rules import EMAIL, ENVIRONMENT_NAME
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotifySpec:
+    """Who is told when an attempt ends. What cannot be sent is said in batch.log, and changes nothing else."""
+
+    on: Literal["end", "failure"] = "end"
+    """end: of every attempt, completed, interrupted or failed; failure: only the last."""
+    webhook_env: Annotated[str | None, ENVIRONMENT_NAME] = None
+    """Variable of the submitting shell that holds a http(s) address, to which a JSON object is posted. Like all of
+    env_from it is passed past script and run directory."""
+    email: Annotated[str | None, EMAIL] = None
+    """Address to write to by the node's own sendmail."""
+    command: list[str] = field(default_factory=list)
+    """A program and its arguments, run without a shell on the first node; it reads the same JSON object."""
+
+    @property
+    def any(self) -> bool:
+        """Whether anybody is told."""
+        return bool(self.webhook_env or self.email or self.command)

@@ -1,0 +1,42 @@
+"""restart: when a run goes on by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from launcher.contract.spec.rules import AtLeast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestartSpec:
+    """When a run goes on by itself. Each number is a budget: restarts in a row, for this cause, of attempts that wrote
+    no new checkpoint; 0 is never. A restart after progress is free. Errors in code, data or settings are never retried.
+    """
+
+    how: Literal["requeue", "resubmit", "none"] = "requeue"
+    """requeue: the same job starts again (a site that forbids it gets a new job instead); resubmit: always a new job;
+    none: a person decides."""
+    preempted: Annotated[int, AtLeast(0)] = 10
+    """Ended for another job."""
+    timeout: Annotated[int, AtLeast(0)] = 3
+    """Reached its time limit."""
+    node_failure: Annotated[int, AtLeast(0)] = 3
+    """A node was lost."""
+    communication: Annotated[int, AtLeast(0)] = 3
+    """NCCL, gloo or the rendezvous failed."""
+    hang: Annotated[int, AtLeast(0)] = 2
+    """No rank finished a step for too long."""
+    bad_node: Annotated[int, AtLeast(0)] = 3
+    """A node failed its preflight; the next attempt avoids it."""
+    out_of_memory: Annotated[int, AtLeast(0)] = 1
+    """Of the GPU or of the host."""
+    disk_full: Annotated[int, AtLeast(0)] = 0
+    """No space for a checkpoint."""
+    unknown: Annotated[int, AtLeast(0)] = 2
+    """Anything else, e.g. a rank that was killed."""
+
+    def budget(self, cause: str) -> int:
+        """Restarts without progress for a cause that can be restarted at all."""
+        value: int = getattr(self, cause)
+        return value

@@ -1,0 +1,189 @@
+"""What the value of a config field must be, written beside the field: `nodes: Annotated[int, AtLeast(1)] = 1`.
+
+A rule looks at one value of one field and at no file. Rules that take several fields together are in
+`launcher.contract.config.checks`, rules for paths in `launcher.contract.spec.paths`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from launcher.contract.rundir import RUN_NAME
+
+
+class Rule(ABC):
+    """One condition on the value of a field. Fields that are unset (None) are not checked."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """What the value must be, in words that fit after `is not`; the reference page prints them too."""
+
+    @abstractmethod
+    def allows(self, value: object) -> bool:
+        """Return whether one value is right."""
+
+    def values(self, value: object) -> Iterable[object]:
+        """Return what the rule is about: the items of a list, the values of a mapping, or the value itself."""
+        if isinstance(value, list):
+            return value
+        return value.values() if isinstance(value, dict) else [value]
+
+    def problem(self, value: object) -> str:
+        """Return the message for a value that is wrong."""
+        return f"{shown(value)} is not {self.description}"
+
+
+@dataclass(frozen=True, slots=True)
+class AtLeast(Rule):
+    """A finite number, not below `least`."""
+
+    least: float
+
+    @property
+    def description(self) -> str:
+        return f"at least {self.least:g}"
+
+    def allows(self, value: object) -> bool:
+        return _is_number(value) and self.least <= value < math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Above(Rule):
+    """A finite number above `bound`; `hint` follows the message."""
+
+    bound: float
+    hint: str = ""
+
+    @property
+    def description(self) -> str:
+        return f"above {self.bound:g}"
+
+    def allows(self, value: object) -> bool:
+        return _is_number(value) and self.bound < value < math.inf
+
+    def problem(self, value: object) -> str:
+        return _with_hint(f"{shown(value)} is not {self.description}", self.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Fraction(Rule):
+    """A number in [0, 1): a dropout, a decay."""
+
+    @property
+    def description(self) -> str:
+        return "in [0, 1)"
+
+    def allows(self, value: object) -> bool:
+        return _is_number(value) and 0 <= value < 1
+
+
+@dataclass(frozen=True, slots=True)
+class Probability(Rule):
+    """A number in (0, 1]."""
+
+    @property
+    def description(self) -> str:
+        return "in (0, 1]"
+
+    def allows(self, value: object) -> bool:
+        return _is_number(value) and 0 < value <= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern(Rule):
+    """A text that matches `regex` as a whole; `what` names such a text, `hint` follows the message."""
+
+    regex: re.Pattern[str]
+    what: str
+    hint: str = ""
+
+    @property
+    def description(self) -> str:
+        return self.what
+
+    def allows(self, value: object) -> bool:
+        return self.regex.fullmatch(str(value)) is not None
+
+    def problem(self, value: object) -> str:
+        return _with_hint(f"{shown(value)} is not {self.what}", self.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Names(Rule):
+    """The names of a mapping follow `rule`."""
+
+    rule: Rule
+
+    @property
+    def description(self) -> str:
+        return self.rule.description
+
+    def allows(self, value: object) -> bool:
+        return self.rule.allows(value)
+
+    def values(self, value: object) -> Iterable[object]:
+        return list(value) if isinstance(value, dict) else []
+
+    def problem(self, value: object) -> str:
+        return self.rule.problem(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Required(Rule):
+    """A field that must not be empty; `what` says what to give."""
+
+    what: str
+
+    @property
+    def description(self) -> str:
+        return "required"
+
+    def allows(self, value: object) -> bool:
+        return bool(value)
+
+    def values(self, value: object) -> Iterable[object]:
+        return [value]
+
+    def problem(self, value: object) -> str:
+        return f"missing; {self.what}"
+
+
+ENVIRONMENT_NAME = Pattern(re.compile(r"[A-Za-z_][A-Za-z0-9_]*"), "the name of an environment variable")
+NAME_OF_RUN = Pattern(RUN_NAME, "a run name: letters, digits, '.', '_', '-', first a letter or digit, <= 128")
+SET_NAME = Pattern(RUN_NAME, "a name: letters, digits, '.', '_', '-'")
+TIME_LIMIT = Pattern(
+    re.compile(r"\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE),
+    "a time limit: minutes, HH:MM:SS or D-HH:MM:SS",
+)
+MEMORY = Pattern(re.compile(r"\d+[KMGT]?B?", re.IGNORECASE), "a size such as 200G")
+EMAIL = Pattern(re.compile(r"[A-Za-z0-9._%+][A-Za-z0-9._%+-]*@[A-Za-z0-9.-]+"), "an address, e.g. me@example.org")
+HOST = Pattern(re.compile(r"[A-Za-z0-9_.@:%\[\]][A-Za-z0-9_.@:%\[\]-]*"), "a host name, or user@host")
+FUNCTION = Pattern(re.compile(r"[\w.]+:\w+"), "package.module:function")
+BIND_MOUNT = Pattern(re.compile(r"[^:,]+:[^:,]+(:[^:,]+)?"), "SOURCE:TARGET[:OPTIONS]")
+SBATCH_OPTION = Pattern(
+    re.compile(r"--.*", re.DOTALL), "an option that starts with --", "one option an item, e.g. --mail-type=END"
+)
+SRUN_OPTION = Pattern(
+    re.compile(r"-.*", re.DOTALL), "an option that starts with -", "one option an item, e.g. --mpi=none"
+)
+
+
+def shown(value: object) -> str:
+    """Return the value as messages print it: texts in quotes, numbers without trailing zeros."""
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float)
+
+
+def _with_hint(message: str, hint: str) -> str:
+    return f"{message}; {hint}" if hint else message

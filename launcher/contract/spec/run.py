@@ -1,0 +1,100 @@
+"""The whole config of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from launcher.contract.spec.checkpoint import CheckpointSpec
+from launcher.contract.spec.cluster import ClusterSpec
+from launcher.contract.spec.data import DataSpec
+from launcher.contract.spec.evaluation import EvaluationSpec
+from launcher.contract.spec.logging import LoggingSpec
+from launcher.contract.spec.model import ModelSpec
+from launcher.contract.spec.notify import NotifySpec
+from launcher.contract.spec.paths import Directory, RunReference
+from launcher.contract.spec.preflight import PreflightSpec
+from launcher.contract.spec.resources import ResourcesSpec
+from launcher.contract.spec.restart import RestartSpec
+from launcher.contract.spec.rules import ENVIRONMENT_NAME, NAME_OF_RUN, Required
+from launcher.contract.spec.topology import TopologySpec
+from launcher.contract.spec.train import TrainSpec
+from launcher.contract.spec.watchdog import WatchdogSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """Everything about one run."""
+
+    name: Annotated[str, Required("give the run a name"), NAME_OF_RUN] = ""
+    """Name of the run: letters, digits, dot, dash, underscore."""
+    run_root: Annotated[str, Directory()] = "runs"
+    """Directory that holds run directories; on a cluster on the shared file system."""
+    cluster: ClusterSpec = field(default_factory=ClusterSpec)
+    """A cluster's name (a file in cluster_configs/), or its settings."""
+    env_from: Annotated[list[str], ENVIRONMENT_NAME] = field(default_factory=list)
+    """Like cluster.env_from, for this run: names of variables, e.g. [WANDB_API_KEY]."""
+    after: Annotated[str | None, RunReference()] = None
+    """Start when this run, a name in run_root or a directory, has succeeded; model.path, model.tokenizer and
+    checkpoint.resume_from may then name what it has not written yet, e.g. RUN/export or RUN/checkpoints."""
+    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
+    """What is asked of the scheduler."""
+    topology: TopologySpec = field(default_factory=TopologySpec)
+    """How the model is spread over ranks."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The model to start from."""
+    data: DataSpec = field(default_factory=DataSpec)
+    """What to train on."""
+    train: TrainSpec = field(default_factory=TrainSpec)
+    """How to train."""
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    """Answers during training."""
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    """What is kept."""
+    restart: RestartSpec = field(default_factory=RestartSpec)
+    """When it goes on by itself."""
+    logging: LoggingSpec = field(default_factory=LoggingSpec)
+    """What is written down."""
+    notify: NotifySpec = field(default_factory=NotifySpec)
+    """Who is told when an attempt ends."""
+    preflight: PreflightSpec = field(default_factory=PreflightSpec)
+    """What nodes have to show before training."""
+    watchdog: WatchdogSpec = field(default_factory=WatchdogSpec)
+    """When a run that hangs is ended."""
+
+    @property
+    def after_directory(self) -> Path | None:
+        """Directory of the run that `after` names."""
+        return Path(self.run_root) / self.after if self.after else None
+
+    def comes_later(self, path: str) -> bool:
+        """Whether `path` is something that the run before this one has yet to write."""
+        return self.after_directory is not None and Path(path).is_relative_to(self.after_directory)
+
+    @property
+    def secret_names(self) -> tuple[str, ...]:
+        """Variables whose values come from the submitting shell."""
+        webhook = [self.notify.webhook_env] if self.notify.webhook_env else []
+        return tuple(dict.fromkeys([*self.cluster.env_from, *self.env_from, *webhook]))
+
+    @property
+    def checkpoint_ranking(self) -> CheckpointSpec:
+        """Which checkpoints count as the best: keep_best, best_metric and best_mode as they are meant."""
+        early = self.train.early_stopping
+        if self.checkpoint.keep_best or early.patience is None:
+            return self.checkpoint
+        return dataclasses.replace(self.checkpoint, keep_best=1, best_metric=early.metric, best_mode=early.mode)
+
+    @property
+    def has_preflight(self) -> bool:
+        """Whether nodes are looked at before training; only Slurm gives other nodes to go to."""
+        wanted = self.resources.nodes > 1 or self.resources.gpus_per_node > 0
+        chosen = {"auto": wanted, "on": True, "off": False}[self.preflight.enabled]
+        return chosen and self.cluster.scheduler == "slurm"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where tokenized data and converted models are kept."""
+        return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.run_root) / ".cache"
