@@ -1,1 +1,1 @@
-"""Files of rows -> token caches -> the batches of each optimizer step."""
+"""From data files to token caches, and from token caches to the batches of each optimizer step."""

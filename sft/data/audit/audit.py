@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from sft.data.prepared.report import epoch_shares
 from sft.data.prepared.sources import DataSet, Sources, held_out_sets, training_sets
 from sft.data.reading.files import cut, expand, read_lines
 from sft.data.reading.formats import Example, detect_format, parse_row
+from sft.data.reading.row import Row
 from sft.data.reading.tables import as_json, holds_lines, place, read_rows
 
 SAMPLED_ROWS = 200
@@ -180,7 +180,7 @@ def _some_lines(path: Path, wanted: int) -> Iterator[tuple[str, bytes]]:
         for part in cut(path, max(path.stat().st_size // wanted, 1)):
             yield from ((part.where(number), line) for number, line in islice(read_lines(part), 1))
         return
-    draw, kept = random.Random(0), list[tuple[int, dict[str, Any]]]()
+    draw, kept = random.Random(0), list[tuple[int, Row]]()
     for index, item in enumerate(read_rows(path)):
         place_of = index if index < wanted else draw.randint(0, index)
         if place_of < wanted:

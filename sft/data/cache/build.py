@@ -1,10 +1,9 @@
-"""Tokenizing data files into a cache, in several processes.
+"""Tokenize data files into the parts of a cache, in several processes.
 
-Processes are spawned: a fork of a process in which torch or a tokenizer has started threads can hang. A worker gets
-byte ranges and writes parts, so that neither it nor this process ever holds more than one range; results do not
-depend on the number of workers. Small data are tokenized here, which is faster than to start anybody.
+A worker gets byte ranges and writes parts, so no process ever holds more than one range. The result does not depend on
+the number of workers. Small data sets are tokenized in this process, which is faster than starting another.
 
-Bad rows are collected, a few at a time: the first ones in the order of the files, whoever found them.
+Bad rows are collected before the error is raised: the first ones in the order of the files, whichever worker met them.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from sft.data.reading.tables import holds_lines, write_lines
 
 MAX_PROBLEMS = 5
 RANGE_BYTES = 4 << 20
-"""About what a worker takes at a time, and what is not worth a second process: some seconds of work."""
+"""Size of the ranges, some seconds of work each; data smaller than this is not worth a second process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a worker has to know."""
+    """What every worker is given once."""
 
     tokenizer_dir: Path
     data: DataSpec
@@ -55,31 +54,32 @@ class Result:
 
 
 class Worker:
-    """Tokenizes byte ranges; one in each process."""
+    """Tokenizes byte ranges. Each process has one."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._encoder = Encoder(load_tokenizer(job.tokenizer_dir), job.data)
 
     def run(self, work: tuple[ByteRange, Path]) -> Result:
-        """Tokenize one range into a part."""
+        """Tokenize one range and write its part, empty if a row has a problem."""
         rows, prefix = work
         tally: Counter[str] = Counter()
         pairs: list[TokenPair] = []
         problems: list[str] = []
         for number, line in read_lines(rows):
             try:
-                found = self._encode(line, rows.where(number), tally)
+                encoded = self._encode(line, rows.where(number), tally)
             except DataError as error:
                 problems += error.problems
                 if len(problems) >= MAX_PROBLEMS:
                     break
             else:
-                pairs += found
+                pairs += encoded
         part = write_part(prefix, [] if problems else pairs, Counts(**tally))
         return Result(part, tuple(problems[:MAX_PROBLEMS]))
 
     def _encode(self, line: bytes, where: str, tally: Counter[str]) -> list[TokenPair]:
+        """Return what is trained of one row, and add to `tally`, whose keys are the fields of `Counts`."""
         examples = self._encoder.encode(parse_row(line, where, self._job.row_format, self._job.data.columns))
         tally["rows"] += 1
         tally["rewritten"] += len(examples) > 1
@@ -99,7 +99,10 @@ class Worker:
 
 
 def write_parts(job: Job, files: Sequence[Path], aside: Path, *, show_progress: bool, title: str) -> list[Part]:
-    """Tokenize `files` into parts in directory `aside`; DataError with the first problems."""
+    """Tokenize `files` and return the parts, written to directory `aside` in the order of the rows.
+
+    Raise DataError with the first problems.
+    """
     lines = [(path, None) if holds_lines(path) else (_written_out(path, aside), path) for path in files]
     total = sum(path.stat().st_size for path, _ in lines)
     workers = min(job.data.workers or len(os.sched_getaffinity(0)), -(-total // RANGE_BYTES))
@@ -121,7 +124,7 @@ def write_parts(job: Job, files: Sequence[Path], aside: Path, *, show_progress: 
 
 
 def _written_out(path: Path, aside: Path) -> Path:
-    """The rows of a file that does not hold lines, as lines in a file of their own."""
+    """Write the rows of a file that does not hold lines as lines, and return the path of that new file."""
     number = sum(1 for _ in aside.glob("rows-*"))
     target = aside / f"rows-{number:06d}"
     write_lines(path, target)
@@ -129,10 +132,11 @@ def _written_out(path: Path, aside: Path) -> Path:
 
 
 def _run(job: Job, work: Iterable[tuple[ByteRange, Path]], workers: int) -> Iterator[Result]:
-    """Results in the order of the work."""
+    """Yield the results in the order of `work`."""
     if workers < 2:
         yield from map(Worker(job).run, work)
         return
+    # Spawned: a fork of a process in which torch or a tokenizer has started threads can hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=partial(_start_worker, job))
     try:

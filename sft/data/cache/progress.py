@@ -1,6 +1,6 @@
-"""How far a long step is: a bar on a terminal, a line now and then in a log file.
+"""Progress of a long step: a bar on a terminal, a line every few seconds in a log file.
 
-A bar redraws itself with carriage returns, which in a log file are one line of a million characters.
+A bar redraws itself with carriage returns, which would make one line of a million characters in a log file.
 """
 
 from __future__ import annotations
@@ -8,22 +8,21 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any
 
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
-"""Between two lines in a log; a step that is quicker prints none."""
+"""Time between two lines in a log. A step that takes less prints none."""
 
 
 class Progress:
-    """Counts bytes of `total`; prints to stderr if `shown`."""
+    """Count bytes up to `total` and, if `shown`, print the progress to stderr."""
 
     def __init__(self, title: str, total: int, *, shown: bool) -> None:
         self._title = title
         self._total = total
         self._done = 0
-        self._bar: Any = None
+        self._bar: tqdm | None = None
         if shown and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, mininterval=0.5)
         self._lines = shown and self._bar is None
@@ -37,7 +36,7 @@ class Progress:
             self._bar.close()
 
     def advance(self, count: int) -> None:
-        """Another `count` bytes are done."""
+        """Count another `count` bytes as done."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)

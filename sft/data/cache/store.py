@@ -8,11 +8,11 @@
       supervised.npy      int64    number of an example's targets with a weight other than 0
       manifest.json       key, format version and counts; written last
 
-Workers write parts; `assemble` joins them in a directory aside; `publish` renames that. Several jobs may build the
-same key at once: the first rename wins and the others use the winner's, which holds the same bytes.
+Workers write parts, `assemble` joins them in a temporary directory, `publish` renames that. Several jobs may build the
+same key at once: the first rename wins, and the others use that cache, which holds the same bytes.
 
-Rejected: an Arrow data set (a second copy of every token in a row format, and a library that hashes the code), and
-a lock file (a job that is killed leaves it behind, and locks lie on shared file systems).
+Rejected: an Arrow data set (a second copy of every token in a row format, named by a hash of our code), and a lock file
+(a killed job leaves it behind, and locks are unreliable on shared file systems).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,75 +40,77 @@ _ARRAYS = {"ids": "<i4", "weights": "<f4", "offsets": "<i8", "target_weights": "
 _PART_ARRAYS = ("ids", "weights", "lengths", "target_weights", "supervised")
 
 TokenPair = tuple[NDArray[np.int32], NDArray[np.float32]]
-"""Ids of one example, and the weight of each as a target."""
+"""Token ids of one example, and the loss weight of each as a target."""
 
 
 class Examples(Protocol):
-    """Tokenized examples by number, and what plans and batches need of each."""
+    """Tokenized examples by number, with what plans and batches need to know about each."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         ...
 
     @property
     def target_weights(self) -> NDArray[np.float64]:
-        """Sum of each example's target weights."""
+        """Sum of the target weights of each example."""
         ...
 
     @property
     def supervised(self) -> NDArray[np.int64]:
-        """Number of each example's targets with a weight other than 0."""
+        """Number of targets of each example with a weight other than 0."""
         ...
 
     def __len__(self) -> int: ...
 
     def tokens(self, example: int) -> TokenPair:
-        """Ids and weights of one example."""
+        """Return ids and weights of one example."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What became of the rows. Adding two joins their reports."""
+    """What happened to the rows. The sum of two counts is that of both sets of rows together."""
 
     rows: int = 0
     examples: int = 0
-    """Rows that are trained on."""
+    """Examples that are trained on."""
     tokens: int = 0
     """Tokens of the examples."""
     supervised_tokens: int = 0
     """Targets with a weight other than 0."""
     answers: int = 0
-    """Answers of those examples, as they were before the length policy."""
+    """Answers of those examples before the length policy."""
     terminators: int = 0
-    """Targets that end an answer."""
+    """Targets that end an answer, after the length policy."""
     longest: int = 0
     """Tokens of the longest example."""
     longest_row: int = 0
     """Tokens of the longest row, before the length policy."""
     largest_id: int = 0
+    """Largest token id, to compare with the model's vocabulary."""
     too_long: int = 0
     """Rows that the length policy dropped."""
     truncated: int = 0
+    """Rows that the length policy truncated."""
     split: int = 0
-    """Rows that the length policy cut into pieces."""
+    """Rows that the length policy split into pieces."""
     rewritten: int = 0
     """Rows that became several examples, because the template rewrites earlier turns."""
     unsupervised: int = 0
     """Rows dropped because no target is left in them."""
     tokens_lost: int = 0
-    """Tokens that dropping and truncating took away."""
+    """Tokens dropped or truncated by the length policy."""
     supervised_lost: int = 0
     """Targets among the lost tokens."""
     tokens_trimmed: int = 0
-    """Tokens after the last target: nothing is learnt from them."""
+    """Tokens after the last target, left out because nothing is learnt from them."""
     messages_trimmed: int = 0
-    """Messages after the last trained one."""
+    """Messages after the last trained one, left out too."""
     straddling: int = 0
-    """Tokens that lie across the edge of what is trained."""
+    """Trained tokens that hold text from both sides of an edge of what is trained."""
     escaped: int = 0
-    """Rows whose content spells special tokens, which were tokenized as the text they are."""
+    """Rows whose content spells special tokens, which were tokenized as plain text."""
 
     def __add__(self, other: Counts) -> Counts:
         largest = {"longest", "longest_row", "largest_id"}
@@ -119,7 +121,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """A complete cache, opened for reading. The arrays are read from disk as they are touched."""
+    """A complete cache, opened for reading. The arrays are memory-mapped: only what is used is read."""
 
     directory: Path
     key: str
@@ -132,7 +134,7 @@ class TokenCache:
 
     @classmethod
     def open(cls, directory: Path) -> TokenCache:
-        """The cache in `directory`; DataError where it is incomplete or damaged."""
+        """Open the cache in `directory`, or raise DataError if it is incomplete or damaged."""
         try:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
             counts = Counts(**manifest["counts"])
@@ -150,26 +152,26 @@ class TokenCache:
         return len(self.offsets) - 1
 
     def tokens(self, example: int) -> TokenPair:
-        """Ids and weights of one example, as views."""
+        """Return ids and weights of one example, as views of the arrays."""
         part = slice(int(self.offsets[example]), int(self.offsets[example + 1]))
         return self.ids[part], self.weights[part]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return np.diff(self.offsets)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Examples that one worker wrote: files `<prefix>.<array>` and how many of each there are."""
+    """Examples that a worker wrote to raw files `<prefix>.<array>`, and their counts."""
 
     prefix: Path
     counts: Counts
 
 
 def write_part(prefix: Path, pairs: Sequence[TokenPair], counts: Counts) -> Part:
-    """Write `pairs` beside each other as raw arrays; `counts` is completed with what follows from them."""
+    """Write `pairs` as raw arrays and return the part, `counts` completed with what follows from the pairs."""
     lengths = np.array([len(ids) for ids, _ in pairs], dtype="<i8")
     # The first token is never a target, so its weight counts nowhere.
     sums = np.array([weights[1:].sum(dtype=np.float64) for _, weights in pairs], dtype="<f8")
@@ -190,8 +192,11 @@ def write_part(prefix: Path, pairs: Sequence[TokenPair], counts: Counts) -> Part
     return Part(prefix, measured)
 
 
-def assemble(directory: Path, key: str, parts: Sequence[Part], **details: Any) -> Counts:
-    """Join `parts`, in this order, into a cache in `directory`; the parts are deleted as they are copied."""
+def assemble(directory: Path, key: str, parts: Sequence[Part], **details: object) -> Counts:
+    """Join `parts`, in this order, into a cache in `directory` and return its counts.
+
+    The parts are deleted as soon as they are copied. `details` go into the manifest.
+    """
     counts = sum((part.counts for part in parts), Counts())
     shapes = _shapes(counts)
     for name in _PART_ARRAYS:
@@ -206,6 +211,7 @@ def assemble(directory: Path, key: str, parts: Sequence[Part], **details: Any) -
             os.fsync(file.fileno())
         for part in parts:
             Path(f"{part.prefix}.{name}").unlink()
+    # Last: a directory with a manifest is complete.
     write_json(
         directory / MANIFEST,
         {"version": FORMAT_VERSION, "key": key, "counts": dataclasses.asdict(counts), **details},
@@ -214,10 +220,10 @@ def assemble(directory: Path, key: str, parts: Sequence[Part], **details: Any) -
 
 
 def publish(aside: Path, final: Path) -> bool:
-    """Rename `aside` to `final`; False, with `aside` removed, where somebody else was faster."""
+    """Rename `aside` to `final` and return True, or remove `aside` and return False if another job was faster."""
     try:
         aside.rename(final)
-    except OSError:
+    except OSError:  # a directory that is not empty cannot be replaced
         if not (final / MANIFEST).is_file():
             raise
         shutil.rmtree(aside, ignore_errors=True)
@@ -228,6 +234,7 @@ def publish(aside: Path, final: Path) -> bool:
 
 
 def _shapes(counts: Counts) -> dict[str, int]:
+    """Return the length of each array of a cache with these counts."""
     examples = counts.examples
     return {
         "ids": counts.tokens,
@@ -239,8 +246,8 @@ def _shapes(counts: Counts) -> dict[str, int]:
 
 
 def _write_header(file: IO[bytes], dtype: str, length: int) -> None:
-    # Written by hand so that parts can be copied behind it without ever being in memory; a memory map would turn
-    # a full disk into SIGBUS, a plain write turns it into OSError.
+    # The header alone, instead of np.save, so that the parts are copied after it without being read into memory.
+    # Rejected: a memory map, which turns a full disk into SIGBUS where a plain write raises OSError.
     header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
 

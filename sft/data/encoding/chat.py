@@ -1,17 +1,20 @@
-"""Conversations -> rendered texts, and which characters of them are trained.
+"""Render conversations as texts, and find which characters of them are trained.
 
-A turn is what rendering it adds to the prompt that generation would begin with, its terminator included. A text
-serves a turn only if it begins with exactly that: the prompt, and the turn as it is when it is the last. Templates
-that write a turn differently once others follow it (dropping `<think>`, say) fail this. With data.on_mismatch
-`error` they are refused with the turn's name; with `split` such a turn gets a text of its own, so that each turn is
-trained behind the prompt that generation would give it. Turns that can share a text do.
+A turn is what rendering it adds to the prompt of generation (the conversation so far, rendered with the generation
+prompt), its end token included. A text may train a turn only if it begins with exactly that prompt and the turn as it
+is rendered when it is the last. Templates that rewrite a turn once others follow (dropping `<think>`, say) fail this:
 
-Templates may close a whole conversation with an end token of its own: it is no part of a turn that others follow.
-Templates may leave the end of a turn to the header of the next one: then that header's first token ends it, and is
-trained.
+* data.on_mismatch `error`: DataError with the turn.
+* data.on_mismatch `split`: such a turn gets a text of its own, in which it is the last. So each turn is trained after
+  the prompt that generation would give it. Turns that can share a text do.
 
-Rejected: `{% generation %}` marks (few templates have them); looking for the answer's text in the whole (it may
-occur twice); taking what two renderings have in common (off by a turn without any sign of it).
+Two things that templates do at the end of a turn:
+
+* An end token may close the whole conversation. It is no part of a turn that others follow.
+* The end of a turn may be the header of the next one. The first token of that header then ends the turn and is trained.
+
+Rejected: `{% generation %}` marks (few templates have them), searching for the answer's text in the whole (it may occur
+twice), and taking what two renderings have in common (silently off by a turn).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import yaml
@@ -34,27 +37,31 @@ from launcher.contract.spec import DataSpec
 from sft.data.encoding.escape import ControlTokens
 from sft.data.encoding.written import WrittenParts, describe
 from sft.data.reading.formats import Example
-from sft.data.reading.messages import Message
+from sft.data.reading.messages import Message, TemplateMessage, Tool
 
 Span = tuple[int, int, float]
 """First character, the one after the last, and the loss weight."""
 
 _RESERVED = ("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_SPLIT_HINT = "; a mask would be wrong, and data.on_mismatch split trains each such turn behind a prompt of its own"
+_REASONING: tuple[Literal["reasoning_content", "reasoning", "thinking"], ...] = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+_SPLIT_HINT = "; the mask would be wrong. data.on_mismatch split trains each such turn in a text of its own"
 
 
 class Rewritten(DataError):
-    """A turn is written differently once others follow it."""
+    """The template writes a turn differently once others follow it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One text to tokenize. Control tokens in content are hidden, and spans count hidden characters."""
+    """One text to tokenize, with placeholders for control tokens in content (sft/data/encoding/escape.py)."""
 
     text: str
     spans: tuple[Span, ...]
-    """Later ones win where they overlap."""
+    """What is trained, in characters of `text`. Where spans overlap, the later one counts."""
     unused: int = 0
     """Messages after the last trained one, which are left out."""
 
@@ -75,44 +82,49 @@ class ChatRenderer:
         self.wants_parts = self._wants_parts()
 
     def render(self, example: Example) -> list[Rendered]:
-        """The texts of a conversation: one, or several where the template rewrites turns and may be split."""
+        """Return the texts of a conversation: one, or several where the template rewrites turns.
+
+        Raise DataError for a conversation that the template cannot write, or rewrites with data.on_mismatch error.
+        """
         conversation = _Conversation(self, example)
         weights = self._weights(example.messages)
         if self._spec.loss_on == "all":
             return [conversation.everything(weights)]
         trained = {turn: weight for turn, weight in enumerate(weights) if weight}
-        if not trained:
+        if not trained:  # counted as a row without targets later
             return [Rendered(conversation.answered(len(example.messages) - 1), ())]
         return conversation.split(trained, may_split=self._spec.on_mismatch == "split")
 
     def turn_ends(self, example: Example, text: str) -> list[tuple[str, int]]:
-        """Role of each turn that `text`, one of the example's, holds, and where it ends; for people to look at."""
+        """Return the role of each turn in `text`, one of the example's, and where it ends. For reports, not for masks.
+
+        Two renderings are compared only as far as they agree, so a turn that is rewritten ends early.
+        """
         conversation = _Conversation(self, example)
-        found: list[tuple[str, int]] = []
+        ends: list[tuple[str, int]] = []
         for turn, message in enumerate(example.messages):
             try:
                 written = conversation.answered(turn)
             except DataError:  # a template may refuse to end there
                 continue
             end = len(os.path.commonprefix([written, text]))  # noqa: RUF071 (characters are what is compared)
-            if end > (found[-1][1] if found else 0):
-                found.append((message.role, end))
-        return found
+            if end > (ends[-1][1] if ends else 0):
+                ends.append((message.role, end))
+        return ends
 
-    def apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool) -> str:
-        """The template's text; DataError where it refuses."""
+    def apply(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Tool] | None, generation_prompt: bool
+    ) -> str:
+        """Return the text that the template writes, or raise DataError if it refuses the messages."""
         if self.wants_parts:
             messages = [_with_parts(message) for message in messages]
+        # transformers' annotations allow only texts as content, where templates also take lists and None.
+        arguments: dict[str, Any] = {"conversation": messages, "tools": tools, **self._variables}
         try:
             text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self._variables,
+                chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt, **arguments
             )
-        # Templates are programs: besides their own errors they raise what their filters and operators raise.
+        # Templates are programs: besides jinja2's errors they raise those of their filters and operators.
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise DataError(f"the chat template refuses the first {len(messages)} messages: {error}") from error
         return str(text)
@@ -131,25 +143,26 @@ class ChatRenderer:
 
     @property
     def controls(self) -> ControlTokens:
-        """The control tokens that are hidden in content."""
+        """What hides control tokens in content."""
         return self._controls
 
     def _weights(self, messages: Sequence[Message]) -> list[float | None]:
-        """Loss weight of each turn; with loss_on all None where the row says nothing."""
+        """Return the loss weight of each turn. With loss_on all, None for a turn whose row gives none."""
         if self._spec.loss_on == "all":
             return [message.weight for message in messages]
         answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
         chosen = set(answers[-1:] if self._spec.loss_on == "last_assistant" else answers)
-        found: list[float | None] = []
+        weights: list[float | None] = []
         for turn, message in enumerate(messages):
+            # A weight in the row trains turns of other roles too, but among answers only those that loss_on chooses.
             asked = message.role != "assistant" and message.weight is not None
             default = 1.0 if message.weight is None else message.weight
-            found.append(default if turn in chosen or asked else 0.0)
-        return found
+            weights.append(default if turn in chosen or asked else 0.0)
+        return weights
 
 
 class _Conversation:
-    """One conversation and its renderings, each made once."""
+    """One conversation and its renderings, each of which is made once."""
 
     def __init__(self, renderer: ChatRenderer, example: Example) -> None:
         self._renderer = renderer
@@ -159,7 +172,7 @@ class _Conversation:
         self._known: dict[tuple[int, bool], str] = {}
 
     def everything(self, weights: Sequence[float | None]) -> Rendered:
-        """The whole as one text that is trained but for the turns whose weight says otherwise."""
+        """Return the whole conversation as one text, trained except for the turns that have another weight."""
         text = self.answered(len(self._messages) - 1)
         self._require_written(len(self._messages), text)
         asked = [
@@ -168,8 +181,12 @@ class _Conversation:
         return Rendered(text, ((0, len(text), 1.0), *((a, b, float(w or 0.0)) for a, b, w in asked)))
 
     def split(self, trained: Mapping[int, float], *, may_split: bool) -> list[Rendered]:
-        """Texts in which each of the `trained` turns is once, behind the prompt of generation."""
-        left, found = sorted(trained), list[Rendered]()
+        """Return texts that train each of the turns in `trained` (turn to weight) once, after the generation's prompt.
+
+        Raise Rewritten if one text cannot train all of them, unless `may_split` is set.
+        """
+        left, texts = sorted(trained), list[Rendered]()
+        # From the end: the text that ends with the last turn left always trains that one, so each round has fewer.
         while left:
             last, rest = left[-1], list[int]()
             text = self.answered(last) + self._closing(last)
@@ -182,66 +199,82 @@ class _Conversation:
                         raise
                     rest.append(turn)
             self._require_written(last + 1, text)
-            unused = 0 if found else len(self._messages) - last - 1
-            found.append(Rendered(text, tuple(spans), unused))
+            unused = 0 if texts else len(self._messages) - last - 1
+            texts.append(Rendered(text, tuple(spans), unused))
             left = rest
-        return found[::-1]
+        return texts[::-1]
 
     def answered(self, turn: int) -> str:
-        """The conversation up to and with `turn`."""
+        """Return the conversation rendered up to and including `turn`."""
         return self._render(turn + 1, False)
 
     def _locate(self, turn: int, text: str) -> tuple[int, int]:
-        """First and last character of a turn in `text`, which must hold it as generation would have."""
+        """Return where a turn begins and ends in `text`.
+
+        Raise Rewritten if `text` does not hold the turn as it is when it is the last, DataError if the template does
+        not write it after the prompt, or leaves out a part of it.
+        """
         name = f"message {turn + 1} ({self._messages[turn]['role']})"
         is_answer = self._messages[turn]["role"] == "assistant"
         if turn == 0 and is_answer:
-            raise DataError(f"{name}: nothing comes before it, so there is no prompt it could answer")
+            raise DataError(f"{name}: an answer cannot come first; put the message that it answers before it")
         prompt = self._render(turn, True) if is_answer else self._context(turn, text)
         answered = self.answered(turn)
         if not answered.startswith(prompt):
-            said = self._difference(f"{name}: the chat template does not go on from", prompt, answered)
-            raise DataError(f"{said}; see data.chat_template_kwargs, or name another data.chat_template")
+            changed = self._difference(f"{name}: the chat template does not go on from", prompt, answered)
+            raise DataError(f"{changed}; see data.chat_template_kwargs, or name another data.chat_template")
+        if answered == prompt:
+            raise DataError(f"{name}: the chat template writes nothing for it, so there is nothing to train")
         end = self._end(len(prompt), answered, text)
         if end is None:
-            said = self._difference(f"{name}: the chat template rewrites, once turns follow,", answered, text)
-            raise Rewritten(said + _SPLIT_HINT)
+            changed = self._difference(f"{name}: the chat template rewrites, once turns follow,", answered, text)
+            raise Rewritten(changed + _SPLIT_HINT)
         self._require_answer(turn, text[len(prompt) : end], name)
         if is_answer:
             return len(prompt), end
-        # Nobody generates the header of such a turn, nor what a template puts in front of the first one: it begins
-        # where what it says is written, which is the last thing before the end token.
-        said = (self._messages[turn]["content"] or "").strip()
-        return max(text.rfind(said, len(prompt), self._controls.trailing(text[:end])[-1]), len(prompt)), end
+        # The header of another role's turn is not generated, nor is what a template writes before the first turn. Such
+        # a turn is trained from its content on, which is the last thing before its end token.
+        content = (self._messages[turn]["content"] or "").strip()
+        return max(text.rfind(content, len(prompt), self._controls.trailing(text[:end])[-1]), len(prompt)), end
 
     def _context(self, turn: int, text: str) -> str:
-        """What is in front of a turn that is no answer."""
+        """Return what is before a turn that is no answer, as it is in `text`."""
         before = self._render(turn, False) if turn else ""
+        # `text` goes on, so an end token that closes the conversation in `before` may be absent from it.
         cuts = self._controls.trailing(before)
         return next((before[:cut] for cut in cuts if text.startswith(before[:cut])), before)
 
     def _end(self, begin: int, answered: str, text: str) -> int | None:
-        """Where the turn that `answered` ends with ends in `text`; None where it is written differently there."""
+        """Return where the last turn of `answered`, which begins at `begin`, ends in `text`.
+
+        None if `text` holds it differently.
+        """
         terminated = self._controls.ends_with_control(answered[begin:])
+        # Without the control tokens at its end, one after the other: those that close the whole conversation are absent
+        # where turns follow. The turn's own end token, if it has one, must stay.
         for cut in self._controls.trailing(answered):
             if cut <= begin or (terminated and not self._controls.ends_with_control(answered[begin:cut])):
                 return None
             if text.startswith(answered[:cut]):
+                # A turn without an end token of its own is ended by the first token of the next header.
                 return cut if terminated else cut + self._controls.leading(text[cut:])
         return None
 
     def _closing(self, turn: int) -> str:
-        """What ends a turn that the template leaves to the next header to end; usually nothing."""
+        """Return the control token that ends `turn` if the template leaves that to the next header, else nothing."""
         message = self._messages[turn]
         if message["role"] != "assistant" or self._controls.ends_with_control(self.answered(turn)):
             return ""
-        # Asked of a plain conversation: in this one, a turn that follows may change what was written before.
-        calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
-        plain = [{"role": "user", "content": "."}, {"role": "assistant", "content": ".", **calls}]
+        # Found with a plain conversation: here a turn that follows could change what was written before.
+        has_calls = "tool_calls" in message
+        answer: TemplateMessage = {"role": "assistant", "content": "."}
+        if has_calls:
+            answer["tool_calls"] = message["tool_calls"]
+        plain: list[TemplateMessage] = [{"role": "user", "content": "."}, answer]
         try:
             answered = self._apply(plain, False)
-            probe = self._apply([*plain, {"role": "tool" if calls else "user", "content": "."}], False)
-        except DataError:
+            probe = self._apply([*plain, {"role": "tool" if has_calls else "user", "content": "."}], False)
+        except DataError:  # a template may refuse such a conversation
             return ""
         follows = probe[len(answered) :] if probe.startswith(answered) else ""
         return follows[: self._controls.leading(follows)]
@@ -252,13 +285,13 @@ class _Conversation:
             self._known[key] = self._apply(self._messages[:count], generation_prompt)
         return self._known[key]
 
-    def _apply(self, messages: list[dict[str, Any]], generation_prompt: bool) -> str:
+    def _apply(self, messages: list[TemplateMessage], generation_prompt: bool) -> str:
         return self._renderer.apply(messages, self._tools, generation_prompt)
 
     def _require_answer(self, turn: int, said: str, name: str) -> None:
-        """A template that leaves out what an answer says would train another answer."""
+        """Raise DataError if the template left out a part of an answer: another answer would be trained."""
         message = self._messages[turn]
-        parts = [("content", message["content"])] if message["content"] else []
+        parts: list[tuple[str, str]] = [("content", message["content"])] if message["content"] else []
         parts += [(key, message[key]) for key in _REASONING if key in message]
         parts += [("tool_calls", call["function"]["name"]) for call in message.get("tool_calls", ())]
         missing = [key for key, part in parts if not _holds(said, part)]
@@ -266,7 +299,10 @@ class _Conversation:
             raise DataError(f"{name}: the chat template does not write its {', '.join(dict.fromkeys(missing))}")
 
     def _require_written(self, count: int, text: str) -> None:
-        """A template that leaves out what is asked would train answers to questions that nobody saw."""
+        """Raise DataError if the template left out a part of the first `count` messages or of the tools.
+
+        Answers would be trained without what they answer.
+        """
         messages = self._messages[:count]
         left_out = self._renderer.written.left_out(messages, self._tools)
         if left_out:
@@ -275,32 +311,33 @@ class _Conversation:
             if message["role"] != "assistant" and message["content"] and not _holds(text, message["content"]):
                 raise DataError(f"message {turn + 1} ({message['role']}): the chat template does not write its content")
 
-    def _difference(self, what: str, expected: str, found: str) -> str:
-        expected, found = self._controls.reveal(expected), self._controls.reveal(found)
-        at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
-        before, after = expected[max(0, at - 20) : at + 20], found[max(0, at - 20) : at + 20]
+    def _difference(self, what: str, expected: str, actual: str) -> str:
+        """Return `what` with the places where two texts begin to differ, control tokens spelled out."""
+        expected, actual = self._controls.reveal(expected), self._controls.reveal(actual)
+        at = next((i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b), len(actual))
+        before, after = expected[max(0, at - 20) : at + 20], actual[max(0, at - 20) : at + 20]
         return f"{what} {before!r}: it becomes {after!r}"
 
 
-def _variable(name: str, text: str) -> Any:
-    """The value of a template variable. What YAML makes a date of stays the text it is."""
+def _variable(name: str, text: str) -> object:
+    """Return the value of a template variable, read as YAML, or raise DataError."""
     if name in _RESERVED:
-        raise DataError(f"data.chat_template_kwargs: {name} is set by the rows and by what is asked of the template")
+        raise DataError(f"data.chat_template_kwargs: {name} is set for each row; choose another name or remove it")
     try:
-        value = yaml.safe_load(text)
+        value: object = yaml.safe_load(text)
     except yaml.YAMLError:
         raise DataError(f"data.chat_template_kwargs.{name}: {text!r} is not valid YAML") from None
-    return text if isinstance(value, datetime.date) else value
+    return text if isinstance(value, datetime.date) else value  # templates expect dates as texts
 
 
-def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+def _with_parts(message: Mapping[str, object]) -> Mapping[str, object]:
     """Return the message with its content as a list of parts."""
     content = message["content"]
     return {**message, "content": [{"type": "text", "text": content}] if content else []}
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether `text` holds `part`, give or take spaces and tags that a template sets, and JSON's quoting."""
+    """Return whether `text` holds `part`, apart from spaces, tags and JSON quoting that a template may add."""
     if part in text:
         return True
     letters = _letters(text)

@@ -1,15 +1,15 @@
-"""Token ids of a rendered conversation in which nobody's text can become a control token.
+"""Tokenize rendered conversations so that no content can become a control token.
 
-`<|im_end|>` typed by a user is text. Tokenizing the rendered conversation would turn it into the control token, as
-transformers does, and train the model on turns that end where a user says so. So control tokens in content are
-hidden behind placeholder characters before the template is rendered, and what lies between two control tokens of the
-template is tokenized again, with the hidden text back in its place, as text.
+`<|im_end|>` in a user's message is text. Tokenizing the rendered conversation, as transformers does, would turn it into
+the control token and train the model on turns that end where a user says so. So control tokens in content are hidden
+behind placeholder characters before the template is rendered. Each piece between two control tokens of the template
+that holds placeholders is then tokenized again, as plain text with the spellings back in place.
 
-Text without such spellings gets exactly the ids of `apply_chat_template(tokenize=True)`: the conversation is
-tokenized once, as a whole.
+A conversation without such spellings is tokenized once, as a whole, and gets exactly the ids of
+`apply_chat_template(tokenize=True)`.
 
-Rejected: tokenizing turn by turn and joining (other ids than generation sees where a token lies across the seam),
-and cutting the text at each hidden spelling (which breaks the words around it).
+Rejected: tokenizing turn by turn and joining the ids (generation sees other ids where a token would span two turns),
+and cutting the text at each hidden spelling (other tokens for the words around it).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,39 +27,43 @@ from transformers import PreTrainedTokenizerBase
 from launcher.contract.errors import DataError, ModelError
 from sft.data.encoding.tokenizer import control_tokens
 
+_T = TypeVar("_T")
+
 _PLACEHOLDERS = 0x100000
-"""First placeholder: the last private plane of Unicode, which no text has a use for."""
+"""First placeholder. It is in Unicode's last private use plane, which texts do not use."""
 
 _ESCAPED = re.compile(r"\\udbc0\\udc[0-9a-f]{2}")
-"""A placeholder as `tojson` writes it when told to write ASCII."""
+"""A placeholder as a template's `tojson` writes it in ASCII."""
 
 _ANCHORS = ("", "\n", "a", "\u00e9")
-"""Texts to put in front of a piece so that it is tokenized as it would be inside a conversation."""
+"""Texts to put before a piece so that it is tokenized as inside a conversation (see `_plain`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """Ids of a text, and the characters each stands for; the characters of all tokens tile the text."""
+    """Token ids of a text, and the characters that each token stands for, which together cover the text."""
 
     text: str
     ids: NDArray[np.int32]
     begins: NDArray[np.int64]
+    """First character of each token."""
     ends: NDArray[np.int64]
+    """The character after the last of each token."""
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer: hides their spelling in content, and tokenizes what was rendered."""
+    """Hides the control tokens of a tokenizer in content, and tokenizes the rendered text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
-                "model.tokenizer: conversations need a tokenizer that tells which characters a token stands for "
-                "(a tokenizer.json); convert it with transformers' convert_slow_tokenizer, or use "
-                "data.chat_template none"
+                "model.tokenizer: conversations need a fast tokenizer (a tokenizer.json), which says which characters "
+                "a token stands for; convert it with transformers' convert_slow_tokenizer, or set "
+                "data.chat_template: none"
             )
         self._tokenizer = tokenizer
         spellings = control_tokens(tokenizer)
-        # The longest first: of two that begin alike a tokenizer takes the longer one.
+        # Longest first: where one spelling begins another, a tokenizer takes the longer one.
         self._spellings = sorted(spellings, key=len, reverse=True)
         self._placeholders = {text: chr(_PLACEHOLDERS + n) for n, text in enumerate(self._spellings)}
         self._spelled = re.compile("|".join(map(re.escape, self._spellings)) or r"(?!)")
@@ -70,21 +74,27 @@ class ControlTokens:
         self.ids = np.array(sorted(spellings.values()), dtype=np.int32)
 
     def hide(self, content: str) -> str:
-        """`content` with placeholders for control tokens."""
+        """Return `content` with placeholders in place of control tokens; raise DataError if it holds a placeholder."""
         if reserved := self._hidden.search(content):
-            raise DataError(f"the content holds U+{ord(reserved[0]):X}, a private character that stands for a token")
+            raise DataError(
+                f"the content holds U+{ord(reserved[0]):X}, a private use character that stands for a special token "
+                "here; remove it from the data"
+            )
         return self._spelled.sub(lambda match: self._placeholders[match[0]], content)
 
-    def hide_in(self, value: Any) -> Any:
-        """A JSON value with placeholders in all its texts, keys among them."""
+    def hide_in(self, value: _T) -> _T:
+        """Return a JSON value of the same form with placeholders in all its texts, keys included."""
+        hidden: object = value
         if isinstance(value, str):
-            return self.hide(value)
-        if isinstance(value, Mapping):
-            return {self.hide_in(name): self.hide_in(item) for name, item in value.items()}
-        return [self.hide_in(item) for item in value] if isinstance(value, list) else value
+            hidden = self.hide(value)
+        elif isinstance(value, Mapping):
+            hidden = {self.hide_in(name): self.hide_in(item) for name, item in value.items()}
+        elif isinstance(value, list):
+            hidden = [self.hide_in(item) for item in value]
+        return cast(_T, hidden)
 
     def trailing(self, text: str) -> list[int]:
-        """Lengths that `text` may be cut to by taking control tokens off its end, the longest first."""
+        """Return the lengths of `text` without 0, 1, 2, ... of the control tokens and spaces at its end."""
         cuts = [len(text)]
         while True:
             end = len(text[: cuts[-1]].rstrip())
@@ -96,26 +106,32 @@ class ControlTokens:
             cuts.append(end - len(spelled))
 
     def ends_with_control(self, text: str) -> bool:
-        """Whether a control token ends `text`, spaces aside."""
+        """Return whether `text` ends with a control token, apart from spaces."""
         return text.rstrip().endswith(self._endings)
 
     def leading(self, text: str) -> int:
-        """Length of the control token that `text` begins with, spaces before it included; 0 where there is none."""
-        found = self._first.match(text)
-        return found.end() if found else 0
+        """Return the length of the control token that `text` begins with, spaces before it included, or 0."""
+        first = self._first.match(text)
+        return first.end() if first else 0
 
     def reveal(self, text: str) -> str:
-        """`text` with control tokens spelled out again."""
+        """Return `text` with placeholders replaced by the spellings they stand for."""
         return self._hidden.sub(lambda match: self._spellings[ord(match[0]) - _PLACEHOLDERS], text)
 
     def hides_in(self, text: str) -> bool:
-        """Whether `text` holds placeholders."""
+        """Return whether `text` holds placeholders."""
         return self._hidden.search(text) is not None
 
     def tokenize(self, text: str) -> Tokenized:
-        """Ids of a rendered text; where it hides control tokens, they are revealed and tokenized as plain text."""
+        """Return the tokens of a rendered text, its placeholders revealed and tokenized as plain text.
+
+        Raise DataError where the tokenizer cannot do that.
+        """
         if _ESCAPED.search(text):
-            raise DataError("the chat template writes a special token, which the content spells, in JSON escapes")
+            raise DataError(
+                "the content spells a special token, and the chat template writes it in JSON escapes, where it cannot "
+                "be restored; remove it from the data"
+            )
         whole = self._encode(text)
         if not self.hides_in(text):
             return whole
@@ -131,34 +147,40 @@ class ControlTokens:
         return _join(pieces)
 
     def _runs(self, tokens: Tokenized) -> list[tuple[int, int]]:
-        """Where runs of plain tokens and of control tokens begin and end."""
+        """Return the runs of plain tokens and of control tokens: index of the first, and one after the last."""
         edges = np.flatnonzero(np.diff(self._written(tokens))) + 1
         return list(pairwise([0, *edges.tolist(), len(tokens.ids)]))
 
     def _written(self, tokens: Tokenized) -> NDArray[np.bool_]:
-        """Which tokens are control tokens that the text spells; `<unk>` also stands for text that is unknown."""
+        """Return which tokens are control tokens that the template wrote."""
         written = np.isin(tokens.ids, self.ids)
+        # The id alone does not decide: `<unk>` also stands for text that the tokenizer does not know.
         for index in np.flatnonzero(written):
             spelled = tokens.text[int(tokens.begins[index]) : int(tokens.ends[index])].strip()
             written[index] = self._spelling_ids.get(spelled) == tokens.ids[index]
         return written
 
     def _plain(self, piece: str, ids: NDArray[np.int32]) -> Tokenized:
-        """Tokens of a piece with its placeholders revealed, as they are inside the conversation.
+        """Return the tokens of `piece` with its placeholders revealed, as they would be inside the conversation.
 
-        A tokenizer may treat the beginning of a text in a way of its own (SentencePiece adds a space). Which anchor
-        undoes that is found out on the piece with placeholders, whose ids inside the conversation are known.
+        `ids` are those of the piece, with placeholders, inside the conversation. A tokenizer may treat the beginning of
+        a text specially (SentencePiece adds a space). The anchor that avoids that is the one after which the piece with
+        placeholders gets `ids`.
         """
         for anchor in _ANCHORS:
             tried = self._after(anchor, piece)
             if tried is not None and np.array_equal(tried.ids, ids):
                 revealed = self._after(anchor, self.reveal(piece))
-                # A vocabulary may hold the spelling as a word like any other.
+                # Some vocabularies have the spelling as an ordinary word with the same id.
                 if revealed is not None and not self._written(revealed).any():
                     return revealed
-        raise DataError("the content spells a special token that this tokenizer cannot take as plain text there")
+        raise DataError(
+            "the content spells a special token that this tokenizer cannot tokenize as plain text there; "
+            "remove it from the data"
+        )
 
     def _after(self, anchor: str, piece: str) -> Tokenized | None:
+        """Return the tokens of `piece` when it follows `anchor`, None if a token spans both."""
         tokens = self._encode(anchor + piece, split_special_tokens=True)
         first = int(np.searchsorted(tokens.ends, len(anchor), side="right")) if anchor else 0
         begins = tokens.begins[first:] - len(anchor)
@@ -166,7 +188,7 @@ class ControlTokens:
             return None
         return Tokenized(piece, tokens.ids[first:], begins, tokens.ends[first:] - len(anchor))
 
-    def _encode(self, text: str, **options: Any) -> Tokenized:
+    def _encode(self, text: str, **options: bool) -> Tokenized:
         encoded = self._tokenizer(
             text,
             add_special_tokens=False,
@@ -177,8 +199,8 @@ class ControlTokens:
         )
         offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         starts, ends = offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
-        # Some tokenizers leave out the space in front of a word from its characters: a token begins where the one
-        # before it ends. Tokens that share a character (its bytes) begin where that character does.
+        # Some tokenizers do not count the space before a word among its characters: let a token begin where the one
+        # before it ends. Tokens that are bytes of one character all begin where that character does.
         begins = np.minimum(starts, np.concatenate([[0], ends[:-1]])) if len(ends) else starts
         return Tokenized(text, np.array(encoded["input_ids"], dtype=np.int32), begins, ends)
 

@@ -1,9 +1,9 @@
-"""What happens to an example that is longer than data.seq_length, and to tokens nothing is learnt from.
+"""Apply data.length_policy to examples longer than data.seq_length, and trim tokens that nothing is learnt from.
 
 Everything that is taken away is counted: a run that loses a third of its data should say so before it trains.
 
-`split` cuts an example into pieces that share one token: the last token of a piece is the first of the next, so that
-every token is still predicted once. What it is predicted from is only what the piece holds.
+`split` cuts an example into pieces that share one token: the last of a piece is the first of the next, so every token
+is still predicted once, but only from what its own piece holds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from sft.data.encoding.masking import Encoded
 
 
 def fit(encoded: Encoded, spec: DataSpec, tally: Counter[str]) -> list[Encoded]:
-    """What is trained of an example, nothing where no target is left; `tally` gets names of `Counts`."""
+    """Return what is trained of an example: one item, several pieces, or nothing if no target is left.
+
+    Add to `tally`, whose keys are the fields of `Counts`. Raise DataError with data.length_policy error.
+    """
     tally["longest_row"] = max(tally["longest_row"], len(encoded.ids))
     trimmed = _trim(encoded, tally)
     if trimmed is None:
@@ -30,8 +33,8 @@ def fit(encoded: Encoded, spec: DataSpec, tally: Counter[str]) -> list[Encoded]:
         return [trimmed]
     if spec.length_policy == "error":
         raise DataError(
-            f"{len(trimmed.ids)} tokens are more than data.seq_length {spec.seq_length}; "
-            "data.length_policy error allows none"
+            f"{len(trimmed.ids)} tokens are more than data.seq_length {spec.seq_length}, which data.length_policy "
+            "error does not allow; raise data.seq_length, or choose another policy"
         )
     if spec.length_policy == "split":
         tally["split"] += 1
@@ -49,20 +52,21 @@ def fit(encoded: Encoded, spec: DataSpec, tally: Counter[str]) -> list[Encoded]:
 
 
 def _pieces(encoded: Encoded, size: int, tally: Counter[str]) -> list[Encoded]:
-    """Pieces of up to `size` tokens with a target in each; the others are dropped, their tokens are counted."""
-    found = []
+    """Return pieces of up to `size` tokens, without those that hold no target, whose tokens are counted as lost."""
+    pieces = []
     for start in range(0, len(encoded.ids) - 1, max(size - 1, 1)):
         piece = _without_first(_part(encoded, start, start + size))
         trimmed = _trim(piece, tally)
         if trimmed is None:
             tally["tokens_lost"] += len(piece.ids)
         else:
-            found.append(trimmed)
-    return found
+            pieces.append(trimmed)
+    return pieces
 
 
 def _truncated(kept: Encoded, lost: Encoded, tally: Counter[str]) -> list[Encoded]:
-    if kept.weights[0]:  # it has lost the token that predicted it
+    """Return `kept` if a target is left in it, and count what is lost."""
+    if kept.weights[0]:  # truncated at the left: the token that predicted it is gone
         kept = _without_first(kept)
         tally["supervised_lost"] += 1
     _lose(lost, tally)
@@ -75,11 +79,11 @@ def _truncated(kept: Encoded, lost: Encoded, tally: Counter[str]) -> list[Encode
 
 
 def _trim(encoded: Encoded, tally: Counter[str]) -> Encoded | None:
-    """Without the tokens after the last target."""
+    """Return the example without the tokens after its last target, or None if it has no target."""
     targets = np.flatnonzero(encoded.weights[1:])
     if not len(targets):
         return None
-    end = int(targets[-1]) + 2
+    end = int(targets[-1]) + 2  # one for the token left out of `targets`, one to be past the last
     tally["tokens_trimmed"] += len(encoded.ids) - end
     return _part(encoded, 0, end)
 
@@ -90,7 +94,7 @@ def _part(encoded: Encoded, start: int, end: int | None) -> Encoded:
 
 
 def _without_first(encoded: Encoded) -> Encoded:
-    """The first token has nothing that predicts it; the caller keeps its weights."""
+    """Return the example with weight 0 for its first token, which nothing predicts; the given one is not changed."""
     weights = encoded.weights.copy()
     weights[:1] = 0.0
     return replace(encoded, weights=weights)

@@ -1,15 +1,15 @@
-"""Examples -> token ids and the loss weight of each token as a target.
+"""Turn examples into token ids and the loss weight of each token as a target.
 
-A conversation is rendered once and tokenized once, so that its ids are those of `apply_chat_template`. Which tokens
-are trained follows from characters (sft/data/encoding/chat.py): a plain token is trained if any of its characters are
-the answer's; a control token if its first one is. Tokens that lie across an edge are counted.
+A conversation is rendered once and tokenized once, so its ids are those of `apply_chat_template`. Which tokens are
+trained follows from characters (sft/data/encoding/chat.py): a plain token is trained if any of its characters belongs
+to the answer, a control token if its first character does. Trained tokens across an edge are counted.
 
-A `text`, and prompt and completion with data.chat_template `none`, are taken as they are: special tokens
-spelled in them are special tokens, for who writes the wire format by hand means them. In conversations they are text
-(sft/data/encoding/escape.py).
+A `text`, and prompt and completion with data.chat_template `none`, are tokenized as they are: special tokens spelled in
+them are special tokens, because someone who writes the whole format by hand means them. In conversations they are plain
+text (sft/data/encoding/escape.py).
 
-Rejected: `{% generation %}` masks (few templates have it), searching for the ids of the answer (they depend on what
-is in front of it), and tokenizing turn by turn (other ids than generation sees).
+Rejected: `{% generation %}` masks (few templates have them), searching for the ids of the answer (they depend on what
+is before it), and tokenizing turn by turn (generation sees other ids).
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from sft.data.reading.messages import Message
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example's tokens. `weights[i]` is the weight of predicting token i; the first is predicted by nothing."""
+    """One example's tokens."""
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
+    """Loss weight of predicting each token. That of the first is 0: nothing predicts it."""
     ends: NDArray[np.bool_]
     """Which tokens end an answer."""
     answers: int = 1
     """Answers that are trained."""
     straddling: int = 0
-    """Trained tokens that lie across the edge of a trained span."""
+    """Trained tokens with characters on both sides of an edge of a trained span."""
     escaped: bool = False
     """Whether content spells special tokens."""
     unused: int = 0
@@ -50,7 +51,7 @@ class Encoded:
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> list[Encoded]:
-    """Ids and loss weights of one example; many are faster through one `Encoder`."""
+    """Return ids and loss weights of one example. For many examples, keep an `Encoder`."""
     return Encoder(tokenizer, spec).encode(example)
 
 
@@ -64,7 +65,10 @@ class Encoder:
         self._renderer: Optional[ChatRenderer] = None
 
     def encode(self, example: Example) -> list[Encoded]:
-        """Ids and loss weights of `example`, several only under data.on_mismatch split; DataError names the row."""
+        """Return ids and loss weights of `example`: one item, or several with data.on_mismatch split.
+
+        Raise DataError with the row for an example that cannot be trained.
+        """
         if example.ids is not None:
             return [self._weighted(example.ids, np.array(example.weights, dtype=np.float32))]
         if example.text is not None:
@@ -74,19 +78,19 @@ class Encoder:
         return self._conversation(_as_turns(example))
 
     def inspect(self, example: Example) -> list[tuple[Encoded, list[str]]]:
-        """What `encode` gives, and the role that each token belongs to."""
+        """Return what `encode` returns, each item with the role that each of its tokens belongs to."""
         encoded = self.encode(example)
         if not (example.messages or (example.completion is not None and self._spec.chat_template != "none")):
             return [(each, ["trained" if weight else "prompt" for weight in each.weights]) for each in encoded]
         renderer, example = self._chat_renderer(), _as_turns(example)
-        found = []
+        inspected = []
         for each, rendered in zip(encoded, renderer.render(example), strict=True):
             turns = renderer.turn_ends(example, rendered.text)
             ends = [len(renderer.controls.reveal(rendered.text[:end])) for _, end in turns]
             begins = renderer.controls.tokenize(rendered.text).begins
             names = [*(role for role, _ in turns), "end"]
-            found.append((each, [names[index] for index in np.searchsorted(ends, begins, side="right")]))
-        return found
+            inspected.append((each, [names[index] for index in np.searchsorted(ends, begins, side="right")]))
+        return inspected
 
     def _joined(self, prompt: str, completion: str) -> Encoded:
         prompt_ids = self._opened(prompt)
@@ -95,22 +99,24 @@ class Encoder:
         return self._trained_from(self._closed(prompt_ids + completion_ids), trained_from)
 
     def _opened(self, text: str) -> list[int]:
-        """Ids of a text's beginning: what the tokenizer puts in front of it is there once."""
+        """Return the ids of `text`, with the BOS that the tokenizer puts first, once even if `text` spells it."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         leading = leading_ids(self._tokenizer)
         return ids if ids[: len(leading)] == leading else leading + ids
 
     def _closed(self, ids: list[int]) -> list[int]:
+        """Return `ids` with the end token last, once."""
         end = end_of_text(self._tokenizer)
         return ids if ids and ids[-1] == end else [*ids, end]
 
     def _trained_from(self, ids: Sequence[int], first: int) -> Encoded:
+        """Return an example in which the tokens from index `first` on are trained."""
         weights = np.ones(len(ids), dtype=np.float32)
         weights[:first] = 0.0
         return self._weighted(ids, weights)
 
     def _weighted(self, ids: Sequence[int], weights: NDArray[np.float32]) -> Encoded:
-        """Ids whose weights are known: each run of trained tokens is an answer, and a control token may end it."""
+        """Return an example with these weights. Each run of trained tokens counts as an answer."""
         known = np.array(ids, dtype=np.int32)
         trained = weights > 0
         last = trained & ~np.append(trained[1:], False)
@@ -128,7 +134,10 @@ class Encoder:
         if self._renderer is None:
             template = chat_template(self._tokenizer, self._spec)
             if template is None:
-                raise ModelError("data.chat_template none joins prompt and completion; messages need a template")
+                raise ModelError(
+                    "data.chat_template: none joins a prompt and its completion, but the rows hold messages; name a "
+                    "Jinja2 file, or tokenizer for its own template"
+                )
             self._renderer = ChatRenderer(self._tokenizer, template, ControlTokens(self._tokenizer), self._spec)
         return self._renderer
 
@@ -139,12 +148,13 @@ class Encoder:
         is_control = np.isin(tokens.ids, controls.ids)
         crossing = 0
         for first, last, weight in rendered.spans:
+            # Spans count characters of the rendered text; tokens count those of the text with spellings restored.
             begin, end = (len(controls.reveal(rendered.text[:at])) for at in (first, last))
             inside = _tokens_of(tokens, begin, end, is_control)
             weights[inside] = weight
             ends |= _end_of(inside, is_control, tokens)
-            edges = [(tokens.begins < edge) & (edge < tokens.ends) for edge in (begin, end)]
-            crossing += int(np.count_nonzero(inside & np.logical_or(*edges))) if weight else 0
+            across = [(tokens.begins < edge) & (edge < tokens.ends) for edge in (begin, end)]
+            crossing += int(np.count_nonzero(inside & np.logical_or(*across))) if weight else 0
         return Encoded(
             ids=tokens.ids,
             weights=_without_first(weights),
@@ -157,7 +167,7 @@ class Encoder:
 
 
 def _as_turns(example: Example) -> Example:
-    """The example as a conversation."""
+    """Return the example as a conversation, a prompt and its completion as two turns."""
     if example.completion is None:
         return example
     turns = (Message("user", example.prompt), Message("assistant", example.completion))
@@ -165,6 +175,8 @@ def _as_turns(example: Example) -> Example:
 
 
 def _tokens_of(tokens: Tokenized, first: int, last: int, is_control: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which tokens are trained by a span: those that begin in it, and plain tokens that reach into it."""
+    # A control token before the answer may include the spaces after it, and so reach into the span.
     begins_inside = (first <= tokens.begins) & (tokens.begins < last)
     overlaps = (tokens.begins < last) & (first < tokens.ends)
     inside: NDArray[np.bool_] = begins_inside | (overlaps & ~is_control)
@@ -172,7 +184,7 @@ def _tokens_of(tokens: Tokenized, first: int, last: int, is_control: NDArray[np.
 
 
 def _end_of(inside: NDArray[np.bool_], is_control: NDArray[np.bool_], tokens: Tokenized) -> NDArray[np.bool_]:
-    """The control token that ends a span: the last one, if nothing but spaces comes after it."""
+    """Return where the control token is that ends a span: the last token but for spaces, if that is one."""
     ends = np.zeros(len(inside), dtype=np.bool_)
     for index in np.flatnonzero(inside)[::-1]:
         if is_control[index]:

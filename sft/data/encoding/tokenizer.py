@@ -1,8 +1,8 @@
-"""Loading a tokenizer from a directory, and the few facts about it that training depends on.
+"""Load a tokenizer from a directory, and read the few facts about it that training depends on.
 
-Which tokens end an answer, which are control tokens, what the tokenizer itself puts in front of a text: each is
-asked of the tokenizer once, here. The padding token is not among them. Lengths decide what padding is, so that a
-tokenizer whose padding token is its end token (or that has none) is like any other.
+These are the control tokens, the token that ends a text, and what the tokenizer itself puts before a text. The padding
+token is not among them: lengths decide what is padding, so a tokenizer whose padding token is its end token, or that
+has none, needs no special case.
 
 Rejected: setting `pad_token = eos_token` and masking by id, which takes the end token out of the loss.
 """
@@ -30,11 +30,14 @@ _OTHER_FILES = (
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `path`, without a network and without running code from the directory."""
+    """Load the tokenizer in directory `path`, without network access and without running code from it.
+
+    Raise ModelError if there is none or it cannot be loaded.
+    """
     if not path.is_dir():
         raise ModelError(f"model.tokenizer: {path} is not a directory")
     if not any((path / name).is_file() for name in VOCABULARY_FILES):
-        raise ModelError(f"model.tokenizer: no tokenizer in {path}: none of {', '.join(VOCABULARY_FILES)} is there")
+        raise ModelError(f"model.tokenizer: no tokenizer in {path}: it holds none of {', '.join(VOCABULARY_FILES)}")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
@@ -42,44 +45,48 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     # Third-party loaders: the Rust side raises bare Exception on a file it cannot parse.
     except Exception as error:
         raise ModelError(f"model.tokenizer: the tokenizer in {path} cannot be loaded: {error}") from error
-    # Only a source of warnings: data.seq_length is what limits an example.
+    # It would only cause warnings: data.seq_length is what limits an example.
     tokenizer.model_max_length = 10**30
     return tokenizer
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """The files that decide what ids a text gets, and how a conversation is written."""
+    """Return the files in `path` that decide which ids a text gets and how a conversation is written."""
     named = [path / name for name in (*VOCABULARY_FILES, *_OTHER_FILES)]
     templates = sorted((path / "additional_chat_templates").glob("*.jinja"))
     return [file for file in named if file.is_file()] + templates
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text and id of every special token: what a template may write and what nobody's text may become."""
+    """Return spelling and id of every special token: templates may write them, content may not become one."""
     added = tokenizer.added_tokens_decoder
-    found = {token.content: index for index, token in added.items() if token.special}
-    found.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return found
+    ids = {token.content: index for index, token in added.items() if token.special}
+    ids.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return ids
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the end token, which texts and plain completions are closed with."""
+    """Return the id of the end token, which ends texts and plain completions; raise ModelError if there is none."""
     if not isinstance(tokenizer.eos_token_id, int):
         raise ModelError(
-            "model.tokenizer: the tokenizer has no eos_token, and without one no answer would learn to end; "
-            "set eos_token in its tokenizer_config.json"
+            "model.tokenizer: the tokenizer has no eos_token, without which the model would not learn to end an "
+            "answer; set eos_token in its tokenizer_config.json"
         )
     return tokenizer.eos_token_id
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts in front of a text: its BOS, or nothing."""
+    """Return what the tokenizer itself puts before a text: the id of its BOS, or nothing."""
     ids: list[int] = tokenizer("")["input_ids"]
+    # Some tokenizers also add an end token, which is not wanted here: only BOS counts.
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id != tokenizer.eos_token_id else []
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> str | None:
-    """The Jinja2 text that conversations are written with; None where data.chat_template is none."""
+    """Return the Jinja2 template of conversations, None with data.chat_template none.
+
+    Raise ModelError if the tokenizer has none or the named file cannot be read.
+    """
     if spec.chat_template == "none":
         return None
     if spec.chat_template == "tokenizer":

@@ -1,13 +1,13 @@
 """Proof, by rendering, that every part of a conversation reaches the text.
 
-A chat template may leave out a role, the tools, or the second of two calls, without an error. To look for the part's
-words in the text proves nothing, because an answer may repeat them ("What is the weather in Paris?" beside a tool named
+A chat template may leave out a role, the tools, or the second of two calls, without an error. Finding the part's words
+in the text proves nothing, because an answer may repeat them ("What is the weather in Paris?" beside a tool named
 `weather`). So the conversation is rendered once more with a marker in place of each part, a word that occurs nowhere
 else, and each marker must be in that text.
 
 What a template writes depends on the shape of a conversation (roles, keys, number of calls) and rarely on its words, so
-that one proof serves all conversations of one shape. Templates whose output depends on the words as well are still held
-to the words themselves by the renderer's own check (`sft.data.encoding.chat`).
+one proof serves all conversations of one shape. Where the output depends on the words as well, the renderer still
+checks the words themselves (`sft.data.encoding.chat`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from launcher.contract.errors import DataError
+from sft.data.reading.messages import Description, TemplateMessage, Tool, ToolCall
 
-Apply = Callable[[list[dict[str, Any]], list[Any] | None], str]
-"""Render messages and tools without a generation prompt; DataError where the template refuses them."""
+Apply = Callable[[Sequence[TemplateMessage], Sequence[Tool] | None], str]
+"""Render messages and tools without a generation prompt, or raise DataError if the template refuses them."""
 
 _TOOL_TEXTS = ("name", "description")
 
@@ -36,44 +37,45 @@ class Part:
 
 
 class WrittenParts:
-    """Which parts of conversations a template leaves out; remembers the answer for each shape."""
+    """Finds which parts of conversations a template leaves out, and remembers the answer for each shape."""
 
     def __init__(self, apply: Apply) -> None:
         self._apply = apply
         self._known: dict[object, tuple[Part, ...]] = {}
 
-    def left_out(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> tuple[Part, ...]:
+    def left_out(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> tuple[Part, ...]:
         """Return the parts of these messages and tools that the template does not write, in their order.
 
-        Contents of assistant turns with calls and reasoning are not among them: templates drop both from turns that
-        others follow, and the renderer holds the turns that are trained to them one by one.
+        Reasoning, and the content of assistant turns with calls, are not among them: templates drop both from turns
+        that others follow. The renderer checks them in each turn that is trained.
         """
         shape = _shape([list(messages), list(tools or [])])
         if shape not in self._known:
             self._known[shape] = self._prove(messages, tools)
         return self._known[shape]
 
-    def _prove(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> tuple[Part, ...]:
+    def _prove(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> tuple[Part, ...]:
         marking = _Marking()
         marked_messages = [marking.message(turn, message) for turn, message in enumerate(messages)]
         marked_tools = [marking.tool(tool) for tool in tools or ()] or None
         try:
             text = self._apply(marked_messages, marked_tools)
         except DataError:
-            return ()  # a template that checks the words themselves: only they can be looked for
+            return ()  # the template checks the words themselves: markers prove nothing
         return tuple(part for part in marking.parts if part.marker not in text)
 
 
 class _Marking:
-    """Puts markers in the place of parts, and keeps which stands for what."""
+    """Puts markers in place of parts, and keeps which marker stands for what."""
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
         self._numbers = itertools.count()
 
-    def message(self, turn: int, message: Mapping[str, Any]) -> dict[str, Any]:
-        marked = dict(message)
-        calls = message.get("tool_calls", ())
+    def message(self, turn: int, message: TemplateMessage) -> TemplateMessage:
+        """Return the message with markers for its content, and for names and arguments of its calls."""
+        marked = message.copy()
+        calls = message.get("tool_calls", [])
         if message["content"]:
             marker = self._marker()
             marked["content"] = marker
@@ -83,26 +85,32 @@ class _Marking:
             marked["tool_calls"] = [self._call(turn, call) for call in calls]
         return marked
 
-    def tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
-        """Mark what a tool and its parameters are called and what is said of them."""
-        function = dict(tool.get("function", tool))
+    def tool(self, tool: Tool) -> Tool:
+        """Return the tool with markers for its name and description."""
+        function: dict[str, object] = dict(tool["function"])
         for key in _TOOL_TEXTS:
-            if isinstance(function.get(key), str) and function[key].strip():
+            value = function.get(key)
+            if isinstance(value, str) and value.strip():
                 function[key] = self._new(None, f"tool {key}")
-        return {**tool, "function": function} if "function" in tool else function
+        marked = tool.copy()
+        marked["function"] = cast(Description, function)
+        return marked
 
-    def _call(self, turn: int, call: Mapping[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        marked = {"name": self._new(turn, "tool call"), "arguments": self._arguments(turn, function["arguments"])}
-        return {**call, "function": {**function, **marked}}
+    def _call(self, turn: int, call: ToolCall) -> ToolCall:
+        function = call["function"].copy()
+        function["name"] = self._new(turn, "tool call")
+        function["arguments"] = {name: self._argument(turn, item) for name, item in function["arguments"].items()}
+        marked = call.copy()
+        marked["function"] = function
+        return marked
 
-    def _arguments(self, turn: int, value: Any) -> Any:
-        """Mark the texts of a call's arguments; numbers, truth values and names of arguments stay."""
+    def _argument(self, turn: int, value: object) -> object:
+        """Return an argument of a call with markers for its texts. Keys, numbers and booleans stay."""
         if isinstance(value, str):
             return self._new(turn, "tool call's arguments") if value.strip() else value
         if isinstance(value, Mapping):
-            return {name: self._arguments(turn, item) for name, item in value.items()}
-        return [self._arguments(turn, item) for item in value] if isinstance(value, list) else value
+            return {name: self._argument(turn, item) for name, item in value.items()}
+        return [self._argument(turn, item) for item in value] if isinstance(value, list) else value
 
     def _new(self, turn: int | None, what: str) -> str:
         marker = self._marker()
@@ -114,8 +122,8 @@ class _Marking:
         return f"zq{next(self._numbers):06d}xk"
 
 
-def _shape(value: Any, key: str = "") -> object:
-    """What of a conversation decides which parts are written: everything but its words."""
+def _shape(value: object, key: str = "") -> object:
+    """Return what decides which parts of a conversation are written: everything but its words."""
     if isinstance(value, str):
         return value if key == "role" else bool(value.strip())
     if isinstance(value, Mapping):
@@ -125,8 +133,8 @@ def _shape(value: Any, key: str = "") -> object:
     return type(value)
 
 
-def describe(parts: Sequence[Part], messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Say of each turn, and of the tools, what the template leaves out."""
+def describe(parts: Sequence[Part], messages: Sequence[TemplateMessage]) -> Iterator[str]:
+    """Yield a problem for each turn, and for the tools, with what the template leaves out."""
     for turn, group in itertools.groupby(parts, key=lambda part: part.turn):
         names = ", ".join(dict.fromkeys(part.what for part in group))
         if turn is None:

@@ -12,7 +12,7 @@ from sft.data.prepared.prepare import PreparedData, open_or_build
 
 
 def open_validation_sets(spec: RunSpec, tokenizer_dir: Path, *, build: bool) -> Iterator[tuple[str, PreparedData]]:
-    """Name and data of each set: training data as ever, and the set in place of data.validation."""
+    """Yield name and data of each set in data.validation_sets, opened in place of data.validation."""
     for name, pattern in spec.data.validation_sets.items():
         data = replace(spec.data, validation=[pattern])
         try:

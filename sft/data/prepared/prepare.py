@@ -1,11 +1,11 @@
-"""Data files -> token caches, built by one process and found by all ranks.
+"""Build the token caches of a run in one process, and open them on every rank.
 
-A cache is named by what it was made from: bytes of the data, files of the tokenizer, template, policies, and the
-version of the code. So there is nothing to invalidate: other input has another name.
+A cache is named by a digest of what it was made from: the bytes of the data, the tokenizer's files, the template, the
+policies, and the version of the code. Nothing is ever invalidated: other input has another name.
 
-`python -m sft prepare` builds it before any rank is started. Should it be missing all the same, global rank 0 builds
-it and the others look for it on the file system: a collective would hit its timeout long before a large data set is
-tokenized, and would say nothing of why.
+`python -m sft prepare` builds the caches before any rank is started. If one is missing all the same, global rank 0
+builds it and the other ranks poll the file system. A collective instead would time out long before a large data set is
+tokenized, without saying why.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sft.data.reading.files import digest, expand, file_identity, sha256_of
 from sft.data.reading.formats import check_columns, detect_format
 
 CODE_VERSION = 3
-"""Raised with every change that gives the same rows other tokens or weights."""
+"""Increase it with every change that gives the same rows other tokens or weights."""
 
 WAIT_SECONDS = 6 * 3600.0
 _POLL_SECONDS = 1.0
@@ -42,21 +42,21 @@ _POLICIES = ("columns", "chat_template_kwargs", "loss_on", "on_mismatch", "seq_l
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """Tokenized training data and, where there is some, validation data."""
+    """Tokenized training data and, if there is any, validation data."""
 
     train: TokenCache | Sources
-    """Of several sources where the config names them."""
+    """`Sources` where the config has data.sources."""
     validation: TokenCache | None
 
     @property
     def training_caches(self) -> tuple[TokenCache, ...]:
-        """The cache of each source."""
+        """The cache of each source, or the only one."""
         return self.train.caches if isinstance(self.train, Sources) else (self.train,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
-    """One data set: its files, and where its cache belongs."""
+    """One data set: its files, and the name and place of its cache."""
 
     of: DataSet
     files: tuple[Path, ...]
@@ -66,7 +66,7 @@ class _Source:
 
 
 def prepare_data(spec: RunSpec, tokenizer_dir: Path) -> PreparedData:
-    """Build what is missing and print what the run will train on."""
+    """Build the caches that are missing, print what the run will train on, and return the data."""
     prepared = open_or_build(spec, tokenizer_dir, build=True)
     for _, name, cache in _named_caches(prepared):
         print(report(name, cache))
@@ -78,7 +78,11 @@ def prepare_data(spec: RunSpec, tokenizer_dir: Path) -> PreparedData:
 def open_or_build(
     spec: RunSpec, tokenizer_dir: Path, *, build: bool, wait_seconds: float = WAIT_SECONDS
 ) -> PreparedData:
-    """The run's data. With `build` what is missing is made; without, it is waited for. Makes no collective calls."""
+    """Return the run's data: with `build` make missing caches, without it wait for them up to `wait_seconds`.
+
+    Raise DataError for files that cannot be read, caches that do not appear, and data that lose too much. No
+    collectives are called.
+    """
     check_columns(spec.data.columns, "data.columns")
     for name, given in spec.data.sources.items():
         check_columns(given.columns, f"data.sources.{name}.columns")
@@ -96,25 +100,27 @@ def open_or_build(
 
 
 def check_vocabulary(prepared: PreparedData, vocab_size: int) -> None:
-    """Refuse token ids that the model has no embedding for: a GPU would only say `device-side assert`."""
+    """Raise DataError for token ids that the model has no embedding for."""
+    # Checked here because a GPU would only say `device-side assert`.
     for key, _, cache in _named_caches(prepared):
         if cache.counts.largest_id >= vocab_size:
             raise DataError(
                 f"{key}: token id {cache.counts.largest_id} is not in the model's vocabulary of {vocab_size} "
-                "(vocab_size in its config.json); model.tokenizer, or who made the ids, belongs to another model"
+                "(vocab_size in its config.json); set model.tokenizer to the model's own, or, if the rows hold token "
+                "ids, make them with it"
             )
 
 
 def _named_caches(prepared: PreparedData) -> list[tuple[str, str, TokenCache]]:
-    """Key, name and cache of each data set."""
+    """Return key, name and cache of each data set."""
     train = prepared.train
     if isinstance(train, Sources):
         pairs = zip(train.shares, train.caches, strict=True)
-        found = [(f"data.sources.{share.name}", share.name, cache) for share, cache in pairs]
+        named = [(f"data.sources.{share.name}", share.name, cache) for share, cache in pairs]
     else:
-        found = [("data.train", "train", train)]
+        named = [("data.train", "train", train)]
     validation = prepared.validation
-    return found if validation is None else [*found, ("data.validation", "validation", validation)]
+    return named if validation is None else [*named, ("data.validation", "validation", validation)]
 
 
 def _source(spec: RunSpec, data_set: DataSet, tokenizer_dir: Path, *, write_notes: bool) -> _Source:
@@ -128,7 +134,7 @@ def _source(spec: RunSpec, data_set: DataSet, tokenizer_dir: Path, *, write_note
 
 
 def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir: Path) -> str:
-    """SHA-256 over everything that decides the cache's bytes."""
+    """Return the SHA-256 of everything that decides the cache's bytes."""
     template = data.chat_template
     if template not in ("tokenizer", "none"):
         try:
@@ -151,7 +157,7 @@ def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path) -> TokenC
         try:
             return TokenCache.open(source.directory)
         except DataError as error:
-            print(f"{error}; it is built again", file=sys.stderr)
+            print(f"{error}; building it again", file=sys.stderr)
             shutil.rmtree(source.directory)
     parent = source.directory.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -182,6 +188,7 @@ def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> 
 
 
 def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:
+    """Return the cache that another rank builds, or raise DataError if it does not appear in time."""
     deadline = time.monotonic() + wait_seconds
     told = False
     while not _has_appeared(source.directory):
@@ -198,14 +205,14 @@ def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:
 
 
 def _has_appeared(directory: Path) -> bool:
-    # Reading the parent makes network file systems forget that the name was absent a moment ago.
+    # Network file systems remember that a name was absent. Listing its parent makes them ask again.
     with contextlib.suppress(FileNotFoundError):
         return directory in set(directory.parent.iterdir())
     return False
 
 
 def _remove_stale(parent: Path) -> None:
-    """Remove what killed builds left behind; a living one touches its directory with every part."""
+    """Remove what killed builds left behind: a running one changes its directory with every part."""
     for path in parent.glob(".*-*"):
         try:
             old = time.time() - path.stat().st_mtime > _STALE_SECONDS

@@ -1,6 +1,6 @@
-"""What became of the rows, for people, and the limits past which a run is refused.
+"""Report what happened to the rows, and refuse runs that lose too much of them.
 
-Nothing is taken away silently: a run that would lose half its data, or never learn to stop, says so before it trains.
+No data is dropped silently: a run that would lose half its data, or never learn to stop, says so before it trains.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sft.data.prepared.sources import Sources
 
 
 def report(name: str, cache: TokenCache) -> str:
-    """What a cache holds and what was lost on the way, for people."""
+    """Return the lines that say what a cache holds and what was lost."""
     c = cache.counts
     targets = c.tokens - c.examples
     lines = [
@@ -34,24 +34,24 @@ def report(name: str, cache: TokenCache) -> str:
         lines.append(f"  dropped: {c.unsupervised:,} rows without any token to train on")
     if c.tokens_lost:
         lines.append(
-            f"  lost so: {c.tokens_lost:,} tokens, {c.supervised_lost:,} of them to be trained "
-            f"({lost_percent(c):.1f} % of those)"
+            f"  lost: {c.tokens_lost:,} tokens, {c.supervised_lost:,} of them to be trained "
+            f"({lost_percent(c):.1f} % of all to be trained)"
         )
     if c.terminators < c.answers:
-        lines.append(f"  cut: {c.answers - c.terminators:,} of {c.answers:,} answers have no end token that is trained")
+        lines.append(f"  cut: {c.answers - c.terminators:,} of {c.answers:,} answers have no trained end token")
     if c.tokens_trimmed or c.messages_trimmed:
         lines.append(
-            f"  trimmed: {c.messages_trimmed:,} messages, and {c.tokens_trimmed:,} tokens, after the last trained one"
+            f"  trimmed: {c.messages_trimmed:,} messages and {c.tokens_trimmed:,} tokens after the last trained one"
         )
     if c.straddling:
-        lines.append(f"  edges: {c.straddling:,} trained tokens hold text of prompt and answer")
+        lines.append(f"  edges: {c.straddling:,} trained tokens hold text of both prompt and answer")
     if c.escaped:
         lines.append(f"  escaped: special tokens spelled in {c.escaped:,} rows are trained as plain text")
     return "\n".join(lines)
 
 
 def epoch_report(sources: Sources) -> str:
-    """What an epoch takes of each source, for people."""
+    """Return the lines that say what an epoch takes of each source."""
     total = sum(share.taken for share in sources.shares)
     lines = [f"an epoch takes {total:,} examples of {len(sources.shares)} sources:"]
     lines += [f"  {share.name}: {text}" for share, text in zip(sources.shares, epoch_shares(sources), strict=True)]
@@ -59,29 +59,30 @@ def epoch_report(sources: Sources) -> str:
 
 
 def epoch_shares(sources: Sources) -> list[str]:
-    """What an epoch takes of each source; of trained tokens the mean over epochs, which may take other examples."""
+    """Return what an epoch takes of each source, a text for each."""
+    # Epochs may take different examples of a source: the trained tokens are the mean over epochs.
     total = sum(share.taken for share in sources.shares)
     counts = [cache.counts for cache in sources.caches]
     trained = [share.taken * c.supervised_tokens / c.examples for share, c in zip(sources.shares, counts, strict=True)]
-    found = []
+    texts = []
     for share, mine in zip(sources.shares, trained, strict=True):
         copies = f"{share.copies} x {share.examples:,}"
         how = f"{copies} + {share.rest:,}" if share.rest and share.copies else "" if share.rest else copies
-        found.append(
+        texts.append(
             f"{share.taken:,} examples, weight {share.weight:g} of {share.examples:,}{f' ({how})' if how else ''}; "
             f"{share.taken / total:.1%} of the examples, {mine / sum(trained):.1%} of the trained tokens"
         )
-    return found
+    return texts
 
 
 def lost_percent(counts: Counts) -> float:
-    """Share of the tokens to be trained that the length policy took away."""
+    """Return the percentage of the tokens to be trained that the length policy took away."""
     wanted = counts.supervised_tokens + counts.supervised_lost
     return 100.0 * counts.supervised_lost / wanted if wanted else 0.0
 
 
 def check_counts(counts: Counts, key: str, files: Sequence[Path]) -> None:
-    """Refuse data that nothing can be learnt from; `key` and `files` name them in errors."""
+    """Raise DataError for data that nothing can be learnt from; `key` and `files` say which in the error."""
     names = ", ".join(map(str, files))
     if counts.rows == 0:
         raise DataError(f"{key}: no rows in {names}")
@@ -93,13 +94,13 @@ def check_counts(counts: Counts, key: str, files: Sequence[Path]) -> None:
         )
     if counts.terminators == 0:
         raise DataError(
-            f"{key}: no answer in {names} ends with an end token that is trained, so the model would "
+            f"{key}: no answer in {names} ends with a trained end token, so the model would "
             "never learn to stop; the chat template must write one after each assistant turn"
         )
 
 
 def check_lost(counts: Counts, key: str, data: DataSpec) -> None:
-    """Refuse data of which the length policy took away more than data.max_lost_percent."""
+    """Raise DataError if the length policy took away more than data.max_lost_percent of the tokens to be trained."""
     if not 0.0 <= data.max_lost_percent <= 100.0:
         raise DataError(f"data.max_lost_percent {data.max_lost_percent:g} must be between 0 and 100")
     if lost_percent(counts) > data.max_lost_percent:

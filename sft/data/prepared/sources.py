@@ -1,8 +1,8 @@
-"""The data sets that a config names, and training data of several sources as one.
+"""The data sets that a config names, and several sources as one set of training data.
 
-Each source has a token cache of its own, so that it is tokenized once, whatever it is mixed with and in which
-proportions. Together their examples are numbered source after source. Only what plans need of each example is joined;
-tokens stay where they are.
+Each source has its own token cache, so it is tokenized once, whatever it is mixed with and in which proportions. All
+examples are numbered source after source. Only what plans need to know about each example is joined in memory; tokens
+stay in their caches.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class DataSet:
 
     name: str
     key: str
-    """How errors name it."""
+    """The config key that errors name."""
     data: DataSpec
-    """How it is read, with its files as `train`."""
+    """How it is read. Its files are in `train`, whichever key of the config names them."""
 
 
 def training_sets(data: DataSpec) -> list[DataSet]:
-    """The sources, or data.train as the only one; DataError where there is neither."""
+    """Return the sources, or data.train as the only one; raise DataError if there is neither."""
     if data.sources:
         return [DataSet(name=name, key=f"data.sources.{name}", data=data.of_source(name)) for name in data.sources]
     if not data.train:
@@ -41,7 +41,7 @@ def training_sets(data: DataSpec) -> list[DataSet]:
 
 
 def held_out_sets(data: DataSpec) -> list[DataSet]:
-    """data.validation, where there is any."""
+    """Return data.validation as a data set, or nothing if the config has none."""
     held_out = dataclasses.replace(data, train=data.validation, sources={})
     return [DataSet(name="validation", key="data.validation", data=held_out)] if data.validation else []
 
@@ -52,39 +52,39 @@ class Sources:
 
     caches: tuple[TokenCache, ...]
     shares: tuple[Share, ...]
-    """Name and part of each."""
+    """Name and part in an epoch of each."""
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def tokens(self, example: int) -> TokenPair:
-        """Ids and weights of one example, as views."""
+        """Return ids and weights of one example, as views of its cache."""
         source, local = self.locate(example)
         return self.caches[source].tokens(local)
 
     def locate(self, example: int) -> tuple[int, int]:
-        """Index of the source of an example, and its number there."""
+        """Return the index of the source of an example, and the example's number there."""
         source = int(np.searchsorted(self._ends, example, side="right"))
         return source, example - int(self._ends[source - 1] if source else 0)
 
     def id_of(self, example: int) -> str:
-        """The name of an example in records: its source, and its number there."""
+        """Return the name of an example in records, `source:number`."""
         source, local = self.locate(example)
         return f"{self.shares[source].name}:{local}"
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return np.concatenate([cache.lengths for cache in self.caches])
 
     @cached_property
     def target_weights(self) -> NDArray[np.float64]:
-        """Sum of each example's target weights."""
+        """Sum of the target weights of each example."""
         return np.concatenate([cache.target_weights for cache in self.caches])
 
     @cached_property
     def supervised(self) -> NDArray[np.int64]:
-        """Number of each example's targets with a weight other than 0."""
+        """Number of targets of each example with a weight other than 0."""
         return np.concatenate([cache.supervised for cache in self.caches])
 
     @cached_property
@@ -93,7 +93,7 @@ class Sources:
 
 
 def joined(sets: list[DataSet], caches: list[TokenCache], data: DataSpec) -> TokenCache | Sources:
-    """The training data as one; DataError where nothing would be taken of a source."""
+    """Return the training data as one, or raise DataError if an epoch would take nothing of a source."""
     if not data.sources:
         return caches[0]
     pairs = zip(sets, caches, strict=True)
@@ -101,7 +101,7 @@ def joined(sets: list[DataSet], caches: list[TokenCache], data: DataSpec) -> Tok
     problems = [
         f"{each.key}.weight: {share.weight:g} x {share.examples:,} examples is {share.weight * share.examples:.3g}, "
         f"which rounds to 0: nothing of it would be trained. Give it at least 1 / (2 x {share.examples:,}) = "
-        f"{0.5 / share.examples:.3g}, or take it out"
+        f"{0.5 / share.examples:.3g}, or remove the source"
         for each, share in zip(sets, shares, strict=True)
         if share.taken == 0
     ]

@@ -1,11 +1,11 @@
-"""Data files as bytes: which there are, what is in them (a digest), and how they are cut for workers.
+"""Data files as bytes: find them, compute their digests, and cut them into ranges for workers.
 
-A digest names the content, so that a file may be moved or copied without being tokenized again. Every rank needs the
-digest to find the cache; to read a large data set on every rank would take longer than to tokenize it, so the one
-that builds the cache notes digests beside it, and they hold as long as size and times of the file are the same.
+A digest identifies the content, so a file can be moved or copied without being tokenized again. Every rank needs the
+digest to find the cache, but reading a large data set on every rank would take longer than tokenizing it. So the
+process that builds the cache stores digests beside it; they hold while size and times of the file stay the same.
 
-Workers get byte ranges that end at line ends, with the number of their first line: memory stays flat whatever the
-size of a file, and an error still names file and line.
+Workers get byte ranges that end at line ends, with the number of their first line: memory stays flat whatever the size
+of a file, and errors still name file and line.
 """
 
 from __future__ import annotations
@@ -24,31 +24,35 @@ from sft.data.reading.tables import dataset_files, place
 
 _BLOCK = 1 << 20
 _SETTLED_SECONDS = 2.0
-"""A file that was changed later than this is read again: within the clock's grain its times prove nothing."""
+"""The digest of a file changed less than this long ago is not stored: file systems with coarse clocks could give a
+later change the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Whole lines of a file."""
+    """A range of bytes of a file that holds whole lines."""
 
     path: Path
     start: int
     end: int
     first_line: int
     source: Optional[Path] = None
-    """The data file whose rows were written out as these lines, each with a number in front."""
+    """The data file whose rows were written out as these lines, each after its number and a tab."""
 
     def where(self, number: int) -> str:
-        """How errors name a row."""
+        """Return how errors name the row with this number."""
         return place(self.source or self.path, number)
 
 
 def expand(patterns: Sequence[str], key: str) -> list[Path]:
-    """Files that `patterns` name, in the order of the patterns, each pattern's sorted; `key` names them in errors."""
-    found: list[Path] = []
+    """Return the files that `patterns` match, pattern after pattern, those of one pattern sorted.
+
+    Raise DataError, beginning with `key`, for each pattern that matches nothing.
+    """
+    matched: list[Path] = []
     problems: list[str] = []
     for pattern in patterns:
-        # A name is taken as it is before it is taken as a pattern: file names may hold brackets.
+        # An existing file comes before a pattern: file names may contain brackets.
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
         try:
             files = [file for match in matches for file in _files_of(Path(match), key, alone=len(matches) == 1)]
@@ -57,21 +61,25 @@ def expand(patterns: Sequence[str], key: str) -> list[Path]:
             continue
         if not files:
             problems.append(f"{key}: no file {pattern!r}")
-        found += files
+        matched += files
     if problems:
         raise DataError(problems)
-    return found
+    return matched
 
 
 def _files_of(path: Path, key: str, *, alone: bool) -> list[Path]:
-    """The file, or those of a saved data set; other directories that a pattern happens to match are passed over."""
+    """Return the file itself, or the files of a directory that `datasets` saved."""
     if not path.is_dir():
         return [path]
+    # Among several matches of a pattern, directories that are no data set are skipped; one named alone is an error.
     return dataset_files(path, key) if alone or (path / "state.json").is_file() else []
 
 
 def digest(path: Path, notes: Path, *, write: bool) -> str:
-    """SHA-256 of the file's bytes, noted in directory `notes` when `write` is set."""
+    """Return the SHA-256 of the file's bytes, from directory `notes` if it is known there.
+
+    With `write` a digest that had to be computed is stored there.
+    """
     identity = file_identity(path)
     note = notes / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
     known = read_json(note)
@@ -84,13 +92,13 @@ def digest(path: Path, notes: Path, *, write: bool) -> str:
 
 
 def file_identity(path: Path) -> list[int]:
-    """Size and times: what changes when the content does."""
+    """Return size and times of the file: what changes when its content does."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of the file's bytes."""
+    """Return the SHA-256 of the file's bytes."""
     value = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -99,7 +107,10 @@ def sha256_of(path: Path) -> str:
 
 
 def cut(path: Path, size: int, source: Optional[Path] = None) -> Iterator[ByteRange]:
-    """The file in ranges of about `size` bytes that end at line ends; `source` is what its lines were made from."""
+    """Yield the file in ranges of about `size` bytes that end at line ends.
+
+    `source` is the data file from which the lines were written, if they were (`ByteRange.source`).
+    """
     start, line = 0, 1
     with path.open("rb") as file:
         while block := file.read(size):
@@ -111,14 +122,14 @@ def cut(path: Path, size: int, source: Optional[Path] = None) -> Iterator[ByteRa
 
 
 def read_lines(part: ByteRange) -> Iterator[tuple[int, bytes]]:
-    """Numbers and lines of a range; blank lines are passed over."""
+    """Yield the lines of a range with their numbers, without blank lines."""
     with part.path.open("rb") as file:
         file.seek(part.start)
         position, number = part.start, part.first_line
         while position < part.end and (line := file.readline()):
             if part.source is not None:
-                noted, _, row = line.partition(b"\t")
-                yield int(noted), row
+                row_number, _, row = line.partition(b"\t")
+                yield int(row_number), row
             elif line.strip():
                 yield number, line
             position += len(line)

@@ -1,14 +1,14 @@
-"""Rows of a data file -> examples: the one place that knows how people write data down.
+"""Read the rows of a data file as examples. This is the only place that knows the formats of data.
 
-    prompt_completion   {"prompt": "...", "completion": "..."}; `input` and `system` where data.columns names them;
-                        both may be lists of messages: those of the prompt are not trained
+    prompt_completion   {"prompt": "...", "completion": "..."}, and `input` and `system` if data.columns names them;
+                        both may be lists of messages, of which those of the prompt are not trained
     messages            {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
     sharegpt            {"conversations": [{"from": "human", "value": "..."}, ...], "system": "...", "tools": "[...]"}
     tokens              {"input_ids": [...], "labels": [...]} (-100: not trained), or "loss_mask" in place of labels
     text                {"text": "..."}
 
-data.columns maps our names to the row's, which may be dotted (sft/data/reading/row.py). What cannot be read is an
-error that names file, line and key (turns: sft/data/reading/messages.py).
+data.columns maps these names to those of the rows, which may be dotted (sft/data/reading/row.py). Rows that cannot be
+read raise DataError with file, line and key. The turns of conversations are read by sft/data/reading/messages.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from launcher.contract.errors import DataError, did_you_mean
 from launcher.contract.spec import DataSpec
@@ -26,12 +26,13 @@ from sft.data.reading.messages import (
     MESSAGE_COLUMNS,
     TURN_COLUMNS,
     Message,
+    Tool,
     read_messages,
     read_sharegpt,
     read_tools,
     refuse_unread,
 )
-from sft.data.reading.row import MISSING, find, get, get_text, kind, load, loss_weight, names, parse_json
+from sft.data.reading.row import MISSING, Row, find, get, get_text, kind, load, loss_weight, names, parse_json
 from sft.data.reading.tables import holds_lines, place, read_rows
 
 COLUMNS = {
@@ -41,7 +42,7 @@ COLUMNS = {
     "tokens": ("input_ids",),
     "text": ("text",),
 }
-"""Keys that a row of each format must have, in the order in which they are looked for."""
+"""Keys that a row of each format must have. The first format that fits is taken."""
 
 _OPTIONAL_COLUMNS = ("input", "system", "tools", "labels", "loss_mask")
 _NOT_A_LABEL = -100
@@ -54,7 +55,7 @@ class Example:
     where: str
     """File and line, for errors."""
     messages: tuple[Message, ...] = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Tool, ...] = ()
     prompt: str = ""
     completion: Optional[str] = None
     text: Optional[str] = None
@@ -64,7 +65,7 @@ class Example:
 
 
 def check_columns(columns: Mapping[str, str], key: str) -> None:
-    """Refuse names in data.columns that no format has; `key` names them in errors."""
+    """Raise DataError, beginning with `key`, if data.columns maps a name that no format has."""
     known = {name for needed in COLUMNS.values() for name in needed}
     known |= {*MESSAGE_COLUMNS, *TURN_COLUMNS, *_OPTIONAL_COLUMNS}
     problems = [
@@ -77,7 +78,10 @@ def check_columns(columns: Mapping[str, str], key: str) -> None:
 
 
 def detect_format(files: Sequence[Path], spec: DataSpec, key: str) -> str:
-    """data.format, or what the keys of the first row say."""
+    """Return data.format or, where that is `auto`, the format of the first row.
+
+    Raise DataError, beginning with `key`, if there are no rows.
+    """
     if spec.format != "auto":
         return spec.format
     for path in files:
@@ -86,7 +90,8 @@ def detect_format(files: Sequence[Path], spec: DataSpec, key: str) -> str:
     raise DataError(f"{key}: no rows in {', '.join(map(str, files))}")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a file, each with its place for errors."""
     if holds_lines(path):
         lines = ByteRange(path, 0, path.stat().st_size, 1)
         yield from ((lines.where(number), load(line, lines.where(number))) for number, line in read_lines(lines))
@@ -94,20 +99,20 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ((place(path, number), row) for number, row in read_rows(path))
 
 
-def format_of(row: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> str:
-    """The format whose keys a row has."""
+def format_of(row: Row, where: str, columns: Mapping[str, str]) -> str:
+    """Return the format whose keys a row has, or raise DataError."""
     for name, wanted in COLUMNS.items():
         if all(find(row, columns.get(column, column)) is not MISSING for column in wanted):
             return name
     known = "; ".join(" and ".join(wanted) for wanted in COLUMNS.values())
     raise DataError(
-        f"{where}: the format cannot be told from the keys {names(row)}; "
-        f"known are {known}; map names with data.columns, e.g. {{prompt: question}}"
+        f"{where}: no format fits the keys {names(row)}; a row needs {known}; "
+        "map the names with data.columns, e.g. {prompt: question}"
     )
 
 
 def parse_row(line: bytes, where: str, row_format: str, columns: Mapping[str, str]) -> Example:
-    """The example in one line; DataError names `where` and the key."""
+    """Return the example in one line, or raise DataError with `where` and the key."""
     row = load(line, where)
     refuse_unread(row, where)
     if row_format == "text":
@@ -129,9 +134,8 @@ def parse_row(line: bytes, where: str, row_format: str, columns: Mapping[str, st
     return Example(where=where, messages=(*_system(row, optional, where), *turns), tools=tools)
 
 
-def _pair(
-    row: Mapping[str, Any], where: str, columns: Mapping[str, str], tools: tuple[Mapping[str, Any], ...]
-) -> Example:
+def _pair(row: Row, where: str, columns: Mapping[str, str], tools: tuple[Tool, ...]) -> Example:
+    """Return the example of a prompt and its completion: two texts, or two lists of messages."""
     prompt_key, completion_key = (columns.get(name, name) for name in COLUMNS["prompt_completion"])
     system = _system(row, columns.get("system", ""), where)
     prompt, completion = get(row, prompt_key, where), get(row, completion_key, where)
@@ -144,28 +148,29 @@ def _pair(
     if "input" in columns and (more := get_text(row, columns["input"], where)):
         question = f"{question}\n\n{more}"
     answer = get_text(row, completion_key, where)
-    if system or tools:
+    if system or tools:  # only a conversation can hold them
         turns = (*system, Message("user", question), Message("assistant", answer))
         return Example(where=where, messages=turns, tools=tools)
     return Example(where=where, prompt=question, completion=answer)
 
 
-def _system(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]:
-    """The system turn that a column of its own holds; none where it is absent or empty."""
+def _system(row: Row, key: str, where: str) -> tuple[Message, ...]:
+    """Return the system turn that column `key` holds, or no turn where it is absent or empty."""
     if not key or find(row, key) in (MISSING, None, ""):
         return ()
     return (Message("system", get_text(row, key, where)),)
 
 
-def parse_ids(row: Mapping[str, Any], key: str, where: str) -> list[int]:
-    """The token ids under `key`."""
+def parse_ids(row: Row, key: str, where: str) -> list[int]:
+    """Return the token ids under `key`, or raise DataError."""
     ids = get(row, key, where)
     if not isinstance(ids, list) or not all(type(item) is int and 0 <= item < 2**31 for item in ids):
         raise DataError(f"{where}: {key!r} must be a list of token ids, found {kind(ids)}")
     return ids
 
 
-def _tokens(row: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Example:
+def _tokens(row: Row, where: str, columns: Mapping[str, str]) -> Example:
+    """Return the example of a row that was tokenized elsewhere; a loss mask takes precedence over labels."""
     id_key, label_key, mask_key = (columns.get(name, name) for name in ("input_ids", "labels", "loss_mask"))
     ids = parse_ids(row, id_key, where)
     mask, labels = row.get(mask_key), row.get(label_key)
@@ -176,13 +181,13 @@ def _tokens(row: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> E
             f"found {len(values) if isinstance(values, list) else kind(values)}"
         )
     if mask is not None:
-        weights = [loss_weight(float(w) if isinstance(w, bool) else w, f"{where}: {mask_key!r}") for w in mask]
+        weights = [loss_weight(float(w) if isinstance(w, bool) else w, f"{where}: {mask_key!r}") for w in values]
     else:
         for index, (token, label) in enumerate(zip(ids, values, strict=True)):
             if label not in (token, _NOT_A_LABEL):
                 raise DataError(
-                    f"{where}: {label_key}[{index}] is {label}, {id_key}[{index}] is {token}: a label is the token "
-                    f"at its own place or {_NOT_A_LABEL}; they are shifted in training, not in the data"
+                    f"{where}: {label_key}[{index}] is {label}, {id_key}[{index}] is {token}: a label must be the "
+                    f"token at the same index or {_NOT_A_LABEL}; training shifts the labels, the data must not"
                 )
         weights = [float(label != _NOT_A_LABEL) for label in values]
     return Example(where=where, ids=tuple(ids), weights=tuple(weights))

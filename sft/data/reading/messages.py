@@ -1,27 +1,33 @@
-"""Turns of a conversation as people write them down -> the messages that chat templates are given.
+"""Read the turns of a conversation as messages for chat templates.
 
     messages   [{"role": "assistant", "content": "...", "reasoning_content": "...", "tool_calls": [...], "weight": 1}]
     sharegpt   [{"from": "gpt", "value": "..."}], function calls as JSON text under a role of their own
 
-Tools and tool calls are brought into the one form that templates read: `{"type": "function", "function": {...}}`,
-arguments as an object. What no template could be given (images, the old `function_call` key) is refused: a model
-would be trained on something the user did not write.
+Tools and tool calls are brought into the form that templates read: `{"type": "function", "function": {...}}`, with
+arguments as an object. What templates cannot write (images, the old `function_call` key) is an error: dropping it would
+train on something else than the user wrote.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Literal, NotRequired, Optional, Required, TypedDict, cast
 
 from launcher.contract.errors import DataError
-from sft.data.reading.row import MISSING, check_texts, find, get_text, kind, loss_weight, names, parse_json, text
+from sft.data.reading.row import MISSING, Row, check_texts, find, get_text, kind, loss_weight, names, parse_json, text
 
 MESSAGE_COLUMNS = ("role", "content")
 TURN_COLUMNS = ("from", "value")
 
-_PASSED_ON = ("reasoning_content", "reasoning", "thinking", "tool_call_id", "name")
-"""Keys of a message that are texts and that templates look for."""
+_TEXT_KEYS: tuple[Literal["reasoning_content", "reasoning", "thinking", "tool_call_id", "name"], ...] = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "tool_call_id",
+    "name",
+)
+"""Keys of a message, all texts, that templates look for beside role and content."""
 
 _NOT_READ = ("function_call", "functions", "audio", "images", "videos")
 _SHAREGPT_ROLES = {
@@ -39,59 +45,106 @@ _SHAREGPT_ROLES = {
 _CALL_ROLES = ("function_call", "tool_call")
 
 
+class Call(TypedDict):
+    """Name and arguments of a called function."""
+
+    name: str
+    arguments: Mapping[str, object]
+
+
+class ToolCall(TypedDict):
+    """A tool call of an assistant's turn."""
+
+    id: NotRequired[str]
+    type: str
+    function: Call
+
+
+class Description(TypedDict):
+    """A function that a model may call. Further keys are the template's business."""
+
+    name: str
+
+
+class Tool(TypedDict):
+    """An entry of a row's list of tools."""
+
+    type: NotRequired[str]
+    function: Description
+
+
+class Extra(TypedDict, total=False):
+    """Keys of a message beside role and content."""
+
+    reasoning_content: str
+    reasoning: str
+    thinking: str
+    tool_call_id: str
+    name: str
+    tool_calls: list[ToolCall]
+
+
+class TemplateMessage(Extra, total=False):
+    """A message as chat templates read it."""
+
+    role: Required[str]
+    content: Required[str | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation."""
 
     role: str
     content: Optional[str]
-    """None in a turn of tool calls alone."""
+    """None in a turn that only calls tools."""
     weight: Optional[float] = None
     """Loss weight that the row asks for; None leaves it to data.loss_on."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further keys for the template: tool calls, reasoning."""
+    extra: Extra = field(default_factory=Extra)
 
-    def for_template(self) -> dict[str, Any]:
-        """The message as templates read it."""
+    def for_template(self) -> TemplateMessage:
+        """Return the message as templates read it."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 
-def read_messages(value: Any, where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
-    """The turns of a `messages` list."""
+def read_messages(value: object, where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
+    """Return the turns of a `messages` list, or raise DataError."""
     role_key, content_key = (columns.get(name, name) for name in MESSAGE_COLUMNS)
-    found = []
+    messages = []
     for item, at in _items(value, where, "messages", "role and content"):
         refuse_unread(item, at)
         role = get_text(item, role_key, at)
-        extra: dict[str, Any] = {
-            name: text(item[name], f"{at}: {name!r}") for name in _PASSED_ON if item.get(name) is not None
-        }
+        extra: Extra = {}
+        for name in _TEXT_KEYS:
+            if item.get(name) is not None:
+                extra[name] = text(item[name], f"{at}: {name!r}")
         if item.get("tool_calls") not in (None, []):
             extra["tool_calls"] = _tool_calls(item["tool_calls"], f"{at}: tool_calls")
-        found.append(Message(role, _content(item, content_key, at, "tool_calls" in extra), _weight(item, at), extra))
-    return tuple(found)
+        content = _content(item, content_key, at, "tool_calls" in extra)
+        messages.append(Message(role, content, _weight(item, at), extra))
+    return tuple(messages)
 
 
-def read_sharegpt(value: Any, where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
-    """The turns of a ShareGPT `conversations` list."""
+def read_sharegpt(value: object, where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
+    """Return the turns of a ShareGPT `conversations` list, or raise DataError."""
     role_key, value_key = (columns.get(name, name) for name in TURN_COLUMNS)
-    found = []
+    messages = []
     for item, at in _items(value, where, "turns", "from and value"):
         refuse_unread(item, at)
         role, said = get_text(item, role_key, at), get_text(item, value_key, at)
         if role in _CALL_ROLES:
             calls = _tool_calls(parse_json(said, f"{at}: {value_key!r}"), f"{at}: {value_key!r}")
-            found.append(Message("assistant", "", _weight(item, at), {"tool_calls": calls}))
+            messages.append(Message("assistant", "", _weight(item, at), {"tool_calls": calls}))
         elif role in _SHAREGPT_ROLES:
-            found.append(Message(_SHAREGPT_ROLES[role], said, _weight(item, at)))
+            messages.append(Message(_SHAREGPT_ROLES[role], said, _weight(item, at)))
         else:
             known = ", ".join([*_SHAREGPT_ROLES, *_CALL_ROLES])
             raise DataError(f"{at}: unknown role {role!r}; known are {known}")
-    return tuple(found)
+    return tuple(messages)
 
 
-def read_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    """Tool descriptions: a list, or JSON text of one."""
+def read_tools(value: object, where: str) -> tuple[Tool, ...]:
+    """Return the tools in a list of descriptions or the JSON text of one, or raise DataError."""
     if isinstance(value, str):
         value = parse_json(value, where) if value.strip() else []
     if value is None:
@@ -100,19 +153,26 @@ def read_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
         raise DataError(f"{where} must be a list of objects, or JSON text of one, found {kind(value)}")
     check_texts(value, where)
     for tool in value:
-        if not isinstance(tool.get("function", tool).get("name"), str):
-            raise DataError(f"{where}: a tool has no name; found {names(tool.get('function', tool))}")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
+        function = tool.get("function", tool)
+        if not isinstance(function, dict):
+            raise DataError(f"{where}: a tool's 'function' must be an object, found {kind(function)}")
+        if not isinstance(function.get("name"), str):
+            raise DataError(f"{where}: a tool has no name; found {names(function)}")
+    return tuple(
+        cast(Tool, tool) if "function" in tool else Tool(type="function", function=cast(Description, tool))
+        for tool in value
+    )
 
 
-def refuse_unread(row: Mapping[str, Any], where: str) -> None:
-    """Refuse keys that change what should be trained, and that no template could be given."""
+def refuse_unread(row: Row, where: str) -> None:
+    """Raise DataError if a row holds keys that should change what is trained but that no template can write."""
     unread = [key for key in _NOT_READ if row.get(key) not in (None, [], {}, "", "[]")]
     if unread:
         raise DataError(f"{where}: {', '.join(unread)} would be left out of training; remove it from the data")
 
 
-def _items(value: Any, where: str, what: str, keys: str) -> list[tuple[dict[str, Any], str]]:
+def _items(value: object, where: str, what: str, keys: str) -> list[tuple[Row, str]]:
+    """Return the objects of a list, each with its place for errors, or raise DataError."""
     if not isinstance(value, list) or not value:
         raise DataError(f"{where} must be a list of {what}, found {kind(value)}")
     for index, item in enumerate(value):
@@ -121,28 +181,28 @@ def _items(value: Any, where: str, what: str, keys: str) -> list[tuple[dict[str,
     return [(item, f"{where}[{index}]") for index, item in enumerate(value)]
 
 
-def _content(item: Mapping[str, Any], key: str, at: str, has_calls: bool) -> str | None:
-    """Return what a turn says; parts of a list are joined as they are."""
+def _content(item: Row, key: str, at: str, has_calls: bool) -> str | None:
+    """Return the text of a turn, the parts of a list joined as they are."""
     value = find(item, key)
-    if has_calls and value in (None, MISSING):
+    if has_calls and value in (None, MISSING):  # a turn that only calls tools; templates treat null and "" differently
         return None if value is None else ""
     if not isinstance(value, list):
         return get_text(item, key, at)
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            found = f"a part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
-            raise DataError(f"{at}: {key!r} holds {found}; only parts {{type: text, text: ...}} can be trained on")
+            held = f"a part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
+            raise DataError(f"{at}: {key!r} holds {held}; only parts {{type: text, text: ...}} can be trained on")
     check_texts(value, f"{at}: {key!r}")
     # One text, because most templates would write a list as Python does: [{'type': 'text', ...
     return "".join(part["text"] for part in value)
 
 
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    calls = value if isinstance(value, list) else [value]
-    found = []
-    for call in calls:
+def _tool_calls(value: object, where: str) -> list[ToolCall]:
+    """Return the tool calls in a list or a single call, arguments as objects, or raise DataError."""
+    calls: list[ToolCall] = []
+    for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"{where}: a call must be an object with name and arguments, found {kind(call)}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
@@ -150,12 +210,15 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             raise DataError(f"{where}: arguments of {function['name']!r} must be an object, found {kind(arguments)}")
         check_texts([function["name"], arguments], where)
-        known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        found.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return found
+        tool_call = ToolCall(type="function", function={"name": function["name"], "arguments": arguments})
+        if isinstance(call.get("id"), str):
+            tool_call["id"] = call["id"]
+        calls.append(tool_call)
+    return calls
 
 
-def _weight(item: Mapping[str, Any], at: str) -> float | None:
+def _weight(item: Row, at: str) -> float | None:
+    """Return the loss weight that a turn asks for with `weight` or `train`, None where it has neither."""
     train, weight = item.get("train"), item.get("weight")
     if train is not None and not isinstance(train, bool):
         raise DataError(f"{at}: 'train' must be true or false, found {kind(train)}")

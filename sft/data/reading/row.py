@@ -1,29 +1,32 @@
-"""One JSON object of a data file: reading it, and looking keys up with errors that name file, line and key.
+"""Read one row of a data file, a JSON object, and look up its keys.
 
-A dotted key goes down: `instances.0.input` is the `input` of the first item of `instances`. A key that is there as
-it is written wins, for names may hold dots.
+Errors name file, line and key. A dotted key looks into nested values: `instances.0.input` is the `input` of the first
+item of `instances`. A key that is present as written comes first, because names may contain dots.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from launcher.contract.errors import DataError, did_you_mean
 
+Row = Mapping[str, object]
+"""A JSON object, as it was read."""
+
 MISSING = object()
+"""What `find` returns for a key that is not present; None is a value that a row may have."""
 
 
-def load(line: bytes, where: str) -> dict[str, Any]:
-    """The object in one line."""
+def load(line: bytes, where: str) -> dict[str, object]:
+    """Return the JSON object in one line, or raise DataError beginning with `where`."""
     try:
-        row = json.loads(line.decode("utf-8-sig").rstrip())
+        row: object = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
-        # A pretty-printed file: its first line is a lone bracket.
+        # The first line of a pretty-printed file is a single bracket.
         hint = "; a data file holds one object a line" if line.strip() in (b"[", b"{") else ""
         raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}{hint}") from None
     except RecursionError:
@@ -33,8 +36,8 @@ def load(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def find(row: Any, key: str) -> Any:
-    """The value of a possibly dotted key, or MISSING."""
+def find(row: object, key: str) -> object:
+    """Return the value of a possibly dotted key, or MISSING."""
     if isinstance(row, Mapping) and key in row:
         return row[key]
     head, _, rest = key.partition(".")
@@ -44,33 +47,33 @@ def find(row: Any, key: str) -> Any:
     return MISSING if inner is MISSING else find(inner, rest)
 
 
-def get(row: Mapping[str, Any], key: str, where: str) -> Any:
-    """The value of a key that must be there."""
+def get(row: Row, key: str, where: str) -> object:
+    """Return the value of a possibly dotted key, or raise DataError where it is not present."""
     value = find(row, key)
     if value is MISSING:
         raise DataError(f"{where}: no key {key!r}; found {names(row)}{did_you_mean(key, row)}")
     return value
 
 
-def get_text(row: Mapping[str, Any], key: str, where: str) -> str:
-    """The text of a key that must be there."""
+def get_text(row: Row, key: str, where: str) -> str:
+    """Return the text of a possibly dotted key, or raise DataError where it is not present or not a text."""
     return text(get(row, key, where), f"{where}: {key!r}")
 
 
-def text(value: Any, where: str) -> str:
-    """`value`, which must be a text."""
+def text(value: object, where: str) -> str:
+    """Return `value` if it is a text that UTF-8 can encode, or raise DataError."""
     if not isinstance(value, str):
         raise DataError(f"{where} must be a text, found {kind(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        found = f"\\u{ord(value[error.start]):04x}"
-        raise DataError(f"{where} holds half a surrogate pair ({found}), which is no text") from None
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise DataError(f"{where} holds half a surrogate pair ({half}), which is no text") from None
     return value
 
 
-def check_texts(value: Any, where: str) -> None:
-    """Refuse half surrogate pairs anywhere in a JSON value."""
+def check_texts(value: object, where: str) -> None:
+    """Raise DataError if any text in a JSON value, keys included, holds half a surrogate pair."""
     if isinstance(value, str):
         text(value, where)
     elif isinstance(value, Mapping):
@@ -82,29 +85,30 @@ def check_texts(value: Any, where: str) -> None:
             check_texts(item, where)
 
 
-def parse_json(value: str, where: str) -> Any:
-    """JSON that a column holds as text."""
+def parse_json(value: str, where: str) -> object:
+    """Return the value of JSON that a column holds as text, or raise DataError."""
     try:
-        return json.loads(value)
+        parsed: object = json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where} is no JSON ({error}): {value[:60]!r}") from None
+        raise DataError(f"{where} is not JSON ({error}): {value[:60]!r}") from None
+    return parsed
 
 
-def loss_weight(value: Any, where: str) -> float:
-    """A finite number that is not negative."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise DataError(f"{where} must be a number from 0, found {kind(value)}")
-    return float(value)
+def loss_weight(value: object, where: str) -> float:
+    """Return `value` if it is a finite number of at least 0, or raise DataError."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < 0:
+        raise DataError(f"{where} must be a number of at least 0, found {kind(value)}")
+    return float(number)
 
 
-def names(row: Any) -> str:
-    """The keys of a row, for errors."""
+def names(row: Iterable[str]) -> str:
+    """Return the keys of a row, quoted and separated by commas, for errors."""
     return ", ".join(repr(key) for key in row) or "none"
 
 
-def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+def kind(value: object) -> str:
+    """Return what a JSON value is, in words, for errors."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -150,7 +150,7 @@ def test_unknown_text_is_no_control_token() -> None:
 
 
 def test_the_placeholders_themselves_are_refused_in_content() -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl:1: the content holds U\+100001, a private character"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the content holds U\+100001, a private use character"):
         encoded(_TINY, "\U00100001", "yo")
 
 

@@ -237,7 +237,7 @@ def test_template_variables_are_yaml_and_dates_stay_text() -> None:
     given = {"day": "2024-07-26", "none": "null", "flag": "true", "n": "2"}
     encoded = encode(chat("hi", "yo"), tokenizer, DataSpec(chat_template_kwargs=given))
     assert str(tokenizer.decode(encoded.ids)).startswith("2024-07-26 True True 3<|im_start|>")
-    for name, text, message in (("a", "[", "is not valid YAML"), ("tools", "1", "tools is set by the rows")):
+    for name, text, message in (("a", "[", "is not valid YAML"), ("tools", "1", "tools is set for each row")):
         with pytest.raises(DataError, match=rf"data\.chat_template_kwargs.*{message}"):
             encode(chat("hi", "yo"), tokenizer, DataSpec(chat_template_kwargs={name: text}))
 
@@ -321,8 +321,17 @@ def test_characters_of_several_tokens_are_trained_as_a_whole() -> None:
 
 def test_a_first_turn_of_the_assistant_is_refused() -> None:
     example = Example(where="a.jsonl:1", messages=(Message("assistant", "yo"),))
-    with pytest.raises(DataError, match=r"a\.jsonl:1: message 1 \(assistant\): nothing comes before it"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: message 1 \(assistant\): an answer cannot come first"):
         encode(example, make_tokenizer(), DataSpec())
+
+
+@pytest.mark.parametrize("on_mismatch", ["error", "split"])
+def test_an_answer_that_the_template_writes_nothing_for_is_refused(on_mismatch: Literal["error", "split"]) -> None:
+    """An empty answer without an end token. With `split` it would be tried in a text of its own forever."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match=r"message 2 \(assistant\): the chat template writes nothing for it"):
+        encode(chat("hi", ""), tokenizer, DataSpec(on_mismatch=on_mismatch))
 
 
 def test_what_a_template_says_about_a_conversation_is_passed_on() -> None:
@@ -355,7 +364,7 @@ def test_without_a_template_prompt_and_completion_are_joined_as_they_are() -> No
     assert trained_texts(tokenizer, encoded) == [" yo<|im_end|>"]
     closed = encode(Example(where="", prompt="hi", completion="yo<|im_end|>"), tokenizer, spec)
     assert np.count_nonzero(closed.ids == tokenizer.eos_token_id) == 1
-    with pytest.raises(ModelError, match="messages need a template"):
+    with pytest.raises(ModelError, match="none joins a prompt and its completion, but the rows hold messages"):
         encode(CONVERSATION, tokenizer, spec)
 
 

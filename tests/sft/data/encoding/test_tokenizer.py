@@ -44,7 +44,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.tokenizer: .*absent is not a directory"):
         load_tokenizer(tmp_path / "absent")
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"no tokenizer in .*: none of tokenizer\.json, tokenizer\.model"):
+    with pytest.raises(ModelError, match=r"no tokenizer in .*: it holds none of tokenizer\.json, tokenizer\.model"):
         load_tokenizer(tmp_path)
 
 

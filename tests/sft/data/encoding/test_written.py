@@ -94,9 +94,9 @@ def test_one_proof_serves_all_conversations_of_a_shape(monkeypatch: pytest.Monke
     rendered: list[str] = []
     real = tokenizer.apply_chat_template
 
-    def counting(messages: list[dict[str, Any]], **options: Any) -> Any:
-        rendered.append(messages[0]["content"])
-        return real(messages, **options)
+    def counting(conversation: list[dict[str, Any]], **options: Any) -> Any:
+        rendered.append(conversation[0]["content"])
+        return real(conversation, **options)
 
     monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
     for question in ("one", "two", "three"):

@@ -136,7 +136,7 @@ def test_trap_8_data_without_a_trained_terminator_are_refused(tmp_path: Path, to
     """Seen to fail (a model that never stops) without the check."""
     template = tmp_path / "no-end.jinja"
     template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
-    with pytest.raises(DataError, match=r"no answer in .* ends with an end token that is trained"):
+    with pytest.raises(DataError, match=r"no answer in .* ends with a trained end token"):
         open_or_build(spec_of(tmp_path, chat_template=str(template)), tokenizer_dir, build=True)
 
 
@@ -174,7 +174,7 @@ def test_the_report_counts_what_was_lost(tmp_path: Path, tokenizer_dir: Path) ->
     assert (counts.rows, counts.examples, counts.too_long, counts.unsupervised, counts.escaped) == (5, 3, 1, 1, 1)
     assert counts.terminators == 3
     assert lines[0].startswith(f"train: 3 examples, {counts.tokens} tokens (mean ")
-    assert [line.split(":")[0].strip() for line in lines[1:]] == ["dropped", "dropped", "lost so", "trimmed", "escaped"]
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["dropped", "dropped", "lost", "trimmed", "escaped"]
 
 
 def test_ranks_wait_on_the_file_system_until_the_cache_is_there(

@@ -131,11 +131,11 @@ def test_prepare_prints_what_an_epoch_takes(
         (
             {"weight": 0.07},
             "data.sources.math.weight: 0.07 x 7 examples is 0.49, which rounds to 0: nothing of it would be trained. "
-            "Give it at least 1 / (2 x 7) = 0.0714, or take it out",
+            "Give it at least 1 / (2 x 7) = 0.0714, or remove the source",
         ),
         ({"files": ["/no/such"]}, "data.sources.math: no file '/no/such'"),
         ({"columns": {"promt": "q"}}, "data.sources.math.columns: unknown name 'promt'; did you mean 'prompt'?"),
-        ({"columns": {"prompt": "asked"}}, "math.jsonl:1: the format cannot be told from the keys 'question', 'com"),
+        ({"columns": {"prompt": "asked"}}, "math.jsonl:1: no format fits the keys 'question', 'com"),
         ({"format": "messages"}, "math.jsonl:1: no key 'messages'; found 'question', 'completion'"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_bad_row_is_named_with_what_was_found(row: Any, message: str) -> None:
 
 
 def test_what_no_template_could_be_given_is_refused() -> None:
-    """Seen to fail (trained without the call) with the key passed over."""
+    """If the key were ignored, the turn would be trained without its call."""
     turn = {"role": "assistant", "content": "", "function_call": {"name": "f"}}
     with pytest.raises(DataError, match=r"messages\[0\]: function_call would be left out of training"):
         parse({"messages": [turn]})
@@ -107,7 +107,7 @@ def test_a_system_column_and_tools_make_a_conversation_of_a_pair() -> None:
 
 
 def test_turns_of_a_conversational_prompt_are_not_trained() -> None:
-    """Seen to fail with all answers trained: those of the prompt are only what the completion answers."""
+    """Answers in the prompt are only what the completion replies to."""
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     example = parse({"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]}, "prompt_completion")
     assert [message.weight for message in example.messages] == [0.0, 0.0, 0.0, None]
@@ -132,7 +132,7 @@ def test_sharegpt() -> None:
     assert example.tools == ()
     with pytest.raises(DataError, match=r"conversations\[0\]: unknown role 'bing'; known are human, user, gpt"):
         parse({"conversations": [{"from": "bing", "value": "x"}]}, "sharegpt")
-    with pytest.raises(DataError, match=r"conversations\[0\]: 'value' is no JSON .*: 'f\(\)'"):
+    with pytest.raises(DataError, match=r"conversations\[0\]: 'value' is not JSON .*: 'f\(\)'"):
         parse({"conversations": [{"from": "function_call", "value": "f()"}]}, "sharegpt")
 
 
@@ -149,11 +149,14 @@ def test_ids_come_with_labels_or_a_mask() -> None:
         ({"input_ids": [1, -2]}, "'input_ids' must be a list of token ids, found an array"),
         ({"input_ids": [1, 2]}, "2 'input_ids' need as many 'labels' or 'loss_mask', found null"),
         ({"input_ids": [1, 2], "labels": [1]}, "2 'input_ids' need as many 'labels' or 'loss_mask', found 1"),
-        ({"input_ids": [1, 2], "loss_mask": [1, -1]}, "'loss_mask' must be a number from 0, found the number -1"),
+        (
+            {"input_ids": [1, 2], "loss_mask": [1, -1]},
+            "'loss_mask' must be a number of at least 0, found the number -1",
+        ),
         (
             {"input_ids": [1, 2, 3], "labels": [2, 3, -100]},
-            "labels[0] is 2, input_ids[0] is 1: a label is the token at its own place or -100; they are shifted in "
-            "training, not in the data",
+            "labels[0] is 2, input_ids[0] is 1: a label must be the token at the same index or -100; training shifts "
+            "the labels, the data must not",
         ),
     ],
 )
@@ -192,7 +195,7 @@ def test_tool_calls_come_in_one_form() -> None:
     ("row", "message"),
     [
         ({"tool_calls": [1]}, "messages[0]: tool_calls: a call must be an object with name and arguments, found"),
-        ({"tool_calls": [{"name": "f", "arguments": "{"}]}, "arguments of 'f' is no JSON"),
+        ({"tool_calls": [{"name": "f", "arguments": "{"}]}, "arguments of 'f' is not JSON"),
         (
             {"tool_calls": [{"name": "f", "arguments": "[]"}]},
             "arguments of 'f' must be an object, found an empty array",
@@ -208,7 +211,12 @@ def test_a_bad_tool_call_is_named(row: dict[str, Any], message: str) -> None:
 
 def test_bad_tools_are_named() -> None:
     messages = [{"role": "user", "content": "x"}]
-    for tools, message in (("{", "is no JSON"), ({}, "must be a list of objects"), ([{}], "a tool has no name")):
+    for tools, message in (
+        ("{", "is not JSON"),
+        ({}, "must be a list of objects"),
+        ([{}], "a tool has no name"),
+        ([{"function": "f"}], "a tool's 'function' must be an object, found the text 'f'"),
+    ):
         with pytest.raises(DataError, match=f"a.jsonl:3: 'tools'.*{message}"):
             parse({"messages": messages, "tools": tools})
 
@@ -232,7 +240,7 @@ def test_the_format_is_told_from_the_first_row(tmp_path: Path) -> None:
 def test_an_unknown_format_names_the_keys(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('\n{"question": "", "answer": ""}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the format cannot be told from the keys 'question', 'answer'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: no format fits the keys 'question', 'answer'"):
         detect_format([file], DataSpec(), "data.train")
     file.write_text("\n\n")
     with pytest.raises(DataError, match=r"data\.train: no rows in .*a\.jsonl"):
