@@ -14,6 +14,7 @@ is before it), and tokenizing turn by turn (generation sees other ids).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -93,10 +94,26 @@ class Encoder:
         return inspected
 
     def _joined(self, prompt: str, completion: str) -> Encoded:
-        prompt_ids = self._opened(prompt)
-        completion_ids: list[int] = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
-        trained_from = 0 if self._spec.loss_on == "all" else len(prompt_ids)
-        return self._trained_from(self._closed(prompt_ids + completion_ids), trained_from)
+        """Tokenize prompt and completion as one text; tokens with a character of the completion are trained.
+
+        Apart, a SentencePiece tokenizer would put its word mark in front of the completion: `1+1=` and `2` give a
+        token for " 2", which is not what the two together say.
+        """
+        text = prompt + completion
+        ids = self._opened(text)
+        if self._spec.loss_on == "all":
+            return self._trained_from(self._closed(ids), 0)
+        if not self._tokenizer.is_fast:
+            raise ModelError(
+                "model.tokenizer: prompt and completion need a tokenizer that tells which characters a token stands for "
+                "(a tokenizer.json); convert it with transformers' convert_slow_tokenizer"
+            )
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        in_prompt = sum(1 for _, end in encoded["offset_mapping"] if end <= len(prompt))
+        crossing = any(begin < len(prompt) < end for begin, end in encoded["offset_mapping"])
+        added = len(ids) - len(encoded["input_ids"])  # what the tokenizer puts in front
+        trained = self._trained_from(self._closed(ids), added + in_prompt)
+        return dataclasses.replace(trained, straddling=int(crossing))
 
     def _opened(self, text: str) -> list[int]:
         """Return the ids of `text`, with the BOS that the tokenizer puts first, once even if `text` spells it."""

@@ -368,6 +368,22 @@ def test_without_a_template_prompt_and_completion_are_joined_as_they_are() -> No
         encode(CONVERSATION, tokenizer, spec)
 
 
+def test_without_a_template_the_tokens_are_those_of_prompt_and_completion_as_one_text() -> None:
+    """Seen to fail (a token for " 2" behind `1+1=`) with the two tokenized apart."""
+    tokenizer = sentencepiece_like()
+    spec = DataSpec(chat_template="none")
+    for prompt, completion in (("1+1=", "2"), ("The answer is (", "4)"), ("a b", "c d"), ("Paris is", " the capital")):
+        encoded = encode(Example(where="", prompt=prompt, completion=completion), tokenizer, spec)
+        assert encoded.ids.tolist() == [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+        text = tokenizer.decode(encoded.ids, skip_special_tokens=True)
+        assert text == prompt + completion
+        (answer,) = trained_texts(tokenizer, encoded)
+        assert completion.strip() in answer
+        assert prompt.split()[0] not in answer
+    crossing = encode(Example(where="", prompt="Par", completion="is is"), tokenizer, spec)
+    assert crossing.straddling == 1
+
+
 def test_trap_11_a_text_has_the_bos_that_the_tokenizer_gives_it_once() -> None:
     """Seen to fail with leading ids added to a text that already spells BOS."""
     tokenizer = sentencepiece_like()
