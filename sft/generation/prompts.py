@@ -21,8 +21,8 @@ from launcher.contract.spec import RunSpec
 from sft.data.encoding.chat import ChatRenderer
 from sft.data.encoding.escape import ControlTokens
 from sft.data.encoding.tokenizer import chat_template, leading_ids, load_tokenizer
-from sft.data.reading.formats import parse_ids
 from sft.data.reading.messages import Message, read_messages
+from sft.data.reading.token_rows import parse_ids
 
 Metric = Callable[..., Mapping[str, Any]]
 """What evaluation.metric names: called with samples=, prompts= and outputs=."""

@@ -105,7 +105,7 @@ class Encoder:
             return self._trained_from(self._closed(ids), 0)
         if not self._tokenizer.is_fast:
             raise ModelError(
-                "model.tokenizer: prompt and completion need a tokenizer that tells which characters a token stands for "
+                "model.tokenizer: prompt and completion need a tokenizer that knows the characters of a token "
                 "(a tokenizer.json); convert it with transformers' convert_slow_tokenizer"
             )
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

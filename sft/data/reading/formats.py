@@ -24,6 +24,7 @@ from launcher.contract.spec import DataSpec
 from sft.data.reading.files import ByteRange, read_lines
 from sft.data.reading.messages import (
     MESSAGE_COLUMNS,
+    NOT_READ_IN_ROWS,
     TURN_COLUMNS,
     Message,
     Tool,
@@ -32,8 +33,9 @@ from sft.data.reading.messages import (
     read_tools,
     refuse_unread,
 )
-from sft.data.reading.row import MISSING, Row, find, get, get_text, kind, load, loss_weight, names, parse_json
+from sft.data.reading.row import MISSING, Row, find, get, get_text, load, names, parse_json
 from sft.data.reading.tables import holds_lines, place, read_rows
+from sft.data.reading.token_rows import read_tokens
 
 COLUMNS = {
     "prompt_completion": ("prompt", "completion"),
@@ -45,7 +47,6 @@ COLUMNS = {
 """Keys that a row of each format must have. The first format that fits is taken."""
 
 _OPTIONAL_COLUMNS = ("input", "system", "tools", "labels", "loss_mask")
-_NOT_A_LABEL = -100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,11 +115,12 @@ def format_of(row: Row, where: str, columns: Mapping[str, str]) -> str:
 def parse_row(line: bytes, where: str, row_format: str, columns: Mapping[str, str]) -> Example:
     """Return the example in one line, or raise DataError with `where` and the key."""
     row = load(line, where)
-    refuse_unread(row, where)
+    refuse_unread(row, where, [name for name in NOT_READ_IN_ROWS if name not in columns.values()])
     if row_format == "text":
         return Example(where=where, text=get_text(row, columns.get("text", "text"), where))
     if row_format == "tokens":
-        return _tokens(row, where, columns)
+        ids, weights = read_tokens(row, where, columns)
+        return Example(where=where, ids=ids, weights=weights)
     tools_key = columns.get("tools", "tools")
     tools = read_tools(row.get(tools_key), f"{where}: {tools_key!r}")
     if row_format == "prompt_completion":
@@ -130,64 +132,42 @@ def parse_row(line: bytes, where: str, row_format: str, columns: Mapping[str, st
     if isinstance(value, str) and value.lstrip().startswith("["):  # CSV has no lists
         value = parse_json(value, f"{where}: {key!r}")
     turns = read(value, f"{where}: {key}", columns)
-    optional = columns.get("system", "system" if row_format == "sharegpt" else "")
-    return Example(where=where, messages=(*_system(row, optional, where), *turns), tools=tools)
+    return Example(where=where, messages=_after_system(row, turns, where, columns), tools=tools)
 
 
 def _pair(row: Row, where: str, columns: Mapping[str, str], tools: tuple[Tool, ...]) -> Example:
     """Return the example of a prompt and its completion: two texts, or two lists of messages."""
     prompt_key, completion_key = (columns.get(name, name) for name in COLUMNS["prompt_completion"])
-    system = _system(row, columns.get("system", ""), where)
     prompt, completion = get(row, prompt_key, where), get(row, completion_key, where)
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = read_messages(prompt, f"{where}: {prompt_key}", columns)
         answers = read_messages(completion, f"{where}: {completion_key}", columns)
         untrained = tuple(dataclasses.replace(message, weight=message.weight or 0.0) for message in asked)
-        return Example(where=where, messages=(*system, *untrained, *answers), tools=tools)
+        turns = _after_system(row, (*untrained, *answers), where, columns)
+        return Example(where=where, messages=turns, tools=tools)
     question = get_text(row, prompt_key, where)
+    if "input" not in (*columns, *columns.values()) and row.get("input") not in (None, ""):
+        raise DataError(
+            f"{where}: 'input' would be left out, and the answer may depend on it; have it put behind the prompt with "
+            "data.columns: {input: input}, or remove it from the data"
+        )
     if "input" in columns and (more := get_text(row, columns["input"], where)):
         question = f"{question}\n\n{more}"
     answer = get_text(row, completion_key, where)
-    if system or tools:  # only a conversation can hold them
-        turns = (*system, Message("user", question), Message("assistant", answer))
+    turns = _after_system(row, (Message("user", question), Message("assistant", answer)), where, columns)
+    if len(turns) > 2 or tools:  # only a conversation can hold them
         return Example(where=where, messages=turns, tools=tools)
     return Example(where=where, prompt=question, completion=answer)
 
 
-def _system(row: Row, key: str, where: str) -> tuple[Message, ...]:
-    """Return the system turn that column `key` holds, or no turn where it is absent or empty."""
-    if not key or find(row, key) in (MISSING, None, ""):
-        return ()
-    return (Message("system", get_text(row, key, where)),)
-
-
-def parse_ids(row: Row, key: str, where: str) -> list[int]:
-    """Return the token ids under `key`, or raise DataError."""
-    ids = get(row, key, where)
-    if not isinstance(ids, list) or not all(type(item) is int and 0 <= item < 2**31 for item in ids):
-        raise DataError(f"{where}: {key!r} must be a list of token ids, found {kind(ids)}")
-    return ids
-
-
-def _tokens(row: Row, where: str, columns: Mapping[str, str]) -> Example:
-    """Return the example of a row that was tokenized elsewhere; a loss mask takes precedence over labels."""
-    id_key, label_key, mask_key = (columns.get(name, name) for name in ("input_ids", "labels", "loss_mask"))
-    ids = parse_ids(row, id_key, where)
-    mask, labels = row.get(mask_key), row.get(label_key)
-    values = labels if mask is None else mask
-    if not isinstance(values, list) or len(values) != len(ids):
-        raise DataError(
-            f"{where}: {len(ids)} {id_key!r} need as many {label_key!r} or {mask_key!r}, "
-            f"found {len(values) if isinstance(values, list) else kind(values)}"
-        )
-    if mask is not None:
-        weights = [loss_weight(float(w) if isinstance(w, bool) else w, f"{where}: {mask_key!r}") for w in values]
-    else:
-        for index, (token, label) in enumerate(zip(ids, values, strict=True)):
-            if label not in (token, _NOT_A_LABEL):
-                raise DataError(
-                    f"{where}: {label_key}[{index}] is {label}, {id_key}[{index}] is {token}: a label must be the "
-                    f"token at the same index or {_NOT_A_LABEL}; training shifts the labels, the data must not"
-                )
-        weights = [float(label != _NOT_A_LABEL) for label in values]
-    return Example(where=where, ids=tuple(ids), weights=tuple(weights))
+def _after_system(row: Row, turns: tuple[Message, ...], where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
+    """Return the turns behind the system turn that a column of its own holds, if it holds one."""
+    key = columns.get("system", "system")
+    if find(row, key) in (MISSING, None, ""):
+        return turns
+    system = Message("system", get_text(row, key, where))
+    if turns[:1] and turns[0].role == "system":
+        if turns[0].content == system.content:
+            return turns
+        raise DataError(f"{where}: {key!r} and the first turn are two system prompts; keep one of them")
+    return (system, *turns)

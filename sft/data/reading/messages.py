@@ -10,7 +10,7 @@ train on something else than the user wrote.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, Optional, Required, TypedDict, cast
 
@@ -30,6 +30,9 @@ _TEXT_KEYS: tuple[Literal["reasoning_content", "reasoning", "thinking", "tool_ca
 """Keys of a message, all texts, that templates look for beside role and content."""
 
 _NOT_READ = ("function_call", "functions", "audio", "images", "videos")
+"""Keys that change what should be trained, and that no template could be given."""
+NOT_READ_IN_ROWS = (*_NOT_READ, "history")
+"""The same beside the turns: LLaMA-Factory's files have earlier turns under `history`."""
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -164,9 +167,9 @@ def read_tools(value: object, where: str) -> tuple[Tool, ...]:
     )
 
 
-def refuse_unread(row: Row, where: str) -> None:
-    """Raise DataError if a row holds keys that should change what is trained but that no template can write."""
-    unread = [key for key in _NOT_READ if row.get(key) not in (None, [], {}, "", "[]")]
+def refuse_unread(row: Row, where: str, names: Sequence[str] = _NOT_READ) -> None:
+    """Raise DataError where `row` has a value under one of the keys `names`, which nothing would read."""
+    unread = [key for key in names if row.get(key) not in (None, [], {}, "", "[]")]
     if unread:
         raise DataError(f"{where}: {', '.join(unread)} would be left out of training; remove it from the data")
 

@@ -88,6 +88,77 @@ def test_what_no_template_could_be_given_is_refused() -> None:
         parse({"messages": [image]})
 
 
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "row_format"),
+    [
+        ({"system": "Answer in French.", "messages": CHAT}, "messages"),
+        ({"system": "Answer in French.", "prompt": "hi", "completion": "yo"}, "prompt_completion"),
+        ({"system": "Answer in French.", "prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt_completion"),
+    ],
+)
+def test_a_system_key_is_read_in_every_form_of_conversation(row: Any, row_format: str) -> None:
+    """Seen to be dropped without a word beside `messages` and `prompt`."""
+    example = parse(row, row_format)
+    assert [message.content for message in example.messages] == ["Answer in French.", "hi", "yo"]
+    assert example.messages[0].role == "system"
+
+
+def test_two_system_prompts_are_refused() -> None:
+    turns = [{"role": "system", "content": "Be brief."}, *CHAT]
+    assert len(parse({"system": "Be brief.", "messages": turns}).messages) == 3
+    with pytest.raises(DataError, match=r"a\.jsonl:3: 'system' and the first turn are two system prompts"):
+        parse({"system": "Answer in French.", "messages": turns})
+
+
+def test_keys_that_change_the_meaning_of_a_row_are_refused_where_nobody_reads_them() -> None:
+    """Seen to be dropped without a word."""
+    with pytest.raises(DataError, match="history would be left out of training"):
+        parse({"history": [["a", "b"]], "messages": CHAT})
+    row = {"prompt": "Translate.", "input": "hello", "completion": "bonjour"}
+    with pytest.raises(DataError, match="'input' would be left out, and the answer may depend on it"):
+        parse(row, "prompt_completion")
+    assert parse(row, "prompt_completion", {"input": "input"}).prompt == "Translate.\n\nhello"
+    assert parse({**row, "input": ""}, "prompt_completion").prompt == "Translate."
+    assert parse(row, "prompt_completion", {"prompt": "input"}).prompt == "hello"
+    assert parse({"history": CHAT}, "messages", {"messages": "history"}).messages[0].content == "hi"
+
+
+def tokens(**more: Any) -> Any:
+    return {"input_ids": [0, 0, 5, 6, 7, 0], "labels": [-100, -100, -100, 6, 7, -100], **more}
+
+
+def test_padding_of_ids_is_left_out() -> None:
+    """Seen to be context of the tokens behind it."""
+    example = parse(tokens(attention_mask=[0, 0, 1, 1, 1, 0]), "tokens")
+    assert example.ids == (5, 6, 7)
+    assert example.weights == (0.0, 1.0, 1.0)
+    positions = parse(tokens(attention_mask=[0, 0, 1, 1, 1, 0], position_ids=[0, 0, 0, 1, 2, 3]), "tokens")
+    assert positions.ids == (5, 6, 7)
+    assert parse(tokens(position_ids=[0, 1, 2, 3, 4, 5], seq_lengths=[6], cu_seqlens=[0, 6]), "tokens").ids is not None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"attention_mask": [1, 0, 1, 1, 1, 1]}, "has zeros between tokens"),
+        ({"attention_mask": [0, 0, 1, 1, 0, 0]}, "tokens whose 'attention_mask' is 0 are trained"),
+        ({"attention_mask": [1, 1]}, "must be a list of 6 zeros and ones"),
+        ({"attention_mask": [0] * 6}, "has no 1"),
+        ({"position_ids": [0, 1, 2, 0, 1, 2]}, "'position_ids' do not count up from 0"),
+        ({"seq_lengths": [3, 3]}, "'seq_lengths' names 2 sequences"),
+        ({"cu_seqlens": [0, 3, 6]}, "'cu_seqlens' names 2 sequences"),
+        ({"segment_ids": [0, 0, 0, 1, 1, 1]}, "'segment_ids' names several sequences"),
+    ],
+)
+def test_what_ids_say_of_padding_and_sequences_is_kept_or_refused(more: Any, message: str) -> None:
+    """Seen to be ignored: rows of several sequences were trained as one."""
+    with pytest.raises(DataError, match=message):
+        parse(tokens(**more), "tokens")
+
+
 def test_dotted_columns_go_down() -> None:
     row = {"instances": [{"input": "3, 4", "output": "7"}], "a.b": "as it is", "a": {"b": "down"}}
     columns = {"prompt": "a.b", "input": "instances.0.input", "completion": "instances.0.output"}
