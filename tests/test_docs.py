@@ -34,7 +34,6 @@ UNDER_WAY = {
     "docs/adding-a-model.md",
     "docs/adding-a-scheduler.md",
     "docs/testing.md",
-    "launcher/contract/spec/",
     "sft/models/families/",
 }
 
