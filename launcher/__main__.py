@@ -1,4 +1,4 @@
-"""`python -m launcher`: parses arguments, calls the command, prints one block on error."""
+"""`python -m launcher`: parse the arguments, run the command, print errors as one block."""
 
 from __future__ import annotations
 
@@ -13,31 +13,24 @@ from launcher.commands.arguments import Handler, command
 from launcher.contract.errors import LauncherError
 from launcher.contract.exit_codes import ExitCode
 
-_EPILOG = """exit codes:
-   0  done
-   1  a bug or an unforeseen fault; --debug shows the traceback
-   2  config, data, model or arguments are wrong: nothing was submitted
-   3  the scheduler cannot be reached, or refused
-   4  the run's state does not allow it (still active, already finished, unknown run)
-  74  a checkpoint or file could not be written; the last complete checkpoint is untouched
-  75  stopped on request with a complete checkpoint: resubmit goes on
-  76  no rank finished a step for too long
-  77  a node failed its preflight checks
-  93  never to be started again by itself
- 124  wait --timeout: the runs go on
- 130  interrupted (Ctrl-C)
-
-A run's own exit code is what `submit --follow`, `logs -f` and `wait` exit with."""
+_EPILOG = "\n".join(
+    [
+        "exit codes:",
+        *(f"{code.value:>4}  {code.meaning}" for code in ExitCode),
+        "",
+        "`submit --follow`, `logs -f` and `wait` exit with the run's own exit code.",
+    ]
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(words)
     options.command_line = ["launcher", *words]
     handler: Handler = options.handler
     try:
-        from launcher.remote.hand_over import hand_over  # --help does without
+        from launcher.remote.hand_over import hand_over  # late: --help does not need it
 
         elsewhere = hand_over(options, words)
         return handler(options) if elsewhere is None else elsewhere
@@ -48,18 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.OK)
     except Exception as error:
         if options.debug:
             raise
-        print(f"error: {type(error).__name__}: {error} (unforeseen; --debug shows where)", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {error} (a bug; --debug shows the traceback)", file=sys.stderr)
         return int(ExitCode.FAILURE)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    """argparse gives up on positional words after an option (`submit cfg.yaml --json a=b`): they are taken up here."""
+    """Parse the arguments. argparse leaves positional words after an option (`submit cfg.yaml --json a=b`) unparsed."""
     parser = build_parser()
     options, rest = parser.parse_known_args(words)
     many = next((name for name in ("overrides", "runs") if hasattr(options, name)), None)
@@ -71,7 +64,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="launcher",
         description="Fine-tune large language models on a Slurm cluster from one YAML file.",

@@ -1,6 +1,6 @@
-"""Run a command that was typed on another machine: the second half of the far end of `launcher.remote.delivery`.
+"""Run a command that was typed on another machine, with the launcher's code that was sent along.
 
-`launcher.remote.deposit` has stored the launcher's code and the command; this program runs it with that code.
+`launcher.remote.delivery` sends both, `launcher.remote.deposit` stores them, and this program runs the command.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def run(path: Path) -> int:
-    """Carry out the command in the file `path`, which is read once; its exit code."""
+    """Run the command in the file `path`, which is deleted, and return its exit code."""
     request = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()
     code = Path(__file__).absolute().parents[1]
@@ -41,7 +41,7 @@ def run(path: Path) -> int:
 
 
 def _put(store: Path, name: str, encoded: str) -> Path:
-    """The file in its place, which is named by what it holds."""
+    """Write a file that was sent along and return its path, which is named by its content."""
     content = base64.b64decode(encoded)
     path = store / hashlib.sha256(content).hexdigest()[:32] / Path(name).name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,15 +54,15 @@ def _put(store: Path, name: str, encoded: str) -> Path:
 
 
 def _end_with_stdin() -> None:
-    """Without a terminal nobody is told that the other side has gone: the end of stdin is Ctrl-C then."""
-    tether = os.dup(0)
+    """Treat the end of stdin as Ctrl-C: without a terminal, nothing else says that the other side is gone."""
+    link = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
 
     def watch() -> None:
         with contextlib.suppress(OSError):
-            while os.read(tether, 4096):
+            while os.read(link, 4096):
                 pass
         os.kill(os.getpid(), signal.SIGINT)
 

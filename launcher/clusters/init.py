@@ -35,7 +35,7 @@ class Survey:
 
 
 def survey() -> Survey:
-    """Ask Slurm and this machine; raise SchedulerError if Slurm shows no partition."""
+    """Ask Slurm and this machine, or raise SchedulerError if Slurm shows no partition."""
     partitions = slurm.partitions()
     if not partitions:
         raise SchedulerError("sinfo shows no partition; is this account allowed to use the cluster?")
@@ -91,7 +91,10 @@ def cluster_yaml(name: str, found: Survey) -> str:
 
 
 def write_first(name: str) -> Path:
-    """Write the file into the user's folder and return its path; raise RunStateError if there already is one."""
+    """Write the file into the user's folder and return its path.
+
+    Raises RunStateError if there already is one.
+    """
     if not RUN_NAME.fullmatch(name):
         raise ConfigError(f"{name!r} is not a valid name for a cluster; use letters, digits, '.', '_' and '-'")
     path = search_path("cluster_configs")[0] / f"{name}.yaml"

@@ -1,8 +1,7 @@
-"""What a command knows that was typed on another machine: `launcher.remote.delivery` sends it, `launcher.arrived`
-receives it.
+"""What a command that was typed on another machine knows about that machine.
 
-The words of the command are the same on both sides; so a path in them is one of the other machine's where that file
-was sent along, and is read from where it was put.
+`launcher.remote.delivery` sends it and `launcher.arrived` receives it. The command line is the same on both sides, so a
+path in it may name a file of the other machine. Such a file was sent along, and its copy is read instead.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +19,7 @@ class Arrival:
     """The cluster whose host this is."""
     files: Mapping[str, str]
     """Path as written -> the copy that was sent."""
-    source: Mapping[str, Any]
+    source: Mapping[str, object]
     """Git state of the code that was sent."""
     diff: str
     """Its uncommitted changes."""
@@ -31,27 +29,27 @@ _arrivals: list[Arrival] = []
 
 
 def arrive(arrival: Arrival) -> None:
-    """This process runs a command that was typed elsewhere."""
+    """Record that this process runs a command that was typed elsewhere."""
     _arrivals.append(arrival)
 
 
 def arrival() -> Arrival | None:
-    """The command from elsewhere that this process runs."""
+    """Return the command from elsewhere that this process runs, if it does."""
     return _arrivals[-1] if _arrivals else None
 
 
 def here(path: str) -> str:
-    """The copy of a file that was sent along, or the path itself."""
-    came = arrival()
-    return came.files.get(path, path) if came is not None else path
+    """Return the path of the copy if the file was sent along, else the path itself."""
+    sent = arrival()
+    return sent.files.get(path, path) if sent is not None else path
 
 
 def other_cluster(named: str | None) -> str | None:
-    """The cluster of --cluster, unless that only said where the command runs."""
-    came = arrival()
-    return None if came is not None and named == came.cluster else named
+    """Return the value of --cluster, unless that only said on which host to run the command."""
+    sent = arrival()
+    return None if sent is not None and named == sent.cluster else named
 
 
 def here_path(path: Path) -> Path:
-    """`here` for a Path."""
+    """Return `here` for a Path."""
     return Path(here(str(path)))

@@ -1,4 +1,4 @@
-"""The errors a user can meet, drawn as a tree.
+"""The errors that a user can meet.
 
 LauncherError               exit 1
 +-- ConfigError             exit 2   a key, value or file of the config is wrong
@@ -12,8 +12,8 @@ LauncherError               exit 1
 +-- TrainingError           exit 1   the numbers went wrong: steps without a finite loss or gradient
 +-- CheckpointError         exit 74  a checkpoint cannot be written or read
 
-A message says what is wrong (dotted key and value), why (the arithmetic) and what to do. All problems of one
-kind are collected before one error is raised.
+A message says what is wrong (dotted key and value), why (the arithmetic) and what to do. All problems of a kind are
+collected, then one error is raised.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LauncherError(Exception):
 
 
 class ConfigError(LauncherError):
-    """One or more problems in the config; `problems` holds one message each."""
+    """One or more problems in the config, with a message each in `problems`."""
 
     exit_code = ExitCode.BAD_INPUT
 
@@ -45,7 +45,7 @@ class TopologyError(ConfigError):
 
 
 class DataError(ConfigError):
-    """Training data that cannot be used; names file and line where there is one."""
+    """Training data that cannot be used. The message names file and line if there is one."""
 
 
 class ModelError(ConfigError):
@@ -57,11 +57,11 @@ class TemplateError(ConfigError):
 
 
 class UserCodeError(ConfigError):
-    """A function that the config names, e.g. evaluation.metric, raised; says what."""
+    """A function that the config names, e.g. evaluation.metric, raised an exception."""
 
 
 class SchedulerError(LauncherError):
-    """Slurm did not answer, or answered no."""
+    """Slurm did not answer, or refused."""
 
     exit_code = ExitCode.SCHEDULER
 
@@ -83,6 +83,6 @@ class CheckpointError(LauncherError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known word, or an empty string."""
+    """Return `; did you mean 'x'?` with the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,7 +1,6 @@
-"""Exit codes of both programs, in one place because batch scripts, tests and people read them.
+"""Exit codes of both programs, with what each means to a user. `launcher --help` prints them from here.
 
-The numbers of the rank program follow sysexits.h where it has a fitting one, so that a shell can tell
-a full disk (74) from a request to be started again (75).
+Where sysexits.h has a number that fits, it is used: 74 is an I/O error, 75 a temporary failure that a retry may fix.
 """
 
 from __future__ import annotations
@@ -12,27 +11,24 @@ from enum import IntEnum
 class ExitCode(IntEnum):
     """What `python -m launcher` and `python -m sft` exit with."""
 
-    OK = 0
-    """Done."""
-    FAILURE = 1
-    """A bug or an unforeseen fault; `--debug` shows the traceback."""
-    BAD_INPUT = 2
-    """The config, data, model or arguments are wrong: nothing was submitted, nothing is worth retrying."""
-    SCHEDULER = 3
-    """The scheduler cannot be reached, or refused."""
-    CONFLICT = 4
-    """The run's state does not allow it (still active, already finished, unknown run)."""
-    IO_ERROR = 74
-    """A checkpoint or file could not be written; the last complete checkpoint is untouched."""
-    REQUEUE = 75
-    """Stopped on request at a step boundary with a complete checkpoint: start again to go on."""
-    HANG = 76
-    """No rank finished a step for too long; the watchdog wrote down where each of them stood, and ended them."""
-    BAD_NODE = 77
-    """A node failed its preflight checks: the run belongs on other nodes."""
-    NEVER_REQUEUE = 93
-    """A program's word that another start would end the same way; other resiliency tools use the same number."""
-    TIMED_OUT = 124
-    """`launcher wait --timeout`: the runs go on."""
-    INTERRUPTED = 130
-    """Ctrl-C."""
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str = "") -> ExitCode:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    OK = 0, "done"
+    FAILURE = 1, "a bug or an unforeseen fault; --debug shows the traceback"
+    BAD_INPUT = 2, "config, data, model or arguments are wrong: nothing was submitted, a retry would fail too"
+    SCHEDULER = 3, "the scheduler cannot be reached, or refused"
+    CONFLICT = 4, "the run's state does not allow it (still active, already finished, unknown run)"
+    IO_ERROR = 74, "a checkpoint or file could not be written; the last complete checkpoint is untouched"
+    REQUEUE = 75, "stopped on request with a complete checkpoint: `launcher resubmit` resumes"
+    HANG = 76, "no rank finished a step in time; hang.json says where each of them was"
+    BAD_NODE = 77, "a node failed its preflight checks: the run belongs on other nodes"
+    # Other resiliency tools use the same number for it.
+    NEVER_REQUEUE = 93, "another start would end the same way"
+    TIMED_OUT = 124, "`launcher wait --timeout`: the runs are still active"
+    INTERRUPTED = 130, "interrupted (Ctrl-C)"

@@ -1,8 +1,8 @@
-"""The shape of a GGUF model, read from its header.
+"""Read a model's sizes from the header of a GGUF file.
 
-A GGUF is only a starting point here: the ranks convert it to a Hugging Face directory once. The shape is wanted
-earlier, so that the topology is checked before anything is submitted. Rejected: the gguf package's reader, which makes
-an array of each of the tokenizer's 100,000 strings and takes seconds for it.
+`sft prepare` converts a GGUF file to a Hugging Face directory, but its sizes are needed earlier, to check the topology
+before anything is submitted. Rejected: the gguf package's reader, which takes seconds because it makes an array of each
+of the tokenizer's 100,000 strings.
 
 Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -20,7 +20,7 @@ from launcher.contract.errors import ModelError
 from launcher.contract.model_shape import ModelShape
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_STRING, _ARRAY = 8, 9  # type numbers, like the keys of _NUMBERS
 _VERSIONS = (2, 3)
 _OURS = {
     "num_hidden_layers": "block_count",
@@ -35,7 +35,7 @@ _OURS = {
 
 
 def read_gguf_shape(path: Path) -> ModelShape:
-    """Shape of the model in `path`; ModelError where that is no GGUF."""
+    """Return the sizes of the model in a GGUF file, or raise ModelError."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             values, tensors = _Header(data).read()
@@ -43,7 +43,7 @@ def read_gguf_shape(path: Path) -> ModelShape:
         raise ModelError(f"model.path: {path} is not a readable GGUF file ({error})") from None
     architecture = values.get("general.architecture") or ""
     config = {ours: values.get(f"{architecture}.{theirs}") for ours, theirs in _OURS.items()}
-    if config["vocab_size"] is None:  # optional in the format; the token list always tells
+    if config["vocab_size"] is None:  # optional in the format, unlike the list of tokens
         config["vocab_size"] = len(values.get("tokenizer.ggml.tokens", ())) or None
     tied = "output.weight" not in tensors
     return ModelShape.from_config({**config, "model_type": architecture, "tie_word_embeddings": tied}, str(path))
@@ -51,16 +51,16 @@ def read_gguf_shape(path: Path) -> ModelShape:
 
 @dataclass(slots=True)
 class _Header:
-    """Reads on from `at`; struct.error behind the end of the file."""
+    """Reads values one after another, starting at byte `at`. Raises struct.error at the end of the file."""
 
     data: mmap.mmap
     at: int = 0
 
     def read(self) -> tuple[dict[str, Any], set[str]]:
-        """Metadata by key, and the names of the tensors."""
+        """Return the metadata by key and the names of the tensors."""
         magic, version, tensors, pairs = self.numbers("4sIQQ")
         if magic != b"GGUF" or version not in _VERSIONS:
-            raise ValueError(f"it begins with {magic!r}, version {version}")
+            raise ValueError(f"it starts with {magic!r} and version {version}, not with GGUF and 2 or 3")
         values = {self.text(): self.value(*self.numbers("I")) for _ in range(pairs)}
         return values, set(self.tensors(tensors))
 
@@ -68,19 +68,24 @@ class _Header:
         for _ in range(count):
             yield self.text()
             (dimensions,) = self.numbers("I")
-            self.numbers(f"{dimensions}QIQ")  # sizes, type, place
+            self.numbers(f"{dimensions}QIQ")  # sizes, type, offset
 
     def value(self, kind: int) -> Any:
-        """A number, a text, or a list; of a list of texts only its length counts, and each is empty."""
+        """Read a number, a text or a list.
+
+        Of a list of texts only the length is right: its texts are empty, because reading them takes long.
+        """
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
             return self.numbers(_NUMBERS[kind])[0]
-        of, count = self.numbers("IQ")
-        if of == _STRING:
+        item, count = self.numbers("IQ")
+        if item == _STRING:
             self.skip_texts(count)
             return [""] * count
-        return [self.value(of) for _ in range(count)] if of == _ARRAY else list(self.numbers(f"{count}{_NUMBERS[of]}"))
+        if item == _ARRAY:
+            return [self.value(item) for _ in range(count)]
+        return list(self.numbers(f"{count}{_NUMBERS[item]}"))
 
     def text(self) -> str:
         (length,) = self.numbers("Q")
@@ -93,7 +98,8 @@ class _Header:
         self.at = at
 
     def numbers(self, form: str) -> tuple[Any, ...]:
+        """Read little-endian numbers by a format of `struct`."""
         form = f"<{form}"
-        found = struct.unpack_from(form, self.data, self.at)
+        values = struct.unpack_from(form, self.data, self.at)
         self.at += struct.calcsize(form)
-        return found
+        return values

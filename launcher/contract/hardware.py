@@ -1,4 +1,4 @@
-"""Kinds of GPU: peaks, memory and links, from the data file gpu_kinds.yaml, where each figure has its source."""
+"""Kinds of GPU with their peaks, memory and links. gpu_kinds.yaml has the figures and their sources."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE = Path(__file__).with_name("gpu_kinds.yaml")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuKind:
-    """One kind of GPU. Rates are in TFLOP/s and GB/s (10^9 bytes), links one direction a GPU."""
+    """One kind of GPU. Rates are in TFLOP/s and GB/s (10^9 bytes/s), those of links for one direction of one GPU."""
 
     name: str
     names: tuple[str, ...]
@@ -24,7 +24,7 @@ class GpuKind:
     bf16_tflops: float
     """Dense peak of bf16 matrix products."""
     fp8_tflops: float | None = None
-    """Dense peak of fp8 matrix products; None where there are none."""
+    """Dense peak of fp8 matrix products. None: the kind has none."""
     matmul_efficiency: float
     """Part of the peak that large matrix products reach."""
     memory_gib: float
@@ -39,7 +39,7 @@ class GpuKind:
 
 @functools.cache
 def gpu_kinds() -> tuple[GpuKind, ...]:
-    """All kinds, in the order in which `match_gpu` tries them."""
+    """Return all kinds, in the order in which `match_gpu` tries them."""
     values = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
     return tuple(
         GpuKind(name=name, **{**figures, "names": tuple(figures["names"])}) for name, figures in values.items()
@@ -47,15 +47,15 @@ def gpu_kinds() -> tuple[GpuKind, ...]:
 
 
 def gpu_kind(name: str) -> GpuKind:
-    """The kind of this name; ConfigError lists those there are."""
+    """Return the kind of this name, or raise ConfigError that lists the known ones."""
     known = {kind.name: kind for kind in gpu_kinds()}
     if name not in known:
-        raise ConfigError(f"{name!r} is no known kind of GPU{did_you_mean(name, known)}; known: {', '.join(known)}")
+        raise ConfigError(f"{name!r} is not a known kind of GPU{did_you_mean(name, known)}; known: {', '.join(known)}")
     return known[name]
 
 
 def match_gpu(reported: str) -> GpuKind | None:
-    """The kind whose names fit what torch.cuda.get_device_name() or nvidia-smi says, or None."""
+    """Return the first kind whose names match the output of torch.cuda.get_device_name() or nvidia-smi, if one does."""
     for kind in gpu_kinds():
         if any(re.search(pattern, reported, re.IGNORECASE) for pattern in kind.names):
             return kind

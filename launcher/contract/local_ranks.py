@@ -1,10 +1,10 @@
-"""`python -m launcher.contract.local_ranks --ranks N --log-dir DIR -- COMMAND`: the ranks of a run on this machine.
+"""`python -m launcher.contract.local_ranks --ranks N --log-dir DIR -- COMMAND`: run ranks on this machine.
 
-Each rank gets torchrun's variables and a log file of its own. Signals are handed on; when one rank fails, the others
-get a grace period and are then ended; the exit code is that of the first rank that failed. Ranks die with this
-process, whatever kills it.
+Each rank gets torchrun's variables and a log file of its own. Signals are forwarded. When one rank fails, the others
+get a grace period and are then ended. The exit code is that of the first rank that failed. Ranks die with this process,
+whatever kills it.
 
-Rejected: torchrun, which starts failed ranks again and masks their exit codes; this imports the standard library only.
+Rejected: torchrun, which restarts failed ranks and masks their exit codes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pathlib import Path
 from types import FrameType
 
 GRACE_SECONDS = 30.0
-"""How long the other ranks may go on after one has failed, and then again between TERM and KILL."""
+"""How long the other ranks may continue after one has failed, and then again between TERM and KILL."""
 
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run."""
+    """Parse the command line, run the ranks and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m launcher.contract.local_ranks", description="Start the ranks of a local run."
     )
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_ranks(command: Sequence[str], ranks: int, log_dir: Path, grace: float = GRACE_SECONDS) -> int:
-    """Run `command` once a rank and return the exit code of the first that failed, or 0."""
+    """Run `command` once for each rank and return the exit code of the first rank that failed, or 0."""
     log_dir.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen[bytes]] = []
 
@@ -87,11 +87,11 @@ def _start(command: Sequence[str], rank: int, ranks: int, port: int, log: Path) 
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """What a child does before exec: ask the kernel for SIGKILL when the parent ends."""
+    """Return what a child does before exec: ask the kernel to kill it when its parent ends."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def ask() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # bash has background jobs ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # bash makes background jobs ignore it
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or os.getppid() != parent:
             os._exit(1)
 
@@ -99,7 +99,7 @@ def _die_with(parent: int) -> Callable[[], None]:
 
 
 def _attend(processes: Sequence[subprocess.Popen[bytes]], grace: float, failure: Path) -> int:
-    """Wait for all; once one failed, write down which, and end the others in two steps."""
+    """Wait for all ranks and return the exit code. Once one fails, record which and end the others, TERM then KILL."""
     failed: int | None = None
     failed_at = 0.0
     steps = [(grace, signal.SIGTERM), (2 * grace, signal.SIGKILL)]
@@ -110,7 +110,9 @@ def _attend(processes: Sequence[subprocess.Popen[bytes]], grace: float, failure:
             if rank is not None:
                 failed, failed_at = _exit_code(codes[rank] or 0), time.monotonic()
                 with contextlib.suppress(FileExistsError), failure.open("x", encoding="utf-8") as file:
-                    file.write(f"{failed} {rank} {socket.gethostname()}\n")  # the watchdog may have named another
+                    file.write(
+                        f"{failed} {rank} {socket.gethostname()}\n"
+                    )  # unless the watchdog recorded another first
                 first = failure.read_text(encoding="utf-8").split()[1]
                 print(f"rank {first} failed first, with exit code {failed}", flush=True)
         if all(code is not None for code in codes):
@@ -124,7 +126,7 @@ def _attend(processes: Sequence[subprocess.Popen[bytes]], grace: float, failure:
 
 
 def _exit_code(code: int) -> int:
-    """A shell's view: 128 + N for death by signal N."""
+    """Return the exit code that a shell reports: 128 + N for death by signal N."""
     return 128 - code if code < 0 else code
 
 
@@ -136,13 +138,10 @@ def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: int) -> No
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """A port for rank 0 to listen on, which the kernel gives to nobody else meanwhile.
-
-    The socket that holds it is bound alone, and only then allows others the same address: rank 0's, which torch opens
-    with SO_REUSEADDR. It never listens, or that would fail.
-    """
+    """Yield a port for rank 0 to listen on, which the kernel gives to nobody else meanwhile."""
     with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
+        holder.bind(("127.0.0.1", 0))  # exclusively, hence before the option that lets rank 0 bind it too
+        # torch opens rank 0's socket with SO_REUSEADDR. It can then listen, because this one never does.
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         yield int(holder.getsockname()[1])
 

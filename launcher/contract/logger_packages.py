@@ -1,5 +1,7 @@
-"""Which packages the loggers of a config need: asked on the login node where ranks run in the same environment, and
-again by `sft prepare` in theirs."""
+"""Check that the packages which a config's loggers need are installed.
+
+The launcher checks where ranks run in its own environment, and `sft prepare` checks again in theirs.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from collections.abc import Iterator
 from launcher.contract.spec import RunSpec
 
 _PACKAGES = {"nemo": "nemo_toolkit"}
-"""Packages that are not called as their module is."""
+"""Packages whose name differs from that of their module."""
 
 
 def missing_loggers(spec: RunSpec) -> Iterator[tuple[str, str]]:
-    """Key and problem of every logger whose package is not installed here."""
+    """Yield key and problem of every logger whose package is not installed here."""
     logging = spec.logging
     wanted = {
         "tensorboard": logging.tensorboard,

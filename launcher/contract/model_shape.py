@@ -76,7 +76,7 @@ class ModelShape:
 
 
 def read_model_shape(model_dir: Path) -> ModelShape:
-    """Return the sizes of the model in `model_dir`; raise ModelError if they cannot be read."""
+    """Return the sizes of the model in `model_dir`, or raise ModelError."""
     path = model_dir / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A folder of this machine that only this user can enter: for what shells share, and sockets."""
+"""A folder on this machine that only this user can enter, for sockets and for what the user's shells share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def private_folder() -> Path | None:
-    """The folder, below XDG_RUNTIME_DIR or the temporary one; None where there is none that is private."""
+    """Return the folder, below XDG_RUNTIME_DIR or the temporary folder, or None if it cannot be made private."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     base = Path(runtime) if runtime and os.access(runtime, os.W_OK) else Path(tempfile.gettempdir())
     folder = base / f"slurm-sft-launcher-{os.getuid()}"

@@ -1,6 +1,6 @@
-"""Processes of this machine: is this one still the one that was started?
+"""Identify processes of this machine.
 
-A process id alone is reused; with the start time the kernel keeps (clock ticks since boot) it is not.
+A process id is reused. Together with its start time (clock ticks since boot) it names one process for good.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from pathlib import Path
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None where there is no such process."""
+    """Return when a process started, in clock ticks since boot, or None if it does not run."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()  # the command's name may hold spaces and brackets
+    fields = stat.rpartition(")")[2].split()  # the command's name may contain spaces and brackets
     return None if fields[0] == "Z" else int(fields[19])
 
 
 def with_text(text: str) -> list[int]:
-    """Our processes on this machine that carry `text` in their arguments or their environment, besides this one."""
+    """Return the ids of this user's other processes that have `text` in their arguments or environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -34,7 +34,7 @@ def with_text(text: str) -> list[int]:
 
 
 def is_session_leader(pid: int) -> bool:
-    """Whether the process leads a session of its own, as the controller of a local run does."""
+    """Return whether a process leads a session of its own, as the controller of a local run does."""
     with contextlib.suppress(ProcessLookupError):
         return os.getsid(pid) == pid
     return False

@@ -1,7 +1,7 @@
-"""Finds templates and cluster files: the user's own folders first, then a checkout's, then the installed package's.
+"""Find templates and cluster files: in the user's own folders, else in the checkout or the installed package.
 
-The search path is data, so that a miss can print it. Rejected: importlib.resources, which finds the folders in a wheel
-only: in a checkout they lie beside the package, where people look for them.
+Rejected: importlib.resources, which finds the folders only in a wheel. In a checkout they lie beside the package, where
+people look for them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def checkout_root() -> Path | None:
-    """Top of the source tree this package runs from, or None where it is installed."""
+    """Return the top of the source tree that this package runs from, or None if it is installed."""
     root = _PACKAGE.parent
     return root if (root / "setup.cfg").is_file() and (root / "templates").is_dir() else None
 
 
 def own_folders(kind: Kind) -> list[Path]:
-    """The user's folders for `kind`, first match wins."""
+    """Return the user's folders for `kind`. The first that has a file counts."""
     home = os.environ.get("SFT_LAUNCHER_HOME")
     folders = [Path(home).expanduser().absolute() / kind] if home else []
     return [*folders, Path("~/.config/slurm-sft-launcher").expanduser() / kind]
 
 
 def search_path(kind: Kind) -> list[Path]:
-    """Folders looked through for `kind`, first match wins."""
+    """Return all folders for `kind`. The first that has a file counts."""
     folders = own_folders(kind)
     checkout = checkout_root()
     if checkout is not None:
@@ -40,7 +40,7 @@ def search_path(kind: Kind) -> list[Path]:
 
 
 def find(kind: Kind, name: str, suffix: str = "") -> Path:
-    """Path of the file `name` + `suffix`; TemplateError prints where it was looked for."""
+    """Return the path of the file `name` + `suffix`, or raise TemplateError that lists the folders."""
     folders = search_path(kind)
     for folder in folders:
         path = folder / f"{name}{suffix}"

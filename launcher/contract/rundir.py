@@ -1,29 +1,29 @@
-"""Every file of a run directory has its name here, and every write to one goes through here.
+"""Names and formats of the files in a run directory, and the functions that read and write them.
 
     RUN/
-      config.yaml           the resolved config: what every rank runs
-      run.lock.yaml         the same with what its files held and which code it had; `submit` makes a new run of it
-      bundle/code/          the code that the ranks run, as it was at submit; environment.json: Python and packages
+      config.yaml           the resolved config that every rank runs
+      run.lock.yaml         the same with fingerprints of its files and its code; `submit` makes a new run of it
+      bundle/code/          a copy of the code at submit, which the ranks run; environment.json: Python and packages
       job.sh                the batch script, exactly as submitted; runs again by hand
-      submission.json       a submission that was begun and is not recorded yet
-      manifest.json         who submitted what, when, from which code; one entry an attempt
+      submission.json       a submission that has begun and is not recorded yet
+      manifest.json         who submitted what, when, from which code, with an entry for each job
       source.diff           uncommitted changes of the source tree at submit
       events.jsonl          what happened, one JSON object a line (launcher, batch script, rank 0)
       metrics.jsonl         one line a logged step
       progress.json         the newest numbers, replaced as a whole
       lease.json            who may write here now (launcher/contract/lease.py)
-      logs/<attempt>/       batch.log and rank-<N>.log; of the first rank that failed error.json; of a hang
+      logs/<attempt>/       batch.log and rank-<N>.log; error.json of the first rank that failed; after a hang
                             stacks-rank-<N>.txt and hang.json
       preflight/<attempt>.json  what each node found before training
-      checkpoints/step-<N>/ complete when it holds COMPLETE
+      checkpoints/step-<N>/ a checkpoint, complete when it contains COMPLETE
       bad_steps.jsonl       steps whose update was not applied, with the ids of their examples
       generations.jsonl     answers given during training
       export/               Hugging Face directory
-      nemo_log_globalrank-0_localrank-0.txt  the log of NeMo's logger, where logging.nemo is set
-      export_nemo2/         the same as a NeMo 2 checkpoint, where `sft export --format nemo2` was asked for
+      export_nemo2/         the same as a NeMo 2 checkpoint (`sft export --format nemo2`)
+      nemo_log_globalrank-0_localrank-0.txt  the log of NeMo's logger (logging.nemo)
       loss.png              the loss curve
 
-Whole files are written aside, synced and renamed, so that a reader never sees half of one.
+Whole files are written to a temporary file, synced and renamed, so that a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RunPaths:
 
     @property
     def name(self) -> str:
-        """The run's name, which is its directory's."""
+        """The run's name, which is that of its directory."""
         return self.root.name
 
     @property
@@ -149,7 +149,7 @@ class RunPaths:
         return self.logs / attempt / f"rank-{rank}.log"
 
     def stacks(self, attempt: str, rank: int) -> Path:
-        """Where the threads of a rank stood when the attempt hung."""
+        """Stacks of a rank's threads at the time of a hang."""
         return self.logs / attempt / f"stacks-rank-{rank}.txt"
 
     def preflight(self, attempt: str) -> Path:
@@ -157,7 +157,7 @@ class RunPaths:
         return self.root / "preflight" / f"{attempt}.json"
 
     def error(self, attempt: str) -> Path:
-        """What the first rank that failed says of its error."""
+        """The error of the first rank that failed, in its own words."""
         return self.logs / attempt / "error.json"
 
     def failure(self, attempt: str) -> Path:
@@ -178,15 +178,15 @@ COMPLETE = "COMPLETE"
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints in `directory` that carry the marker, oldest first."""
+    """Return the complete checkpoints in `directory`, oldest first."""
     if not directory.is_dir():
         return []
-    found = [path for path in directory.iterdir() if _STEP_DIR.fullmatch(path.name) and (path / COMPLETE).is_file()]
-    return sorted(found, key=checkpoint_step)
+    complete = [path for path in directory.iterdir() if _STEP_DIR.fullmatch(path.name) and (path / COMPLETE).is_file()]
+    return sorted(complete, key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
-    """Step number in a checkpoint directory's name."""
+    """Return the step in the name of a checkpoint's directory."""
     match = _STEP_DIR.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path} is not named step-<N>")
@@ -194,8 +194,8 @@ def checkpoint_step(path: Path) -> int:
 
 
 def write_atomic(path: Path, text: str, mode: int | None = None) -> None:
-    """Replace `path` by `text`: written beside it, synced, renamed. `mode` defaults to what the umask gives."""
-    import tempfile  # loads random and hashlib, which a command that only reads need not wait for
+    """Replace the file `path` by `text`, whole or not at all. By default its mode follows the umask."""
+    import tempfile  # late: it loads random and hashlib, for which a command that only reads need not wait
 
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -219,7 +219,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """Content of a JSON file, or None where it is absent."""
+    """Return the content of a JSON file, or None if it is absent."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -227,12 +227,12 @@ def read_json(path: Path) -> Any | None:
 
 
 def append_event(paths: RunPaths, event: str, **fields: object) -> None:
-    """Add one line to events.jsonl; a single write, so lines of several writers do not mix."""
+    """Add one line to events.jsonl."""
     append_line(paths.events, {"time": time.time(), "event": event, **fields})
 
 
 def append_line(path: Path, record: JsonObject) -> None:
-    """Append `record` as one JSON line."""
+    """Append `record` as one JSON line, by a single write, so that lines of several writers do not mix."""
     line = json.dumps(record, ensure_ascii=False) + "\n"
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -242,7 +242,7 @@ def append_line(path: Path, record: JsonObject) -> None:
 
 
 def read_lines(path: Path) -> Iterator[JsonObject]:
-    """Yield the records of a JSON-lines file; a line that a crash cut short is skipped."""
+    """Yield the records of a JSON-lines file, without lines that a crash cut short."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -254,7 +254,7 @@ def read_lines(path: Path) -> Iterator[JsonObject]:
 
 
 def sync_path(path: Path) -> None:
-    """Make the bytes of a file, or what was renamed in a directory, outlive a crash of the machine."""
+    """Flush a file, or the renames in a directory, to disk, so that they outlive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

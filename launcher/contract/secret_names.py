@@ -1,4 +1,4 @@
-"""Names of environment variables that hold secrets."""
+"""Recognise environment variables that hold secrets by their names."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _SECRET = re.compile(r"TOKEN(?!IZER)|(?<!P)KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name probably holds a secret (but not TOKENIZERS_PARALLELISM or NCCL_IB_PKEY)."""
+    """Return whether a variable of this name probably holds a secret, unlike TOKENIZERS_PARALLELISM or NCCL_IB_PKEY."""
     return _SECRET.search(name) is not None

@@ -17,7 +17,7 @@ from launcher.runs.find import snapshot
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """What the user wants to see; without any choice it is rank 0 of the newest attempt."""
+    """What the user wants to see. Without any choice it is rank 0 of the newest attempt."""
 
     ranks: tuple[int, ...] = ()
     all_ranks: bool = False
@@ -34,7 +34,7 @@ class Choice:
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
-    """Parse `0,3-5` into (0, 3, 4, 5); raise ConfigError for anything else."""
+    """Parse `0,3-5` into (0, 3, 4, 5), or raise ConfigError."""
     ranks: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
@@ -45,7 +45,7 @@ def parse_ranks(text: str) -> tuple[int, ...]:
 
 
 def chosen_attempt(paths: RunPaths, wanted: str | None) -> str | None:
-    """Return the attempt asked for, or the newest that has started; None if there is none yet."""
+    """Return the attempt asked for, or the newest that has started, if any has."""
     if wanted is None:
         return snapshot(paths).attempt
     known = [path.name for path in paths.logs.iterdir() if path.is_dir()] if paths.logs.is_dir() else []

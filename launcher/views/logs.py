@@ -35,7 +35,7 @@ def show(paths: RunPaths, choice: Choice) -> None:
 
 
 def follow(paths: RunPaths, choice: Choice) -> RunStatus:
-    """Print logs as they grow until the attempt has ended, then what the first rank to fail said; return the status."""
+    """Print logs as they grow, then what the rank that failed first said. Return the status at the attempt's end."""
     followers: dict[Path, _Follower] = {}
     told, asked = "", 0.0
     before = None
@@ -62,7 +62,7 @@ def follow(paths: RunPaths, choice: Choice) -> RunStatus:
 
 
 class _Follower:
-    """Prints what a file gains; with a prefix whole lines only, so that lines of several files do not mix."""
+    """Prints what a file gains: with a prefix only whole lines, so that lines of several files do not mix."""
 
     def __init__(self, file: Path, *, prefixed: bool) -> None:
         self._file = file
@@ -70,7 +70,7 @@ class _Follower:
         self._offset = 0
 
     def copy(self, *, last: bool) -> None:
-        """Print what is new; `last` says that nothing more will come, so an unfinished line is printed too."""
+        """Print what is new. `last` says that nothing more will come, so an unfinished line is printed too."""
         try:
             with self._file.open("rb") as log:
                 log.seek(self._offset)
@@ -110,7 +110,7 @@ def _explain(paths: RunPaths, attempt: str, shown: dict[Path, _Follower]) -> Non
 
 
 def _first_failure(paths: RunPaths, attempt: str | None) -> str:
-    """Return who failed first and its last words; raise RunStateError if no rank is known to have failed."""
+    """Return which rank failed first and its last words, or raise RunStateError if none is known."""
     failure = first_failure(paths, attempt) if attempt is not None else None
     if attempt is None or failure is None:
         raise RunStateError(

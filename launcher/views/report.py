@@ -22,7 +22,7 @@ _MOST_EVENTS = 500
 
 
 def write_report(paths: RunPaths, target: Path) -> None:
-    """Write the run's page to `target`, whole or not at all; raise RunStateError if that cannot be written."""
+    """Write the run's page to `target`, whole or not at all, or raise RunStateError."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -15,7 +15,7 @@ _DECISIVE = ("restart", "requeue", "ended", "stop", "cancel", "bad", "rewound", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bar:
-    """An attempt on the timeline; left and width are percents of the time from submission to the last event."""
+    """An attempt on the timeline. Left and width are percents of the time from submission to the last event."""
 
     attempt: str
     host: str
@@ -24,7 +24,7 @@ class Bar:
     steps: str
     ended: str
     good: bool | None
-    """Whether it ended well; None where no end is recorded."""
+    """Whether it ended well, if an end is recorded."""
     left: float
     width: float
 

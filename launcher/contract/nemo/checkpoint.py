@@ -78,7 +78,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 
 def read_config(path: Path) -> HfConfig:
-    """Return the checkpoint's model as a config.json; raise ModelError if it has no Hugging Face counterpart."""
+    """Return the checkpoint's model as a config.json, or raise ModelError if it has no Hugging Face counterpart."""
     if path.is_dir():
         sharded_dir(path)  # raises for a format that is not read, before a job is submitted
     if (path / CONTEXT).is_file():
@@ -109,7 +109,10 @@ def _stated_config(path: Path) -> HfConfig:
 
 
 def inside(name: str, path: Path) -> PurePosixPath:
-    """Return the name of an archive's member as a path; raise ModelError if it would be unpacked outside its folder."""
+    """Return the name of an archive's member as a path.
+
+    Raises ModelError if it would be unpacked outside its folder.
+    """
     place = PurePosixPath(name)
     if place.is_absolute() or ".." in place.parts:
         raise ModelError(f"model.path: {path}: member {name!r} points out of the archive; it is not unpacked")

@@ -66,7 +66,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
 
 
 def context_config(checkpoint: Path) -> HfConfig:
-    """Return the config.json of a NeMo 2 checkpoint; raise ModelError that lists everything without a counterpart."""
+    """Return a NeMo 2 checkpoint's config.json, or raise ModelError that lists everything without a counterpart."""
     path = checkpoint / CONTEXT
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))

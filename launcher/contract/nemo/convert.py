@@ -55,7 +55,10 @@ class Conversion:
 
 
 def convert(text: str, shown: str) -> Conversion:
-    """Convert a YAML text; raise ConfigError that lists every key without a counterpart. `shown` names the file."""
+    """Convert a YAML text, or raise ConfigError that lists every key without a counterpart.
+
+    `shown` is the name of the file in messages.
+    """
     return convert_entries(read_document(text, shown), shown)
 
 

@@ -28,7 +28,7 @@ def value_of(entries: Entries, key: str, default: object = None) -> object:
 
 
 def whole_number_of(entries: Entries, key: str, default: int) -> int:
-    """Return the value of a key as a whole number; raise ConfigError if it is not one."""
+    """Return the value of a key as a whole number, or raise ConfigError."""
     number = number_of(entries, key, default)
     if not number.is_integer():
         raise ConfigError(f"{entries[key].where}: {key}: {number} is not a whole number")
@@ -36,7 +36,7 @@ def whole_number_of(entries: Entries, key: str, default: int) -> int:
 
 
 def number_of(entries: Entries, key: str, default: float) -> float:
-    """Return the value of a key as a number; raise ConfigError if it is not one."""
+    """Return the value of a key as a number, or raise ConfigError."""
     value = value_of(entries, key, default)
     try:
         return float(str(value))  # YAML 1.1 reads 1e-5 as text

@@ -58,7 +58,7 @@ def describes_model(entries: Entries) -> bool:
 
 
 def model_config(entries: Entries) -> HfConfig:
-    """Return the model's config.json; raise ConfigError that lists what has no counterpart."""
+    """Return the model's config.json, or raise ConfigError that lists what has no counterpart."""
     traits = _traits(entries)
     kind = next((kind for kind, known in _KINDS.items() if known == traits), None)
     problems = list(_unsupported(entries))
@@ -101,7 +101,7 @@ def _unsupported(entries: Entries) -> list[str]:
 
 
 def _sizes(entries: Entries, problems: list[str]) -> dict[str, int]:
-    """Return the sizes that both kinds have, 1 for a missing one; append what is wrong to `problems`."""
+    """Return the sizes that both kinds have, 1 for a missing one, and append what is wrong to `problems`."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
     found = {name: value_of(entries, f"model.{name}") for name in names} | {"vocab_size": _vocabulary(entries)}
     sizes = {}

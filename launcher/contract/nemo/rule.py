@@ -19,15 +19,15 @@ class Translation:
 
 
 class Refused(ValueError):
-    """This value cannot be translated; the text says why and what to do."""
+    """This value cannot be translated. The text says why and what to do."""
 
 
 Rule = Callable[[object, Entries], Translation]
-"""Translates the value of a key, given all the keys of its file; raises Refused or ConfigError."""
+"""Translates the value of a key, given all the keys of its file. Raises Refused or ConfigError."""
 
 
 def to(key: str) -> Rule:
-    """Return the rule that gives our `key` the same value; null leaves our default."""
+    """Return the rule that gives our `key` the same value, unless that is null."""
     return lambda value, entries: Translation({} if value is None else {key: value})
 
 

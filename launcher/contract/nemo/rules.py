@@ -161,11 +161,11 @@ SECTIONS: dict[str, Rule] = {
     "model.data.test_ds.": drop("there is no test loop; name the file in data.validation_sets to evaluate it"),
     "model.data.": drop("concerns pretraining data; name your SFT data in data.train"),
 }
-"""Beginning of a key that has no rule of its own -> its rule; the longest match counts."""
+"""Beginning of a key that has no rule of its own -> its rule. The longest match counts."""
 
 
 def rule_of(key: str) -> Rule | None:
-    """Return the rule of a key or else of its section; None where there is neither."""
+    """Return the rule of a key, or else of its section, if there is one."""
     if key in RULES:
         return RULES[key]
     sections = [section for section in SECTIONS if key.startswith(section)]

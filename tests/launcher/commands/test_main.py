@@ -70,7 +70,7 @@ def test_unforeseen_faults_and_interruption(
 
     monkeypatch.setattr("launcher.submission.plan.make_plan", fail)
     assert main(["validate", "cfg.yaml"]) == ExitCode.FAILURE
-    assert capsys.readouterr().err == "error: ZeroDivisionError: oh (unforeseen; --debug shows where)\n"
+    assert capsys.readouterr().err == "error: ZeroDivisionError: oh (a bug; --debug shows the traceback)\n"
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

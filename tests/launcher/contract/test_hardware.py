@@ -40,5 +40,5 @@ def test_figures_make_sense() -> None:
 
 
 def test_unknown_kind_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"^'h10' is no known kind of GPU; did you mean 'h100'\?; known: h200, "):
+    with pytest.raises(ConfigError, match=r"^'h10' is not a known kind of GPU; did you mean 'h100'\?; known: h200, "):
         gpu_kind("h10")

@@ -301,7 +301,7 @@ def test_plan_of_a_range_as_json(big: Path, capsys: pytest.CaptureFixture[str]) 
     [
         (["--gpus", "12"], "12 GPUs are not whole nodes of 8; nearest: 8, 16"),
         (["--gpus", "8-16"], "--gpus 8-16: give a number, or a range such as 8..1024"),
-        (["cluster.gpu=h10"], "cluster.gpu: 'h10' is no known kind of GPU; did you mean 'h100'?"),
+        (["cluster.gpu=h10"], "cluster.gpu: 'h10' is not a known kind of GPU; did you mean 'h100'?"),
         (["--cluster", "local", "resources.nodes=1"], "resources.gpus_per_node is 0, and only GPUs can be planned for"),
     ],
 )
