@@ -11,7 +11,7 @@ from launcher import __version__
 from launcher.commands import cluster, import_nemo, logs, nodes, plan, report, resubmit, status, submit, sweep
 from launcher.commands.arguments import Handler, command
 from launcher.contract.errors import LauncherError
-from launcher.contract.exit_codes import ExitCode
+from launcher.contract.exit_codes import ExitCode, exit_code_reference
 
 _EPILOG = "\n".join(
     [
@@ -78,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         family.add(commands)
     completion = command(commands, "completion", _completion, "print a shell completion script")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
-    command(commands, "reference", _reference, "print the reference of all config keys")
+    reference = command(commands, "reference", _reference, "print a page of the reference: config keys or exit codes")
+    reference.add_argument("page", nargs="?", choices=("config", "exit-codes"), default="config")
     return parser
 
 
@@ -89,7 +90,10 @@ def _completion(options: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _reference(_options: argparse.Namespace) -> int:
+def _reference(options: argparse.Namespace) -> int:
+    if options.page == "exit-codes":
+        print(exit_code_reference(), end="")
+        return int(ExitCode.OK)
     from launcher.contract.config.reference import config_reference
 
     print(config_reference(), end="")

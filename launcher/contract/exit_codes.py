@@ -1,4 +1,5 @@
-"""Exit codes of both programs, with what each means to a user. `launcher --help` prints them from here.
+"""Exit codes of both programs, with what each means to a user. `launcher --help` and docs/exit-codes.md
+print them from here.
 
 Where sysexits.h has a number that fits, it is used: 74 is an I/O error, 75 a temporary failure that a retry may fix.
 """
@@ -6,6 +7,15 @@ Where sysexits.h has a number that fits, it is used: 74 is an I/O error, 75 a te
 from __future__ import annotations
 
 from enum import IntEnum
+
+_PAGE = """# Exit codes
+
+What `python -m launcher` and `python -m sft` exit with. `launcher reference exit-codes` prints this page.
+`submit --follow`, `logs -f` and `wait` exit with the run's own exit code.
+
+| code | name | meaning |
+|---|---|---|
+"""
 
 
 class ExitCode(IntEnum):
@@ -32,3 +42,8 @@ class ExitCode(IntEnum):
     NEVER_REQUEUE = 93, "another start would end the same way"
     TIMED_OUT = 124, "`launcher wait --timeout`: the runs are still active"
     INTERRUPTED = 130, "interrupted (Ctrl-C)"
+
+
+def exit_code_reference() -> str:
+    """Return the page docs/exit-codes.md."""
+    return _PAGE + "".join(f"| {code.value} | `{code.name}` | {code.meaning} |\n" for code in ExitCode)
