@@ -1,23 +1,26 @@
-"""The parallel layout of a run: sizes, and the rules between them.
+"""The topology of a run: how it is spread over ranks, and the rules between the sizes.
 
 One object carries the same numbers from the check on the login node to the process groups of the ranks. The rules
 are Megatron-core's own, plus three of ours: tensor parallel stays within a node (its all-reduces need NVLink), the
-interleaved schedule needs a pipeline, and its micro-batches must be a multiple of the stages.
+interleaved schedule needs a pipeline, and its micro-batches must be a multiple of the stages. Each rule yields a
+message with its arithmetic and the nearest valid sizes. Bounds of single sizes stand at the fields of the config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from launcher.contract.divisors import divisors, nearest_multiples, shown_numbers
 from launcher.contract.errors import TopologyError
 from launcher.contract.model_shape import ModelShape
-from launcher.contract.spec import RunSpec
+from launcher.contract.spec import RunSpec, TopologySpec
+from launcher.contract.spec.fields import field_problems, rule_problems
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
-    """Checked parallel sizes of a run."""
+    """The checked parallel sizes of a run."""
 
     world_size: int
     ranks_per_node: int
@@ -32,7 +35,7 @@ class Topology:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes of one rank in one optimizer step (gradient accumulation), where each step has as many."""
+        """Forward passes of one rank in one optimizer step (gradient accumulation), where the number is fixed."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     @property
@@ -51,7 +54,7 @@ class Topology:
         return self.pipeline_parallel if self.virtual_pipeline > 1 else 1
 
     def describe(self) -> str:
-        """`tp2 x pp2 x dp2 = 8 ranks`, naming only what is larger than 1."""
+        """Return `tp2 x pp2 x dp2 = 8 ranks`, naming only what is larger than 1."""
         sizes = {
             "tp": self.tensor_parallel,
             "pp": self.pipeline_parallel,
@@ -65,18 +68,15 @@ class Topology:
 
 
 def build_topology(spec: RunSpec, shape: ModelShape | None) -> Topology:
-    """Check every rule and return the layout.
+    """Check every rule and return the topology; raise TopologyError with every rule that is broken.
 
     `shape` is None where the model is not readable on this machine; its rules are then left to the ranks.
-    Raises TopologyError with every violated rule.
     """
-    problems = [*_size_problems(spec)]
-    if problems:  # sizes below 1 would make the arithmetic of the other rules meaningless
-        raise TopologyError(problems)
-    problems += _world_problems(spec)
-    problems += _pipeline_problems(spec)
-    if shape is not None:
-        problems += _model_problems(spec, shape)
+    problems = list(_size_problems(spec))
+    if not problems:
+        for rule in (_rank_problems, _batch_problems, _sequence_problems, _pipeline_problems):
+            problems += rule(spec)
+        problems += _model_problems(spec, shape) if shape is not None else []
     if problems:
         raise TopologyError(problems)
     topo = spec.topology
@@ -95,12 +95,15 @@ def build_topology(spec: RunSpec, shape: ModelShape | None) -> Topology:
 
 
 def steps_vary(spec: RunSpec) -> bool:
-    """Whether the micro-batches of a step depend on its examples; each rank then gets equally many, some empty."""
+    """Return whether the number of micro-batches in a step depends on its examples.
+
+    Each rank then gets equally many, and some of them are empty.
+    """
     return spec.data.packing or spec.train.global_batch_unit == "tokens"
 
 
 def describe_batch(spec: RunSpec, topology: Topology) -> str:
-    """What one optimizer step holds and how it is cut."""
+    """Return what one optimizer step holds and how it is cut, in one line."""
     size, unit = spec.train.global_batch_size, spec.train.global_batch_unit
     ranks, rows = topology.data_parallel, spec.train.micro_batch_size
     if spec.data.packing:
@@ -113,139 +116,151 @@ def describe_batch(spec: RunSpec, topology: Topology) -> str:
     return f"{size:,} {unit} a step {cut}{most}"
 
 
+def sequence_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
+    """Return what the length of a row must be a multiple of: two slices for each rank of cp, each split over tp."""
+    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)
+
+
 def _model_parallel(spec: RunSpec) -> int:
+    """Return how many ranks hold one copy of the model."""
     topo = spec.topology
     return topo.tensor_parallel * topo.pipeline_parallel * topo.context_parallel
 
 
-def sequence_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
-    """What the length of a row must be a multiple of: two chunks for each rank of cp, each split over tp."""
-    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)
+def _size_problems(spec: RunSpec) -> Iterator[str]:
+    """Yield sizes out of their bounds, with which the arithmetic of the other rules would mean nothing."""
+    problems = [
+        *rule_problems(spec.resources, "resources."),
+        *rule_problems(spec.topology, "topology."),
+        *field_problems(spec.train, "micro_batch_size", "train."),
+        *field_problems(spec.train, "global_batch_size", "train."),
+        *field_problems(spec.data, "seq_length", "data."),
+    ]
+    yield from (f"{key}: {problem}" for key, problem in problems)
 
 
-def _size_problems(spec: RunSpec) -> list[str]:
-    topo, resources, train = spec.topology, spec.resources, spec.train
-    sizes = {
-        "resources.nodes": resources.nodes,
-        "resources.tasks_per_node": resources.ranks_per_node,
-        "topology.tensor_parallel": topo.tensor_parallel,
-        "topology.pipeline_parallel": topo.pipeline_parallel,
-        "topology.virtual_pipeline": topo.virtual_pipeline,
-        "topology.context_parallel": topo.context_parallel,
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.global_batch_size": train.global_batch_size,
-        "data.seq_length": spec.data.seq_length,
-    }
-    problems = [f"{key} is {value}; it must be at least 1" for key, value in sizes.items() if value < 1]
-    if resources.gpus_per_node < 0:
-        problems.append(f"resources.gpus_per_node is {resources.gpus_per_node}; it must be at least 0")
+def _rank_problems(spec: RunSpec) -> Iterator[str]:
+    """Yield where ranks do not go with GPUs, nodes, or each other."""
+    topo, resources = spec.topology, spec.resources
     if 0 < resources.gpus_per_node != resources.ranks_per_node:
-        problems.append(
+        yield (
             f"resources.tasks_per_node is {resources.ranks_per_node} on nodes with {resources.gpus_per_node} GPUs; "
             f"each rank drives one GPU, so leave tasks_per_node out or set it to {resources.gpus_per_node}"
         )
-    return problems
-
-
-def _world_problems(spec: RunSpec) -> list[str]:
-    topo, resources, train = spec.topology, spec.resources, spec.train
+    if resources.ranks_per_node % topo.tensor_parallel:
+        yield (
+            f"topology.tensor_parallel {topo.tensor_parallel} does not divide the {resources.ranks_per_node} ranks of "
+            "a node, and tensor parallel must not cross nodes; "
+            f"valid here: {shown_numbers(divisors(resources.ranks_per_node))}"
+        )
     world, model_parallel = resources.world_size, _model_parallel(spec)
-    tensor = topo.tensor_parallel
-    problems = []
-    if resources.ranks_per_node % tensor:
-        valid = _divisors(resources.ranks_per_node)
-        problems.append(
-            f"topology.tensor_parallel {tensor} does not divide the {resources.ranks_per_node} ranks of a node, "
-            f"and tensor parallel must not cross nodes; valid here: {_some(valid)}"
-        )
     if world % model_parallel:
-        below, above = (world // model_parallel) * model_parallel, -(-world // model_parallel) * model_parallel
-        nearest = [size for size in (below, above) if size]
-        problems.append(
+        yield (
             f"{world} ranks ({resources.nodes} nodes x {resources.ranks_per_node}) do not divide by "
-            f"tensor_parallel {tensor} x pipeline_parallel {topo.pipeline_parallel} x context_parallel "
-            f"{topo.context_parallel} = {model_parallel}; nearest valid numbers of ranks: {_some(nearest)}"
+            f"tensor_parallel {topo.tensor_parallel} x pipeline_parallel {topo.pipeline_parallel} x context_parallel "
+            f"{topo.context_parallel} = {model_parallel}; nearest valid numbers of ranks: "
+            f"{shown_numbers(nearest_multiples(world, model_parallel))}"
         )
-    elif not steps_vary(spec):
-        step = train.micro_batch_size * (world // model_parallel)
-        if train.global_batch_size % step:
-            below = train.global_batch_size // step * step
-            nearest = [size for size in (below, below + step) if size]
-            problems.append(
-                f"train.global_batch_size {train.global_batch_size} does not divide by micro_batch_size "
-                f"{train.micro_batch_size} x data_parallel {world // model_parallel} = {step}; "
-                f"nearest valid: {_some(nearest)}"
-            )
-    if topo.sequence_parallel and tensor == 1:
-        problems.append("topology.sequence_parallel needs tensor_parallel > 1; set it to false")
-    multiple = sequence_multiple(tensor, topo.context_parallel, topo.sequence_parallel)
-    if spec.data.seq_length % multiple:
-        problems.append(
-            f"data.seq_length {spec.data.seq_length} does not divide by {multiple} (tensor_parallel with "
-            f"sequence_parallel, 2 x context_parallel); nearest valid: "
-            f"{_some(_neighbours(spec.data.seq_length, multiple))}"
-        )
-    return problems
 
 
-def _pipeline_problems(spec: RunSpec) -> list[str]:
+def _batch_problems(spec: RunSpec) -> Iterator[str]:
+    """Yield a global batch that the data parallel ranks cannot share equally, where each step has to be shared so."""
+    world, train = spec.resources.world_size, spec.train
+    if world % _model_parallel(spec) or steps_vary(spec):
+        return
+    data_parallel = world // _model_parallel(spec)
+    step = train.micro_batch_size * data_parallel
+    if train.global_batch_size % step:
+        yield (
+            f"train.global_batch_size {train.global_batch_size} does not divide by micro_batch_size "
+            f"{train.micro_batch_size} x data_parallel {data_parallel} = {step}; "
+            f"nearest valid: {shown_numbers(nearest_multiples(train.global_batch_size, step))}"
+        )
+
+
+def _sequence_problems(spec: RunSpec) -> Iterator[str]:
+    """Yield rows that cannot be cut over the ranks."""
+    topo, length = spec.topology, spec.data.seq_length
+    if topo.sequence_parallel and topo.tensor_parallel == 1:
+        yield "topology.sequence_parallel needs tensor_parallel > 1; set it to false"
+    multiple = sequence_multiple(topo.tensor_parallel, topo.context_parallel, topo.sequence_parallel)
+    if length % multiple:
+        yield (
+            f"data.seq_length {length} does not divide by {multiple} (tensor_parallel with sequence_parallel, "
+            f"2 x context_parallel); nearest valid: {shown_numbers(nearest_multiples(length, multiple))}"
+        )
+
+
+def _pipeline_problems(spec: RunSpec) -> Iterator[str]:
+    """Yield what the interleaved schedule lacks."""
     topo, train = spec.topology, spec.train
     if topo.virtual_pipeline == 1:
-        return []
+        return
     if topo.pipeline_parallel == 1:
-        return [f"topology.virtual_pipeline {topo.virtual_pipeline} needs pipeline_parallel > 1; set it to 1"]
+        yield f"topology.virtual_pipeline {topo.virtual_pipeline} needs pipeline_parallel > 1; set it to 1"
+        return
     if spec.resources.world_size % _model_parallel(spec) or steps_vary(spec):
-        return []
+        return
     data_parallel = spec.resources.world_size // _model_parallel(spec)
     micro_batches = train.global_batch_size // (train.micro_batch_size * data_parallel)
     if micro_batches == 0 or micro_batches % topo.pipeline_parallel:
         step = train.micro_batch_size * data_parallel * topo.pipeline_parallel
-        return [
+        yield (
             f"topology.virtual_pipeline {topo.virtual_pipeline} needs the micro-batches of a step to be a multiple of "
             f"pipeline_parallel {topo.pipeline_parallel}, and there are {micro_batches} "
             f"(global_batch_size {train.global_batch_size} / (micro_batch_size {train.micro_batch_size} "
             f"x data_parallel {data_parallel})); "
-            f"nearest valid global_batch_size: {_some(_neighbours(train.global_batch_size, step))}"
-        ]
-    return []
+            f"nearest valid global_batch_size: {shown_numbers(nearest_multiples(train.global_batch_size, step))}"
+        )
 
 
-def _model_problems(spec: RunSpec, shape: ModelShape) -> list[str]:
-    topo = spec.topology
-    tensor, stages = topo.tensor_parallel, topo.pipeline_parallel * topo.virtual_pipeline
-    problems = []
-    if not _heads_fit(shape, tensor):
-        valid = [size for size in _divisors(shape.num_attention_heads) if _heads_fit(shape, size)]
-        what = (
-            f"{shape.num_attention_heads} attention heads do not divide by tensor_parallel {tensor}"
-            if shape.num_attention_heads % tensor
-            else f"{shape.num_query_groups} KV heads are neither a multiple nor a divisor of tensor_parallel {tensor}"
-        )
-        problems.append(f"{what}; valid here: {_some(valid)}")
-    if shape.num_layers % stages:
-        virtual = f" x virtual_pipeline {topo.virtual_pipeline}" if topo.virtual_pipeline > 1 else ""
-        valid = [size for size in _divisors(shape.num_layers) if size % topo.virtual_pipeline == 0]
-        problems.append(
-            f"{shape.num_layers} layers do not divide by pipeline_parallel {topo.pipeline_parallel}{virtual}; "
-            f"valid pipeline_parallel here: {_some(size // topo.virtual_pipeline for size in valid)}"
-        )
-    if shape.ffn_hidden_size % tensor:
-        problems.append(
-            f"feed-forward size {shape.ffn_hidden_size} does not divide by tensor_parallel {tensor}; "
-            f"valid here: {_some(_divisors(shape.ffn_hidden_size))}"
-        )
+def _model_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
+    """Yield sizes of the model that the topology cannot cut."""
+    yield from _head_problems(shape, spec.topology.tensor_parallel)
+    yield from _layer_problems(shape, spec.topology)
+    yield from _feed_forward_problems(shape, spec.topology.tensor_parallel)
     if spec.train.precision == "fp8":
-        problems += _fp8_problems(shape, tensor)
+        yield from _fp8_problems(shape, spec.topology.tensor_parallel)
     if spec.data.seq_length > shape.max_position_embeddings:
-        problems.append(
+        yield (
             f"data.seq_length {spec.data.seq_length} is longer than the model's "
             f"{shape.max_position_embeddings} positions; shorten it to at most that"
         )
-    return problems
 
 
-def _fp8_problems(shape: ModelShape, tensor: int) -> list[str]:
-    """fp8 products take weights whose sides, on each rank, are multiples of 16."""
+def _head_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
+    if _heads_fit(shape, tensor):
+        return
+    valid = [size for size in divisors(shape.num_attention_heads) if _heads_fit(shape, size)]
+    what = (
+        f"{shape.num_attention_heads} attention heads do not divide by tensor_parallel {tensor}"
+        if shape.num_attention_heads % tensor
+        else f"{shape.num_query_groups} KV heads are neither a multiple nor a divisor of tensor_parallel {tensor}"
+    )
+    yield f"{what}; valid here: {shown_numbers(valid)}"
+
+
+def _layer_problems(shape: ModelShape, topo: TopologySpec) -> Iterator[str]:
+    if shape.num_layers % (topo.pipeline_parallel * topo.virtual_pipeline) == 0:
+        return
+    virtual = f" x virtual_pipeline {topo.virtual_pipeline}" if topo.virtual_pipeline > 1 else ""
+    valid = [size for size in divisors(shape.num_layers) if size % topo.virtual_pipeline == 0]
+    yield (
+        f"{shape.num_layers} layers do not divide by pipeline_parallel {topo.pipeline_parallel}{virtual}; "
+        f"valid pipeline_parallel here: {shown_numbers(size // topo.virtual_pipeline for size in valid)}"
+    )
+
+
+def _feed_forward_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
+    if shape.ffn_hidden_size % tensor:
+        yield (
+            f"feed-forward size {shape.ffn_hidden_size} does not divide by tensor_parallel {tensor}; "
+            f"valid here: {shown_numbers(divisors(shape.ffn_hidden_size))}"
+        )
+
+
+def _fp8_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
+    """Yield weights with a side that is no multiple of 16 on each rank, which fp8 products do not take."""
     heads = shape.num_attention_heads + 2 * max(shape.num_query_groups, tensor)
     sizes = {
         "hidden size": shape.hidden_size,
@@ -253,30 +268,14 @@ def _fp8_problems(shape: ModelShape, tensor: int) -> list[str]:
         "query heads": shape.num_attention_heads * shape.head_dim / tensor,
         "heads of Q, K and V": heads * shape.head_dim / tensor,
     }
-    return [
-        f"train.precision fp8 needs multiples of 16, and {what} on a rank of tensor_parallel {tensor} is {size:g}; "
-        "set train.precision to bf16, or another tensor_parallel"
-        for what, size in sizes.items()
-        if size % 16
-    ]
+    for what, size in sizes.items():
+        if size % 16:
+            yield (
+                f"train.precision fp8 needs multiples of 16, and {what} on a rank of tensor_parallel {tensor} is "
+                f"{size:g}; set train.precision to bf16, or another tensor_parallel"
+            )
 
 
 def _heads_fit(shape: ModelShape, tensor: int) -> bool:
     groups = shape.num_query_groups
     return shape.num_attention_heads % tensor == 0 and (groups % tensor == 0 or tensor % groups == 0)
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _neighbours(number: int, step: int) -> list[int]:
-    below = number // step * step
-    return [size for size in (below, below + step) if size]
-
-
-def _some(values: Iterable[int], limit: int = 12) -> str:
-    values = list(values)
-    if not values:
-        return "none"
-    return ", ".join(map(str, values[:limit])) + (", ..." if len(values) > limit else "")

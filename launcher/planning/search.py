@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from launcher.contract.cost_model.implementation import CURRENT, Implementation
 from launcher.contract.cost_model.predict import Candidate, evaluate
 from launcher.contract.cost_model.workload import Layout, Recompute, Workload
+from launcher.contract.divisors import divisors, nearest_multiples, shown_numbers
 from launcher.contract.errors import TopologyError
 from launcher.contract.hardware import GpuKind
 from launcher.contract.model_shape import ModelShape
@@ -58,8 +59,8 @@ def with_gpus(spec: RunSpec, gpus: int) -> RunSpec:
     """The same run on so many GPUs: whole nodes, or a part of one."""
     each = spec.resources.gpus_per_node
     if gpus % each and gpus > each:
-        below, above = gpus // each * each, -(-gpus // each) * each
-        raise TopologyError(f"{gpus} GPUs are not whole nodes of {each}; nearest: {below}, {above}")
+        nearest = shown_numbers(nearest_multiples(gpus, each))
+        raise TopologyError(f"{gpus} GPUs are not whole nodes of {each}; nearest: {nearest}")
     nodes, per_node = (gpus // each, each) if gpus >= each else (1, gpus)
     resources = dataclasses.replace(spec.resources, nodes=nodes, gpus_per_node=per_node, tasks_per_node=None)
     return dataclasses.replace(spec, resources=resources)
@@ -140,13 +141,13 @@ def _sizes(spec: RunSpec, shape: ModelShape) -> Iterator[tuple[int, int, int, in
     """tp, pp, vpp and micro-batch sizes worth a look."""
     ranks, world = spec.resources.ranks_per_node, spec.resources.world_size
     micro_batches = (1,) if spec.data.packing else MICRO_BATCH_SIZES
-    for tensor in _divisors(ranks):
-        for pipeline in _divisors(world // tensor):
+    for tensor in divisors(ranks):
+        for pipeline in divisors(world // tensor):
             if pipeline > shape.num_layers:
                 break
             virtual_sizes = [1]
             if pipeline > 1 and shape.num_layers % pipeline == 0:
-                virtual_sizes = _divisors(shape.num_layers // pipeline)
+                virtual_sizes = divisors(shape.num_layers // pipeline)
             for virtual in virtual_sizes:
                 for micro in micro_batches:
                     yield tensor, pipeline, virtual, micro
@@ -164,7 +165,3 @@ def _variant(spec: RunSpec, tensor: int, pipeline: int, virtual: int, micro: int
     )
     train = dataclasses.replace(spec.train, micro_batch_size=micro)
     return dataclasses.replace(spec, topology=topology, train=train)
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]

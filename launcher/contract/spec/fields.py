@@ -93,13 +93,23 @@ def leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, FieldType
 
 def rule_problems(section: DataclassInstance, prefix: str = "") -> Iterator[Problem]:
     """Yield every value below `section` that breaks a rule of its field; of one field the first rule broken."""
-    rules = field_rules(type(section))
     for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        if item.name in rules and value is not None:
-            yield from _field_problems(f"{prefix}{item.name}", value, rules[item.name])
-        for name, inner in _inner_sections(value):
+        yield from field_problems(section, item.name, prefix)
+        for name, inner in _inner_sections(getattr(section, item.name)):
             yield from rule_problems(inner, f"{prefix}{item.name}.{name}")
+
+
+def field_problems(section: DataclassInstance, name: str, prefix: str = "") -> Iterator[Problem]:
+    """Yield what is wrong with the value of one field: where the first rule that is broken is broken."""
+    value = getattr(section, name)
+    if value is None:
+        return
+    for rule in field_rules(type(section)).get(name, ()):
+        if isinstance(rule, Rule):
+            wrong = [item for item in rule.values(value) if not rule.allows(item)]
+            if wrong:
+                yield from ((f"{prefix}{name}", rule.problem(item)) for item in wrong)
+                return
 
 
 def path_fields(section: DataclassInstance, prefix: str = "", mapped_by: str | None = None) -> Iterator[PathField]:
@@ -137,15 +147,6 @@ def _absolute(value: object, rule: PathRule | None, section: object) -> object:
     if isinstance(value, list):
         return [path for text in value for path in (rule.expand(text) if rule.is_path(text, section) else [text])]
     return rule.absolute(value) if isinstance(value, str) and value and rule.is_path(value, section) else value
-
-
-def _field_problems(key: str, value: object, rules: tuple[Rule | PathRule, ...]) -> Iterator[Problem]:
-    for rule in rules:
-        if isinstance(rule, Rule):
-            wrong = [item for item in rule.values(value) if not rule.allows(item)]
-            if wrong:
-                yield from ((key, rule.problem(item)) for item in wrong)
-                return
 
 
 def _inner_sections(value: object) -> Iterator[tuple[str, DataclassInstance]]:

@@ -182,8 +182,8 @@ def make(nodes: int = 1, tasks: int = 2, gpus: int = 0, batch: int = 8, **topolo
         (
             make(tensor_parallel=0, tasks=0),
             [
-                "resources.tasks_per_node is 0; it must be at least 1",
-                "topology.tensor_parallel is 0; it must be at least 1",
+                "resources.tasks_per_node: 0 is not at least 1",
+                "topology.tensor_parallel: 0 is not at least 1",
             ],
         ),
         (
