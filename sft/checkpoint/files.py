@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from launcher.contract.checksum import crc32
 from launcher.contract.rundir import COMPLETE, read_json, sync_path
 
 SHARDED = "sharded"
@@ -24,16 +24,6 @@ TRAINER = "trainer.json"
 """Lightning's counters, and what the checkpoint belongs to."""
 _SPACE_MARGIN = 1.02
 """File headers and metadata beside the tensors."""
-_BLOCK = 1 << 22
-
-
-def crc32(path: Path) -> str:
-    """CRC-32 of a file in hexadecimal."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
 
 
 def seal(directory: Path, known: Mapping[str, str]) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from launcher.contract.checksum import crc32
 from launcher.contract.errors import CheckpointError
 from launcher.contract.rundir import sync_path
 from sft.checkpoint import files as checkpoint_files
@@ -195,7 +196,7 @@ def _write(save: _Save) -> None:
             _, written[index] = outcome.get_nowait()
             if isinstance(written[index], Exception):
                 raise written[index]
-            save.checksums[Path(bucket[0]).name] = checkpoint_files.crc32(Path(bucket[0]))
+            save.checksums[Path(bucket[0]).name] = crc32(Path(bucket[0]))
         results.put(written)
     except Exception as problem:  # a thread has nobody above it: the rank raises it in `finish`
         save.error = _describe(problem)

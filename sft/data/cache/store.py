@@ -6,7 +6,7 @@
       offsets.npy         int64    example i is ids[offsets[i]:offsets[i + 1]]
       target_weights.npy  float64  sum of an example's target weights
       supervised.npy      int64    number of an example's targets with a weight other than 0
-      manifest.json       key, format version and counts; written last
+      manifest.json       key, format version, counts and the checksum of each array; written last
 
 Workers write parts, `assemble` joins them in a temporary directory, `publish` renames that. Several jobs may build the
 same key at once: the first rename wins, and the others use that cache, which holds the same bytes.
@@ -22,7 +22,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +31,12 @@ from typing import IO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.contract.checksum import crc32
 from launcher.contract.errors import DataError
 from launcher.contract.rundir import sync_path, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 has checksums in the manifest."""
 MANIFEST = "manifest.json"
 _ARRAYS = {"ids": "<i4", "weights": "<f4", "offsets": "<i8", "target_weights": "<f8", "supervised": "<i8"}
 _PART_ARRAYS = ("ids", "weights", "lengths", "target_weights", "supervised")
@@ -131,6 +133,8 @@ class TokenCache:
     offsets: NDArray[np.int64]
     target_weights: NDArray[np.float64]
     supervised: NDArray[np.int64]
+    checksums: Mapping[str, str]
+    """CRC-32 of each array's file, in hexadecimal."""
 
     @classmethod
     def open(cls, directory: Path) -> TokenCache:
@@ -144,9 +148,16 @@ class TokenCache:
             wrong += [name for name, array in arrays.items() if array.dtype != np.dtype(_ARRAYS[name])]
             if wrong or manifest["version"] != FORMAT_VERSION:
                 raise ValueError(f"{', '.join(wrong) or MANIFEST} does not fit the manifest")
-            return cls(directory=directory, key=str(manifest["key"]), counts=counts, **arrays)
+            checksums = {name: str(manifest["crc32"][name]) for name in _ARRAYS}
+            return cls(directory=directory, key=str(manifest["key"]), counts=counts, checksums=checksums, **arrays)
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"data cache {directory} is damaged ({error}); delete it and prepare again") from error
+
+    def verify(self) -> None:
+        """Raise DataError if an array's bytes are not those that were written; reads all of the cache."""
+        changed = [name for name, known in self.checksums.items() if crc32(self.directory / f"{name}.npy") != known]
+        if changed:
+            raise DataError(f"data cache {self.directory} is damaged: the bytes of {', '.join(changed)} have changed")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -211,10 +222,17 @@ def assemble(directory: Path, key: str, parts: Sequence[Part], **details: object
             os.fsync(file.fileno())
         for part in parts:
             Path(f"{part.prefix}.{name}").unlink()
+    checksums = {name: crc32(directory / f"{name}.npy") for name in _ARRAYS}
     # Last: a directory with a manifest is complete.
     write_json(
         directory / MANIFEST,
-        {"version": FORMAT_VERSION, "key": key, "counts": dataclasses.asdict(counts), **details},
+        {
+            "version": FORMAT_VERSION,
+            "key": key,
+            "counts": dataclasses.asdict(counts),
+            "crc32": checksums,
+            **details,
+        },
     )
     return counts
 

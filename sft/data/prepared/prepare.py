@@ -31,7 +31,7 @@ from sft.data.prepared.sources import DataSet, Sources, held_out_sets, joined, t
 from sft.data.reading.files import digest, expand, file_identity, sha256_of
 from sft.data.reading.formats import check_columns, detect_format
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Increase it with every change that gives the same rows other tokens or weights."""
 
 WAIT_SECONDS = 6 * 3600.0
@@ -67,7 +67,7 @@ class _Source:
 
 def prepare_data(spec: RunSpec, tokenizer_dir: Path) -> PreparedData:
     """Build the caches that are missing, print what the run will train on, and return the data."""
-    prepared = open_or_build(spec, tokenizer_dir, build=True)
+    prepared = open_or_build(spec, tokenizer_dir, build=True, verify=True)
     for _, name, cache in _named_caches(prepared):
         print(report(name, cache))
     if isinstance(prepared.train, Sources):
@@ -76,9 +76,12 @@ def prepare_data(spec: RunSpec, tokenizer_dir: Path) -> PreparedData:
 
 
 def open_or_build(
-    spec: RunSpec, tokenizer_dir: Path, *, build: bool, wait_seconds: float = WAIT_SECONDS
+    spec: RunSpec, tokenizer_dir: Path, *, build: bool, verify: bool = False, wait_seconds: float = WAIT_SECONDS
 ) -> PreparedData:
     """Return the run's data: with `build` make missing caches, without it wait for them up to `wait_seconds`.
+
+    With `verify` as well, caches that are there are read once and compared with their checksums: one process does that
+    before the ranks start, who then read what they need.
 
     Raise DataError for files that cannot be read, caches that do not appear, and data that lose too much. No
     collectives are called.
@@ -91,7 +94,7 @@ def open_or_build(
     for data_set in (*training, *held_out_sets(spec.data)):
         source = _source(spec, data_set, tokenizer_dir, write_notes=build)
         if build:
-            caches.append(_open_or_make(spec, source, tokenizer_dir))
+            caches.append(_open_or_make(spec, source, tokenizer_dir, verify))
         else:
             caches.append(_wait_for(source, wait_seconds))
         check_lost(caches[-1].counts, data_set.key, spec.data)
@@ -152,10 +155,13 @@ def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
-def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path) -> TokenCache:
+def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path, verify: bool) -> TokenCache:
     if (source.directory / MANIFEST).is_file():
         try:
-            return TokenCache.open(source.directory)
+            cache = TokenCache.open(source.directory)
+            if verify:
+                cache.verify()
+            return cache
         except DataError as error:
             print(f"{error}; building it again", file=sys.stderr)
             shutil.rmtree(source.directory)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.contract.checksum import crc32
 from launcher.contract.rundir import COMPLETE, RunPaths, complete_checkpoints
 from launcher.contract.spec import CheckpointSpec, RunSpec
-from sft.checkpoint.files import changed_bytes, check_space, crc32, damage, remove_all_but, seal
+from sft.checkpoint.files import changed_bytes, check_space, damage, remove_all_but, seal
 
 
 @pytest.fixture

@@ -242,6 +242,23 @@ def test_a_damaged_cache_is_built_again(
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("array", ["ids", "weights", "offsets", "target_weights", "supervised"])
+def test_a_flipped_bit_is_found_before_training(
+    array: str, tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen to train other data, with exit 0."""
+    spec = spec_of(tmp_path)
+    cache = prepare_data(spec, tokenizer_dir).train
+    assert isinstance(cache, TokenCache)
+    file = cache.directory / f"{array}.npy"
+    before = file.read_bytes()
+    file.write_bytes(before[:-5] + bytes([before[-5] ^ 1]) + before[-4:])
+    del cache
+    prepare_data(spec, tokenizer_dir)
+    assert f"the bytes of {array} have changed; building it again" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
 def test_what_a_killed_build_left_behind_is_removed_once_it_is_old(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
