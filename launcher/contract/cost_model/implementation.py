@@ -1,8 +1,8 @@
-"""The constants of the cost model that belong to the training code and not to model, layout or GPU.
+"""Constants of the cost model that depend on the training code, not on model, layout or GPU.
 
-Few and named, because the code changes. Units: `saved_*` are tensors kept for the backward pass, `passes_*` tensors
-read or written by elementwise kernels in forward and backward together, both in multiples of the named size and of
-the activations' type. docs/explanation/planning.md says which measurement fixed which constant.
+`saved_*` counts tensors that are kept for the backward pass. `passes_*` counts tensors that elementwise kernels read or
+write in forward and backward together. Both are multiples of the named size, in the activations' type.
+docs/explanation/planning.md says which measurement fixed which constant.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 ATTENTION_EFFICIENCY = {64: 0.28, 128: 0.41}
-"""Part of the bf16 peak that causal attention reaches, forward and backward together, by head size. 64: from a profile;
-128: the ratio of the kernels' published rates."""
+"""Part of the bf16 peak that causal attention reaches, forward and backward together, by head size. 64 comes from a
+profile, 128 from the ratio of the kernels' published rates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,9 +24,9 @@ class Implementation:
     saved_mlp: float
     """Of the feed-forward size. Fused SwiGLU keeps gate, up and product: 3; without fusion silu(gate) too: 4."""
     logit_bytes: float
-    """Bytes a logit at the loss, kept for all positions of a micro-batch. Losses that work in chunks keep none."""
+    """Bytes for each logit of a micro-batch that the loss keeps. Losses that work in chunks keep none."""
     logit_chunk: float = 0.0
-    """Bytes of logits that such a loss holds at a time, of half of the positions at most."""
+    """Bytes of logits that a loss in chunks holds at a time, of half of the positions at most."""
     passes_hidden: float
     """Norms, residual additions, RoPE and layout copies."""
     passes_ffn: float
@@ -34,9 +34,9 @@ class Implementation:
     passes_logits: float
     """The loss."""
     optimizer_bytes: float
-    """Traffic of one update, a parameter of this rank's share."""
+    """Bytes of memory traffic of an update, for each parameter of this rank's share."""
     gradient_bytes: float
-    """Traffic of adding a micro-batch's gradient to the buffer, a parameter."""
+    """Bytes of memory traffic of adding a micro-batch's gradient to the buffer, for each parameter."""
     step_overhead: float
     """Seconds of a step in which no kernel runs: launches, logging, the loop."""
     tensor_parallel_exposed: float = 1.0
@@ -46,14 +46,14 @@ class Implementation:
     spares_mlp_output: bool = False
     """Whether SwiGLU's output is not kept where one rank has the whole MLP or products are in fp8."""
     fp8_efficiency: float | None = None
-    """Part of the fp8 peak that large products reach; None where there is no fp8."""
+    """Part of the fp8 peak that large products reach. None: no fp8."""
     attention_efficiencies: Mapping[int, float] = field(default_factory=lambda: ATTENTION_EFFICIENCY)
-    """As ATTENTION_EFFICIENCY; of long sequences where there is an attention_knee."""
+    """Like ATTENTION_EFFICIENCY. With an attention_knee it is the limit for long sequences."""
     attention_knee: float = 0.0
-    """Attended tokens with which attention reaches half of that."""
+    """Number of attended tokens at which attention reaches half of that limit."""
 
     def attention_efficiency(self, head_dim: int, attended: float) -> float:
-        """Part of the bf16 peak, by the next smaller head size that is known, else by the smallest."""
+        """Return the part of the bf16 peak, by the largest known head size up to `head_dim`, else by the smallest."""
         known = [size for size in self.attention_efficiencies if size <= head_dim]
         size = max(known) if known else min(self.attention_efficiencies)
         return self.attention_efficiencies[size] * attended / (attended + self.attention_knee)

@@ -1,7 +1,7 @@
-"""Memory of each pipeline stage, by what it is for.
+"""Predict the memory of each pipeline stage, and what it is used for.
 
-Activations follow Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), section 4, with the score matrix gone
-(flash attention) and SwiGLU in place of the MLP: each tensor that the backward pass reads is counted once.
+Activations follow Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), section 4, without the score matrix
+(flash attention) and with SwiGLU in place of the MLP: each tensor that the backward pass reads is counted once.
 Micro-batches in flight are those of 1F1B and of the interleaved schedule (Narayanan et al. 2021,
 https://arxiv.org/abs/2104.04473).
 """
@@ -28,42 +28,42 @@ class StageMemory:
     activations: float
     logits: float
     overhead: float
-    """CUDA context and communication buffers: outside of what torch counts as allocated."""
+    """CUDA context and communication buffers, which torch does not count as allocated."""
 
     @property
     def allocated(self) -> float:
-        """What torch.cuda.max_memory_allocated would say, GiB."""
+        """GiB that torch.cuda.max_memory_allocated reports."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
     @property
     def total(self) -> float:
-        """All of it, GiB."""
+        """GiB in all."""
         return self.allocated + self.overhead
 
 
 def pipeline_memory(workload: Workload, layout: Layout, implementation: Implementation) -> tuple[StageMemory, ...]:
-    """Of every stage, first to last."""
+    """Return the memory of every stage, first to last."""
     return tuple(
         stage_memory(workload, layout, implementation, stage) for stage in range(layout.topology.pipeline_parallel)
     )
 
 
 def largest_stage(workload: Workload, layout: Layout, implementation: Implementation) -> StageMemory:
-    """The stage with the highest peak: the first holds most micro-batches, the last the logits."""
+    """Return the stage with the highest peak: the first, with most micro-batches, or the last, with the logits."""
     ends = {0, layout.topology.pipeline_parallel - 1}
     stages = [stage_memory(workload, layout, implementation, stage) for stage in ends]
     return max(stages, key=lambda memory: memory.total)
 
 
 def stage_memory(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> StageMemory:
-    """Of one stage."""
+    """Return the memory of one stage."""
     topology = layout.topology
     held = stage_parameters(workload.shape, topology, stage)
     trained = held
     if workload.lora_rank is not None:
         trained = adapter_parameters(workload.shape, topology, workload.lora_rank)
         held += trained
-    # fp32 training has no master copy besides the weights: 8 bytes of moments, else 12
+    # 8 bytes of moments, and 4 of a master copy unless the weights are fp32 themselves
     state = trained * (8 if workload.precision == "fp32" else 12)
     if layout.distributed_optimizer:
         state //= topology.reducing_ranks
@@ -80,16 +80,16 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
 
 
 def layer_activation_bytes(workload: Workload, layout: Layout, implementation: Implementation) -> float:
-    """What one layer keeps of one micro-batch unless it is computed again as a whole."""
+    """Return the bytes that one layer keeps of one micro-batch, unless the whole layer is recomputed."""
     shape, topology = workload.shape, layout.topology
     tensor = topology.tensor_parallel
     sequence = tensor if topology.sequence_parallel else 1
     queries = shape.num_attention_heads * shape.head_dim / tensor
     groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
-    outputs = 1 if layout.recompute == "selective" else 2  # the kernel's, and as the projection reads it
-    norms = 2 if layout.recompute == "norms" else 4  # inputs and outputs of the two
+    outputs = 1 if layout.recompute == "selective" else 2  # the kernel's own, and the projection's input
+    norms = 2 if layout.recompute == "norms" else 4  # inputs and outputs of two norms
     per_token = norms * shape.hidden_size / sequence
-    # Between ranks that share rows, attention keeps keys and values of the whole row, unless it gathers them once more.
+    # With context parallelism attention keeps keys and values of the whole row, unless it gathers them again.
     shared_rows = 1 if layout.recompute == "selective" else topology.context_parallel
     per_token += queries + 2 * groups * shared_rows + outputs * queries
     mlp = implementation.saved_mlp if shape.gated_mlp else 2
@@ -101,7 +101,7 @@ def layer_activation_bytes(workload: Workload, layout: Layout, implementation: I
 
 
 def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:
-    """Model chunks whose activations a stage holds at its peak, each of layers / (pp * vpp)."""
+    """Return how many model chunks, of layers / (pp * vpp) each, have activations on a stage at its peak."""
     stages, virtual = topology.pipeline_parallel, topology.virtual_pipeline
     if virtual == 1:
         return min(micro_batches, stages - stage)
@@ -111,15 +111,15 @@ def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:
 def _activation_bytes(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> float:
     topology = layout.topology
     layers = workload.shape.num_layers // (topology.pipeline_parallel * topology.virtual_pipeline)
-    flying = layers * chunks_in_flight(topology, workload.micro_batches(topology), stage)
+    in_flight = layers * chunks_in_flight(topology, workload.micro_batches(topology), stage)
     full = layer_activation_bytes(workload, layout, implementation)
     if layout.recompute == "offload":
-        return full  # inputs of layers are not on the GPU
+        return full  # the inputs of layers are in the host's memory
     if layout.recompute != "full":
-        return flying * full
+        return in_flight * full
     sequence = topology.tensor_parallel if topology.sequence_parallel else 1
     kept = workload.shape.hidden_size / sequence * workload.width * _micro_batch_tokens(workload, topology)
-    return flying * kept + full  # inputs of all layers, and one layer that is computed again
+    return in_flight * kept + full  # the inputs of all layers, and the one layer that is being recomputed
 
 
 def _logit_bytes(workload: Workload, topology: Topology, implementation: Implementation) -> float:

@@ -1,4 +1,4 @@
-"""Memory and speed of one layout by the cost model."""
+"""Predict memory and speed of one layout by the cost model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from launcher.contract.hardware import GpuKind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A valid layout, its largest stage and, where it was worth computing, its time."""
+    """A layout with its largest stage and its predicted speed."""
 
     layout: Layout
     memory: StageMemory
     missing: float
-    """GiB by which the largest stage is too large; 0 or less where it fits."""
+    """GiB by which the largest stage is too large. It fits at 0 or less."""
     time: StepTime
     tokens_per_second: float
     """Real tokens over all GPUs."""
@@ -27,7 +27,7 @@ class Candidate:
 
     @property
     def overrides(self) -> dict[str, int | bool | str]:
-        """The config keys that make a run take this layout."""
+        """The config keys that give a run this layout."""
         topology = self.layout.topology
         return {
             "topology.tensor_parallel": topology.tensor_parallel,
@@ -40,7 +40,7 @@ class Candidate:
 
 
 def evaluate(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> Candidate:
-    """Memory and speed of one layout."""
+    """Predict memory and speed of one layout."""
     memory = largest_stage(workload, layout, implementation)
     time = step_time(workload, layout, gpu, implementation)
     seconds, ranks = time.total, layout.topology.world_size

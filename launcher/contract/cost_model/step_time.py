@@ -1,8 +1,9 @@
-"""Time of one optimizer step, by what it is spent on.
+"""Predict the time of one optimizer step, and what it is spent on.
 
-Products run at the rate that large ones reach, plus the part of their reads and writes that arithmetic does not hide;
-elementwise kernels at the memory's rate; collectives as rings at the rate of the slowest link they cross. The pipeline
-adds (pp - 1) / vpp micro-batches of idle time (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 2.2).
+Matrix products run at the rate that large ones reach, plus the part of their memory traffic that arithmetic does not
+hide. Elementwise kernels run at the memory's rate, and collectives as rings at the rate of the slowest link they cross.
+The pipeline adds (pp - 1) / vpp micro-batches of idle time (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473,
+section 2.2).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from launcher.contract.hardware import GpuKind
 from launcher.contract.topology import Topology
 
 FP32_RATE = 0.5
-"""fp32 products run as TF32, at half the bf16 rate on NVIDIA's data sheets."""
+"""fp32 products run as TF32, by NVIDIA's data sheets at half the bf16 rate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Seconds of a step on the slowest stage. Communication is what no computation hides."""
+    """Seconds of a step on the slowest stage. Communication counts only as far as no computation hides it."""
 
     matmul: float = 0.0
     attention: float = 0.0
@@ -52,20 +53,20 @@ class StepTime:
         return self.tensor_parallel + self.context_parallel + self.pipeline_sends + self.data_parallel
 
     def parts(self) -> list[tuple[str, float]]:
-        """What the step is spent on, in seconds, most first."""
+        """Return the parts of the step with their seconds, the longest first."""
         names = (field.name for field in dataclasses.fields(self))
         values: list[tuple[str, float]] = [(name, getattr(self, name)) for name in names]
         return sorted(values, key=lambda part: -part[1])
 
     def shares(self) -> list[tuple[str, float]]:
-        """The same as parts of the step."""
+        """Return the parts as shares of the step."""
         total = self.total
         return [(name, seconds / total) for name, seconds in self.parts()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pass:
-    """Seconds of forward and backward of one micro-batch in some layers, apart from recomputation."""
+    """Seconds that forward and backward of one micro-batch take in some layers, without recomputation."""
 
     matmul: float
     attention: float
@@ -73,19 +74,19 @@ class _Pass:
     tensor_parallel: float
     context_parallel: float = 0.0
     norms: float = 0.0
-    """Forward alone, and part of elementwise."""
+    """The forward pass of the norms alone, which `elementwise` includes."""
 
 
 def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> StepTime:
-    """One optimizer step."""
+    """Predict the time of one optimizer step."""
     topology = layout.topology
     count = workload.micro_batches(topology)
     layers = _layers(workload, topology, gpu, implementation)
     head = _head(workload, topology, gpu, implementation)
     gradients = _trained(workload, topology) * implementation.gradient_bytes / _memory_rate(gpu)
-    again = _recompute(layout, layers)
+    recompute = _recompute(layout, layers)
     collectives = layers.tensor_parallel + layers.context_parallel
-    compute = layers.matmul + layers.attention + layers.elementwise + collectives + again + gradients
+    compute = layers.matmul + layers.attention + layers.elementwise + collectives + recompute + gradients
     sends = _sends(workload, topology, gpu)
     idle = (topology.pipeline_parallel - 1) / topology.virtual_pipeline
     backward = (compute + head.matmul + head.elementwise) * 2 / 3
@@ -93,7 +94,7 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
         matmul=count * (layers.matmul + head.matmul),
         attention=count * layers.attention,
         elementwise=count * (layers.elementwise + head.elementwise + gradients),
-        recompute=count * again,
+        recompute=count * recompute,
         tensor_parallel=count * (layers.tensor_parallel + head.tensor_parallel),
         context_parallel=count * layers.context_parallel,
         pipeline_bubble=idle * (compute + (head.matmul + head.elementwise) / topology.pipeline_parallel),
@@ -105,7 +106,7 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
 
 
 def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation) -> _Pass:
-    """The decoder layers of one stage."""
+    """Return the times of the decoder layers of one stage."""
     shape, tensor = workload.shape, topology.tensor_parallel
     tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel
     layers = shape.num_layers // topology.pipeline_parallel
@@ -113,7 +114,7 @@ def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation
     up = 2 if shape.gated_mlp else 1
     outer = 4 * shape.hidden_size + (2 * queries + 2 * groups + (up + 1) * shape.ffn_hidden_size) / tensor
     weights = layer_parameters(shape, tensor)
-    # causal half: 6 * s a token and head dimension over forward and backward
+    # with a causal mask 6 * s operations a token and head dimension, forward and backward together
     attention = 6 * queries / tensor * tokens * workload.attended
     sequence = tensor if topology.sequence_parallel else 1
     moved = implementation.passes_hidden * shape.hidden_size / sequence
@@ -131,13 +132,16 @@ def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation
         * implementation.tensor_parallel_exposed
         / _link_rate(gpu, crosses=False),
         context_parallel=layers * _gathered_rows(workload, topology, gpu),
-        # two a layer, each read and written
+        # two norms a layer, each reads and writes its tensor
         norms=layers * 4 * shape.hidden_size / sequence * workload.width * tokens / _memory_rate(gpu),
     )
 
 
 def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
-    """Keys and values of whole rows gathered for a layer, and their gradients back, a micro-batch; none is hidden."""
+    """Return the seconds a layer and micro-batch for gathering keys and values of whole rows and returning gradients.
+
+    No computation hides them.
+    """
     shape, tensor, context = workload.shape, topology.tensor_parallel, topology.context_parallel
     groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
     size = 2 * groups * topology.micro_batch_size * workload.seq_length * workload.width
@@ -145,7 +149,7 @@ def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> floa
 
 
 def _head(workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation) -> _Pass:
-    """Output layer and loss; never in fp8."""
+    """Return the times of output layer and loss, which are never in fp8."""
     shape, tensor = workload.shape, topology.tensor_parallel
     tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel
     rows = shape.vocab_size / tensor
@@ -167,20 +171,26 @@ def _head(workload: Workload, topology: Topology, gpu: GpuKind, implementation: 
 def _products(
     workload: Workload, gpu: GpuKind, implementation: Implementation, weights: float, tokens: float, outer: float
 ) -> float:
-    """Forward and backward of linear layers with so many weights and inputs + outputs a token, one micro-batch."""
+    """Return the seconds a micro-batch for the products of linear layers.
+
+    The layers have `weights` weights, and `outer` inputs and outputs for each of the `tokens` tokens.
+    """
     rate, width = gpu.bf16_tflops * gpu.matmul_efficiency, workload.width
     if workload.precision == "fp32":
         rate *= FP32_RATE
     elif workload.precision == "fp8":
         assert gpu.fp8_tflops is not None and implementation.fp8_efficiency is not None
         rate, width = gpu.fp8_tflops * implementation.fp8_efficiency, 1
-    products = 3 if workload.lora_rank is None else 2  # frozen weights have no gradient of their own
+    products = 3 if workload.lora_rank is None else 2  # frozen weights need no product for their gradient
     traffic = products * (tokens * outer + weights) * width
     return products * 2 * weights * tokens / (rate * 1e12) + MATMUL_EXPOSED_TRAFFIC * traffic / _memory_rate(gpu)
 
 
 def _recompute(layout: Layout, layers: _Pass) -> float:
-    """The forward pass once more: a third of what both passes take, collectives included; of gathered rows half."""
+    """Return the seconds a micro-batch for recomputation.
+
+    The forward pass is a third of both passes together, with its collectives, and half of the gathering of rows.
+    """
     if layout.recompute in ("full", "offload"):  # copies to the host run beside computation
         computed = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel
         return computed / 3 + layers.context_parallel / 2
@@ -190,7 +200,7 @@ def _recompute(layout: Layout, layers: _Pass) -> float:
 
 
 def _sends(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
-    """Activations and gradients between stages, a micro-batch. The interleaved schedule sends behind computation."""
+    """Return the seconds a micro-batch for sends between stages, which the interleaved schedule hides."""
     if topology.pipeline_parallel == 1 or topology.virtual_pipeline > 1:
         return 0.0
     sequence = topology.tensor_parallel if topology.sequence_parallel else 1
@@ -203,7 +213,7 @@ def _sends(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
 def _data_parallel(
     workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation, backward: float
 ) -> float:
-    """Reduction of fp32 gradients, hidden behind the last backward pass, and the gathering of updated weights."""
+    """Return the exposed seconds a step for reducing fp32 gradients and gathering updated weights."""
     topology = layout.topology
     if topology.reducing_ranks == 1:
         return 0.0
@@ -225,14 +235,14 @@ def _optimizer(workload: Workload, layout: Layout, gpu: GpuKind, implementation:
 
 
 def _trained(workload: Workload, topology: Topology) -> float:
-    """Parameters that have gradients on a rank of the largest stage."""
+    """Return the number of trained parameters on a rank of the largest stage."""
     if workload.lora_rank is not None:
         return adapter_parameters(workload.shape, topology, workload.lora_rank)
     return stage_parameters(workload.shape, topology, topology.pipeline_parallel - 1)
 
 
 def _ring(size: int) -> float:
-    """Part of a tensor that each rank sends in a ring all-gather or reduce-scatter."""
+    """Return the part of a tensor that each rank sends in a ring all-gather or reduce-scatter."""
     return (size - 1) / size
 
 
@@ -245,7 +255,10 @@ def _link_rate(gpu: GpuKind, *, crosses: bool) -> float:
 
 
 def _data_parallel_rate(topology: Topology, gpu: GpuKind) -> float:
-    """A ring over nodes leaves each by the network cards of all its members there, up to the rate within the node."""
+    """Return the bytes a second of a data parallel ring.
+
+    Between nodes it uses the network cards of all its members on a node, up to the rate within the node.
+    """
     if topology.tensor_parallel * topology.reducing_ranks <= topology.ranks_per_node:
         return _link_rate(gpu, crosses=False)
     members = max(1, topology.ranks_per_node // topology.tensor_parallel)

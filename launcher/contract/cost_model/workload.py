@@ -1,4 +1,4 @@
-"""What a step computes, apart from how it is spread: the model, the rows, the precision."""
+"""What a step computes (model, rows, precision) and how ranks share it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Workload:
 
     shape: ModelShape
     seq_length: int
-    """Tokens of a row as it is computed."""
+    """Tokens of a row, padding included."""
     rows: int
-    """Rows of a step over all data parallel ranks."""
+    """Rows of a step, of all data parallel ranks together."""
     attended: float
-    """Mean over tokens of the length of their example, sum s_i^2 / sum s_i: seq_length where a row is one example."""
+    """Mean over tokens of the length of their example, sum s_i^2 / sum s_i: seq_length if each row is one example."""
     fill: float = 1.0
-    """Real tokens in a token that is computed."""
+    """Share of the tokens that are not padding."""
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     lora_rank: int | None = None
-    """Only adapters of this rank are trained."""
+    """If set, only adapters of this rank are trained."""
 
     @property
     def tokens(self) -> float:
-        """Real tokens of a step."""
+        """Tokens of a step without padding."""
         return self.rows * self.seq_length * self.fill
 
     @property
@@ -45,7 +45,7 @@ class Workload:
         return 4 if self.precision == "fp32" else 2
 
     def micro_batches(self, topology: Topology) -> int:
-        """Forward passes of a rank in a step; ranks with fewer rows get empty ones."""
+        """Return the forward passes of a rank in a step. Ranks with fewer rows get empty ones."""
         each = -(-self.rows // (topology.micro_batch_size * topology.data_parallel))
         multiple = topology.micro_batch_multiple
         return max(1, -(-each // multiple) * multiple)
@@ -53,20 +53,20 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """A topology and what trades memory for time."""
+    """A topology with the settings that trade memory for time."""
 
     topology: Topology
     recompute: Recompute = "none"
     distributed_optimizer: bool = True
 
     def describe(self) -> str:
-        """As a topology, with micro-batch and recomputation."""
+        """Return the topology, micro-batch size and recomputation in words."""
         recompute = "" if self.recompute == "none" else f", {self.recompute} recompute"
         return f"{self.topology.describe()}, micro-batch {self.topology.micro_batch_size}{recompute}"
 
 
 def layer_parameters(shape: ModelShape, tensor_parallel: int) -> int:
-    """Weights of a decoder layer on one tensor parallel rank; KV heads below tp are held by several ranks."""
+    """Return a decoder layer's weights on one tensor parallel rank. If tp exceeds the KV heads, ranks share them."""
     queries = shape.num_attention_heads * shape.head_dim
     groups = max(shape.num_query_groups, tensor_parallel)
     repeated = 2 * (groups - shape.num_query_groups) * shape.head_dim * shape.hidden_size
@@ -75,7 +75,7 @@ def layer_parameters(shape: ModelShape, tensor_parallel: int) -> int:
 
 
 def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
-    """Weights on one rank of a pipeline stage. A tied output layer has its own copy on another stage."""
+    """Return the weights on one rank of a pipeline stage. A tied output layer has its own copy on another stage."""
     tensor, stages = topology.tensor_parallel, topology.pipeline_parallel
     embedding = -(-shape.vocab_size // tensor) * shape.hidden_size
     count = shape.num_layers // stages * layer_parameters(shape, tensor)
@@ -89,7 +89,10 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
 
 
 def adapter_parameters(shape: ModelShape, topology: Topology, rank: int) -> int:
-    """Weights of LoRA adapters on every linear of a stage: rank * (inputs + outputs) each; the unsharded half whole."""
+    """Return the weights of LoRA adapters on all linear layers of a stage: rank * (inputs + outputs) for each.
+
+    Tensor parallelism shards only one of an adapter's two matrices; both are counted whole.
+    """
     queries = shape.num_attention_heads * shape.head_dim
     groups = shape.num_query_groups * shape.head_dim
     mlp = 3 if shape.gated_mlp else 2
