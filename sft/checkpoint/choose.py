@@ -9,18 +9,18 @@ No model is built and Megatron-core is not imported.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.contract.errors import CheckpointError, RunStateError
 from launcher.contract.rundir import RunPaths, checkpoint_step
 from launcher.contract.spec import RunSpec
-from sft.checkpoint.files import TRAINER, changed_bytes, damage
+from sft.checkpoint.files import changed_bytes, damage
+from sft.checkpoint.format import RankedStep, TrainerState
 
 _READERS = 8
 """Threads that take checksums: one alone does not keep a parallel file system busy."""
@@ -62,25 +62,21 @@ def _as_asked(complete: list[Path], step: int) -> Iterator[Choice]:
 def _by_rank(complete: list[Path], spec: RunSpec) -> Iterator[Choice]:
     """The best, best first, then all others from the newest on."""
     by_step = {checkpoint_step(path): path for path in complete}
-    ranked = _ranked(complete) if spec.checkpoint.export_step == "best" else []
+    ranked = _ranked(complete) if spec.checkpoint.export_step == "best" else ()
     for best in ranked:
-        if best["step"] in by_step:
+        if best.step in by_step:
             metric = spec.checkpoint_ranking.best_metric
-            yield Choice(by_step.pop(best["step"]), f"the best {metric}, {best['value']:.4f}")
+            yield Choice(by_step.pop(best.step), f"the best {metric}, {best.value:.4f}")
     for step in reversed(by_step):
         yield Choice(by_step[step], "the newest" if not ranked else "the newest of those that are not among the best")
 
 
-def _ranked(complete: list[Path]) -> list[dict[str, Any]]:
-    """The best evaluations as the newest checkpoint knows them, best first: each has a step and a value."""
+def _ranked(complete: list[Path]) -> tuple[RankedStep, ...]:
+    """Return the best evaluations as the newest checkpoint that can be read knows them, best first."""
     for path in reversed(complete):
-        try:
-            state = json.loads((path / TRAINER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # the checksums will tell, if this one is to be exported
-            continue
-        best: list[dict[str, Any]] = state["lightning"].get("callbacks", {}).get("checkpoints", {}).get("best", [])
-        return best
-    return []
+        with contextlib.suppress(CheckpointError, ValueError):  # the checksums tell, if this one is to be exported
+            return TrainerState.read(path).best
+    return ()
 
 
 def _changed(path: Path) -> str | None:

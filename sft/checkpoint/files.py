@@ -18,10 +18,6 @@ import torch
 from launcher.contract.checksum import crc32
 from launcher.contract.rundir import COMPLETE, read_json, sync_path
 
-SHARDED = "sharded"
-"""Megatron-core's part of a checkpoint directory."""
-TRAINER = "trainer.json"
-"""Lightning's counters, and what the checkpoint belongs to."""
 _SPACE_MARGIN = 1.02
 """File headers and metadata beside the tensors."""
 

@@ -1,18 +1,7 @@
-"""What a checkpoint holds, and reading it back, under another topology too.
-
-    step-00000010/
-      sharded/        Megatron-core's distributed checkpoint: weights, optimizer, random generators
-      trainer.json    Lightning's counters, topology, identity of the data, versions
-      COMPLETE        written last: size and checksum of every file
-
-All is written into a hidden directory beside the target, synced, marked, and renamed (sft.checkpoint.save). A full
-disk is met before the first byte where the file system tells, and else leaves only the hidden directory, which the
-next save removes. Size and checksum let a reader pass over a checkpoint that was damaged later.
-"""
+"""Read a checkpoint back, under the topology it was saved with or another one."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
@@ -23,18 +12,14 @@ import torch
 
 from launcher.contract.errors import CheckpointError, ConfigError
 from launcher.contract.rundir import checkpoint_step, complete_checkpoints
-from launcher.contract.topology import Topology
-from sft.checkpoint.files import SHARDED, TRAINER, changed_bytes, damage
+from sft.checkpoint.files import changed_bytes, damage
+from sft.checkpoint.format import SHARDED, TrainerState
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
-from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.parallel.groups import ControlGroup
 from sft.megatron.patches import adamw_state
 
 if TYPE_CHECKING:
     from sft.engine.module import SFTGPT
-
-FORMAT = 3
-"""Version of the directory's layout; 2 has checksums, 3 says what the data were."""
 
 
 def load_newest(
@@ -62,13 +47,13 @@ def load_newest(
 def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, object]) -> dict[str, Any]:
     """Fill model, optimizer and (on the same topology) random generators; returns Lightning's counters."""
     trainer = read_trainer_state(source)
-    if trainer["data_key"] != data_key:
+    if trainer.data_key != data_key:
         raise ConfigError(
-            f"{source} was written by a run over other batches: {_differences(trainer['data_key'], data_key)}. Going "
+            f"{source} was written by a run over other batches: {_differences(trainer.data_key, data_key)}. Going "
             "on would repeat or skip examples. Put that back, or start a new run with model.path set to the exported "
             "model"
         )
-    same_topology = trainer["topology"] == dataclasses.asdict(module.topology)
+    same_topology = trainer.is_of(module.topology)
     hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]
     wanted = sharded_state(module, loading=True, with_rng=same_topology)
     loaded = dist_checkpointing.load(wanted, str(source / SHARDED))
@@ -79,8 +64,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     _keep_hyperparameters(module, hyperparameters)
     if same_topology:
         _restore_rng(loaded["rng"])
-    counters: dict[str, Any] = trainer["lightning"]
-    return counters
+    return dict(trainer.lightning)
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
@@ -96,15 +80,12 @@ def _shown(value: object) -> str:
     return "unset" if value is None else json.dumps(value)
 
 
-def read_trainer_state(source: Path) -> dict[str, Any]:
-    """trainer.json of a complete checkpoint; CheckpointError says what is wrong with it."""
+def read_trainer_state(source: Path) -> TrainerState:
+    """Read trainer.json of a complete checkpoint; CheckpointError says what is wrong with it."""
     problem = damage(source)
     if problem:
         raise CheckpointError(f"checkpoint {source}: {problem}")
-    state: dict[str, Any] = json.loads((source / TRAINER).read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {source}: format {state.get('format')}, and this version reads {FORMAT}")
-    return state
+    return TrainerState.read(source)
 
 
 def newest_usable(checkpoints: list[Path]) -> Path | None:
@@ -171,15 +152,3 @@ def _keep_hyperparameters(module: SFTGPT, groups: list[dict[str, Any]]) -> None:
     """The config of this attempt decides learning rate, decay and betas, not the one that wrote the checkpoint."""
     for group, configured in zip(module.megatron_optimizer.param_groups, groups, strict=True):
         group.update({key: value for key, value in configured.items() if key not in ("params", "step")})
-
-
-def trainer_json(counters: Mapping[str, Any], topology: Topology, data_key: Mapping[str, object]) -> str:
-    """Content of trainer.json."""
-    state = {
-        "format": FORMAT,
-        "lightning": counters,
-        "topology": dataclasses.asdict(topology),
-        "data_key": data_key,
-        "versions": {"torch": torch.__version__, "megatron_core": megatron_version},
-    }
-    return json.dumps(state, indent=1)

@@ -30,7 +30,7 @@ from launcher.contract.checksum import crc32
 from launcher.contract.errors import CheckpointError
 from launcher.contract.rundir import sync_path
 from sft.checkpoint import files as checkpoint_files
-from sft.checkpoint.files import SHARDED, TRAINER
+from sft.checkpoint.format import SHARDED, TRAINER, TrainerState
 from sft.megatron.core import AsyncRequest, CheckpointingException, dist_checkpointing, filesystem_async
 from sft.megatron.parallel.groups import ControlGroup
 from sft.megatron.patches.write_errors import raise_write_error
@@ -48,7 +48,7 @@ class _Save:
 
     target: Path
     aside: Path
-    trainer_json: str
+    trainer: TrainerState
     began: float
     request: AsyncRequest | None = None
     thread: threading.Thread | None = None
@@ -83,7 +83,7 @@ class CheckpointSaver:
         """Whether this rank's part of the save in flight is on disk, or has failed."""
         return self._save is not None and (self._save.thread is None or not self._save.thread.is_alive())
 
-    def begin(self, target: Path, state: dict[str, Any], trainer_json: str, *, copy: bool) -> None:
+    def begin(self, target: Path, state: dict[str, Any], trainer: TrainerState, *, copy: bool) -> None:
         """Start writing `state` for `target`. Tensors on the host are copied first where `copy` says so.
 
         A checkpoint that is at `target` already was found damaged, or its step would not be done again: it is
@@ -91,7 +91,7 @@ class CheckpointSaver:
         """
         if self._save is not None:
             raise RuntimeError("a save is still in flight")
-        save = _Save(target, target.parent / f".{target.name}.partial", trainer_json, time.perf_counter())
+        save = _Save(target, target.parent / f".{target.name}.partial", trainer, time.perf_counter())
         needed = self._control.total(checkpoint_files.local_bytes(state))
         self._attempt(save, lambda: self._make_room(save, needed))
         self._attempt(save, lambda: self._plan(save, state, copy))
@@ -145,7 +145,7 @@ class CheckpointSaver:
             raise_write_error()
         if not self._leader:
             return
-        checkpoint_files.write_synced(save.aside / TRAINER, save.trainer_json)
+        checkpoint_files.write_synced(save.aside / TRAINER, save.trainer.to_json())
         checkpoint_files.seal(save.aside, {name: value for part in gathered for name, value in part.items()})
         checkpoint_files.remove(save.target)
         save.aside.rename(save.target)

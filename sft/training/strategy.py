@@ -5,6 +5,7 @@ Built on DDPStrategy for its process group and device handling only; torch's Dis
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +14,10 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 
 from launcher.contract.topology import Topology
-from sft.checkpoint.load import load_newest, sharded_state, trainer_json
+from sft.checkpoint.format import TrainerState
+from sft.checkpoint.load import load_newest, sharded_state
 from sft.checkpoint.save import CheckpointSaver
+from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.core import parallel_state
 from sft.megatron.parallel.groups import ControlGroup, init_model_parallel
 
@@ -77,7 +80,12 @@ class MegatronStrategy(DDPStrategy):
         """Begin to write `checkpoint` (Lightning's counters) and all sharded state; `saver.finish` ends it."""
         module = self.megatron_module
         module.gather_weights()
-        trainer = trainer_json(checkpoint, self.topology, self.data_key)
+        trainer = TrainerState(
+            lightning=checkpoint,
+            topology=dataclasses.asdict(self.topology),
+            data_key=self.data_key,
+            versions={"torch": torch.__version__, "megatron_core": megatron_version},
+        )
         state = sharded_state(module, loading=False)
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)
 
@@ -90,5 +98,5 @@ class MegatronStrategy(DDPStrategy):
         return counters
 
     def load_weights(self, source: Path) -> tuple[Path, dict[str, Any]]:
-        """Fill model and optimizer; which checkpoint it was, and Lightning's counters, which nobody has to heed."""
+        """Fill model and optimizer; return which checkpoint it was, and Lightning's counters, which may be ignored."""
         return load_newest(source, self.megatron_module, control=self.control, data_key=self.data_key)

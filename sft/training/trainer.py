@@ -166,9 +166,10 @@ def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | 
         return None
     if checkpoint_step(resume) >= max_steps:
         return f"all {max_steps} steps are done"
-    states = read_trainer_state(resume)["lightning"].get("callbacks", {})
-    early = EarlyStopping(spec.train.early_stopping)
-    early.load_state_dict(states.get(EvaluationCallback.STATE_KEY, early.state_dict()))
+    try:
+        early = EarlyStopping(spec.train.early_stopping, read_trainer_state(resume).early_stopping)
+    except (CheckpointError, ValueError):  # the load looks at every byte, and says so or takes an older checkpoint
+        return None
     return f"training ended early after step {checkpoint_step(resume)}" if early.is_due else None
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from launcher.contract.rundir import append_line, checkpoint_step
 from launcher.contract.spec import TrainSpec
+from sft.checkpoint.format import BadStepState
 from sft.engine.module import SFTGPT
 from sft.engine.results import StepResult
 from sft.metrics.run_log import RunLog
@@ -74,16 +75,16 @@ class GuardCallback(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        return "guard"
+        return BadStepState.KEY
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._module = cast(SFTGPT, pl_module)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"gradient_norms": self._module.judge.state()}
+    def state_dict(self) -> dict[str, object]:
+        return BadStepState(self._module.judge.state()).to_json()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._module.judge.restore(state_dict["gradient_norms"])
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self._module.judge.restore(BadStepState.from_json(state_dict).gradient_norms)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         result = self._module.last_step

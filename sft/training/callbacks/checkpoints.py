@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -13,6 +13,7 @@ from launcher.contract.lease import Keeper
 from launcher.contract.rundir import checkpoint_step
 from launcher.contract.spec import CheckpointSpec
 from sft.checkpoint import files as checkpoint_files
+from sft.checkpoint.format import BestSteps, RankedStep
 from sft.metrics.run_log import RunLog
 from sft.runtime.stop import Deadline, StopFlag
 from sft.training.callbacks.bad_steps import GuardCallback
@@ -21,20 +22,12 @@ from sft.training.callbacks.evaluation import EvaluationCallback
 from sft.training.strategy import MegatronStrategy
 
 
-@dataclass(frozen=True, slots=True)
-class _Ranked:
-    """A checkpoint that is among the best."""
-
-    step: int
-    value: float
-
-
 class BestCheckpoints:
     """The best `keep_best` evaluations of a run so far."""
 
     def __init__(self, spec: CheckpointSpec) -> None:
         self._spec = spec
-        self._ranked: list[_Ranked] = []
+        self._ranked: list[RankedStep] = []
 
     @property
     def steps(self) -> list[int]:
@@ -49,14 +42,16 @@ class BestCheckpoints:
         if len(better) >= self._spec.keep_best:
             return False
         worse = [ranked for ranked in self._ranked if ranked not in better]
-        self._ranked = [*better, _Ranked(step, value), *worse][: self._spec.keep_best]
+        self._ranked = [*better, RankedStep(step, value), *worse][: self._spec.keep_best]
         return True
 
-    def state(self) -> list[dict[str, Any]]:
-        return [asdict(ranked) for ranked in self._ranked]
+    def state(self) -> tuple[RankedStep, ...]:
+        """Return the steps and values, best first."""
+        return tuple(self._ranked)
 
-    def restore(self, state: list[dict[str, Any]]) -> None:
-        self._ranked = [_Ranked(**ranked) for ranked in state][: self._spec.keep_best]
+    def restore(self, state: Sequence[RankedStep]) -> None:
+        """Go on from what `state` gave, with as many as are kept now."""
+        self._ranked = list(state)[: self._spec.keep_best]
 
 
 class CheckpointCallback(pl.Callback):
@@ -86,14 +81,15 @@ class CheckpointCallback(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        return "checkpoints"
+        return BestSteps.KEY
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"run": str(self._log.paths.root), "best": self._best.state()}
+    def state_dict(self) -> dict[str, object]:
+        return BestSteps(str(self._log.paths.root), self._best.state()).to_json()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["run"] == str(self._log.paths.root):  # else they are another run's, and not ours to keep
-            self._best.restore(state_dict["best"])
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        state = BestSteps.from_json(state_dict)
+        if state.run == str(self._log.paths.root):  # else they are another run's, and not ours to keep
+            self._best.restore(state.best)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop.install()

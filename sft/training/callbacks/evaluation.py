@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
+from sft.checkpoint.format import EarlyStoppingState
 from sft.data.prepared.held_out import open_validation_sets
 from sft.engine.module import SFTGPT
 from sft.megatron.parallel.groups import ControlGroup
@@ -43,8 +44,6 @@ def held_out_batches(
 class EvaluationCallback(pl.Callback):
     """Evaluates before the first step, every `eval_every` steps, and after the last."""
 
-    STATE_KEY = "evaluation"
-
     def __init__(
         self, spec: RunSpec, held_out: Mapping[str, StepBatches], answers: Answers | None, log: RunLog
     ) -> None:
@@ -58,13 +57,13 @@ class EvaluationCallback(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        return self.STATE_KEY
+        return EarlyStoppingState.KEY
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.early_stopping.state_dict()
+    def state_dict(self) -> dict[str, object]:
+        return self.early_stopping.state.to_json()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.early_stopping.load_state_dict(state_dict)
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self.early_stopping.state = EarlyStoppingState.from_json(state_dict)
 
     def metrics_at(self, step: int) -> dict[str, float]:
         """What the evaluation after `step` steps gave; empty where there was none."""
@@ -95,6 +94,6 @@ class EvaluationCallback(pl.Callback):
             self._log.metrics(step=step, **metrics)
         self.early_stopping.update(step, metrics)
         if self.early_stopping.is_due and step < self._log.max_steps:
-            best, waited = self.early_stopping.best_step, self.early_stopping.waited
+            best, waited = self.early_stopping.state.best_step, self.early_stopping.state.waited
             self._log.say(f"step {step}: {self._metric} has not improved in {waited} evaluations; best at step {best}")
             self._log.event("stopped_early", step=step, metric=self._metric, best_step=best)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import CheckpointSpec, EarlyStoppingSpec, RunSpec, TrainSpec
 from sft.checkpoint.choose import choose
 from sft.checkpoint.files import seal
+from sft.checkpoint.format import TrainerState
 
 RANKED = [{"step": 2, "value": 1.25}, {"step": 4, "value": 1.5}]
 SPEC = RunSpec(checkpoint=CheckpointSpec(keep_best=2))
@@ -24,8 +24,8 @@ def checkpoint(paths: RunPaths, step: int, best: list[dict[str, Any]]) -> Path:
     directory = paths.checkpoint(step)
     (directory / "sharded").mkdir(parents=True)
     (directory / "sharded" / "__0_0.distcp").write_bytes(b"weights" * step)
-    state = {"lightning": {"callbacks": {"checkpoints": {"run": "", "best": best}}}}
-    (directory / "trainer.json").write_text(json.dumps(state))
+    state = TrainerState(lightning={"callbacks": {"checkpoints": {"run": "", "best": best}}}, topology={}, data_key={})
+    (directory / "trainer.json").write_text(state.to_json())
     seal(directory, {})
     return directory
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.contract.spec import CheckpointSpec, EarlyStoppingSpec
+from sft.checkpoint.format import BestSteps, EarlyStoppingState
 from sft.training.callbacks.checkpoints import BestCheckpoints
 from sft.training.callbacks.early_stopping import EarlyStopping, is_better
 
@@ -47,9 +48,11 @@ def test_state_survives_json() -> None:
     first = EarlyStopping(EarlyStoppingSpec(patience=3))
     for step, value in enumerate([2.0, 1.0, 1.5, 1.5]):
         first.update(step, {"eval_loss": value})
-    second = EarlyStopping(EarlyStoppingSpec(patience=3))
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert (second.best, second.best_step, second.waited) == (1.0, 1, 2)
+    state = EarlyStoppingState.from_json(json.loads(json.dumps(first.state.to_json())))
+    assert (state.best, state.best_step, state.waited) == (1.0, 1, 2)
+    second = EarlyStopping(EarlyStoppingSpec(patience=3), state)
+    second.update(4, {"eval_loss": 1.5})
+    assert second.is_due
 
 
 def test_nothing_is_better_than_nan_nor_nan_than_anything() -> None:
@@ -70,7 +73,7 @@ def test_best_checkpoints(mode: Any, values: list[float], offers: list[bool], be
     assert [ranking.offer(step, value) for step, value in enumerate(values, start=1)] == offers
     assert ranking.steps == best
     again = BestCheckpoints(CheckpointSpec(keep_best=1, best_mode=mode))
-    again.restore(json.loads(json.dumps(ranking.state())))
+    again.restore(BestSteps.from_json(json.loads(json.dumps(BestSteps("run", ranking.state()).to_json()))).best)
     assert again.steps == best[:1]
 
 

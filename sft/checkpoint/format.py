@@ -1,0 +1,167 @@
+"""What a checkpoint directory holds, and trainer.json as a value.
+
+    step-00000010/
+      sharded/        Megatron-core's distributed checkpoint: weights, optimizer, random generators
+      trainer.json    a TrainerState
+      COMPLETE        written last: size and checksum of every file
+
+This module imports neither torch nor Megatron-core: an export reads trainer.json without them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar, cast
+
+from launcher.contract.errors import CheckpointError
+from launcher.contract.topology import Topology
+
+SHARDED = "sharded"
+TRAINER = "trainer.json"
+FORMAT = 3
+"""Version of the directory's layout; 2 has checksums, 3 says what the data were."""
+
+Json = Mapping[str, object]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RankedStep:
+    """An evaluation that is among the best of its run."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class BestSteps:
+    """The best evaluations of a run, best first: the state of the checkpoint callback."""
+
+    KEY = "checkpoints"
+
+    run: str
+    """Directory of the run that they belong to."""
+    best: tuple[RankedStep, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the form in which trainer.json has it."""
+        return {"run": self.run, "best": [dataclasses.asdict(ranked) for ranked in self.best]}
+
+    @classmethod
+    def from_json(cls, values: Json) -> BestSteps:
+        """Read what `to_json` gave; ValueError where it is something else."""
+        best = _checked(values, "best", list)
+        ranked = (RankedStep(_checked(item, "step", int), _checked(item, "value", float)) for item in best)
+        return cls(_checked(values, "run", str), tuple(ranked))
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStoppingState:
+    """What early stopping has seen: the state of the evaluation callback."""
+
+    KEY = "evaluation"
+
+    best: float | None = None
+    """Best value so far; None before the first."""
+    best_step: int = 0
+    waited: int = 0
+    """Evaluations since then."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the form in which trainer.json has it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Json) -> EarlyStoppingState:
+        """Read what `to_json` gave; ValueError where it is something else."""
+        best = None if values.get("best") is None else _checked(values, "best", float)
+        return cls(best, _checked(values, "best_step", int), _checked(values, "waited", int))
+
+
+@dataclass(frozen=True, slots=True)
+class BadStepState:
+    """The running mean of gradient norms: the state of the callback for bad steps."""
+
+    KEY = "guard"
+
+    gradient_norms: list[float]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the form in which trainer.json has it."""
+        return {"gradient_norms": self.gradient_norms}
+
+    @classmethod
+    def from_json(cls, values: Json) -> BadStepState:
+        """Read what `to_json` gave; ValueError where it is something else."""
+        return cls(_checked(values, "gradient_norms", list))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerState:
+    """All that a checkpoint holds beside tensors and random generators."""
+
+    lightning: Mapping[str, object]
+    """Lightning's counters, with the states of the callbacks among them."""
+    topology: Mapping[str, object]
+    """The fields of the Topology it was saved under."""
+    data_key: Mapping[str, object]
+    """Identifies the data and their order."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the content of trainer.json."""
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainerState:
+        """Read the content of trainer.json; ValueError says what is wrong with it."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
+        if values.get("format") != FORMAT:
+            raise ValueError(f"format {values.get('format')}, and this version reads {FORMAT}")
+        lightning, topology, key = (_checked(values, name, dict) for name in ("lightning", "topology", "data_key"))
+        return cls(lightning=lightning, topology=topology, data_key=key, versions=values.get("versions") or {})
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> TrainerState:
+        """Read trainer.json of a checkpoint; CheckpointError names the file."""
+        path = checkpoint / TRAINER
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be used: {error}; remove {checkpoint.name} to go on from an older checkpoint"
+            ) from error
+
+    def is_of(self, topology: Topology) -> bool:
+        """Return whether it was saved under this topology."""
+        return self.topology == dataclasses.asdict(topology)
+
+    @property
+    def early_stopping(self) -> EarlyStoppingState:
+        """What early stopping has seen; a state without evaluations where there was none."""
+        values = self._callback(EarlyStoppingState.KEY)
+        return EarlyStoppingState() if values is None else EarlyStoppingState.from_json(values)
+
+    @property
+    def best(self) -> tuple[RankedStep, ...]:
+        """The best evaluations of the run, best first."""
+        values = self._callback(BestSteps.KEY)
+        return () if values is None else BestSteps.from_json(values).best
+
+    def _callback(self, key: str) -> Json | None:
+        callbacks = self.lightning.get("callbacks", {})
+        return cast("Json | None", callbacks.get(key)) if isinstance(callbacks, Mapping) else None
+
+
+def _checked(values: object, name: str, kind: type[T]) -> T:
+    """Return a value of an object, of the type that it must have; ints are floats, too."""
+    value = values.get(name) if isinstance(values, Mapping) else None
+    if isinstance(value, kind) or (kind is float and isinstance(value, int)):
+        return cast("T", value)
+    raise ValueError(f"{name} is {value!r}")
