@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launcher.contract.errors import LauncherError
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.versions import check_versions
 from sft.commands.bench import add_arguments
 from sft.runtime.error_record import record_error
 
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _quieten_libraries()
     try:
+        if options.command != "preflight":  # which looks at the versions of all nodes, and says what is wrong with them
+            check_versions()
         return int(options.run(options))
     except LauncherError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

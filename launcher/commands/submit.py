@@ -192,6 +192,7 @@ def _diff(options: argparse.Namespace, plan: Plan) -> str:
 def _validate(options: argparse.Namespace) -> int:
     import dataclasses
 
+    from launcher.contract.versions import describe_versions, ranks_versions
     from launcher.submission.submit import summary
 
     swept = _swept(options)
@@ -209,10 +210,13 @@ def _validate(options: argparse.Namespace) -> int:
                 "config": dataclasses.asdict(plan.spec),
                 "sources": plan.config.sources,
                 "topology": dataclasses.asdict(plan.topology),
+                "versions": ranks_versions(plan.spec.cluster.runtime),
             }
         )
     else:
-        print(f"{summary(plan)}\nvalid")
+        versions = ranks_versions(plan.spec.cluster.runtime)
+        known = describe_versions(versions) if versions else "those of the ranks' Python, which preflight checks"
+        print(f"{summary(plan)}\nversions   {known}\nvalid")
     return int(ExitCode.OK)
 
 

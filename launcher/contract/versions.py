@@ -6,11 +6,16 @@ states what the tests were run with; pip keeps to them, a container image or a c
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from launcher.contract.errors import ConfigError
+from launcher.contract.spec import RuntimeSpec
 
 PACKAGES = ("torch", "megatron-core", "pytorch-lightning", "transformers")
 ABSENT = "absent"
@@ -39,7 +44,7 @@ class Bounds:
 BOUNDS: dict[str, Bounds] = {
     "python": Bounds("3.11", "the code uses its syntax and library"),
     "torch": Bounds("2.8", "matrix products of bf16 factors with fp32 results came with it"),
-    "megatron-core": Bounds("0.16.1", "the patches in sft/megatron/patches are written for it", before="0.20"),
+    "megatron-core": Bounds("0.16.1", "the patches in sft/megatron/patches are written for it", before="0.17"),
     "pytorch-lightning": Bounds("2.6.6", "earlier ones resume at another step"),
     "transformers": Bounds("5", "it writes configs and tokenizers in another form"),
 }
@@ -47,13 +52,15 @@ BOUNDS: dict[str, Bounds] = {
 
 def installed_versions() -> dict[str, str]:
     """Return the versions that this Python has, by name, without importing a package."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = ABSENT
-    return versions
+    return {"python": platform.python_version()} | {package: _installed(package) for package in PACKAGES}
+
+
+@functools.cache  # a sweep checks hundreds of configs
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ABSENT
 
 
 def version_problems(versions: Mapping[str, str]) -> list[str]:
@@ -69,6 +76,18 @@ def version_problems(versions: Mapping[str, str]) -> list[str]:
         elif bounds.before is not None and number >= parse_version(bounds.before):
             problems.append(f"{name} {version} is newer than what is known to work; install {_wanted(name, bounds)}")
     return problems
+
+
+def check_versions() -> None:
+    """Raise ConfigError where this Python has versions that do not work."""
+    problems = version_problems(installed_versions())
+    if problems:
+        raise ConfigError([f"{problem} (in {sys.executable})" for problem in problems])
+
+
+def ranks_versions(runtime: RuntimeSpec) -> dict[str, str] | None:
+    """Return the versions of the ranks' Python, where that is this one; None where only the nodes can tell."""
+    return installed_versions() if runtime.kind == "none" and runtime.python is None else None
 
 
 def describe_versions(versions: Mapping[str, str]) -> str:

@@ -6,7 +6,6 @@ A check that fails says whose fault it is: the node's, or the run's (a full disk
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -18,10 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.contract.rundir import sync_path
+from launcher.contract.versions import describe_versions, installed_versions, version_problems
 
 Fault = Literal["node", "run"]
 
-_PACKAGES = ("torch", "megatron-core", "pytorch-lightning", "transformers")
+SHARED_FAULTS = ("run directory", "packages")
+"""Checks that fail for the run's sake where most nodes fail them."""
+
 _NVIDIA_SMI_SECONDS = 15
 _MIB = 2**20
 
@@ -94,17 +96,18 @@ def check_run_directory(folder: Path, host: str, least_gib: float) -> Check:
 
 
 def node_versions() -> dict[str, str]:
-    """What must be the same on all nodes, by name."""
-    versions = {"python": platform.python_version(), "kernel": platform.release()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "absent"
+    """Return what must be the same on all nodes, by name."""
+    versions = installed_versions() | {"kernel": platform.release()}
     driver = Path("/proc/driver/nvidia/version")
     if driver.is_file():
         versions["driver"] = driver.read_text().splitlines()[0]
     return versions
+
+
+def check_packages(versions: Mapping[str, str]) -> Check:
+    """Check that the node's Python and packages are versions that work."""
+    problems = version_problems(versions)
+    return Check(name="packages", ok=not problems, detail="; ".join(problems) or describe_versions(versions))
 
 
 def check_versions(versions: Mapping[str, str], reference: Mapping[str, str]) -> Check:

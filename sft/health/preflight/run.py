@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -78,14 +79,16 @@ def _store(env: RankEnv, seconds: float, *, serve: bool = True) -> Any:
 
 def _look(spec: RunSpec, paths: RunPaths, env: RankEnv, host: str, store: Any, began: float) -> Report:
     wanted, limit = spec.preflight, spec.preflight.timeout_seconds
+    versions = checks.node_versions()
     found = [
         checks.check_gpus(spec.resources.gpus_per_node),
         checks.check_shm(wanted.min_shm_mib),
         checks.check_run_directory(paths.checkpoints, host, wanted.min_disk_gib),
+        checks.check_packages(versions),
         checks.check_clock(*_clock_offset(store, env.rank, 0.2 * limit), wanted.max_clock_skew_seconds),
     ]
     pairs = _meet_partners(store, env, began, limit)
-    return Report(node=env.rank, host=host, checks=found, versions=checks.node_versions(), pairs=pairs)
+    return Report(node=env.rank, host=host, checks=found, versions=versions, pairs=pairs)
 
 
 def _clock_offset(store: Any, node: int, seconds: float) -> tuple[float, float]:
@@ -213,13 +216,11 @@ def _pair_check(report: Report, failed: Sequence[int], hosts: Sequence[str]) -> 
 
 
 def _shared_faults(verdict: Mapping[str, list[Check]]) -> dict[str, list[Check]]:
-    """A run directory that most nodes cannot write is not those nodes' fault."""
-    name = "run directory"
-    failing = [host for host, found in verdict.items() if any(check.name == name and not check.ok for check in found)]
-    if 2 * len(failing) <= len(verdict):
-        return dict(verdict)
+    """Return the checks with the run at fault where most nodes cannot write its directory, or have its packages."""
+    failing = Counter(check.name for found in verdict.values() for check in found if not check.ok)
+    shared = [name for name in checks.SHARED_FAULTS if 2 * failing[name] > len(verdict)]
     return {
-        host: [dataclasses.replace(check, fault="run") if check.name == name else check for check in found]
+        host: [dataclasses.replace(check, fault="run") if check.name in shared else check for check in found]
         for host, found in verdict.items()
     }
 
@@ -238,11 +239,14 @@ def table(verdict: Mapping[str, Sequence[Check]]) -> str:
 
 def _tell(paths: RunPaths, attempt: str, verdict: Mapping[str, list[Check]], seconds: float) -> ExitCode:
     """Table, file, event and exit code."""
-    print(f"{table(verdict)}\npreflight of {len(verdict)} nodes took {seconds:.1f} s", flush=True)
+    all_checks = [check for found in verdict.values() for check in found]
+    packages = [f"packages: {check.detail}\n" for check in all_checks if check.name == "packages" and check.ok]
+    print(
+        f"{table(verdict)}\n{''.join(packages[:1])}preflight of {len(verdict)} nodes took {seconds:.1f} s", flush=True
+    )
     nodes = [
         {"host": host, "checks": [dataclasses.asdict(check) for check in found]} for host, found in verdict.items()
     ]
-    failed = [check for found in verdict.values() for check in found if not check.ok]
     with contextlib.suppress(OSError):  # a full disk is what this may be about
         write_json(paths.preflight(attempt), {"attempt": attempt, "seconds": round(seconds, 1), "nodes": nodes})
     bad = [
@@ -250,8 +254,9 @@ def _tell(paths: RunPaths, attempt: str, verdict: Mapping[str, list[Check]], sec
         for host, found in verdict.items()
         if any(not check.ok and check.fault == "node" for check in found)
     ]
-    if any(check.fault == "run" for check in failed):
-        return ExitCode.IO_ERROR
+    of_the_run = {check.name for check in all_checks if not check.ok and check.fault == "run"}
+    if of_the_run:
+        return ExitCode.BAD_INPUT if "packages" in of_the_run else ExitCode.IO_ERROR
     if not bad:
         return ExitCode.OK
     append_event(paths, "preflight_failed", attempt=attempt, nodes=bad)

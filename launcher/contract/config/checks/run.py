@@ -11,6 +11,7 @@ from launcher.contract.config.checks.train import fp8_problems, length_problems,
 from launcher.contract.logger_packages import missing_loggers
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import Problem, path_fields, rule_problems
+from launcher.contract.versions import ranks_versions, version_problems
 
 
 def spec_problems(spec: RunSpec) -> Iterator[Problem]:
@@ -29,6 +30,8 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from evaluation_problems(spec)
     if spec.cluster.runtime.kind == "none" and spec.cluster.runtime.python is None:  # ranks run in this environment
         yield from missing_loggers(spec)
+    for problem in version_problems(ranks_versions(spec.cluster.runtime) or {}):
+        yield "cluster.runtime", problem
     if spec.logging.prompts and not spec.checkpoint.export:
         yield "logging.prompts", "answers need checkpoint.export: true"
 

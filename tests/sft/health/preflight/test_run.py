@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, read_json, read_lines
 from launcher.contract.spec import PreflightSpec, RunSpec, to_yaml
+from launcher.contract.versions import version_problems
 from sft.health.preflight import checks
 from sft.health.preflight.checks import Check
 from sft.health.preflight.pairs import blame, rounds
-from sft.health.preflight.run import Report, judge, table
+from sft.health.preflight.run import Report, _tell, judge, table
 from tests.slurm.processes import free_ports
 
 CHECKOUT = Path(__file__).parents[4]
@@ -81,6 +82,23 @@ def test_versions_are_compared_with_what_most_nodes_have() -> None:
     assert reference == {"torch": "2.9"}
     assert checks.check_versions({"torch": "2.8"}, reference).detail == "torch 2.8, elsewhere 2.9"
     assert checks.most_common([{"torch": "2.8"}, {"torch": "2.9"}]) == {"torch": "2.8"}
+
+
+def test_packages_that_do_not_work_are_the_runs_fault_where_most_nodes_have_them() -> None:
+    good, bad = checks.check_packages({"python": "3.12.1"}), checks.check_packages({"torch": "2.1.0"})
+    assert (good.ok, good.detail) == (True, "python 3.12.1")
+    assert (bad.ok, bad.detail) == (False, version_problems({"torch": "2.1.0"})[0])
+    one = judge([report(0, bad), report(1, good), report(2, good)], ["n0", "n1", "n2"])
+    assert {check.fault for check in one["n0"]} == {"node"}
+    most = judge([report(0, bad), report(1, bad), report(2, good)], ["n0", "n1", "n2"])
+    assert {check.fault for found in most.values() for check in found if not check.ok} == {"run"}
+
+
+@pytest.mark.parametrize("name", ["packages", "run directory"])
+def test_a_fault_of_the_run_has_its_own_exit_code(name: str, tmp_path: Path) -> None:
+    failed = Check(name=name, ok=False, detail="d", fault="run")
+    code = _tell(RunPaths(tmp_path), "7.0", {"n0": [failed]}, 1.0)
+    assert code == {"packages": ExitCode.BAD_INPUT, "run directory": ExitCode.IO_ERROR}[name]
 
 
 @given(st.integers(1, 40))
@@ -150,6 +168,7 @@ def test_tasks_meet_and_a_missing_one_is_named(tmp_path: Path) -> None:
     (event,) = read_lines(paths.events)
     assert [node["host"] for node in event["nodes"]] == ["n2"], json.dumps(event)
     assert "n2  FAILED" in outputs[0]
+    assert "\npackages: python 3." in outputs[0]
     saved = read_json(paths.preflight("7.0")) or {}
     pair_checks = [check for node in saved["nodes"] for check in node["checks"] if check["name"] == "all-reduce"]
     assert len(pair_checks) == 3 and all(check["ok"] and "with n" in check["detail"] for check in pair_checks)
