@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -30,7 +31,6 @@ KEY = re.compile(rf"(?:{SECTIONS})(?:\.\w+)+")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Written in other steps of the restructuring; the set is empty when all are there.
 UNDER_WAY = {
-    "docs/exit-codes.md",
     "docs/adding-a-model.md",
     "docs/adding-a-scheduler.md",
     "docs/testing.md",
@@ -118,55 +118,57 @@ def test_pages_that_the_sources_name_exist() -> None:
     assert {(name, path) for name, path in named if not (ROOT / name).is_file()} == set()
 
 
-def commands() -> list[tuple[str, str]]:
-    """Page and command line: what console blocks type, and code spans that begin with a whole command."""
-    found = []
-    for page in PAGES:
-        typed = [
-            line
-            for language, text in BLOCK.findall(read(page))
-            if language in ("console", "text")
-            for line in joined(text)
-        ]
-        found += [(str(page.relative_to(ROOT)), line) for line in [*typed, *code_of(page)] if PROGRAM.match(line)]
-    return sorted(set(found))
-
-
 PROGRAM = re.compile(r"(?:python -m )?launcher [a-z]|python -m (?:launcher|sft) [a-z]")
 
 
-def joined(text: str) -> list[str]:
-    """Lines of a block without prompts, continued ones as one."""
-    return [line.removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines() if not line.startswith("next ")]
+def typed_commands() -> Iterator[tuple[str, str]]:
+    """Page and command line of what blocks type; a line that is continued is one."""
+    for page in PAGES:
+        blocks = [text for language, text in BLOCK.findall(read(page)) if language in ("console", "text")]
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        typed = [line.removeprefix("$ ") for line in lines if not line.startswith("next ")]
+        yield from ((str(page.relative_to(ROOT)), line) for line in typed if PROGRAM.match(line))
 
 
 def arguments_of(line: str) -> tuple[str, list[str]]:
     """Program (launcher or sft) and arguments of a command line, up to a comment, pipe or redirection."""
-    words = shlex.split(line.replace("`", ""), comments=True)
-    end = next((n for n, word in enumerate(words) if word in ("|", ">", "&&", ";") or word.endswith(";")), None)
-    if end is not None:
-        words = [*words[:end], *([words[end].removesuffix(";")] if len(words[end]) > 1 and words[end] != "&&" else [])]
+    words = shlex.split(line.replace(";", " ; "), comments=True)
+    words = list(itertools.takewhile(lambda word: word not in ("|", ">", "&&", ";"), words))
     words = words[2:] if words[0] == "python" else words
-    return words[0], ["1" if word == "N" else word for word in words[1:]]
+    return words[0], words[1:]
 
 
-@pytest.mark.parametrize(("page", "line"), commands())
+@pytest.mark.parametrize(("page", "line"), sorted(set(typed_commands())))
 def test_commands_parse(page: str, line: str) -> None:
     program, arguments = arguments_of(line)
-    parser = build_parser() if program == "launcher" else sft_parser()
-    assert arguments[0] in command_names(parser)
-    if arguments[1:] in ([], ["--help"]):  # the name of a command, not a call of it
-        return
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            _, rest = parser.parse_known_args(arguments)  # positional words may follow options, as in the launcher
+            _, rest = parser_of(program).parse_known_args(arguments)  # arguments may follow options, as in the launcher
     except SystemExit:
         pytest.fail(said.getvalue())
     assert [word for word in rest if word.startswith("-")] == []
 
 
-def sft_parser() -> argparse.ArgumentParser:
+@pytest.mark.parametrize("program", ["launcher", "sft"])
+def test_named_commands_and_options_exist(program: str) -> None:
+    """In code spans, where the arguments are mostly left out."""
+    commands = commands_of(parser_of(program))
+    spans = [(str(page.relative_to(ROOT)), span) for page in PAGES for span in code_of(page) if PROGRAM.match(span)]
+    checked = 0
+    for page, span in spans:
+        of, (name, *words) = arguments_of(span)
+        if of == program:
+            assert name in commands, (page, span)
+            options = {option for action in commands[name]._actions for option in action.option_strings}
+            assert {word for word in words if word.startswith("-")} <= options, (page, span)
+            checked += 1
+    assert checked > 5
+
+
+def parser_of(program: str) -> argparse.ArgumentParser:
+    if program == "launcher":
+        return build_parser()
     for package in ("torch", "transformers"):
         pytest.importorskip(package, reason="python -m sft needs the training packages")
     from sft.__main__ import _parser
@@ -174,26 +176,21 @@ def sft_parser() -> argparse.ArgumentParser:
     return _parser()
 
 
-def command_names(parser: argparse.ArgumentParser) -> set[str]:
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return set(commands.choices)
-
-
-def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """The long options of all commands below `parser`."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from options_of(command)
-        yield from (option for option in action.option_strings if option.startswith("--"))
+    return dict(commands.choices)
 
 
 @pytest.mark.parametrize("program", ["launcher", "sft"])
 def test_the_reference_has_every_command_and_option(program: str) -> None:
     text = read(ROOT / "docs" / "reference" / "commands.md")
-    parser = build_parser() if program == "launcher" else sft_parser()
-    assert {option for option in options_of(parser) if not re.search(rf"{option}\b(?!-)", text)} == set()
-    assert {name for name in command_names(parser) if not re.search(rf"^\| `{name}\b", text, re.MULTILINE)} == set()
+    commands = commands_of(parser_of(program))
+    assert {name for name in commands if not re.search(rf"^\| `{name}\b", text, re.MULTILINE)} == set()
+    options = {
+        option for command in commands.values() for action in command._actions for option in action.option_strings
+    }
+    long = {option for option in options if option.startswith("--")}
+    assert {option for option in long if not re.search(rf"{option}\b(?!-)", text)} == set()
 
 
 def test_the_reference_has_every_event() -> None:
