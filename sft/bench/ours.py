@@ -30,7 +30,7 @@ from sft.megatron.initial_weights import INITIAL_STD
 from sft.megatron.model import attention_kernel, build_chunks, describe_kernels, transformer_config
 from sft.models.architecture import read_architecture
 from sft.runtime.rank_env import RankEnv
-from sft.training.datamodule import StepBatches, StepLoader, step_plan
+from sft.training.datamodule import StepBatches, StepLoader, batch_schedule
 from sft.training.trainer import megatron_trainer
 
 PROFILED_STEPS = 2
@@ -260,10 +260,10 @@ class BenchData(pl.LightningDataModule):
         self._spec, self._topology, self._max_steps = spec, topology, max_steps
         # A step has the workload's rows for each GPU, also for those that train one replica together.
         self.examples = DrawnExamples(workload, max_steps * topology.world_size)
-        self.plan = step_plan(spec, self.examples, shuffle=True)
+        self.schedule = batch_schedule(spec, self.examples, shuffle=True)
 
     def train_dataloader(self) -> StepLoader:
-        batches = StepBatches(self.examples, self.plan, self._spec, self._topology, self._max_steps)
+        batches = StepBatches(self.examples, self.schedule, self._spec, self._topology, self._max_steps)
         assert self.trainer is not None
         return StepLoader(batches, self.trainer, pin_memory=self._spec.resources.gpus_per_node > 0)
 

@@ -18,7 +18,7 @@ from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 from sft.data.batches.batch import RankShare, StepBatch, collate
 from sft.data.batches.mixture import Mixture
-from sft.data.batches.sampler import EMPTY_SLOT, BatchPlan, CyclicPlan, StepPlan, TokenBatchPlan
+from sft.data.batches.sampler import EMPTY_SLOT, BatchSchedule, CyclicSchedule, ExampleSchedule, TokenSchedule
 from sft.data.cache.store import Examples
 from sft.data.prepared.prepare import PreparedData
 from sft.data.prepared.sources import Sources
@@ -28,9 +28,9 @@ from sft.megatron.core import parallel_state
 class StepBatches(Dataset[StepBatch]):
     """The batches of one data parallel rank, by step."""
 
-    def __init__(self, cache: Examples, plan: StepPlan, spec: RunSpec, topology: Topology, steps: int) -> None:
+    def __init__(self, cache: Examples, schedule: BatchSchedule, spec: RunSpec, topology: Topology, steps: int) -> None:
         self._cache = cache
-        self._plan = plan
+        self._schedule = schedule
         self._spec = spec
         self._topology = topology
         self._steps = steps
@@ -50,7 +50,7 @@ class StepBatches(Dataset[StepBatch]):
             cp_rank=parallel_state.get_context_parallel_rank() if self._topology.context_parallel > 1 else 0,
             cp_size=self._topology.context_parallel,
         )
-        return collate(self._cache, self._plan, step, share)
+        return collate(self._cache, self._schedule, step, share)
 
 
 class StepLoader(DataLoader[StepBatch]):
@@ -84,13 +84,13 @@ class SFTDataModule(pl.LightningDataModule):
         self._spec = spec
         self._topology = topology
         self._data = data
-        self.plan = training_plan(spec, data.train)
+        self.schedule = training_schedule(spec, data.train)
 
     @property
     def max_steps(self) -> int:
         """Optimizer steps of the whole run."""
         train = self._spec.train
-        return train.max_steps if train.max_steps is not None else self.plan.steps_in(train.epochs or 1)
+        return train.max_steps if train.max_steps is not None else self.schedule.steps_in(train.epochs or 1)
 
     @property
     def data_key(self) -> dict[str, object]:
@@ -102,19 +102,19 @@ class SFTDataModule(pl.LightningDataModule):
         data, train = self._spec.data, self._data.train
         rows = {"data.packing": data.packing, **({"data.seq_length": data.seq_length} if data.packing else {})}
         if not isinstance(train, Sources):
-            return {"data.train": f"sha256:{train.key}", **rows, **self.plan.identity}
+            return {"data.train": f"sha256:{train.key}", **rows, **self.schedule.identity}
         pairs = zip(train.shares, train.caches, strict=True)
         contents = {f"data.sources.{share.name}": f"sha256:{cache.key}" for share, cache in pairs}
-        return {**contents, **rows, **self.plan.identity}
+        return {**contents, **rows, **self.schedule.identity}
 
     def example_ids(self, step: int) -> list[int | str]:
         """The examples of `step` (from 0) as records name them: numbers in data.train, or source and number there."""
-        slots, train = self.plan.examples_at(step), self._data.train
+        slots, train = self.schedule.examples_at(step), self._data.train
         examples = [int(example) for example in slots[slots != EMPTY_SLOT]]
         return [train.id_of(example) for example in examples] if isinstance(train, Sources) else list(examples)
 
     def train_dataloader(self) -> StepLoader:
-        batches = StepBatches(self._data.train, self.plan, self._spec, self._topology, self.max_steps)
+        batches = StepBatches(self._data.train, self.schedule, self._spec, self._topology, self.max_steps)
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the data module has no trainer yet")
@@ -128,16 +128,16 @@ class SFTDataModule(pl.LightningDataModule):
         cache = self._data.validation
         if cache is None:
             return None
-        plan = step_plan(self._spec, cache, shuffle=False)
-        return StepBatches(cache, plan, self._spec, self._topology, plan.steps_per_epoch)
+        schedule = batch_schedule(self._spec, cache, shuffle=False)
+        return StepBatches(cache, schedule, self._spec, self._topology, schedule.steps_per_epoch)
 
 
-def training_plan(spec: RunSpec, cache: Examples) -> StepPlan:
+def training_schedule(spec: RunSpec, cache: Examples) -> BatchSchedule:
     """Which examples of the training data each step holds."""
     if spec.data.cyclic_seed is None:
-        return step_plan(spec, cache, shuffle=spec.data.shuffle)
+        return batch_schedule(spec, cache, shuffle=spec.data.shuffle)
     assert spec.train.max_steps is not None, "launcher.contract.config.checks asks for it"
-    return CyclicPlan(
+    return CyclicSchedule(
         num_examples=len(cache),
         global_batch_size=spec.train.global_batch_size,
         max_steps=spec.train.max_steps,
@@ -145,12 +145,12 @@ def training_plan(spec: RunSpec, cache: Examples) -> StepPlan:
     )
 
 
-def step_plan(spec: RunSpec, cache: Examples, *, shuffle: bool) -> StepPlan:
+def batch_schedule(spec: RunSpec, cache: Examples, *, shuffle: bool) -> BatchSchedule:
     """Which examples of `cache` each step holds."""
     train = spec.train
     mixture = Mixture(shares=cache.shares, seed=train.seed, shuffle=shuffle) if isinstance(cache, Sources) else None
     if train.global_batch_unit == "tokens":
-        return TokenBatchPlan(
+        return TokenSchedule(
             lengths=cache.lengths - 1,
             row_length=spec.data.seq_length,
             rows_per_step=train.global_batch_size // spec.data.seq_length,
@@ -158,7 +158,7 @@ def step_plan(spec: RunSpec, cache: Examples, *, shuffle: bool) -> StepPlan:
             shuffle=shuffle,
             mixture=mixture,
         )
-    return BatchPlan(
+    return ExampleSchedule(
         num_examples=len(cache),
         global_batch_size=train.global_batch_size,
         seed=train.seed,

@@ -129,7 +129,7 @@ def _train(
     answers = PromptAnswers(spec, tokenizer_dir, model_dir, log, metric) if spec.evaluation.prompts else None
     evaluation = EvaluationCallback(spec, held_out, answers, log)
     guard = GuardCallback(spec.train, log, data.example_ids)
-    progress = ProgressCallback(log, data.plan.consumed_examples)
+    progress = ProgressCallback(log, data.schedule.consumed_examples)
     # In this order at each step boundary: each builds on what those before it found.
     deadline = Deadline.from_environ(spec.resources.signal_seconds)
     saves = CheckpointCallback(spec.checkpoint_ranking, stop, deadline, lease, evaluation, guard, log)

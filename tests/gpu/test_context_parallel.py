@@ -26,7 +26,7 @@ pytestmark = [
 
 DEVICE = "cuda"
 LENGTHS = (37, 1, 200, 64, 18)
-"""A row of 320 in chunks of 80: the third sequence meets three of them."""
+"""A row of 320 in slices of 80: the third sequence meets three of them."""
 ROWS: dict[str, tuple[int, tuple[int, ...] | None]] = {"packed": (1, LENGTHS), "padded": (3, None)}
 HEADS, GROUPS, DIM = 8, 2, 64
 Inputs = list[Tensor]
@@ -51,9 +51,9 @@ def in_two_parts(tensors: Inputs, parts: list[ContextShare], kernel: Kernel) -> 
     query, key, value = tensors
     chunks: dict[int, Tensor] = {}
     for part in parts:
-        own = torch.cat([query[chunk.begin : chunk.end] for chunk in part.chunks])
+        own = torch.cat([query[each.begin : each.end] for each in part.slices])
         found = layer(own, key, value, None, packed_seq_params=shared_rows(part))
-        chunks |= {chunk.begin: piece for chunk, piece in zip(part.chunks, found.chunk(2), strict=True)}
+        chunks |= {each.begin: piece for each, piece in zip(part.slices, found.chunk(2), strict=True)}
     return torch.cat([chunks[begin] for begin in sorted(chunks)])
 
 

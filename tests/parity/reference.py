@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.contract.spec import OptimizerSpec, RunSpec
-from sft.data.batches.sampler import EMPTY_SLOT, StepPlan
+from sft.data.batches.sampler import EMPTY_SLOT, BatchSchedule
 from sft.data.cache.store import TokenCache
 
 
@@ -29,7 +29,7 @@ class Curve:
     gradients: list[dict[str, torch.Tensor]]
 
 
-def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, plan: StepPlan, steps: int) -> Curve:
+def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, schedule: BatchSchedule, steps: int) -> Curve:
     """Train with a constant learning rate by the definition: sum(w * nll) / sum(w) over each global batch."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     # transformers drops the input side of the padding token's embedding gradient. Where padding and end token are one,
@@ -39,7 +39,7 @@ def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, plan: Ste
     optimizer = torch.optim.AdamW(_groups(model, spec.train.optimizer), **_adamw(spec.train.optimizer))
     losses, norms, first_step, gradients = [], [], {}, []
     for step in range(steps):
-        examples = [int(example) for example in plan.examples_at(step) if example != EMPTY_SLOT]
+        examples = [int(example) for example in schedule.examples_at(step) if example != EMPTY_SLOT]
         total, weight = torch.zeros(()), 0.0
         for example in examples:
             nll, weights = target_losses(model, cache, example)

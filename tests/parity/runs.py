@@ -23,7 +23,7 @@ from launcher.contract.spec import (
     to_yaml,
 )
 from sft.data.prepared.prepare import open_or_build
-from sft.training.datamodule import step_plan
+from sft.training.datamodule import batch_schedule
 from sft.training.trainer import train
 from tests.parity.reference import Curve, train_reference
 from tests.ranks import run_ranks
@@ -88,7 +88,7 @@ def reference_curve(root: Path, model: Path, train_file: Path, *, steps: int, **
     """What `make_run` with these settings must give, on one process."""
     spec = read_resolved(make_run(root, model, train_file, ranks=1, max_steps=steps, **settings).config)
     cache = open_or_build(spec, model, build=True).train
-    return train_reference(spec, model, cache, step_plan(spec, cache, shuffle=True), steps)
+    return train_reference(spec, model, cache, batch_schedule(spec, cache, shuffle=True), steps)
 
 
 def _of(spec: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.spec import read_resolved
 from sft.__main__ import main
-from sft.data.batches.sampler import BatchPlan
+from sft.data.batches.sampler import ExampleSchedule
 from sft.data.prepared.prepare import open_or_build
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
@@ -90,8 +90,8 @@ def test_bad_step_changes_nothing_but_the_count(name: str, tmp_path: Path, mater
 def examples_of_step(paths: RunPaths, model: Path, step: int) -> list[int]:
     spec = read_resolved(paths.config)
     cache = open_or_build(spec, model, build=False).train
-    plan = BatchPlan(num_examples=len(cache), global_batch_size=8, seed=spec.train.seed, shuffle=True)
-    return plan.examples_at(step).tolist()
+    schedule = ExampleSchedule(num_examples=len(cache), global_batch_size=8, seed=spec.train.seed, shuffle=True)
+    return schedule.examples_at(step).tolist()
 
 
 def test_infinite_gradient_is_a_bad_step(tmp_path: Path, material: tuple[Path, Path]) -> None:

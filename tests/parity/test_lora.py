@@ -33,7 +33,7 @@ from sft.hf.answer import answer
 from sft.hf.checks import check_model_settings
 from sft.hf.sharded_reader import ShardedReader
 from sft.models.architecture import read_architecture
-from sft.training.datamodule import step_plan
+from sft.training.datamodule import batch_schedule
 from sft.training.trainer import train
 from tests.parity.reference import target_losses
 from tests.parity.runs import curve, make_run, run_training
@@ -111,7 +111,7 @@ def expected_curve(root: Path, directory: Path, chat: Path, build: Callable[[Run
     """Train the adapters of a model of our making by the definition: sum(w * nll) / sum(w), clipped, AdamW."""
     spec = read_resolved(make_run(root, directory, chat, ranks=1, max_steps=STEPS).config)
     cache = open_or_build(spec, directory, build=True).train
-    plan = step_plan(spec, cache, shuffle=True)
+    schedule = batch_schedule(spec, cache, shuffle=True)
     made, settings = build(spec).train(), spec.train.optimizer
     trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -119,7 +119,7 @@ def expected_curve(root: Path, directory: Path, chat: Path, build: Callable[[Run
     )
     losses, norms = [], []
     for step in range(STEPS):
-        examples = [int(example) for example in plan.examples_at(step) if example != EMPTY_SLOT]
+        examples = [int(example) for example in schedule.examples_at(step) if example != EMPTY_SLOT]
         pairs = [target_losses(made, cache, example) for example in examples]
         loss = sum((nll * weights).sum() for nll, weights in pairs) / sum(float(weights.sum()) for _, weights in pairs)
         optimizer.zero_grad()

@@ -1,17 +1,15 @@
-"""The batch of one optimizer step on one rank: micro-batches and the numbers of the global batch.
+"""Build the batch of one optimizer step on one rank: its micro-batches, and the numbers of the global batch.
 
-Every number that belongs to the whole global batch (its weight above all, by which the loss is divided) is computed
-by each rank from the cache's own index. No rank has to ask another, and no two can disagree.
+Each rank computes the numbers of the whole global batch (above all its weight, by which the loss is divided) from the
+cache's index. Ranks need not communicate and cannot disagree.
 
-A micro-batch is either rows with one example each, padded behind it, or (`data.packing`) one row of many examples
-with the places where they begin; several packed rows of a micro-batch lie one behind the other as one. Padding behind
-a packed row belongs to no example: it is cut into sequences of its own, short ones, so that it costs next to nothing in
-attention.
+A micro-batch has either rows of one example each, padded at the end, or (`data.packing`) one row of many examples and
+the offsets where they begin. The packed rows of a micro-batch are concatenated to one.
 
-What is padding follows from stored lengths and is expressed in weights alone. Token ids never decide: in many
-tokenizers the padding token is the end token, which must keep its weight.
+Padding follows from stored lengths and shows in weights alone. Token ids never decide what is padding: many tokenizers
+use the end token for padding, and the end token must keep its weight.
 
-All micro-batches of a rank in a step have one shape, because pipeline stages exchange tensors of a fixed shape.
+All micro-batches of a rank in a step have the same shape, because pipeline stages exchange tensors of a fixed shape.
 """
 
 from __future__ import annotations
@@ -27,62 +25,64 @@ from numpy.typing import NDArray
 
 from sft.data.batches.context_slice import ContextShare, share_rows
 from sft.data.batches.packing import EMPTY_ROW, Rows, assign_rows, pack_step, row_cost
-from sft.data.batches.sampler import EMPTY_SLOT, StepPlan, complete, rank_slice
+from sft.data.batches.sampler import EMPTY_SLOT, BatchSchedule, complete, rank_slice
 from sft.data.cache.store import Examples
 
 _PADDING_SEQUENCE = 128
-"""Longest sequence that padding is cut into: the tile of attention kernels, below which nothing is saved."""
+"""Padding of a packed row is cut into sequences of at most this length, so that it costs little in attention. It is the
+block size of attention kernels: shorter sequences would save nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankShare:
-    """Which part of a global batch a rank computes, and in what form."""
+    """The part of a global batch that a rank computes, and its form."""
 
     dp_rank: int
     dp_size: int
     micro_batch_size: int
-    """Rows of a micro-batch; packed ones are joined."""
+    """Rows of a micro-batch; packed rows are concatenated."""
     pad_to_multiple: int = 1
+    """Row lengths are multiples of this (data.pad_to_multiple) ..."""
     sequence_multiple: int = 1
-    """What the topology asks of a row's length (Topology.sequence_multiple)."""
+    """... and of this, which the topology requires (Topology.sequence_multiple)."""
     micro_batch_multiple: int = 1
-    """What the topology asks of the number of micro-batches (Topology.micro_batch_multiple)."""
+    """The number of micro-batches is a multiple of this (Topology.micro_batch_multiple)."""
     row_length: Optional[int] = None
-    """Most tokens of a packed row; None gives each example a row of its own."""
+    """Maximum tokens of a packed row. None: each example has a row of its own."""
     cp_rank: int = 0
     cp_size: int = 1
-    """Ranks that share each row."""
+    """Context parallel ranks, which share each row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Input of one forward pass; tensors but cu_seqlens are [micro_batch_size, row length]."""
+    """Input of one forward pass. The first four tensors are [rows, row length], one row if packed."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    """The token after each token in its example; 0 where there is none."""
+    """The token that follows each token in its example, 0 where none does."""
     loss_weights: torch.Tensor
-    """Weight of each label in the loss; 0 on padding and on empty slots."""
+    """Weight of each label in the loss, 0 on padding and in empty slots."""
     position_ids: torch.Tensor
-    """Place of each token in its own sequence."""
+    """Position of each token in its own sequence."""
     supervised: Optional[torch.Tensor] = None
-    """Where loss_weights is not 0, in the order of hidden states: index position * rows + row. Known on the host, so
-    that no step waits for the device to count them."""
+    """Where loss_weights is not 0, as indices into hidden states [row length * rows]: position * rows + row. Computed
+    on the host, because finding them on the device would make each step wait for it."""
     cu_seqlens: Optional[torch.Tensor] = None
-    """int32: where the sequences of a packed row begin, and its end; None without packing."""
+    """int32 offsets where the sequences of a packed row begin, and its end. None without packing."""
     seq_lengths: Optional[tuple[int, ...]] = None
-    """Lengths of the same sequences, padding last. On the host, so that no step waits for the device to know them."""
+    """Lengths of the same sequences, padding last; on the host for the same reason."""
     context_share: Optional[ContextShare] = None
-    """What this context parallel rank computes of the rows; None where it computes all."""
+    """The part of the rows that this context parallel rank computes. None: all."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MicroBatch:
-        """This micro-batch on `device`."""
+        """Return this micro-batch on `device`."""
         return replace(
             self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
         )
 
     def pin_memory(self) -> MicroBatch:
-        """This micro-batch in page-locked memory; Lightning and DataLoader call it by this name."""
+        """Return this micro-batch in page-locked memory. Lightning and DataLoader call this method by its name."""
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class MicroBatch:
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor | ContextShare)}
 
     def own_part(self) -> MicroBatch:
-        """What this context parallel rank computes of it; cu_seqlens and seq_lengths stay those of whole rows."""
+        """Return the part that this context parallel rank computes. cu_seqlens and seq_lengths stay those of rows."""
         share = self.context_share
         if share is None:
             return self
@@ -101,37 +101,38 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:
-    """What one rank needs for one optimizer step. The numbers describe the global batch, over all ranks."""
+    """What one rank needs for one optimizer step. All numbers are those of the global batch, over all ranks."""
 
     micro_batches: tuple[MicroBatch, ...]
     step: int
     global_weight: float
-    """Sum of the target weights of the global batch: what the summed loss is divided by."""
+    """Sum of the target weights, by which the summed loss is divided."""
     examples: int
-    """Slots that hold an example."""
+    """Examples; empty slots are not counted."""
     tokens: int
-    """Input tokens, padding not counted."""
+    """Input tokens; padding is not counted."""
     squared_lengths: int
-    """Sum over the examples of their input tokens squared, which the cost of attention follows."""
+    """Sum of the squared input lengths of the examples, to which the cost of attention is proportional."""
     supervised_tokens: int
     """Targets with a weight other than 0."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> StepBatch:
-        """This batch on `device`."""
+        """Return this batch on `device`."""
         moved = tuple(batch.to(device, non_blocking=non_blocking) for batch in self.micro_batches)
         return replace(self, micro_batches=moved)
 
     def pin_memory(self) -> StepBatch:
-        """This batch in page-locked memory."""
+        """Return this batch in page-locked memory."""
         return replace(self, micro_batches=tuple(batch.pin_memory() for batch in self.micro_batches))
 
 
-def collate(cache: Examples, plan: StepPlan, step: int, share: RankShare) -> StepBatch:
-    """The batch of `step` for one data parallel rank."""
-    slots = plan.examples_at(step)
+def collate(cache: Examples, schedule: BatchSchedule, step: int, share: RankShare) -> StepBatch:
+    """Return the batch of `step` for one rank."""
+    slots = schedule.examples_at(step)
     examples = slots[slots != EMPTY_SLOT]
     lengths = cache.lengths
-    rows = _padded_rows(slots, share) if share.row_length is None else _packed_rows(plan, step, lengths, share)
+    rows = _padded_rows(slots, share) if share.row_length is None else _packed_rows(schedule, step, lengths, share)
+    # Rows are only as long as the longest of this rank: other ranks may have others, which nothing depends on.
     longest = max((int((lengths[row] - 1).sum()) for batch in rows for row in batch), default=1)
     multiple = math.lcm(share.pad_to_multiple, share.sequence_multiple)
     padded = -(-max(longest, 1) // multiple) * multiple
@@ -146,29 +147,31 @@ def collate(cache: Examples, plan: StepPlan, step: int, share: RankShare) -> Ste
     )
 
 
-Row = NDArray[np.int64]
-"""The examples of one row."""
+ExampleIds = NDArray[np.int64]
+"""The examples of one row, none in an empty row."""
 
 
-def _padded_rows(slots: NDArray[np.int64], share: RankShare) -> list[list[Row]]:
-    """Micro-batches of rows with one example each, or none."""
+def _padded_rows(slots: NDArray[np.int64], share: RankShare) -> list[list[ExampleIds]]:
+    """Return this rank's micro-batches of rows that hold one example or none."""
     slots = complete(slots, share.dp_size * share.micro_batch_size * share.micro_batch_multiple)
     mine = [slot[slot != EMPTY_SLOT] for slot in rank_slice(slots, share.dp_rank, share.dp_size)[:, None]]
     size = share.micro_batch_size
     return [mine[first : first + size] for first in range(0, len(mine), size)]
 
 
-def _packed_rows(plan: StepPlan, step: int, lengths: NDArray[np.int64], share: RankShare) -> list[list[Row]]:
-    """Micro-batches of one row of examples each, or none."""
+def _packed_rows(
+    schedule: BatchSchedule, step: int, lengths: NDArray[np.int64], share: RankShare
+) -> list[list[ExampleIds]]:
+    """Return this rank's micro-batches, each of one packed row, which may be empty."""
     assert share.row_length is not None
     multiple = share.micro_batch_multiple * share.micro_batch_size
-    slots = plan.examples_at(step)
+    slots = schedule.examples_at(step)
     examples = slots[slots != EMPTY_SLOT]
-    planned = plan.rows_at(step)
-    if planned is not None:
-        planned = Rows(np.arange(len(examples)), planned.offsets)
-    found = pack_step(lengths[examples] - 1, share.row_length, share.dp_size, multiple, planned)
-    packed = [examples[row] for row in found]
+    given = schedule.rows_at(step)
+    if given is not None:
+        given = Rows(np.arange(len(examples)), given.offsets)  # as indices into the step's examples
+    rows = pack_step(lengths[examples] - 1, share.row_length, share.dp_size, multiple, given)
+    packed = [examples[row] for row in rows]
     table = assign_rows([row_cost(lengths[row] - 1) for row in packed], share.dp_size, multiple)
     nothing = np.zeros(0, dtype=np.int64)
     mine = [nothing if row == EMPTY_ROW else packed[row] for row in table[share.dp_rank].tolist()]
@@ -176,21 +179,25 @@ def _packed_rows(plan: StepPlan, step: int, lengths: NDArray[np.int64], share: R
     return [[_joined(mine[first : first + size], lengths)] for first in range(0, len(mine), size)]
 
 
-def _joined(rows: Sequence[Row], lengths: NDArray[np.int64]) -> Row:
-    """Packed rows as one, its longest example first, which attention kernels make use of."""
+def _joined(rows: Sequence[ExampleIds], lengths: NDArray[np.int64]) -> ExampleIds:
+    """Return packed rows as one, its longest example first."""
+    # Attention kernels work through sequences in this order; the longest should not be the last to start.
     if len(rows) == 1:
         return rows[0]
     examples = np.concatenate(rows)
     return examples[np.argsort(-lengths[examples], kind="stable")]
 
 
-def _micro_batch(cache: Examples, rows: Sequence[Row], padded: int, share: RankShare) -> MicroBatch:
-    """Rows of `padded` length. An example of n tokens gives n - 1 inputs: its last token is only ever a target."""
+def _micro_batch(cache: Examples, rows: Sequence[ExampleIds], padded: int, share: RankShare) -> MicroBatch:
+    """Return a micro-batch of `rows`, each of `padded` tokens.
+
+    An example of n tokens has n - 1 inputs and n - 1 targets: its last token is only a target, its first only an input.
+    """
     shape = (len(rows), padded)
     tokens = np.zeros(shape, dtype=np.int64)
     labels = np.zeros(shape, dtype=np.int64)
     loss_weights = np.zeros(shape, dtype=np.float32)
-    positions = np.zeros(shape, dtype=np.int64)  # stays 0 on padding, which may be longer than a model's positions
+    positions = np.zeros(shape, dtype=np.int64)  # 0 on padding, which may be longer than the positions of the model
     seq_lengths: list[int] = []
     for row, examples in enumerate(rows):
         start = 0
@@ -223,6 +230,6 @@ def _micro_batch(cache: Examples, rows: Sequence[Row], padded: int, share: RankS
 
 
 def _padding(count: int) -> list[int]:
-    """`count` tokens of padding as sequences of their own."""
+    """Return the lengths of sequences that `count` tokens of padding are cut into."""
     whole, rest = divmod(count, _PADDING_SEQUENCE)
     return [_PADDING_SEQUENCE] * whole + [rest] * (rest > 0)

@@ -1,11 +1,11 @@
-"""What each context parallel rank has of a row: two chunks, and where their queries find their keys.
+"""Give each context parallel rank two slices of every row, and find the keys that their queries attend to.
 
-Of 2 * cp equal chunks of a row, rank r has number r and number 2 * cp - 1 - r. A token attends to all before it, so a
-chunk costs the more the later it is; an early and a late one together cost every rank the same. A packed row is cut as
-a whole, wherever its sequences begin. Rejected: to cut each of its sequences so, as others do; each would have to be
-padded to a multiple of 2 * cp.
+A row is cut into 2 * cp equal slices, of which rank r has slices r and 2 * cp - 1 - r. A token attends to all tokens
+before it, so later slices cost more; an early and a late one together cost every rank the same. A packed row is cut as
+a whole, wherever its sequences begin. Rejected: cutting each of its sequences, as other trainers do. Each would have to
+be padded to a multiple of 2 * cp.
 
-Everything that layers need to know of it is computed here on the host, beside the batch, and travels with it.
+Everything that layers need to know is computed here, on the host, and travels with the batch.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """Queries [begin, end) of a row, and the keys they see: those of their own sequences, up to themselves."""
+class ContextSlice:
+    """Queries [begin, end) of a row, and the keys they attend to: those of their own sequences, up to themselves."""
 
     begin: int
     end: int
     first_key: int
-    """Keys are [first_key, end) of the row."""
+    """The keys are [first_key, end) of the row."""
     query_lengths: tuple[int, ...]
-    """Of each sequence that the chunk meets."""
+    """Queries of each sequence that has some in this slice."""
     key_lengths: tuple[int, ...]
-    """Of the same sequences. The queries of each are the last of its positions here."""
+    """Keys of the same sequences. The queries of a sequence are the last of these positions."""
     query_offsets: Tensor
-    """int32: where the sequences begin among the queries, row after row, and their end."""
+    """int32: where the sequences begin among the queries, row after row, and the end of the last."""
     key_offsets: Tensor
     """The same among the keys."""
 
-    def to(self, device: torch.device | str, *, non_blocking: bool) -> Chunk:
-        """This on `device`."""
+    def to(self, device: torch.device | str, *, non_blocking: bool) -> ContextSlice:
+        """Return this slice with its tensors on `device`."""
         queries, keys = (
             offsets.to(device, non_blocking=non_blocking) for offsets in (self.query_offsets, self.key_offsets)
         )
         return replace(self, query_offsets=queries, key_offsets=keys)
 
-    def pin_memory(self) -> Chunk:
-        """This in page-locked memory."""
+    def pin_memory(self) -> ContextSlice:
+        """Return this slice with its tensors in page-locked memory."""
         return replace(self, query_offsets=self.query_offsets.pin_memory(), key_offsets=self.key_offsets.pin_memory())
 
 
@@ -52,73 +52,75 @@ class Chunk:
 class ContextShare:
     """One context parallel rank's part of a micro-batch."""
 
-    chunks: tuple[Chunk, ...]
+    slices: tuple[ContextSlice, ...]
     positions: Tensor
-    """Place in its own sequence of each token of the part, the same for all rows; [part's length]."""
+    """Position of each token of the part in its own sequence, [part's length]; the same for all rows."""
     supervised: Tensor
     """As MicroBatch.supervised, for the part."""
     longest: int
-    """Positions that the row's longest sequence has."""
+    """Length of the row's longest sequence."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> ContextShare:
-        """This on `device`."""
+        """Return this share with its tensors on `device`."""
         return replace(
             self,
-            chunks=tuple(chunk.to(device, non_blocking=non_blocking) for chunk in self.chunks),
+            slices=tuple(part.to(device, non_blocking=non_blocking) for part in self.slices),
             positions=self.positions.to(device, non_blocking=non_blocking),
             supervised=self.supervised.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> ContextShare:
-        """This in page-locked memory."""
+        """Return this share with its tensors in page-locked memory."""
         return replace(
             self,
-            chunks=tuple(chunk.pin_memory() for chunk in self.chunks),
+            slices=tuple(part.pin_memory() for part in self.slices),
             positions=self.positions.pin_memory(),
             supervised=self.supervised.pin_memory(),
         )
 
     def part_of(self, rows: Tensor) -> Tensor:
-        """The part of `rows`, [rows, row length] -> [rows, part's length]."""
-        return torch.cat([rows[:, chunk.begin : chunk.end] for chunk in self.chunks], dim=1)
+        """Return this rank's part of `rows` [rows, row length], as [rows, part's length]."""
+        return torch.cat([rows[:, part.begin : part.end] for part in self.slices], dim=1)
 
 
-def chunk_numbers(rank: int, size: int) -> tuple[int, int]:
-    """Which of the 2 * `size` chunks of a row rank `rank` has."""
+def slice_numbers(rank: int, size: int) -> tuple[int, int]:
+    """Return the numbers of the slices that rank `rank` has, of 2 * `size` slices of a row."""
     return rank, 2 * size - 1 - rank
 
 
 def share_rows(
     loss_weights: NDArray[np.float32], seq_lengths: Sequence[int] | None, rank: int, size: int
 ) -> ContextShare:
-    """What context parallel rank `rank` of `size` has of rows with these weights, [rows, row length].
+    """Return the share of context parallel rank `rank` of `size` in rows with these weights, [rows, row length].
 
-    `seq_lengths` cut a packed row; without them each row is one sequence, its padding included.
+    `seq_lengths` are those of a packed row; without them each row is one sequence, padding included. Raise ValueError
+    if the rows cannot be cut into 2 * `size` equal slices.
     """
     rows, length = loss_weights.shape
     width, rest = divmod(length, 2 * size)
     if rest:
-        raise ValueError(f"a row of {length} tokens has no {2 * size} equal chunks")
+        raise ValueError(f"a row of {length} tokens has no {2 * size} equal slices")
     lengths = np.array([length] if seq_lengths is None else seq_lengths)
     ends = np.cumsum(lengths)
-    chunks = [_chunk(ends, number * width, (number + 1) * width, rows) for number in chunk_numbers(rank, size)]
-    places = np.concatenate([np.arange(chunk.begin, chunk.end) for chunk in chunks])
+    slices = [_slice(ends, number * width, (number + 1) * width, rows) for number in slice_numbers(rank, size)]
+    places = np.concatenate([np.arange(part.begin, part.end) for part in slices])
     starts = np.repeat(ends - lengths, lengths)
     return ContextShare(
-        chunks=tuple(chunks),
+        slices=tuple(slices),
         positions=torch.from_numpy(places - starts[places]),
         supervised=torch.from_numpy(np.flatnonzero(loss_weights[:, places].T)),
         longest=int(lengths.max()),
     )
 
 
-def _chunk(ends: NDArray[np.int64], begin: int, end: int, rows: int) -> Chunk:
-    """Queries [begin, end) of rows whose sequences end at `ends`."""
+def _slice(ends: NDArray[np.int64], begin: int, end: int, rows: int) -> ContextSlice:
+    """Return the slice [begin, end) of `rows` rows whose sequences end at `ends`."""
     starts = np.concatenate([[0], ends[:-1]])
+    # Sequences with a query in the slice; the last condition leaves out empty sequences.
     met = (starts < end) & (ends > begin) & (starts < ends)
     first, last = starts[met], np.minimum(ends[met], end)
     queries, keys = last - np.maximum(first, begin), last - first
-    return Chunk(
+    return ContextSlice(
         begin=begin,
         end=end,
         first_key=int(first[0]),

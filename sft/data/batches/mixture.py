@@ -1,16 +1,18 @@
-"""How often an epoch holds the examples of each source.
+"""Decide how often an epoch takes each example of several weighted sources.
 
-An epoch takes round(weight * n) of the n examples of a source: so many whole copies, and a rest. The rest walks round
-and round through one permutation of the source, each epoch from where the last one ended. So in any epochs that follow
-each other no example is used more than once more often than another of its source, no rest holds one twice, and
-which they are depends on nothing but the seed, the epoch and the source's name and size.
+An epoch takes round(weight * n) of the n examples of a source: a number of whole copies, and a rest. The rest moves
+through one fixed permutation of the source, each epoch from where the last one ended, and starts over at its end. So:
 
-An epoch has places: those of the first source, then those of the second, and so on. The plan
-(sft.data.batches.sampler) orders places; what stands in them is said here, for as many as are asked about.
+* Over any consecutive epochs, two examples of a source are used equally often, or one of them once more.
+* No rest holds an example twice.
+* The choice depends only on the seed, the epoch, and the source's name and size.
 
-Rejected: to draw the source of each example with probabilities (counts are then right on average only, and a small
-source may be missed), to draw every epoch's rest anew (some examples are then never seen), and to carry what rounding
-took away into the next epoch (epochs would differ in length).
+An epoch is a list of places, those of the first source, then those of the second, and so on. A schedule
+(sft.data.batches.sampler) puts the places in order; this module says which examples are at any of them.
+
+Rejected: choosing the source of each example at random (counts are right only on average, and a small source may be
+missed), choosing each epoch's rest at random (some examples may never be seen), and carrying the rounding error into
+the next epoch (epochs would differ in length).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """A source and its part in an epoch."""
+    """A source, and its part in an epoch."""
 
     name: str
     weight: float
@@ -37,20 +39,18 @@ class Share:
 
     @property
     def taken(self) -> int:
-        """Examples that an epoch takes: weight * examples to the nearest whole number, a half up.
-
-        The weight is the decimal fraction that was written, not its nearest float: 0.15 of 10 is 1.5, and so 2.
-        """
+        """Examples that an epoch takes: weight * examples, rounded to the nearest integer, halves up."""
+        # With the decimal number as written, not the nearest float: 0.15 * 10 is 1.5, which rounds to 2.
         return math.floor(Fraction(repr(self.weight)) * self.examples + Fraction(1, 2))
 
     @property
     def copies(self) -> int:
-        """Times that an epoch takes all examples."""
+        """How often an epoch takes all examples."""
         return self.taken // self.examples
 
     @property
     def rest(self) -> int:
-        """Examples that an epoch takes once more than the others."""
+        """Examples that an epoch takes once more than the rest of the source."""
         return self.taken % self.examples
 
 
@@ -65,32 +65,32 @@ class Mixture:
 
     @property
     def size(self) -> int:
-        """Examples of an epoch, those that come again counted again."""
+        """Examples that an epoch takes, repeated ones counted again."""
         return sum(share.taken for share in self.shares)
 
     @property
     def varies(self) -> bool:
-        """Whether one epoch holds other examples than another."""
+        """Whether epochs take different examples."""
         return any(share.rest for share in self.shares)
 
     def examples(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Example ids in these places of an epoch."""
-        found = np.empty(len(places), dtype=np.int64)
+        """Return the example ids at these places of an epoch."""
+        ids = np.empty(len(places), dtype=np.int64)
         source_of = np.searchsorted(self._ends, places, side="right")
         first_place = first_example = 0
         for index, share in enumerate(self.shares):
             mine = source_of == index
-            found[mine] = first_example + self._local(index, epoch, places[mine] - first_place)
+            ids[mine] = first_example + self._local(index, epoch, places[mine] - first_place)
             first_place += share.taken
             first_example += share.examples
-        return found
+        return ids
 
     def _local(self, index: int, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What stands in a source's own places, as ids of its own."""
+        """Return the examples at a source's own places (from 0), as its own ids: first the copies, then the rest."""
         share = self.shares[index]
         local = places % share.examples
-        behind = places >= share.copies * share.examples
-        local[behind] = self._walks[index][(local[behind] + epoch * share.rest) % share.examples]
+        in_rest = places >= share.copies * share.examples
+        local[in_rest] = self._walks[index][(local[in_rest] + epoch * share.rest) % share.examples]
         return local
 
     @cached_property
@@ -99,7 +99,7 @@ class Mixture:
 
     @cached_property
     def _walks(self) -> list[NDArray[np.int64]]:
-        """The order in which rests are taken from each source, where there are any."""
+        """The order in which the rests of each source are taken; empty for a source without a rest."""
         return [self._walk(share) for share in self.shares]
 
     def _walk(self, share: Share) -> NDArray[np.int64]:
@@ -107,15 +107,14 @@ class Mixture:
             return np.zeros(0, dtype=np.int64)
         if not self.shuffle:
             return np.arange(share.examples, dtype=np.int64)
+        # By name, so that adding a source does not change the order of another. `hash` changes with each process.
         stream = int.from_bytes(hashlib.sha256(share.name.encode()).digest()[:8], "little")
         return permutation(share.examples, [self.seed % 2**64, 0, stream])
 
 
 def permutation(count: int, entropy: Sequence[int]) -> NDArray[np.int64]:
-    """A permutation that depends on nothing but its arguments.
-
-    numpy keeps the raw stream of a bit generator the same in all versions, which it does not promise for
-    Generator.permutation; a run that is resumed after an upgrade must go on in the same order.
-    """
+    """Return a random permutation of `count` places that depends only on the arguments."""
+    # Not Generator.permutation: numpy promises the same stream in all versions only for the raw bit generator, and a
+    # run that is resumed after an upgrade must go on in the same order.
     raw = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count)
     return np.argsort(raw, kind="stable").astype(np.int64, copy=False)

@@ -1,23 +1,23 @@
-"""Which examples share a row: best-fit decreasing over lengths, levelled rows, rows of equal cost for every rank.
+"""Decide which examples share a row: best-fit decreasing by length, levelled rows, and equal cost for every rank.
 
 Lengths are small integers, so the packer works on counts. All examples of one length, and all open rows with the same
 space left, are placed in one step: n examples of at most c tokens cost one sort and a number of steps that depends on
-the lengths rather than on n. Which of equally long examples goes where is decided by the order they are given in.
-The result is that of the textbook algorithm (each example, longest first, into the fullest row that has room).
+the lengths rather than on n. The order in which equally long examples are given decides which goes where. The result is
+that of the textbook algorithm: each example, longest first, into the fullest row that has room.
 
-Two units of the global batch, two ways to use it (`train.global_batch_unit`):
+It is used in two ways, depending on the unit of the global batch (`train.global_batch_unit`):
 
-* tokens: the whole epoch is packed at once and a step takes a fixed number of rows (`sampler.TokenBatchPlan`). Rows
-  are as full as they can be and stay as they are whatever the layout; how many examples a step holds varies.
-* examples: a step holds exactly the examples that it would hold without packing, and is packed by itself. Packing
-  is then no more than a way to compute the same gradients. Fewer examples leave the last row half empty, which
-  `levelled` mends: the same number of rows, all of them a little shorter, and rows are only computed up to the
-  longest one. The number of rows is rounded up to the data parallel size, so that in this unit which examples are
-  neighbours depends on the layout; which examples make a step never does, nor anything that the loss depends on.
+* tokens: the whole epoch is packed at once and a step takes a fixed number of rows (`sampler.TokenSchedule`). Rows are
+  as full as they can be and do not depend on the topology. The number of examples in a step varies.
+* examples: a step holds exactly the examples that it would hold without packing, and is packed by itself. Packing is
+  then only a way to compute the same gradients. With few examples the last row stays half empty, so `levelled` makes
+  the same number of rows of nearly equal length: rows are only computed up to the longest. The number of rows is
+  rounded up to a multiple of the data parallel size, so which examples share a row depends on the topology. Which
+  examples make a step does not, nor does the loss.
 
-Rejected: packing the examples unit over the epoch as well (a step would then be examples of matching lengths instead
-of the sampler's draw, another training than without packing), cutting examples at the edge of a row (their second
-half would be trained without its question), and first-fit in arrival order (some 10 % of the slots stay empty).
+Rejected: packing the whole epoch in the examples unit too (a step would hold examples whose lengths fit together
+instead of a random choice, so packing would change the training), cutting examples at the end of a row (the second half
+would be trained without its question), and first-fit in the given order (about 10 % of the slots stay empty).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 EMPTY_ROW = -1
-"""Marks a place of a rank that has no row."""
+"""Stands where a rank has no row."""
 _EQUAL_COST_LENGTH = 24_576
-"""Length at which attention costs as much as a layer's matrix products: 12 times the hidden size, here 2048.
+"""Length at which attention costs as much as a layer's matrix products: 12 times a hidden size of 2048.
 
-It decides only which rank gets which row, never a result, so that one value serves models of all sizes.
+It only decides which rank gets which row, not any result, so one value is good enough for models of all sizes.
 """
 
 
@@ -57,17 +57,21 @@ class Rows:
 
     @classmethod
     def of(cls, rows: Sequence[NDArray[np.int64]]) -> Rows:
-        """Rows from a list of them."""
+        """Make Rows from a list of rows."""
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return cls(np.concatenate([np.zeros(0, dtype=np.int64), *rows]), offsets)
 
 
 def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int, order: Optional[NDArray[np.int64]] = None) -> Rows:
-    """Rows of at most `capacity` tokens. Of equally long examples those that come first in `order` are placed first."""
+    """Pack examples of these lengths into rows of at most `capacity` tokens, and return the rows.
+
+    Of equally long examples, those first in `order` (a permutation) are placed first. Raise ValueError for an example
+    that is empty or does not fit into a row.
+    """
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"lengths {lengths.min()} to {lengths.max()} do not fit into rows of {capacity}")
     arrival = np.arange(len(lengths), dtype=np.int64) if order is None else order
-    # Stable sorts of 16-bit numbers are radix sorts, several times as fast as those of wider ones.
+    # Longest first. numpy's stable sort of 16-bit numbers is a radix sort, several times as fast as that of wider ones.
     shortfall = (capacity - lengths[arrival]).astype(np.uint16 if capacity < 2**16 else np.int64)
     ranked = arrival[np.argsort(shortfall, kind="stable")]
     counts = np.bincount(lengths, minlength=1)
@@ -82,21 +86,21 @@ def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int, order: Option
 
 
 class _OpenRows:
-    """Rows with space left, kept by how much."""
+    """Rows with space left, grouped by the amount of space."""
 
     def __init__(self, capacity: int) -> None:
         self.opened = 0
         self._capacity = capacity
         self._by_space: dict[int, list[NDArray[np.int64]]] = {}
         self._spaces = 0
-        """Bit s is set where some row has space s: the best fit is then the lowest bit from a length on."""
+        """Bit s is set if some row has space s. The best fit for a length is the lowest bit set from there on."""
 
     def place(self, length: int, count: int, row_of: NDArray[np.int64], position: int) -> int:
-        """Write the rows of `count` examples of one length to `row_of` from `position` on; returns where it ended."""
+        """Place `count` examples of one length: write their rows to `row_of` from `position` on, and return the end."""
         end = position + count
         while position < end:
             space, rows = self._best_fit(length, end - position)
-            # The row that is the best fit for one example stays it for the next as long as there is room.
+            # A row that is the best fit for one example is so for the next, as long as there is room.
             each = space // length
             placed = min(end - position, len(rows) * each)
             row_of[position : position + placed] = np.repeat(rows, each)[:placed]
@@ -107,13 +111,16 @@ class _OpenRows:
         return end
 
     def _best_fit(self, length: int, count: int) -> tuple[int, NDArray[np.int64]]:
-        """The smallest space that holds `length`, and as many rows with that space as `count` examples need."""
+        """Return the smallest space that holds `length`, and as many rows with it as `count` examples need.
+
+        The rows are taken out; the caller puts back those that have space left. New rows are opened if none fits.
+        """
         fitting = self._spaces >> length
         if not fitting:
             needed = -(-count // (self._capacity // length))
             self.opened += needed
             return self._capacity, np.arange(self.opened - needed, self.opened, dtype=np.int64)
-        space = length + (fitting & -fitting).bit_length() - 1
+        space = length + (fitting & -fitting).bit_length() - 1  # the lowest bit that is set
         parts = self._by_space.pop(space)
         rows = np.concatenate(parts) if len(parts) > 1 else parts[0]
         self._spaces ^= 1 << space
@@ -128,7 +135,11 @@ class _OpenRows:
 
 
 def levelled(lengths: NDArray[np.int64], rows: int, capacity: int) -> Optional[Rows]:
-    """`rows` rows of nearly equal lengths, some empty where there are fewer examples; None where one would overflow."""
+    """Return `rows` rows of nearly equal length, or None if one would be longer than `capacity`.
+
+    Some rows are empty where there are fewer examples than rows.
+    """
+    # Each example, longest first, into the row with the fewest tokens.
     filled = [(0, row) for row in range(rows)]
     members: list[list[int]] = [[] for _ in range(rows)]
     for item in np.argsort(-lengths, kind="stable").tolist():
@@ -144,10 +155,11 @@ def levelled(lengths: NDArray[np.int64], rows: int, capacity: int) -> Optional[R
 def pack_step(
     lengths: NDArray[np.int64], capacity: int, ranks: int, multiple: int = 1, planned: Optional[Rows] = None
 ) -> Rows:
-    """The rows of a step whose examples have these lengths.
+    """Return the rows of a step whose examples have these lengths.
 
-    As few as best-fit decreasing needs, rounded up to what the ranks need anyway, and levelled where that works.
-    Rows that are `planned` stay as they are if there is one for each place, as in every full step counted in tokens.
+    They are as few as best-fit decreasing needs, rounded up to what all ranks compute anyway, and of nearly equal
+    length where that is possible. Rows that the schedule has `planned` stay as they are if they need no rounding, as in
+    every full step of a TokenSchedule.
     """
     packed = best_fit_decreasing(lengths, capacity) if planned is None else planned
     places = ranks * rows_a_rank(len(packed), ranks, multiple)
@@ -157,21 +169,21 @@ def pack_step(
 
 
 def rows_a_rank(rows: int, ranks: int, multiple: int = 1) -> int:
-    """Rows of each rank, the same for all: at least one, and a multiple of `multiple`."""
+    """Return the rows of each rank, the same for all: a multiple of `multiple`, at least one time."""
     return max(1, -(-rows // (ranks * multiple))) * multiple
 
 
 def row_cost(lengths: NDArray[np.int64]) -> float:
-    """What a row of these examples costs in relation to others: a * s + b * sum(s_i ** 2)."""
+    """Return the relative cost of a row of these examples: sum(s) for matrix products, plus sum(s^2) for attention."""
     wide = lengths.astype(np.float64)
     return float(wide.sum() + (wide**2).sum() / _EQUAL_COST_LENGTH)
 
 
 def assign_rows(costs: Sequence[float], ranks: int, multiple: int = 1) -> NDArray[np.int64]:
-    """Row of each (rank, micro-batch), EMPTY_ROW where there is none, so that all ranks have about the same cost.
+    """Return the row of each (rank, micro-batch) so that all ranks have about the same cost, EMPTY_ROW for no row.
 
-    The costliest row first, each to the rank that has least; every rank ends with equally many places. Micro-batches
-    of all ranks go from costly to cheap, which keeps ranks that wait for each other in step.
+    The costliest row goes first, each to the rank with the least cost so far; all ranks have equally many places. So
+    the micro-batches of every rank go from costly to cheap, and ranks that wait for each other stay in step.
     """
     each = rows_a_rank(len(costs), ranks, multiple)
     table = np.full((ranks, each), EMPTY_ROW, dtype=np.int64)

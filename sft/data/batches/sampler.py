@@ -1,14 +1,15 @@
-"""Which examples belong to which optimizer step, as a pure function of the step.
+"""Choose the examples of each optimizer step, as a pure function of the step.
 
-A plan knows nothing of ranks: it says which examples a global batch holds, and a rank then takes its share. So a
-run may stop, and go on with another data parallel size, and still sees every example once an epoch, or as often as a
-mixture says (sft.data.batches.mixture). There is no state to save: to resume is to ask for another step.
+A schedule knows nothing about ranks: it says which examples a global batch holds, and each rank takes its share. So a
+run can be resumed with another data parallel size and still sees every example once an epoch, or as often as a mixture
+says (sft.data.batches.mixture). There is no state to save: resuming is asking for another step.
 
-The global batch is counted in examples (`BatchPlan`) or in tokens (`TokenBatchPlan`). Neither asks whether rows are
-packed: the same run with packing on or off takes the same examples in the same steps, and so the same gradients.
+A global batch is counted in examples (`ExampleSchedule`) or in tokens (`TokenSchedule`). Neither depends on packing: a
+run with packing on or off takes the same examples in the same steps and computes the same gradients.
 
-Rejected: torch's DistributedSampler (its order depends on the number of ranks and its position is lost on resume),
-dropping the last short batch (data that is never seen), and wrapping it around (data that is seen twice).
+Rejected: torch's DistributedSampler (its order depends on the number of ranks, and its position is lost on resume),
+dropping the last short batch (some data would never be seen), and filling it from the beginning (some would be seen
+twice).
 """
 
 from __future__ import annotations
@@ -25,55 +26,58 @@ from sft.data.batches.mixture import Mixture, permutation
 from sft.data.batches.packing import Rows, best_fit_decreasing
 
 EMPTY_SLOT = -1
-"""Marks a place of the global batch that holds no example."""
+"""Stands in a slot of the global batch that holds no example."""
 _WINDOW_BATCHES = 64
-"""Global batches whose examples are sorted together by `group_by_length`: enough for batches of nearly equal lengths,
-few enough that which examples meet in a batch is still a matter of the shuffle."""
+"""Global batches whose examples are sorted together by `group_by_length`. Enough for batches of nearly equal lengths,
+few enough that chance still decides which examples meet in a batch."""
 
 
-class StepPlan(Protocol):
-    """Which examples each step holds."""
+class BatchSchedule(Protocol):
+    """Says which examples each step holds."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of the first epoch, and of every other that takes the same examples; the last one may be short."""
+        """Steps of the first epoch, and of all others unless a mixture varies. The last step may be short."""
         ...
 
     @property
     def identity(self) -> dict[str, object]:
-        """What, beside the data themselves, decides the sequence of global batches, by the key of the config."""
+        """Everything but the data that decides the sequence of global batches, by config key.
+
+        Checkpoints keep it, so that a resumed run notices what was changed.
+        """
         ...
 
     def steps_in(self, epochs: int) -> int:
-        """Steps of the first `epochs` epochs."""
+        """Return the number of steps of the first `epochs` epochs."""
         ...
 
     def examples_at(self, step: int) -> NDArray[np.int64]:
-        """Example ids of the whole global batch of `step` (from 0), EMPTY_SLOT where there is none."""
+        """Return the example ids of the whole global batch of `step` (from 0), EMPTY_SLOT in slots without one."""
         ...
 
     def rows_at(self, step: int) -> Optional[Rows]:
-        """The rows in which the step's examples are to be packed; None where the plan leaves it open."""
+        """Return the rows in which the step's examples must be packed, None where the schedule does not say."""
         ...
 
     def consumed_examples(self, steps: int) -> int:
-        """Examples seen in the first `steps` steps."""
+        """Return the number of examples seen in the first `steps` steps."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BatchPlan:
-    """The order of examples for `seed`, cut into global batches of equally many."""
+class ExampleSchedule:
+    """The examples in an order given by `seed`, cut into global batches of equally many examples."""
 
     num_examples: int
-    """Examples that there are."""
+    """Examples in the data."""
     global_batch_size: int
     seed: int
     shuffle: bool
     mixture: Optional[Mixture] = None
-    """What an epoch takes of them; None takes each once."""
+    """How often an epoch takes each example. None: once."""
     group_lengths: Optional[NDArray[np.int64]] = None
-    """Length of each example where batches are to be of similar lengths; None leaves the order alone."""
+    """Length of each example, to make batches of similar lengths. None: lengths do not matter."""
 
     def __post_init__(self) -> None:
         if self.num_examples < 1 or self.global_batch_size < 1:
@@ -81,7 +85,7 @@ class BatchPlan:
 
     @property
     def epoch_size(self) -> int:
-        """Places of an epoch."""
+        """Examples that an epoch takes, repeated ones counted again."""
         return self.num_examples if self.mixture is None else self.mixture.size
 
     @property
@@ -127,12 +131,12 @@ class BatchPlan:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TokenBatchPlan:
-    """Every epoch packed into rows of `row_length` tokens, and a step of `rows_per_step` of them.
+class TokenSchedule:
+    """Each epoch packed into rows of `row_length` tokens, and steps of `rows_per_step` rows.
 
-    Which of equally long examples share a row, and in which order rows come, is drawn anew each time. The rows of an
-    epoch are as many whatever the epoch, unless a mixture takes other examples: then the epochs before a step have to
-    be packed as well to know where it is, 10 million examples in some seconds an epoch.
+    With `shuffle`, each epoch chooses anew which of equally long examples share a row, and the order of the rows. The
+    number of rows depends on the lengths alone, so all epochs have as many, unless a mixture takes different examples
+    in each. Then finding a step means packing all epochs before it: some seconds an epoch for 10 million examples.
     """
 
     lengths: NDArray[np.int64]
@@ -142,7 +146,7 @@ class TokenBatchPlan:
     seed: int
     shuffle: bool
     mixture: Optional[Mixture] = None
-    """What an epoch takes of the examples; None takes each once."""
+    """How often an epoch takes each example. None: once."""
 
     def __post_init__(self) -> None:
         if len(self.lengths) < 1 or self.rows_per_step < 1:
@@ -150,7 +154,7 @@ class TokenBatchPlan:
 
     @property
     def epoch_size(self) -> int:
-        """Examples of an epoch."""
+        """Examples that an epoch takes, repeated ones counted again."""
         return len(self.lengths) if self.mixture is None else self.mixture.size
 
     @property
@@ -186,7 +190,7 @@ class TokenBatchPlan:
     def consumed_examples(self, steps: int) -> int:
         if steps == 0:
             return 0
-        # Asked about the last step and not the next, which may be of an epoch that nobody has to pack yet.
+        # From the last of these steps, not the one after it, which may be in an epoch that is not packed yet.
         epoch, index = self._place(steps - 1)
         rows = self._rows(epoch)
         return epoch * self.epoch_size + int(rows.offsets[min((index + 1) * self.rows_per_step, len(rows))])
@@ -196,7 +200,7 @@ class TokenBatchPlan:
         return self.mixture is not None and self.mixture.varies
 
     def _place(self, step: int) -> tuple[int, int]:
-        """Epoch of a step, and its place there."""
+        """Return the epoch of a step, and the step's number within it."""
         if not self._varies:
             return divmod(step, self.steps_per_epoch)
         epoch = 0
@@ -209,14 +213,15 @@ class TokenBatchPlan:
         return -(-_rows_of_epoch(self, epoch if self._varies else 0) // self.rows_per_step)
 
     def _rows(self, epoch: int) -> Rows:
+        # Epochs that are all alike share the cache entry of the first.
         return _epoch_rows(self, epoch if self.shuffle or self._varies else 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CyclicPlan:
+class CyclicSchedule:
     """The order of trlx's NeMo trainers (sft.compat.trlx.ShuffledCyclicSequence), cut into global batches.
 
-    One permutation covers the whole run, and its length is part of what it is: a longer run is another one.
+    One permutation covers the whole run, so a run with another number of steps has another order from the start.
     """
 
     num_examples: int
@@ -241,7 +246,7 @@ class CyclicPlan:
 
     def examples_at(self, step: int) -> NDArray[np.int64]:
         if not 0 <= step < self.max_steps:
-            raise ValueError(f"step {step} is not one of {self.max_steps}")
+            raise ValueError(f"step {step} is not in a run of {self.max_steps} steps")
         first = step * self.global_batch_size
         return self._order[first : first + self.global_batch_size] % self.num_examples
 
@@ -257,18 +262,19 @@ class CyclicPlan:
 
 
 def cyclic_order(count: int, seed: int) -> NDArray[np.int64]:
-    """torch's permutation of `count` places: numpy's is another."""
+    """Return torch's random permutation of `count` places, which is what trlx uses; numpy's differs."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 def complete(slots: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
-    """`slots` with empty ones behind them up to a multiple of `multiple`, at least one of it."""
+    """Return `slots` padded with EMPTY_SLOT to a multiple of `multiple` greater than 0."""
     places = max(1, -(-len(slots) // multiple)) * multiple
     return np.concatenate([slots, np.full(places - len(slots), EMPTY_SLOT, dtype=np.int64)])
 
 
 def rank_slice(slots: NDArray[np.int64], dp_rank: int, dp_size: int) -> NDArray[np.int64]:
-    """The slots of one data parallel rank: every dp_size-th, so that empty slots are spread evenly."""
+    """Return the slots of one data parallel rank."""
+    # Every dp_size-th, so that the empty slots at the end are spread evenly over ranks.
     if len(slots) % dp_size or not 0 <= dp_rank < dp_size:
         raise ValueError(f"{len(slots)} slots do not divide over rank {dp_rank} of {dp_size}")
     return slots[dp_rank::dp_size]
@@ -282,65 +288,65 @@ def _epoch_order(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def _examples(mixture: Optional[Mixture], epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Example ids in these places of an epoch."""
+    """Return the example ids at these places of an epoch."""
     return places if mixture is None else mixture.examples(epoch, places)
 
 
 def _mixed(mixture: Optional[Mixture]) -> dict[str, object]:
-    """What of a mixture decides the batches, beside the examples of its sources."""
+    """Return what of a mixture belongs to a schedule's identity."""
     shares = () if mixture is None else mixture.shares
     weights: dict[str, object] = {f"data.sources.{share.name}.weight": share.weight for share in shares}
     return {**weights, "order of data.sources": [share.name for share in shares]} if shares else {}
 
 
 @lru_cache(maxsize=2)
-def _grouped_order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
-    """The epoch's permutation, sorted by length within windows, and the batches of all windows shuffled.
+def _grouped_order(schedule: ExampleSchedule, epoch: int) -> NDArray[np.int64]:
+    """Return the epoch's permutation sorted by length within windows, with the batches of all windows shuffled.
 
-    The short batch, if there is one, is the permutation's tail and stays last: every step but the last is full.
+    A short batch, if there is one, is the permutation's tail and stays last, so every step but the last is full.
     """
-    assert plan.group_lengths is not None
-    order = _permutation(plan.epoch_size, plan.seed, epoch)
-    size = plan.global_batch_size
-    full = plan.epoch_size // size
+    assert schedule.group_lengths is not None
+    order = _permutation(schedule.epoch_size, schedule.seed, epoch)
+    size = schedule.global_batch_size
+    full = schedule.epoch_size // size
     head = order[: full * size]
     window = np.arange(len(head)) // (size * _WINDOW_BATCHES)
-    head = head[np.lexsort((plan.group_lengths[_examples(plan.mixture, epoch, head)], window))]
-    batches = head.reshape(full, size)[_permutation(full, plan.seed, epoch, stream=1)]
+    head = head[np.lexsort((schedule.group_lengths[_examples(schedule.mixture, epoch, head)], window))]
+    batches = head.reshape(full, size)[_permutation(full, schedule.seed, epoch, stream=1)]
     grouped = np.concatenate([batches.ravel(), order[full * size :]])
     grouped.setflags(write=False)
     return grouped
 
 
-@lru_cache(maxsize=4)
-def _epoch_rows(plan: TokenBatchPlan, epoch: int) -> Rows:
-    examples = _epoch_examples(plan, epoch)
-    lengths = plan.lengths[examples]
-    if plan.shuffle:
-        rows = best_fit_decreasing(lengths, plan.row_length, _permutation(len(lengths), plan.seed, epoch))
-        order = _permutation(len(rows), plan.seed, epoch, stream=1)
+@lru_cache(maxsize=4)  # packing takes seconds, and steps of an epoch ask for it one after the other
+def _epoch_rows(schedule: TokenSchedule, epoch: int) -> Rows:
+    examples = _epoch_examples(schedule, epoch)
+    lengths = schedule.lengths[examples]
+    if schedule.shuffle:
+        rows = best_fit_decreasing(lengths, schedule.row_length, _permutation(len(lengths), schedule.seed, epoch))
+        order = _permutation(len(rows), schedule.seed, epoch, stream=1)
     else:
-        # Rows are made by length; the order of the files is kept as far as they allow, by each row's first place.
-        rows = best_fit_decreasing(lengths, plan.row_length)
+        # Packing goes by length. Ordering rows by their first example keeps the order of the files as far as possible.
+        rows = best_fit_decreasing(lengths, schedule.row_length)
         order = np.argsort(np.minimum.reduceat(rows.items, rows.offsets[:-1]), kind="stable")
     ordered = _reordered(rows, order)
     return Rows(examples[ordered.items], ordered.offsets)
 
 
 @lru_cache(maxsize=4096)
-def _rows_of_epoch(plan: TokenBatchPlan, epoch: int) -> int:
-    """How many rows; their number depends on the lengths alone."""
+def _rows_of_epoch(schedule: TokenSchedule, epoch: int) -> int:
+    """Return the number of rows of an epoch, which depends on the lengths alone."""
     if epoch == 0:
-        return len(_epoch_rows(plan, 0))  # they are wanted in any case
-    return len(best_fit_decreasing(plan.lengths[_epoch_examples(plan, epoch)], plan.row_length))
+        return len(_epoch_rows(schedule, 0))  # needed in any case, so it may as well be cached
+    return len(best_fit_decreasing(schedule.lengths[_epoch_examples(schedule, epoch)], schedule.row_length))
 
 
-def _epoch_examples(plan: TokenBatchPlan, epoch: int) -> NDArray[np.int64]:
-    return _examples(plan.mixture, epoch, np.arange(plan.epoch_size, dtype=np.int64))
+def _epoch_examples(schedule: TokenSchedule, epoch: int) -> NDArray[np.int64]:
+    return _examples(schedule.mixture, epoch, np.arange(schedule.epoch_size, dtype=np.int64))
 
 
 def _reordered(rows: Rows, order: NDArray[np.int64]) -> Rows:
-    """The same rows in another order."""
+    """Return the same rows in another order."""
     sizes = np.diff(rows.offsets)[order]
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
     shift = np.repeat(rows.offsets[:-1][order] - offsets[:-1], sizes)

@@ -46,7 +46,7 @@ TokenPair = tuple[NDArray[np.int32], NDArray[np.float32]]
 
 
 class Examples(Protocol):
-    """Tokenized examples by number, with what plans and batches need to know about each."""
+    """Tokenized examples by number, with what schedules and batches need to know about each."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:

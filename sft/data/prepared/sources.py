@@ -1,8 +1,8 @@
 """The data sets that a config names, and several sources as one set of training data.
 
 Each source has its own token cache, so it is tokenized once, whatever it is mixed with and in which proportions. All
-examples are numbered source after source. Only what plans need to know about each example is joined in memory; tokens
-stay in their caches.
+examples are numbered source after source. Only what schedules need to know about each example is joined in memory;
+tokens stay in their caches.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.data.batches.context_slice import Chunk
+from sft.data.batches.context_slice import ContextSlice
 from sft.kernels import attention
 from sft.megatron.core import (
     MegatronModule,
@@ -91,7 +91,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     takes its sequences one by one. Either way nothing is computed between sequences. Rejected: a block-diagonal mask
     over the row, whose memory and time grow with the square of the row and not of its sequences.
 
-    Of rows that a context parallel group shares, the queries of each chunk see the keys of the whole row before them;
+    Of rows that a context parallel group shares, the queries of each slice see the keys of the whole row before them;
     rows of one sequence take the same way there as packed ones.
     """
 
@@ -124,7 +124,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     ) -> Tensor:
         """query [s, b, heads, dim], key and value [s, b, groups, dim] -> [s, b, heads * dim]; packed without b."""
         if isinstance(packed_seq_params, SharedRows):
-            return self._shared(query, key, value, packed_seq_params.chunks).flatten(2)
+            return self._shared(query, key, value, packed_seq_params.slices).flatten(2)
         if packed_seq_params is None:
             # [b, heads, s, dim]
             with self._own_stream():
@@ -142,25 +142,25 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         half = query.dtype in (torch.bfloat16, torch.float16)
         return query.is_cuda and half and not (self.training and self._dropout)
 
-    def _shared(self, query: Tensor, key: Tensor, value: Tensor, chunks: tuple[Chunk, ...]) -> Tensor:
-        """[s, b, heads, dim] of this rank's chunks -> the same."""
+    def _shared(self, query: Tensor, key: Tensor, value: Tensor, slices: tuple[ContextSlice, ...]) -> Tensor:
+        """[s, b, heads, dim] of this rank's slices -> the same."""
         key, value = gather_rows(key, value)
         parts = []
-        for chunk, queries in zip(chunks, query.chunk(len(chunks)), strict=True):
-            seen = slice(chunk.first_key, chunk.end)
-            parts.append(self._of_chunk(queries, key[seen], value[seen], chunk))
+        for part, queries in zip(slices, query.chunk(len(slices)), strict=True):
+            seen = slice(part.first_key, part.end)
+            parts.append(self._of_slice(queries, key[seen], value[seen], part))
         return torch.cat(parts)
 
-    def _of_chunk(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
-        """[s, b, heads, dim] of one chunk, and all keys that it sees -> the same."""
+    def _of_slice(self, query: Tensor, key: Tensor, value: Tensor, part: ContextSlice) -> Tensor:
+        """[s, b, heads, dim] of one slice, and all keys that it sees -> the same."""
         if not self._has_kernel(query):
             with self._own_stream():
-                return self._one_by_one(query, key, value, chunk.query_lengths, chunk.key_lengths)
+                return self._one_by_one(query, key, value, part.query_lengths, part.key_lengths)
         rows, length = query.size(1), query.size(0)
         queries, keys, values = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         context = attention.flash(
-            queries, keys, values, chunk.query_offsets, max(chunk.query_lengths), self._scale, self._kernel,
-            key_offsets=chunk.key_offsets, longest_key=max(chunk.key_lengths),
+            queries, keys, values, part.query_offsets, max(part.query_lengths), self._scale, self._kernel,
+            key_offsets=part.key_offsets, longest_key=max(part.key_lengths),
         )  # fmt: skip
         return context.view(rows, length, *context.shape[1:]).transpose(0, 1)
 

@@ -1,6 +1,6 @@
 """Context parallel: what the layers know of rows that several ranks share, and how keys and values come together.
 
-Each rank has two chunks of every row (sft.data.batches.context_slice). Only attention looks beyond them: it gathers
+Each rank has two slices of every row (sft.data.batches.context_slice). Only attention looks beyond them: it gathers
 the keys and values of the whole row from the ranks of the group, and the gradients of them go back as sums. Rejected:
 keys and values that go round in a ring. That hides the messages behind the computation and holds no whole rows, but
 partial results have to be merged by the softmax's denominators, which not every kernel returns, and offsets be cut for
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sft.data.batches.context_slice import Chunk, ContextShare, chunk_numbers
+from sft.data.batches.context_slice import ContextShare, ContextSlice, slice_numbers
 from sft.megatron.core import PackedSeqParams, parallel_state
 
 
@@ -24,7 +24,7 @@ from sft.megatron.core import PackedSeqParams, parallel_state
 class SharedRows(PackedSeqParams):  # type: ignore[misc]
     """This rank's part of rows that a context parallel group shares, for RoPE and attention of every layer."""
 
-    chunks: tuple[Chunk, ...] = ()
+    slices: tuple[ContextSlice, ...] = ()
     positions: Tensor | None = None
     """Place of each token of the part in its own sequence, [s]."""
 
@@ -39,7 +39,7 @@ def shared_rows(share: ContextShare) -> SharedRows:
         qkv_format="sbhd",
         max_seqlen_q=share.longest,
         max_seqlen_kv=share.longest,
-        chunks=share.chunks,
+        slices=share.slices,
         positions=share.positions,
     )
 
@@ -74,8 +74,8 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _as_sent(size: int) -> list[tuple[int, int]]:
-    """(0 for keys and 1 for values, number of the chunk) in the order in which the ranks of a group have them."""
-    return [(which, number) for rank in range(size) for which in (0, 1) for number in chunk_numbers(rank, size)]
+    """(0 for keys and 1 for values, number of the slice) in the order in which the ranks of a group have them."""
+    return [(which, number) for rank in range(size) for which in (0, 1) for number in slice_numbers(rank, size)]
 
 
 def bottom_right(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from sft.compat.trlx.samples import SampleEncoder, Tokens, collate
 from sft.data.batches.batch import RankShare
 from sft.data.batches.batch import collate as batch_of
 from sft.data.prepared.prepare import open_or_build
-from sft.training.datamodule import training_plan
+from sft.training.datamodule import training_schedule
 from tests.sft.compat.material import BOS, EOS, character_tokenizer
 
 SAMPLES = ("AB", "ABCDEFGH", "")
@@ -82,7 +82,7 @@ def test_batches_of_a_run_are_the_originals(tmp_path: Path) -> None:
         train=TrainSpec(max_steps=5, global_batch_size=4),
     )
     cache = open_or_build(spec, tokenizer, build=True).train
-    plan = training_plan(spec, cache)
+    plan = training_schedule(spec, cache)
     order = ShuffledCyclicSequence(20, tokens, 1000)
     for step in range(5):
         block = [order[place] for place in range(4 * step, 4 * step + 4)]

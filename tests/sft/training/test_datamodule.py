@@ -1,4 +1,4 @@
-"""From a config to steps: which plan, how many steps, and what makes two sequences of batches the same."""
+"""From a config to steps: which schedule, how many steps, and what makes two sequences of batches the same."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import sft.training.datamodule
 from launcher.contract.spec import DataSpec, RunSpec, TrainSpec
 from launcher.contract.topology import Topology, build_topology
-from sft.data.batches.sampler import BatchPlan, TokenBatchPlan
+from sft.data.batches.sampler import ExampleSchedule, TokenSchedule
 from sft.data.cache.store import TokenCache
 from sft.data.prepared.prepare import PreparedData
-from sft.training.datamodule import SFTDataModule, StepBatches, step_plan
+from sft.training.datamodule import SFTDataModule, StepBatches, batch_schedule
 from tests.sft.caches_for_tests import make_cache, ragged_pairs
 
 
@@ -61,11 +61,11 @@ def test_trap_20_the_unit_decides_the_plan_and_packing_does_not(cache: TokenCach
     """Seen to fail with packing that implies the unit tokens."""
     tokens = {"global_batch_unit": "tokens", "global_batch_size": 64}
     for packing in (False, True):
-        assert isinstance(step_plan(spec_of(packing=packing), cache, shuffle=True), BatchPlan)
-        plan = step_plan(spec_of(packing=packing, **tokens), cache, shuffle=True)
-        assert isinstance(plan, TokenBatchPlan)
-        assert (plan.rows_per_step, plan.row_length) == (2, 32)
-        assert np.array_equal(plan.lengths, cache.lengths - 1)
+        assert isinstance(batch_schedule(spec_of(packing=packing), cache, shuffle=True), ExampleSchedule)
+        schedule = batch_schedule(spec_of(packing=packing, **tokens), cache, shuffle=True)
+        assert isinstance(schedule, TokenSchedule)
+        assert (schedule.rows_per_step, schedule.row_length) == (2, 32)
+        assert np.array_equal(schedule.lengths, cache.lengths - 1)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_groups_of_similar_lengths_need_less_padding(tmp_path: Path) -> None:
     spans = {}
     for grouped in (False, True):
         spec = spec_of(group_by_length=grouped, seq_length=128, pad_to_multiple=1)
-        plan = step_plan(spec, cache, shuffle=True)
-        batches = StepBatches(cache, plan, spec, topology_of(spec), plan.steps_per_epoch)
-        steps = [batches[step] for step in range(plan.steps_per_epoch)]
+        schedule = batch_schedule(spec, cache, shuffle=True)
+        batches = StepBatches(cache, schedule, spec, topology_of(spec), schedule.steps_per_epoch)
+        steps = [batches[step] for step in range(schedule.steps_per_epoch)]
         places = sum(micro.tokens.numel() for step in steps for micro in step.micro_batches)
         spans[grouped] = sum(step.tokens for step in steps) / places
     assert spans[True] > 0.95 > 0.65 > spans[False]

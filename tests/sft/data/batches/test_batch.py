@@ -11,20 +11,20 @@ import torch
 
 import sft.data.batches.packing
 from sft.data.batches.batch import MicroBatch, RankShare, StepBatch, collate
-from sft.data.batches.sampler import BatchPlan, StepPlan, TokenBatchPlan, rank_slice
+from sft.data.batches.sampler import BatchSchedule, ExampleSchedule, TokenSchedule, rank_slice
 from sft.data.cache.store import TokenCache
 from tests.sft.caches_for_tests import make_cache, ragged_pairs
 
 
-def plan_of(cache: TokenCache, size: int = 8, shuffle: bool = True) -> BatchPlan:
-    return BatchPlan(num_examples=len(cache), global_batch_size=size, seed=3, shuffle=shuffle)
+def schedule_of(cache: TokenCache, size: int = 8, shuffle: bool = True) -> ExampleSchedule:
+    return ExampleSchedule(num_examples=len(cache), global_batch_size=size, seed=3, shuffle=shuffle)
 
 
 def batch_of(
-    cache: TokenCache, plan: StepPlan, step: int, rank: int = 0, dp: int = 1, **sizes: int | None
+    cache: TokenCache, schedule: BatchSchedule, step: int, rank: int = 0, dp: int = 1, **sizes: int | None
 ) -> StepBatch:
     values: dict[str, Any] = {"micro_batch_size": 2, "pad_to_multiple": 4, "sequence_multiple": 1} | sizes
-    return collate(cache, plan, step, RankShare(dp_rank=rank, dp_size=dp, **values))
+    return collate(cache, schedule, step, RankShare(dp_rank=rank, dp_size=dp, **values))
 
 
 def rows(batch: StepBatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -39,7 +39,7 @@ def test_trap_5_an_example_of_n_tokens_has_n_minus_1_targets_of_its_own(tmp_path
     """Seen to fail with labels rolled over the flat cache, where the last token predicts the next example's first."""
     pairs = [([5, 6, 7], [1.0, 1.0, 1.0]), ([8, 9, 4, 3], [0.0, 0.0, 0.5, 1.0])]
     cache = make_cache(tmp_path / "cache", pairs)
-    (batch,) = batch_of(cache, plan_of(cache, 2, shuffle=False), 0).micro_batches
+    (batch,) = batch_of(cache, schedule_of(cache, 2, shuffle=False), 0).micro_batches
     assert batch.tokens.tolist() == [[5, 6, 0, 0], [8, 9, 4, 0]]
     assert batch.labels.tolist() == [[6, 7, 0, 0], [9, 4, 3, 0]]
     assert batch.loss_weights.tolist() == [[1, 1, 0, 0], [0, 0.5, 1, 0]]
@@ -51,10 +51,10 @@ def test_trap_7_lengths_come_from_the_index_and_never_from_ids(tmp_path: Path) -
     """Padding and end ids anywhere change nothing. Seen to fail with a mask made of `tokens != 0`."""
     pairs = ragged_pairs(40, vocab=3)
     cache = make_cache(tmp_path / "cache", pairs)
-    plan = plan_of(cache)
-    for step in range(plan.steps_per_epoch):
+    schedule = schedule_of(cache)
+    for step in range(schedule.steps_per_epoch):
         for example, (tokens, labels, weights) in zip(
-            plan.examples_at(step), rows(batch_of(cache, plan, step)), strict=True
+            schedule.examples_at(step), rows(batch_of(cache, schedule, step)), strict=True
         ):
             ids, expected = pairs[int(example)]
             assert tokens[: len(ids) - 1].tolist() == ids[:-1]
@@ -66,19 +66,19 @@ def test_trap_7_lengths_come_from_the_index_and_never_from_ids(tmp_path: Path) -
 def test_trap_8_an_end_token_that_is_the_padding_token_keeps_its_weight(tmp_path: Path) -> None:
     """Seen to fail with weights cleared where the label is the padding id."""
     cache = make_cache(tmp_path / "cache", [([4, 5, 0], [0.0, 1.0, 1.0]), ([4, 5, 6, 7, 8, 0], [0.0] * 5 + [1.0])])
-    (batch,) = batch_of(cache, plan_of(cache, 2, shuffle=False), 0).micro_batches
+    (batch,) = batch_of(cache, schedule_of(cache, 2, shuffle=False), 0).micro_batches
     assert batch.loss_weights[0].tolist()[:3] == [1, 1, 0]
     assert batch.loss_weights[1].tolist()[:5] == [0, 0, 0, 0, 1]
 
 
 def test_trap_16_every_data_parallel_size_trains_the_same_rows(tmp_path: Path) -> None:
-    """Seen to fail with a plan that is seeded by the rank."""
+    """Seen to fail with a schedule that is seeded by the rank."""
     cache = make_cache(tmp_path / "cache", ragged_pairs(21))
-    plan = plan_of(cache)
-    for step in range(2 * plan.steps_per_epoch):
-        alone = batch_of(cache, plan, step)
+    schedule = schedule_of(cache)
+    for step in range(2 * schedule.steps_per_epoch):
+        alone = batch_of(cache, schedule, step)
         for dp in (2, 4):
-            shares = [batch_of(cache, plan, step, rank, dp) for rank in range(dp)]
+            shares = [batch_of(cache, schedule, step, rank, dp) for rank in range(dp)]
             assert {share.global_weight for share in shares} == {alone.global_weight}
             assert {(share.tokens, share.supervised_tokens, share.examples) for share in shares} == {
                 (alone.tokens, alone.supervised_tokens, alone.examples)
@@ -99,7 +99,7 @@ def test_trap_17_empty_slots_change_neither_loss_nor_gradient(tmp_path: Path) ->
     """5 examples in a batch of 8 train as 5 do. Seen to fail with empty slots filled by example 0."""
     pairs = ragged_pairs(5)
     cache = make_cache(tmp_path / "cache", pairs)
-    batch = batch_of(cache, plan_of(cache, 8), 0)
+    batch = batch_of(cache, schedule_of(cache, 8), 0)
     table = torch.nn.Parameter(torch.randn(50, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     summed = torch.stack([_weighted(table, *row) for row in rows(batch)]).sum() / batch.global_weight
     (gradient,) = torch.autograd.grad(summed, table)
@@ -124,9 +124,9 @@ def _weighted(table: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor, w
 def test_trap_19_evaluation_counts_every_example_once(tmp_path: Path) -> None:
     """200 examples at batch 256 evaluate 200. Seen to fail with steps_per_epoch rounded down (0 steps)."""
     cache = make_cache(tmp_path / "cache", ragged_pairs(200))
-    plan = plan_of(cache, 256, shuffle=False)
-    batches = [batch_of(cache, plan, 0, rank, 4) for rank in range(4)]
-    assert plan.steps_per_epoch == 1
+    schedule = schedule_of(cache, 256, shuffle=False)
+    batches = [batch_of(cache, schedule, 0, rank, 4) for rank in range(4)]
+    assert schedule.steps_per_epoch == 1
     assert batches[0].examples == 200
     assert sum(len(ids) > 0 for batch in batches for ids, _ in targets(batch)) == 200
     assert batches[0].global_weight == sum(float(w.sum()) for batch in batches for _, _, w in rows(batch))
@@ -135,7 +135,7 @@ def test_trap_19_evaluation_counts_every_example_once(tmp_path: Path) -> None:
 def test_numbers_of_the_global_batch(tmp_path: Path) -> None:
     pairs = [([5, 6, 7], [9.0, 1.0, 1.0]), ([8, 9, 4, 3], [0.0, 0.0, 0.5, 1.0])]
     cache = make_cache(tmp_path / "cache", pairs)
-    batch = batch_of(cache, plan_of(cache, 4), 0, micro_batch_size=1)
+    batch = batch_of(cache, schedule_of(cache, 4), 0, micro_batch_size=1)
     assert (batch.global_weight, batch.examples, batch.tokens, batch.supervised_tokens) == (3.5, 2, 5, 4)
     assert batch.squared_lengths == 2**2 + 3**2
     assert len(batch.micro_batches) == 4
@@ -143,11 +143,11 @@ def test_numbers_of_the_global_batch(tmp_path: Path) -> None:
 
 def test_all_micro_batches_of_a_step_have_one_shape(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", ragged_pairs(30))
-    plan = plan_of(cache)
-    for step in range(plan.steps_per_epoch):
-        batch = batch_of(cache, plan, step, rank=1, dp=2, pad_to_multiple=4, sequence_multiple=6)
+    schedule = schedule_of(cache)
+    for step in range(schedule.steps_per_epoch):
+        batch = batch_of(cache, schedule, step, rank=1, dp=2, pad_to_multiple=4, sequence_multiple=6)
         (shape,) = {micro.tokens.shape for micro in batch.micro_batches}
-        mine = [i for i in rank_slice(plan.examples_at(step), 1, 2) if i >= 0]
+        mine = [i for i in rank_slice(schedule.examples_at(step), 1, 2) if i >= 0]
         longest = max(int(cache.lengths[i]) - 1 for i in mine)
         assert shape[1] % 12 == 0
         assert longest <= shape[1] < longest + 12
@@ -155,7 +155,7 @@ def test_all_micro_batches_of_a_step_have_one_shape(tmp_path: Path) -> None:
 
 def test_a_rank_without_examples_gets_rows_without_weight(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", ragged_pairs(1))
-    batch = batch_of(cache, plan_of(cache, 4), 0, rank=1, dp=2)
+    batch = batch_of(cache, schedule_of(cache, 4), 0, rank=1, dp=2)
     assert [micro.tokens.shape for micro in batch.micro_batches] == [(2, 4)]
     assert not any(micro.loss_weights.any() for micro in batch.micro_batches)
     assert batch.global_weight > 0
@@ -176,14 +176,14 @@ def test_batches_move_to_a_device_with_all_their_tensors() -> None:
 
 def test_a_share_that_does_not_divide_is_completed_with_empty_slots(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", ragged_pairs(8))
-    batch = batch_of(cache, plan_of(cache), 0, micro_batch_size=3, micro_batch_multiple=2)
+    batch = batch_of(cache, schedule_of(cache), 0, micro_batch_size=3, micro_batch_multiple=2)
     assert len(batch.micro_batches) == 4
     assert sum(bool(weights.any()) for _, _, weights in rows(batch)) == 8
 
 
 def test_dtypes(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", ragged_pairs(8))
-    (micro, *_) = batch_of(cache, plan_of(cache), 0).micro_batches
+    (micro, *_) = batch_of(cache, schedule_of(cache), 0).micro_batches
     assert [tensor.dtype for tensor in (micro.tokens, micro.labels, micro.position_ids)] == [torch.int64] * 3
     assert micro.loss_weights.dtype == torch.float32
     assert cache.target_weights.dtype == np.float64
@@ -204,11 +204,11 @@ def packed_sequences(batch: StepBatch) -> list[tuple[list[int], list[int], list[
     return found  # type: ignore[return-value]
 
 
-def plans_of(cache: TokenCache) -> list[StepPlan]:
+def schedules_of(cache: TokenCache) -> list[BatchSchedule]:
     lengths = cache.lengths - 1
     return [
-        plan_of(cache),
-        TokenBatchPlan(lengths=lengths, row_length=24, rows_per_step=3, seed=3, shuffle=True),
+        schedule_of(cache),
+        TokenSchedule(lengths=lengths, row_length=24, rows_per_step=3, seed=3, shuffle=True),
     ]
 
 
@@ -217,10 +217,10 @@ def test_trap_5_and_12_packed_examples_are_what_they_are_alone(tmp_path: Path) -
     fail with labels rolled over the row (5) and with positions that run on (12)."""
     pairs = ragged_pairs(40, vocab=1000)
     cache = make_cache(tmp_path / "cache", pairs)
-    for plan in plans_of(cache):
+    for schedule in schedules_of(cache):
         found = []
-        for step in range(plan.steps_per_epoch):
-            batch = batch_of(cache, plan, step, **PACKED)
+        for step in range(schedule.steps_per_epoch):
+            batch = batch_of(cache, schedule, step, **PACKED)
             found += [sequence for sequence in packed_sequences(batch) if any(sequence[0])]
         expected = [(ids[:-1], ids[1:], weights[1:], list(range(len(ids) - 1))) for ids, weights in pairs]
         assert sorted(found) == sorted(expected)
@@ -229,12 +229,12 @@ def test_trap_5_and_12_packed_examples_are_what_they_are_alone(tmp_path: Path) -
 def test_trap_6_padding_of_a_packed_row_is_a_sequence_of_its_own(tmp_path: Path) -> None:
     """Offsets cover the whole row. Seen to fail with the padding added to the last example's length."""
     cache = make_cache(tmp_path / "cache", [([5, 6, 7, 8], [1.0] * 4), ([9, 9, 9], [1.0] * 3)])
-    plan = plan_of(cache, 2, shuffle=False)
-    (micro,) = batch_of(cache, plan, 0, **PACKED, pad_to_multiple=300).micro_batches
+    schedule = schedule_of(cache, 2, shuffle=False)
+    (micro,) = batch_of(cache, schedule, 0, **PACKED, pad_to_multiple=300).micro_batches
     assert micro.seq_lengths == (3, 2, 128, 128, 39)
     assert micro.position_ids[0, 3:8].tolist() == [0, 1, 0, 0, 0]
     assert not micro.loss_weights[0, 5:].any()
-    (full,) = batch_of(cache, plan, 0, **PACKED, pad_to_multiple=5).micro_batches
+    (full,) = batch_of(cache, schedule, 0, **PACKED, pad_to_multiple=5).micro_batches
     assert full.seq_lengths == (3, 2)
 
 
@@ -242,12 +242,12 @@ def test_trap_6_padding_of_a_packed_row_is_a_sequence_of_its_own(tmp_path: Path)
 def test_trap_16_every_data_parallel_size_trains_the_same_packed_examples(unit: int, tmp_path: Path) -> None:
     """Seen to fail with ranks that take every dp-th row of the whole, unassigned list, and each the rest as well."""
     cache = make_cache(tmp_path / "cache", ragged_pairs(61, vocab=1000))
-    plan = plans_of(cache)[unit]
-    for step in range(plan.steps_per_epoch):
-        alone = batch_of(cache, plan, step, **PACKED)
+    schedule = schedules_of(cache)[unit]
+    for step in range(schedule.steps_per_epoch):
+        alone = batch_of(cache, schedule, step, **PACKED)
         for dp, multiple in ((2, 1), (3, 1), (4, 2)):
             sizes = {**PACKED, "micro_batch_multiple": multiple}
-            shares = [batch_of(cache, plan, step, rank, dp, **sizes) for rank in range(dp)]
+            shares = [batch_of(cache, schedule, step, rank, dp, **sizes) for rank in range(dp)]
             assert len({len(share.micro_batches) for share in shares}) == 1
             assert len(shares[0].micro_batches) % multiple == 0
             assert {share.global_weight for share in shares} == {alone.global_weight}
@@ -264,7 +264,7 @@ def test_trap_17_places_without_a_row_have_no_weight(
     if not level:
         monkeypatch.setattr(sft.data.batches.packing, "levelled", lambda *_: None)
     cache = make_cache(tmp_path / "cache", ragged_pairs(5))
-    shares = [batch_of(cache, plans_of(cache)[unit], 0, rank, 8, **PACKED) for rank in range(8)]
+    shares = [batch_of(cache, schedules_of(cache)[unit], 0, rank, 8, **PACKED) for rank in range(8)]
     micro_batches = [micro for share in shares for micro in share.micro_batches]
     assert len(micro_batches) == 8
     assert sum(float(micro.loss_weights.sum()) for micro in micro_batches) == shares[0].global_weight
@@ -275,9 +275,9 @@ def test_trap_17_places_without_a_row_have_no_weight(
 def test_trap_20_a_step_holds_the_same_examples_packed_or_padded(tmp_path: Path) -> None:
     """In both units. Seen to fail with a batch of 8 packed rows."""
     cache = make_cache(tmp_path / "cache", ragged_pairs(61))
-    for plan in plans_of(cache):
-        for step in range(plan.steps_per_epoch):
-            packed, padded = batch_of(cache, plan, step, **PACKED), batch_of(cache, plan, step)
+    for schedule in schedules_of(cache):
+        for step in range(schedule.steps_per_epoch):
+            packed, padded = batch_of(cache, schedule, step, **PACKED), batch_of(cache, schedule, step)
             assert numbers(packed) == numbers(padded)
             assert sum(float(micro.loss_weights.sum()) for micro in packed.micro_batches) == packed.global_weight
             assert sum(float(micro.loss_weights.sum()) for micro in padded.micro_batches) == packed.global_weight
@@ -289,9 +289,9 @@ def numbers(batch: StepBatch) -> tuple[float, int, int, int]:
 
 def test_packed_rows_of_a_step_have_one_shape(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", ragged_pairs(61))
-    for plan in plans_of(cache):
-        for step in range(plan.steps_per_epoch):
-            batch = batch_of(cache, plan, step, rank=1, dp=2, **PACKED, pad_to_multiple=2, sequence_multiple=4)
+    for schedule in schedules_of(cache):
+        for step in range(schedule.steps_per_epoch):
+            batch = batch_of(cache, schedule, step, rank=1, dp=2, **PACKED, pad_to_multiple=2, sequence_multiple=4)
             (shape,) = {micro.tokens.shape for micro in batch.micro_batches}
             assert shape[0] == 1
             assert shape[1] % 4 == 0 and shape[1] <= 24
@@ -300,8 +300,8 @@ def test_packed_rows_of_a_step_have_one_shape(tmp_path: Path) -> None:
 def test_packed_rows_of_a_micro_batch_are_joined(tmp_path: Path) -> None:
     """The same examples as alone, their longest first, and as many micro-batches as rows ask for."""
     cache = make_cache(tmp_path / "cache", ragged_pairs(16))
-    alone = batch_of(cache, plan_of(cache), 0, row_length=24, micro_batch_size=1)
-    joined = batch_of(cache, plan_of(cache), 0, row_length=24, micro_batch_size=2)
+    alone = batch_of(cache, schedule_of(cache), 0, row_length=24, micro_batch_size=1)
+    joined = batch_of(cache, schedule_of(cache), 0, row_length=24, micro_batch_size=2)
     assert len(joined.micro_batches) == -(-len(alone.micro_batches) // 2)
     assert real_tokens(joined) == real_tokens(alone)
     for micro in joined.micro_batches:
@@ -325,7 +325,7 @@ def real_tokens(batch: StepBatch) -> list[tuple[int, ...]]:
 def test_supervised_places_are_in_the_order_of_hidden_states(tmp_path: Path, row_length: int | None) -> None:
     """Position first, then row: [s, b] flattened."""
     cache = make_cache(tmp_path / "cache", ragged_pairs(8))
-    for micro in batch_of(cache, plan_of(cache), 0, row_length=row_length, micro_batch_size=2).micro_batches:
+    for micro in batch_of(cache, schedule_of(cache), 0, row_length=row_length, micro_batch_size=2).micro_batches:
         assert micro.supervised is not None
         weights = micro.loss_weights.t().reshape(-1)
         assert weights.any()

@@ -27,19 +27,19 @@ def shares(lengths: list[int] | None, size: int, weights: np.ndarray) -> list[Co
 
 def places(share: ContextShare) -> list[int]:
     """Places in the row of the part's tokens."""
-    return [place for chunk in share.chunks for place in range(chunk.begin, chunk.end)]
+    return [place for part in share.slices for place in range(part.begin, part.end)]
 
 
 def seen(share: ContextShare) -> dict[int, set[int]]:
     """For each place in the row the places that it attends to, by the lengths alone."""
     found = {}
-    for chunk in share.chunks:
-        query, key = chunk.begin, chunk.first_key
-        for queries, keys in zip(chunk.query_lengths, chunk.key_lengths, strict=True):
+    for part in share.slices:
+        query, key = part.begin, part.first_key
+        for queries, keys in zip(part.query_lengths, part.key_lengths, strict=True):
             for number in range(queries):
                 found[query + number] = set(range(key, key + keys - queries + number + 1))
             query, key = query + queries, key + keys
-        assert (query, key) == (chunk.end, chunk.end)
+        assert (query, key) == (part.end, part.end)
     return found
 
 
@@ -80,19 +80,19 @@ def test_supervised_places_are_those_of_the_part(row: Row, rows: int, seed: int)
 
 def test_offsets_go_row_after_row() -> None:
     """By hand: rows of 8 on rank 0 of 2, which has [0, 2) and [6, 8)."""
-    first, second = share_rows(np.zeros((2, 8), dtype=np.float32), None, 0, 2).chunks
+    first, second = share_rows(np.zeros((2, 8), dtype=np.float32), None, 0, 2).slices
     assert first.query_offsets.tolist() == first.key_offsets.tolist() == [0, 2, 4]
     assert second.query_offsets.tolist() == [0, 2, 4]
     assert second.key_offsets.tolist() == [0, 8, 16]
 
 
-def test_keys_begin_with_the_first_sequence_that_a_chunk_meets() -> None:
+def test_keys_begin_with_the_first_sequence_that_a_slice_meets() -> None:
     """By hand: sequences [0, 3) and [3, 8) on rank 1 of 2, which has [2, 4) and [4, 6)."""
-    first, second = share_rows(np.zeros((1, 8), dtype=np.float32), [3, 5], 1, 2).chunks
+    first, second = share_rows(np.zeros((1, 8), dtype=np.float32), [3, 5], 1, 2).slices
     assert (first.first_key, first.query_lengths, first.key_lengths) == (0, (1, 1), (3, 1))
     assert (second.first_key, second.query_lengths, second.key_lengths) == (3, (2,), (3,))
 
 
-def test_a_row_without_equal_chunks_is_refused() -> None:
-    with pytest.raises(ValueError, match="a row of 10 tokens has no 4 equal chunks"):
+def test_a_row_without_equal_slices_is_refused() -> None:
+    with pytest.raises(ValueError, match="a row of 10 tokens has no 4 equal slices"):
         share_rows(np.zeros((1, 10), dtype=np.float32), None, 0, 2)

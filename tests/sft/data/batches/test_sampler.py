@@ -8,10 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sft.data.batches.sampler import EMPTY_SLOT, BatchPlan, CyclicPlan, StepPlan, TokenBatchPlan, complete, rank_slice
+from sft.data.batches.sampler import (
+    EMPTY_SLOT,
+    BatchSchedule,
+    CyclicSchedule,
+    ExampleSchedule,
+    TokenSchedule,
+    complete,
+    rank_slice,
+)
 
-PLANS = st.builds(
-    BatchPlan,
+SCHEDULES = st.builds(
+    ExampleSchedule,
     num_examples=st.integers(1, 60),
     global_batch_size=st.sampled_from([1, 4, 8, 12]),
     seed=st.integers(-5, 2**63),
@@ -19,43 +27,50 @@ PLANS = st.builds(
 )
 
 
-def plan(num_examples: int = 21, seed: int = 7, shuffle: bool = True) -> BatchPlan:
-    return BatchPlan(num_examples=num_examples, global_batch_size=8, seed=seed, shuffle=shuffle)
+def schedule(num_examples: int = 21, seed: int = 7, shuffle: bool = True) -> ExampleSchedule:
+    return ExampleSchedule(num_examples=num_examples, global_batch_size=8, seed=seed, shuffle=shuffle)
 
 
 def lengths_of(count: int, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(1, 60, count)
 
 
-def token_plan(count: int = 85, seed: int = 7, shuffle: bool = True, rows: int = 4) -> TokenBatchPlan:
-    return TokenBatchPlan(lengths=lengths_of(count), row_length=100, rows_per_step=rows, seed=seed, shuffle=shuffle)
+def token_schedule(count: int = 85, seed: int = 7, shuffle: bool = True, rows: int = 4) -> TokenSchedule:
+    return TokenSchedule(lengths=lengths_of(count), row_length=100, rows_per_step=rows, seed=seed, shuffle=shuffle)
 
 
-def grouped_plan(num_examples: int = 1003, seed: int = 7) -> BatchPlan:
+def grouped_schedule(num_examples: int = 1003, seed: int = 7) -> ExampleSchedule:
     lengths = lengths_of(num_examples)
-    return BatchPlan(num_examples=num_examples, global_batch_size=8, seed=seed, shuffle=True, group_lengths=lengths)
+    return ExampleSchedule(
+        num_examples=num_examples, global_batch_size=8, seed=seed, shuffle=True, group_lengths=lengths
+    )
 
 
-OTHER_PLANS: list[StepPlan] = [token_plan(), token_plan(shuffle=False), token_plan(count=3), grouped_plan()]
+OTHER_SCHEDULES: list[BatchSchedule] = [
+    token_schedule(),
+    token_schedule(shuffle=False),
+    token_schedule(count=3),
+    grouped_schedule(),
+]
 
 
-def epoch(batches: StepPlan, number: int) -> list[int]:
+def epoch(batches: BatchSchedule, number: int) -> list[int]:
     first = number * batches.steps_per_epoch
     slots = np.concatenate([batches.examples_at(first + n) for n in range(batches.steps_per_epoch)])
     return [int(i) for i in slots]
 
 
-@given(PLANS, st.integers(0, 5))
+@given(SCHEDULES, st.integers(0, 5))
 @settings(max_examples=60)
-def test_trap_16_the_union_over_an_epoch_is_the_data_once(batches: BatchPlan, number: int) -> None:
+def test_trap_16_the_union_over_an_epoch_is_the_data_once(batches: ExampleSchedule, number: int) -> None:
     """Seen to fail with an order drawn by rng.integers (with replacement)."""
     seen = [i for i in epoch(batches, number) if i != EMPTY_SLOT]
     assert sorted(seen) == list(range(batches.num_examples))
 
 
-@given(PLANS, st.integers(0, 40))
+@given(SCHEDULES, st.integers(0, 40))
 @settings(max_examples=60)
-def test_trap_16_every_data_parallel_size_sees_the_same_global_batch(batches: BatchPlan, step: int) -> None:
+def test_trap_16_every_data_parallel_size_sees_the_same_global_batch(batches: ExampleSchedule, step: int) -> None:
     """Seen to fail with shards of consecutive slots joined as if they were strided."""
     slots = batches.examples_at(step)
     for dp_size in (size for size in (1, 2, 4) if batches.global_batch_size % size == 0):
@@ -65,59 +80,59 @@ def test_trap_16_every_data_parallel_size_sees_the_same_global_batch(batches: Ba
 
 def test_trap_16_a_step_depends_on_nothing_that_was_asked_before() -> None:
     """Resume is to ask for another step. Seen to fail with one generator that is drawn from epoch by epoch."""
-    straight = [plan().examples_at(step).tolist() for step in range(20)]
-    assert [plan().examples_at(step).tolist() for step in reversed(range(20))] == straight[::-1]
-    assert [plan().examples_at(step).tolist() for step in range(10, 20)] == straight[10:]
+    straight = [schedule().examples_at(step).tolist() for step in range(20)]
+    assert [schedule().examples_at(step).tolist() for step in reversed(range(20))] == straight[::-1]
+    assert [schedule().examples_at(step).tolist() for step in range(10, 20)] == straight[10:]
 
 
 def test_trap_17_the_last_short_batch_is_completed_with_empty_slots() -> None:
     """Seen to fail with steps_per_epoch rounded down."""
-    batches = plan()
+    batches = schedule()
     assert batches.steps_per_epoch == 3
     assert np.count_nonzero(batches.examples_at(2) == EMPTY_SLOT) == 3
     assert np.count_nonzero(batches.examples_at(1) == EMPTY_SLOT) == 0
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    assert epoch(plan(), 0) != epoch(plan(), 1)
-    assert epoch(plan(), 0) != epoch(plan(seed=8), 0)
+    assert epoch(schedule(), 0) != epoch(schedule(), 1)
+    assert epoch(schedule(), 0) != epoch(schedule(seed=8), 0)
 
 
 def test_without_shuffle_the_order_is_the_files() -> None:
-    assert epoch(plan(shuffle=False), 3)[:21] == list(range(21))
+    assert epoch(schedule(shuffle=False), 3)[:21] == list(range(21))
 
 
 def test_the_order_is_the_same_forever() -> None:
     """A run that is resumed by a newer version must go on in the order it began with."""
-    assert plan(num_examples=8).examples_at(0).tolist() == [6, 3, 4, 0, 2, 7, 5, 1]
+    assert schedule(num_examples=8).examples_at(0).tolist() == [6, 3, 4, 0, 2, 7, 5, 1]
 
 
 def test_consumed_examples_do_not_count_empty_slots() -> None:
-    assert [plan().consumed_examples(steps) for steps in (0, 1, 2, 3, 4)] == [0, 8, 16, 21, 29]
+    assert [schedule().consumed_examples(steps) for steps in (0, 1, 2, 3, 4)] == [0, 8, 16, 21, 29]
 
 
 def test_shares_that_do_not_divide_are_refused() -> None:
-    slots = plan().examples_at(0)
+    slots = schedule().examples_at(0)
     with pytest.raises(ValueError, match="8 slots do not divide over rank 0 of 3"):
         rank_slice(slots, 0, 3)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         rank_slice(slots, 2, 2)
     with pytest.raises(ValueError, match="step -1 is negative"):
-        plan().examples_at(-1)
+        schedule().examples_at(-1)
     with pytest.raises(ValueError, match="from 0 examples"):
-        plan(num_examples=0)
+        schedule(num_examples=0)
 
 
-@pytest.mark.parametrize("batches", OTHER_PLANS, ids=["tokens", "tokens_in_order", "one_step", "grouped"])
+@pytest.mark.parametrize("batches", OTHER_SCHEDULES, ids=["tokens", "tokens_in_order", "one_step", "grouped"])
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_trap_16_rows_and_groups_hold_the_data_once_an_epoch(batches: StepPlan, number: int) -> None:
+def test_trap_16_rows_and_groups_hold_the_data_once_an_epoch(batches: BatchSchedule, number: int) -> None:
     """Seen to fail with steps_per_epoch rounded down (the last rows are never seen)."""
     seen = [i for i in epoch(batches, number) if i != EMPTY_SLOT]
     assert sorted(seen) == list(range(batches.consumed_examples(batches.steps_per_epoch)))
 
 
-@pytest.mark.parametrize("batches", OTHER_PLANS, ids=["tokens", "tokens_in_order", "one_step", "grouped"])
-def test_trap_16_rows_and_groups_depend_on_nothing_that_was_asked_before(batches: StepPlan) -> None:
+@pytest.mark.parametrize("batches", OTHER_SCHEDULES, ids=["tokens", "tokens_in_order", "one_step", "grouped"])
+def test_trap_16_rows_and_groups_depend_on_nothing_that_was_asked_before(batches: BatchSchedule) -> None:
     """Seen to fail with rows that are packed from a generator drawn from epoch by epoch."""
     steps = 2 * batches.steps_per_epoch + 1
     straight = [batches.examples_at(step).tolist() for step in range(steps)]
@@ -126,7 +141,7 @@ def test_trap_16_rows_and_groups_depend_on_nothing_that_was_asked_before(batches
 
 def test_trap_20_a_step_counted_in_tokens_takes_so_many_rows() -> None:
     """Seen to fail with rows_per_step examples a step."""
-    batches = token_plan()
+    batches = token_schedule()
     for step in range(batches.steps_per_epoch):
         rows = batches.rows_at(step)
         last = step == batches.steps_per_epoch - 1
@@ -138,7 +153,7 @@ def test_trap_20_a_step_counted_in_tokens_takes_so_many_rows() -> None:
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_consumed_examples_of_steps_counted_in_tokens(shuffle: bool) -> None:
-    batches = token_plan(shuffle=shuffle)
+    batches = token_schedule(shuffle=shuffle)
     seen = 0
     for step in range(3 * batches.steps_per_epoch):
         assert batches.consumed_examples(step) == seen
@@ -146,7 +161,7 @@ def test_consumed_examples_of_steps_counted_in_tokens(shuffle: bool) -> None:
 
 
 def test_each_epoch_draws_neighbours_and_order_of_rows_anew() -> None:
-    batches = token_plan()
+    batches = token_schedule()
     epochs = [[i for i in epoch(batches, number) if i != EMPTY_SLOT] for number in (0, 1)]
     neighbours = [
         {frozenset(row.tolist()) for row in batches.rows_at(number * batches.steps_per_epoch)} for number in (0, 1)
@@ -156,14 +171,14 @@ def test_each_epoch_draws_neighbours_and_order_of_rows_anew() -> None:
 
 
 def test_without_shuffle_rows_come_by_their_first_example() -> None:
-    batches = token_plan(shuffle=False)
+    batches = token_schedule(shuffle=False)
     first = [int(row.min()) for step in range(batches.steps_per_epoch) for row in batches.rows_at(step)]
     assert first == sorted(first)
     assert epoch(batches, 0) == epoch(batches, 1)
 
 
 def test_groups_are_of_similar_lengths_and_the_short_batch_stays_last() -> None:
-    grouped = grouped_plan()
+    grouped = grouped_schedule()
     assert np.count_nonzero(grouped.examples_at(grouped.steps_per_epoch - 1) == EMPTY_SLOT) == 5
     assert grouped.group_lengths is not None
     spans = [np.ptp(grouped.group_lengths[grouped.examples_at(step)]) for step in range(grouped.steps_per_epoch - 1)]
@@ -175,15 +190,22 @@ def test_groups_are_of_similar_lengths_and_the_short_batch_stays_last() -> None:
 
 def test_rows_and_groups_are_the_same_forever() -> None:
     lengths = np.array([30, 20, 30, 60, 20, 70, 50, 20])
-    batches = TokenBatchPlan(lengths=lengths, row_length=100, rows_per_step=2, seed=7, shuffle=True)
-    grouped = BatchPlan(num_examples=8, global_batch_size=2, seed=7, shuffle=True, group_lengths=lengths)
+    batches = TokenSchedule(lengths=lengths, row_length=100, rows_per_step=2, seed=7, shuffle=True)
+    grouped = ExampleSchedule(num_examples=8, global_batch_size=2, seed=7, shuffle=True, group_lengths=lengths)
     assert [batches.examples_at(step).tolist() for step in range(2)] == [[3, 2, 6, 4, 7], [5, 0, 1]]
     assert [grouped.examples_at(step).tolist() for step in range(4)] == [[1, 0], [2, 6], [4, 7], [3, 5]]
 
 
-def test_identity_tells_plans_apart() -> None:
-    plans = [plan(), plan(seed=8), plan(shuffle=False), grouped_plan(21), token_plan(), token_plan(rows=5)]
-    assert len({str(each.identity) for each in plans}) == len(plans)
+def test_identity_tells_schedules_apart() -> None:
+    schedules = [
+        schedule(),
+        schedule(seed=8),
+        schedule(shuffle=False),
+        grouped_schedule(21),
+        token_schedule(),
+        token_schedule(rows=5),
+    ]
+    assert len({str(each.identity) for each in schedules}) == len(schedules)
 
 
 def test_slots_are_completed_to_a_multiple() -> None:
@@ -195,10 +217,10 @@ def test_slots_are_completed_to_a_multiple() -> None:
 def test_the_cyclic_order_is_that_of_trlx() -> None:
     """Permutation of 20 places at seed 1000, as the original gave it; items are what is left of dividing by 7."""
     places = [7, 12, 17, 6, 15, 19, 10, 11, 2, 0, 4, 13, 1, 5, 14, 18, 16, 8, 9, 3]
-    cyclic = CyclicPlan(num_examples=7, global_batch_size=4, max_steps=5, seed=1000)
+    cyclic = CyclicSchedule(num_examples=7, global_batch_size=4, max_steps=5, seed=1000)
     assert [int(i) for step in range(5) for i in cyclic.examples_at(step)] == [place % 7 for place in places]
     assert rank_slice(cyclic.examples_at(1), 1, 2).tolist() == [19 % 7, 11 % 7]
     assert (cyclic.consumed_examples(3), cyclic.steps_per_epoch) == (12, 5)
-    with pytest.raises(ValueError, match="step 5 is not one of 5"):
+    with pytest.raises(ValueError, match="step 5 is not in a run of 5 steps"):
         cyclic.examples_at(5)
-    assert cyclic.identity != CyclicPlan(num_examples=7, global_batch_size=4, max_steps=6, seed=1000).identity
+    assert cyclic.identity != CyclicSchedule(num_examples=7, global_batch_size=4, max_steps=6, seed=1000).identity

@@ -17,7 +17,7 @@ from sft.checkpoint.load import _differences
 from sft.data.audit.audit import audit_data, summary
 from sft.data.batches.batch import RankShare, collate
 from sft.data.batches.mixture import Share
-from sft.data.batches.sampler import BatchPlan
+from sft.data.batches.sampler import ExampleSchedule
 from sft.data.prepared import prepare
 from sft.data.prepared.prepare import PreparedData, check_vocabulary, open_or_build, prepare_data
 from sft.data.prepared.sources import Sources
@@ -76,12 +76,12 @@ def test_examples_are_numbered_source_after_source(tmp_path: Path) -> None:
 def test_a_batch_of_several_sources(tmp_path: Path) -> None:
     """The numbers of the global batch are those of its examples, wherever they come from."""
     joined = small_sources(tmp_path)
-    plan = BatchPlan(num_examples=10, global_batch_size=10, seed=1, shuffle=True)
-    batch = collate(joined, plan, 0, RankShare(dp_rank=0, dp_size=1, micro_batch_size=10))
+    schedule = ExampleSchedule(num_examples=10, global_batch_size=10, seed=1, shuffle=True)
+    batch = collate(joined, schedule, 0, RankShare(dp_rank=0, dp_size=1, micro_batch_size=10))
     assert batch.global_weight == sum(cache.target_weights.sum() for cache in joined.caches)
     assert batch.supervised_tokens == sum(cache.counts.supervised_tokens for cache in joined.caches)
     rows = [int(np.count_nonzero(row)) for row in batch.micro_batches[0].loss_weights.numpy()]
-    assert rows == joined.supervised[plan.examples_at(0)].tolist()
+    assert rows == joined.supervised[schedule.examples_at(0)].tolist()
 
 
 def test_each_source_is_read_in_its_own_way(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -181,9 +181,9 @@ def test_epochs_are_counted_in_what_they_take(unit: str, size: int, tmp_path: Pa
     module = module_of(joined, RunSpec(data=data, train=TrainSpec(epochs=3, **train)))
     taken = sum(share.taken for share in joined.shares)
     assert taken == 8 + 2 + 6
-    assert module.plan.consumed_examples(module.max_steps) == 3 * taken
-    assert module.plan.consumed_examples(module.max_steps - 1) < 3 * taken
-    assert (module.max_steps == 3 * module.plan.steps_per_epoch) == (unit == "examples")
+    assert module.schedule.consumed_examples(module.max_steps) == 3 * taken
+    assert module.schedule.consumed_examples(module.max_steps - 1) < 3 * taken
+    assert (module.max_steps == 3 * module.schedule.steps_per_epoch) == (unit == "examples")
 
 
 def test_records_name_the_source_of_an_example(tmp_path: Path, tokenizer_dir: Path) -> None:
