@@ -145,15 +145,15 @@ def _confirm(plans: Sequence[Plan], yes: bool) -> None:
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
     """The plan of a config, or of a run's lock file, and then the run it comes from."""
-    from launcher.submission.lockfile import code_note, is_lock, plan_of_lock
+    from launcher.submission.lockfile import code_note, is_lockfile, plan_of_lockfile
     from launcher.submission.plan import make_plan
 
-    if not is_lock(options.config):
+    if not is_lockfile(options.config):
         return make_plan(options.config, options.overrides, options.cluster), None
     note = code_note(options.config)
     if note:
         print(note, file=sys.stderr)
-    return plan_of_lock(options.config, options.overrides, options.cluster)
+    return plan_of_lockfile(options.config, options.overrides, options.cluster)
 
 
 def _expected_start(plan: Plan) -> str:

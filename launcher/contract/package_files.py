@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def package_file(path: str) -> Path | None:
-    """Return the file that `package:NAME/FILE` names, without importing NAME; None where it is absent."""
+    """Return the file that `package:NAME/FILE` names, or None where it is absent, without importing NAME."""
     package, file = _parts(path)
     folder = _package_folder(package)
     return folder / file if folder is not None and file and (folder / file).is_file() else None

@@ -68,9 +68,10 @@ class Topology:
 
 
 def build_topology(spec: RunSpec, shape: ModelShape | None) -> Topology:
-    """Check every rule and return the topology; raise TopologyError with every rule that is broken.
+    """Check every rule and return the topology.
 
     `shape` is None where the model is not readable on this machine; its rules are then left to the ranks.
+    Raise TopologyError with every rule that is broken.
     """
     problems = list(_size_problems(spec))
     if not problems:

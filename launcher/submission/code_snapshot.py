@@ -23,6 +23,8 @@ from pathlib import Path
 from launcher.contract.errors import ConfigError
 from launcher.contract.resources import checkout_root
 from launcher.contract.spec import RunSpec
+from launcher.contract.spec.fields import values_under
+from launcher.contract.spec.rules import FUNCTION
 
 LARGEST_FILE = 10 << 20
 """Bytes; a larger file is data, and is left out with a warning."""
@@ -47,12 +49,15 @@ class Snapshot:
 
 
 def has_own_code(spec: RunSpec) -> bool:
-    """Whether this run uses code that is not installed."""
+    """Return whether this run uses code that is not installed."""
     return checkout_root() is not None or next(_named_modules(spec), None) is not None
 
 
 def take_snapshot(spec: RunSpec, target: Path) -> Snapshot:
-    """Copy the run's code to `target`, read-only; ConfigError where it is too much to be code."""
+    """Copy the run's code to `target`, read-only, and return what was copied.
+
+    Raise ConfigError where it is too much to be code.
+    """
     kept, total, left_out = _within_limits(_sources(spec))
     for name, path in kept.items():
         copy = target / name
@@ -63,7 +68,7 @@ def take_snapshot(spec: RunSpec, target: Path) -> Snapshot:
 
 
 def travelling_code(spec: RunSpec) -> dict[str, Path]:
-    """Name -> file of all that another machine needs to run this very launcher, laid out as a checkout."""
+    """Return name -> file of all that another machine needs to run this very launcher, as in a checkout."""
     files = _sources(spec)
     if checkout_root() is None:
         package = Path(__file__).resolve().parents[1]
@@ -76,7 +81,10 @@ def travelling_code(spec: RunSpec) -> dict[str, Path]:
 
 
 def _within_limits(files: Mapping[str, Path]) -> tuple[dict[str, Path], int, list[str]]:
-    """The files that are small enough for code, their bytes, and the names of the others; ConfigError above all."""
+    """Return the files that are small enough for code, their bytes in all, and the names of the others.
+
+    Raise ConfigError where all of them together are too large.
+    """
     sizes = {name: path.stat().st_size for name, path in files.items()}
     left_out = sorted(name for name, size in sizes.items() if size > LARGEST_FILE)
     kept = {name: path for name, path in files.items() if name not in left_out}
@@ -92,12 +100,12 @@ def _within_limits(files: Mapping[str, Path]) -> tuple[dict[str, Path], int, lis
 
 
 def digest(folder: Path) -> str:
-    """One hash over the names and contents of all files below `folder`, but not of what Python compiled there."""
+    """Return one hash over the names and contents of all files below `folder` except Python's caches."""
     return digest_of((name, path.read_bytes()) for name, path in sorted(_below(folder).items()))
 
 
 def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
-    """One hash over names and contents, in the order given."""
+    """Return one hash over names and contents, in the order given."""
     whole = hashlib.sha256()
     for name, content in files:
         whole.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode("utf-8", "surrogateescape"))
@@ -105,7 +113,7 @@ def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
 
 
 def _sources(spec: RunSpec) -> dict[str, Path]:
-    """Name in the snapshot -> file."""
+    """Return name in the snapshot -> file."""
     root = checkout_root()
     found = dict(_checkout_files(root)) if root is not None else {}
     for module in _named_modules(spec):
@@ -143,9 +151,9 @@ def _below(folder: Path) -> dict[str, Path]:
 
 
 def _named_modules(spec: RunSpec) -> Iterator[Path]:
-    """Packages and modules that the config names by import path and that no package manager has installed."""
-    for word in (spec.evaluation.metric,):
-        top = (word or "").partition(":")[0].partition(".")[0]
+    """Yield packages and modules that the config names by import path and that no package manager has installed."""
+    for _, word in values_under(spec, FUNCTION):
+        top = word.partition(":")[0].partition(".")[0]
         found = importlib.util.find_spec(top) if top.isidentifier() else None
         if found is None:
             continue

@@ -54,12 +54,12 @@ _WHOLE = 64 << 20  # bytes; of a larger file the two ends are hashed: a login no
 _END = 1 << 20
 
 
-def is_lock(path: Path) -> bool:
+def is_lockfile(path: Path) -> bool:
     """Return whether a config file is a run's lock file."""
     return path.name.endswith(SUFFIX)
 
 
-def write_lock(paths: RunPaths, spec: RunSpec, manifest: Manifest, code: Snapshot | None) -> None:
+def write_lockfile(paths: RunPaths, spec: RunSpec, manifest: Manifest, code: Snapshot | None) -> None:
     """Write run.lock.yaml and the environment's fingerprint."""
     section = {
         "launcher": __version__,
@@ -77,7 +77,7 @@ def write_lock(paths: RunPaths, spec: RunSpec, manifest: Manifest, code: Snapsho
     write_json(paths.environment, environment())
 
 
-def plan_of_lock(path: Path, overrides: Sequence[str], cluster: str | None) -> tuple[Plan, str]:
+def plan_of_lockfile(path: Path, overrides: Sequence[str], cluster: str | None) -> tuple[Plan, str]:
     """Return the plan of a new run from a lock file, and the run that the file was made by.
 
     Raise ConfigError where files that the run reads have changed, except under keys that `overrides` set anew.
@@ -85,7 +85,7 @@ def plan_of_lock(path: Path, overrides: Sequence[str], cluster: str | None) -> t
     plan = make_plan(path, overrides, cluster, resolved=True)
     if not any(word.startswith("name=") for word in overrides) and plan.paths.root.exists():
         plan = make_plan(path, [f"name={free_name(plan.paths)}", *overrides], cluster, resolved=True)
-    lock = read_lock(path)
+    lock = read_lockfile(path)
     set_anew = [f"{word.partition('=')[0]}." for word in overrides]
     now = fingerprints(plan.spec)
     problems = [
@@ -101,8 +101,8 @@ def plan_of_lock(path: Path, overrides: Sequence[str], cluster: str | None) -> t
     return plan, str(lock.get("run"))
 
 
-def read_lock(path: Path) -> Lock:
-    """Return the `lock` section; raise ConfigError where it is missing or damaged."""
+def read_lockfile(path: Path) -> Lock:
+    """Return the `lock` section, or raise ConfigError where it is missing or damaged."""
     lock = yaml.safe_load(read_text(path)).get("lock")
     if not isinstance(lock, dict) or not isinstance(lock.get("files"), dict):
         raise ConfigError(f"{path}: lock: missing or damaged; to submit it as a config, give it another name")
@@ -110,7 +110,7 @@ def read_lock(path: Path) -> Lock:
 
 
 def code_note(path: Path) -> str:
-    """Return how to run the code that a lock file's run had; empty where it is gone, or is the code that runs now."""
+    """Return how to run the code that a lock file's run had, or nothing where that is gone or runs now."""
     code = path.absolute().parent / "bundle" / "code"
     if not (code / "launcher").is_dir() or Path(__file__).is_relative_to(code):
         return ""

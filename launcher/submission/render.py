@@ -14,7 +14,6 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -28,25 +27,25 @@ from launcher.contract.topology import Topology
 from launcher.submission.secret_files import secrets_file
 
 
-def shell(value: Any) -> str:
-    """`value` as one word of bash."""
+def shell(value: object) -> str:
+    """Return `value` as one word of bash."""
     return shlex.quote(_one_line(value))
 
 
-def words(values: Iterable[Any]) -> str:
-    """Several words of bash."""
+def words(values: Iterable[object]) -> str:
+    """Return several words of bash."""
     return " ".join(shell(value) for value in values)
 
 
-def sbatch(value: Any) -> str:
-    """`value` as one word of an #SBATCH line."""
+def sbatch(value: object) -> str:
+    """Return `value` as one word of an #SBATCH line."""
     text = _one_line(value)
     if text and all(letter.isalnum() or letter in "-_=./:,@%+" for letter in text):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _one_line(value: Any) -> str:
+def _one_line(value: object) -> str:
     text = str(value)
     bad = next((letter for letter in text if letter in "\n\r\0"), None)
     if bad is not None:
@@ -57,7 +56,7 @@ def _one_line(value: Any) -> str:
 def render(
     spec: RunSpec, topology: Topology, paths: RunPaths, launcher_python: str, source_root: Path | None = None
 ) -> str:
-    """The batch script of a run.
+    """Return the batch script of a run.
 
     `launcher_python` starts local ranks, and all of them where no runtime is configured; `source_root` is the checkout
     to put on PYTHONPATH, if the launcher is not installed.
@@ -99,13 +98,16 @@ def render(
 
 
 def render_array(name: str, directives: Sequence[str], folder: Path, runs: Sequence[Path]) -> str:
-    """The script of a job array of which each element runs the script of one of `runs`; it logs to `folder`."""
+    """Return the script of a job array of which each element runs the script of one of `runs`.
+
+    The array logs to `folder`.
+    """
     template = _environment().get_template("array.sh.j2")
     return template.render(name=name, directives=directives, folder=str(folder), runs=[str(run) for run in runs])
 
 
 def directives_of(script: str) -> list[str]:
-    """A script's #SBATCH lines but for its job's name and log."""
+    """Return a script's #SBATCH lines without those for its job's name and log."""
     own = ("#SBATCH --job-name=", '#SBATCH "--job-name=', "#SBATCH --output=", '#SBATCH "--output=')
     return [line for line in script.splitlines() if line.startswith("#SBATCH ") and not line.startswith(own)]
 
@@ -124,7 +126,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _gpu_directive(spec: RunSpec) -> tuple[str, str]:
-    """Option and value that ask for GPUs in the cluster's dialect; no value where nothing is asked."""
+    """Return option and value that ask for GPUs in the cluster's dialect, both empty where nothing is asked for."""
     gpus, dialect = spec.resources.gpus_per_node, spec.cluster.gpu_directive
     if not gpus or dialect == "none":
         return "", ""
@@ -137,7 +139,7 @@ def _gpu_directive(spec: RunSpec) -> tuple[str, str]:
 
 
 def _srun_args(spec: RunSpec, mounts: list[str]) -> list[str]:
-    """The cluster's own options and the container's."""
+    """Return the cluster's own srun options and those of the container."""
     arguments, runtime = list(spec.cluster.srun_args), spec.cluster.runtime
     if spec.resources.gpus_per_node and spec.cluster.gpu_directive == "gpus_per_task":
         arguments.append("--gpu-bind=none")  # a rank must see its neighbours' GPUs for NCCL's direct copies
@@ -147,7 +149,7 @@ def _srun_args(spec: RunSpec, mounts: list[str]) -> list[str]:
 
 
 def _python(spec: RunSpec, mounts: list[str], launcher_python: str) -> list[str]:
-    """The words that start Python in the configured runtime."""
+    """Return the words that start Python in the configured runtime."""
     runtime = spec.cluster.runtime
     python = runtime.python or (launcher_python if runtime.kind == "none" else "python")
     if runtime.kind != "apptainer":

@@ -22,7 +22,7 @@ from launcher.scheduler import queries as scheduler
 from launcher.submission.claim import claim
 from launcher.submission.code_snapshot import digest
 from launcher.submission.intent import free_name
-from launcher.submission.lockfile import read_lock
+from launcher.submission.lockfile import read_lockfile
 from launcher.submission.plan import Plan, make_plan
 from launcher.submission.secret_files import remove_secrets
 from launcher.submission.submit import start
@@ -69,7 +69,7 @@ def same_run(paths: RunPaths) -> Attempt:
 
 def _check_code(paths: RunPaths) -> None:
     """The run's copy of its code is what was submitted first."""
-    then = read_lock(paths.lock).get("code") if paths.lock.is_file() else None
+    then = read_lockfile(paths.lock).get("code") if paths.lock.is_file() else None
     if then is not None and digest(paths.code) != then["sha256"]:
         raise RunStateError(
             f"{paths.code} was changed since run {paths.name} was submitted; restore it, "

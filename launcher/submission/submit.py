@@ -27,7 +27,7 @@ from launcher.submission.after import dependency_option
 from launcher.submission.claim import LOCK_FILE, claim
 from launcher.submission.code_snapshot import has_own_code, take_snapshot
 from launcher.submission.intent import Intent, begin, end, find, pending
-from launcher.submission.lockfile import write_lock
+from launcher.submission.lockfile import write_lockfile
 from launcher.submission.plan import Plan
 from launcher.submission.render import render
 from launcher.submission.secret_files import check_secrets, remove_secrets, write_secrets
@@ -177,7 +177,7 @@ def _prepare(plan: Plan, manifest: Manifest, diff: str) -> None:
     code = take_snapshot(plan.spec, plan.paths.code) if has_own_code(plan.spec) else None
     if code is not None and code.left_out:
         print(f"left out of the run's code, too large: {', '.join(code.left_out)}", file=sys.stderr)
-    write_lock(plan.paths, plan.spec, manifest, code)
+    write_lockfile(plan.paths, plan.spec, manifest, code)
     write_manifest(plan.paths, manifest)
 
 

@@ -26,7 +26,10 @@ class ClusterFile(ClusterSpec):
 
 
 def load_cluster(name: str) -> ClusterFile:
-    """Return the cluster file `name`, its keys and types checked; raise ConfigError with every line that is wrong."""
+    """Return the cluster file `name`, its keys and types checked.
+
+    Raise ConfigError with every line that is wrong.
+    """
     leaves = read_cluster(Leaf(name, "cluster", f"cluster {name}"))
     if leaves.problems:
         raise ConfigError(leaves.problems)
@@ -64,7 +67,7 @@ def read_cluster(named: Leaf) -> Leaves:
 
 
 def host_problems(cluster: ClusterSpec) -> Iterator[Problem]:
-    """Yield what is wrong with the way to the cluster's host; keys are those of a cluster file."""
+    """Yield what is wrong with the way to the cluster's host, with keys as in a cluster file."""
     yield from (problem for problem in rule_problems(cluster) if problem[0] == "host")
     if cluster.host is not None and not cluster.host_directory:
         yield "host_directory", f"missing; the directory on {cluster.host} in which commands run and runs/ is"

@@ -27,7 +27,10 @@ Section = TypeVar("Section")
 
 
 def typed(merged: Leaves) -> RunSpec:
-    """Return the leaves as a RunSpec; what does not fit its type is reported in `merged` and left at its default."""
+    """Return the leaves as a RunSpec.
+
+    A value that does not fit its type is reported in `merged` and left at its default.
+    """
     schema = schema_of(RunSpec)
     for key in list(merged.values):
         problem = _forbidden(merged.values[key])
@@ -45,7 +48,10 @@ def schema_of(section: type) -> DictConfig:
 
 
 def build(section: type[Section], schema: DictConfig, leaves: Mapping[str, Leaf]) -> Section:
-    """Return an instance of `section` with these values; raise OmegaConf's error where one does not fit."""
+    """Return an instance of `section` with these values.
+
+    Raise OmegaConf's error where one does not fit.
+    """
     return cast(Section, OmegaConf.to_object(OmegaConf.merge(schema, _nested(leaves))))
 
 
@@ -61,7 +67,10 @@ def literal(value: object) -> object:
 
 
 def _interpolated(schema: DictConfig, leaves: Mapping[str, Leaf]) -> Mapping[str, Leaf]:
-    """Return the leaves with their interpolations done; most configs have none, and need no second tree for it."""
+    """Return the leaves with their interpolations done.
+
+    Most configs have none, and then no second tree is built.
+    """
     if not any("${" in text for leaf in leaves.values() for text in leaf.texts):
         return leaves
     raw = _untyped(schema, leaves)
@@ -108,7 +117,7 @@ def _forbidden(leaf: Leaf) -> str | None:
 
 
 def _resolved(raw: DictConfig, key: str) -> object:
-    """Return the value of `key` with its interpolations done; a `${` that is left is text."""
+    """Return the value of `key` with its interpolations done, any `${` left in it escaped."""
     value = OmegaConf.select(raw, key, throw_on_missing=True)
     return literal(OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value)
 

@@ -67,7 +67,10 @@ def take_auto_topology(merged: Leaves) -> bool:
 
 
 def _read_file(path: Path, others: Sequence[str]) -> Leaves:
-    """Return the leaves of the user's file, which may be a NeMo config; `others` are sections that are not a run's."""
+    """Return the leaves of the user's file, which may be a NeMo config.
+
+    `others` are sections that do not belong to a run.
+    """
     text = read_text(path)
     if "trainer" in text:
         # Most configs are not NeMo's, and do without the time that these imports take.

@@ -49,7 +49,7 @@ class LoadedConfig:
 def load_config(
     path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False
 ) -> LoadedConfig:
-    """Read and check a config; raise ConfigError with every problem.
+    """Read and check a config, or raise ConfigError with every problem.
 
     `resolved` says that the file is a run's own config.yaml, in which `${` is text.
     """
@@ -63,7 +63,7 @@ def load_config(
 
 
 def checked(merged: Leaves, shown: str) -> RunSpec:
-    """Return the leaves as a RunSpec with absolute paths; raise ConfigError with every problem.
+    """Return the leaves as a RunSpec with absolute paths, or raise ConfigError with every problem.
 
     `shown` is where the leaves come from, for problems of keys that nobody wrote.
     """

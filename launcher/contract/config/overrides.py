@@ -11,7 +11,7 @@ from launcher.contract.spec.fields import ANY_NAME, FieldType, field_types, leaf
 
 
 def read_overrides(overrides: Sequence[str], schema: type) -> Leaves:
-    """Return the leaves of `key=value` words; later ones win.
+    """Return the leaves of `key=value` words, of which later ones win.
 
     A word for one entry of a mapping (`cluster.env.A=b`) becomes a leaf of `cluster.env.`: the dot says that its
     entries join those of the layers below instead of replacing them.
@@ -62,7 +62,7 @@ def _override_value(text: str, kind: FieldType) -> object:
 
 
 def type_of(section: type, key: str) -> FieldType | None:
-    """Return the type of the value at a dotted key below `section`; None where there is no such value."""
+    """Return the type of the value at a dotted key below `section`, or None where there is no such value."""
     kind: FieldType | None = section
     for name in key.split("."):
         mapped, inner = mapped_section(kind), section_type(kind)

@@ -12,7 +12,7 @@ _LARGEST_FILE = 10_000_000
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a config file; raise ConfigError where it cannot be read."""
+    """Return the text of a config file, or raise ConfigError where it cannot be read."""
     try:
         file = here_path(path)
         if file.exists() and not file.is_file():  # to open a named pipe would wait for its writer

@@ -26,10 +26,10 @@ MOST_NODES = 1_000_000
 def read_yaml(
     text: str, shown: str, schema: type, source: Source, named: Sequence[str] = (), others: Sequence[str] = ()
 ) -> Leaves:
-    """Return the leaves of a YAML document; `shown` names the file in messages.
+    """Return the leaves of a YAML document.
 
-    `named` are sections that may be given by a name instead of a mapping, `others` those that are not of this schema.
-    Raise ConfigError where the text is not YAML.
+    `shown` names the file in messages. `named` are sections that may be given by a name instead of a mapping,
+    `others` those that are not of this schema. Raise ConfigError where the text is not YAML.
     """
     leaves = Leaves()
     node = compose(text, shown)
@@ -42,7 +42,7 @@ def read_yaml(
 
 
 def compose(text: str, shown: str) -> yaml.Node | None:
-    """Return the node tree of a YAML document; None for an empty one.
+    """Return the node tree of a YAML document, or None for an empty one.
 
     Raise ConfigError where the text is not YAML, or the tree is too large to be walked.
     """
@@ -58,7 +58,10 @@ def compose(text: str, shown: str) -> yaml.Node | None:
 
 
 def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many nodes a walk would meet; `known` remembers those behind an alias, which count each time."""
+    """Return how many nodes a walk would meet, those behind an alias each time.
+
+    `known` holds the counts of nodes met before.
+    """
     if id(node) not in known:
         children = node.value if isinstance(node, yaml.CollectionNode) else ()
         pairs = itertools.chain.from_iterable(children) if isinstance(node, yaml.MappingNode) else children
@@ -129,7 +132,7 @@ class _Walk:
             self.leaves.values[dotted] = Leaf(value, self.source, self.where(key))
 
     def pairs(self, node: yaml.Node, dotted: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-        """Yield key name, key node and value node of a mapping; a key given twice is a problem."""
+        """Yield key name, key node and value node of a mapping, and report keys given twice."""
         if not isinstance(node, yaml.MappingNode):
             self.problem(node, f"{dotted or 'the document'} must be a mapping (key: value lines), not {_kind(node)}")
             return

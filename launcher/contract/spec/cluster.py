@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from launcher.contract.spec.paths import ContainerImage, Directory, PathRule
-from launcher.contract.spec.rules import BIND_MOUNT, ENVIRONMENT_NAME, HOST, SRUN_OPTION, Above, AtLeast, Names
+from launcher.contract.spec.rules import (
+    BIND_MOUNT,
+    ENVIRONMENT_NAME,
+    HOST,
+    SHELL_VARIABLE,
+    SRUN_OPTION,
+    Above,
+    AtLeast,
+    Names,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,7 @@ class ClusterSpec:
     """The environment a rank starts in."""
     env: Annotated[dict[str, str], Names(ENVIRONMENT_NAME)] = field(default_factory=dict)
     """Environment variables of every rank. Never secrets, which env_from is for: these are written into the script."""
-    env_from: Annotated[list[str], ENVIRONMENT_NAME] = field(default_factory=list)
+    env_from: Annotated[list[str], SHELL_VARIABLE] = field(default_factory=list)
     """Names of variables whose values every run takes from the shell that submits it, e.g. HF_TOKEN; never stored in
     the run directory."""
     secrets_dir: Annotated[str | None, Directory()] = None

@@ -66,7 +66,7 @@ def field_rules(section: type) -> Mapping[str, tuple[Rule | PathRule, ...]]:
 
 
 def mapped_section(kind: FieldType) -> type | None:
-    """Return the dataclass that a field of this type maps names of the user's own to; None for other types."""
+    """Return the dataclass that a field of this type maps names of the user's own to, or None."""
     arguments = typing.get_args(kind)
     is_mapped = typing.get_origin(kind) is dict and dataclasses.is_dataclass(arguments[1])
     return typing.cast(type, arguments[1]) if is_mapped else None
@@ -92,7 +92,7 @@ def leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, FieldType
 
 
 def rule_problems(section: DataclassInstance, prefix: str = "") -> Iterator[Problem]:
-    """Yield every value below `section` that breaks a rule of its field; of one field the first rule broken."""
+    """Yield every value below `section` that breaks a rule of its field."""
     for item in dataclasses.fields(section):
         yield from field_problems(section, item.name, prefix)
         for name, inner in _inner_sections(getattr(section, item.name)):
@@ -112,8 +112,19 @@ def field_problems(section: DataclassInstance, name: str, prefix: str = "") -> I
                 return
 
 
+def values_under(section: DataclassInstance, rule: Rule, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted key and text of every value below `section` whose field has this very rule."""
+    rules = field_rules(type(section))
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if rule in rules.get(item.name, ()):
+            yield from ((f"{prefix}{item.name}", text) for _, text in _texts(value) if text)
+        for name, inner in _inner_sections(value):
+            yield from values_under(inner, rule, f"{prefix}{item.name}.{name}")
+
+
 def path_fields(section: DataclassInstance, prefix: str = "", mapped_by: str | None = None) -> Iterator[PathField]:
-    """Yield every path below `section`, in schema order; words that only stand in place of a path are left out."""
+    """Yield every path below `section`, in schema order, without words that only stand in place of one."""
     rules = field_rules(type(section))
     for item in dataclasses.fields(section):
         key, value = f"{prefix}{item.name}", getattr(section, item.name)

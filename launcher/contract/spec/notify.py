@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from launcher.contract.spec.rules import EMAIL, ENVIRONMENT_NAME
+from launcher.contract.spec.rules import EMAIL, SHELL_VARIABLE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,7 +14,7 @@ class NotifySpec:
 
     on: Literal["end", "failure"] = "end"
     """end: of every attempt, completed, interrupted or failed; failure: only the last."""
-    webhook_env: Annotated[str | None, ENVIRONMENT_NAME] = None
+    webhook_env: Annotated[str | None, SHELL_VARIABLE] = None
     """Variable of the submitting shell that holds a http(s) address, to which a JSON object is posted. Like all of
     env_from it is passed past script and run directory."""
     email: Annotated[str | None, EMAIL] = None

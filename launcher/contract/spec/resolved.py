@@ -26,7 +26,7 @@ def to_yaml(spec: RunSpec) -> str:
 
 
 def read_resolved(path: Path) -> RunSpec:
-    """Read a config that `to_yaml` wrote, here or in an earlier version; nothing is interpolated or converted.
+    """Read a config that `to_yaml` wrote, here or in an earlier version, without interpolation or conversion.
 
     Raise ConfigError for a file that was edited into something else: a resolved config is not an input form.
     """
@@ -56,7 +56,10 @@ def _value(kind: FieldType, value: object, where: str) -> object:
 
 
 def _mapping(values: object, known: Iterable[str] | None, where: str) -> dict[str, object]:
-    """Return the values; ConfigError where they are no mapping, or have a key that is not known."""
+    """Return the values as a mapping.
+
+    Raise ConfigError where they are none, or have a key that is not known.
+    """
     unknown = ["no mapping"]
     if isinstance(values, dict):
         unknown = [] if known is None else sorted(map(str, values.keys() - set(known)))

@@ -24,7 +24,7 @@ class Rule(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """What the value must be, in words that fit after `is not`; the reference page prints them too."""
+        """What the value must be, in words that fit after `is not` and into the reference page."""
 
     @abstractmethod
     def allows(self, value: object) -> bool:
@@ -97,9 +97,13 @@ class Probability(Rule):
         return _is_number(value) and 0 < value <= 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Pattern(Rule):
-    """A text that matches `regex` as a whole; `what` names such a text, `hint` follows the message."""
+    """A text that matches `regex` as a whole.
+
+    `what` names such a text, `hint` follows the message. Two patterns are never equal: which one a field has can mean
+    more than its form.
+    """
 
     regex: re.Pattern[str]
     what: str
@@ -157,6 +161,8 @@ class Required(Rule):
 
 
 ENVIRONMENT_NAME = Pattern(re.compile(r"[A-Za-z_][A-Za-z0-9_]*"), "the name of an environment variable")
+SHELL_VARIABLE = Pattern(ENVIRONMENT_NAME.regex, "the name of an environment variable")
+"""A variable whose value comes from the shell that submits the run, and is never stored: RunSpec.secret_names."""
 NAME_OF_RUN = Pattern(RUN_NAME, "a run name: letters, digits, '.', '_', '-', first a letter or digit, <= 128")
 SET_NAME = Pattern(RUN_NAME, "a name: letters, digits, '.', '_', '-'")
 TIME_LIMIT = Pattern(
@@ -167,6 +173,7 @@ MEMORY = Pattern(re.compile(r"\d+[KMGT]?B?", re.IGNORECASE), "a size such as 200
 EMAIL = Pattern(re.compile(r"[A-Za-z0-9._%+][A-Za-z0-9._%+-]*@[A-Za-z0-9.-]+"), "an address, e.g. me@example.org")
 HOST = Pattern(re.compile(r"[A-Za-z0-9_.@:%\[\]][A-Za-z0-9_.@:%\[\]-]*"), "a host name, or user@host")
 FUNCTION = Pattern(re.compile(r"[\w.]+:\w+"), "package.module:function")
+"""A function of the user's; its code goes into the run's snapshot."""
 BIND_MOUNT = Pattern(re.compile(r"[^:,]+:[^:,]+(:[^:,]+)?"), "SOURCE:TARGET[:OPTIONS]")
 SBATCH_OPTION = Pattern(
     re.compile(r"--.*", re.DOTALL), "an option that starts with --", "one option an item, e.g. --mail-type=END"

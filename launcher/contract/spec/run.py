@@ -11,6 +11,7 @@ from launcher.contract.spec.checkpoint import CheckpointSpec
 from launcher.contract.spec.cluster import ClusterSpec
 from launcher.contract.spec.data import DataSpec
 from launcher.contract.spec.evaluation import EvaluationSpec
+from launcher.contract.spec.fields import values_under
 from launcher.contract.spec.logging import LoggingSpec
 from launcher.contract.spec.model import ModelSpec
 from launcher.contract.spec.notify import NotifySpec
@@ -18,7 +19,7 @@ from launcher.contract.spec.paths import Directory, RunReference
 from launcher.contract.spec.preflight import PreflightSpec
 from launcher.contract.spec.resources import ResourcesSpec
 from launcher.contract.spec.restart import RestartSpec
-from launcher.contract.spec.rules import ENVIRONMENT_NAME, NAME_OF_RUN, Required
+from launcher.contract.spec.rules import NAME_OF_RUN, SHELL_VARIABLE, Required
 from launcher.contract.spec.topology import TopologySpec
 from launcher.contract.spec.train import TrainSpec
 from launcher.contract.spec.watchdog import WatchdogSpec
@@ -34,7 +35,7 @@ class RunSpec:
     """Directory that holds run directories; on a cluster on the shared file system."""
     cluster: ClusterSpec = field(default_factory=ClusterSpec)
     """A cluster's name (a file in cluster_configs/), or its settings."""
-    env_from: Annotated[list[str], ENVIRONMENT_NAME] = field(default_factory=list)
+    env_from: Annotated[list[str], SHELL_VARIABLE] = field(default_factory=list)
     """Like cluster.env_from, for this run: names of variables, e.g. [WANDB_API_KEY]."""
     after: Annotated[str | None, RunReference()] = None
     """Start when this run, a name in run_root or a directory, has succeeded; model.path, model.tokenizer and
@@ -76,8 +77,7 @@ class RunSpec:
     @property
     def secret_names(self) -> tuple[str, ...]:
         """Variables whose values come from the submitting shell."""
-        webhook = [self.notify.webhook_env] if self.notify.webhook_env else []
-        return tuple(dict.fromkeys([*self.cluster.env_from, *self.env_from, *webhook]))
+        return tuple(dict.fromkeys(name for _, name in values_under(self, SHELL_VARIABLE)))
 
     @property
     def checkpoint_ranking(self) -> CheckpointSpec:
@@ -89,7 +89,7 @@ class RunSpec:
 
     @property
     def has_preflight(self) -> bool:
-        """Whether nodes are looked at before training; only Slurm gives other nodes to go to."""
+        """Whether nodes are tested before training: only Slurm has other nodes to go to."""
         wanted = self.resources.nodes > 1 or self.resources.gpus_per_node > 0
         chosen = {"auto": wanted, "on": True, "off": False}[self.preflight.enabled]
         return chosen and self.cluster.scheduler == "slurm"

@@ -18,7 +18,7 @@ from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import EvaluationSpec, RunSpec
 from launcher.submission import code_snapshot
 from launcher.submission.code_snapshot import digest, take_snapshot
-from launcher.submission.lockfile import read_lock
+from launcher.submission.lockfile import read_lockfile
 from tests.launcher.conftest import Commands
 
 RUN = RunPaths(Path("runs/first"))
@@ -99,7 +99,7 @@ def test_run_directory_has_code_lock_and_environment(workdir: Path, fake_python:
     assert main(["submit", "cfg.yaml", fake_python]) == 0
     assert (RUN.code / "sft" / "__main__.py").is_file()
     assert f"export PYTHONPATH={workdir}/runs/first/bundle/code$" in RUN.script.read_text()
-    lock = read_lock(RUN.lock)
+    lock = read_lockfile(RUN.lock)
     assert lock["code"]["sha256"] == digest(RUN.code)
     assert [entry["bytes"] for entry in lock["files"]["data.train"].values()] == [35]
     assert list(lock["files"]["model.path"]) == [f"{workdir}/model/config.json"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from launcher.contract.secret_names import is_secret_name
 from launcher.contract.spec import RunSpec
-from launcher.contract.spec.fields import Problem
-from launcher.contract.spec.rules import ENVIRONMENT_NAME
+from launcher.contract.spec.fields import Problem, values_under
+from launcher.contract.spec.rules import ENVIRONMENT_NAME, SHELL_VARIABLE
 
 _OUR_VARIABLES = ("SLURM_", "SFT_")
 
@@ -22,14 +22,11 @@ def environment_problems(spec: RunSpec) -> Iterator[Problem]:
                 f"{name} looks like a secret, and would be stored in the run directory; "
                 f"name it in env_from: [{name}] instead, and export it in your shell",
             )
-    webhook = [spec.notify.webhook_env] if spec.notify.webhook_env is not None else []
-    sources = (("cluster.env_from", cluster.env_from), ("env_from", spec.env_from), ("notify.webhook_env", webhook))
-    for key, names in sources:
-        for name in names:
-            if name in cluster.env:
-                yield key, f"{name} is set by cluster.env; drop one"
-            elif name.startswith(_OUR_VARIABLES):
-                yield key, f"{name} is set by the launcher; drop it"
+    for key, name in values_under(spec, SHELL_VARIABLE):
+        if name in cluster.env:
+            yield key, f"{name} is set by cluster.env; drop one"
+        elif name.startswith(_OUR_VARIABLES):
+            yield key, f"{name} is set by the launcher; drop it"
 
 
 def scheduler_problems(spec: RunSpec) -> Iterator[Problem]:

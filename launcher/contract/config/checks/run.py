@@ -15,7 +15,7 @@ from launcher.contract.versions import ranks_versions, version_problems
 
 
 def spec_problems(spec: RunSpec) -> Iterator[Problem]:
-    """Yield everything wrong with the values themselves; looks at no file."""
+    """Yield everything wrong with the values themselves, without a look at any file."""
     yield from rule_problems(spec)
     yield from source_problems(spec)
     yield from length_problems(spec)
@@ -37,7 +37,7 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
 
 
 def file_problems(spec: RunSpec) -> Iterator[Problem]:
-    """Yield the files that are named and absent; expects absolute paths and expanded globs."""
+    """Yield the files that are named and absent. Paths must be absolute and globs expanded."""
     for field in path_fields(spec):
         if field.rule.may_come_later and spec.comes_later(field.path):
             continue

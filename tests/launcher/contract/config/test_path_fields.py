@@ -9,24 +9,28 @@ from typing import Annotated
 
 import pytest
 
-from launcher.contract.config.checks import file_problems
+from launcher.contract.config.checks import file_problems, spec_problems
 from launcher.contract.config.reference import _value
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import ClusterSpec, DataSpec, ModelSpec, RunSpec, RuntimeSpec, SourceSpec
 from launcher.contract.spec.fields import path_fields, with_absolute_paths
 from launcher.contract.spec.paths import ExistingFile, Files
+from launcher.contract.spec.rules import FUNCTION, SHELL_VARIABLE
 from launcher.contract.topology import build_topology
 from launcher.remote.hand_over import sent_paths
+from launcher.submission.code_snapshot import take_snapshot
 from launcher.submission.lockfile import fingerprints
 from launcher.submission.render import render
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WiderData(DataSpec):
-    """The section with two more keys."""
+    """The section with more keys."""
 
     glossary: Annotated[str | None, ExistingFile()] = None
     dictionaries: Annotated[dict[str, str], Files()] = field(default_factory=dict)
+    clean: Annotated[str | None, FUNCTION] = None
+    password_env: Annotated[str | None, SHELL_VARIABLE] = None
 
 
 def wider_run(glossary: str, **dictionaries: str) -> RunSpec:
@@ -83,6 +87,17 @@ def test_sent(folder: Path) -> None:
 def test_documented() -> None:
     assert _value(WiderData, "glossary") == "a string: an existing file"
     assert _value(WiderData, "dictionaries") == "a mapping of names to strings, each an existing file or a glob"
+
+
+def test_code_and_secrets_are_found_the_same_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "cleaning.py").write_text("def strip(text): return text")
+    monkeypatch.syspath_prepend(folder)
+    spec = RunSpec(data=WiderData(clean="cleaning:strip", password_env="DATA_PASSWORD"), env_from=["HF_TOKEN"])
+    assert spec.secret_names == ("HF_TOKEN", "DATA_PASSWORD")
+    take_snapshot(spec, folder / "code")
+    assert (folder / "code" / "cleaning.py").read_bytes() == (folder / "cleaning.py").read_bytes()
+    wrong = dataclasses.replace(spec, cluster=ClusterSpec(env={"DATA_PASSWORD": "x"}))
+    assert ("data.password_env", "DATA_PASSWORD is set by cluster.env; drop one") in set(spec_problems(wrong))
 
 
 def test_words_are_no_paths() -> None:
