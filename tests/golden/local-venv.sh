@@ -1,6 +1,6 @@
 #!/bin/bash
-# Run demo: prepare, train, export. Made from config.yaml; runs again by hand as it is.
-# shellcheck disable=SC1090,SC1091,SC2016,SC2054,SC2064,SC2317 # values are data; traps and sourced files are meant
+# Run demo: prepare, train, export. Generated from config.yaml. It can be run again by hand, unchanged.
+# shellcheck disable=SC1090,SC1091,SC2016,SC2054,SC2064,SC2317 # quoted values are data; traps and sourced files are intended
 set -uo pipefail
 
 run_dir=/shared/runs/demo
@@ -14,7 +14,7 @@ done
 SFT_ATTEMPT=local-$number
 job_id=${SUBMITIT_LOCAL_JOB_ID:-$$}
 if [ -n "${SUBMITIT_LOCAL_TIMEOUT_S-}" ]; then
-  export SFT_END_TIME=${SFT_END_TIME:-$(($(date +%s) + SUBMITIT_LOCAL_TIMEOUT_S))} # of all restarts together
+  export SFT_END_TIME=${SFT_END_TIME:-$(($(date +%s) + SUBMITIT_LOCAL_TIMEOUT_S))} # one limit for all restarts together
 fi
 export SFT_ATTEMPT
 log_dir=$run_dir/logs/$SFT_ATTEMPT
@@ -27,9 +27,9 @@ event() { # NAME [,"key":value]...
 }
 leased=''
 started() { event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${SLURM_JOB_NODELIST-}\""; }
-ended() { # the only way out: record how the attempt ended, then do what the restart policy says
+ended() { # runs at every exit: record how the attempt ended, then do what the restart policy says
   local rc=$1 answer
-  if [ -z "$leased" ]; then # it failed before it could hold the run
+  if [ -z "$leased" ]; then # it failed before it had the lease of the run
     started
     event attempt_ended ",\"exit_code\":$rc"
     return
@@ -38,7 +38,7 @@ ended() { # the only way out: record how the attempt ended, then do what the res
     --exit-code "$rc" --job "$(job_view)") || answer=''
   event attempt_ended ",\"exit_code\":$rc"
   echo "attempt $SFT_ATTEMPT ended with exit code $rc"
-  # shellcheck disable=SC2086 # an action, and maybe a list of nodes
+  # shellcheck disable=SC2086 # an action and, for some, a list of nodes
   follow "$rc" $answer
 }
 trap 'ended $?' EXIT
@@ -66,7 +66,7 @@ attended() { # run a command in the background, so that signals reach it while i
   while true; do
     wait "$child"
     code=$?
-    kill -0 "$child" 2>/dev/null || break # a signal ends `wait` too
+    kill -0 "$child" 2>/dev/null || break # a signal interrupts `wait`
   done
   child=
   return "$code"
@@ -76,7 +76,7 @@ light_process() { "${python[@]}" "$@"; }
 job_view() { :; }
 holder_state() { :; }
 nodes_down() { :; }
-follow() { # CODE [ACTION]: start again in the same process, which is the one that the launcher knows
+follow() { # CODE [ACTION]: restart in the same process, whose id the launcher has recorded
   case ${2-} in requeue | resubmit) ;; *) return ;; esac
   trap - EXIT
   exec "$BASH" "$run_dir/job.sh"

@@ -11,13 +11,13 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=USR2@120
 #SBATCH --requeue
-# Run demo: prepare, train, export. Made from config.yaml; runs again by hand as it is.
-# shellcheck disable=SC1090,SC1091,SC2016,SC2054,SC2064,SC2317 # values are data; traps and sourced files are meant
+# Run demo: prepare, train, export. Generated from config.yaml. It can be run again by hand, unchanged.
+# shellcheck disable=SC1090,SC1091,SC2016,SC2054,SC2064,SC2317 # quoted values are data; traps and sourced files are intended
 set -uo pipefail
 
 run_dir=/shared/runs/demo
 config=$run_dir/config.yaml
-job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of a sweep's array: as it was submitted
+job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an element of a sweep's array
 job_id=${job_id:-$SLURM_JOB_ID}
 SFT_ATTEMPT=$job_id.${SLURM_RESTART_COUNT:-0}
 SFT_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$job_id" --format=%e 2>/dev/null)" +%s 2>/dev/null)}
@@ -33,9 +33,9 @@ event() { # NAME [,"key":value]...
 }
 leased=''
 started() { event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${SLURM_JOB_NODELIST-}\""; }
-ended() { # the only way out: record how the attempt ended, then do what the restart policy says
+ended() { # runs at every exit: record how the attempt ended, then do what the restart policy says
   local rc=$1 answer
-  if [ -z "$leased" ]; then # it failed before it could hold the run
+  if [ -z "$leased" ]; then # it failed before it had the lease of the run
     started
     event attempt_ended ",\"exit_code\":$rc"
     return
@@ -44,7 +44,7 @@ ended() { # the only way out: record how the attempt ended, then do what the res
     --exit-code "$rc" --job "$(job_view)") || answer=''
   event attempt_ended ",\"exit_code\":$rc"
   echo "attempt $SFT_ATTEMPT ended with exit code $rc"
-  # shellcheck disable=SC2086 # an action, and maybe a list of nodes
+  # shellcheck disable=SC2086 # an action and, for some, a list of nodes
   follow "$rc" $answer
 }
 trap 'ended $?' EXIT
@@ -64,10 +64,10 @@ export NCCL_SOCKET_IFNAME=hsn0
 python=(apptainer exec --nv --bind /scratch:/scratch --bind /data:/data --bind /models/llama:/models/llama --bind /shared/runs/.cache:/shared/runs/.cache --bind /shared/runs/demo:/shared/runs/demo /shared/images/sft.sif python)
 srun_args=()
 
-trap 'echo "asked to stop"' TERM # Slurm tells the ranks itself; this shell stays to record how they ended
+trap 'echo "asked to stop"' TERM # Slurm signals the ranks itself; this shell stays to record how they ended
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts[0]}
-MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000)) # below the kernel's range for clients
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000)) # below the kernel's range for client ports
 while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_ADDR MASTER_PORT
 
@@ -77,7 +77,7 @@ one_process() { # one task that may use all of the first node's CPUs
 }
 light_process() { "${python[@]}" "$@"; }
 job_view() { scontrol show job -o "$job_id" 2>/dev/null; }
-holder_state() { # what Slurm says of the job that holds the run's lease, if that is another one
+holder_state() { # state of the job that holds the run's lease, if it is another one
   [[ "$(cat "$run_dir/lease.json" 2>/dev/null)" =~ \"job_id\":\ \"([0-9]+)\" ]] || return
   [ "${BASH_REMATCH[1]}" = "$job_id" ] || squeue --noheader --states=all --jobs="${BASH_REMATCH[1]}" --format=%T 2>/dev/null
 }
@@ -88,34 +88,34 @@ nodes_down() { # nodes of the last attempt that Slurm has lost
 }
 follow() { # CODE [ACTION [NODES]]
   local action=${2-} avoid=${3-} view tries=0
-  trap '' TERM # a requeue ends all that runs in the job, the command that asks for it too
+  trap '' TERM # a requeue ends every process of the job, even the command that asks for it
   if [ -z "$action" ] && [ "$1" -eq 75 ] && [[ "$(job_view)" == *JobState=RUNNING* ]]; then
-    action=requeue # nobody could say more, and a cancelled job would be no longer running
+    action=requeue # there is no decision to follow, and a cancelled job would not be RUNNING
   fi
   case $action in
     requeue)
       until scontrol requeue "$job_id"; do
         view=$(job_view)
         if [[ $view == *JobState=RUNNING* ]]; then
-          echo "the job may not be requeued here; a new one goes on"
+          echo "requeueing is not allowed here; a new job continues the run"
           resubmit "$avoid"
           return
         fi
-        [ -z "$view" ] || return 0 # it was cancelled meanwhile
+        [ -z "$view" ] || return 0 # it was cancelled in the meantime
         if [ $((tries += 1)) -ge 30 ]; then
-          echo "Slurm's controller does not answer; nothing was requeued: launcher resubmit goes on"
+          echo "Slurm's controller does not answer, so the job was not requeued; launcher resubmit resumes the run"
           return
         fi
         sleep 10
       done
-      # Slurm takes new exclusions of a waiting job only; this shell has some seconds left after the requeue.
+      # Slurm accepts new exclusions only for a waiting job; this shell has a few seconds left after the requeue.
       [ -z "$avoid" ] || scontrol update JobId="$job_id" ExcNodeList="$avoid"
       ;;
     resubmit) resubmit "$avoid" ;;
     withdraw) scancel "$job_id" ;;
   esac
 }
-resubmit() { # NODES TO AVOID: the next job of the run, with nothing of this one in its environment
+resubmit() { # [NODES TO AVOID]: submit the run's next job, without this job's variables in its environment
   local name inherited=() new
   for name in $(compgen -e); do
     case $name in SLURM_CONF | SLURM_JWT) ;; SLURM* | SBATCH_* | SRUN_* | PMI* | *_VISIBLE_DEVICES | GPU_DEVICE_ORDINAL | SFT_ATTEMPT | SFT_END_TIME) inherited+=(-u "$name") ;; esac
@@ -132,13 +132,13 @@ rc=0
 echo "prepare"
 one_process -m sft prepare "$config" || exit
 echo "preflight of 2 nodes"
-# One task a node. Only the first one's exit code counts: it knows what all of them found, and which said nothing.
+# One task on each node. Only the exit code of the first counts: it knows what all of them found and which are silent.
 SFT_HOSTS="${hosts[*]}" env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK \
   srun --export=ALL "${srun_args[@]}" --nodes=2 --ntasks=2 --ntasks-per-node=1 \
   --kill-on-bad-exit=0 --wait=120 --unbuffered \
   bash -c '"$@"; code=$?; [ "$SLURM_PROCID" -ne 0 ] || exit "$code"' bash "${python[@]}" -m sft preflight "$config" || exit
 echo "train: dp8 = 8 ranks, rendezvous $MASTER_ADDR:$MASTER_PORT"
-# srun answers with the highest code of all ranks, which is that of a rank it killed; the first to fail tells the cause.
+# srun exits with the highest code of all ranks, which is that of a rank it killed. The first to fail has the cause.
 rank_main='trap : TERM USR2; "$@"; code=$?
 [ "$code" -eq 0 ] || (set -C; echo "$code" "$SLURM_PROCID" "$SLURMD_NODENAME" >"$SFT_FAILURE") 2>/dev/null
 exit "$code"'
