@@ -99,7 +99,7 @@ follow() { # CODE [ACTION [NODES]]
       until scontrol requeue "$job_id"; do
         view=$(job_view)
         if [[ $view == *JobState=RUNNING* ]]; then
-          echo "requeueing is not allowed here; a new job continues the run"
+          echo "requeueing is not allowed here; a new job goes on"
           resubmit "$avoid"
           return
         fi

@@ -174,7 +174,7 @@ follow 75 requeue node2
     [
         (0, "RUNNING", ["requeue 7", "update JobId=7 ExcNodeList=node2"]),
         (2, "RUNNING", ["requeue 7"] * 3 + ["update JobId=7 ExcNodeList=node2"]),  # no controller for a while
-        (9, "RUNNING", ["requeue 7"] * 3 + ["requeueing is not allowed here; a new job continues the run", "sbatch node2"]),
+        (9, "RUNNING", ["requeue 7"] * 3 + ["requeueing is not allowed here; a new job goes on", "sbatch node2"]),
         (9, "CANCELLED", ["requeue 7"] * 3),
     ],
 )
