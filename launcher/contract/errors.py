@@ -83,6 +83,6 @@ class CheckpointError(LauncherError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` with the closest known word, or an empty string."""
+    """Return a hint at the closest known word, to be put behind a message, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""A folder with a small model's config, a data file and a run config, and commands that stand in for Slurm's."""
+"""Fixtures: a folder with a config, a tiny model's config.json and data, and programs that stand in for Slurm's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A Slurm with a memory and no nodes: jobs are queued, started, ended, forgotten and accounted for as a test says.
+"""A fake Slurm: tests queue, start, end, forget and account for jobs, and count the questions that are asked.
 
-squeue and sacct are programs on PATH that answer what the real ones would (`tests/slurm/test_queries.py` holds both
-against each other), and every call is counted.
+squeue and sacct are programs on PATH that answer like the real ones; `tests/slurm/test_queries.py` compares them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""People are told how an attempt ended; nothing that fails on the way matters to the run, and no address is printed."""
+"""Notifications at the end of an attempt: what they say, and that failing ones neither harm the run nor leak."""
 
 from __future__ import annotations
 

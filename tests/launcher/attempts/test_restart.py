@@ -1,4 +1,4 @@
-"""Causes and decisions: pure functions over made-up evidence."""
+"""Causes of an attempt's end and the restart decisions that follow, from made-up evidence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs and parameter counts against published sizes and against the measured table's own pairs of figures."""
+"""FLOPs and parameter counts, compared with published sizes and with the measured table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPU kinds by the names that drivers report."""
+"""GPU kinds are recognised by the names that drivers report."""
 
 from __future__ import annotations
 

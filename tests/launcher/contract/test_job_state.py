@@ -1,4 +1,4 @@
-"""Slurm's words → ours."""
+"""Slurm's states, translated into ours."""
 
 from __future__ import annotations
 

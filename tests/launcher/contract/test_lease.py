@@ -1,4 +1,4 @@
-"""The lease of a run directory."""
+"""The lease of a run directory: who may take it, renew it, and take it over."""
 
 from __future__ import annotations
 

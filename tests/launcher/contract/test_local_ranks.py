@@ -1,4 +1,4 @@
-"""Ranks as processes: what they are given, and how they end together."""
+"""Local ranks: the environment they get, and how they end together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of models from config.json and from GGUF headers."""
+"""Sizes of models, from config.json and from GGUF headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where templates and cluster files come from."""
+"""Where templates and cluster files are found."""
 
 from __future__ import annotations
 

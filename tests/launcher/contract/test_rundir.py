@@ -1,4 +1,4 @@
-"""Whole files, whole lines, and which checkpoints count."""
+"""Run directories: whole files, whole lines, and which checkpoints are complete."""
 
 from __future__ import annotations
 

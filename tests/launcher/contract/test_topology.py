@@ -1,4 +1,4 @@
-"""Layout rules against a plain statement of them."""
+"""Topology rules, compared with an independent, plain statement of them."""
 
 from __future__ import annotations
 

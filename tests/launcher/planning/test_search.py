@@ -1,4 +1,4 @@
-"""The cost model against measured rows, its own invariants, and the commands that use it."""
+"""The cost model: compared with measured rows, its invariants, and the commands that use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands for a cluster behind ssh: through a real sshd, with the local scheduler on its far side."""
+"""Commands for a cluster behind ssh, through a real sshd with the local scheduler on its far side."""
 
 from __future__ import annotations
 

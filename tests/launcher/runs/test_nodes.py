@@ -1,4 +1,4 @@
-"""The ledger of bad nodes: what counts as evidence, how long, how much, and writers side by side."""
+"""The ledger of bad nodes: what counts as evidence, for how long, how many nodes, and concurrent writers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs a command means: by name, state, age and group."""
+"""Which runs a command selects: by name, state, age and group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown for a run, from the scheduler's word and the run's own."""
+"""The state of a run, from what the scheduler says and from the run's own files."""
 
 from __future__ import annotations
 

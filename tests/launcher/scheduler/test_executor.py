@@ -1,4 +1,4 @@
-"""What we rely on in submitit, and what sbatch is given and may answer."""
+"""Submission through submitit: what we rely on in it, what sbatch is given, and what it may answer."""
 
 from __future__ import annotations
 

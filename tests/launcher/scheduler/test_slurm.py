@@ -1,4 +1,4 @@
-"""Parsers on outputs of real Slurms (tests/fixtures/slurm/SOURCES.md), and commands that fail."""
+"""Parsers, on outputs of real Slurms (tests/fixtures/slurm/SOURCES.md), and commands that fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that wait for others: what Slurm is told, what is refused, and what may be missing yet."""
+"""Runs that wait for others: the dependency, what is refused, and which files may still be missing."""
 
 from __future__ import annotations
 

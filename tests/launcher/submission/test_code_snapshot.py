@@ -1,4 +1,4 @@
-"""What a run directory keeps so that the run can be understood and repeated: code, lock file, environment."""
+"""What a run directory keeps to understand and repeat the run: code, lockfile, environment."""
 
 from __future__ import annotations
 

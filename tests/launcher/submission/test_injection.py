@@ -1,4 +1,4 @@
-"""Every text of a config is data: put where the script has it, a value that begs to be run is not run."""
+"""Every text of a config is data: a value that looks like a command is never executed, wherever it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripts byte for byte, their syntax, and values that stay data whatever they hold."""
+"""Batch scripts: golden files, their syntax, and the quoting of values."""
 
 from __future__ import annotations
 

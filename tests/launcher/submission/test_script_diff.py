@@ -1,4 +1,4 @@
-"""render --diff and submit --test-only: what would happen, without anything happening."""
+"""render --diff and submit --test-only show what would happen and change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the values of env_from are on their way to a job, and where they are not."""
+"""Where the values of env_from are kept on their way to a job, and where they never are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run from submit to its end on this machine, and what is left behind when it cannot begin."""
+"""A local run from submit to its end, and what remains when it cannot start."""
 
 from __future__ import annotations
 

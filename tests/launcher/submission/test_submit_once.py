@@ -1,4 +1,4 @@
-"""One job, whatever happens to the launcher or to sbatch's answer; over a fake Slurm that keeps its queue in a file."""
+"""One submit makes one job, wherever the launcher is killed and whatever sbatch answers (over a fake Slurm)."""
 
 from __future__ import annotations
 

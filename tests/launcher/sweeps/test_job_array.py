@@ -1,4 +1,4 @@
-"""A sweep as job arrays: one sbatch, a run an element, the same guarantees as for single jobs."""
+"""Sweeps as job arrays: one sbatch, one run for each element, the same guarantees as for single jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps: points from the section, all checks before the first job, one job a point, groups as a whole."""
+"""Sweeps: points of a section, all checks before the first job, one job for each point, groups as a whole."""
 
 from __future__ import annotations
 

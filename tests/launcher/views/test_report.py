@@ -1,4 +1,4 @@
-"""The HTML page of a run: complete, self-contained, and text stays text."""
+"""The HTML page of a run: complete, self-contained, everything escaped."""
 
 from __future__ import annotations
 

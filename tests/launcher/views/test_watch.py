@@ -1,4 +1,4 @@
-"""The table of runs: shown again while they go on, and cut to narrow terminals."""
+"""The table of runs: printed again when it changes, and cut to narrow terminals."""
 
 from __future__ import annotations
 

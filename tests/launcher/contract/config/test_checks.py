@@ -1,4 +1,4 @@
-"""Rules on values, one wrong value each."""
+"""Rules on single values: each wrong value is refused by its key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user writes, right and wrong; for the wrong the exact message."""
+"""Reading a config: what is accepted, and the exact message for what is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules on model.lora: a setting without a rank would be read over."""
+"""Rules on model.lora: settings without a rank are refused, because they would have no effect."""
 
 from __future__ import annotations
 

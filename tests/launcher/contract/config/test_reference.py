@@ -1,4 +1,4 @@
-"""docs/config.md is what the source says."""
+"""docs/config.md agrees with the field docstrings of the spec."""
 
 from __future__ import annotations
 

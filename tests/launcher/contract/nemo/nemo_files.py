@@ -1,4 +1,4 @@
-"""NeMo 1.x configs as people have them: the shapes that trlx's NeMo trainers were run at."""
+"""NeMo 1.x configs in the shapes that trlx's NeMo trainers were run at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules and words about what a step holds: packing, units of the batch, length grouping."""
+"""Rules about what a step contains (packing, units of the batch, length grouping), and how a batch is described."""
 
 from __future__ import annotations
 
