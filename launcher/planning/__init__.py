@@ -1,1 +1,1 @@
-"""What a run would need and take, before it is queued: memory of each stage, step time, and which layouts are best."""
+"""Predict what a run needs before it is queued: memory of each stage, step time, and which layouts are best."""

@@ -1,4 +1,4 @@
-"""A config's machine, its length, and whether it fits: what plan, validate and submit share."""
+"""Predict a config's memory and cost on its cluster's GPUs, for plan, validate and submit alike."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from launcher.planning.search import HEADROOM, SearchResult, nearest_fitting, se
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunCost:
-    """GPU hours of a whole run, and where the figure comes from."""
+    """GPU hours of a whole run, and how they were computed."""
 
     gpu_hours: float
     price: float | None
-    """In the site's unit; None where no price is known."""
+    """In the site's own unit; None where no price is known."""
     why: str
 
     def describe(self) -> str:
-        """`at most 1,234.5 GPU hours (cost 2,469.00): why`."""
+        """Return `1,234.5 GPU hours (cost 2,469.00): why`."""
         cost = "" if self.price is None else f" (cost {self.price:,.2f})"
         return f"{self.gpu_hours:,.1f} GPU hours{cost}: {self.why}"
 
 
 def gpu_of(spec: RunSpec) -> GpuKind | None:
-    """The cluster's kind of GPU with the site's own network; None where it has none or does not say."""
+    """Return the cluster's kind of GPU with the site's own network, or None without GPUs or a kind."""
     if not spec.resources.gpus_per_node:
         return None
     cluster = spec.cluster
@@ -49,27 +49,27 @@ def gpu_of(spec: RunSpec) -> GpuKind | None:
 
 
 def estimate(spec: RunSpec, topology: Topology, shape: ModelShape, gpu: GpuKind) -> Candidate:
-    """Memory and speed of the run as it is configured."""
+    """Return memory and speed of the run as it is configured."""
     layout = Layout(
         topology=topology, recompute=spec.train.recompute, distributed_optimizer=spec.train.optimizer.distributed
     )
     return evaluate(workload_of(spec, shape), layout, gpu, CURRENT)
 
 
-def check_fit(spec: RunSpec, found: Candidate, shape: ModelShape, gpu: GpuKind) -> None:
-    """TopologyError where the run cannot fit into its GPUs, with what would."""
-    if found.missing <= 0:
+def check_fit(spec: RunSpec, predicted: Candidate, shape: ModelShape, gpu: GpuKind) -> None:
+    """Raise TopologyError where the run cannot fit into its GPUs, with the nearest layout that does."""
+    if predicted.missing <= 0:
         return
     result = search(spec, shape, gpu)
     raise TopologyError(
-        f"topology: {found.layout.describe()} needs {found.memory.total:.1f} GiB on {gpu.name} of "
-        f"{gpu.memory_gib:.1f} GiB, {found.missing:.1f} GiB too much (stage {found.memory.stage}: "
-        f"{describe_memory(found)}); {_way_out(spec, result)}"
+        f"topology: {predicted.layout.describe()} needs {predicted.memory.total:.1f} GiB on {gpu.name} of "
+        f"{gpu.memory_gib:.1f} GiB, {predicted.missing:.1f} GiB too much (stage {predicted.memory.stage}: "
+        f"{describe_memory(predicted)}); {_suggestion(spec, result)}"
     )
 
 
 def unknown_gpu(spec: RunSpec) -> str:
-    """Why nothing can be predicted for this config's machine, and what to set."""
+    """Return why nothing can be predicted for this config's machine, and what to set."""
     if not spec.resources.gpus_per_node:
         return "resources.gpus_per_node is 0, and only GPUs can be planned for; set it"
     known = ", ".join(kind.name for kind in gpu_kinds())
@@ -77,7 +77,7 @@ def unknown_gpu(spec: RunSpec) -> str:
 
 
 def nothing_fits(spec: RunSpec, result: SearchResult) -> str:
-    """Why a search gave no layout: the nearest one and what it lacks, or the rules."""
+    """Return why no layout was found: what the nearest one lacks, or which rules all of them break."""
     gpus = spec.resources.world_size
     if result.too_large:
         nearest = result.too_large[0]
@@ -93,7 +93,7 @@ def nothing_fits(spec: RunSpec, result: SearchResult) -> str:
 
 
 def describe_memory(candidate: Candidate) -> str:
-    """Parts of the largest stage, largest first."""
+    """Return what fills the memory of the largest stage, in GiB, largest part first."""
     memory = candidate.memory
     names = ("weights", "gradients", "optimizer", "activations", "logits", "overhead")
     parts = sorted(((getattr(memory, name), name) for name in names), reverse=True)
@@ -101,7 +101,10 @@ def describe_memory(candidate: Candidate) -> str:
 
 
 def run_cost(spec: RunSpec, candidate: Candidate | None) -> RunCost | None:
-    """GPU hours by steps, or else by the time limit; None where neither is known, or nothing was predicted."""
+    """Return the GPU hours by the number of steps, or else by the time limit, or None where neither is known.
+
+    `candidate` is None where no step time could be predicted.
+    """
     if not spec.resources.gpus_per_node:
         return None
     world = spec.resources.world_size
@@ -117,7 +120,10 @@ def run_cost(spec: RunSpec, candidate: Candidate | None) -> RunCost | None:
 
 
 def _hours(limit: str) -> float | None:
-    """Slurm's time format in hours: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None for no limit."""
+    """Return a time limit of Slurm in hours, or None for no limit.
+
+    Its forms: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+    """
     if not re.fullmatch(r"[\d:-]+", limit):
         return None
     days, _, rest = limit.rpartition("-")
@@ -131,7 +137,7 @@ def _hours(limit: str) -> float | None:
     return int(days or 0) * 24 + hours + minutes / 60 + seconds / 3600
 
 
-def _way_out(spec: RunSpec, result: SearchResult) -> str:
+def _suggestion(spec: RunSpec, result: SearchResult) -> str:
     nearest = nearest_fitting(spec, result.fitting)
     if nearest is None:
         return nothing_fits(spec, result)
@@ -139,7 +145,7 @@ def _way_out(spec: RunSpec, result: SearchResult) -> str:
 
 
 def override_words(candidate: Candidate) -> str:
-    """The layout as `key=value` words for the command line."""
+    """Return the layout as `key=value` words for the command line."""
     return " ".join(
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in candidate.overrides.items()

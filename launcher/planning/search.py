@@ -1,7 +1,7 @@
-"""The topology compiler: every valid layout of a run, predicted and ranked.
+"""Enumerate the valid layouts of a run, predict memory and time of each, and rank them.
 
-Which layouts are valid is decided by `launcher.contract.topology` alone; here they are enumerated, sized and timed.
-Rejected: a solver. All layouts of 8,192 GPUs are a few thousand, and each costs some microseconds.
+`launcher.contract.topology` alone decides which layouts are valid. Rejected: a solver. All layouts of 8,192 GPUs are a
+few thousand, and each costs some microseconds.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from launcher.contract.topology import build_topology, sequence_multiple
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 HEADROOM = 0.92
-"""Part of the memory that a layout to be proposed may need: the model errs by some per cent. A run is refused only
-where it needs more than all of it."""
+"""Part of the memory that a proposed layout may need, as the model errs by some per cent. A run is refused only where
+it needs more than all of it."""
 RECOMPUTE: tuple[Recompute, ...] = ("none", "norms", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
-    """Layouts of one number of GPUs."""
+    """The layouts of one number of GPUs."""
 
     workload: Workload
     gpu: GpuKind
     fitting: tuple[Candidate, ...]
-    """With headroom left, fastest first."""
+    """Layouts with headroom left, fastest first."""
     too_large: tuple[Candidate, ...]
-    """Valid by the rules, but not by memory; nearest first."""
+    """Layouts that keep the rules but need too much memory, those that need least first."""
     broken: tuple[tuple[str, str], ...]
-    """Sizes that break a rule, and the rule."""
+    """Sizes that break a rule, each with the rule's message."""
 
 
 def workload_of(spec: RunSpec, shape: ModelShape) -> Workload:
-    """One step of the run, at most: examples may be shorter than data.seq_length, rows fewer than examples."""
+    """Return one step of the run at its largest: every example has data.seq_length tokens and a row of its own."""
     train, length = spec.train, spec.data.seq_length
     rows = train.global_batch_size // length if train.global_batch_unit == "tokens" else train.global_batch_size
     return Workload(
@@ -56,7 +56,7 @@ def workload_of(spec: RunSpec, shape: ModelShape) -> Workload:
 
 
 def with_gpus(spec: RunSpec, gpus: int) -> RunSpec:
-    """The same run on so many GPUs: whole nodes, or a part of one."""
+    """Return the same run on so many GPUs: whole nodes, or a part of one."""
     each = spec.resources.gpus_per_node
     if gpus % each and gpus > each:
         nearest = shown_numbers(nearest_multiples(gpus, each))
@@ -67,7 +67,7 @@ def with_gpus(spec: RunSpec, gpus: int) -> RunSpec:
 
 
 def search(spec: RunSpec, shape: ModelShape, gpu: GpuKind, implementation: Implementation = CURRENT) -> SearchResult:
-    """Every layout of the run's GPUs; context parallel stays as the config has it."""
+    """Predict every layout of the run's GPUs, with context_parallel as the config has it."""
     workload = workload_of(spec, shape)
     fitting: list[Candidate] = []
     too_large: list[Candidate] = []
@@ -98,7 +98,7 @@ def search(spec: RunSpec, shape: ModelShape, gpu: GpuKind, implementation: Imple
 
 
 def nearest_fitting(spec: RunSpec, fitting: Sequence[Candidate]) -> Candidate | None:
-    """The layout that changes the fewest settings of `spec`; the fastest of those."""
+    """Return the layout that changes the fewest settings of `spec`, the fastest of several, or None."""
     if not fitting:
         return None
     given = {
@@ -113,7 +113,7 @@ def nearest_fitting(spec: RunSpec, fitting: Sequence[Candidate]) -> Candidate | 
 
 
 def apply(spec: RunSpec, candidate: Candidate) -> RunSpec:
-    """The run with this layout."""
+    """Return the run with this layout."""
     topology = candidate.layout.topology
     variant = _variant(
         spec,
@@ -127,8 +127,8 @@ def apply(spec: RunSpec, candidate: Candidate) -> RunSpec:
 
 
 def _slowness(candidate: Candidate) -> tuple[float, int, int, int]:
+    """Return a key that sorts fast layouts first, and of equally fast ones the simpler first."""
     topology = candidate.layout.topology
-    # equally fast layouts: the simpler one first
     return (
         -candidate.tokens_per_second,
         topology.pipeline_parallel,
@@ -138,7 +138,7 @@ def _slowness(candidate: Candidate) -> tuple[float, int, int, int]:
 
 
 def _sizes(spec: RunSpec, shape: ModelShape) -> Iterator[tuple[int, int, int, int]]:
-    """tp, pp, vpp and micro-batch sizes worth a look."""
+    """Yield tensor, pipeline and virtual pipeline sizes, and micro-batch sizes, that are worth a check."""
     ranks, world = spec.resources.ranks_per_node, spec.resources.world_size
     micro_batches = (1,) if spec.data.packing else MICRO_BATCH_SIZES
     for tensor in divisors(ranks):
@@ -159,7 +159,7 @@ def _variant(spec: RunSpec, tensor: int, pipeline: int, virtual: int, micro: int
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
         virtual_pipeline=virtual,
-        # saves memory and costs nothing wherever rows divide by it
+        # It saves memory and costs nothing wherever rows divide by it.
         sequence_parallel=tensor > 1
         and spec.data.seq_length % sequence_multiple(tensor, spec.topology.context_parallel, True) == 0,
     )

@@ -1,1 +1,1 @@
-"""Commands that run on a cluster's login node, over the user's own ssh."""
+"""Run commands on a cluster's login node, over the user's own ssh."""

@@ -1,9 +1,9 @@
-"""The first half of the far end of `delivery`, on the login node: takes code and command from stdin.
+"""Store the launcher's code and one command on a login node: the other end of `launcher.remote.delivery`.
 
-This file is piped into a Python that may not have the launcher yet, so it uses the standard library only. It stores the
-launcher's code, unless an earlier command has brought the same, and one command with all that it needs.
-`launcher.arrived` then runs the command. Two steps, because a terminal may belong to the second: what is piped through
-one is echoed, and the command can hold secrets.
+This file is piped into a Python that may not have the launcher yet, so it uses the standard library only. It reads code
+(unless an earlier command has brought the same) and command from stdin. `launcher.arrived` then runs the command. The
+two are separate because the second may have a terminal: what is piped through a terminal is echoed, and a command can
+hold secrets.
 
     DIRECTORY/.launcher/code/HASH/{code,home}   the launcher; the user's templates and cluster files
     DIRECTORY/.launcher/files/HASH/NAME         files that configs name; runs read them, so they stay
@@ -22,15 +22,15 @@ import time
 from pathlib import Path
 
 MARK = "slurm-sft-launcher: "
-"""Begins each answer: a login shell's start-up files may print lines of their own."""
+"""Starts each answer: a login shell's start-up files may print lines of their own."""
 
 _REQUEST = f"slurm-sft-launcher-{os.getuid()}-request-"
 _UNUSED_SECONDS = 30 * 86400.0
-_FORGOTTEN_SECONDS = 3600.0
+_LEFT_OVER_SECONDS = 3600.0
 
 
 def deposit() -> None:
-    """Take code and command from stdin; the last answer says where they are."""
+    """Read code and command from stdin, store them, and print where they are as the last answer."""
     stdin = sys.stdin.buffer
     head = json.loads(stdin.readline())
     directory = Path(head["directory"]).expanduser().absolute()
@@ -49,7 +49,7 @@ def deposit() -> None:
         size = int(stdin.readline())
         _unpack(stdin.read(size), size, code)
     request = stdin.read()
-    json.loads(request)  # whole, or the other side is gone
+    json.loads(request)  # fails where the connection ended in the middle of it
     _clear(code.parent)
     handle, name = tempfile.mkstemp(prefix=_REQUEST)  # mode 0600, and not on a shared file system
     with os.fdopen(handle, "wb") as file:
@@ -62,7 +62,7 @@ def _say(**answer: str) -> None:
 
 
 def _unpack(packed: bytes, size: int, code: Path) -> None:
-    """All of it or nothing, whoever else is at it."""
+    """Unpack the archive into the folder `code`, whole or not at all, beside other commands that may do the same."""
     if len(packed) != size:
         sys.exit("the connection ended while the launcher's code was sent")
     code.parent.mkdir(exist_ok=True)
@@ -71,24 +71,25 @@ def _unpack(packed: bytes, size: int, code: Path) -> None:
         archive.extractall(aside, filter="data")
     try:
         aside.rename(code)
-    except OSError:  # another command has brought it meanwhile
+    except OSError:  # another command was first
         shutil.rmtree(aside)
 
 
 def _clear(codes: Path) -> None:
-    """Code that nothing has used for a month (runs have copies of theirs), and commands that were never carried out."""
+    """Delete code that no command has used for a month (runs have copies of theirs), and commands that never ran."""
     for code in codes.iterdir():
         if _age(code) > _UNUSED_SECONDS:
             shutil.rmtree(code, ignore_errors=True)
     for request in Path(tempfile.gettempdir()).glob(f"{_REQUEST}*"):
-        if _age(request) > _FORGOTTEN_SECONDS:
+        if _age(request) > _LEFT_OVER_SECONDS:
             request.unlink(missing_ok=True)
 
 
 def _age(path: Path) -> float:
+    """Return the seconds since a file was used last, 0 where it is gone."""
     try:
         return time.time() - path.stat().st_mtime
-    except OSError:  # another command has cleared it away
+    except OSError:  # another command has deleted it
         return 0.0
 
 

@@ -1,12 +1,11 @@
-"""Which commands run on a cluster's login node instead of here, and what they need there.
+"""Decide which commands run on a cluster's login node instead of here, and hand them over.
 
-A config says it by its cluster; a command on runs by --cluster, SFT_CLUSTER, or because the run was submitted from
-here. Everything else is this machine's, and pays nothing for the question.
+A command with a config runs where the config's cluster is; a command on runs where --cluster or SFT_CLUSTER says, or
+where the run was submitted to from here. All others run on this machine.
 
-Checks run on the host, where model, data and Slurm are, and in the code that is sent from here: what is checked is what
-is submitted. Rejected: the host's own installation with a check of its version (a version does
-not tell apart two states of a checkout), and rendering here with only sbatch sent (half of the checks look at files of
-the cluster).
+The whole command runs on the host, where model, data and Slurm are, in the code that is sent from here: what is checked
+is what is submitted. Rejected: the host's own installation with a check of its version (which does not tell apart two
+states of a checkout), and rendering here with only sbatch sent (half of the checks look at files of the cluster).
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def hand_over(options: argparse.Namespace, words: Sequence[str]) -> int | None:
-    """Run the command on its cluster's host; its exit code, or None where it is this machine's to run."""
+    """Run the command on its cluster's host and return its exit code, or None for a command that runs here."""
     if arrival() is not None or not hasattr(options, "cluster"):
         return None
     return _with_config(options, words) if hasattr(options, "config") else _on_runs(options, words)
 
 
 def _with_config(options: argparse.Namespace, words: Sequence[str]) -> int | None:
-    """A command on a config file."""
+    """Hand over a command on a config file."""
     from launcher.contract.config.load import read_remote
 
     spec = read_remote(options.config, options.overrides, options.cluster)
@@ -45,7 +44,7 @@ def _with_config(options: argparse.Namespace, words: Sequence[str]) -> int | Non
     source, diff = describe_source()
     request = Request(words=tuple(words), environment=_values(spec.secret_names), files=files, source=source, diff=diff)
     if hasattr(options, "follow") and not (options.dry_run or options.test_only):
-        remember(spec.name, spec.cluster.name, spec.secret_names)  # first: connections can be lost
+        remember(spec.name, spec.cluster.name, spec.secret_names)  # before it runs: a connection can be lost
     return run(_host(spec.cluster), request, spec)
 
 
@@ -57,7 +56,7 @@ def sent_paths(spec: RunSpec) -> list[str]:
 
 
 def _on_runs(options: argparse.Namespace, words: Sequence[str]) -> int | None:
-    """A command on runs, or on a cluster's nodes."""
+    """Hand over a command on runs, or on a cluster's nodes."""
     from launcher.remote.sent_runs import recall
 
     known = recall(options)
@@ -74,7 +73,10 @@ def _on_runs(options: argparse.Namespace, words: Sequence[str]) -> int | None:
 
 
 def run_on(cluster: ClusterSpec, words: Sequence[str], secrets: Sequence[str] = ()) -> int | None:
-    """Run a command that needs no file on the cluster's host; None where the cluster has none, or this is it."""
+    """Run a command that needs no file on the cluster's host and return its exit code.
+
+    Return None where the cluster has no host, or this is it.
+    """
     if cluster.host is None or arrival() is not None:
         return None
     from launcher.contract.manifest import describe_source
@@ -87,7 +89,7 @@ def run_on(cluster: ClusterSpec, words: Sequence[str], secrets: Sequence[str] = 
 
 
 def _values(names: Sequence[str]) -> dict[str, str]:
-    """Those that are missing are found missing on the host, in the same words as ever."""
+    """Return the values of the variables that are set. The check on the host reports the others."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

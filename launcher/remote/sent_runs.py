@@ -1,4 +1,4 @@
-"""Which runs were submitted to which cluster from here, so that `launcher status RUN` finds its host by itself."""
+"""Remember which runs were submitted to which cluster, so that `launcher status RUN` finds the run's host by itself."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ def _file() -> Path:
 
 
 def remember(run: str, cluster: str, secrets: Sequence[str]) -> None:
-    """Write down where a run, or a sweep's runs, are about to be."""
+    """Record that a run, or a sweep's runs, are about to be submitted to a cluster."""
     _file().parent.mkdir(parents=True, exist_ok=True)
     append_line(_file(), {"run": run, "cluster": cluster, "secrets": list(secrets), "time": time.time()})
 
 
 def recall(options: argparse.Namespace) -> RemoteRun | None:
-    """Where the runs are that a command names; None where it names none, or one that is here or never was sent.
+    """Return where the runs are that a command names.
 
-    ConfigError where they are on several clusters.
+    Return None where it names none, one that is on this machine, or only ones that were not sent from here.
+    Raise ConfigError where they are on several clusters.
     """
     words = [getattr(options, name) for name in ("run", "group") if getattr(options, name, None)]
     words += getattr(options, "runs", [])
     root = options.run_root or default_run_root()
     if not words or not _file().exists() or any(_is_here(word, root) for word in words):
         return None
-    known = {line["run"]: line for line in read_lines(_file())}  # the newest of a name
-    found = [known[name] for name in words if name in known]
-    clusters = sorted({line["cluster"] for line in found})
+    known = {line["run"]: line for line in read_lines(_file())}  # the newest run of each name
+    sent = [known[name] for name in words if name in known]
+    clusters = sorted({line["cluster"] for line in sent})
     if len(clusters) > 1:
         raise ConfigError(f"these runs are on {' and '.join(clusters)}; name the runs of one cluster at a time")
-    secrets = {name for line in found for name in line["secrets"]}
+    secrets = {name for line in sent for name in line["secrets"]}
     return RemoteRun(cluster=clusters[0], secrets=tuple(sorted(secrets))) if clusters else None
 
 

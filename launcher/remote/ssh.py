@@ -1,9 +1,9 @@
-"""The user's own ssh: one connection a host, which all commands share for ten minutes after the last.
+"""Commands of the user's own ssh, with one connection a host that commands share until ten minutes after the last.
 
-So whoever must answer for a second factor does so once. Prompts are ssh's, on the terminal. What the options of the
-cluster file say wins over ours, as ssh takes the first value that it meets.
+A second factor is thus asked for once, by ssh itself on the terminal. Options of the cluster file come before ours and
+win, as ssh takes the first value that it is given.
 
-Rejected: a Python ssh library, which knows neither the user's ssh configuration nor every site's way of asking.
+Rejected: a Python ssh library, which knows neither the user's ssh configuration nor each site's way to log in.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from dataclasses import dataclass
 from launcher.contract.private_folder import private_folder
 
 LOST = 255
-"""What ssh exits with when it failed itself."""
+"""The exit code of ssh when the connection failed."""
 
 _KEPT_SECONDS = 600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
-    """A login node, and what runs there."""
+    """A login node, and how commands run there."""
 
     name: str
     options: tuple[str, ...]
-    """ssh's, one a word."""
+    """Of ssh, one word an item."""
     python: str
     directory: str
     cluster: str
-    """Name of the cluster file that says so."""
+    """Name of the cluster file that names the host."""
 
     def command(self, words: Sequence[str], *, terminal: bool = False) -> list[str]:
-        """The ssh command that runs `words` there: a shell gets them, so each is quoted."""
+        """Return the ssh command that runs `words` there, each quoted for the shell that reads them."""
         kind = ["-t", "-o", "LogLevel=ERROR"] if terminal else ["-T"]  # no "Shared connection closed." at the end
         alive = ["-o", "ServerAliveInterval=30"]  # a dead link ends the command
         return ["ssh", *self.options, *self._shared(), *alive, *kind, "--", self.name, shlex.join(words)]
@@ -43,7 +43,7 @@ class Host:
         folder = private_folder()
         if folder is None:
             return []
-        key = hashlib.sha256(repr((self.name, self.options)).encode()).hexdigest()[:12]  # sockets have short names only
+        key = hashlib.sha256(repr((self.name, self.options)).encode()).hexdigest()[:12]  # a socket's name must be short
         socket = str(folder / f"ssh-{key}").replace("%", "%%")
         return [
             *("-o", "ControlMaster=auto"),

@@ -243,7 +243,11 @@ def test_the_far_end_of_logs_ends_with_the_near_one(site: Site, how: str) -> Non
             "host_directory: /no/where is not a directory of",
         ),
         ({"host_python": "no-such-python"}, ExitCode.BAD_INPUT, "cluster.host_python: 'no-such-python' did not run on"),
-        ({"host": "127.0.0.1", "host_options": ["-F", "none", "-p", "1"]}, ExitCode.SCHEDULER, "ssh did not reach"),
+        (
+            {"host": "127.0.0.1", "host_options": ["-F", "none", "-p", "1"]},
+            ExitCode.SCHEDULER,
+            "ssh could not connect to",
+        ),
     ],
 )
 def test_the_way_there_is_wrong(site: Site, changes: dict[str, Any], code: ExitCode, said: str) -> None:
