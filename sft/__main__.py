@@ -1,8 +1,7 @@
-"""`python -m sft`: what runs inside a job. `prepare` and `export` are one process, `train` is every rank.
+"""`python -m sft`: the commands inside a job. `prepare` and `export` run as one process, `train` runs on every rank.
 
-`audit` runs wherever the data are, before there is a job.
-
-Exit codes: launcher/contract/exit_codes.py. Errors that a user can mend are printed without a traceback.
+`audit` runs wherever the data are, before there is a job. Exit codes are those of launcher/contract/exit_codes.py.
+Errors that a user can fix are printed without a traceback.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from sft.runtime.error_record import record_error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, and turn errors into exit codes."""
+    """Parse the arguments, run the command, and return its exit code. Errors become exit codes too."""
     options = _parser().parse_args(arguments)
     _quieten_libraries()
     try:
@@ -36,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = error.exit_code
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
-    except Exception as error:  # the top of a rank: whatever it is must be in the log, and the others freed
+    except Exception as error:  # whatever it is must get into the log, and other ranks must not wait for this one
         traceback.print_exc()
         _record(options, error)
         code = ExitCode.FAILURE
@@ -44,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _record(options: argparse.Namespace, error: BaseException) -> None:
-    """Leave the error to who looks for its cause; a benchmark belongs to no run."""
-    if "path" in options:
+    """Write the error to the run directory, where the launcher looks for the first cause of a failure."""
+    if "path" in options:  # a benchmark belongs to no run
         record_error(options.path, error)
 
 
@@ -57,11 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         (
             "audit",
             _audit,
-            "look at the data before training: what is trained, what is lost; writes an HTML report",
+            "show what would be trained and what is lost, and write an HTML report",
             "config",
         ),
-        ("preflight", _preflight, "look for a bad node; started once on each node", "config"),
-        ("train", _train, "train; started once for each rank", "config"),
+        ("preflight", _preflight, "look for a bad node (started once on each node)", "config"),
+        ("train", _train, "train (started once for each rank)", "config"),
         ("export", _export, "write the best or newest checkpoint as a Hugging Face directory", "run"),
     ):
         command = commands.add_parser(name, help=what, description=what)
@@ -77,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
                 default="hf",
                 help="nemo2: a NeMo 2 checkpoint in export_nemo2/ as well",
             )
-    what = "measure training speed and memory on drawn weights, beside other trainers if asked"
+    what = "measure training speed and memory with random weights and tokens, optionally beside other trainers"
     command = commands.add_parser("bench", help=what, description=what)
     add_arguments(command)
     command.set_defaults(run=_bench)
@@ -111,7 +110,7 @@ def _preflight(options: argparse.Namespace) -> ExitCode:
 def _train(options: argparse.Namespace) -> ExitCode:
     from sft.training.trainer import train
 
-    # Importing Lightning sets the level of its loggers, so this comes after.
+    # After the import, because Lightning sets the level of its loggers when it is imported.
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return train(options.path)
@@ -124,7 +123,7 @@ def _export(options: argparse.Namespace) -> ExitCode:
 
 
 def _quieten_libraries() -> None:
-    """Keep other libraries' advice out of the logs; their errors, and our own warnings, stay."""
+    """Keep warnings and advice of other libraries out of the logs. Their errors, and our own warnings, stay."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|pytorch_lightning|lightning_fabric|transformers)\b.*")
     for name in ("megatron", "torch.distributed", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -134,7 +133,8 @@ def _quieten_libraries() -> None:
 
 
 def _leave(code: int) -> None:
-    """End without waiting for peers: after an error, collectives in flight would hold an orderly exit up."""
+    """End the process with exit code `code`, without cleaning up."""
+    # After an error, an orderly exit would wait for collectives that other ranks never join.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

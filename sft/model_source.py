@@ -1,8 +1,8 @@
-"""Where a run's model is: a Hugging Face directory, a GGUF file, a NeMo checkpoint, or a file of an installed package.
+"""Find a run's model: a Hugging Face directory, a GGUF file, a NeMo checkpoint, or a file of an installed package.
 
-A GGUF or NeMo checkpoint is converted once, into a cache keyed by the hash of its content: the same model under another
-path or in another run is found again, a changed file is not. `prepare` converts; ranks only look, so that no two of
-them do the same work.
+A GGUF or NeMo checkpoint is converted once, into a cache named by the hash of its content. So the same model is found
+again under another path and in another run, and a changed file is not. `prepare` converts. Ranks only look, so that no
+two of them do the same work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _BLOCK = 2**22
 
 
 def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
-    """The Hugging Face directory of `spec.model.path`; other kinds are converted, or with `convert` off must be."""
+    """Return the Hugging Face directory of `spec.model.path`, after converting another kind of checkpoint.
+
+    Raise ModelError if there is no model, or if `convert` is off and it is not converted yet.
+    """
     source = locate(spec.model.path)
     if source.is_dir() and not is_checkpoint(source):
         return source
@@ -43,7 +46,7 @@ def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
 
 
 def locate(path: str) -> Path:
-    """The directory or file that `model.path` means; ModelError says what is not there."""
+    """Return the directory or file that `model.path` means, or raise ModelError."""
     source = _package_file(path.removeprefix(PACKAGE)) if path.startswith(PACKAGE) else Path(path)
     if source.is_dir() or (source.is_file() and source.suffix in (".gguf", NEMO)):
         return source
@@ -53,7 +56,7 @@ def locate(path: str) -> Path:
 
 
 def _package_file(place: str) -> Path:
-    """NAME/FILE -> the file in the installed package NAME, which is found but not imported."""
+    """Return the path of NAME/FILE, a file in the installed package NAME, without importing the package."""
     name, _, file = place.partition("/")
     if not name.isidentifier() or not file or ".." in Path(file).parts or Path(file).is_absolute():
         raise ModelError(f"model.path: {PACKAGE}{place} is not of the form {PACKAGE}NAME/FILE")
@@ -76,7 +79,10 @@ def _content_hash(path: Path) -> str:
 
 
 def _convert_into(source: Path, target: Path) -> None:
-    """Convert beside `target`, mark and rename; of two that do it at once, the first to end wins."""
+    """Convert `source` in a temporary directory, mark it as complete and rename it to `target`.
+
+    Of two jobs that convert at once, the first to finish wins.
+    """
     from sft.hf.gguf import convert_gguf  # transformers takes seconds to import
     from sft.nemo.convert import convert_nemo
 
@@ -85,7 +91,8 @@ def _convert_into(source: Path, target: Path) -> None:
     try:
         (convert_gguf if source.suffix == ".gguf" else convert_nemo)(source, aside)
         (aside / COMPLETE).write_text(f"{source}\n", encoding="utf-8")
-        aside.chmod((aside / COMPLETE).stat().st_mode | 0o111)  # mkdtemp's is owner only; the cache is shared
+        # mkdtemp allows only the owner; in a shared cache, allow whom the umask allows.
+        aside.chmod((aside / COMPLETE).stat().st_mode | 0o111)
         sync_files(aside)
         if target.exists() and not (target / COMPLETE).is_file():
             shutil.rmtree(target)

@@ -1,7 +1,7 @@
-"""`python -m sft audit CONFIG`: looks at the data of a run on one CPU, and refuses what the limits refuse.
+"""`python -m sft audit CONFIG`: report what a run would train on, on one CPU, and check the limits of a run.
 
-The report is written first and the limits are checked afterwards, so that data which are refused can be looked at.
-Trained text is green on a terminal and between double brackets elsewhere.
+The report is written before the limits are checked, so that one can look at data that are refused. Trained text is
+green on a terminal, and between double brackets elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _PRINTED_CHARACTERS = 1500
 
 
 def audit(config: Path, output: Optional[Path] = None) -> ExitCode:
-    """Print what the data are, write the HTML report to `output` or beside the config, and check the limits."""
+    """Print a summary and examples, write the HTML report to `output` or beside the config, and check the limits.
+
+    Raise DataError if the data lose more than data.max_lost_percent.
+    """
     spec = read_config(config)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else resolve_model_dir(spec, convert=True)
     audits = audit_data(spec, tokenizer_dir)
@@ -43,25 +46,26 @@ def audit(config: Path, output: Optional[Path] = None) -> ExitCode:
 
 
 def read_config(path: Path) -> RunSpec:
-    """The spec of a run directory's config.yaml, or of a config as a user writes it."""
+    """Return the spec of a run directory's config.yaml, or of a config as a user writes it."""
     try:
         return read_resolved(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ConfigError:
-        # The launcher's reader needs OmegaConf, which ranks do without; audits are made where it is.
+        # This reader needs OmegaConf, which ranks do not have; a machine that audits a user's config does.
         from launcher.contract.config.load import load_config
 
         return load_config(path).spec
 
 
 def coloured(samples: Sequence[Sample], *, colours: bool) -> str:
-    """Examples as text, their trained parts marked; control characters of the data never reach the terminal."""
+    """Return examples as text with their trained parts marked."""
     before, after = ("\x1b[32m", "\x1b[0m") if colours else ("[[", "]]")
-    found = []
+    texts = []
     for sample in samples:
         parts = []
         for segment in sample.segments:
+            # Control characters in the data could do anything to a terminal: they are shown, not sent.
             text = "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in segment.text)
             parts.append(f"{before}{text}{after}" if segment.weight else text)
         shown = "".join(parts)
@@ -70,5 +74,5 @@ def coloured(samples: Sequence[Sample], *, colours: bool) -> str:
             if len(shown) > _PRINTED_CHARACTERS
             else shown
         )
-        found.append(f"{sample.where}:\n{cut.rstrip()}")
-    return "\n".join(found)
+        texts.append(f"{sample.where}:\n{cut.rstrip()}")
+    return "\n".join(texts)

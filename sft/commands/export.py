@@ -1,4 +1,4 @@
-"""`python -m sft export`: write a checkpoint of a run as a Hugging Face directory, and say what training changed."""
+"""`python -m sft export`: write a checkpoint of a run as a Hugging Face directory, and print what training changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def export(run: Path, step: int | None = None, *, nemo2: bool = False) -> ExitCo
 
 
 def export_run(run_root: Path, step: int | None = None) -> Choice:
-    """Write RUN/export from the checkpoint of `step`, or from the one that the config chooses; which one it was."""
+    """Write RUN/export from the checkpoint of `step`, by default that of the config, and return the choice."""
     paths = RunPaths(run_root)
     if not paths.config.is_file():
         raise RunStateError(f"{run_root}: no {paths.config.name}; it is not a run directory")
@@ -71,7 +71,7 @@ def _write(sharded: Path, spec: RunSpec, out_dir: Path) -> None:
 
 
 def _held_out_change(paths: RunPaths, step: int) -> list[str]:
-    """The held-out loss before training and at the exported step (or the last before it that was evaluated)."""
+    """Return a line with the held-out loss before training and at the last evaluation up to `step`, or no line."""
     records = [record for record in read_lines(paths.metrics) if "eval_loss" in record and record["step"] <= step]
     if len(records) < 2:
         return []

@@ -1,7 +1,8 @@
-"""What is minimised, as weights: every objective here is sum(weight * nll) / sum over the global batch.
+"""Express each training objective as loss weights: all of them are sum(weight * nll) / divisor over the global batch.
 
-The token mean takes the weights as they come. The others rescale them, by numbers that are in the batch itself, and
-change the divisor to one that every rank knows; module and schedule need not know which objective it is.
+The token mean takes the weights as they are, and their sum as the divisor. The others rescale the weights by numbers
+that are in the micro-batch itself, and change the divisor to one that every rank knows. Nothing else needs to know
+which objective it is.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ Objective = Literal["token_mean", "example_mean", "microbatch_mean"]
 
 
 def weighted_for(objective: Objective, batch: StepBatch, data_parallel: int) -> StepBatch:
-    """The batch with the weights and the divisor of `objective`.
+    """Return the batch with the weights and the divisor of `objective`.
 
-    A micro-batch without targets counts 0 in the mean of micro-batch means, where other trainers get 0 / 0.
+    In the mean of micro-batch means, a micro-batch without targets counts as 0; other trainers compute 0 / 0.
     """
     if objective == "token_mean":
         return batch
@@ -31,7 +32,7 @@ def weighted_for(objective: Objective, batch: StepBatch, data_parallel: int) -> 
 
 
 def _rescaled(batch: StepBatch, sums: Callable[[MicroBatch], Tensor], divisor: float) -> StepBatch:
-    """Weights divided by the `sums` they are part of."""
+    """Return the batch with each weight divided by the sum that it belongs to, and with this divisor."""
     micro_batches = []
     for part in batch.micro_batches:
         total = sums(part)
@@ -45,7 +46,7 @@ def _micro_batch_sums(part: MicroBatch) -> Tensor:
 
 
 def _example_sums(part: MicroBatch) -> Tensor:
-    """For each position the weight of its whole example: a row, or a sequence of a packed row."""
+    """Return, for each position, the summed weight of its example: of the row, or of its sequence in a packed row."""
     weights = part.loss_weights
     if part.seq_lengths is None:
         return weights.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What a training step and an evaluation give."""
+"""The results of a training step and of an evaluation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one optimizer step gave; tensors stay on the device until somebody logs them."""
+    """The result of one optimizer step. Its tensors stay on the device until they are logged."""
 
     step: int
-    """Optimizer steps done, this one included."""
+    """Number of optimizer steps done, this one included."""
     loss: Tensor
     grad_norm: Tensor
     bad: Tensor
-    """1.0 where the update was not applied, because loss or norm is not finite or the norm is a spike."""
+    """1.0 if the update was skipped because loss or norm is not finite, or the norm is a spike; else 0.0."""
     lr: float
     examples: int
     tokens: int
@@ -27,7 +27,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalResult:
-    """Exact token mean over a held-out set."""
+    """The exact mean over the tokens of a held-out set."""
 
     loss: float
     examples: int

@@ -1,6 +1,6 @@
-"""TensorBoard, Weights & Biases, MLflow and NeMo's log file, beside metrics.jsonl: loggers told the same numbers.
+"""Loggers that get the same numbers as metrics.jsonl: TensorBoard, Weights & Biases, MLflow and NeMo's log file.
 
-They are conveniences: what goes wrong in one of them after it was set up is said once, and training goes on without it.
+They are conveniences: a logger that fails after it was set up is reported once, and training goes on without it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
@@ -21,21 +20,21 @@ from launcher.contract.spec import RunSpec
 
 
 def check_loggers(spec: RunSpec) -> None:
-    """ConfigError where a package is missing that a logger needs."""
+    """Raise ConfigError if a package is missing that a logger needs."""
     problems = [f"{key}: {message}" for key, message in missing_loggers(spec)]
     if problems:
         raise ConfigError(problems)
 
 
 class MetricLoggers:
-    """The loggers a config asks for; rank 0 only."""
+    """The loggers that a config asks for. Only rank 0 has them."""
 
     def __init__(self, spec: RunSpec, paths: RunPaths, first_step: int, say: Callable[[str], None]) -> None:
         self._say = say
         logging = spec.logging
         self._loggers: list[Logger] = []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the libraries; -W error must not stop a run for their deprecations
+            warnings.simplefilter("ignore")  # with -W error a deprecation in a logger's library would stop the run
             if logging.tensorboard:
                 self._loggers.append(_tensorboard(paths, first_step))
             if logging.wandb is not None:
@@ -44,37 +43,40 @@ class MetricLoggers:
                 self._loggers.append(_mlflow(logging.mlflow, paths))
             if logging.nemo:
                 self._loggers.append(NemoLogger(paths.nemo_log))
-        for logger in self._loggers[logging.tensorboard :]:  # TensorBoard would make a run of its own of them
+        for logger in self._loggers[logging.tensorboard :]:  # all but TensorBoard, which shows them as another run
             self._guarded(logger, lambda it: it.log_hyperparams(dataclasses.asdict(spec)))
 
-    def log(self, fields: dict[str, Any]) -> None:
-        """Hand on the numbers of a line of metrics.jsonl, under its step."""
+    def log(self, fields: Mapping[str, object]) -> None:
+        """Pass the numbers of a line of metrics.jsonl to all loggers, under its step."""
         numbers = {name: value for name, value in fields.items() if isinstance(value, (int, float)) and name != "step"}
+        step = fields["step"]
+        assert isinstance(step, int), "every line of metrics.jsonl has its step"
         for logger in list(self._loggers):
-            self._guarded(logger, lambda it: it.log_metrics(numbers, step=fields["step"]))
+            self._guarded(logger, lambda it: it.log_metrics(numbers, step=step))
 
     def close(self) -> None:
-        """Write out what they still hold."""
+        """Write what the loggers still hold in memory."""
         for logger in list(self._loggers):
             self._guarded(logger, lambda it: it.finalize("success"))
 
-    def _guarded(self, logger: Logger, call: Callable[[Logger], Any]) -> None:
+    def _guarded(self, logger: Logger, call: Callable[[Logger], object]) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 call(logger)
-        except Exception as error:  # whatever a tracking server answers, it is no reason to lose a run
+        except Exception as error:  # no answer of a tracking server is a reason to lose a run
             self._loggers.remove(logger)
-            self._say(f"{type(logger).__name__} is left out from here on: {type(error).__name__}: {error}")
+            self._say(f"{type(logger).__name__} failed and is no longer used: {type(error).__name__}: {error}")
 
 
 def _tensorboard(paths: RunPaths, first_step: int) -> Logger:
-    """Event files in RUN/tensorboard; of steps that are done again the later values count."""
+    """Return a logger that writes event files to RUN/tensorboard."""
+    # purge_step hides what an earlier attempt logged of the steps that are now done again.
     return TensorBoardLogger(paths.root, name="tensorboard", version="", purge_step=first_step + 1, flush_secs=10)
 
 
 def _wandb(project: str, paths: RunPaths) -> Logger:
-    """One W&B run over all attempts. Without WANDB_MODE it is kept in RUN/wandb, for `wandb sync`."""
+    """Return a logger of one W&B run for all attempts, which stays in RUN/wandb unless WANDB_MODE is `online`."""
     offline = os.environ.setdefault("WANDB_MODE", "offline") != "online"
     resume = None if offline else "allow"
     return WandbLogger(
@@ -83,7 +85,7 @@ def _wandb(project: str, paths: RunPaths) -> Logger:
 
 
 def _mlflow(uri: str, paths: RunPaths) -> Logger:
-    """One MLflow run over all attempts, in the experiment `sft`: its id is kept beside the metrics."""
+    """Return a logger of one MLflow run for all attempts, in the experiment `sft`; the run directory keeps its id."""
     known = paths.root / "mlflow_run_id"
     where = f"sqlite:///{paths.root / 'mlflow.db'}" if uri == "local" else uri
     run_id = known.read_text(encoding="utf-8").strip() if known.exists() else None
@@ -93,11 +95,11 @@ def _mlflow(uri: str, paths: RunPaths) -> Logger:
 
 
 class NemoLogger(Logger):
-    """Lines by the logger of `nemo.utils` (nemo_toolkit 3), in the file where NeMo's exp_manager writes rank 0's."""
+    """Writes lines with the logger of `nemo.utils` (nemo_toolkit 3) to the log file of NeMo's exp_manager."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        from nemo.utils import logging as nemo_logging  # five seconds, and an optional package
+        from nemo.utils import logging as nemo_logging  # an optional package that takes five seconds to import
 
         nemo_logging.captureWarnings(False)
         nemo_logging.remove_stream_handlers()
@@ -116,5 +118,5 @@ class NemoLogger(Logger):
         numbers = ", ".join(f"{name}: {value:.6g}" for name, value in metrics.items())
         self._log.info(f"global_step: {step}, {numbers}")
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Not here: they are in the run's config.yaml."""
+    def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
+        """Do nothing: they are in the run's config.yaml."""

@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""Plot the loss curve."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from launcher.contract.rundir import RunPaths, read_lines
 
 
 def plot_loss(paths: RunPaths) -> None:
-    """Draw training and held-out loss over steps from metrics.jsonl into loss.png."""
+    """Plot training and held-out loss from metrics.jsonl over steps, and save the plot as loss.png."""
     import matplotlib
 
     matplotlib.use("Agg")

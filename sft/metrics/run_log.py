@@ -1,7 +1,8 @@
-"""What a run says about itself while it trains: log lines, metrics.jsonl, events.jsonl, progress.json.
+"""Write what a run reports while it trains: log lines, metrics.jsonl, events.jsonl and progress.json.
 
-Numbers of a step stay on the device until a line is due, so that logging every n-th step waits for the device every
-n-th step. Log lines are also the progress bar: logs are files, and a bar redrawn in place would be one long line.
+The numbers of a step stay on the device until a line is due: logging every n-th step makes the host wait for the device
+only every n-th step. Log lines are also the progress bar, because logs are files, where a bar redrawn in place would be
+one long line.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from launcher.contract.rundir import RunPaths, append_event, append_line, read_lines, write_atomic, write_json
 from launcher.contract.spec import RunSpec
@@ -18,12 +19,27 @@ from sft.metrics.loggers import MetricLoggers
 from sft.metrics.mfu import Utilization
 
 _PROGRESS_INTERVAL_SECONDS = 2.0
-"""progress.json is synced to a shared file system; more often would only cost."""
+"""progress.json goes to a shared file system, where each write costs something and nobody reads more often."""
 _BAR_WIDTH = 20
 
 
+class _Speed(TypedDict):
+    tokens_per_second: float
+    mfu: NotRequired[float]
+
+
+class _Record(_Speed):
+    """The numbers of a step that progress.json and the log line have of a line of metrics.jsonl."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    consumed_examples: int
+
+
 class RunLog:
-    """The log lines, metrics and progress of a run; only rank 0 writes."""
+    """Log lines, metrics and progress of a run. Only rank 0 writes."""
 
     def __init__(
         self,
@@ -43,7 +59,7 @@ class RunLog:
         self._step_seconds: deque[float] = deque(maxlen=20)
         self._last_written = 0.0
         self._checkpoint: str | None = None
-        self._record: dict[str, Any] = {}
+        self._record: dict[str, object] = {}
         self._utilization = utilization
         self._loggers: MetricLoggers | None = None
         self._tokens = 0
@@ -53,13 +69,14 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """Since training began."""
+        """Seconds since training began."""
         return time.monotonic() - self._began
 
     def begin(self, step: int, source: str) -> None:
-        """Training begins after `step` steps; what an earlier attempt logged of later ones is done again now."""
+        """Note that training begins after `step` steps, from `source`, and remove metrics of later steps."""
         self._began = time.monotonic()
         if self.is_writer:
+            # An earlier attempt may have gone further than its last checkpoint: those steps are done again now.
             kept = [record for record in read_lines(self.paths.metrics) if record["step"] <= step]
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
             write_atomic(self.paths.metrics, "".join(lines))
@@ -72,31 +89,31 @@ class RunLog:
         if self.is_writer:
             print(text, flush=True)
 
-    def event(self, name: str, **fields: Any) -> None:
-        """Record an event on rank 0."""
+    def event(self, name: str, **fields: object) -> None:
+        """Append an event to events.jsonl on rank 0."""
         if self.is_writer:
             append_event(self.paths, name, attempt=self._attempt, **fields)
 
-    def metrics(self, **fields: Any) -> None:
-        """Append a line to metrics.jsonl on rank 0."""
+    def metrics(self, **fields: object) -> None:
+        """Append a line to metrics.jsonl on rank 0, and pass its numbers to the loggers."""
         if self.is_writer:
             append_line(self.paths.metrics, fields)
             if self._loggers is not None:
                 self._loggers.log(fields)
 
     def close(self) -> None:
-        """Nothing more will be logged."""
+        """Close the loggers. Nothing may be logged after this."""
         if self._loggers is not None:
             self._loggers.close()
 
     def checkpoint_saved(self, name: str) -> None:
-        """Show `name` as the newest checkpoint from now on."""
+        """Show `name` as the newest checkpoint in progress.json from now on."""
         self._checkpoint = name
         if self.is_writer and self._record:
             self._write_progress()
 
     def is_due(self, step: int) -> bool:
-        """Whether the step gets a log line."""
+        """Return whether the step gets a log line."""
         return step % self._spec.logging.every == 0 or step == self.max_steps
 
     def step(self, result: StepResult, seconds: float, consumed_examples: int) -> None:
@@ -107,13 +124,12 @@ class RunLog:
         self._seconds += seconds
         if not self.is_writer or not self.is_due(result.step):
             return
-        speed = self._speed()
-        record = {
+        record: _Record = {
             "step": result.step,
             "loss": float(result.loss),
             "grad_norm": float(result.grad_norm),
             "lr": result.lr,
-            **speed,
+            **self._speed(),
             "consumed_examples": consumed_examples,
         }
         counts = {
@@ -122,6 +138,7 @@ class RunLog:
             "supervised_tokens": result.supervised_tokens,
         }
         self.metrics(**record, **counts)
+        # By the median of the last steps: one step that saved a checkpoint should not change the estimate.
         eta = (self.max_steps - result.step) * sorted(self._step_seconds)[len(self._step_seconds) // 2]
         self._record = {**record, "eta_seconds": round(eta, 1)}
         if self._spec.logging.progress_bar:
@@ -129,10 +146,10 @@ class RunLog:
         if result.step == self.max_steps or time.time() - self._last_written >= _PROGRESS_INTERVAL_SECONDS:
             self._write_progress()
 
-    def _speed(self) -> dict[str, float]:
-        """Tokens a second, and MFU where it has a meaning, since the last line."""
+    def _speed(self) -> _Speed:
+        """Return the tokens per second, and MFU if it has a meaning, since the last line, and start counting anew."""
         seconds = max(self._seconds, 1e-9)
-        speed = {"tokens_per_second": round(self._tokens / seconds, 1)}
+        speed: _Speed = {"tokens_per_second": round(self._tokens / seconds, 1)}
         if self._utilization is not None:
             speed["mfu"] = round(self._utilization.of(self._tokens, self._squared_lengths, seconds), 4)
         self._tokens, self._squared_lengths, self._seconds = 0, 0, 0.0
@@ -145,7 +162,7 @@ class RunLog:
         write_json(self.paths.progress, {**head, **self._record, **tail})
 
 
-def _progress_line(record: dict[str, Any], max_steps: int, eta: float) -> str:
+def _progress_line(record: _Record, max_steps: int, eta: float) -> str:
     done = record["step"] * _BAR_WIDTH // max_steps
     minutes, seconds = divmod(int(eta), 60)
     hours, minutes = divmod(minutes, 60)

@@ -1,8 +1,8 @@
-"""What a run would train on, in numbers and in examples, before a GPU is spent.
+"""Show what a run would train on, in numbers and in examples, before any GPU is used.
 
-The numbers come from the caches that training reads, so they are about exactly what would be trained. Roles and the
-coloured examples come from rows that are tokenized again: a cache holds no roles. Those rows are a sample, spread
-over the files, and the same one each time.
+The numbers come from the caches that training reads, so they describe exactly what would be trained. A cache holds no
+roles, so roles and the coloured examples come from rows that are tokenized again: a sample from all over the files, the
+same one each time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHOWN_EXAMPLES = 12
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Neighbouring tokens of one role that have the same weight."""
+    """Consecutive tokens of one role with the same weight."""
 
     role: str
     weight: float
@@ -48,7 +48,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One example as it is before the length policy."""
+    """One example before the length policy."""
 
     where: str
     tokens: int
@@ -62,23 +62,24 @@ class Audit:
 
     name: str
     key: str
-    """How errors name it."""
+    """The config key that errors name."""
     cache: TokenCache
     duplicates: int
-    """Examples that are there before, token for token, in this source or one above it."""
+    """Examples that repeat an earlier one token for token, in this source or one before it."""
     held_out_in_train: int
-    """Held-out examples that are trained on."""
+    """Held-out examples that are trained on too, token for token."""
     packing: float
-    """Share of the slots of packed rows that hold a token."""
+    """Fraction of packed rows that holds tokens rather than padding."""
     roles: dict[str, tuple[int, int]]
-    """Tokens, and trained tokens, of each role in the sample."""
+    """Tokens and trained tokens of each role in the sample."""
     samples: tuple[Sample, ...]
     epoch: str = ""
-    """What an epoch takes of it, where that is not each example once."""
+    """What an epoch takes of it, empty if each example once."""
 
 
 def audit_data(spec: RunSpec, tokenizer_dir: Path) -> list[Audit]:
-    """Audits of the training data and the held-out data; builds their caches where they are missing."""
+    """Return the audits of the training and held-out data, after building caches that are missing."""
+    # Data that lose too much are what an audit is for: the caller checks the limit after the report is written.
     unlimited = dataclasses.replace(spec, data=dataclasses.replace(spec.data, max_lost_percent=100.0))
     prepared = open_or_build(unlimited, tokenizer_dir, build=True)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -87,29 +88,29 @@ def audit_data(spec: RunSpec, tokenizer_dir: Path) -> list[Audit]:
     taken = epoch_shares(prepared.train) if isinstance(prepared.train, Sources) else [""]
     for data_set, cache, epoch in zip(training_sets(spec.data), prepared.training_caches, taken, strict=True):
         own = _digests(cache)
-        found = _audit(data_set, cache, tokenizer, _doubled(own, trained), 0)
-        audits.append(dataclasses.replace(found, epoch=epoch))
+        audit = _audit(data_set, cache, tokenizer, _repeated(own, trained), 0)
+        audits.append(dataclasses.replace(audit, epoch=epoch))
         trained = np.concatenate([trained, own])
     if prepared.validation is not None:
         (data_set,) = held_out_sets(spec.data)
         held_out = _digests(prepared.validation)
         seen = int(np.count_nonzero(np.isin(held_out, trained)))
-        audits.append(_audit(data_set, prepared.validation, tokenizer, _doubled(held_out, trained[:0]), seen))
+        audits.append(_audit(data_set, prepared.validation, tokenizer, _repeated(held_out, trained[:0]), seen))
     return audits
 
 
 def summary(audit: Audit) -> list[str]:
-    """Lines for people, beside those of the report."""
+    """Return the lines to print after those of `report`."""
     counts = audit.cache.counts
     lines = [f"  epoch: {audit.epoch}"] if audit.epoch else []
     lines += [f"  ended: {counts.terminators:,} of {counts.answers:,} answers end with a trained end token"]
     total = sum(trained for _, trained in audit.roles.values())
     for role, (tokens, trained) in audit.roles.items():
         share = trained / max(total, 1)
-        lines.append(f"  {role}: {trained:,} of {tokens:,} tokens are trained, {share:.1%} of all that are (sample)")
+        lines.append(f"  {role}: {trained:,} of {tokens:,} tokens are trained, {share:.1%} of all trained (sample)")
     lines.append(f"  packed: rows of data.seq_length would be {audit.packing:.1%} full")
     if audit.duplicates:
-        lines.append(f"  duplicates: {audit.duplicates:,} examples are there before, token for token")
+        lines.append(f"  duplicates: {audit.duplicates:,} examples repeat an earlier one, token for token")
     if audit.held_out_in_train:
         lines.append(f"  leaked: {audit.held_out_in_train:,} held-out examples are trained on, token for token")
     return lines
@@ -137,6 +138,7 @@ def _audit(
 def _inspect(
     examples: Sequence[Example], encoder: Encoder, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Sample], dict[str, tuple[int, int]]]:
+    """Return up to SHOWN_EXAMPLES of the examples with their segments, and the token counts of each role in all."""
     samples: list[Sample] = []
     tokens: Counter[str] = Counter()
     trained: Counter[str] = Counter()
@@ -154,7 +156,7 @@ def _inspect(
 
 
 def _runs(roles: Sequence[str], weights: Sequence[float]) -> Iterator[tuple[str, float, int, int]]:
-    """Neighbouring tokens that agree: role, weight, first, and one after the last."""
+    """Yield runs of tokens with equal role and weight: these two, the first index, and the one after the last."""
     start = 0
     for index in range(1, len(roles) + 1):
         if index == len(roles) or (roles[index], weights[index]) != (roles[start], weights[start]):
@@ -163,7 +165,7 @@ def _runs(roles: Sequence[str], weights: Sequence[float]) -> Iterator[tuple[str,
 
 
 def _sampled(data_set: DataSet) -> list[Example]:
-    """Up to SAMPLED_ROWS examples from all over the files, the same ones each time."""
+    """Return about SAMPLED_ROWS examples from all over the files, the same ones each time."""
     data = data_set.data
     files = expand(data.train, data_set.key)
     row_format = detect_format(files, data, data_set.key)
@@ -176,13 +178,15 @@ def _sampled(data_set: DataSet) -> list[Example]:
 
 
 def _some_lines(path: Path, wanted: int) -> Iterator[tuple[str, bytes]]:
-    if holds_lines(path):
+    """Yield about `wanted` rows of a file as JSON, each with its place for errors."""
+    if holds_lines(path):  # the first line of each of `wanted` ranges: only these are read
         for part in cut(path, max(path.stat().st_size // wanted, 1)):
             yield from ((part.where(number), line) for number, line in islice(read_lines(part), 1))
         return
-    draw, kept = random.Random(0), list[tuple[int, Row]]()
+    # Reservoir sampling (Algorithm R): one pass over rows whose number is not known.
+    generator, kept = random.Random(0), list[tuple[int, Row]]()
     for index, item in enumerate(read_rows(path)):
-        place_of = index if index < wanted else draw.randint(0, index)
+        place_of = index if index < wanted else generator.randint(0, index)
         if place_of < wanted:
             kept[place_of : place_of + 1] = [item]
     for number, row in sorted(kept, key=lambda item: item[0]):
@@ -190,7 +194,7 @@ def _some_lines(path: Path, wanted: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _digests(cache: TokenCache) -> NDArray[np.uint64]:
-    """A number for each example that only equal examples share."""
+    """Return a 64-bit hash of the ids of each example."""
     values = np.empty(len(cache), dtype=np.uint64)
     for index in range(len(cache)):
         digest = hashlib.blake2b(cache.tokens(index)[0].tobytes(), digest_size=8).digest()
@@ -198,6 +202,6 @@ def _digests(cache: TokenCache) -> NDArray[np.uint64]:
     return values
 
 
-def _doubled(digests: NDArray[np.uint64], earlier: NDArray[np.uint64]) -> int:
-    """How many have an equal one before them or among the `earlier`."""
+def _repeated(digests: NDArray[np.uint64], earlier: NDArray[np.uint64]) -> int:
+    """Return how many of `digests` are among `earlier` or repeat one before them."""
     return len(digests) - int(np.count_nonzero(~np.isin(np.unique(digests), earlier)))

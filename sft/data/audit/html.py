@@ -1,7 +1,7 @@
-"""The audit as one HTML file: no scripts, no network, and nothing of the data that a browser could run.
+"""Write the audit as one HTML file without scripts or external resources.
 
-Everything that comes from data, paths or config is escaped; control characters are shown as symbols, so that a text
-looks like what is tokenized.
+Everything that comes from data, paths or config is escaped, so a browser runs none of it. Control characters are shown
+as symbols: the text looks like what is tokenized.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SHOWN_CHARACTERS = 6000
 
 
 def write_report(audits: Sequence[Audit], spec: RunSpec, target: Path) -> None:
-    """Write the report to `target`, whole or not at all."""
+    """Write the report to `target`, completely or not at all."""
     sections = "\n".join(_section(audit, spec) for audit in audits)
     title = f"Data audit{f' of {spec.name}' if spec.name else ''}"
     page = (
@@ -68,10 +68,10 @@ def _facts(audit: Audit) -> str:
         ("answers that end with a trained end token", f"{counts.terminators:,} of {counts.answers:,}"),
         ("rows dropped as too long", f"{counts.too_long:,}"),
         ("rows truncated", f"{counts.truncated:,}"),
-        ("tokens to be trained that are lost", f"{counts.supervised_lost:,} ({lost_percent(counts):.1f} %)"),
-        ("examples that are there before, token for token", f"{audit.duplicates:,}"),
+        ("tokens to be trained that were lost", f"{counts.supervised_lost:,} ({lost_percent(counts):.1f} %)"),
+        ("examples that repeat an earlier one, token for token", f"{audit.duplicates:,}"),
         ("held-out examples that are trained on", f"{audit.held_out_in_train:,}"),
-        ("packed rows would be full to", f"{audit.packing:.1%}"),
+        ("fill of packed rows", f"{audit.packing:.1%}"),
     ]
     rows += [("an epoch takes", audit.epoch)] if audit.epoch else []
     bad = {0: counts.terminators < counts.answers, 5: audit.held_out_in_train > 0}
@@ -90,7 +90,7 @@ def _roles(audit: Audit) -> str:
         for role, (tokens, trained) in audit.roles.items()
     )
     head = "".join(f"<th>{name}</th>" for name in ("role", "tokens", "trained", "share", "of all trained"))
-    note = "Counted in a sample of the rows, with the headers of turns and what the template writes in front of them."
+    note = "Counted in a sample of the rows. A turn includes its header and what the template writes before it."
     return f"<table><tr>{head}</tr>{rows}</table>\n<p>{note}</p>"
 
 
@@ -118,7 +118,7 @@ def _segment(segment: Segment) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped, with control characters as symbols and line ends as such and a break."""
+    """Return `text` escaped, control characters as symbols, each line end as a symbol and a line break."""
     symbols = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
     return html.escape(text.translate(symbols)).replace("\n", "\u21b5\n")
 

@@ -59,7 +59,8 @@ def test_no_example_comes_twice(layout: str) -> None:
     workload, steps = Workload(shape="0.5b", data="ragged", seq_length=512, rows=2), 5
     spec = run_spec(workload, Path("model"), 4, parse_layout(layout), {}, 1, steps)
     data = BenchData(workload, spec, build_topology(spec, workload.model_shape), steps)
-    ids = [int(example) for step in range(steps) for example in data.plan.examples_at(step) if example != EMPTY_SLOT]
+    slots = [slot for step in range(steps) for slot in data.schedule.examples_at(step).tolist()]
+    ids = [slot for slot in slots if slot != EMPTY_SLOT]
     assert len(ids) == len(set(ids))
     assert sum(data.examples.lengths[ids]) > 0.9 * steps * 4 * workload.rows * workload.seq_length
 

@@ -99,7 +99,7 @@ def test_a_broken_logger_is_left_out_and_said(tmp_path: Path, capsys: pytest.Cap
     log._loggers[0].log_metrics = _fail  # type: ignore[method-assign]
     for step in (1, 2):
         log.log({"step": step, "loss": 1.0})
-    assert capsys.readouterr().out == "TensorBoardLogger is left out from here on: OSError: no space\n"
+    assert capsys.readouterr().out == "TensorBoardLogger failed and is no longer used: OSError: no space\n"
 
 
 def _fail(*_: Any, **__: Any) -> None:
