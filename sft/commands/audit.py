@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
 from launcher.contract.errors import ConfigError
 from launcher.contract.exit_codes import ExitCode
@@ -23,7 +22,7 @@ _PRINTED_EXAMPLES = 2
 _PRINTED_CHARACTERS = 1500
 
 
-def audit(config: Path, output: Optional[Path] = None) -> ExitCode:
+def audit(config: Path, output: Path | None = None) -> ExitCode:
     """Print a summary and examples, write the HTML report to `output` or beside the config, and check the limits.
 
     Raise DataError if the data lose more than data.max_lost_percent.

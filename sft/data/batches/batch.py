@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class RankShare:
     """... and of this, which the topology requires (Topology.sequence_multiple)."""
     micro_batch_multiple: int = 1
     """The number of micro-batches is a multiple of this (Topology.micro_batch_multiple)."""
-    row_length: Optional[int] = None
+    row_length: int | None = None
     """Maximum tokens of a packed row. None: each example has a row of its own."""
     cp_rank: int = 0
     cp_size: int = 1
@@ -65,14 +65,14 @@ class MicroBatch:
     """Weight of each label in the loss, 0 on padding and in empty slots."""
     position_ids: torch.Tensor
     """Position of each token in its own sequence."""
-    supervised: Optional[torch.Tensor] = None
+    supervised: torch.Tensor | None = None
     """Where loss_weights is not 0, as indices into hidden states [row length * rows]: position * rows + row. Computed
     on the host, because finding them on the device would make each step wait for it."""
-    cu_seqlens: Optional[torch.Tensor] = None
+    cu_seqlens: torch.Tensor | None = None
     """int32 offsets where the sequences of a packed row begin, and its end. None without packing."""
-    seq_lengths: Optional[tuple[int, ...]] = None
+    seq_lengths: tuple[int, ...] | None = None
     """Lengths of the same sequences, padding last; on the host for the same reason."""
-    context_share: Optional[ContextShare] = None
+    context_share: ContextShare | None = None
     """The part of the rows that this context parallel rank computes. None: all."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MicroBatch:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +61,7 @@ class Rows:
         return cls(np.concatenate([np.zeros(0, dtype=np.int64), *rows]), offsets)
 
 
-def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int, order: Optional[NDArray[np.int64]] = None) -> Rows:
+def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int, order: NDArray[np.int64] | None = None) -> Rows:
     """Pack examples of these lengths into rows of at most `capacity` tokens, and return the rows.
 
     Of equally long examples, those first in `order` (a permutation) are placed first. Raise ValueError for an example
@@ -134,7 +133,7 @@ class _OpenRows:
             self._spaces |= 1 << space
 
 
-def levelled(lengths: NDArray[np.int64], rows: int, capacity: int) -> Optional[Rows]:
+def levelled(lengths: NDArray[np.int64], rows: int, capacity: int) -> Rows | None:
     """Return `rows` rows of nearly equal length, or None if one would be longer than `capacity`.
 
     Some rows are empty where there are fewer examples than rows.
@@ -153,7 +152,7 @@ def levelled(lengths: NDArray[np.int64], rows: int, capacity: int) -> Optional[R
 
 
 def pack_step(
-    lengths: NDArray[np.int64], capacity: int, ranks: int, multiple: int = 1, planned: Optional[Rows] = None
+    lengths: NDArray[np.int64], capacity: int, ranks: int, multiple: int = 1, planned: Rows | None = None
 ) -> Rows:
     """Return the rows of a step whose examples have these lengths.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Optional, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class BatchSchedule(Protocol):
         """Return the example ids of the whole global batch of `step` (from 0), EMPTY_SLOT in slots without one."""
         ...
 
-    def rows_at(self, step: int) -> Optional[Rows]:
+    def rows_at(self, step: int) -> Rows | None:
         """Return the rows in which the step's examples must be packed, None where the schedule does not say."""
         ...
 
@@ -74,9 +74,9 @@ class ExampleSchedule:
     global_batch_size: int
     seed: int
     shuffle: bool
-    mixture: Optional[Mixture] = None
+    mixture: Mixture | None = None
     """How often an epoch takes each example. None: once."""
-    group_lengths: Optional[NDArray[np.int64]] = None
+    group_lengths: NDArray[np.int64] | None = None
     """Length of each example, to make batches of similar lengths. None: lengths do not matter."""
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class ExampleSchedule:
         slots[: last - first] = _examples(self.mixture, epoch, places)
         return slots
 
-    def rows_at(self, step: int) -> Optional[Rows]:
+    def rows_at(self, step: int) -> Rows | None:
         return None
 
     def consumed_examples(self, steps: int) -> int:
@@ -145,7 +145,7 @@ class TokenSchedule:
     rows_per_step: int
     seed: int
     shuffle: bool
-    mixture: Optional[Mixture] = None
+    mixture: Mixture | None = None
     """How often an epoch takes each example. None: once."""
 
     def __post_init__(self) -> None:
@@ -250,7 +250,7 @@ class CyclicSchedule:
         first = step * self.global_batch_size
         return self._order[first : first + self.global_batch_size] % self.num_examples
 
-    def rows_at(self, step: int) -> Optional[Rows]:
+    def rows_at(self, step: int) -> Rows | None:
         return None
 
     def consumed_examples(self, steps: int) -> int:
@@ -287,12 +287,12 @@ def _epoch_order(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return order
 
 
-def _examples(mixture: Optional[Mixture], epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+def _examples(mixture: Mixture | None, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the example ids at these places of an epoch."""
     return places if mixture is None else mixture.examples(epoch, places)
 
 
-def _mixed(mixture: Optional[Mixture]) -> dict[str, object]:
+def _mixed(mixture: Mixture | None) -> dict[str, object]:
     """Return what of a mixture belongs to a schedule's identity."""
     shares = () if mixture is None else mixture.shares
     weights: dict[str, object] = {f"data.sources.{share.name}.weight": share.weight for share in shares}

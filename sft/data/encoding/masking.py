@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +62,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._spec = spec
         self._control_ids = np.array(sorted(control_tokens(tokenizer).values()), dtype=np.int32)
-        self._renderer: Optional[ChatRenderer] = None
+        self._renderer: ChatRenderer | None = None
 
     def encode(self, example: Example) -> list[Encoded]:
         """Return ids and loss weights of `example`: one item, or several with data.on_mismatch split.

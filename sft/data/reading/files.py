@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 from launcher.contract.errors import DataError
 from launcher.contract.rundir import read_json, write_json
@@ -36,7 +35,7 @@ class ByteRange:
     start: int
     end: int
     first_line: int
-    source: Optional[Path] = None
+    source: Path | None = None
     """The data file whose rows were written out as these lines, each after its number and a tab."""
 
     def where(self, number: int) -> str:
@@ -106,7 +105,7 @@ def sha256_of(path: Path) -> str:
     return value.hexdigest()
 
 
-def cut(path: Path, size: int, source: Optional[Path] = None) -> Iterator[ByteRange]:
+def cut(path: Path, size: int, source: Path | None = None) -> Iterator[ByteRange]:
     """Yield the file in ranges of about `size` bytes that end at line ends.
 
     `source` is the data file from which the lines were written, if they were (`ByteRange.source`).

@@ -17,7 +17,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 from launcher.contract.errors import DataError, did_you_mean
 from launcher.contract.spec import DataSpec
@@ -58,9 +57,9 @@ class Example:
     messages: tuple[Message, ...] = ()
     tools: tuple[Tool, ...] = ()
     prompt: str = ""
-    completion: Optional[str] = None
-    text: Optional[str] = None
-    ids: Optional[tuple[int, ...]] = None
+    completion: str | None = None
+    text: str | None = None
+    ids: tuple[int, ...] | None = None
     weights: tuple[float, ...] = ()
     """Loss weight of each of `ids`."""
 

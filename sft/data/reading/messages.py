@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NotRequired, Optional, Required, TypedDict, cast
+from typing import Literal, NotRequired, Required, TypedDict, cast
 
 from launcher.contract.errors import DataError
 from sft.data.reading.row import MISSING, Row, check_texts, find, get_text, kind, loss_weight, names, parse_json, text
@@ -99,9 +99,9 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    content: Optional[str]
+    content: str | None
     """None in a turn that only calls tools."""
-    weight: Optional[float] = None
+    weight: float | None = None
     """Loss weight that the row asks for; None leaves it to data.loss_on."""
     extra: Extra = field(default_factory=Extra)
 
