@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -31,7 +32,7 @@ def _sections(section: type, prefix: str) -> Iterator[str]:
     types = field_types(section)
     inner = {name: below for name, kind in types.items() if (below := section_type(kind) or mapped_section(kind))}
     title = prefix.rstrip(".") or "top level"
-    about = (section.__doc__ or "").partition("\n")[0]
+    about = inspect.cleandoc(section.__doc__ or "")
     yield f"\n## {title}\n\n{about}\n\n| key | value | default | meaning |\n|---|---|---|---|\n"
     docs = _class_docs(Path(sys.modules[section.__module__].__file__ or ""))[section.__name__]
     for item in dataclasses.fields(section):

@@ -18,21 +18,21 @@ class CheckpointSpec:
     keep_last: Annotated[int, AtLeast(1)] = 2
     """Newest complete checkpoints to keep."""
     keep_best: Annotated[int, AtLeast(0)] = 0
-    """Checkpoints to keep beside the newest: those with the best best_metric. An evaluation that is among the best so
-    far saves one. With early_stopping the best by its metric is kept also at 0."""
+    """Checkpoints to keep besides the newest: those with the best best_metric. An evaluation that is among the best so
+    far saves one. With early_stopping the best by its metric is kept even at 0."""
     best_metric: str = "eval_loss"
     """What keep_best compares: eval_loss, eval_loss/<set>, or metric/<name> of evaluation.metric."""
     best_mode: Literal["min", "max"] = "min"
     """Whether lower or higher is better."""
     asynchronous: bool = False
-    """Train on while a checkpoint is written; takes host memory for a copy of what each rank saves."""
+    """Keep training while a checkpoint is written, which takes host memory for a copy of what each rank saves."""
     resume_from: Annotated[str | None, CompleteCheckpoint()] = None
     """A complete checkpoint directory of another run to start from (weights, optimizer, data position), or a run's
     checkpoints folder for the newest in it when the ranks start (with after)."""
     export_step: Literal["best", "newest"] = "best"
-    """Which checkpoint is exported. best: the one with the best best_metric, where keep_best is set; with
-    early_stopping and without keep_best the best by its metric, which is kept for that; without either the newest."""
+    """Which checkpoint is exported. newest; or best: the one with the best best_metric where keep_best is set, else the
+    best by the metric of early_stopping, which is kept for that, else the newest."""
     export: bool = True
-    """Write a Hugging Face directory to export/ when training is done; of a LoRA run the PEFT adapter."""
+    """Write a Hugging Face directory to export/ when training is done; for a LoRA run the PEFT adapter."""
     export_merged: bool = False
-    """Of a LoRA run: write the model with the adapter added to its weights, and the adapter into export/adapter/."""
+    """For a LoRA run: export the model with the adapter merged into its weights, and the adapter in export/adapter/."""

@@ -44,7 +44,7 @@ class RuntimeSpec:
     kind: Literal["none", "venv", "conda", "pyxis", "apptainer"] = "none"
     """none: `python` as it is; venv / conda: activated on each node; pyxis / apptainer: a container."""
     python: str | None = None
-    """Python program; default the launcher's own for kind none, else `python`."""
+    """Python program; default the launcher's own for kind none, `python` for the others."""
     path: Annotated[str | None, RuntimePath()] = None
     """The venv's directory, or the conda environment's name or directory."""
     image: Annotated[str | None, ContainerImage()] = None
@@ -52,12 +52,12 @@ class RuntimeSpec:
     mounts: Annotated[list[str], BIND_MOUNT] = field(default_factory=list)
     """Bind mounts SOURCE:TARGET[:OPTIONS] for containers; the run directory is always mounted."""
     modules: list[str] = field(default_factory=list)
-    """Environment modules to load first, with any kind."""
+    """Environment modules to load first, whatever the kind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterSpec:
-    """One machine or site: how its jobs are written and started. One YAML file each in cluster_configs/."""
+    """One machine or site: how jobs are written and started there. Each file in cluster_configs/ holds one."""
 
     name: str = "local"
     """Name, the same as its file's."""
@@ -66,43 +66,44 @@ class ClusterSpec:
     template: str | None = None
     """Batch script template; default slurm.sh.j2 or local.sh.j2."""
     gpu_directive: Literal["gpus_per_node", "gres", "gpus_per_task", "none"] = "gpus_per_node"
-    """How this site wants GPUs asked for; none where whole nodes are given out."""
+    """How this site's Slurm is asked for GPUs; none where nodes are always given out whole."""
     gpu_type: str | None = None
     """GPU type for the directive, e.g. h100 gives --gres=gpu:h100:8."""
     gpu: str | None = None
-    """Kind of GPU for planning: h100, a100-80gb and others of launcher/contract/gpu_kinds.yaml; default what gpu_type
-    names. A run that cannot fit into its memory is refused; where the kind is not known, nothing is planned or
+    """Kind of GPU for planning: h100, a100-80gb or another of launcher/contract/gpu_kinds.yaml; default the one that
+    gpu_type names. A run that cannot fit into its memory is refused; for an unknown kind nothing is predicted or
     refused."""
     inter_node_bandwidth: Annotated[float | None, Above(0)] = None
-    """GB/s between nodes, one direction a GPU, for planning; default that of the GPU's reference node."""
+    """GB/s between nodes in one direction, per GPU, for planning; default that of the GPU's reference node."""
     gpu_hour_price: Annotated[float | None, AtLeast(0)] = None
-    """Price of a GPU hour, in whatever unit the site counts; plans then show cost."""
+    """Price of a GPU hour in the site's own unit; plans then show the cost."""
     rendezvous: Literal["hostname", "node_addr"] = "hostname"
     """How ranks address the first node: its host name, or the address Slurm itself uses for it."""
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     """The environment a rank starts in."""
     env: Annotated[dict[str, str], Names(ENVIRONMENT_NAME)] = field(default_factory=dict)
-    """Environment variables of every rank. Never secrets, which env_from is for: these are written into the script."""
+    """Environment variables of every rank. They are written into the script: name secrets in env_from instead."""
     env_from: Annotated[list[str], SHELL_VARIABLE] = field(default_factory=list)
     """Names of variables whose values every run takes from the shell that submits it, e.g. HF_TOKEN; never stored in
     the run directory."""
     secrets_dir: Annotated[str | None, Directory()] = None
-    """Private folder for the values of env_from on their way to a job, on a file system that all nodes see; default
+    """Private folder, seen by all nodes, that holds the values of env_from for a run's jobs; default
     ~/.config/slurm-sft-launcher/secrets."""
     srun_args: Annotated[list[str], SRUN_OPTION] = field(default_factory=list)
-    """Further srun options, one a list item, e.g. --mpi=none."""
+    """Further srun options, one per list item, e.g. --mpi=none."""
     host: Annotated[str | None, HOST] = None
-    """Login node of the cluster, as your ssh knows it: every command that concerns the cluster runs there. Unset: the
+    """Login node of the cluster, as your ssh knows it: every command that concerns the cluster runs there. Unset:
     commands run on this machine."""
     host_directory: str | None = None
-    """Directory on the host, seen by all nodes, in which commands run: runs/ is there, relative paths begin there."""
+    """Directory on the host, seen by all nodes, in which commands run: runs/ is in it, and relative paths start
+    there."""
     host_python: str = "python3"
-    """Python on the host that has the launcher's packages; the launcher's code is sent."""
+    """Python on the host that has the launcher's dependencies; the launcher's own code is sent."""
     host_options: list[str] = field(default_factory=list)
-    """Further ssh options, one word a list item, e.g. [-J, gateway.site.org]."""
+    """Further ssh options, one word per list item, e.g. [-J, gateway.site.org]."""
     node_ledger: str | None = None
-    """File with the nodes to keep away from; default one of the user's own, in ~/.local/state."""
+    """File that records bad nodes; default one in ~/.local/state for each user."""
     node_days: Annotated[float, AtLeast(0)] = 3.0
     """Days for which evidence against a node counts."""
     max_excluded: Annotated[int, AtLeast(0)] = 4
-    """Never keep away from more nodes than this because of the ledger."""
+    """Largest number of nodes that are excluded because of the ledger."""

@@ -17,10 +17,10 @@ class SourceSpec:
     files: Annotated[list[str], Required("one or more data files"), Files()] = field(default_factory=list)
     """Files of this source, as in data.train."""
     weight: Annotated[float, Above(0, hint="to train without this source, take it out")] = 1.0
-    """How often an epoch holds the source's n examples: it takes weight x n of them, rounded to the nearest whole
-    number (a half up). 2.5 is two whole copies and half of the examples; 0.1 is a tenth. What is no whole copy goes on
-    where the epoch before ended, round and round in one shuffled order: over any number of epochs no example is
-    used more than once more often than another."""
+    """An epoch takes weight x n of the source's n examples, rounded to the nearest whole number (a half up): 2.5 is two
+    copies of all examples and half of them once more, 0.1 a tenth of them. A part of a copy continues where the epoch
+    before ended, in one shuffled order, so that over any number of epochs no example is used more than once more often
+    than another."""
     format: Literal["auto", "prompt_completion", "messages", "sharegpt", "tokens", "text"] | None = None
     """How rows are read; unset: data.format."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -36,49 +36,53 @@ class DataSpec:
     """What to train on and which tokens count."""
 
     train: Annotated[list[str], Files()] = field(default_factory=list)
-    """Training files: jsonl, json, csv, tsv, parquet, saved Hugging Face datasets; globs allowed, order counts. An
-    epoch is every example once. For several sources with weights give data.sources instead."""
+    """Training files: jsonl, json, csv, tsv, parquet, saved Hugging Face datasets. Globs are allowed, order counts. An
+    epoch is every example once. For several sources with weights use data.sources instead."""
     sources: dict[str, SourceSpec] = field(default_factory=dict)
     """Several sources of training data, by name."""
     validation: Annotated[list[str], Files()] = field(default_factory=list)
-    """Held-out files, one data set; its loss is eval_loss. Empty, with no validation_sets: no held-out loss."""
+    """Held-out files that form one data set, whose loss is eval_loss. Empty, and without validation_sets: no held-out
+    loss."""
     validation_sets: Annotated[dict[str, str], Names(SET_NAME), Files()] = field(default_factory=dict)
     """Further held-out data sets, name -> file or glob; the loss of each is eval_loss/<name>."""
     format: Literal["auto", "prompt_completion", "messages", "sharegpt", "tokens", "text"] = "auto"
     """How rows are read; auto looks at the first row's keys."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name -> the row's name, e.g. {prompt: question, completion: instances.0.output}; dots go down."""
+    """Our name -> the row's name, e.g. {prompt: question, completion: instances.0.output}; dots lead into nested
+    values."""
     chat_template: Annotated[str, ExistingFile(words=("tokenizer", "none"))] = "tokenizer"
-    """tokenizer: the tokenizer's own; none: prompt and completion are joined as they are; or a Jinja2 file."""
+    """tokenizer: the tokenizer's own; none: prompt and completion are joined without a template; else a Jinja2 file."""
     chat_template_kwargs: dict[str, str] = field(default_factory=dict)
     """Variables for the chat template, read as YAML, e.g. {enable_thinking: true}."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Tokens with loss: completions / every assistant turn, the last assistant turn only, or all."""
     on_mismatch: Literal["error", "split"] = "error"
-    """Chat templates that rewrite earlier turns: refuse them, or train such turns as examples of their own."""
+    """For chat templates that rewrite earlier turns: error refuses them, split trains each such turn as an example of
+    its own."""
     seq_length: Annotated[int, AtLeast(1)] = 1024
     """Longest example in tokens."""
     length_policy: Literal["drop", "truncate_left", "truncate_right", "split", "error"] = "truncate_right"
-    """What happens to longer examples (split: pieces of seq_length); what is lost is counted and printed."""
+    """What happens to longer examples (split: pieces of seq_length). What is lost is counted and printed."""
     max_lost_percent: float = 100.0
-    """Refuse data of which the length policy takes away more of the tokens to be trained than this."""
+    """Refuse data of which the length policy removes a larger percentage of the tokens to train than this."""
     packing: bool = False
-    """Put several examples into one row of up to seq_length tokens, kept apart from each other. A micro-batch is
-    train.micro_batch_size such rows, joined. The same examples make the same steps with or without it."""
+    """Put several examples into one row of up to seq_length tokens, without attention between them. A micro-batch is
+    train.micro_batch_size such rows, joined. Steps hold the same examples with and without it."""
     pad_to_multiple: Annotated[int, AtLeast(1)] = 8
     """Batches are padded to their longest row, rounded up to this."""
     group_by_length: bool = False
-    """Without packing: draw batches of examples of similar lengths, which need less padding; needs shuffle."""
+    """Without packing: form batches of examples of similar lengths, which need less padding. Needs shuffle."""
     shuffle: bool = True
-    """Draw a new order each epoch from train.seed."""
+    """Shuffle anew in each epoch, from train.seed."""
     cyclic_seed: Annotated[int | None, AtLeast(0)] = None
-    """Take examples in the order of trlx's NeMo trainers, drawn from this seed: one permutation of global_batch_size x
+    """Take examples in the order of trlx's NeMo trainers, from this seed: one permutation of global_batch_size x
     max_steps places, each of which stands for an example by its remainder. There are no epochs in it, and a run shorter
-    than its data sees a part of them only; for comparison with such runs."""
+    than its data sees only a part of them. For comparison with such runs."""
     workers: Annotated[int | None, AtLeast(1)] = None
-    """Tokenizing processes; default one a core."""
+    """Tokenizing processes; default one per core."""
     cache_dir: Annotated[str | None, Directory(mounted=True)] = None
-    """Where tokenized data and converted models are kept; default .cache in run_root. Must be shared by all nodes."""
+    """Where tokenized data and converted models are kept, on a file system that all nodes share; default .cache in
+    run_root."""
 
     def of_source(self, name: str) -> DataSpec:
         """The settings of one source, its files as `train`: its own where it has some, else those of all."""

@@ -21,19 +21,19 @@ class EvaluationSpec:
     max_new_tokens: Annotated[int, AtLeast(1)] = 64
     """Longest answer in tokens."""
     temperature: Annotated[float, AtLeast(0)] = 0.0
-    """0 takes the likeliest token each time; above it tokens are drawn."""
+    """0 takes the most likely token each time; above 0 tokens are sampled."""
     top_k: Annotated[int | None, AtLeast(1)] = None
-    """Draw from this many likeliest tokens only."""
+    """Sample only from this many most likely tokens."""
     top_p: Annotated[float, Probability()] = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample only from the most likely tokens that together have this probability."""
     repetition_penalty: Annotated[float, Above(0)] = 1.0
-    """Logits of tokens that prompt or answer already hold are divided by this where they are above 0, else multiplied;
-    1 leaves them alone."""
+    """Logits of tokens that the prompt or the answer holds already are divided by this if they are above 0, else
+    multiplied; 1 changes nothing."""
     seed: int = 1234
-    """Seed of the draws; each prompt has a stream of its own, whatever the topology."""
+    """Seed of sampling; each prompt has a random stream of its own, whatever the topology."""
     stop_tokens: list[str] = field(default_factory=list)
-    """Further tokens that end an answer, beside the end tokens of model and tokenizer."""
+    """Further tokens that end an answer, besides the end tokens of model and tokenizer."""
     stop_sequences: list[str] = field(default_factory=list)
-    """Texts that end an answer: it is cut before the first of them, with the white space in front of it."""
+    """Texts that end an answer: it is cut before the first of them, and white space before that is dropped."""
     batch_size: Annotated[int, AtLeast(1)] = 8
-    """Prompts that one model replica answers together."""
+    """Prompts that one model replica answers at the same time."""

@@ -26,6 +26,8 @@ class LoggingSpec:
     mlflow: str | None = None
     """Log to MLflow: a tracking URI, or `local` for RUN/mlflow.db."""
     nemo: bool = False
-    """Write the numbers of each log line by NeMo's logger, too (package nemo_toolkit 3), where its exp_manager does."""
+    """Write the numbers of each log line with NeMo's logger, too (package nemo_toolkit 3), where its exp_manager
+    does."""
     prompts: list[str] = field(default_factory=list)
-    """Questions answered greedily before and after training, printed side by side (needs checkpoint.export)."""
+    """Questions that are answered greedily before and after training, and printed side by side (needs
+    checkpoint.export)."""

@@ -13,14 +13,14 @@ _MODELS = "a Hugging Face model directory, a NeMo checkpoint, a .gguf file or pa
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSpec:
-    """Train low-rank adapters and leave the model's own weights as they are."""
+    """Train low-rank adapters and keep the model's own weights fixed."""
 
     rank: Annotated[int | None, AtLeast(1)] = None
     """Rank of each adapter; unset trains all weights."""
     alpha: Annotated[float | None, Above(0)] = None
-    """Adapters count alpha / rank; default the rank, which makes that 1."""
+    """Adapters are scaled by alpha / rank; default alpha = rank, a scale of 1."""
     targets: list[str] = field(default_factory=list)
-    """Linear layers by their Hugging Face names, e.g. [q_proj, v_proj]; empty adapts every one of them."""
+    """Linear layers to adapt, by their Hugging Face names, e.g. [q_proj, v_proj]; empty: all of them."""
     dropout: Annotated[float, Fraction()] = 0.0
     """Dropout on each adapter's input."""
 
@@ -43,7 +43,7 @@ class ModelSpec:
     Megatron-core sharded checkpoint with a config.json beside it, a .gguf file, or package:NAME/FILE for a file of an
     installed package."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """pretrained: load its weights; random: take only its shape and draw weights from train.seed."""
+    """pretrained: load the weights; random: take only the shape, and initialize weights from train.seed."""
     tokenizer: Annotated[str | None, ExistingDirectory()] = None
     """Tokenizer directory; default model.path."""
     attention_dropout: Annotated[float, Fraction()] = 0.0

@@ -10,17 +10,20 @@ from launcher.contract.spec.rules import EMAIL, SHELL_VARIABLE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NotifySpec:
-    """Who is told when an attempt ends. What cannot be sent is said in batch.log, and changes nothing else."""
+    """Who is told when an attempt ends.
+
+    A message that cannot be sent is reported in batch.log, and changes nothing else.
+    """
 
     on: Literal["end", "failure"] = "end"
-    """end: of every attempt, completed, interrupted or failed; failure: only the last."""
+    """end: at the end of every attempt, completed, interrupted or failed; failure: only when an attempt failed."""
     webhook_env: Annotated[str | None, SHELL_VARIABLE] = None
-    """Variable of the submitting shell that holds a http(s) address, to which a JSON object is posted. Like all of
-    env_from it is passed past script and run directory."""
+    """Name of a variable of the submitting shell that holds a http(s) address, to which a JSON object is posted. Like
+    those of env_from, its value is neither in the script nor in the run directory."""
     email: Annotated[str | None, EMAIL] = None
-    """Address to write to by the node's own sendmail."""
+    """Address to write to with the node's own sendmail."""
     command: list[str] = field(default_factory=list)
-    """A program and its arguments, run without a shell on the first node; it reads the same JSON object."""
+    """A program and its arguments, run without a shell on the first node; it reads the same JSON object from stdin."""
 
     @property
     def any(self) -> bool:

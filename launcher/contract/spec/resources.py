@@ -10,14 +10,14 @@ from launcher.contract.spec.rules import MEMORY, SBATCH_OPTION, TIME_LIMIT, AtLe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesSpec:
-    """What is asked of the scheduler. Unset values come from the cluster's own `resources` section."""
+    """What the run asks the scheduler for. Unset values come from the `resources` section of the cluster file."""
 
     nodes: Annotated[int, AtLeast(1)] = 1
     """Number of nodes."""
     gpus_per_node: Annotated[int, AtLeast(0)] = 0
-    """GPUs on each node; 0 trains on CPU ranks over gloo."""
+    """GPUs on each node; with 0 the ranks train on CPUs over gloo."""
     tasks_per_node: Annotated[int | None, AtLeast(1)] = None
-    """Ranks on each node; default one a GPU, and 1 without GPUs."""
+    """Ranks on each node; default one per GPU, and 1 without GPUs."""
     cpus_per_task: Annotated[int | None, AtLeast(1)] = None
     """CPU cores for each rank."""
     memory_per_node: Annotated[str | None, MEMORY] = None
@@ -31,21 +31,22 @@ class ResourcesSpec:
     qos: str | None = None
     """Quality of service."""
     constraint: str | None = None
-    """Node features that are required."""
+    """Features that nodes must have."""
     reservation: str | None = None
     """Reservation to run in."""
     nodelist: str | None = None
     """Run on these nodes, in Slurm's host list notation."""
     exclude: str | None = None
-    """Never run on these nodes."""
+    """Nodes to avoid, in Slurm's host list notation."""
     exclusive: bool = False
-    """Ask for whole nodes."""
+    """Take whole nodes."""
     signal_seconds: Annotated[int, AtLeast(0)] = 120
     """Seconds before the time limit at which ranks are told to save and stop."""
     gpu_hour_limit: Annotated[float | None, AtLeast(0)] = None
-    """Submitting asks before a run that may take more GPU hours than this; `--yes` answers. Unset: never asks."""
+    """`submit` asks before it submits a run that may take more GPU hours than this, unless --yes is given. Unset: it
+    never asks."""
     extra_sbatch: Annotated[list[str], SBATCH_OPTION] = field(default_factory=list)
-    """Further sbatch options, one a list item, e.g. --mail-type=END."""
+    """Further sbatch options, one per list item, e.g. --mail-type=END."""
 
     @property
     def ranks_per_node(self) -> int:

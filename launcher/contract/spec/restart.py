@@ -10,13 +10,15 @@ from launcher.contract.spec.rules import AtLeast
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestartSpec:
-    """When a run goes on by itself. Each number is a budget: restarts in a row, for this cause, of attempts that wrote
-    no new checkpoint; 0 is never. A restart after progress is free. Errors in code, data or settings are never retried.
+    """When a run restarts by itself.
+
+    Each number is a budget: how often in a row the run restarts for this cause without a new checkpoint in between, 0
+    for never. A restart after progress is free. Errors in code, data or settings are never retried.
     """
 
     how: Literal["requeue", "resubmit", "none"] = "requeue"
-    """requeue: the same job starts again (a site that forbids it gets a new job instead); resubmit: always a new job;
-    none: a person decides."""
+    """requeue: the same job starts again (where a site forbids that, a new job); resubmit: always a new job; none: the
+    user decides."""
     preempted: Annotated[int, AtLeast(0)] = 10
     """Ended for another job."""
     timeout: Annotated[int, AtLeast(0)] = 3
@@ -28,7 +30,7 @@ class RestartSpec:
     hang: Annotated[int, AtLeast(0)] = 2
     """No rank finished a step for too long."""
     bad_node: Annotated[int, AtLeast(0)] = 3
-    """A node failed its preflight; the next attempt avoids it."""
+    """A node failed its preflight; the next attempt excludes it."""
     out_of_memory: Annotated[int, AtLeast(0)] = 1
     """Of the GPU or of the host."""
     disk_full: Annotated[int, AtLeast(0)] = 0

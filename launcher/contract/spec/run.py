@@ -32,14 +32,14 @@ class RunSpec:
     name: Annotated[str, Required("give the run a name"), NAME_OF_RUN] = ""
     """Name of the run: letters, digits, dot, dash, underscore."""
     run_root: Annotated[str, Directory()] = "runs"
-    """Directory that holds run directories; on a cluster on the shared file system."""
+    """Directory that holds the run directories; on a cluster it must be on the shared file system."""
     cluster: ClusterSpec = field(default_factory=ClusterSpec)
     """A cluster's name (a file in cluster_configs/), or its settings."""
     env_from: Annotated[list[str], SHELL_VARIABLE] = field(default_factory=list)
     """Like cluster.env_from, for this run: names of variables, e.g. [WANDB_API_KEY]."""
     after: Annotated[str | None, RunReference()] = None
-    """Start when this run, a name in run_root or a directory, has succeeded; model.path, model.tokenizer and
-    checkpoint.resume_from may then name what it has not written yet, e.g. RUN/export or RUN/checkpoints."""
+    """Start when this run (a name in run_root, or a directory) has succeeded. model.path, model.tokenizer and
+    checkpoint.resume_from may then name what it has yet to write, e.g. RUN/export or RUN/checkpoints."""
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
     """What is asked of the scheduler."""
     topology: TopologySpec = field(default_factory=TopologySpec)
@@ -67,11 +67,11 @@ class RunSpec:
 
     @property
     def after_directory(self) -> Path | None:
-        """Directory of the run that `after` names."""
+        """The directory of the run that `after` names."""
         return Path(self.run_root) / self.after if self.after else None
 
     def comes_later(self, path: str) -> bool:
-        """Whether `path` is something that the run before this one has yet to write."""
+        """Return whether `path` is in the directory of the run before this one, which may have yet to write it."""
         return self.after_directory is not None and Path(path).is_relative_to(self.after_directory)
 
     @property
@@ -81,7 +81,7 @@ class RunSpec:
 
     @property
     def checkpoint_ranking(self) -> CheckpointSpec:
-        """Which checkpoints count as the best: keep_best, best_metric and best_mode as they are meant."""
+        """The checkpoint settings by which the best are kept: its own, or those that early stopping implies."""
         early = self.train.early_stopping
         if self.checkpoint.keep_best or early.patience is None:
             return self.checkpoint

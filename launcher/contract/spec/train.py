@@ -21,9 +21,9 @@ class OptimizerSpec:
     warmup_steps: Annotated[int, AtLeast(0)] = 0
     """Steps of linear warm-up from initial_lr."""
     initial_lr: Annotated[float, AtLeast(0)] = 0.0
-    """Learning rate of the first step of a warm-up."""
+    """Learning rate of the first warm-up step."""
     decay_steps: int | None = None
-    """The step, warm-up included, from which on the learning rate is min_lr; default the last one."""
+    """The step, warm-up included, at which the learning rate reaches min_lr; default the last one."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
     """Decoupled weight decay; never on norms and biases."""
     beta1: Annotated[float, Fraction()] = 0.9
@@ -33,15 +33,15 @@ class OptimizerSpec:
     eps: Annotated[float, Above(0)] = 1e-8
     """Adam's epsilon."""
     clip_grad: Annotated[float, AtLeast(0)] = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Largest global gradient norm; 0 turns clipping off."""
     distributed: bool = True
-    """Spread optimizer state over data parallel ranks."""
+    """Shard the optimizer state over data parallel ranks."""
     overlap: bool | None = None
-    """Reduce gradients behind the backward pass and, with `distributed`, gather updated weights behind the next forward
-    pass; unset: on GPUs. Changes no number."""
+    """Overlap gradient reduction with the backward pass and, with `distributed`, the gathering of updated weights with
+    the next forward pass. Unset: on GPUs. Results are the same."""
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
-    """Number type in which gradients are added up, over micro-batches and over data parallel ranks. bf16 halves their
-    memory and traffic, and loses small contributions: of many micro-batches the last ones most."""
+    """Number type in which gradients are summed over micro-batches and data parallel ranks. bf16 halves their memory
+    and traffic, and loses small contributions: of many micro-batches those of the last ones most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,13 +49,13 @@ class EarlyStoppingSpec:
     """End the training when evaluations no longer improve."""
 
     patience: Annotated[int | None, AtLeast(1)] = None
-    """Evaluations in a row without improvement after which training ends; unset never ends it early."""
+    """Evaluations in a row without improvement after which training ends; unset: never early."""
     metric: str = "eval_loss"
     """What has to improve: eval_loss, eval_loss/<set>, or metric/<name> of evaluation.metric."""
     mode: Literal["min", "max"] = "min"
     """Whether lower or higher is better."""
     min_delta: Annotated[float, AtLeast(0)] = 0.0
-    """Smaller improvements than this count as none."""
+    """Improvements smaller than this do not count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,28 +65,28 @@ class TrainSpec:
     max_steps: Annotated[int | None, AtLeast(1)] = None
     """Optimizer steps. Give either this or epochs."""
     epochs: Annotated[int | None, AtLeast(1)] = None
-    """Passes over the training data; with data.sources one pass takes of each source what its weight says."""
+    """Passes over the training data; with data.sources one pass takes from each source what its weight says."""
     global_batch_size: Annotated[int, AtLeast(1)] = 8
     """Examples (or tokens, see global_batch_unit) in one optimizer step, over all ranks."""
     global_batch_unit: Literal["examples", "tokens"] = "examples"
-    """examples: a step holds equally many of them; tokens: each epoch is packed into rows of seq_length tokens, and a
-    step holds the examples of global_batch_size / seq_length rows. Means the same with data.packing or without it."""
+    """examples: every step holds the same number of examples; tokens: each epoch is packed into rows of seq_length
+    tokens, and a step holds the examples of global_batch_size / seq_length rows, with data.packing or without it."""
     micro_batch_size: Annotated[int, AtLeast(1)] = 1
     """Examples in one forward pass of one rank; with data.packing rows of up to data.seq_length tokens."""
     seed: int = 1234
     """Seed of data order, random weights and dropout."""
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
-    """bf16 keeps fp32 master weights and reduces gradients in fp32. fp8 is bf16 with products of the layers' linears in
-    fp8 (E4M3, a scale for each token and each output channel), forward and for the gradients of inputs; gradients of
-    weights, LM head, attention, master weights and the update are those of bf16. GPUs from Ada and Hopper on."""
+    """bf16 keeps fp32 master weights and reduces gradients in fp32. fp8 is bf16 except for the products of the layers'
+    linears, forward and for gradients of inputs, which are in fp8 (E4M3, a scale for each token and each output
+    channel); it needs GPUs from Ada and Hopper on."""
     kernels: Literal["auto", "plain", "fused"] = "auto"
     """plain: torch's own operations; fused: RMSNorm with the residual addition, RoPE, SwiGLU, LM head with
     cross-entropy at supervised positions only, and weight gradients added to the buffer by the product itself, in
     Triton on a GPU; auto: fused on a GPU where Triton is installed."""
     attention: Literal["auto", "flash2", "flash4"] = "auto"
-    """Kernel of fused layers for packed rows on a GPU. flash2: the one in torch; flash4: the package flash-attn-4, for
-    Hopper and Blackwell and heads of 32, 64, 96 or 128; auto: flash4 where it is installed and can be, and
-    `deterministic` is off."""
+    """Attention kernel of fused layers for packed rows on a GPU. flash2: the one in torch; flash4: the package
+    flash-attn-4, for Hopper and Blackwell and heads of 32, 64, 96 or 128; auto: flash4 where it is installed and works,
+    and `deterministic` is off."""
     recompute: Literal["none", "norms", "selective", "full", "offload"] = "none"
     """Activations that are computed again in the backward pass. norms: outputs of norms, a sixth of what layers keep,
     for under 1 % of the time; selective: attention's core; full: whole layers, which keep their inputs; offload: whole
@@ -95,17 +95,17 @@ class TrainSpec:
     """Steps between evaluations; default only before the first and after the last step. Needs something to evaluate:
     data.validation, data.validation_sets or evaluation.prompts."""
     objective: Literal["token_mean", "example_mean", "microbatch_mean"] = "token_mean"
-    """What is minimised. token_mean: the mean over all trained tokens of the global batch; example_mean: the mean over
+    """What is minimized. token_mean: the mean over all trained tokens of the global batch; example_mean: the mean over
     examples of each one's mean; microbatch_mean: the mean of micro-batch means, which depends on micro_batch_size and
-    is there for comparison with trainers that minimise it. Evaluation is always the token mean."""
+    is there for comparison with trainers that minimize it. Evaluation always uses the token mean."""
     on_bad_step: Literal["skip", "stop", "rewind"] = "stop"
-    """What follows a step whose loss or gradient norm is NaN or infinite, or a spike. Its update is never applied, and
-    the ids of its examples go to bad_steps.jsonl. skip: go on; stop: save, and end with exit code 1; rewind: weights
-    and optimizer go back to the newest checkpoint from before that step, and the data since then are left out. Ten bad
-    steps in a row stop the run in any case."""
+    """What follows a step whose loss or gradient norm is NaN, infinite or a spike. Its update is never applied, and the
+    ids of its examples go to bad_steps.jsonl. skip: go on; stop: save, and end with exit code 1; rewind: restore
+    weights and optimizer from the newest checkpoint before that step, and skip the data since then. Ten bad steps in a
+    row always stop the run."""
     spike_factor: Annotated[float | None, Above(1)] = None
-    """A gradient norm above this many times its running mean over good steps makes a bad step; unset: only NaN and
-    infinity do."""
+    """A step is bad if its gradient norm is above this many times the running mean over good steps; unset: only NaN and
+    infinity are bad."""
     deterministic: bool = False
     """Refuse kernels whose result depends on timing."""
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)

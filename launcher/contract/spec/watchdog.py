@@ -10,19 +10,19 @@ from launcher.contract.spec.rules import Above
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchdogSpec:
-    """When a run that makes no progress is ended, with exit code 76 and the stacks of all ranks."""
+    """When a run that makes no progress is ended, with exit code 76 and the stacks of all ranks in its logs."""
 
     enabled: bool = True
-    """Watch."""
+    """Whether to watch at all."""
     multiple: Annotated[float, Above(0)] = 10.0
-    """A step may take this many times the median of the steps before it."""
+    """Limit of a step as a multiple of the median of the steps before it."""
     floor_seconds: Annotated[float, Above(0)] = 600.0
-    """A step may always take this long."""
+    """Smallest limit of a step."""
     first_step_seconds: Annotated[float, Above(0)] = 1800.0
-    """The first step of an attempt, which compiles and warms up."""
+    """Limit of an attempt's first step, which compiles and warms up."""
     loading_seconds: Annotated[float, Above(0)] = 3600.0
-    """Meeting the other ranks, data, weights and checkpoint before the first step."""
+    """Limit of everything before the first step: meeting the other ranks, data, weights and checkpoint."""
     evaluation_seconds: Annotated[float, Above(0)] = 3600.0
-    """One evaluation, its answers included."""
+    """Limit of one evaluation with its answers."""
     checkpoint_seconds: Annotated[float, Above(0)] = 3600.0
-    """One save."""
+    """Limit of one save."""
