@@ -1,7 +1,12 @@
 """Run a function on n real ranks (processes with torchrun's variables set) and collect what each returns.
 
-A fork server that has imported Megatron-core once starts each rank, so a 2-rank test costs about two seconds, and
-no rank inherits threads or state of the test process. The function must be importable (defined at module level).
+Each rank is forked from a server process that has imported everything a rank needs (tests.ranks_preload). A fork takes
+30 ms, so a training of five steps on two ranks costs 1.2 s of CPU, and no rank inherits threads or state of the test
+process or of an earlier rank: a rank function may patch modules and leave them so. The function must be importable
+(defined at module level).
+
+Rejected: ranks that stay up and run many cases. A second training in the same process saved 0.1 s of CPU over one in a
+fresh fork, left 50 threads of gloo groups behind, and every patch in a rank function would have had to be undone.
 
 The test process hosts the rendezvous, as torchrun does, on a port that the system gives it when it listens. Rejected:
 to look for a free port and let rank 0 listen there, which two test runs at once can both find.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import sft.engine.module
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parity
@@ -25,6 +28,37 @@ def reach_the_rendezvous() -> bool:
     """Runs on a rank, before anything of torch.distributed is started."""
     with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))):
         return True
+
+
+def leave_everything_behind() -> str:
+    """Runs on a rank, and cleans up nothing."""
+    os.environ["LEFT_BEHIND"] = "1"
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    sft.engine.module._finalize = leave_everything_behind  # type: ignore[assignment]
+    return what_is_left()
+
+
+def what_is_left() -> str:
+    """Runs on a rank: the state that `leave_everything_behind` changes."""
+    found = [
+        "process group" if dist.is_initialized() else "",
+        "variable" if "LEFT_BEHIND" in os.environ else "",
+        "dtype" if torch.get_default_dtype() is not torch.float32 else "",
+        "determinism" if torch.are_deterministic_algorithms_enabled() else "",
+        "handler" if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL else "",
+        "filter" if warnings.filters and warnings.filters[0][:2] == ("ignore", None) else "",
+        "patch" if sft.engine.module._finalize is leave_everything_behind else "",
+    ]
+    return " ".join(word for word in found if word)
+
+
+def test_a_rank_leaves_nothing_to_the_next() -> None:
+    all_of_it = "process group variable dtype determinism handler filter patch"
+    assert run_ranks(2, leave_everything_behind, init=True) == [all_of_it] * 2
+    assert run_ranks(2, what_is_left) == ["", ""]
 
 
 def test_ranks_meet() -> None:
