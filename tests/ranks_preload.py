@@ -19,7 +19,7 @@ import transformers
 import sft.megatron.core  # isort: skip  (before anything else of Megatron-core: it prepares it for a CPU)
 import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
 
-import sft.training.trainer
+import sft.training.trainer  # noqa: F401
 import tests.parity.runs  # noqa: F401
 
 # transformers imports a model's module, and with it accelerate and others, at the first use of one of its names.

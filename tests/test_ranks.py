@@ -36,7 +36,7 @@ def leave_everything_behind() -> str:
     torch.set_default_dtype(torch.float64)
     torch.use_deterministic_algorithms(True)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
+    warnings.filterwarnings("ignore", message="left behind")
     sft.engine.module._finalize = leave_everything_behind  # type: ignore[assignment]
     return what_is_left()
 
@@ -49,7 +49,7 @@ def what_is_left() -> str:
         "dtype" if torch.get_default_dtype() is not torch.float32 else "",
         "determinism" if torch.are_deterministic_algorithms_enabled() else "",
         "handler" if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL else "",
-        "filter" if warnings.filters and warnings.filters[0][:2] == ("ignore", None) else "",
+        "filter" if any("left behind" in str(entry[1]) for entry in warnings.filters) else "",
         "patch" if sft.engine.module._finalize is leave_everything_behind else "",
     ]
     return " ".join(word for word in found if word)
