@@ -1,8 +1,8 @@
 """`python -m launcher.attempts.attempt begin|end RUN`: the first and the last thing a batch script does.
 
-`begin` takes the lease of the run, and judges the attempt before it if that left no word of its end (its node died).
-`end` judges this attempt, lets go of the lease, and prints one line for the shell: what to do now, and the nodes to
-avoid. Slurm is asked by the shell, because its commands are missing in most containers; both get the answers as text.
+`begin` takes the lease of the run, and judges the attempt before it if that one did not record how it ended (its node
+died). `end` judges this attempt, releases the lease, and prints one line for the shell: what to do now, and the nodes
+to avoid. The shell asks the scheduler and passes its answers on as text: most containers lack the scheduler's commands.
 
 All of it is in events.jsonl (`restart_decided`, `lease_taken_over`, `lease_refused`) for `status --why`.
 """
@@ -15,14 +15,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.attempts.cause import Cause, JobView, Verdict, classify
-from launcher.attempts.evidence import gather, parse_job, restart_of
+from launcher.attempts.cause import Cause, Diagnosis, classify
+from launcher.attempts.evidence import gather
 from launcher.attempts.restart import Action, Decision, Past, decide
 from launcher.contract.errors import LauncherError, RunStateError
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.job import AttemptName
+from launcher.contract.job_state import JobState
 from launcher.contract.lease import Owner, release, take
 from launcher.contract.rundir import RunPaths, append_event, checkpoint_step, read_lines
 from launcher.contract.spec import read_resolved
+from launcher.scheduler.base import JobView, Scheduler
+from launcher.scheduler.factory import scheduler_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--pid", type=int, required=True, help="process of the batch script")
         command.set_defaults(run_command=run)
         if name == "begin":
-            command.add_argument("--holder-state", default="", help="Slurm's state of the job that holds the lease")
+            command.add_argument("--holder-state", default="", help="state of the job that holds the lease")
             command.add_argument("--nodes-down", default="", help="nodes of the attempt before this one that are down")
         else:
             command.add_argument("--exit-code", type=int, required=True, help="how the attempt ended")
-            command.add_argument("--job", default="", help="the answer of `scontrol show job -o`")
+            command.add_argument("--job", default="", help="what the scheduler says of this job")
     options = parser.parse_args(arguments)
     try:
         return int(options.run_command(options))
@@ -63,7 +67,7 @@ def begin(options: argparse.Namespace) -> int:
     paths = RunPaths(options.run.absolute())
     owner = _owner(options)
     try:
-        void = take(paths, owner, options.holder_state)
+        void = take(paths, owner, _holder_state(paths, options.holder_state))
     except RunStateError as refusal:
         append_event(paths, "lease_refused", attempt=options.attempt, reason=str(refusal))
         raise
@@ -79,16 +83,18 @@ def begin(options: argparse.Namespace) -> int:
 
 
 def end(options: argparse.Namespace) -> int:
-    """Decide and print what follows."""
+    """Decide what follows and print it for the shell."""
     paths = RunPaths(options.run.absolute())
-    job = parse_job(options.job)
+    scheduler = _scheduler(paths)
+    job = scheduler.read_view(options.job)
     events = list(read_lines(paths.events))
-    verdict = classify(gather(paths, options.attempt, options.exit_code, job, options.job_id, events))
-    slurm_restarts = job is not None and job.restarts > restart_of(options.attempt)
-    decision = _decide(paths, options.attempt, options.exit_code, verdict, events, slurm_restarts=slurm_restarts)
-    print(f"{verdict.cause.value} ({verdict.detail}): {decision.action.value}; {decision.reason}", file=sys.stderr)
+    evidence = gather(paths, scheduler, options.attempt, options.exit_code, job, options.job_id, events)
+    diagnosis = classify(evidence)
+    requeued = job is not None and job.restarts > (AttemptName(options.attempt).restart or 0)
+    decision = _decide(paths, options.attempt, options.exit_code, diagnosis, events, requeued=requeued)
+    print(f"{diagnosis.cause.value} ({diagnosis.detail}): {decision.action.value}; {decision.reason}", file=sys.stderr)
     release(paths, _owner(options))
-    print(f"{decision.action.value} {_avoided(verdict, job)}".rstrip())
+    print(f"{decision.action.value} {_avoided(diagnosis, job)}".rstrip())
     return int(ExitCode.OK)
 
 
@@ -96,15 +102,23 @@ def _owner(options: argparse.Namespace) -> Owner:
     return Owner.of_process(options.attempt, options.job_id, options.pid)
 
 
-def _avoided(verdict: Verdict, job: JobView | None) -> str:
-    """All nodes to avoid from now on, where there is a new one."""
-    if not verdict.nodes:
+def _scheduler(paths: RunPaths) -> Scheduler:
+    return scheduler_of(read_resolved(paths.config).cluster.scheduler)
+
+
+def _holder_state(paths: RunPaths, text: str) -> JobState:
+    return _scheduler(paths).read_state(text) if text else JobState.UNKNOWN
+
+
+def _avoided(diagnosis: Diagnosis, job: JobView | None) -> str:
+    """Return all nodes to avoid from now on as a host list; empty where there is no new one."""
+    if not diagnosis.nodes:
         return ""
-    return ",".join([*([job.excluded] if job and job.excluded else []), *verdict.nodes])
+    return ",".join([*([job.excluded] if job and job.excluded else []), *diagnosis.nodes])
 
 
 def _judge_predecessor(paths: RunPaths, options: argparse.Namespace) -> Decision | None:
-    """Slurm started this job again, and the attempt before could not say how it ended."""
+    """Decide on the attempt before this one if it belongs to the same job and did not record how it ended."""
     events = list(read_lines(paths.events))
     started = [event for event in events if event.get("event") == "attempt_started"]
     last = started[-1] if started else {}
@@ -114,48 +128,50 @@ def _judge_predecessor(paths: RunPaths, options: argparse.Namespace) -> Decision
     if any(event.get("event") == "restart_decided" and event.get("attempt") == name for event in events):
         return None
     if options.nodes_down:
-        verdict = Verdict(cause=Cause.NODE_FAILURE, detail=f"{options.nodes_down} went down under it")
+        diagnosis = Diagnosis(cause=Cause.NODE_FAILURE, detail=f"{options.nodes_down} went down while it ran")
     else:
-        verdict = Verdict(cause=Cause.PREEMPTED, detail="Slurm ended it without notice and started the job again")
-    return _decide(paths, name, int(ExitCode.FAILURE), verdict, events, slurm_restarts=True)
+        detail = "the scheduler ended it without notice and started the job again"
+        diagnosis = Diagnosis(cause=Cause.PREEMPTED, detail=detail)
+    return _decide(paths, name, int(ExitCode.FAILURE), diagnosis, events, requeued=True)
 
 
 def _decide(
     paths: RunPaths,
     attempt: str,
     exit_code: int,
-    verdict: Verdict,
+    diagnosis: Diagnosis,
     events: Sequence[Mapping[str, Any]],
     *,
-    slurm_restarts: bool,
+    requeued: bool,
 ) -> Decision:
-    """Apply the run's policy and record the decision."""
+    """Apply the run's policy, record the decision and return it."""
+    spec = read_resolved(paths.config)
     decided = _since_submitted(events)
     step = max(map(checkpoint_step, paths.complete_checkpoints()), default=0)
     before = next((int(event["step"]) for event in reversed(events) if event.get("event") == "restart_decided"), 0)
     decision = decide(
-        verdict,
+        diagnosis,
         exit_code,
         [_past(event) for event in decided],
-        read_resolved(paths.config).restart,
+        spec.restart,
         progressed=step > before,
-        slurm_restarts=slurm_restarts,
-        local=attempt.startswith("local-"),
+        requeued=requeued,
+        requeues=scheduler_of(spec.cluster.scheduler).capabilities.requeues,
     )
     append_event(
         paths,
         "restart_decided",
         attempt=attempt,
         exit_code=exit_code,
-        cause=verdict.cause.value,
-        detail=verdict.detail,
+        cause=diagnosis.cause.value,
+        detail=diagnosis.detail,
         decision=decision.action.value,
         reason=decision.reason,
         budget=decision.budget,
         budget_left=decision.left,
         step=step,
         progressed=step > before,
-        **({"avoid": list(verdict.nodes)} if verdict.nodes else {}),
+        **({"avoid": list(diagnosis.nodes)} if diagnosis.nodes else {}),
     )
     return decision
 
@@ -166,14 +182,14 @@ def _past(event: Mapping[str, Any]) -> Past:
 
 
 def _since_submitted(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Decisions since a person last submitted the run, which makes all budgets whole."""
-    found: list[Mapping[str, Any]] = []
+    """Return the decisions since a person last submitted the run, which restores all budgets."""
+    decisions: list[Mapping[str, Any]] = []
     for event in events:
         if event.get("event") == "submitted" and not event.get("by"):
-            found = []
+            decisions = []
         elif event.get("event") == "restart_decided":
-            found.append(event)
-    return found
+            decisions.append(event)
+    return decisions
 
 
 if __name__ == "__main__":

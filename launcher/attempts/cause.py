@@ -1,8 +1,8 @@
-"""Why an attempt ended, from what it left behind: exit code, events, Slurm's view of the job, error, log tails.
+"""Why an attempt ended, from what it left behind: exit code, events, the scheduler's view of the job, error, log tails.
 
-Pure: `launcher.attempts.attempt` gathers the evidence. What is certain comes first (a person's cancel, Slurm's own
-words, exit codes that say what happened), then the error that the first failing rank recorded, then what its log ends
-with. The others fail because it did, mostly with a broken connection, and are not asked.
+Pure: `launcher.attempts.evidence` gathers the evidence. What is certain comes first (a person's cancel, the scheduler's
+own words, exit codes that say what happened), then the error that the first failing rank recorded, then the end of its
+log. Errors of other ranks do not count: those ranks fail because the first one did, mostly with a broken connection.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.job_state import JobState
+from launcher.scheduler.base import JobView
 
 
 class Cause(StrEnum):
@@ -36,19 +38,6 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobView:
-    """What Slurm says of the job while its batch script ends."""
-
-    state: str
-    """Slurm's word; COMPLETING hides how it came to that."""
-    restarts: int = 0
-    """How often it has been started again, the next time included if Slurm has already decided that."""
-    preempted: bool = False
-    excluded: str = ""
-    """Nodes it must not run on."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RankError:
     """The first error that a rank recorded (logs/<attempt>/error.json)."""
 
@@ -65,8 +54,9 @@ class Evidence:
 
     exit_code: int
     restart: int = 0
-    """How often Slurm had started the job before this attempt."""
-    local: bool = False
+    """How often the scheduler had started the job before this attempt."""
+    requeues: bool = True
+    """The scheduler stops jobs to start them again later; otherwise a signal to stop comes from a person."""
     cancelled: bool = False
     """`launcher cancel` was called for its job."""
     stop_signal: str = ""
@@ -78,31 +68,33 @@ class Evidence:
     host: str = ""
     """Where the first failing rank ran."""
     job: JobView | None = None
+    ended_as: tuple[JobState, str] | None = None
+    """How the scheduler ended the job according to the logs, and its words for people."""
     error: RankError | None = None
     log: str = ""
     """Ends of the batch log and of the first failing rank's log."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class Diagnosis:
     """A cause, and what it was concluded from."""
 
     cause: Cause
     detail: str
     nodes: tuple[str, ...] = field(default=())
-    """Hosts on which the run must not start again."""
+    """Hosts that the run should avoid from now on."""
 
 
 _SIGNALS = {128 + 2: "SIGINT", 128 + 12: "SIGUSR2", 128 + 15: "SIGTERM"}
 _KILLED = 128 + 9
 
-_LAST_WORDS = (
-    (re.compile(r"DUE TO PREEMPTION"), Cause.PREEMPTED, "Slurm ended it for a job of higher priority"),
-    (re.compile(r"DUE TO TIME LIMIT"), Cause.TIMEOUT, "Slurm ended it at its time limit"),
-    (re.compile(r"DUE TO NODE FAILURE|srun: error: Node failure on"), Cause.NODE_FAILURE, "Slurm lost a node of it"),
-    (re.compile(r"DUE TO JOB REQUEUE"), Cause.PREEMPTED, "it was requeued from outside"),
-)
-"""What slurmstepd and srun write when Slurm ends a job."""
+_STATES = {
+    JobState.PREEMPTED: Cause.PREEMPTED,
+    JobState.TIMEOUT: Cause.TIMEOUT,
+    JobState.NODE_FAIL: Cause.NODE_FAILURE,
+    JobState.OUT_OF_MEMORY: Cause.OUT_OF_MEMORY,
+}
+"""States in which a scheduler ends a job by itself."""
 
 _PATTERNS = (
     (re.compile(r"oom.?kill|Out Of Memory|CUDA out of memory|can't allocate memory", re.I), Cause.OUT_OF_MEMORY),
@@ -117,7 +109,7 @@ _PATTERNS = (
         Cause.COMMUNICATION,
     ),
 )
-"""In error messages and at the end of logs; the first that fits counts."""
+"""Looked for in error messages and at the end of logs; the first that matches counts."""
 
 _KINDS = {
     "OutOfMemoryError": Cause.OUT_OF_MEMORY,
@@ -129,57 +121,55 @@ _KINDS = {
     "ConfigError": Cause.CONFIG,
     "TrainingError": Cause.USER_CODE,
 }
-"""Classes of exceptions that name the cause; for any other the message is looked at."""
+"""Classes of exceptions that tell the cause; of any other the message may."""
 
 
-def classify(seen: Evidence) -> Verdict:
-    """Why the attempt ended."""
+def classify(seen: Evidence) -> Diagnosis:
+    """Return why the attempt ended."""
     if seen.exit_code == ExitCode.OK:
-        return Verdict(cause=Cause.DONE, detail="exit code 0")
+        return Diagnosis(cause=Cause.DONE, detail="exit code 0")
     if seen.cancelled:
-        return Verdict(cause=Cause.CANCELLED, detail="by `launcher cancel`")
-    return _by_slurm(seen) or _by_exit_code(seen) or _by_error(seen) or _by_log(seen)
+        return Diagnosis(cause=Cause.CANCELLED, detail="by `launcher cancel`")
+    return _by_scheduler(seen) or _by_exit_code(seen) or _by_error(seen) or _by_log(seen)
 
 
-def _by_slurm(seen: Evidence) -> Verdict | None:
-    """Slurm's own doing, by its view of the job and the words it leaves in the logs."""
-    for pattern, cause, detail in _LAST_WORDS:
-        if pattern.search(seen.log):
-            return Verdict(cause=cause, detail=detail)
+def _by_scheduler(seen: Evidence) -> Diagnosis | None:
+    """Judge by the scheduler's view of the job and by the words that it leaves in the logs."""
+    if seen.ended_as is not None and seen.ended_as[0] in _STATES:
+        return Diagnosis(cause=_STATES[seen.ended_as[0]], detail=seen.ended_as[1])
     if seen.job is None:
         return None
     if seen.job.preempted:
-        return Verdict(cause=Cause.PREEMPTED, detail="Slurm gave notice of preemption")
+        return Diagnosis(cause=Cause.PREEMPTED, detail="the scheduler gave notice of preemption")
     if seen.job.restarts > seen.restart:
-        return Verdict(cause=Cause.PREEMPTED, detail="Slurm is starting the job again by itself")
-    named = {"NODE_FAIL": Cause.NODE_FAILURE, "TIMEOUT": Cause.TIMEOUT, "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY}
-    if seen.job.state in named:
-        return Verdict(cause=named[seen.job.state], detail=f"Slurm calls the job {seen.job.state}")
-    if seen.job.state in ("COMPLETING", "CANCELLED"):  # its script still runs, so Slurm is ending it
-        return Verdict(cause=Cause.CANCELLED, detail="Slurm ended the job on request (scancel)")
+        return Diagnosis(cause=Cause.PREEMPTED, detail="the scheduler is starting the job again by itself")
+    if seen.job.state in _STATES:
+        return Diagnosis(cause=_STATES[seen.job.state], detail=f"the scheduler calls the job {seen.job.state.value}")
+    if seen.job.state in (JobState.COMPLETING, JobState.CANCELLED):  # its script still runs, so it is being ended
+        return Diagnosis(cause=Cause.CANCELLED, detail="the scheduler ended the job on request")
     return None
 
 
-def _by_exit_code(seen: Evidence) -> Verdict | None:
+def _by_exit_code(seen: Evidence) -> Diagnosis | None:
     code = seen.exit_code
     if code == ExitCode.HANG:
-        return Verdict(cause=Cause.HANG, detail="no rank finished a step in time")
+        return Diagnosis(cause=Cause.HANG, detail="no rank finished a step in time")
     if code == ExitCode.BAD_NODE:
-        return Verdict(cause=Cause.BAD_NODE, detail="a node failed the preflight", nodes=seen.bad_nodes)
+        return Diagnosis(cause=Cause.BAD_NODE, detail="a node failed the preflight", nodes=seen.bad_nodes)
     if code == ExitCode.REQUEUE or code in _SIGNALS:
         signal = seen.stop_signal or _SIGNALS.get(code, "")
         if seen.stop_deadline:
-            return Verdict(cause=Cause.TIMEOUT, detail="it stopped in time before the end of the job")
+            return Diagnosis(cause=Cause.TIMEOUT, detail="it stopped in time before the end of the job")
         if signal == "SIGUSR2":
-            return Verdict(cause=Cause.TIMEOUT, detail="it was told that its time limit is near (SIGUSR2)")
-        if seen.local or signal == "SIGINT":
-            return Verdict(cause=Cause.CANCELLED, detail=f"it was asked to stop ({signal or 'by a signal'})")
-        return Verdict(cause=Cause.PREEMPTED, detail=f"it was asked to stop ({signal or 'by a signal'})")
+            return Diagnosis(cause=Cause.TIMEOUT, detail="it was told that its time limit is near (SIGUSR2)")
+        if not seen.requeues or signal == "SIGINT":
+            return Diagnosis(cause=Cause.CANCELLED, detail=f"it was asked to stop ({signal or 'by a signal'})")
+        return Diagnosis(cause=Cause.PREEMPTED, detail=f"it was asked to stop ({signal or 'by a signal'})")
     return None
 
 
-def _by_error(seen: Evidence) -> Verdict | None:
-    """The exception of the first failing rank."""
+def _by_error(seen: Evidence) -> Diagnosis | None:
+    """Judge by the exception of the first failing rank."""
     error = seen.error
     if error is None:
         return None
@@ -189,25 +179,25 @@ def _by_error(seen: Evidence) -> Verdict | None:
     if cause is None and "OSError" not in error.kinds and seen.exit_code == ExitCode.FAILURE:
         cause = Cause.USER_CODE
     if cause is None:
-        return Verdict(cause=Cause.UNKNOWN, detail=detail)
-    return _verdict(cause, detail, error.host or seen.host)
+        return Diagnosis(cause=Cause.UNKNOWN, detail=detail)
+    return _diagnosis(cause, detail, error.host or seen.host)
 
 
-def _by_log(seen: Evidence) -> Verdict:
-    """What the first failing rank's log, or srun, said last."""
+def _by_log(seen: Evidence) -> Diagnosis:
+    """Judge by the last lines of the first failing rank's log, or of the batch log."""
     code = seen.exit_code
     cause = _matching(seen.log)
     if cause is not None:
-        return _verdict(cause, f"exit code {code}, and the log says so", seen.host)
+        return _diagnosis(cause, f"exit code {code}, and the log says so", seen.host)
     if code == ExitCode.BAD_INPUT:
-        return Verdict(cause=Cause.CONFIG, detail="exit code 2 (bad input)")
+        return Diagnosis(cause=Cause.CONFIG, detail="exit code 2 (bad input)")
     if code == _KILLED:
-        return Verdict(cause=Cause.UNKNOWN, detail="killed by signal 9, and nothing says by whom")
-    return Verdict(cause=Cause.UNKNOWN, detail=f"exit code {code}")
+        return Diagnosis(cause=Cause.UNKNOWN, detail="killed by signal 9, and nothing says by whom")
+    return Diagnosis(cause=Cause.UNKNOWN, detail=f"exit code {code}")
 
 
-def _verdict(cause: Cause, detail: str, host: str) -> Verdict:
-    return Verdict(cause=cause, detail=detail, nodes=(host,) if cause is Cause.BAD_NODE and host else ())
+def _diagnosis(cause: Cause, detail: str, host: str) -> Diagnosis:
+    return Diagnosis(cause=cause, detail=detail, nodes=(host,) if cause is Cause.BAD_NODE and host else ())
 
 
 def _matching(text: str) -> Cause | None:

@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.attempts.cause import Evidence, JobView, RankError
+from launcher.attempts.cause import Evidence, RankError
+from launcher.contract.job import AttemptName
 from launcher.contract.rundir import RunPaths
+from launcher.scheduler.base import JobView, Scheduler
 
 _TAIL_BYTES = 1 << 15
 _SIGNAL = 128
-"""Exit codes above it are of processes that a signal ended."""
-_FIELD = re.compile(r"(?:^|\s)([A-Z][A-Za-z/:]*)=(\S*)")
-
-
-def parse_job(text: str) -> JobView | None:
-    """The answer of `scontrol show job -o`; None where it did not answer."""
-    fields: dict[str, str] = {}
-    for name, value in _FIELD.findall(text):
-        fields.setdefault(name, value)  # the first is Slurm's; a command line behind it may look like fields too
-    if "JobState" not in fields:
-        return None
-    restarts = fields.get("Restarts", "")
-    return JobView(
-        state=fields["JobState"],
-        restarts=int(restarts) if restarts.isdigit() else 0,
-        preempted=fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", ""),
-        excluded="" if fields.get("ExcNodeList") in (None, "(null)") else fields["ExcNodeList"],
-    )
+"""Exit codes above it belong to processes that a signal ended."""
 
 
 def gather(
     paths: RunPaths,
+    scheduler: Scheduler,
     attempt: str,
     exit_code: int,
     job: JobView | None,
     job_id: str,
     events: Sequence[Mapping[str, Any]],
 ) -> Evidence:
-    """The evidence of how `attempt` ended."""
+    """Return the evidence of how `attempt` of the job `job_id` ended; `job` is the scheduler's view of that job."""
     own = [event for event in events if event.get("attempt") == attempt]
     stop: Mapping[str, Any] = next((event for event in reversed(own) if event.get("event") == "stop_requested"), {})
     preflight: Mapping[str, Any] = next(
@@ -50,31 +35,27 @@ def gather(
     rank, host = _first_failure(paths.failure(attempt))
     error = read_error(paths.error(attempt))
     if error is not None and exit_code > _SIGNAL and rank not in (None, error.rank):
-        error = None  # a rank that was killed records none, so this is a victim's
+        error = None  # a killed rank records no error, so this one is of a rank that failed after it
     logs = [paths.logs / attempt / "batch.log", *([paths.rank_log(attempt, rank)] if rank is not None else [])]
+    log = "\n".join(_tail(file) for file in logs)
     return Evidence(
         exit_code=exit_code,
-        restart=restart_of(attempt),
-        local=attempt.startswith("local-"),
+        restart=AttemptName(attempt).restart or 0,
+        requeues=scheduler.capabilities.requeues,
         cancelled=any(event.get("event") == "cancelled" and event.get("job_id") == job_id for event in events),
         stop_signal=str(stop.get("signal") or ""),
         stop_deadline=bool(stop.get("deadline")),
         bad_nodes=tuple(str(node["host"]) for node in preflight.get("nodes", [])),
         host=host,
         job=job,
+        ended_as=scheduler.read_log(log),
         error=error,
-        log="\n".join(_tail(file) for file in logs),
+        log=log,
     )
 
 
-def restart_of(attempt: str) -> int:
-    """How often Slurm had started the job before the attempt `<job id>.<count>`."""
-    count = attempt.rpartition(".")[2]
-    return int(count) if count.isdigit() and not attempt.startswith("local-") else 0
-
-
 def read_error(file: Path) -> RankError | None:
-    """The first error that a rank recorded."""
+    """Return the first error that a rank recorded; None where there is none that can be read."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         kinds = tuple(str(kind) for kind in values["kinds"])
@@ -84,7 +65,7 @@ def read_error(file: Path) -> RankError | None:
 
 
 def _first_failure(file: Path) -> tuple[int | None, str]:
-    """Rank and host of the first rank that failed."""
+    """Return rank and host of the first rank that failed; None and an empty string where none is known."""
     try:
         _, rank, host = file.read_text(encoding="utf-8").split()
         return int(rank), host

@@ -1,8 +1,8 @@
 """What follows the end of an attempt: a pure decision over its cause, the restarts before it, and the policy.
 
 Each cause has a budget of its own: restarts in a row without a new complete checkpoint. A restart after progress costs
-nothing, and progress makes all budgets whole again; so a run that gets anywhere is never given up for bad luck, and one
-that does not get anywhere is not repeated for ever.
+nothing, and progress restores all budgets; so a run that makes progress is never given up for bad luck, and one that
+makes none is not repeated for ever.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from launcher.attempts.cause import Cause, Verdict
+from launcher.attempts.cause import Cause, Diagnosis
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.spec import RestartSpec
 
 _FINAL = {
     Cause.DONE: "nothing is left to do",
     Cause.CANCELLED: "a person ended it; `launcher resubmit` goes on",
-    Cause.USER_CODE: "the same code would fail again; mend it, then `launcher resubmit`",
-    Cause.DATA: "the same data would be refused again; mend them, then `launcher resubmit`",
-    Cause.CONFIG: "the same settings would be refused again; mend them, then `launcher resubmit` with overrides",
+    Cause.USER_CODE: "the same code would fail again; fix it, then `launcher resubmit`",
+    Cause.DATA: "the same data would be refused again; fix them, then `launcher resubmit`",
+    Cause.CONFIG: "the same settings would be refused again; fix them, then `launcher resubmit` with overrides",
 }
 """Causes after which nothing starts by itself, whatever the policy."""
 
@@ -37,10 +37,10 @@ class Action(StrEnum):
     REQUEUE = "requeue"
     RESUBMIT = "resubmit"
     LEAVE = "leave"
-    """Slurm starts the job again by itself."""
+    """The scheduler starts the job again by itself."""
     STOP = "stop"
     WITHDRAW = "withdraw"
-    """Slurm would start the job again, and must not."""
+    """The scheduler would start the job again, and must not."""
 
     @property
     def goes_on(self) -> bool:
@@ -65,37 +65,41 @@ class Decision:
     reason: str
     budget: int | None = None
     left: int | None = None
-    """Restarts for this cause that are left without progress."""
+    """Restarts for this cause that are left if there is no progress."""
 
 
 def decide(
-    verdict: Verdict,
+    diagnosis: Diagnosis,
     exit_code: int,
     past: Sequence[Past],
     policy: RestartSpec,
     *,
     progressed: bool,
-    slurm_restarts: bool = False,
-    local: bool = False,
+    requeued: bool = False,
+    requeues: bool = True,
 ) -> Decision:
-    """What follows an attempt. `slurm_restarts`: Slurm has already put the job back into the queue."""
-    refused = _refusal(verdict.cause, exit_code, policy, local=local)
-    stop = Action.WITHDRAW if slurm_restarts else Action.STOP
+    """Return what follows an attempt.
+
+    `requeued`: the scheduler has already put the job back into the queue. `requeues`: it can do that, and gives a job
+    its whole time limit again.
+    """
+    refused = _refusal(diagnosis.cause, exit_code, policy, requeues=requeues)
+    stop = Action.WITHDRAW if requeued else Action.STOP
     if refused is not None:
         return Decision(action=stop, reason=refused)
-    budget = policy.budget(verdict.cause.value)
-    used = 0 if progressed else spent(verdict.cause, past)
+    budget = policy.budget(diagnosis.cause.value)
+    used = 0 if progressed else spent(diagnosis.cause, past)
     if budget == 0 or (not progressed and used >= budget):
-        return Decision(action=stop, reason=_exhausted(verdict.cause, budget), budget=budget, left=0)
+        return Decision(action=stop, reason=_exhausted(diagnosis.cause, budget), budget=budget, left=0)
     left = budget if progressed else budget - used - 1
     why = "it wrote a checkpoint, so this restart is free" if progressed else f"restart {used + 1} of {budget} without"
     reason = why if progressed else f"{why} a new checkpoint"
-    action = Action.LEAVE if slurm_restarts else Action(policy.how)
+    action = Action.LEAVE if requeued else Action(policy.how)
     return Decision(action=action, reason=reason, budget=budget, left=left)
 
 
 def spent(cause: Cause, past: Sequence[Past]) -> int:
-    """Restarts for `cause` since the run last wrote a checkpoint."""
+    """Return how many restarts for `cause` there were since the run last wrote a checkpoint."""
     count = 0
     for earlier in reversed(past):
         if earlier.progressed:
@@ -104,8 +108,8 @@ def spent(cause: Cause, past: Sequence[Past]) -> int:
     return count
 
 
-def _refusal(cause: Cause, exit_code: int, policy: RestartSpec, *, local: bool) -> str | None:
-    """Why nothing may start by itself, whatever the budgets."""
+def _refusal(cause: Cause, exit_code: int, policy: RestartSpec, *, requeues: bool) -> str | None:
+    """Return why nothing may start by itself, whatever the budgets; None where it may."""
     if cause in _FINAL:
         return _FINAL[cause]
     if exit_code == ExitCode.NEVER_REQUEUE:
@@ -114,7 +118,7 @@ def _refusal(cause: Cause, exit_code: int, policy: RestartSpec, *, local: bool) 
         return "another attempt holds the run"
     if policy.how == "none":
         return "restart.how is none; `launcher resubmit` goes on"
-    if local and cause is Cause.TIMEOUT:
+    if not requeues and cause is Cause.TIMEOUT:
         return "a local run ends with its time limit; `launcher resubmit` goes on"
     return None
 

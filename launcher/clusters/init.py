@@ -16,8 +16,8 @@ from pathlib import Path
 from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
 from launcher.contract.resources import search_path
 from launcher.contract.rundir import RUN_NAME
-from launcher.scheduler import slurm
-from launcher.scheduler.slurm import Partition
+from launcher.scheduler.slurm import commands
+from launcher.scheduler.slurm.partitions import Partition
 
 _MODULES = re.compile(r"(cuda|nccl|python|miniforge|anaconda|apptainer|singularity)\b", re.IGNORECASE)
 
@@ -36,13 +36,13 @@ class Survey:
 
 def survey() -> Survey:
     """Ask Slurm and this machine, or raise SchedulerError if Slurm shows no partition."""
-    partitions = slurm.partitions()
+    partitions = commands.partitions()
     if not partitions:
         raise SchedulerError("sinfo shows no partition; is this account allowed to use the cluster?")
     return Survey(
         partitions=partitions,
-        names_resolve=_resolves(slurm.first_node()),
-        has_pyxis="--container-image" in slurm.srun_help(),
+        names_resolve=_resolves(commands.first_node()),
+        has_pyxis="--container-image" in commands.srun_help(),
         has_apptainer=shutil.which("apptainer") is not None,
         modules=_modules(),
     )

@@ -35,20 +35,21 @@ def add(commands: Any) -> None:
 def _resubmit(options: argparse.Namespace) -> int:
     from launcher.contract.arrival import other_cluster
     from launcher.submission.resubmit import child_plan, same_run
-    from launcher.submission.submit import next_steps, submit, summary
+    from launcher.submission.submit import submit
+    from launcher.submission.summary import next_steps, summary
 
     if options.failed:
         return _resubmit_failed(options)
     paths, cluster = chosen_run(options), other_cluster(options.cluster)
     if options.overrides or cluster:
         plan = child_plan(paths, options.overrides, cluster)
-        attempt = submit(plan, options.command_line, parent_run=str(paths.root))
-        run, text = plan.paths, f"{summary(plan)}\n{next_steps(plan, attempt)}"
+        job = submit(plan, options.command_line, parent_run=str(paths.root))
+        run, text = plan.paths, f"{summary(plan)}\n{next_steps(plan, job)}"
     else:
-        attempt = same_run(paths)
-        run, text = paths, f"submitted  run {paths.name} again as job {attempt.job_id}"
+        job = same_run(paths)
+        run, text = paths, f"submitted  run {paths.name} again as job {job.id}"
     if options.json:
-        print_json({"run": run.name, "directory": str(run.root), "job": attempt.job_id})
+        print_json({"run": run.name, "directory": str(run.root), "job": job.id.text})
     else:
         print(text)
     return int(ExitCode.OK)
@@ -64,7 +65,7 @@ def _resubmit_failed(options: argparse.Namespace) -> int:
     if options.overrides or other_cluster(options.cluster):
         raise ConfigError("--failed goes on with runs as they are; settings can be changed one run at a time")
     runs = failed_of(find_runs(options.run, options.run_root or default_run_root()))
-    jobs = {paths.name: same_run(paths).job_id for paths in runs}
+    jobs = {paths.name: same_run(paths).id.text for paths in runs}
     if options.json:
         print_json({"runs": jobs})
     else:

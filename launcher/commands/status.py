@@ -87,7 +87,8 @@ def _why(options: argparse.Namespace, runs: list[Any]) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from launcher.runs.find import all_runs, default_run_root, listing
+    from launcher.runs.find import all_runs, default_run_root
+    from launcher.runs.listing import listing
     from launcher.views.text import columns
 
     selection = _selection(options)

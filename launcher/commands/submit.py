@@ -59,7 +59,7 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
     from launcher.contract.errors import ConfigError
-    from launcher.submission.submit import run_root_words, summary
+    from launcher.submission.summary import run_root_words, summary
     from launcher.sweeps.submit import plan_sweep, submit_group
 
     if options.follow or options.test_only:
@@ -69,7 +69,7 @@ def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
         print(f"{summary(plans[0])}\n{_points(group)}")
         return int(ExitCode.OK)
     _confirm(plans, options.yes)
-    jobs = submit_group(group, plans, sweep, options.command_line)
+    jobs = [job.id.text for job in submit_group(group, plans, sweep, options.command_line)]
     if options.json:
         print_json({"group": group.name, "runs": dict(zip(group.points, jobs, strict=True))})
         return int(ExitCode.OK)
@@ -92,7 +92,9 @@ def _points(group: Group, jobs: Sequence[str] = ()) -> str:
 
 
 def _submit_run(options: argparse.Namespace) -> int:
-    from launcher.submission.submit import next_steps, script_of, submit, summary
+    from launcher.submission.script import script_of
+    from launcher.submission.submit import submit
+    from launcher.submission.summary import next_steps, summary
 
     plan, parent = _plan(options)
     if options.dry_run:
@@ -102,11 +104,11 @@ def _submit_run(options: argparse.Namespace) -> int:
         print(f"{summary(plan)}\n{_expected_start(plan)}")
         return int(ExitCode.OK)
     _confirm([plan], options.yes)
-    attempt = submit(plan, options.command_line, parent)
+    job = submit(plan, options.command_line, parent)
     if options.json:
-        print_json({"run": plan.paths.name, "directory": str(plan.paths.root), "job": attempt.job_id})
+        print_json({"run": plan.paths.name, "directory": str(plan.paths.root), "job": job.id.text})
     else:
-        print(f"{summary(plan)}\n{next_steps(plan, attempt)}", flush=True)
+        print(f"{summary(plan)}\n{next_steps(plan, job)}", flush=True)
     return _follow(plan.paths) if options.follow else int(ExitCode.OK)
 
 
@@ -157,16 +159,14 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
 
 
 def _expected_start(plan: Plan) -> str:
-    from launcher.scheduler import slurm
-    from launcher.submission.submit import script_of
+    from launcher.scheduler.factory import scheduler_of
+    from launcher.submission.script import script_of
 
-    if plan.spec.cluster.scheduler == "local":
-        return "start      at once, on this machine"
-    return f"start      {slurm.expected_start(script_of(plan))}"
+    return f"start      {scheduler_of(plan.spec.cluster.scheduler).expected_start(script_of(plan))}"
 
 
 def _render(options: argparse.Namespace) -> int:
-    from launcher.submission.submit import script_of
+    from launcher.submission.script import script_of
 
     swept = _swept(options)
     plan = swept[1][0] if swept else _plan(options)[0]
@@ -193,7 +193,7 @@ def _validate(options: argparse.Namespace) -> int:
     import dataclasses
 
     from launcher.contract.versions import describe_versions, ranks_versions
-    from launcher.submission.submit import summary
+    from launcher.submission.summary import summary
 
     swept = _swept(options)
     if swept:

@@ -1,11 +1,12 @@
-"""The lease of a run directory: one attempt writes there, and everybody can see which.
+"""The lease of a run directory: a single attempt may write there, and everybody can see which.
 
-`lease.json` names the owner; it is created exclusively, so that of two attempts one gets it, and its modification time
-is renewed while the owner lives. Whoever finds it taken refuses, unless the owner is known to be gone: the same job
-was started again, its job is over, its process is gone, or nobody has renewed it for a long time. An owner that was
-taken for dead (a suspended job, a machine that hung) finds another's name in the file and stops without writing.
+`lease.json` names the owner. It is created exclusively, so that only one of two attempts gets it, and its modification
+time is renewed while the owner lives. An attempt that finds it taken refuses to run, unless the owner is known to be
+gone: its job was started again or is over, its process is gone, or the lease was not renewed for a long time. An owner
+that was wrongly taken for dead (a suspended job, a machine that hung) finds another name in the file and stops without
+writing.
 
-Times are those of the file system that holds the run, on all sides: clocks of nodes differ.
+All times are those of the file system that holds the run, since the clocks of nodes differ.
 
 Rejected: flock and fcntl locks, which many shared file systems keep per node, or not at all.
 """
@@ -23,23 +24,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.contract import processes
 from launcher.contract.errors import RunStateError
-from launcher.contract.job_state import JobState, from_slurm
+from launcher.contract.job import AttemptName
+from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths, write_atomic
 
 RENEW_SECONDS = 60.0
-"""Between renewals: a file system does not notice one such request a minute."""
+"""Time between renewals; one such request a minute is no load for a file system."""
 EXPIRY_SECONDS = 600.0
-"""Without a renewal for this long the owner counts as gone, if no scheduler knows better. Longer than it takes to pull
-a container image, since nobody renews between the steps of a batch script."""
+"""An owner that has not renewed its lease for this long counts as gone, unless its scheduler says otherwise. Longer than
+the pull of a container image, since nobody renews the lease between the steps of a batch script."""
 
 _POLL_SECONDS = 0.05
 
 BY_HAND = "by-hand"
-"""Attempt of ranks that no batch script started."""
+"""Name of the attempt of ranks that no batch script started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,45 +51,44 @@ class Owner:
     job_id: str = ""
     host: str = ""
     pid: int = 0
-    """Of the batch script, or of rank 0 where there is none."""
+    """Process of the batch script, or of rank 0 where there is none."""
     process_start: int | None = None
-    """With the id it names one process for good."""
+    """Its start time in clock ticks since boot: process ids are reused, the pair is not."""
 
     @classmethod
     def of_process(cls, attempt: str, job_id: str = "", pid: int | None = None) -> Owner:
-        """The owner that lives as long as a process of this machine does."""
+        """Return the owner for a process of this machine, by default this one."""
         number = os.getpid() if pid is None else pid
         start = processes.start_ticks(number)
         return cls(attempt=attempt, job_id=job_id, host=socket.gethostname(), pid=number, process_start=start)
 
     @property
     def restart(self) -> int | None:
-        """How often Slurm had started the job before; None where Slurm did not."""
-        job, _, count = self.attempt.rpartition(".")
-        return int(count) if job == self.job_id and count.isdigit() else None
+        """How often a scheduler had started the job before; None where no scheduler starts jobs again."""
+        name = AttemptName(self.attempt)
+        return name.restart if name.job == self.job_id else None
 
     def is_same(self, other: Owner) -> bool:
-        """One attempt, whichever of its processes asks."""
+        """Return whether both are processes of one attempt."""
         if self.attempt != other.attempt:
             return False
         return self.attempt != BY_HAND or (self.host, self.pid) == (other.host, other.pid)
 
     def describe(self) -> str:
-        """For messages."""
+        """Return a phrase for messages."""
         job = f" (job {self.job_id})" if self.job_id else ""
         return f"attempt {self.attempt}{job} on {self.host}, process {self.pid}"
 
 
 def holder(paths: RunPaths) -> Owner | None:
-    """Who holds the run; an owner without a name where the file was never filled."""
+    """Return who holds the run, or None; the attempt is `unknown` where the file was never filled."""
     return _read(paths.lease)
 
 
-def take(paths: RunPaths, owner: Owner, holder_state: str = "") -> str | None:
-    """Hold the run as `owner`; why an earlier owner's lease was void, or None where there was none.
+def take(paths: RunPaths, owner: Owner, holder_state: JobState = JobState.UNKNOWN) -> str | None:
+    """Take the lease for `owner` and return why an earlier owner's lease was void, or None where there was none.
 
-    `holder_state` is Slurm's word for the holder's job, or empty where it cannot tell. RunStateError where the run
-    is held.
+    `holder_state` is the state of the holder's job as its scheduler tells it. RunStateError where the run is held.
     """
     while not _create(paths, owner):
         current = holder(paths)
@@ -106,22 +106,22 @@ def take(paths: RunPaths, owner: Owner, holder_state: str = "") -> str | None:
     return None
 
 
-def check_free(paths: RunPaths, holder_state: str = "") -> None:
-    """RunStateError where somebody holds the run; `holder_state` as for `take`."""
+def check_free(paths: RunPaths, holder_state: JobState = JobState.UNKNOWN) -> None:
+    """Raise RunStateError where somebody holds the run; `holder_state` is as for `take`."""
     current = holder(paths)
     if current is not None and why_void(current, Owner.of_process("launcher"), _age(paths), holder_state) is None:
         raise _is_held(paths, current)
 
 
 def release(paths: RunPaths, owner: Owner) -> None:
-    """Let go of the run, if it is still held by `owner`."""
+    """Release the lease if `owner` still holds it."""
     current = holder(paths)
     if current is not None and current.is_same(owner):
         paths.lease.unlink(missing_ok=True)
 
 
 def renew(paths: RunPaths, owner: Owner) -> bool:
-    """Show that the owner lives; False when the run is no longer its own."""
+    """Renew the lease and return True; return False if the run is no longer held by `owner`."""
     current = holder(paths)
     if current is None or not current.is_same(owner):
         return False
@@ -130,15 +130,17 @@ def renew(paths: RunPaths, owner: Owner) -> bool:
     return True
 
 
-def why_void(current: Owner, claimant: Owner, age: float, state: str = "") -> str | None:
-    """Why the lease of `current` no longer counts, or None while it does."""
+def why_void(current: Owner, claimant: Owner, age: float, state: JobState = JobState.UNKNOWN) -> str | None:
+    """Return why the lease of `current` no longer counts, or None while it does.
+
+    `age` is the time since its last renewal in seconds, `state` that of its job.
+    """
     before, now = current.restart, claimant.restart
     if current.job_id == claimant.job_id and before is not None and now is not None and now > before:
-        return "Slurm has started its job again"
-    known = from_slurm(state) if state else JobState.UNKNOWN
-    if known.terminal:
-        return f"its job is {known.value}"
-    if known.active:
+        return "its job was started again"
+    if state.terminal:
+        return f"its job is {state.value}"
+    if state.active:
         return None
     here = current.host == claimant.host and before is None
     if here and current.pid and processes.start_ticks(current.pid) != current.process_start:
@@ -147,7 +149,7 @@ def why_void(current: Owner, claimant: Owner, age: float, state: str = "") -> st
 
 
 class Keeper:
-    """Renews the lease in a thread, and notices when it is another's."""
+    """Renews the lease in a thread, and notices when another attempt has taken it."""
 
     def __init__(self, paths: RunPaths, owner: Owner) -> None:
         self._paths = paths
@@ -155,21 +157,21 @@ class Keeper:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self.lost = False
-        """Another attempt holds the run: nothing may be written to it any more."""
+        """Another attempt holds the run, so this one may no longer write to it."""
 
     def start(self) -> None:
-        """Begin renewing."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End renewing; the lease stays."""
+        """Stop renewing and keep the lease."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def check(self) -> None:
-        """Renew now."""
-        with contextlib.suppress(OSError):  # a file system that is away for a while takes no lease from anybody
+        """Renew once, now."""
+        with contextlib.suppress(OSError):  # a file system that is away for a while does not end the lease
             self.lost = self.lost or not renew(self._paths, self._owner)
 
     def _keep(self) -> None:
@@ -179,7 +181,7 @@ class Keeper:
 
 @contextlib.contextmanager
 def held(paths: RunPaths, attempt: str) -> Iterator[Keeper]:
-    """Keep the lease of `attempt` for as long as the body runs; take it first where no batch script has."""
+    """Renew the lease of `attempt` while the body runs; take and release it where no batch script holds it."""
     owner = Owner.of_process(attempt)
     before = holder(paths)
     mine = before is not None and before.is_same(owner)
@@ -198,14 +200,13 @@ def held(paths: RunPaths, attempt: str) -> Iterator[Keeper]:
 def _is_held(paths: RunPaths, current: Owner) -> RunStateError:
     return RunStateError(
         f"run {paths.name} is held by {current.describe()}, renewed {_age(paths):.0f} s ago; two attempts must not "
-        f"write one run. Wait for it or end it; a lease of a dead owner is void after {EXPIRY_SECONDS:.0f} s"
+        f"write to one run. Wait for it or end it; the lease of a dead owner expires after {EXPIRY_SECONDS:.0f} s"
     )
 
 
 def _read(file: Path) -> Owner | None:
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return Owner(**values)
+        return Owner(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
@@ -213,7 +214,7 @@ def _read(file: Path) -> Owner | None:
 
 
 def _create(paths: RunPaths, owner: Owner) -> bool:
-    """Write the lease, if nobody has."""
+    """Create the lease and return True; return False where it exists."""
     try:
         handle = os.open(paths.lease, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
@@ -223,11 +224,9 @@ def _create(paths: RunPaths, owner: Owner) -> bool:
     return True
 
 
-def _take_over(paths: RunPaths, owner: Owner, judged: Owner, state: str) -> bool:
-    """Replace a void lease; False where another claimant is at it, or was faster.
-
-    Claimants take turns by a second file, so that nobody replaces the fresh lease of one who has just replaced it.
-    """
+def _take_over(paths: RunPaths, owner: Owner, judged: Owner, state: JobState) -> bool:
+    """Replace the void lease of `judged` and return True; return False where another claimant did or is doing so."""
+    # Claimants exclude each other by a second file, or one could replace the lease that another has just written.
     turn = paths.lease.with_name(".lease-turn")
     try:
         os.close(os.open(turn, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -249,7 +248,7 @@ def _text(owner: Owner) -> str:
 
 
 def _age(paths: RunPaths, file: Path | None = None) -> float:
-    """Seconds since the last renewal (or of another file), by the file system's own clock."""
+    """Return the age of the lease (or of `file`) in seconds, by the clock of the file system."""
     with tempfile.NamedTemporaryFile(prefix=".now-", dir=paths.root) as now:
         try:
             return max(0.0, os.fstat(now.fileno()).st_mtime - (file or paths.lease).stat().st_mtime)

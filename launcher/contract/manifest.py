@@ -1,6 +1,6 @@
 """manifest.json: who submitted a run, when, from which code, and every job it has had.
 
-Reading one is what every command does: what only the writer needs is imported there.
+Every command reads manifests, so what only the writer needs is imported in its functions.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from typing import Any
 from launcher import __version__
 from launcher.contract.arrival import arrival
 from launcher.contract.errors import RunStateError
+from launcher.contract.job import Job
 from launcher.contract.resources import checkout_root
 from launcher.contract.rundir import RunPaths, read_json, write_json
 from launcher.contract.topology import Topology
+
+_JOBS_KEY = "attempts"  # the file's name for the jobs, from before a job and its attempts had names of their own
 
 _PACKAGES = (
     "jinja2",
@@ -32,21 +35,6 @@ _PACKAGES = (
     "safetensors",
     "numpy",
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attempt:
-    """One submission: a Slurm job, or a local process."""
-
-    job_id: str
-    scheduler: str
-    submitted_at: float
-    host: str = ""
-    """Where a local process runs."""
-    process_start: int | None = None
-    """Start time of a local process in clock ticks since boot: with the id it names one process for good."""
-    token: str = ""
-    """Random mark of this submission, by which its job is found again (launcher/submission/intent.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +53,12 @@ class Manifest:
     parent_run: str | None = None
     group: str | None = None
     """The sweep it belongs to."""
-    attempts: tuple[Attempt, ...] = field(default_factory=tuple)
+    jobs: tuple[Job, ...] = field(default_factory=tuple)
+    """Every job of the run, oldest first. The file calls them `attempts`."""
 
-    def with_attempt(self, attempt: Attempt) -> Manifest:
-        """The same with one more attempt."""
-        return dataclasses.replace(self, attempts=(*self.attempts, attempt))
+    def with_job(self, job: Job) -> Manifest:
+        """Return the same manifest with one more job."""
+        return dataclasses.replace(self, jobs=(*self.jobs, job))
 
 
 def describe_run(name: str, topology: Topology, command: Sequence[str], parent_run: str | None) -> tuple[Manifest, str]:
@@ -143,18 +132,20 @@ def _git(folder: Path, *arguments: str, strip: bool = True) -> str | None:
 
 def write_manifest(paths: RunPaths, manifest: Manifest) -> None:
     """Replace the run's manifest."""
-    write_json(paths.manifest, dataclasses.asdict(manifest))
+    values = {item.name: getattr(manifest, item.name) for item in dataclasses.fields(Manifest)}
+    values[_JOBS_KEY] = [job.as_json() for job in values.pop("jobs")]
+    write_json(paths.manifest, values)
 
 
 def read_manifest(paths: RunPaths) -> Manifest:
-    """The run's manifest; RunStateError where the directory holds none that can be read."""
+    """Read the run's manifest. RunStateError where the directory has none, or one that cannot be read."""
     try:
         values = read_json(paths.manifest)
         if values is None:
             raise RunStateError(f"{paths.root} is not a run directory: it has no {paths.manifest.name}")
         known = {item.name for item in dataclasses.fields(Manifest)}
         kept = {name: value for name, value in values.items() if name in known}
-        kept["attempts"] = tuple(Attempt(**attempt) for attempt in values["attempts"])
+        kept["jobs"] = tuple(Job.from_json(job) for job in values[_JOBS_KEY])
         kept["command"] = tuple(values["command"])
         return Manifest(**kept)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

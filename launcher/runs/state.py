@@ -1,8 +1,7 @@
-"""State of runs: the scheduler's word merged with what each run wrote itself.
+"""States of runs: the scheduler's records merged with what each run wrote itself.
 
-However many runs are shown, Slurm is asked at most twice (`launcher.scheduler.queries`): one squeue for all jobs whose
-end is not known, and one sacct for those squeue has forgotten. A job in neither answer is judged by its own last event,
-or is UNKNOWN; it is never taken for finished because nobody mentions it.
+Each scheduler is asked once for all runs whose end is not known. A job without a record has the state of its own last
+event, or is UNKNOWN; it is never taken for finished because the scheduler does not mention it.
 """
 
 from __future__ import annotations
@@ -11,22 +10,18 @@ import contextlib
 import dataclasses
 import os
 import pwd
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from launcher.contract.errors import LauncherError
+from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths
-from launcher.runs.find import Snapshot, snapshot
-from launcher.scheduler import local
-from launcher.scheduler.queries import Answer, ask
-from launcher.scheduler.slurm import JobRecord
-
-_ADVICE = {
-    "DependencyNeverSatisfied": "DependencyNeverSatisfied: it will never start; cancel it",
-    "BeginTime": "BeginTime: Slurm waits a while before it starts a requeued job again",
-}
+from launcher.contract.schedulers import CAPABILITIES, SchedulerName
+from launcher.runs.snapshot import Snapshot, snapshot
+from launcher.scheduler.base import Answer, JobRecord
+from launcher.scheduler.factory import scheduler_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +33,7 @@ class RunStatus:
     state: JobState
     attempt: str | None = None
     job: str | None = None
-    scheduler: str | None = None
+    scheduler: SchedulerName | None = None
     step: int | None = None
     max_steps: int | None = None
     loss: float | None = None
@@ -49,41 +44,52 @@ class RunStatus:
     exit_code: int | None = None
     reason: str = ""
     expected_start: str | None = None
-    """When Slurm means to start a waiting job, local time; None where it has not planned it yet."""
+    """When the scheduler means to start a waiting job, local time; None where it has not planned it yet."""
+
+    @property
+    def job_id(self) -> JobId | None:
+        """The newest job of the run."""
+        return JobId(self.job, self.scheduler) if self.job is not None and self.scheduler is not None else None
 
     def as_json(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the row for --json."""
         return {**dataclasses.asdict(self), "state": self.state.value}
 
 
 def collect(runs: Sequence[RunPaths], *, fresh: bool = False) -> tuple[list[RunStatus], str | None]:
-    """State of every run, and the scheduler's complaint if it could not be asked.
+    """Return the state of every run, in order, and why a scheduler could not be asked, if so.
 
-    `fresh` is for who acts on the answer; others may get one that is some seconds old.
+    An answer may be some seconds old; with `fresh`, for callers that act on it, it is not.
     """
-    rows: list[RunStatus] = []
+    rows: dict[RunPaths, RunStatus] = {}
     readable: list[Snapshot] = []
     for paths in runs:
         try:
             readable.append(snapshot(paths))
         except (LauncherError, ValueError, KeyError) as error:
             reason = f"unreadable: {error}"
-            rows.append(RunStatus(run=paths.name, directory=str(paths.root), state=JobState.UNKNOWN, reason=reason))
-    answer = _ask(readable, fresh)
-    rows += [_row(item, answer) for item in readable]
-    order = {str(paths.root): place for place, paths in enumerate(runs)}
-    return sorted(rows, key=lambda row: order[row.directory]), answer.problem
+            rows[paths] = RunStatus(
+                run=paths.name, directory=str(paths.root), state=JobState.UNKNOWN, reason=reason
+            )
+    answers = _ask(readable, fresh)
+    rows |= {item.paths: _row(item, answers) for item in readable}
+    problems = [answer.problem for answer in answers.values() if answer.problem is not None]
+    return [rows[paths] for paths in runs], "\n".join(problems) or None
 
 
-def _ask(snapshots: Sequence[Snapshot], fresh: bool) -> Answer:
-    """Slurm's records of all jobs that may still change."""
-    waiting = [item for item in snapshots if item.own_state is not JobState.COMPLETED]
-    jobs = {item.job.job_id: item.job.submitted_at for item in waiting if item.job and item.job.scheduler == "slurm"}
-    return ask(jobs, _owners(waiting), fresh=fresh)
+def _ask(snapshots: Sequence[Snapshot], fresh: bool) -> dict[SchedulerName, Answer]:
+    """Ask each scheduler once, for all jobs that may still change."""
+    jobs: dict[SchedulerName, list[Job]] = {}
+    open_runs = [item for item in snapshots if item.job is not None and not _is_over(item)]
+    for item in open_runs:
+        if item.job is not None:
+            jobs.setdefault(item.job.id.scheduler, []).append(item.job)
+    owners = _owners(open_runs)
+    return {name: scheduler_of(name).states(asked, owners, fresh=fresh) for name, asked in jobs.items()}
 
 
 def _owners(snapshots: Sequence[Snapshot]) -> list[int]:
-    """User ids of whoever submitted these runs; this user's in any case."""
+    """Return the user ids of whoever submitted these runs, and this user's in any case."""
     owners = {os.getuid()}
     for name in {item.manifest.submitter for item in snapshots} - {os.environ.get("LOGNAME"), os.environ.get("USER")}:
         with contextlib.suppress(KeyError):
@@ -91,64 +97,56 @@ def _owners(snapshots: Sequence[Snapshot]) -> list[int]:
     return sorted(owners)
 
 
+def _is_over(item: Snapshot) -> bool:
+    """Return whether the run's own files settle its state: what failed may be started again by its scheduler."""
+    if item.job is None or item.own_state is None:
+        return False
+    return item.own_state is JobState.COMPLETED or not CAPABILITIES[item.job.id.scheduler].requeues
+
+
 def _record_of(item: Snapshot, answer: Answer) -> JobRecord | None:
-    """Slurm's record of the run's job; not that of another job to which Slurm gave the same id."""
-    record = answer.records.get(item.job.job_id) if item.job else None
+    """Return the record of the run's job, but not that of another job to which the scheduler gave the same id."""
+    record = answer.records.get(item.job.id.text) if item.job else None
     return None if record is not None and record.name not in ("", item.manifest.name, item.manifest.group) else record
 
 
 def _judge(item: Snapshot, record: JobRecord | None, answer: Answer) -> tuple[JobState, str]:
-    """State and reason of a run."""
+    """Return state and reason of a run."""
     if item.job is None:
         return JobState.UNKNOWN, "no job is recorded"
-    if item.own_state is JobState.COMPLETED:
-        return JobState.COMPLETED, ""
-    if item.job.scheduler == "local":
-        return _judge_local(item)
+    if _is_over(item):
+        return _own_word(item)
     if record is not None:
         return _judge_record(item, record)
     if item.own_state is not None:
-        return item.own_state, item.failure()
+        return _own_word(item)
     if item.cancelled and answer.problem is None:
-        return JobState.CANCELLED, item.failure()  # Slurm kills what does not end in time, the batch script too
-    silence = "Slurm knows the job no more, and it left no word of its end"
-    return JobState.UNKNOWN, answer.problem or answer.doubt or silence
+        return JobState.CANCELLED, item.failure()  # a job that does not end in time is killed with its batch script
+    forgotten = f"{scheduler_of(item.job.id.scheduler).title} no longer knows the job, which did not record how it ended"
+    return JobState.UNKNOWN, answer.problem or answer.doubt or forgotten
 
 
 def _judge_record(item: Snapshot, record: JobRecord) -> tuple[JobState, str]:
-    state, reason = record.state, _ADVICE.get(record.reason, record.reason)
-    if state is JobState.HELD:
-        return state, f"{record.reason}: waits for `scontrol release {record.job_id}`"
-    if state is JobState.FAILED and item.own_state is not None:
-        return item.own_state, item.failure()
-    if state is JobState.FAILED and record.exit_code is not None:
-        return state, f"ended with exit code {record.exit_code}"
-    if state is JobState.RUNNING:
-        return state, item.phase
-    if state in (JobState.COMPLETED, JobState.CANCELLED):
-        return state, ""  # squeue goes on showing why the job once waited
-    return state, reason
+    if record.state is JobState.RUNNING:
+        return record.state, item.phase
+    if record.state is JobState.FAILED:
+        latest = item if item.own_state is not None else snapshot(item.paths)  # it may have ended since the first look
+        if latest.own_state is not None:
+            return _own_word(latest)
+        if record.exit_code is not None:
+            return record.state, f"ended with exit code {record.exit_code}"
+    return record.state, record.reason
 
 
-def _judge_local(item: Snapshot) -> tuple[JobState, str]:
-    assert item.job is not None
-    if item.own_state is not None:
-        return item.own_state, item.failure()
-    if not item.job.host:
-        return JobState.UNKNOWN, "started by hand, and not ended"
-    if not local.is_here(item.job):
-        return JobState.UNKNOWN, f"it runs on {item.job.host}; look there"
-    if local.is_alive(item.job):
-        return JobState.RUNNING, item.phase
-    again = snapshot(item.paths)  # it may have ended between the two looks
-    if again.own_state is not None:
-        return again.own_state, "" if again.own_state is JobState.COMPLETED else again.failure()
-    return JobState.FAILED, f"process {item.job.job_id} is gone and left no word of its end"
+def _own_word(item: Snapshot) -> tuple[JobState, str]:
+    assert item.own_state is not None
+    return item.own_state, "" if item.own_state is JobState.COMPLETED else item.failure()
 
 
-def _row(item: Snapshot, answer: Answer) -> RunStatus:
-    record = _record_of(item, answer) if item.job and item.job.scheduler == "slurm" else None
-    state, reason = _judge(item, record, answer)
+def _row(item: Snapshot, answers: Mapping[SchedulerName, Answer]) -> RunStatus:
+    answer = answers.get(item.job.id.scheduler) if item.job else None
+    record = _record_of(item, answer) if answer is not None else None
+    state, reason = _judge(item, record, answer or Answer(records={}))
     progress = item.progress
     checkpoints = item.paths.complete_checkpoints()
     return RunStatus(
@@ -156,8 +154,8 @@ def _row(item: Snapshot, answer: Answer) -> RunStatus:
         directory=str(item.paths.root),
         state=state,
         attempt=item.attempt,
-        job=item.job.job_id if item.job else None,
-        scheduler=item.job.scheduler if item.job else None,
+        job=item.job.id.text if item.job else None,
+        scheduler=item.job.id.scheduler if item.job else None,
         step=progress.get("step"),
         max_steps=progress.get("max_steps"),
         loss=progress.get("loss"),

@@ -1,1 +1,1 @@
-"""Slurm and local processes: the only callers of squeue, sacct, scontrol and scancel, and what their words mean."""
+"""Schedulers behind one protocol (`base`): Slurm and local processes, chosen by name in `factory`."""

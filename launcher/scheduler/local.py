@@ -1,6 +1,6 @@
-"""Local runs as processes: is this one still the one that was started, and how to end it.
+"""Runs as processes of this machine, behind the `Scheduler` protocol.
 
-A process id alone is reused; with the start time the kernel keeps (clock ticks since boot) it is not.
+A job is the controller's process. Its id alone is reused; with the start time that the kernel keeps it is not.
 """
 
 from __future__ import annotations
@@ -10,35 +10,88 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 
-from launcher.contract.manifest import Attempt
-from launcher.contract.processes import start_ticks
+from launcher.contract import processes
+from launcher.contract.errors import RunStateError
+from launcher.contract.job import Job, JobId
+from launcher.contract.job_state import JobState
+from launcher.scheduler.base import Answer, Intent, JobRecord, Scheduler, Submission
 
 _TERM_SECONDS = 60.0
 _KILL_SECONDS = 10.0
 
 
-def is_here(attempt: Attempt) -> bool:
-    """Whether the attempt's process would be on this machine."""
-    return attempt.host == socket.gethostname()
+class Local(Scheduler):
+    """Processes of this machine; nothing is queued, and nothing outlives a reboot."""
+
+    name = "local"
+    title = "this machine"
+    noun = "process"
+
+    def submit(self, submission: Submission) -> Job:
+        from launcher.scheduler.local_controller import ScriptLocalExecutor  # submitit: only submitting needs it
+
+        resources, token = submission.resources, submission.intent.token
+        executor = ScriptLocalExecutor(submission.folder, resources.time, resources.signal_seconds, token)
+        return self._job(int(executor.submit_script(submission.script)), token, time.time())
+
+    def find(self, name: str, intent: Intent, started: str | None) -> Job | None:
+        if intent.host != socket.gethostname():
+            raise RunStateError(f"run {name} was being started on {intent.host}; run this command there")
+        leaders = [pid for pid in processes.with_text(intent.token) if processes.is_session_leader(pid)]
+        if leaders:
+            controller = min(leaders, key=lambda pid: processes.start_ticks(pid) or 0)
+            return self._job(controller, intent.token, intent.written_at)
+        if started is None:
+            return None
+        gone = JobId(started, self.name, intent.token)  # a process of this id may be another one by now
+        return Job(id=gone, submitted_at=intent.written_at, host=intent.host)
+
+    def states(self, jobs: Sequence[Job], owners: Sequence[int], *, fresh: bool) -> Answer:
+        return Answer(records={job.id.text: _record(job) for job in jobs})
+
+    def cancel(self, job: Job) -> None:
+        """Send TERM to the controller, which passes it on to the ranks; after a while KILL the whole session."""
+        pid = int(job.id.text)
+        for number, patience in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
+            if not _is_alive(job):
+                return
+            with contextlib.suppress(ProcessLookupError):
+                if number is signal.SIGTERM:
+                    os.kill(pid, number)
+                else:
+                    os.killpg(pid, number)
+            deadline = time.monotonic() + patience
+            while _is_alive(job) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def expected_start(self, script: str) -> str:
+        return "at once, on this machine"
+
+    def _job(self, pid: int, token: str, submitted_at: float) -> Job:
+        return Job(
+            id=JobId(str(pid), self.name, token),
+            submitted_at=submitted_at,
+            host=socket.gethostname(),
+            process_start=processes.start_ticks(pid),
+        )
 
 
-def is_alive(attempt: Attempt) -> bool:
-    """Whether the attempt's own process runs on this machine."""
-    return start_ticks(int(attempt.job_id)) == attempt.process_start and attempt.process_start is not None
+def _record(job: Job) -> JobRecord:
+    state, reason = _state(job)
+    return JobRecord(job_id=job.id.text, state=state, reason=reason)
 
 
-def end(attempt: Attempt, grace: float = _TERM_SECONDS) -> None:
-    """TERM to the controller, which hands it down to the ranks once; KILL to the whole session after `grace`."""
-    pid = int(attempt.job_id)
-    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, _KILL_SECONDS)):
-        if not is_alive(attempt):
-            return
-        with contextlib.suppress(ProcessLookupError):
-            if number is signal.SIGTERM:
-                os.kill(pid, number)
-            else:
-                os.killpg(pid, number)
-        deadline = time.monotonic() + patience
-        while is_alive(attempt) and time.monotonic() < deadline:
-            time.sleep(0.05)
+def _state(job: Job) -> tuple[JobState, str]:
+    if not job.host:
+        return JobState.UNKNOWN, "started by hand, and not ended"
+    if job.host != socket.gethostname():
+        return JobState.UNKNOWN, f"it runs on {job.host}; look there"
+    if _is_alive(job):
+        return JobState.RUNNING, ""
+    return JobState.FAILED, f"process {job.id} is gone and did not record how it ended"
+
+
+def _is_alive(job: Job) -> bool:
+    return job.process_start is not None and processes.start_ticks(int(job.id.text)) == job.process_start

@@ -30,7 +30,7 @@ from launcher.contract.rundir import RunPaths, write_atomic, write_json
 from launcher.contract.spec import RunSpec, to_yaml
 from launcher.contract.spec.fields import path_fields
 from launcher.submission.code_snapshot import Snapshot
-from launcher.submission.intent import free_name
+from launcher.submission.names import free_name
 from launcher.submission.plan import Plan, make_plan
 
 SUFFIX = ".lock.yaml"

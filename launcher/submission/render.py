@@ -21,7 +21,7 @@ from launcher.contract import resources
 from launcher.contract.errors import TemplateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths
-from launcher.contract.spec import RunSpec
+from launcher.contract.spec import ClusterSpec, RunSpec
 from launcher.contract.spec.fields import path_fields
 from launcher.contract.topology import Topology
 from launcher.submission.secret_files import secrets_file
@@ -61,7 +61,7 @@ def render(
     `launcher_python` starts local ranks, and all of them where no runtime is configured; `source_root` is the checkout
     to put on PYTHONPATH, if the launcher is not installed.
     """
-    name = spec.cluster.template or f"{spec.cluster.scheduler}.sh.j2"
+    name = template_name(spec.cluster)
     resources.find("templates", name)  # says where it looked, which Jinja2 does not
     option, request = _gpu_directive(spec)
     mounts = _mounts(spec, paths, source_root)
@@ -95,6 +95,11 @@ def render(
         line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise TemplateError(f"template {name}{line} does not render: {error}") from None
     return text
+
+
+def template_name(cluster: ClusterSpec) -> str:
+    """Return the name of the cluster's template: its own, or the one for its scheduler."""
+    return cluster.template or f"{cluster.scheduler}.sh.j2"
 
 
 def render_array(name: str, directives: Sequence[str], folder: Path, runs: Sequence[Path]) -> str:

@@ -1,7 +1,7 @@
-"""Go on with a run: in the same directory, or with other settings as a child run that starts from its checkpoint.
+"""Go on with a run, in its directory or with other settings as a child run that starts from its checkpoint; cancel it.
 
-Two jobs must never write one run's checkpoints, so both ask the scheduler first and refuse where it cannot tell; a
-lock keeps two of these commands from asking at the same moment.
+Two jobs must never write one run's checkpoints, so these commands ask the scheduler first and refuse where it cannot
+tell. A lock keeps two of them from asking at the same moment.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ import os
 from collections.abc import Sequence
 
 from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
+from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.lease import check_free, holder
-from launcher.contract.manifest import Attempt
 from launcher.contract.rundir import RunPaths, append_event
+from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import RunSpec, read_resolved
-from launcher.runs.find import snapshot
+from launcher.runs.snapshot import snapshot
 from launcher.runs.state import RunStatus, collect
-from launcher.scheduler import local, slurm
-from launcher.scheduler import queries as scheduler
+from launcher.scheduler.factory import scheduler_of
 from launcher.submission.claim import claim
 from launcher.submission.code_snapshot import digest
-from launcher.submission.intent import free_name
 from launcher.submission.lockfile import read_lockfile
+from launcher.submission.names import free_name
 from launcher.submission.plan import Plan, make_plan
 from launcher.submission.secret_files import remove_secrets
 from launcher.submission.submit import start
 
 
 def check_idle(paths: RunPaths) -> RunStatus:
-    """The run's state, if no job of it can still be at work."""
+    """Return the run's state. RunStateError or SchedulerError where a job of it may still be at work."""
     rows, problem = collect([paths], fresh=True)
     status = rows[0]
     if status.state.active:
@@ -39,24 +39,36 @@ def check_idle(paths: RunPaths) -> RunStatus:
         )
     if status.state is JobState.UNKNOWN and problem is not None:
         raise SchedulerError(f"cannot tell whether a job of {paths.name} is still at work: {problem}")
-    if status.state is JobState.UNKNOWN and status.scheduler == "local":
+    if status.state is JobState.UNKNOWN and not _may_be_forgotten(status):
         raise RunStateError(f"cannot tell whether {paths.name} is still at work: {status.reason}")
     _check_lease(paths, status)
     return status
 
 
 def _check_lease(paths: RunPaths, status: RunStatus) -> None:
-    """The run's own job is over; what else may hold it was started by hand: another job, or ranks without one."""
+    """Raise RunStateError where something other than the run's own job holds it: a job or ranks started by hand."""
     owner = holder(paths)
     if owner is None or (owner.job_id and owner.job_id == status.job):
         return
-    asked = {owner.job_id: 0.0} if owner.job_id and status.scheduler == "slurm" else {}
-    record = scheduler.ask(asked, [os.getuid()], fresh=True).records.get(owner.job_id)
-    check_free(paths, record.state.value if record is not None else "")
+    check_free(paths, _state_of(owner.job_id, status) if owner.job_id else JobState.UNKNOWN)
 
 
-def same_run(paths: RunPaths) -> Attempt:
-    """A new attempt of the same run; training goes on from its newest complete checkpoint."""
+def _state_of(job_id: str, status: RunStatus) -> JobState:
+    """Return the state of a job that holds the run of `status`; the run has the same scheduler for all its jobs."""
+    if status.scheduler is None:
+        return JobState.UNKNOWN
+    job = Job(id=JobId(job_id, status.scheduler), submitted_at=0.0)
+    record = scheduler_of(status.scheduler).states([job], [os.getuid()], fresh=True).records.get(job_id)
+    return record.state if record is not None else JobState.UNKNOWN
+
+
+def _may_be_forgotten(status: RunStatus) -> bool:
+    """Return whether the state is unknown because the scheduler has dropped the job, which is then over."""
+    return status.scheduler is None or CAPABILITIES[status.scheduler].forgets_jobs
+
+
+def same_run(paths: RunPaths) -> Job:
+    """Submit the same run again and return the job; training goes on from the newest complete checkpoint."""
     with claim(paths.root):
         if check_idle(paths).state is JobState.COMPLETED:
             raise RunStateError(
@@ -68,7 +80,7 @@ def same_run(paths: RunPaths) -> Attempt:
 
 
 def _check_code(paths: RunPaths) -> None:
-    """The run's copy of its code is what was submitted first."""
+    """Raise RunStateError where the run's copy of its code is not what was submitted first."""
     then = read_lockfile(paths.lock).get("code") if paths.lock.is_file() else None
     if then is not None and digest(paths.code) != then["sha256"]:
         raise RunStateError(
@@ -78,7 +90,7 @@ def _check_code(paths: RunPaths) -> None:
 
 
 def child_plan(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -> Plan:
-    """The plan of a child run with `overrides`, resuming from the parent's newest complete checkpoint."""
+    """Return the plan of a child run with `overrides`, resuming from the parent's newest complete checkpoint."""
     status = check_idle(paths)
     words = {word.partition("=")[0] for word in overrides}
     added = [] if "name" in words else [f"name={free_name(paths)}"]
@@ -104,7 +116,7 @@ def _trains_on(parent: RunSpec, child: RunSpec) -> bool:
 
 
 def failed_of(runs: Sequence[RunPaths]) -> list[RunPaths]:
-    """Those of the runs that have ended without success, and were not cancelled."""
+    """Return those of the runs that have ended without success and were not cancelled."""
     rows, problem = collect(runs, fresh=True)
     if problem is not None:
         raise SchedulerError(problem)
@@ -113,13 +125,16 @@ def failed_of(runs: Sequence[RunPaths]) -> list[RunPaths]:
 
 
 def active_of(runs: Sequence[RunPaths]) -> list[RunPaths]:
-    """Those of the runs that have not ended, as far as is known."""
+    """Return those of the runs that have not ended, as far as is known."""
     rows, _ = collect(runs, fresh=True)
     return [paths for paths, row in zip(runs, rows, strict=True) if not row.state.terminal]
 
 
 def cancel(runs: Sequence[RunPaths]) -> list[str]:
-    """End the jobs of these runs; what was done, one line each."""
+    """End the jobs of these runs and return what was done, one line each.
+
+    RunStateError where one of them has no job or its job has ended, SchedulerError where a scheduler does not answer.
+    """
     rows, problem = collect(runs, fresh=True)
     idle = [f"run {row.run} is {row.state.value}: nothing to cancel" for row in rows if row.state.terminal]
     if idle:
@@ -131,18 +146,13 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
         job = snapshot(paths).job
         if job is None:
             raise RunStateError(f"run {paths.name} has no job")
-        if job.scheduler == "local" and not local.is_here(job):
-            raise RunStateError(f"run {paths.name} is process {job.job_id} on {job.host}; cancel it there")
-        append_event(paths, "cancelled", job_id=job.job_id)
-        if job.scheduler == "slurm":
-            slurm.cancel([job.job_id])
-            scheduler.forget()
-        else:
-            local.end(job)
-        done.append(f"cancelled run {row.run} (job {job.job_id})")
-        if job.scheduler == "slurm":
-            try:
-                remove_secrets(read_resolved(paths.config), paths)
-            except (ConfigError, OSError) as error:  # which must not keep the other runs alive
-                done.append(f"left a file of secrets behind, if run {row.run} had one: {error}")
+        if row.state is JobState.UNKNOWN and not _may_be_forgotten(row):
+            raise RunStateError(f"run {paths.name} cannot be cancelled from here: {row.reason}")
+        append_event(paths, "cancelled", job_id=job.id.text)  # before the job ends, which looks for it
+        scheduler_of(job.id.scheduler).cancel(job)
+        done.append(f"cancelled run {row.run} (job {job.id})")
+        try:
+            remove_secrets(read_resolved(paths.config), paths)
+        except (ConfigError, OSError) as error:  # which must not keep the other runs alive
+            done.append(f"left a file of secrets behind, if run {row.run} had one: {error}")
     return done

@@ -1,4 +1,4 @@
-"""What would change: the batch script of a config against that of a run, or against the one for another cluster."""
+"""Compares the batch script of a config with that of a run, or with the one for another cluster."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import difflib
 
 from launcher.contract.rundir import RunPaths
 from launcher.submission.plan import Plan
-from launcher.submission.submit import script_of
+from launcher.submission.script import script_of
 
 
 def against_run(plan: Plan, run: RunPaths) -> str:
-    """Unified diff from the script that `run` has to the one that this config would give it; empty where equal."""
+    """Return the unified diff from the script of `run` to the one that this config would give it; empty where equal."""
     ours = script_of(dataclasses.replace(plan, paths=run))
     return _diff(run.script.read_text(encoding="utf-8"), ours, str(run.script), str(plan.config.path))
 
 
 def against_cluster(plan: Plan, other: Plan) -> str:
-    """Unified diff from the script for the config's cluster to the one for another cluster."""
+    """Return the unified diff from the script for the config's cluster to the one for another cluster."""
     names = (f"{plan.config.path} on {at.spec.cluster.name}" for at in (plan, other))
     return _diff(script_of(plan), script_of(other), *names)
 

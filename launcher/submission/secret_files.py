@@ -1,9 +1,9 @@
 """Secrets by name only: `env_from` names variables, whose values are those of the shell that submits the run.
 
-A local run inherits them. A Slurm job gets them from a file of 0600 in a private folder outside the run directory,
+A local run inherits them. A batch job reads them from a file (mode 0600) in a private folder outside the run directory,
 which the batch script sources, so that no value is in a script, a command line, a log, the run directory, or in the
-environment that Slurm stores with a job. The file is named by the run and stays until the run has succeeded or was
-cancelled: a requeued job needs it again, and a resubmission writes it anew.
+environment that the scheduler stores with a job. The file is named after the run and stays until the run has succeeded
+or was cancelled: a requeued job needs it again, and a resubmission rewrites it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from launcher.contract.errors import ConfigError
 from launcher.contract.rundir import RunPaths, write_atomic
+from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import RunSpec
 
 DEFAULT_FOLDER = Path("~/.config/slurm-sft-launcher/secrets")
@@ -27,8 +28,8 @@ _OWNER = "# run directory: "
 
 
 def secrets_file(spec: RunSpec, paths: RunPaths) -> Path | None:
-    """Where the run's secrets are for its jobs; None where it has none, or inherits them."""
-    if not spec.secret_names or spec.cluster.scheduler != "slurm":
+    """Return the file of the run's secrets; None where it has none, or its jobs inherit them."""
+    if not spec.secret_names or CAPABILITIES[spec.cluster.scheduler].inherits_environment:
         return None
     folder = Path(spec.cluster.secrets_dir) if spec.cluster.secrets_dir else DEFAULT_FOLDER.expanduser()
     digest = hashlib.sha256(os.fsencode(paths.root)).hexdigest()
@@ -36,7 +37,7 @@ def secrets_file(spec: RunSpec, paths: RunPaths) -> Path | None:
 
 
 def check_secrets(spec: RunSpec) -> None:
-    """ConfigError where a named variable is missing from our environment."""
+    """Raise ConfigError where a named variable is missing from our environment."""
     problems = [
         f"env_from: {name} is not set in this shell, from which the run would take it; export it and submit again"
         for name in spec.secret_names
@@ -47,7 +48,7 @@ def check_secrets(spec: RunSpec) -> None:
 
 
 def write_secrets(spec: RunSpec, paths: RunPaths) -> None:
-    """Lay down the values for the run's next job, and clear away those of runs whose directory is gone."""
+    """Write the values for the run's next job, and delete the files of runs whose directory is gone."""
     check_secrets(spec)
     path = secrets_file(spec, paths)
     if path is None:
@@ -59,7 +60,7 @@ def write_secrets(spec: RunSpec, paths: RunPaths) -> None:
 
 
 def remove_secrets(spec: RunSpec, paths: RunPaths) -> None:
-    """The run will not start again by itself."""
+    """Delete the run's file: no job of it will start again by itself."""
     path = secrets_file(spec, paths)
     if path is not None:
         path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The runs of a sweep as job arrays: one sbatch for as many runs as the cluster allows in an array.
+"""The runs of a sweep as job arrays: one submission for as many runs as the cluster allows in an array.
 
-Each element is a run with a directory, a config and a script of its own; the array's script only picks one by
+Each element is a run with a directory, a config and a script of its own; the array's script only selects one by
 SLURM_ARRAY_TASK_ID. An array is submitted like a run: written down with a token first, and found by it again after a
 kill. Rejected: submitit's own arrays, which build their executor by its class's name and lose ours.
 """
@@ -11,36 +11,42 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
-from launcher.contract.manifest import Attempt
+from launcher.contract.errors import ConfigError, RunStateError
+from launcher.contract.job import Job
 from launcher.contract.rundir import RunPaths, read_json, write_atomic, write_json
 from launcher.contract.spec import to_yaml
-from launcher.scheduler import slurm
+from launcher.scheduler.base import Array, Dependency, Scheduler
+from launcher.scheduler.factory import scheduler_of
+from launcher.submission import intent
 from launcher.submission.claim import claim
-from launcher.submission.intent import begin, end, find, pending
+from launcher.submission.once import submit_once
 from launcher.submission.plan import Plan
 from launcher.submission.render import directives_of, render_array
-from launcher.submission.secret_files import check_secrets, write_secrets
-from launcher.submission.submit import job_options, prepare, record, script_of
+from launcher.submission.script import script_of
+from launcher.submission.secret_files import check_secrets, remove_secrets, write_secrets
+from launcher.submission.submit import decide_submission, prepare, record
 from launcher.sweeps.groups import Group
 
 
-def submit_arrays(group: Group, plans: Sequence[Plan], max_at_once: int | None, command: Sequence[str]) -> list[str]:
-    """Submit all runs as arrays; the job ids of their elements. Called again after an interruption it goes on."""
+def submit_arrays(group: Group, plans: Sequence[Plan], max_at_once: int | None, command: Sequence[str]) -> list[Job]:
+    """Submit all runs as arrays and return the jobs of the runs. Called again after an interruption it goes on."""
     check_secrets(plans[0].spec)
-    size = slurm.max_array_size()
-    jobs: list[str] = []
-    before: Attempt | None = None
+    scheduler = scheduler_of(plans[0].spec.cluster.scheduler)
+    size = scheduler.max_array_size()
+    jobs: list[Job] = []
+    before: Job | None = None
     for first in range(0, len(plans), size):
         part = plans[first : first + size]
-        array = _Array(RunPaths(group.file.with_suffix("") / f"array-{first}"), group.name, part, max_at_once)
-        before = array.submit(command, [f"afterany:{before.job_id}"] if before and max_at_once else [])
-        jobs += [f"{before.job_id}_{number}" for number in range(len(part))]
+        folder = RunPaths(group.file.with_suffix("") / f"array-{first}")
+        array = _Array(scheduler, folder, group.name, part, max_at_once)
+        waits_for = [Dependency(job=before.id, when="ended")] if before and max_at_once else []
+        before = array.submit(command, waits_for)
+        jobs += scheduler.array_elements(before, len(part))
     return jobs
 
 
 def check_alike(plans: Sequence[Plan]) -> None:
-    """ConfigError where elements would ask Slurm for different things: an array asks once."""
+    """Raise ConfigError where runs ask the scheduler for different things: an array asks once for all."""
     asked = [directives_of(script_of(plan)) for plan in plans]
     for plan, lines in zip(plans, asked, strict=True):
         if lines != asked[0]:
@@ -55,6 +61,7 @@ def check_alike(plans: Sequence[Plan]) -> None:
 class _Array:
     """One array, with a folder of its own."""
 
+    scheduler: Scheduler
     paths: RunPaths
     name: str
     plans: Sequence[Plan]
@@ -64,52 +71,42 @@ class _Array:
     def job_file(self) -> Path:
         return self.paths.root / "job.json"
 
-    def submit(self, command: Sequence[str], waits_for: Sequence[str]) -> Attempt:
+    def submit(self, command: Sequence[str], waits_for: Sequence[Dependency]) -> Job:
         self.paths.root.parent.mkdir(parents=True, exist_ok=True)
         with claim(self.paths.root, create=True):
-            attempt = self.known()
-            if attempt is None:
-                if pending(self.paths) is None:  # else all was prepared before
+            job = self.known()
+            if job is None:
+                if intent.pending(self.paths) is None:  # otherwise an earlier call has prepared all of it
                     for plan in self.plans:
                         prepare(plan, command, self.name)
-                attempt = self.send(waits_for)
-            write_json(self.job_file, dataclasses.asdict(attempt))
-            for number, plan in enumerate(self.plans):
-                record(plan.paths, dataclasses.replace(attempt, job_id=f"{attempt.job_id}_{number}"))
-            end(self.paths)
-        return attempt
+                job = self.send(waits_for)
+            write_json(self.job_file, job.as_json())
+            for plan, element in zip(self.plans, self.scheduler.array_elements(job, len(self.plans)), strict=True):
+                record(plan.paths, element)
+            intent.end(self.paths)
+        return job
 
-    def known(self) -> Attempt | None:
-        """The job of an earlier call that came this far."""
-        values, intent = read_json(self.job_file), pending(self.paths)
-        attempt = Attempt(**values) if values else find(self.paths, self.name, (), intent) if intent else None
-        if attempt is not None and any(plan.paths.config.read_text() != to_yaml(plan.spec) for plan in self.plans):
+    def known(self) -> Job | None:
+        """Return the job that an earlier call has made."""
+        values, begun = read_json(self.job_file), intent.pending(self.paths)
+        job = Job.from_json(values) if values else None
+        if job is None and begun is not None:
+            job = intent.find_job(self.paths, self.name, (), begun)
+        if job is not None and any(plan.paths.config.read_text() != to_yaml(plan.spec) for plan in self.plans):
             raise RunStateError(f"sweep {self.name} is submitted with another config; choose another name (name=...)")
-        return attempt
+        return job
 
-    def send(self, waits_for: Sequence[str]) -> Attempt:
-        """Call sbatch; what fails for certain is forgotten, so that it may be tried again."""
-        from launcher.submission.executor import ScriptSlurmExecutor, SubmissionUnknown
-
-        spec = self.plans[0].spec
-        runs = [plan.paths.root for plan in self.plans]
+    def send(self, waits_for: Sequence[Dependency]) -> Job:
+        """Write the array's script and submit it."""
+        spec, runs = self.plans[0].spec, [plan.paths.root for plan in self.plans]
         script = render_array(self.name, directives_of(script_of(self.plans[0])), self.paths.root, runs)
         write_atomic(self.paths.script, script, mode=0o755)
+        array = Array(size=len(runs), at_once=self.max_at_once)
+        submission_of = decide_submission(self.name, self.paths.script, self.paths.root, spec, waits_for, array)
         for plan in self.plans:
             write_secrets(plan.spec, plan.paths)
-        throttle = f"%{self.max_at_once}" if self.max_at_once is not None else ""
-        options = job_options(spec, waits_for)
-        intent = begin(self.paths, "slurm")
-        options += [f"--array=0-{len(runs) - 1}{throttle}", f"--comment={intent.token}"]
-        try:
-            job_id = ScriptSlurmExecutor(self.paths.root, script, options, spec.secret_names).submit_script()
-        except SubmissionUnknown as error:
-            attempt = find(self.paths, self.name, (), intent)
-            if attempt is not None:
-                return attempt
-            end(self.paths)
-            raise SchedulerError(f"{error}\nSlurm has no such job, so nothing was submitted; try again.") from None
-        except BaseException:
-            end(self.paths)
-            raise
-        return Attempt(job_id=job_id, scheduler="slurm", submitted_at=intent.written_at, token=intent.token)
+        return submit_once(self.paths, self.scheduler, (), submission_of, self.remove_secrets)
+
+    def remove_secrets(self) -> None:
+        for plan in self.plans:
+            remove_secrets(plan.spec, plan.paths)

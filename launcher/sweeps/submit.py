@@ -1,10 +1,10 @@
 """From a sweep to the jobs of its runs.
 
-All points are checked before the first is submitted, and the group's file is written before that too: a submission that
-was interrupted goes on where it stopped when the same command is given again.
+All points are checked and the group's file is written before the first run is submitted: a submission that was
+interrupted goes on where it stopped when the same command is given again.
 
-A limit on runs at work together is a dependency of each run on the one that many places before it, which holds without
-anything that has to stay alive.
+A limit on concurrent runs is a dependency of each run on the one that many places before it, so that no process has to
+stay alive to enforce it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.contract.errors import ConfigError, LauncherError, RunStateError, SchedulerError
+from launcher.contract.job import Job
 from launcher.contract.manifest import read_manifest
 from launcher.contract.rundir import RunPaths, write_json
+from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import to_yaml
-from launcher.scheduler import slurm
-from launcher.submission.intent import pending
+from launcher.scheduler.base import Dependency, Scheduler
+from launcher.scheduler.factory import scheduler_of
+from launcher.submission import intent
 from launcher.submission.plan import Plan, make_plan
 from launcher.submission.submit import submit
 from launcher.sweeps.groups import Group, read_group
@@ -26,7 +29,7 @@ from launcher.sweeps.sweep import Sweep
 
 
 def plan_sweep(path: Path, sweep: Sweep, overrides: Sequence[str], cluster: str | None) -> tuple[Group, list[Plan]]:
-    """Every run of a sweep, checked; ConfigError with the problems of all points, each said once."""
+    """Return every run of a sweep, checked. ConfigError with the problems of all points, each said once."""
     problems: dict[str, None] = {}
     plans: list[Plan] = []
     name = ""
@@ -41,32 +44,36 @@ def plan_sweep(path: Path, sweep: Sweep, overrides: Sequence[str], cluster: str 
     if problems:
         raise ConfigError(list(problems))
     root = plans[0].paths.root.parent
-    for key, given in (("max_at_once", sweep.max_at_once is not None), ("as: array", sweep.array)):
-        if given and plans[0].spec.cluster.scheduler != "slurm":
-            raise ConfigError(f"sweep.{key}: only Slurm can do that; drop it, or submit to a cluster with Slurm")
+    scheduler = plans[0].spec.cluster.scheduler
+    able = CAPABILITIES[scheduler]
+    for key, given, possible in (
+        ("max_at_once", sweep.max_at_once is not None, able.dependencies),
+        ("as: array", sweep.array, able.arrays),
+    ):
+        if given and not possible:
+            raise ConfigError(f"sweep.{key}: scheduler {scheduler} cannot do that; drop it, or choose another cluster")
     points = {plan.paths.name: dict(point) for plan, point in zip(plans, sweep.points, strict=True)}
     return Group(name=name, root=root, points=points), plans
 
 
-def submit_group(group: Group, plans: Sequence[Plan], sweep: Sweep, command: Sequence[str]) -> list[str]:
-    """Submit every run that has no job yet; the job ids of all. Called again after an interruption it goes on."""
+def submit_group(group: Group, plans: Sequence[Plan], sweep: Sweep, command: Sequence[str]) -> list[Job]:
+    """Submit the runs without a job and return the jobs of all. Called again after an interruption it goes on."""
     _check_new(group, plans)
-    if plans[0].spec.cluster.scheduler == "slurm":
-        _check_limits(len(plans))
+    _check_limits(scheduler_of(plans[0].spec.cluster.scheduler), len(plans))
     if sweep.array:
         check_alike(plans)
     write_json(group.file, {"points": group.points})
     if sweep.array:
         return submit_arrays(group, plans, sweep.max_at_once, command)
     max_at_once = sweep.max_at_once
-    jobs: list[str] = []
+    jobs: list[Job] = []
     for number, plan in enumerate(plans):
         waits_for = []
         if max_at_once is not None and number >= max_at_once:
-            waits_for = [f"afterany:{jobs[number - max_at_once]}"]
+            waits_for = [Dependency(job=jobs[number - max_at_once].id, when="ended")]
         try:
             known = _job(plan.paths)
-            jobs.append(known or submit(plan, command, group=group.name, waits_for=waits_for).job_id)
+            jobs.append(known or submit(plan, command, group=group.name, waits_for=waits_for))
         except LauncherError as error:
             raise type(error)(
                 f"{error}\n{number} of the {len(plans)} runs of {group.name} are submitted; "
@@ -75,16 +82,16 @@ def submit_group(group: Group, plans: Sequence[Plan], sweep: Sweep, command: Seq
     return jobs
 
 
-def _job(paths: RunPaths) -> str | None:
-    """The run's newest job, if its submission is complete."""
-    if not paths.manifest.is_file() or pending(paths) is not None:
+def _job(paths: RunPaths) -> Job | None:
+    """Return the run's newest job, if its submission is complete."""
+    if not paths.manifest.is_file() or intent.pending(paths) is not None:
         return None
-    attempts = read_manifest(paths).attempts
-    return attempts[-1].job_id if attempts else None
+    jobs = read_manifest(paths).jobs
+    return jobs[-1] if jobs else None
 
 
 def _check_new(group: Group, plans: Sequence[Plan]) -> None:
-    """The group's names are free, or they are those of this very group, not all of it submitted."""
+    """Raise RunStateError unless the names are free, or are those of this very group, not yet submitted as a whole."""
     before = read_group(group.name, group.root)
     taken = [plan for plan in plans if _job(plan.paths) is not None]
     if before is None and taken:
@@ -97,10 +104,11 @@ def _check_new(group: Group, plans: Sequence[Plan]) -> None:
         )
 
 
-def _check_limits(count: int) -> None:
-    """Refuse before the first job what Slurm would refuse at some later one."""
-    for name, limit in slurm.job_limits().items():
+def _check_limits(scheduler: Scheduler, count: int) -> None:
+    """Raise SchedulerError before the first job where the scheduler would refuse a later one."""
+    for name, limit in scheduler.job_limits().items():
         if count > limit:
             raise SchedulerError(
-                f"the sweep has {count} runs, and Slurm's {name} is {limit}; split it (name=... and fewer values)"
+                f"the sweep has {count} runs, and {scheduler.title}'s {name} is {limit}; "
+                "split it (name=... and fewer values)"
             )

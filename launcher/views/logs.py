@@ -9,8 +9,8 @@ from pathlib import Path
 from launcher.contract.errors import RunStateError
 from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths
-from launcher.runs.find import snapshot
 from launcher.runs.first_failure import first_failure, last_words
+from launcher.runs.snapshot import snapshot
 from launcher.runs.state import RunStatus, collect
 from launcher.views.log_files import Choice, batch_log, chosen_attempt, files_to_follow, files_to_show, main_file
 

@@ -143,7 +143,7 @@ def test_lost_batch_node(run: RunPaths, curve: object) -> None:
     """The next attempt judges the lost one, and takes its lease."""
     assert decided(run) == [("node_failure", "leave"), ("done", "stop")]
     assert len(events(run, "lease_taken_over")) == 1
-    assert "went down under it" in why(run)
+    assert "went down while it ran" in why(run)
     assert loss_curve(run) == curve
 
 

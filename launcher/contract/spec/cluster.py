@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from launcher.contract.schedulers import SchedulerName
 from launcher.contract.spec.paths import ContainerImage, Directory, PathRule
 from launcher.contract.spec.rules import (
     BIND_MOUNT,
@@ -61,7 +62,7 @@ class ClusterSpec:
 
     name: str = "local"
     """Name, the same as its file's."""
-    scheduler: Literal["slurm", "local"] = "local"
+    scheduler: SchedulerName = "local"
     """slurm: sbatch; local: processes on this machine."""
     template: str | None = None
     """Batch script template; default slurm.sh.j2 or local.sh.j2."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec.checkpoint import CheckpointSpec
 from launcher.contract.spec.cluster import ClusterSpec
 from launcher.contract.spec.data import DataSpec
@@ -89,10 +90,10 @@ class RunSpec:
 
     @property
     def has_preflight(self) -> bool:
-        """Whether nodes are tested before training: only Slurm has other nodes to go to."""
+        """Whether nodes are tested before training: only a scheduler that allocates nodes has others."""
         wanted = self.resources.nodes > 1 or self.resources.gpus_per_node > 0
         chosen = {"auto": wanted, "on": True, "off": False}[self.preflight.enabled]
-        return chosen and self.cluster.scheduler == "slurm"
+        return chosen and CAPABILITIES[self.cluster.scheduler].allocates_nodes
 
     @property
     def cache_dir(self) -> Path:

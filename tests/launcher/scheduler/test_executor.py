@@ -8,14 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from launcher.scheduler.environment import clean_environment
+from launcher.submission.executor import ScriptLocalExecutor, ScriptSlurmExecutor, SubmissionUnknown
 from submitit.core.core import Executor, PicklingExecutor
 from submitit.core.utils import CommandFunction, FailedJobError, FailedSubmissionError, JobPaths
 from submitit.local import local
 from submitit.slurm.slurm import SlurmExecutor
 
 from launcher.contract.errors import SchedulerError
-from launcher.scheduler.environment import clean_environment
-from launcher.submission.executor import ScriptLocalExecutor, ScriptSlurmExecutor, SubmissionUnknown
 from tests.launcher.conftest import Commands
 
 SCRIPT = "#!/bin/bash\n# a script: $x 'y' \\\n"

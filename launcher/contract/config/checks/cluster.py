@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.secret_names import is_secret_name
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import Problem, values_under
@@ -32,7 +33,7 @@ def environment_problems(spec: RunSpec) -> Iterator[Problem]:
 def scheduler_problems(spec: RunSpec) -> Iterator[Problem]:
     """Yield what the scheduler could not do."""
     resources, cluster = spec.resources, spec.cluster
-    if cluster.scheduler == "local" and resources.nodes > 1:
+    if not CAPABILITIES[cluster.scheduler].allocates_nodes and resources.nodes > 1:
         yield (
             "resources.nodes",
             f"{resources.nodes} on cluster {cluster.name}, which is this machine alone; set it to 1",
@@ -48,5 +49,5 @@ def runtime_problems(spec: RunSpec) -> Iterator[Problem]:
         yield "cluster.runtime.path", f"missing; runtime kind {runtime.kind} needs it"
     if runtime.kind in ("pyxis", "apptainer") and not runtime.image:
         yield "cluster.runtime.image", f"missing; runtime kind {runtime.kind} needs it"
-    if runtime.kind == "pyxis" and spec.cluster.scheduler == "local":
+    if runtime.kind == "pyxis" and not CAPABILITIES[spec.cluster.scheduler].srun:
         yield "cluster.runtime.kind", "pyxis is an extension of srun; a local run can use apptainer"

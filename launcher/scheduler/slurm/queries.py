@@ -1,10 +1,10 @@
-"""What Slurm says of jobs, asked at most every few seconds by all shells of a user on one machine.
+"""States of jobs, asked of Slurm at most every few seconds by all shells of a user on one machine.
 
 The last answer is kept in a private file that the shells share: a hundred `launcher wait` put no more load on the
-controller than one. It can be shared because the question is the same for all: every job of these users. An answer
+controller than one. It can be shared because the question is always the same: every job of these users. An answer
 that is older than a job's submission says nothing about that job, so a run just submitted is never taken for unknown.
 
-Rejected: asking for the job ids of the runs at hand, which makes a question of its own for every shell.
+Rejected: asking for the job ids of the runs at hand, which is another question in every shell.
 """
 
 from __future__ import annotations
@@ -20,36 +20,34 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from launcher.contract.errors import SchedulerError
 from launcher.contract.job_state import JobState
 from launcher.contract.private_folder import private_folder
 from launcher.contract.rundir import write_atomic
-from launcher.scheduler import slurm
-from launcher.scheduler.slurm import JobRecord
+from launcher.scheduler.base import Answer, JobRecord
+from launcher.scheduler.slurm import commands
 
 KEPT_SECONDS = 5.0
-"""How long squeue's answer counts; SFT_SCHEDULER_CACHE_SECONDS says otherwise, 0 asks each time."""
+"""How long squeue's answer is used, unless SFT_SCHEDULER_CACHE_SECONDS says otherwise; with 0 each call asks."""
 
 _ACCOUNTS_KEPT_SECONDS = 60.0
-"""sacct is only asked for jobs that squeue has forgotten: what it says of them hardly changes."""
+"""How long sacct's answer is used: it is about jobs that squeue has dropped, whose state hardly changes."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """Slurm's records by job id, and its complaints."""
+class _MemoryFile(TypedDict):
+    """The shared file's JSON."""
 
-    records: Mapping[str, JobRecord]
-    problem: str | None = None
-    """Why squeue could not be asked: nothing is known then."""
-    doubt: str | None = None
-    """Why sacct could not be asked: a job that is in no record may be in its books."""
+    asked: float
+    problem: str | None
+    queue: list[dict[str, object]]
+    accounts: list[tuple[str, float, dict[str, object] | None]]
 
 
 @dataclass(slots=True)
 class _Memory:
-    """What was answered lately, and when it was asked."""
+    """The last answers, and when they were asked for."""
 
     asked: float = 0.0
     problem: str | None = None
@@ -58,10 +56,10 @@ class _Memory:
 
 
 def ask(jobs: Mapping[str, float], users: Sequence[int], *, fresh: bool = False) -> Answer:
-    """Slurm's word on `jobs` (job id → when it was submitted) of the users with these ids.
+    """Return Slurm's records of `jobs` (job id → when it was submitted) of the users with these ids.
 
-    At most one squeue and one sacct, however many jobs; none where another shell has just asked. `fresh` always asks:
-    for who is about to act on the answer.
+    Calls squeue and sacct at most once, however many jobs there are, and neither where another shell has just asked.
+    With `fresh` it always asks: for callers that act on the answer.
     """
     if not jobs:
         return Answer(records={})
@@ -71,7 +69,7 @@ def ask(jobs: Mapping[str, float], users: Sequence[int], *, fresh: bool = False)
         if not (now - kept < memory.asked <= now and memory.asked > max(jobs.values())):
             memory.asked = now
             try:
-                memory.queue, memory.problem = slurm.queue(users), None
+                memory.queue, memory.problem = commands.queue(users), None
             except SchedulerError as error:
                 memory.queue, memory.problem = {}, str(error)
         if memory.problem is not None:
@@ -82,24 +80,24 @@ def ask(jobs: Mapping[str, float], users: Sequence[int], *, fresh: bool = False)
 
 
 def forget() -> None:
-    """Drop what was answered: this shell has just changed it."""
+    """Drop the shared answers: this shell has just changed the queue."""
     folder = private_folder()
     for file in folder.glob("slurm-*.json") if folder is not None else ():
         file.unlink(missing_ok=True)
 
 
 def _ask_accounts(memory: _Memory, forgotten: Mapping[str, float], may_be_old: bool) -> str | None:
-    """Ask sacct for those jobs that squeue has forgotten and nobody has asked it for lately; its complaint, if any."""
+    """Ask sacct for the jobs in `forgotten` that it was not asked for lately; return its error message, if any."""
     since = time.time() - (_ACCOUNTS_KEPT_SECONDS if may_be_old else 0.0)
     memory.accounts = {job: entry for job, entry in memory.accounts.items() if entry[0] > since}
     wanted = [job for job in forgotten if job not in memory.accounts]
     if not wanted:
         return None
     try:
-        found = slurm.accounting(wanted, since=min(forgotten[job] for job in wanted))
+        answered = commands.accounting(wanted, since=min(forgotten[job] for job in wanted))
     except SchedulerError as error:
         return str(error)
-    memory.accounts.update({job: (time.time(), found.get(job)) for job in wanted})
+    memory.accounts.update({job: (time.time(), answered.get(job)) for job in wanted})
     return None
 
 
@@ -112,7 +110,7 @@ def _kept_seconds() -> float:
 
 @contextlib.contextmanager
 def _memory(users: Sequence[int]) -> Iterator[_Memory]:
-    """What the shells of this user have in common; nobody else asks meanwhile, they wait for the answer."""
+    """Yield the shared answers, and store them afterwards; other shells wait meanwhile, to use the new ones."""
     folder = private_folder()
     if folder is None or _kept_seconds() <= 0:
         yield _Memory()
@@ -122,36 +120,39 @@ def _memory(users: Sequence[int]) -> Iterator[_Memory]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         memory = _read(file)
         yield memory
-        with contextlib.suppress(OSError):  # a full /tmp only costs a question
+        with contextlib.suppress(OSError):  # a full disk only costs another question
             write_atomic(file, json.dumps(_as_json(memory)), mode=0o600)
 
 
 def _key(users: Sequence[int]) -> str:
-    """Names the cluster and the question: answers of different ones never meet."""
+    """Return a name for the cluster and the question, so that answers of different ones never mix."""
     asked = [os.environ.get("SLURM_CONF", ""), shutil.which("squeue") or "", *map(str, sorted(users))]
     return hashlib.sha256("\0".join(asked).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def _as_json(memory: _Memory) -> dict[str, Any]:
+def _as_json(memory: _Memory) -> _MemoryFile:
     return {
         "asked": memory.asked,
         "problem": memory.problem,
         "queue": [dataclasses.asdict(record) for record in memory.queue.values()],
-        "accounts": [[job, at, record and dataclasses.asdict(record)] for job, (at, record) in memory.accounts.items()],
+        "accounts": [
+            (job, at, dataclasses.asdict(record) if record else None) for job, (at, record) in memory.accounts.items()
+        ],
     }
 
 
 def _read(file: Path) -> _Memory:
-    """The memory in `file`; an empty one where there is none, or one of another version."""
+    """Return the answers in `file`; none where it does not exist or is of another version."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values: _MemoryFile = json.loads(file.read_text(encoding="utf-8"))
         queue = [_record(item) for item in values["queue"]]
-        accounts = {job: (float(at), item and _record(item)) for job, at, item in values["accounts"]}
+        accounts = {job: (float(at), _record(item) if item else None) for job, at, item in values["accounts"]}
         by_id = {record.job_id: record for record in queue}
         return _Memory(float(values["asked"]), values["problem"], by_id, accounts)
     except (OSError, ValueError, TypeError, KeyError):
         return _Memory()
 
 
-def _record(item: dict[str, Any]) -> JobRecord:
-    return JobRecord(**{**item, "state": JobState(item["state"])})
+def _record(item: dict[str, object]) -> JobRecord:
+    """Return the record in `item`; TypeError or ValueError where it is of another version."""
+    return dataclasses.replace(JobRecord(**item), state=JobState(item["state"]))  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+"""What a job is: its identity, what is recorded of it, and the names of its attempts.
+
+A job is what was submitted: a batch job, or a process on this machine. An attempt is one start of a job; a scheduler
+that requeues a job starts it again under the same id.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from launcher.contract.schedulers import SchedulerName, scheduler_name
+
+_RESTART = re.compile(r"(?P<job>.+)\.(?P<restart>[0-9]+)")
+_LOCAL = re.compile(r"local-[0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class JobId:
+    """The identity of a job: the scheduler's own id, which scheduler gave it, and the token it was submitted with."""
+
+    text: str
+    """The id as the scheduler writes it: `123`, `123_4` for an element of a Slurm array, a process id."""
+    scheduler: SchedulerName
+    """The scheduler's name in cluster files."""
+    token: str = ""
+    """Random mark of the submission, by which a job is found again; empty for a job that nobody recorded."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A submitted job, as the manifest records it."""
+
+    id: JobId
+    submitted_at: float
+    """Seconds since the epoch."""
+    host: str = ""
+    """Where a local process runs."""
+    process_start: int | None = None
+    """Start time of a local process in clock ticks since boot: process ids are reused, the pair is not."""
+
+    def as_json(self) -> dict[str, object]:
+        """Return the record as run directories store it."""
+        return {
+            "job_id": self.id.text,
+            "scheduler": self.id.scheduler,
+            "submitted_at": self.submitted_at,
+            "host": self.host,
+            "process_start": self.process_start,
+            "token": self.id.token,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> Job:
+        """Read what `as_json` wrote, here or in an earlier version.
+
+        Raises KeyError, TypeError or ValueError where it is something else.
+        """
+        start = values.get("process_start")
+        return cls(
+            id=JobId(str(values["job_id"]), scheduler_name(values["scheduler"]), str(values.get("token", ""))),
+            submitted_at=_number(values["submitted_at"]),
+            host=str(values.get("host", "")),
+            process_start=None if start is None else int(_number(start)),
+        )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, int | float):
+        return value
+    raise TypeError(f"{value!r} is not a number")
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptName:
+    """The name of an attempt, which is also the name of its folder of logs."""
+
+    text: str
+
+    @property
+    def job(self) -> str | None:
+        """The job id in `<job id>.<restart count>`; None for a name of another form."""
+        match = _RESTART.fullmatch(self.text)
+        return match["job"] if match else None
+
+    @property
+    def restart(self) -> int | None:
+        """How often the scheduler had started the job before; None where the name does not say."""
+        match = _RESTART.fullmatch(self.text)
+        return int(match["restart"]) if match else None
+
+    @property
+    def scheduler(self) -> SchedulerName:
+        """The scheduler of an attempt whose event does not name it; events of earlier versions do not."""
+        return "local" if _LOCAL.fullmatch(self.text) else "slurm"

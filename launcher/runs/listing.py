@@ -1,0 +1,46 @@
+"""The runs of a folder by their files alone; asks no scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.contract.errors import LauncherError
+from launcher.contract.job_state import JobState
+from launcher.contract.rundir import RunPaths
+from launcher.runs.snapshot import snapshot
+
+
+def listing(runs: Sequence[RunPaths]) -> list[dict[str, Any]]:
+    """Return the rows of `launcher list`: name, state by the run's own files, creation time, topology, lineage."""
+    rows = []
+    for paths in runs:
+        try:
+            item = snapshot(paths)
+        except (LauncherError, ValueError, KeyError) as error:
+            rows.append(_unreadable(paths, error))
+            continue
+        state = item.own_state or (JobState.CANCELLED if item.cancelled else None)
+        rows.append(
+            {
+                "run": item.paths.name,
+                "directory": str(item.paths.root),
+                "state": state.value if state else (item.phase or None),
+                "created_at": item.manifest.created_at,
+                "topology": item.manifest.topology.get("summary", ""),
+                "parent_run": item.manifest.parent_run,
+            }
+        )
+    return rows
+
+
+def _unreadable(paths: RunPaths, error: Exception) -> dict[str, Any]:
+    """Return the row of a run whose files are damaged; the others are listed all the same."""
+    return {
+        "run": paths.name,
+        "directory": str(paths.root),
+        "state": JobState.UNKNOWN.value,
+        "created_at": paths.root.stat().st_mtime,
+        "topology": f"unreadable: {error}",
+        "parent_run": None,
+    }

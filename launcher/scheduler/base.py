@@ -1,0 +1,198 @@
+"""The protocol of a scheduler, and the values that pass through it.
+
+docs/adding-a-scheduler.md goes through the methods in the order in which one would write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from launcher.contract.errors import SchedulerError
+from launcher.contract.job import Job, JobId
+from launcher.contract.job_state import JobState
+from launcher.contract.schedulers import CAPABILITIES, Capabilities, SchedulerName
+from launcher.contract.spec import ClusterSpec, ResourcesSpec
+
+
+class SubmissionUnknown(SchedulerError):
+    """The scheduler did not say whether it has made a job; `find` can tell later."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Intent:
+    """A submission that was begun: what submission.json holds until the job is recorded."""
+
+    token: str
+    """Random mark that travels with the job, by which it is found again."""
+    scheduler: SchedulerName
+    written_at: float
+    """Seconds since the epoch; the job is no older."""
+    host: str
+    """The machine that submits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dependency:
+    """A job to wait for, and how it must have ended."""
+
+    job: JobId
+    when: Literal["succeeded", "ended"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Array:
+    """Many jobs by one submission."""
+
+    size: int
+    at_once: int | None = None
+    """How many may run at the same time; None for no limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A script to submit, with all that is decided at each submission anew and so is not in the script."""
+
+    name: str
+    script: Path
+    folder: Path
+    """Where the scheduler may keep files of its own about the submission."""
+    intent: Intent
+    resources: ResourcesSpec
+    hidden: tuple[str, ...] = ()
+    """Variables of this shell that the job must not inherit, since they hold secrets."""
+    waits_for: tuple[Dependency, ...] = ()
+    exclude: str | None = None
+    """Nodes to keep away from, as a host list."""
+    array: Array | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRecord:
+    """What a scheduler says of one job."""
+
+    job_id: str
+    state: JobState
+    reason: str = ""
+    """Why the job is in this state, for people."""
+    exit_code: int | None = None
+    signal: int | None = None
+    start: str = ""
+    name: str = ""
+    """The job's name, where the scheduler may give its id to another job later."""
+
+    @property
+    def expected_start(self) -> str | None:
+        """When a waiting job is to start, local time; None where the scheduler has no plan for it yet."""
+        return self.start.replace("T", " ") if self.start[:1].isdigit() else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A scheduler's records by job id, and why some may be missing."""
+
+    records: Mapping[str, JobRecord]
+    problem: str | None = None
+    """Why the scheduler could not be asked: nothing is known then."""
+    doubt: str | None = None
+    """Why the accounting could not be asked: it may know a job that has no record here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobView:
+    """What a scheduler says of a job while its batch script ends."""
+
+    state: JobState
+    """RUNNING, unless the scheduler is ending the job by itself: COMPLETING hides why."""
+    restarts: int = 0
+    """How often the job was started again, including the next time if the scheduler has already decided on one."""
+    preempted: bool = False
+    excluded: str = ""
+    """Nodes it must not run on, as a host list."""
+
+
+class Scheduler(Protocol):
+    """What the launcher needs of a scheduler.
+
+    Implementations inherit from this class: methods with a body here have a default that suits a scheduler without the
+    feature. Every method raises SchedulerError where the scheduler does not answer; silence never means "no job".
+    """
+
+    name: SchedulerName
+    """As in cluster files; also the name of the default template, `<name>.sh.j2`."""
+    title: str
+    """For messages: `Slurm`, `this machine`."""
+    noun: str = "job"
+    """What people call one of its jobs."""
+    submit_seconds: float = 0.0
+    """Longest time that `submit` may take, its own clean-up included."""
+    settle_seconds: float = 0.0
+    """How long after the end of `submit` a job may still be invisible to `find`."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the scheduler can do."""
+        return CAPABILITIES[self.name]
+
+    def submit(self, submission: Submission) -> Job:
+        """Submit the script and return its job.
+
+        SubmissionUnknown where it is open whether there is a job now, any other SchedulerError where there is none.
+        """
+        ...
+
+    def find(self, name: str, intent: Intent, started: str | None) -> Job | None:
+        """Return the job of a submission that was begun, or None where none can be seen now.
+
+        `name` is the job's name; `started` is the id of a job that has already reported its start in this run.
+        """
+        ...
+
+    def states(self, jobs: Sequence[Job], owners: Sequence[int], *, fresh: bool) -> Answer:
+        """Return the records of these jobs, all of the users with the ids `owners`.
+
+        The number of questions to the scheduler must not grow with the number of jobs. An answer may be some seconds
+        old, but not with `fresh`.
+        """
+        ...
+
+    def cancel(self, job: Job) -> None:
+        """End a job. It is no error if the job has ended already."""
+        ...
+
+    def expected_start(self, script: str) -> str:
+        """Return when and where the scheduler would start this script. Submits nothing."""
+        return "not known"
+
+    def array_elements(self, job: Job, size: int) -> list[Job]:
+        """Return the jobs of an array."""
+        raise NotImplementedError(f"{self.title} has no job arrays")
+
+    def max_array_size(self) -> int:
+        """Return how many jobs an array may have."""
+        return 0
+
+    def job_limits(self) -> dict[str, int]:
+        """Return the limits on how many jobs this user may have queued, by their names."""
+        return {}
+
+    def cluster_problems(self, cluster: ClusterSpec, wanted: ResourcesSpec, script: Callable[[], str]) -> Iterator[str]:
+        """Yield what is wrong with a cluster file, asked of the cluster itself.
+
+        `wanted` are the file's default resources, `script` renders the script of a job with them.
+        """
+        return iter(())
+
+    def read_state(self, text: str) -> JobState:
+        """Return the state in the answer of the template's `holder_state`; UNKNOWN where it holds none."""
+        return JobState.UNKNOWN
+
+    def read_view(self, text: str) -> JobView | None:
+        """Return what the answer of the template's `job_view` says; None where it says nothing."""
+        return None
+
+    def read_log(self, text: str) -> tuple[JobState, str] | None:
+        """Return how the scheduler ended the job according to what it writes into logs, and words for people."""
+        return None

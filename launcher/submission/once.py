@@ -1,0 +1,55 @@
+"""Submit a script so that it makes one job, whatever happens to this process or to the scheduler's answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from launcher.contract.errors import SchedulerError
+from launcher.contract.job import Job
+from launcher.contract.rundir import RunPaths
+from launcher.scheduler.base import Intent, Scheduler, Submission, SubmissionUnknown
+from launcher.submission import intent
+
+
+def submit_once(
+    paths: RunPaths,
+    scheduler: Scheduler,
+    recorded: Sequence[Job],
+    submission_of: Callable[[Intent], Submission],
+    undo: Callable[[], None],
+) -> Job:
+    """Submit and return the job; where the answer leaves open whether there is one, look for it.
+
+    `recorded` are the jobs that the run is known to have. Where there certainly is no job, the intent is removed and
+    `undo` is called before the error is raised. Otherwise the intent stays, for the next call to find the job by.
+    """
+    begun = intent.begin(paths, scheduler.name)
+    try:
+        submission = submission_of(begun)
+        return scheduler.submit(submission)
+    except SubmissionUnknown as error:
+        print(f"{error}; asking {scheduler.title} what became of the job", file=sys.stderr)
+        job = _find(paths, scheduler, recorded, submission, error)
+        if job is not None:
+            return job
+        refusal: BaseException = SchedulerError(
+            f"{error}\n{scheduler.title} has no such job, so nothing was submitted; try again."
+        )
+    except BaseException as error:
+        refusal = error
+    intent.end(paths)
+    undo()
+    raise refusal from None
+
+
+def _find(
+    paths: RunPaths, scheduler: Scheduler, recorded: Sequence[Job], submission: Submission, error: SubmissionUnknown
+) -> Job | None:
+    try:
+        return intent.find_job(paths, submission.name, recorded, submission.intent)
+    except SchedulerError as silence:
+        raise SchedulerError(
+            f"{error}\nThe job may be queued all the same, and {scheduler.title} cannot be asked now: {silence}\n"
+            "Give the same command again later: it adopts the job if there is one, and submits it otherwise."
+        ) from None
