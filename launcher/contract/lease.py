@@ -34,7 +34,7 @@ from launcher.contract.rundir import RunPaths, write_atomic
 RENEW_SECONDS = 60.0
 """Time between renewals; one such request a minute is no load for a file system."""
 EXPIRY_SECONDS = 600.0
-"""An owner that has not renewed its lease for this long counts as gone, unless its scheduler says otherwise. Longer than
+"""An owner that has not renewed its lease for this long counts as gone, unless its scheduler knows better. Longer than
 the pull of a container image, since nobody renews the lease between the steps of a batch script."""
 
 _POLL_SECONDS = 0.05

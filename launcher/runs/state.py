@@ -68,9 +68,7 @@ def collect(runs: Sequence[RunPaths], *, fresh: bool = False) -> tuple[list[RunS
             readable.append(snapshot(paths))
         except (LauncherError, ValueError, KeyError) as error:
             reason = f"unreadable: {error}"
-            rows[paths] = RunStatus(
-                run=paths.name, directory=str(paths.root), state=JobState.UNKNOWN, reason=reason
-            )
+            rows[paths] = RunStatus(run=paths.name, directory=str(paths.root), state=JobState.UNKNOWN, reason=reason)
     answers = _ask(readable, fresh)
     rows |= {item.paths: _row(item, answers) for item in readable}
     problems = [answer.problem for answer in answers.values() if answer.problem is not None]
@@ -122,7 +120,8 @@ def _judge(item: Snapshot, record: JobRecord | None, answer: Answer) -> tuple[Jo
         return _own_word(item)
     if item.cancelled and answer.problem is None:
         return JobState.CANCELLED, item.failure()  # a job that does not end in time is killed with its batch script
-    forgotten = f"{scheduler_of(item.job.id.scheduler).title} no longer knows the job, which did not record how it ended"
+    title = scheduler_of(item.job.id.scheduler).title
+    forgotten = f"{title} no longer knows the job, which did not record how it ended"
     return JobState.UNKNOWN, answer.problem or answer.doubt or forgotten
 
 

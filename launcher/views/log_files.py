@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher.contract.errors import ConfigError, RunStateError, did_you_mean
 from launcher.contract.rundir import RunPaths
-from launcher.runs.find import snapshot
+from launcher.runs.snapshot import snapshot
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ def test_array(slurm: SlurmCluster, tmp_path: Path) -> None:
     bench.config.write_text(bench.config.read_text() + section)
     bench.launcher("submit", str(bench.config), "name=swept", f"cluster.runtime.python={python}")
     runs = [bench.run_paths(f"swept-{number}") for number in range(3)]
-    jobs = [read_manifest(run).attempts[0].job_id for run in runs]
+    jobs = [read_manifest(run).jobs[0].id.text for run in runs]
     assert [job.partition("_")[2] for job in jobs] == ["0", "1", "2"]
 
     def states() -> list[str]:

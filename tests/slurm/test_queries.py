@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.contract.job_state import JobState
-from launcher.scheduler import slurm as queries
+from launcher.scheduler.slurm import commands as queries
 from tests.launcher.conftest import Commands
 from tests.launcher.fake_slurm import FakeSlurm
 from tests.slurm.cluster import SlurmCluster

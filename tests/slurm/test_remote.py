@@ -68,9 +68,9 @@ def test_connection_lost_after_sbatch(
             return done.returncode == 0 or "run lost exists" in done.stderr
 
         wait_until(finished, "the submission to be finished", timeout=120, interval=1)
-        (attempt,) = read_manifest(RunPaths(bench.root / "runs" / "lost")).attempts
+        (job,) = read_manifest(RunPaths(bench.root / "runs" / "lost")).jobs
         jobs = slurm.run(["squeue", "-h", "--states=all", "--name=lost", "--format=%i"]).stdout.split()
-        assert jobs == [attempt.job_id]
+        assert jobs == [job.id.text]
         assert server.logins() == 2  # once before and once after the loss
         close_connections(sockets)
 

@@ -65,7 +65,7 @@ def _attempts(bench: Workbench, name: str) -> list[str]:
     paths = bench.run_paths(name)
     if not paths.manifest.exists() or paths.submission.exists():
         return []
-    return [attempt.job_id for attempt in read_manifest(paths).attempts]
+    return [job.id.text for job in read_manifest(paths).jobs]
 
 
 def plant_sbatch(bench: Workbench, folder: str, after: str) -> str:

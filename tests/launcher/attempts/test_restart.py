@@ -7,15 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from launcher.attempts.cause import Cause, Evidence, JobView, RankError, Verdict, classify
-from launcher.attempts.evidence import gather, parse_job
+from launcher.attempts.cause import Cause, Diagnosis, Evidence, RankError, classify
+from launcher.attempts.evidence import gather
 from launcher.attempts.restart import Action, Past, decide, spent
+from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RestartSpec
+from launcher.scheduler.base import JobView
+from launcher.scheduler.slurm.parsers import parse_job_view, parse_log
+from launcher.scheduler.slurm.scheduler import Slurm
 
-RUNNING = JobView(state="RUNNING")
-ENDING = JobView(state="COMPLETING")
-REQUEUED = JobView(state="COMPLETING", restarts=1)
+RUNNING = JobView(state=JobState.RUNNING)
+ENDING = JobView(state=JobState.COMPLETING)
+REQUEUED = JobView(state=JobState.COMPLETING, restarts=1)
+
+
+def ended(log: str, exit_code: int) -> Evidence:
+    """An attempt of a job that Slurm ended with these words."""
+    return Evidence(exit_code=exit_code, ended_as=parse_log(log), log=log)
 
 
 def error(*kinds: str, message: str = "x") -> RankError:
@@ -30,13 +39,13 @@ def error(*kinds: str, message: str = "x") -> RankError:
         (Evidence(exit_code=75, stop_signal="SIGTERM", job=ENDING), Cause.CANCELLED),
         (Evidence(exit_code=75, stop_signal="SIGTERM", job=REQUEUED), Cause.PREEMPTED),
         (Evidence(exit_code=75, stop_signal="SIGTERM", restart=1, job=REQUEUED), Cause.CANCELLED),
-        (Evidence(exit_code=75, job=JobView(state="RUNNING", preempted=True)), Cause.PREEMPTED),
+        (Evidence(exit_code=75, job=JobView(state=JobState.RUNNING, preempted=True)), Cause.PREEMPTED),
         (Evidence(exit_code=75, stop_signal="SIGUSR2", job=RUNNING), Cause.TIMEOUT),
         (Evidence(exit_code=75, stop_deadline=True), Cause.TIMEOUT),
-        (Evidence(exit_code=75, stop_signal="SIGTERM", local=True), Cause.CANCELLED),
+        (Evidence(exit_code=75, stop_signal="SIGTERM", requeues=False), Cause.CANCELLED),
         (Evidence(exit_code=140), Cause.TIMEOUT),
-        (Evidence(exit_code=143, log="*** STEP 7.0 ON n CANCELLED AT x DUE TO TIME LIMIT ***"), Cause.TIMEOUT),
-        (Evidence(exit_code=1, log="*** JOB 7 ON n CANCELLED AT x DUE TO NODE FAILURE ***"), Cause.NODE_FAILURE),
+        (ended("*** STEP 7.0 ON n CANCELLED AT x DUE TO TIME LIMIT ***", 143), Cause.TIMEOUT),
+        (ended("*** JOB 7 ON n CANCELLED AT x DUE TO NODE FAILURE ***", 1), Cause.NODE_FAILURE),
         (Evidence(exit_code=76, job=RUNNING), Cause.HANG),
         (Evidence(exit_code=77, bad_nodes=("n3",)), Cause.BAD_NODE),
         (Evidence(exit_code=1, error=error("OutOfMemoryError", "RuntimeError")), Cause.OUT_OF_MEMORY),
@@ -70,8 +79,8 @@ def test_bad_hardware_names_its_host() -> None:
     assert classify(Evidence(exit_code=77, bad_nodes=("n3", "n4"))).nodes == ("n3", "n4")
 
 
-def verdict(cause: Cause) -> Verdict:
-    return Verdict(cause=cause, detail="")
+def diagnosis(cause: Cause) -> Diagnosis:
+    return Diagnosis(cause=cause, detail="")
 
 
 def past(cause: Cause, *, progressed: bool = False) -> Past:
@@ -90,35 +99,35 @@ def test_budget_runs_out_and_progress_is_free() -> None:
     before: list[Past] = []
     left = []
     for _ in range(2):
-        decision = decide(verdict(Cause.UNKNOWN), 137, before, policy, progressed=False)
+        decision = decide(diagnosis(Cause.UNKNOWN), 137, before, policy, progressed=False)
         assert decision.action is Action.REQUEUE
         left.append(decision.left)
         before.append(past(Cause.UNKNOWN))
     assert left == [1, 0]
-    over = decide(verdict(Cause.UNKNOWN), 137, before, policy, progressed=False)
+    over = decide(diagnosis(Cause.UNKNOWN), 137, before, policy, progressed=False)
     assert (over.action, over.left) == (Action.STOP, 0)
     assert "all 2 restarts without a new checkpoint are used up (restart.unknown: 2)" in over.reason
-    free = decide(verdict(Cause.UNKNOWN), 137, before, policy, progressed=True)
+    free = decide(diagnosis(Cause.UNKNOWN), 137, before, policy, progressed=True)
     assert (free.action, free.left) == (Action.REQUEUE, 2)
 
 
 @pytest.mark.parametrize("cause", [Cause.CANCELLED, Cause.USER_CODE, Cause.DATA, Cause.CONFIG, Cause.DONE])
 def test_final_causes_never_start_again(cause: Cause) -> None:
-    assert decide(verdict(cause), 1, [], RestartSpec(), progressed=True).action is Action.STOP
-    assert decide(verdict(cause), 1, [], RestartSpec(), progressed=True, slurm_restarts=True).action is Action.WITHDRAW
+    assert decide(diagnosis(cause), 1, [], RestartSpec(), progressed=True).action is Action.STOP
+    assert decide(diagnosis(cause), 1, [], RestartSpec(), progressed=True, requeued=True).action is Action.WITHDRAW
 
 
 def test_exit_codes_that_forbid_it() -> None:
     for code in (93, 4):
-        assert decide(verdict(Cause.UNKNOWN), code, [], RestartSpec(), progressed=True).action is Action.STOP
+        assert decide(diagnosis(Cause.UNKNOWN), code, [], RestartSpec(), progressed=True).action is Action.STOP
 
 
 def test_ways_to_go_on() -> None:
-    timeout = verdict(Cause.TIMEOUT)
+    timeout = diagnosis(Cause.TIMEOUT)
     for how, action in (("requeue", Action.REQUEUE), ("resubmit", Action.RESUBMIT), ("none", Action.STOP)):
         assert decide(timeout, 75, [], RestartSpec(how=how), progressed=True).action is action  # type: ignore[arg-type]
-    assert decide(timeout, 75, [], RestartSpec(), progressed=True, slurm_restarts=True).action is Action.LEAVE
-    assert decide(timeout, 75, [], RestartSpec(), progressed=True, local=True).action is Action.STOP
+    assert decide(timeout, 75, [], RestartSpec(), progressed=True, requeued=True).action is Action.LEAVE
+    assert decide(timeout, 75, [], RestartSpec(), progressed=True, requeues=False).action is Action.STOP
     assert decide(timeout, 75, [], RestartSpec(timeout=0), progressed=True).action is Action.STOP
 
 
@@ -127,11 +136,11 @@ def test_job_as_scontrol_shows_it() -> None:
         "JobId=7 JobName=a JobState=COMPLETING Reason=None Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 "
         "PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=None ExcNodeList=n[1-2] Command=/x JobState=RUNNING"
     )
-    assert parse_job(text) == JobView(state="COMPLETING", restarts=2, preempted=False, excluded="n[1-2]")
-    assert parse_job("JobState=RUNNING PreemptTime=2026-01-01T00:00:00 ExcNodeList=(null)") == JobView(
-        state="RUNNING", preempted=True
+    assert parse_job_view(text) == JobView(state=JobState.COMPLETING, restarts=2, preempted=False, excluded="n[1-2]")
+    assert parse_job_view("JobState=RUNNING PreemptTime=2026-01-01T00:00:00 ExcNodeList=(null)") == JobView(
+        state=JobState.RUNNING, preempted=True
     )
-    assert parse_job("slurm_load_jobs error: Invalid job id specified") is None
+    assert parse_job_view("slurm_load_jobs error: Invalid job id specified") is None
 
 
 @pytest.mark.parametrize(("code", "cause"), [(2, Cause.USER_CODE), (137, Cause.UNKNOWN)])
@@ -142,4 +151,4 @@ def test_error_of_another_rank_than_the_first_to_exit(tmp_path: Path, code: int,
     error = {"kinds": ["UserCodeError", "ConfigError"], "message": "the metric failed", "rank": 1, "host": "n2"}
     run.error("7.0").write_text(json.dumps(error))
     run.failure("7.0").write_text(f"{code} 0 n1\n")
-    assert classify(gather(run, "7.0", code, None, "7", [])).cause is cause
+    assert classify(gather(run, Slurm(), "7.0", code, None, "7", [])).cause is cause

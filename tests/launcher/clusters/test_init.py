@@ -9,7 +9,7 @@ import pytest
 from launcher.__main__ import main
 from launcher.clusters.init import Survey, best_partition, cluster_yaml
 from launcher.contract.exit_codes import ExitCode
-from launcher.scheduler.slurm import parse_partitions
+from launcher.scheduler.slurm.partitions import parse_partitions
 from tests.launcher.conftest import Commands
 
 SINFO = """\

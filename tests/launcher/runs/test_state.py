@@ -11,22 +11,24 @@ from typing import Any
 
 import pytest
 
+from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
-from launcher.contract.manifest import Attempt, Manifest, read_manifest, write_manifest
+from launcher.contract.manifest import Manifest, read_manifest, write_manifest
 from launcher.contract.processes import start_ticks
 from launcher.contract.rundir import COMPLETE, RunPaths, append_event, write_json
-from launcher.runs.find import all_runs, find_run, listing
+from launcher.runs.find import all_runs, find_run
+from launcher.runs.listing import listing
 from launcher.runs.state import RunStatus, collect
 from launcher.views.status_table import status_table
 from launcher.views.text import duration
 from tests.launcher.conftest import Commands
 
 
-def make_run(root: Path, name: str, **attempt: Any) -> RunPaths:
+def make_run(root: Path, name: str, **recorded: Any) -> RunPaths:
     """A run directory with one job."""
     paths = RunPaths(root / name)
     paths.logs.mkdir(parents=True)
-    job = Attempt(**{"job_id": "7", "scheduler": "slurm", "submitted_at": 1.0, **attempt})
+    job = Job.from_json({"job_id": "7", "scheduler": "slurm", "submitted_at": 1.0, **recorded})
     manifest = Manifest(
         name=name,
         created_at=1.0,
@@ -36,7 +38,7 @@ def make_run(root: Path, name: str, **attempt: Any) -> RunPaths:
         versions={},
         source={},
         topology={"summary": "tp2 = 2 ranks"},
-        attempts=(job,),
+        jobs=(job,),
     )
     write_manifest(paths, manifest)
     return paths
@@ -95,7 +97,10 @@ def test_forgotten_job_is_judged_by_its_own_last_word(
     tmp_path: Path, silent: Commands, exit_code: int, state: JobState, reason: str
 ) -> None:
     paths = make_run(tmp_path, "a")
-    assert state_of(paths) == (JobState.UNKNOWN, "Slurm knows the job no more, and it left no word of its end")
+    assert state_of(paths) == (
+        JobState.UNKNOWN,
+        "Slurm no longer knows the job, which did not record how it ended",
+    )
     started(paths)
     assert state_of(paths)[0] is JobState.UNKNOWN
     ended(paths, exit_code)
@@ -179,7 +184,7 @@ def test_local_process(tmp_path: Path) -> None:
     alive = make_run(tmp_path, "alive", **me, process_start=start_ticks(os.getpid()))
     assert state_of(alive)[0] is JobState.RUNNING
     reused = make_run(tmp_path, "reused", **me, process_start=1)
-    assert state_of(reused) == (JobState.FAILED, f"process {os.getpid()} is gone and left no word of its end")
+    assert state_of(reused) == (JobState.FAILED, f"process {os.getpid()} is gone and did not record how it ended")
     elsewhere = make_run(tmp_path, "elsewhere", **{**me, "host": "other"}, process_start=1)
     assert state_of(elsewhere) == (JobState.UNKNOWN, "it runs on other; look there")
     started(reused, "local-1", str(os.getpid()))
@@ -243,7 +248,7 @@ def test_finding_runs(tmp_path: Path) -> None:
     assert [paths.name for paths in all_runs(tmp_path)] == ["b-first", "a-second"]
     assert all_runs(tmp_path / "absent") == []
     assert find_run("b-first", tmp_path) == find_run(str(first.root), Path("elsewhere")) == first
-    assert read_manifest(second).attempts[0].job_id == "7"
+    assert read_manifest(second).jobs[0].id == JobId("7", "slurm")
     with pytest.raises(
         Exception, match=r"^no run 'b-frist' in .*; did you mean 'b-first'\? \(--run-root or SFT_RUN_ROOT"
     ):

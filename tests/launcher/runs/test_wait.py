@@ -64,5 +64,5 @@ def test_wait_gives_up_when_asked_to(tmp_path: Path, slurm: FakeSlurm) -> None:
 
 def test_wait_gives_up_on_a_state_that_stays_unknown(tmp_path: Path, slurm: FakeSlurm) -> None:
     paths = make_run(tmp_path, "a", job_id="1")
-    with pytest.raises(SchedulerError, match="run a is UNKNOWN: Slurm knows the job no more"):
+    with pytest.raises(SchedulerError, match="run a is UNKNOWN: Slurm no longer knows the job"):
         wait([paths], interval=0.0)

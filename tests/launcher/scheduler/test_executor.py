@@ -8,14 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from launcher.scheduler.environment import clean_environment
-from launcher.submission.executor import ScriptLocalExecutor, ScriptSlurmExecutor, SubmissionUnknown
 from submitit.core.core import Executor, PicklingExecutor
 from submitit.core.utils import CommandFunction, FailedJobError, FailedSubmissionError, JobPaths
 from submitit.local import local
 from submitit.slurm.slurm import SlurmExecutor
 
 from launcher.contract.errors import SchedulerError
+from launcher.scheduler.base import SubmissionUnknown
+from launcher.scheduler.local_controller import ScriptLocalExecutor
+from launcher.scheduler.slurm.environment import clean_environment
+from launcher.scheduler.slurm.executor import ScriptSlurmExecutor
 from tests.launcher.conftest import Commands
 
 SCRIPT = "#!/bin/bash\n# a script: $x 'y' \\\n"
@@ -84,7 +86,7 @@ def test_refusal_has_slurms_words(tmp_path: Path, sbatch: Commands) -> None:
 
 def test_no_answer_is_not_a_refusal(tmp_path: Path, sbatch: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch.add("sbatch", "exec sleep 60")
-    monkeypatch.setattr("launcher.submission.executor.SBATCH_TIMEOUT", 0.2)
+    monkeypatch.setattr("launcher.scheduler.slurm.executor.SBATCH_TIMEOUT", 0.2)
     with pytest.raises(SubmissionUnknown, match=r"^sbatch gave no answer within 0\.2 s$"):
         ScriptSlurmExecutor(tmp_path, SCRIPT).submit_script()
     sbatch.add("sbatch", "echo hello")

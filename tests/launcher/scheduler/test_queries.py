@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher.scheduler.queries import ask
 
 from launcher.contract.job_state import JobState
 from launcher.contract.rundir import append_event
 from launcher.contract.spec import RunSpec, to_yaml
 from launcher.runs.state import collect
+from launcher.scheduler.slurm.queries import ask
 from launcher.submission.resubmit import cancel
 from launcher.views.status_table import status_table
 from tests.launcher.conftest import Commands

@@ -10,9 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.contract.errors import SchedulerError
-from launcher.contract.job_state import SLURM_STATES, JobState
-from launcher.scheduler import slurm
-from launcher.scheduler.slurm import JobRecord, newest, parse_sacct, parse_squeue, split_job_id, time_limit_minutes
+from launcher.contract.job_state import JobState
+from launcher.scheduler.base import JobRecord
+from launcher.scheduler.slurm import commands as slurm
+from launcher.scheduler.slurm.parsers import newest, parse_sacct, parse_squeue, split_job_id
+from launcher.scheduler.slurm.states import SLURM_STATES
+from launcher.scheduler.time_limit import time_limit_minutes
 from tests.launcher.conftest import Commands
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "slurm"

@@ -63,7 +63,7 @@ def test_unknown_state_and_unknown_run(workdir: Path, parent: RunPaths, capsys: 
     assert submit(workdir, "RUNNING", "after=nobody") == ExitCode.BAD_INPUT
     assert f"after: nobody is not a run in {workdir}/runs" in capsys.readouterr().err
     assert main(["submit", "cfg.yaml", "name=local", "after=first"]) == ExitCode.BAD_INPUT
-    assert "only Slurm waits" in capsys.readouterr().err
+    assert "jobs of scheduler local cannot wait for jobs of scheduler slurm" in capsys.readouterr().err
 
 
 def test_only_what_the_run_before_will_write_may_be_missing(

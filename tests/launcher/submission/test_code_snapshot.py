@@ -144,7 +144,7 @@ def test_changed_code_is_not_submitted_again(
 def test_killed_submission_of_a_lock_is_finished_not_doubled(
     workdir: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.submission.intent.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.scheduler.slurm.scheduler.Slurm.settle_seconds", 0.0)
     commands.add("srun", "")
     commands.add("sbatch", "echo 1")
     assert main(["submit", "cfg.yaml", "--cluster=slurm-dev"]) == 0

@@ -60,7 +60,7 @@ def test_local_run(workdir: Path, fake_python: str, capfd: pytest.CaptureFixture
     manifest = read_manifest(RUN)
     assert (manifest.name, manifest.parent_run, manifest.topology["summary"]) == ("first", None, "pp2 = 2 ranks")
     assert manifest.command[:3] == ("launcher", "submit", "cfg.yaml")
-    assert [attempt.scheduler for attempt in manifest.attempts] == ["local"]
+    assert [job.id.scheduler for job in manifest.jobs] == ["local"]
     assert manifest.versions["submitit"].startswith("1.5")
     assert state() is JobState.COMPLETED
     assert stat.S_IMODE(RUN.root.stat().st_mode) == 0o700
@@ -160,7 +160,7 @@ def test_cancel_and_go_on(
     monkeypatch.setenv("FAKE_TICKS", "1")
     assert main(["resubmit", "first"]) == 0
     wait_for(lambda: state() is JobState.COMPLETED)
-    assert [attempt.scheduler for attempt in read_manifest(RUN).attempts] == ["local", "local"]
+    assert [job.id.scheduler for job in read_manifest(RUN).jobs] == ["local", "local"]
     assert RUN.rank_log("local-2", 1).read_text() == "train 1\n"
 
 
@@ -195,7 +195,7 @@ def test_local_run_is_started_again(workdir: Path, commands: Commands, capfd: py
     ):
         assert f"{line}\n" in out
     assert state() is JobState.COMPLETED
-    assert len(read_manifest(RUN).attempts) == 1
+    assert len(read_manifest(RUN).jobs) == 1
 
 
 def test_child_run_of_a_finished_run(workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]) -> None:

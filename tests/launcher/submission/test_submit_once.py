@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from launcher.contract import processes
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.manifest import read_manifest
 from launcher.contract.rundir import RunPaths, append_event, read_lines
-from launcher.submission import intent
+from launcher.scheduler.slurm.scheduler import Slurm
 from launcher.submission.claim import LOCK_FILE, claim
 from tests.launcher.conftest import Commands
 
@@ -35,7 +36,7 @@ def jobs(workdir: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> 
     path = workdir / "jobs"
     path.touch()
     monkeypatch.setenv("JOBS", str(path))
-    monkeypatch.setattr(intent, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(Slurm, "settle_seconds", 0.0)
     commands.add("srun", "")
     commands.add("sbatch", f'{QUEUE}enter; tail -n1 "$JOBS" | cut -d"|" -f1')
     commands.add("squeue", 'cat "$JOBS"')
@@ -86,8 +87,8 @@ def test_killed_at_any_step_and_called_again_makes_one_job(
         steps.append(len(jobs.read_text().splitlines()))
         assert launch() == 0
         (line,) = jobs.read_text().splitlines()
-        (attempt,) = read_manifest(RUN).attempts
-        assert line == f"1|{attempt.token}"
+        (job,) = read_manifest(RUN).jobs
+        assert line == f"1|{job.id.token}"
         assert [event["job_id"] for event in read_lines(RUN.events)] == ["1"]
         assert not RUN.submission.exists()
         assert launch() == ExitCode.CONFLICT
@@ -111,7 +112,7 @@ def test_sbatch_that_outlives_its_launcher_is_waited_for(workdir: Path, jobs: Pa
     assert os.WIFSIGNALED(in_child(launch))
     sbatch.unlink()
     assert launch() == 0
-    assert jobs.read_text() == f"1|{read_manifest(RUN).attempts[0].token}\n"
+    assert jobs.read_text() == f"1|{read_manifest(RUN).jobs[0].id.token}\n"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_scheduler_that_cannot_be_asked(
     assert "was interrupted, and this config is not the one it had" in capsys.readouterr().err
     commands.add("squeue", 'cat "$JOBS"')
     assert main(["resubmit", "first"]) == 0
-    assert [attempt.job_id for attempt in read_manifest(RUN).attempts] == ["1"]
+    assert [job.id.text for job in read_manifest(RUN).jobs] == ["1"]
 
 
 def test_accounts_and_the_jobs_own_word_are_asked(workdir: Path, jobs: Path, commands: Commands) -> None:
@@ -158,7 +159,7 @@ def test_accounts_and_the_jobs_own_word_are_asked(workdir: Path, jobs: Path, com
     second = RunPaths(Path("runs/second"))
     append_event(second, "attempt_started", attempt="77.0", job_id="77")
     assert launch("name=second") == 0
-    assert read_manifest(second).attempts[0].job_id == "77"
+    assert read_manifest(second).jobs[0].id.text == "77"
 
 
 def test_another_machines_submission_is_waited_for(
@@ -170,9 +171,9 @@ def test_another_machines_submission_is_waited_for(
     values = json.loads(RUN.submission.read_text())
     RUN.submission.write_text(json.dumps({**values, "host": "elsewhere"}))
     commands.add("squeue", f'cat "$JOBS"; echo "5|{values["token"]}" >>"$JOBS"')
-    monkeypatch.setattr(intent, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(Slurm, "settle_seconds", 0.01)
     assert launch() == 0
-    assert read_manifest(RUN).attempts[0].job_id == "5"
+    assert read_manifest(RUN).jobs[0].id.text == "5"
 
 
 def test_user_comment_is_kept(workdir: Path, jobs: Path) -> None:
@@ -187,18 +188,18 @@ def test_local_run_of_a_killed_launcher_is_adopted(
 
     def submit() -> None:
         monkeypatch.setattr(
-            "launcher.submission.submit.write_manifest", _killed_when(lambda *given: bool(given[1].attempts))
+            "launcher.submission.submit.write_manifest", _killed_when(lambda *given: bool(given[1].jobs))
         )
         main(["submit", "cfg.yaml", fake_python])
 
     assert os.WIFSIGNALED(in_child(submit))
-    assert read_manifest(RUN).attempts == ()
+    assert read_manifest(RUN).jobs == ()
     assert main(["submit", "cfg.yaml", fake_python]) == 0
-    (attempt,) = read_manifest(RUN).attempts
-    assert attempt.process_start is not None
+    (job,) = read_manifest(RUN).jobs
+    assert job.process_start is not None
     assert [path.name for path in RUN.logs.iterdir()] in ([], ["local-1"])
     assert main(["cancel", "first"]) == 0
-    assert processes.start_ticks(int(attempt.job_id)) is None
+    assert processes.start_ticks(int(job.id.text)) is None
 
 
 def _killed_when(condition: Callable[..., bool]) -> Callable[..., None]:
@@ -215,11 +216,17 @@ def _killed_when(condition: Callable[..., bool]) -> Callable[..., None]:
 def test_claim_survives_the_removal_of_its_directory(tmp_path: Path) -> None:
     """Whoever waited gets a lock in a directory that is there, not on a file that is gone."""
     root = tmp_path / "run"
+    held, hold = os.pipe()
+    waiting = os.fork()  # before the lock is taken: the child would inherit it, and could wait for itself
+    if waiting == 0:
+        os.read(held, 1)
+        with claim(root, create=True):
+            os._exit(0 if (root / LOCK_FILE).exists() else 1)
     with claim(root, create=True):
-        waiting = os.fork()
-        if waiting == 0:
-            with claim(root, create=True):
-                os._exit(0 if (root / LOCK_FILE).exists() else 1)
+        os.write(hold, b"x")
+        time.sleep(0.2)  # the child waits for the lock
         for path in (root / LOCK_FILE, root):
             path.unlink() if path.is_file() else path.rmdir()
     assert os.waitpid(waiting, 0)[1] == 0
+    os.close(held)
+    os.close(hold)

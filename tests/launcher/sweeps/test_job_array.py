@@ -25,7 +25,7 @@ RUNS = [RunPaths(Path(f"runs/first-{number}")) for number in range(4)]
 @pytest.fixture
 def jobs(workdir: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config whose sweep is an array of four, and a Slurm that remembers jobs as `id|comment`."""
-    monkeypatch.setattr("launcher.submission.intent.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.scheduler.slurm.scheduler.Slurm.settle_seconds", 0.0)
     with Path("cfg.yaml").open("a") as file:
         file.write("sweep: {product: {train.seed: [1, 2, 3, 4]}, max_at_once: 2, as: array}\n")
     path = workdir / "jobs"
@@ -43,8 +43,8 @@ def jobs(workdir: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> 
     return path
 
 
-def attempts() -> list[list[str]]:
-    return [[attempt.job_id for attempt in read_manifest(run).attempts] for run in RUNS]
+def jobs_of_runs() -> list[list[str]]:
+    return [[job.id.text for job in read_manifest(run).jobs] for run in RUNS]
 
 
 def test_one_job_for_all_runs(jobs: Path, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +52,7 @@ def test_one_job_for_all_runs(jobs: Path, workdir: Path, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out)["runs"] == {f"first-{number}": f"7_{number}" for number in range(4)}
     (line,) = jobs.read_text().splitlines()
     assert "--array=0-3%2" in line
-    assert attempts() == [["7_0"], ["7_1"], ["7_2"], ["7_3"]]
+    assert jobs_of_runs() == [["7_0"], ["7_1"], ["7_2"], ["7_3"]]
     script = Path(f"{jobs}.script").read_text()
     assert "#SBATCH --job-name=first\n" in script
     assert "#SBATCH --time=1:30:00\n" in script
@@ -71,8 +71,12 @@ def test_killed_and_called_again(jobs: Path, commands: Commands, monkeypatch: py
         os.kill(os.getpid(), signal.SIGKILL)
 
     def submit() -> None:
-        names = {"before": "begin", "after": "record", "recording": "end"}
-        monkeypatch.setattr(f"launcher.sweeps.job_array.{names[when]}", die)
+        names = {
+            "before": "submission.intent.begin",
+            "after": "sweeps.job_array.record",
+            "recording": "submission.intent.end",
+        }
+        monkeypatch.setattr(f"launcher.{names[when]}", die)
         main(WORDS)
 
     assert os.WIFSIGNALED(in_child(submit))
@@ -80,7 +84,7 @@ def test_killed_and_called_again(jobs: Path, commands: Commands, monkeypatch: py
     marker.touch()
     assert main(WORDS) == (ExitCode.CONFLICT if when == "recording" else 0)  # all of it was submitted
     assert len(jobs.read_text().splitlines()) == 1
-    assert attempts() == [["7_0"], ["7_1"], ["7_2"], ["7_3"]]
+    assert jobs_of_runs() == [["7_0"], ["7_1"], ["7_2"], ["7_3"]]
     assert marker.exists() == (when != "before")
 
 
@@ -90,7 +94,7 @@ def test_arrays_are_no_larger_than_the_cluster_allows(jobs: Path, commands: Comm
     first, second = jobs.read_text().splitlines()
     assert "--array=0-2%2" in first
     assert "--dependency=afterany:7 --array=0-0%2" in second
-    assert attempts() == [["7_0"], ["7_1"], ["7_2"], ["8_0"]]
+    assert jobs_of_runs() == [["7_0"], ["7_1"], ["7_2"], ["8_0"]]
 
 
 def test_runs_that_ask_for_different_things_are_no_array(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,4 +112,4 @@ def test_refused_array_can_be_tried_again(jobs: Path, commands: Commands) -> Non
     assert main(WORDS) == ExitCode.SCHEDULER
     (commands.folder / "sbatch").write_text(sbatch)
     assert main(WORDS) == 0
-    assert attempts() == [["7_0"], ["7_1"], ["7_2"], ["7_3"]]
+    assert jobs_of_runs() == [["7_0"], ["7_1"], ["7_2"], ["7_3"]]

@@ -72,7 +72,7 @@ def test_problems(tmp_path: Path, section: str, problem: str) -> None:
 @pytest.fixture
 def jobs(workdir: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config with a sweep of four runs, and a Slurm that numbers jobs."""
-    monkeypatch.setattr("launcher.submission.intent.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.scheduler.slurm.scheduler.Slurm.settle_seconds", 0.0)
     with Path("cfg.yaml").open("a") as file:
         file.write("sweep: {product: {train.seed: [1, 2], train.optimizer.lr: [1e-5, 2e-5]}, max_at_once: 3}\n")
     path = workdir / "jobs"
@@ -187,7 +187,7 @@ def test_group_is_cancelled_resubmitted_and_compared(
     monkeypatch.setenv("FAKE_BAD_RANK", "none")
     monkeypatch.setenv("FAKE_TICKS", "1000")
     assert main(["resubmit", "first", "--failed"]) == 0
-    assert [len(read_manifest(run).attempts) for run in runs] == [2, 2]
+    assert [len(read_manifest(run).jobs) for run in runs] == [2, 2]
     wait_for(lambda: all(run.rank_log("local-2", rank).exists() for run in runs for rank in range(2)))
     assert main(["cancel", "first-0"]) == 0
     capsys.readouterr()

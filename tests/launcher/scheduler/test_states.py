@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.contract.job_state import SLURM_STATES, JobState, from_slurm
+from launcher.contract.job_state import JobState
+from launcher.scheduler.slurm.states import SLURM_STATES, from_slurm
 
 
 @pytest.mark.parametrize("name", SLURM_STATES)
