@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sft.kernels.autograd import Context
+from sft.kernels.gradient_buffer import buffer_of
 
 
 def lookup(weight: Tensor, ids: Tensor, *, partial: bool) -> Tensor:
@@ -44,15 +45,14 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: _LookupContext, grad: Tensor) -> tuple[Tensor | None, None, None]:
         ids, here = ctx.saved_tensors
         weight: Tensor = ctx.weight
-        buffer: Tensor | None = getattr(weight, "main_grad", None)
+        buffer = buffer_of(weight)
         rows = grad.contiguous().view(-1, grad.shape[-1])
         if buffer is None:
-            buffer = torch.zeros_like(weight)
-            _add_rows(buffer, ids, here, rows)
-            return buffer, None, None
-        _add_rows(buffer, ids, here, rows)
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return torch.empty_like(weight), None, None  # autograd wants a tensor; see sft.kernels.weight_gradient
+            own = torch.zeros_like(weight)
+            _add_rows(own, ids, here, rows)
+            return own, None, None
+        _add_rows(buffer.values, ids, here, rows)
+        return buffer.answer(), None, None
 
 
 def _add_rows(out: Tensor, ids: Tensor, here: Tensor | None, rows: Tensor) -> None:

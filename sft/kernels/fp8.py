@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sft.kernels.gradient_buffer import has_gradient
+
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest finite value of E4M3."""
@@ -53,7 +55,7 @@ def quantize_transposed(weight: Tensor) -> Rows:
 
     # Weights change between steps, and a step begins with no gradient in the weight's buffer.
     peaks: Tensor | None = getattr(weight, _PEAKS, None)
-    if peaks is None or not getattr(weight, "grad_added_to_main_grad", False):
+    if peaks is None or not has_gradient(weight):
         peaks = triton_fp8.column_peaks(weight)
         setattr(weight, _PEAKS, peaks)
     return Rows(*triton_fp8.transposed(weight, peaks))

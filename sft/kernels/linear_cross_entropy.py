@@ -5,7 +5,7 @@ passes only positions that are trained, and this takes them in blocks of rows. T
 gradient of a position is known as soon as its logits are: forward overwrites each block of logits with their gradient,
 multiplies it into the gradients of hidden states and weight, and frees it. Backward only scales.
 
-Where the weight has an fp32 gradient buffer (sft.kernels.weight_gradient), forward adds to it directly: a gradient of
+Where the weight has an fp32 gradient buffer (sft.kernels.gradient_buffer), forward adds to it directly: a gradient of
 its own would be as large (1.5 GiB in a 3B model) and cost another pass over both. Then the sum itself must be what is
 differentiated, not a multiple of it; backward asserts that.
 
@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sft.kernels.autograd import Context
-from sft.kernels.weight_gradient import add_product, set_product
+from sft.kernels.gradient_buffer import buffer_of
+from sft.kernels.products import add_product, set_product
 
 BLOCK_BYTES = 2 << 30
 """Size of a block of logits: enough rows that the matrix products run at full speed."""
@@ -42,7 +43,7 @@ class VocabPart:
     """The tensor parallel ranks; None where this rank has the whole vocabulary."""
     tied: bool = False
     """Whether the weight is the embedding too. Its lookup, which comes later in backward, then returns the tensor that
-    autograd needs for the weight (sft.kernels.weight_gradient)."""
+    autograd needs for the weight (sft.kernels.gradient_buffer)."""
 
 
 def linear_cross_entropy(
@@ -114,37 +115,42 @@ class _WeightGradient:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._buffer: Tensor | None = getattr(weight, "main_grad", None)
-        self._direct = self._buffer is not None and self._buffer.dtype == torch.float32
-        if self._direct:
-            assert self._buffer is not None
-            # Before the first gradient of a step the buffer is all zeros: overwriting it saves reading it.
-            self._sum, self._empty = self._buffer, not weight.grad_added_to_main_grad  # type: ignore[attr-defined]
-            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        else:
-            self._sum, self._empty = weight.new_empty(weight.shape, dtype=torch.float32), True
+        self._buffer = buffer_of(weight)
+        self._direct = self._buffer is not None and self._buffer.values.dtype == torch.float32
+        self._sum: Tensor | None = None
+        """The sum in new memory; None before the first block."""
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
         """Add grad^T @ hidden, where grad is [n, rows] and hidden [n, h]."""
-        (set_product if self._empty else add_product)(self._sum, grad.t(), hidden)
-        self._empty = False
+        if self._direct and self._buffer is not None:
+            self._buffer.add_product(grad.t(), hidden)
+        elif self._sum is None:
+            self._sum = self._weight.new_empty(self._weight.shape, dtype=torch.float32)
+            set_product(self._sum, grad.t(), hidden)
+        else:
+            add_product(self._sum, grad.t(), hidden)
 
     def finish(self, scale: Tensor, *, tied: bool) -> Tensor | None:
-        """Return what autograd gets as the weight's gradient (see `weight_gradient`), None for a tied weight.
+        """Return what autograd gets as the weight's gradient (see sft.kernels.gradient_buffer), None for a tied weight.
 
         `scale` is the gradient of the loss. It multiplies the sum, unless that already stands in the weight's buffer.
         """
+        if self._buffer is None:
+            return (self._own() * scale).to(self._weight.dtype)
         if self._direct:
             # On the device, without waiting for it: `assert scale == 1` would make the host wait.
             torch._assert_async(scale == 1, "the loss was scaled after its weight gradient had been added unscaled")
         else:
-            # Where no position is trained nothing was added, and the memory is not initialized.
-            own = torch.zeros_like(self._sum) if self._empty else self._sum
-            if self._buffer is None:
-                return (own * scale).to(self._weight.dtype)
-            torch.addcmul(self._buffer, own.to(self._buffer.dtype), scale.to(self._buffer.dtype), out=self._buffer)
-            self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return None if tied else torch.empty_like(self._weight)
+            values = self._buffer.values
+            torch.addcmul(values, self._own().to(values.dtype), scale.to(values.dtype), out=values)
+        if not tied:
+            return self._buffer.answer()
+        self._buffer.mark()  # the lookup of the embedding, which comes later in backward, answers autograd
+        return None
+
+    def _own(self) -> Tensor:
+        """Return the sum in new memory; zeros where no position is trained."""
+        return torch.zeros_like(self._weight, dtype=torch.float32) if self._sum is None else self._sum
 
 
 def _losses(logits: Tensor, labels: Tensor, part: VocabPart) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ from sft.kernels import adamw, attention, fp8, norm
 from sft.kernels.embedding import lookup
 from sft.kernels.linear import fp8_linear, swiglu_mlp
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
+from sft.kernels.products import add_product
 from sft.kernels.rope import split_and_rotate
 from sft.kernels.swiglu import swiglu
-from sft.kernels.weight_gradient import add_product
 from tests.sft.kernels.test_adamw import adamw_rows
 
 pytestmark = [

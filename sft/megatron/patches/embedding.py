@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from sft.kernels.embedding import lookup
+from sft.kernels.gradient_buffer import leave_all_to_kernels
 from sft.megatron.patches.patch import Patch
 
 
@@ -18,7 +19,7 @@ def use_direct_lookup(chunk: GPTModel) -> None:
         return
     layer = chunk.embedding.word_embeddings
     layer.forward = partial(_embed, layer)
-    layer.weight.zero_out_wgrad = False  # set for a tied weight; autograd would get zeros as large as the vocabulary
+    leave_all_to_kernels(layer.weight)
 
 
 def _embed(layer: tensor_parallel.VocabParallelEmbedding, ids: Tensor) -> Tensor:
