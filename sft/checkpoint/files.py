@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -61,7 +60,7 @@ def changed_bytes(source: Path, *, share: int = 0, shares: int = 1) -> str | Non
 
     Looks at every `shares`-th file, from number `share` on: ranks divide the reading between them.
     """
-    marker: dict[str, Any] = read_json(source / COMPLETE) or {"files": {}}
+    marker: dict[str, dict[str, dict[str, str]]] = read_json(source / COMPLETE) or {"files": {}}
     for name in sorted(marker["files"])[share::shares]:
         expected = marker["files"][name]["crc32"]
         try:
@@ -102,7 +101,7 @@ def check_space(directory: Path, needed: int) -> None:
         )
 
 
-def local_bytes(state: Any) -> int:
+def local_bytes(state: object) -> int:
     """Bytes of the tensors that this rank writes of a sharded state; replicas are written by one rank only."""
     if isinstance(state, dict):
         return sum(local_bytes(value) for value in state.values())

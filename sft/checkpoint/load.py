@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 
@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from sft.engine.module import SFTGPT
 
 
+class _RngStates(TypedDict):
+    torch: torch.Tensor
+    tracker: dict[str, torch.Tensor]
+    cuda: NotRequired[torch.Tensor]
+
+
 def load_newest(
     source: Path, module: SFTGPT, *, control: ControlGroup, data_key: Mapping[str, object]
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, dict[str, object]]:
     """Load `source`, or the newest older one whose bytes are as they were written; where from, and the counters.
 
     Each rank reads a part of the files for the checksums, and all ranks come to the same checkpoint.
@@ -44,7 +50,7 @@ def load_newest(
     )
 
 
-def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, object]) -> dict[str, Any]:
+def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, object]) -> dict[str, object]:
     """Fill model, optimizer and (on the same topology) random generators; returns Lightning's counters."""
     trainer = read_trainer_state(source)
     if trainer.data_key != data_key:
@@ -98,14 +104,14 @@ def newest_usable(checkpoints: list[Path]) -> Path | None:
     return None
 
 
-def sharded_state(module: SFTGPT, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+def sharded_state(module: SFTGPT, *, loading: bool, with_rng: bool = True) -> dict[str, object]:
     """The sharded view of everything in a checkpoint. The metadata makes optimizer state readable at any tp/pp/dp."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     chunks = module.chunks
-    state: dict[str, Any] = {
+    state: dict[str, object] = {
         _chunk_key(index, len(chunks)): chunk.module.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(chunks)
     }
@@ -121,8 +127,8 @@ def _chunk_key(index: int, count: int) -> str:
 
 
 def _rng_state() -> ShardedObject:
-    """Generators of this rank; every (pipeline, tensor, data) rank has its own."""
-    states: dict[str, Any] = {
+    """Return the generators of this rank; every (pipeline, tensor, data) rank has its own."""
+    states: _RngStates = {
         "torch": torch.get_rng_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
@@ -141,14 +147,14 @@ def _rng_state() -> ShardedObject:
     return ShardedObject("rng", states, sizes, place)
 
 
-def _restore_rng(states: dict[str, Any]) -> None:
+def _restore_rng(states: _RngStates) -> None:
     torch.set_rng_state(states["torch"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _keep_hyperparameters(module: SFTGPT, groups: list[dict[str, Any]]) -> None:
+def _keep_hyperparameters(module: SFTGPT, groups: list[dict[str, object]]) -> None:
     """The config of this attempt decides learning rate, decay and betas, not the one that wrote the checkpoint."""
     for group, configured in zip(module.megatron_optimizer.param_groups, groups, strict=True):
         group.update({key: value for key, value in configured.items() if key not in ("params", "step")})

@@ -83,7 +83,7 @@ class CheckpointSaver:
         """Whether this rank's part of the save in flight is on disk, or has failed."""
         return self._save is not None and (self._save.thread is None or not self._save.thread.is_alive())
 
-    def begin(self, target: Path, state: dict[str, Any], trainer: TrainerState, *, copy: bool) -> None:
+    def begin(self, target: Path, state: dict[str, object], trainer: TrainerState, *, copy: bool) -> None:
         """Start writing `state` for `target`. Tensors on the host are copied first where `copy` says so.
 
         A checkpoint that is at `target` already was found damaged, or its step would not be done again: it is
@@ -127,7 +127,7 @@ class CheckpointSaver:
             (save.aside / SHARDED).mkdir(parents=True)
             checkpoint_files.check_space(save.aside, needed)
 
-    def _plan(self, save: _Save, state: dict[str, Any], copy: bool) -> None:
+    def _plan(self, save: _Save, state: dict[str, object], copy: bool) -> None:
         request = dist_checkpointing.save(state, str(save.aside / SHARDED), async_sharded_save=True, **_STRATEGY)
         raise_write_error()
         if request.preload_fn is not None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ from sft.data.encoding.tokenizer import chat_template, leading_ids, load_tokeniz
 from sft.data.reading.messages import Message, read_messages
 from sft.data.reading.token_rows import parse_ids
 
-Metric = Callable[..., Mapping[str, Any]]
+Metric = Callable[..., Mapping[str, object]]
 """What evaluation.metric names: called with samples=, prompts= and outputs=."""
 
 
@@ -120,7 +120,7 @@ def metric_function(name: str) -> Metric:
     return cast(Metric, found)
 
 
-def averages(name: str, result: Any, prompts: int) -> dict[str, float]:
+def averages(name: str, result: object, prompts: int) -> dict[str, float]:
     """metric/<key> -> mean, of what a metric function returned."""
     if not isinstance(result, Mapping):
         raise ConfigError(f"evaluation.metric: {name} returned {type(result).__name__}, not a dict of numbers")

@@ -1,9 +1,9 @@
-"""Where each rank stands when one of them hangs, and which of them is behind.
+"""The position of each rank when a run hangs, and which ranks are behind.
 
-Nobody sends heartbeats. A rank keeps its position in its own memory; once somebody is overdue it asks, over the
-rendezvous store, and all answer. So a run that is well costs one look at a key every few seconds, in memory of rank
-0's process, and the shared file system is written once, by one rank, when there is something to tell. Rejected:
-heartbeat files, which cost a shared file system an operation for each rank and beat.
+There are no heartbeats. A rank keeps its position in its own memory. When one is overdue it asks for the positions of
+all, through the rendezvous store, and all publish theirs. A healthy run thus costs one query of a key every few
+seconds, answered from the memory of rank 0's process, and one rank writes to the shared file system after a hang.
+Rejected: heartbeat files, which cost a shared file system one operation per rank and beat.
 """
 
 from __future__ import annotations
@@ -19,63 +19,68 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sft.runtime.rank_env import RankEnv
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 
 _WAITING = ("/torch/distributed/", "/megatron/core/pipeline_parallel/", "/megatron/core/distributed/")
-"""Where the main thread stands while it waits for other ranks."""
+"""Parts of the paths of source files in which the main thread waits for other ranks."""
 _STORE_SECONDS = 10.0
+"""Time limit of the store's own operations."""
 
 
 class Phase(IntEnum):
-    """What a rank is at; in the order of a step, so that a smaller one is behind."""
+    """What a rank is doing, in the order of a step: a rank in a lower phase of the same step is behind."""
 
     LOADING = 0
-    """Data, process groups, weights, a checkpoint."""
+    """Setting up data, process groups and weights, or reading a checkpoint."""
     DATA = 1
-    """The next batch."""
+    """Reading the next batch."""
     STEP = 2
-    """Forward, backward, optimizer."""
+    """Forward, backward and optimizer step."""
     GUARD = 3
-    """Looking at the step's numbers; going back to a checkpoint where they are bad."""
+    """Checking the step's numbers; loading a checkpoint where they are bad."""
     EVALUATION = 4
-    """Held-out loss and answers."""
+    """Computing held-out losses and answers."""
     CHECKPOINT = 5
-    """Saving, and what else happens between steps."""
+    """Saving, and everything else between steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """Where one rank stands."""
+    """The position of one rank, as it is stored and written to hang.json."""
 
     rank: int
     host: str
     pid: int
     step: int = 0
-    """Steps it has finished."""
+    """Number of finished steps."""
     phase: str = Phase.LOADING.name
     seconds: float = 0.0
-    """For how long it has been in that phase."""
+    """Time since the phase began."""
     where: str = ""
-    """Innermost frame of its main thread."""
+    """Innermost frame of the main thread, as file:line function."""
     waiting: bool = False
     """Whether that frame waits for other ranks."""
     answered: bool = False
-    """Whether the rank said this itself, or was silent when it was asked."""
+    """Whether the rank published this when asked; False for one that did not answer."""
     process: str = ""
-    """What the kernel says of a silent rank's process, e.g. T (stopped)."""
+    """State of an unresponsive rank's process in the kernel, e.g. T (stopped)."""
 
     def describe(self) -> str:
+        """Return one line for people."""
         state = f"{self.phase.lower()} after step {self.step}, for {self.seconds:.0f} s, at {self.where}"
         silent = f"gave no answer{f'; its process is {self.process}' if self.process else ''}"
         return f"rank {self.rank} on {self.host}: {state if self.answered else silent}"
 
 
 def main_thread_place() -> tuple[str, bool]:
-    """`file:line function` of the main thread's innermost frame, and whether it waits for other ranks there."""
+    """Return the main thread's innermost frame as `file:line function`, and whether it waits for other ranks there."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "", False
@@ -83,21 +88,22 @@ def main_thread_place() -> tuple[str, bool]:
     return f"{code.co_filename}:{frame.f_lineno} {code.co_name}", any(part in code.co_filename for part in _WAITING)
 
 
-def behind(positions: Sequence[Position]) -> list[Position]:
-    """The ranks that the others wait for: silent ones, else those least far, else those that wait for nobody.
+def ranks_behind(positions: Sequence[Position]) -> list[Position]:
+    """Return the ranks that the others wait for.
 
-    All of them where nothing tells them apart.
+    Those that did not answer; if all did, those of the earliest step and phase; of these, the ones that wait for no
+    other rank. Where nothing distinguishes the ranks, all are returned.
     """
-    silent = [position for position in positions if not position.answered]
-    if silent:
-        return silent
+    unresponsive = [position for position in positions if not position.answered]
+    if unresponsive:
+        return unresponsive
     least = min((position.step, Phase[position.phase]) for position in positions)
     last = [position for position in positions if (position.step, Phase[position.phase]) == least]
     return [position for position in last if not position.waiting] or last
 
 
 def process_state(pid: int) -> str:
-    """The kernel's word for a process of this host."""
+    """Return the kernel's state of a process of this host, `gone` where there is none."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("State:"):
@@ -106,62 +112,69 @@ def process_state(pid: int) -> str:
 
 
 class Board:
-    """Positions of all ranks in the rendezvous store, and the request for them.
+    """The positions of all ranks in the rendezvous store, and the request for them.
 
-    The store lives in rank 0, which may be what hangs, and its calls then never come back: each runs in a thread of
-    its own and is given up after a while. From then on nothing can be asked, and every rank goes by its own clock.
+    Rank 0 serves the store, and it may be the one that hangs: then calls do not return. So each call runs in its own
+    thread and is abandoned after a time limit; after that the board is `lost`, and each rank relies on its own clock.
     """
 
     def __init__(self, env: RankEnv) -> None:
         self._env = env
-        self._store: Any = None
+        self._store: Store | None = None
         self.lost = env.world_size == 1
 
     def join(self, position: Position) -> None:
-        """Connect, once the ranks have met, and tell who this is."""
+        """Connect to the store, which must be up by now, and publish this rank's position."""
         if self.lost or self._store is not None:
             return
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-        def connect() -> Any:
+        def connect() -> Store:
             store = TCPStore(
                 self._env.master_addr, self._env.master_port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS)
             )
             return PrefixStore("watchdog", store)
 
-        self._store = self._call(connect)
-        self.tell(position)
+        self._store = self._limited(connect)
+        self.publish(position)
 
-    def tell(self, position: Position) -> None:
-        """Publish a position."""
+    def publish(self, position: Position) -> None:
+        """Store a position for the other ranks to read."""
         text = json.dumps(dataclasses.asdict(position))
-        self._call(lambda: self._store.set(f"rank/{position.rank}", text))
+        self._call(lambda store: store.set(f"rank/{position.rank}", text))
 
-    def ask(self) -> None:
-        """Ask all ranks where they stand."""
-        self._call(lambda: self._store.set("asked", "1"))
+    def request(self) -> None:
+        """Ask all ranks to publish their positions."""
+        self._call(lambda store: store.set("asked", "1"))
 
-    def is_asked(self) -> bool:
-        return bool(self._store is not None and self._call(lambda: self._store.check(["asked"])))
+    def is_requested(self) -> bool:
+        """Return whether any rank has asked for the positions."""
+        return bool(self._call(lambda store: store.check(["asked"])))
 
     def close(self) -> None:
         """Let all ranks end."""
-        self._call(lambda: self._store.set("closed", "1"))
+        self._call(lambda store: store.set("closed", "1"))
 
     def is_closed(self) -> bool:
-        return self.lost or bool(self._call(lambda: self._store.check(["closed"])))
+        """Return whether the ranks may end: a rank has closed the board, or the store cannot be reached."""
+        return self.lost or bool(self._call(lambda store: store.check(["closed"])))
 
     def positions(self, ranks: Iterable[int]) -> list[Position]:
-        """What is known of these ranks; those that never told anything are absent."""
+        """Return the last published positions of these ranks, without those that published none."""
 
-        def read() -> list[Position]:
-            known = [f"rank/{rank}" for rank in ranks if self._store.check([f"rank/{rank}"])]
-            return [Position(**json.loads(self._store.get(key))) for key in known]
+        def read(store: Store) -> list[Position]:
+            known = [f"rank/{rank}" for rank in ranks if store.check([f"rank/{rank}"])]
+            return [Position(**json.loads(store.get(key))) for key in known]
 
         return self._call(read) or []
 
-    def _call(self, call: Callable[[], T]) -> T | None:
-        """The result, or None where the store cannot be reached."""
+    def _call(self, call: Callable[[Store], T]) -> T | None:
+        """Return the result of a call of the store; None before `join`, or where the store does not answer."""
+        store = self._store
+        return None if store is None else self._limited(lambda: call(store))
+
+    def _limited(self, call: Callable[[], T]) -> T | None:
+        """Return the result of `call`; None, and the board is lost, where it takes too long or fails."""
         if self.lost:
             return None
         result: list[T] = []
@@ -177,8 +190,8 @@ class Board:
         return result[0] if result else None
 
 
-def claim(path: Path) -> bool:
-    """Whether this rank is the one that tells: the first to make the file."""
+def claim_report(path: Path) -> bool:
+    """Return whether this rank reports the hang: it is the first to create `path`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

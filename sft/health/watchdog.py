@@ -1,14 +1,14 @@
-"""Ends a run that hangs: stacks of every rank, an event that names the rank behind, exit code 76.
+"""End a run that hangs: write the stacks of all ranks, name the ranks behind in an event, exit with code 76.
 
-A thread on each rank looks whether the rank has left its phase in time. A step may take `multiple` times the median of
-those before it, and at least `floor_seconds`; loading, the first step, evaluation and checkpoints have allowances of
-their own. The first rank whose time is over asks all others (sft.health.rank_positions), and all write their stacks.
+A thread on each rank checks that the rank leaves each phase in time. A step may take `multiple` times the median of the
+steps before it, and at least `floor_seconds`; loading, the first step, evaluation and checkpoints have other limits.
+The first rank that exceeds one asks all others for their positions (sft.health.rank_positions), and all write stacks.
 
-Two cases need more than a thread, since Python threads stand still in them. A C call that keeps the GIL: faulthandler's
-own timer, a C thread that this thread puts off again and again, then writes the stacks; and a neighbour on the same
-host sends SIGQUIT, which faulthandler answers from a C handler. A stopped process can write nothing; its neighbours
-name it. In both the other ranks end with 76, and Slurm or the local launcher ends the one that hangs. A run of a single
-rank that keeps the GIL is ended by faulthandler itself, whose exit code is 1.
+Two kinds of hang stop Python threads as well. In a C call that holds the GIL, faulthandler's timer, a C thread that the
+watchdog postpones again and again, writes the stacks; so does faulthandler's C handler of SIGQUIT, which a rank on the
+same host sends. A stopped process can write nothing; a rank on the same host reports the state of the process. In both
+cases the other ranks exit with 76, and Slurm or the local launcher ends the one that hangs. A run of one rank that
+holds the GIL is ended by faulthandler, whose exit code is 1.
 """
 
 from __future__ import annotations
@@ -28,27 +28,36 @@ from collections import deque
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, append_event, write_json
 from launcher.contract.spec import WatchdogSpec
-from sft.health.rank_positions import Board, Phase, Position, behind, claim, main_thread_place, process_state
+from sft.health.rank_positions import (
+    Board,
+    Phase,
+    Position,
+    claim_report,
+    main_thread_place,
+    process_state,
+    ranks_behind,
+)
 from sft.runtime.rank_env import RankEnv
 
 _LOOK_SECONDS = 5.0
+"""Time between two checks."""
 _NAMED = 8
-"""Ranks that the event names; the others are in hang.json."""
+"""Number of ranks that the event names; hang.json has all."""
 
 
 class Allowance:
-    """How long a phase may last."""
+    """The time limits of phases."""
 
     def __init__(self, spec: WatchdogSpec) -> None:
         self._spec = spec
         self._seconds: deque[float] = deque(maxlen=100)
 
     def add(self, seconds: float) -> None:
-        """Take note of a step's time; the first of an attempt compiles and warms up, and does not count."""
+        """Record the time of a step. Leave out the first of an attempt, which compiles and warms up."""
         self._seconds.append(seconds)
 
     def of(self, phase: Phase, step_is_first: bool) -> float:
-        """Seconds that `phase` may last."""
+        """Return the seconds that `phase` may last."""
         if phase in (Phase.LOADING, Phase.GUARD):
             return self._spec.loading_seconds
         if phase is Phase.EVALUATION:
@@ -62,12 +71,13 @@ class Allowance:
 
     @property
     def shortest(self) -> float:
+        """The shortest limit that any phase can have, in seconds."""
         spec = self._spec
         return min(spec.floor_seconds, spec.first_step_seconds, spec.evaluation_seconds, spec.checkpoint_seconds)
 
 
 class Watchdog:
-    """Watches this rank while its block lasts."""
+    """Watches this rank inside a `with` block."""
 
     def __init__(self, spec: WatchdogSpec, paths: RunPaths, env: RankEnv) -> None:
         self._spec, self._paths, self._env = spec, paths, env
@@ -77,22 +87,22 @@ class Watchdog:
         self._board = Board(env)
         self._stopped = threading.Event()
         self._now = (Phase.LOADING, 0, time.monotonic())
-        """Phase, finished steps and since when; replaced as a whole, as two threads look at it."""
+        """Phase, finished steps, and when the phase began; replaced as a whole, since two threads use it."""
         self._steps_here = 0
         self._stacks = paths.stacks(env.attempt, env.rank)
 
     def __enter__(self) -> Watchdog:
-        """Begin to watch; does nothing where the config switches it off."""
+        """Begin to watch, unless the config disables the watchdog."""
         if not self._spec.enabled:
             return self
         self._stacks.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._stacks.open("a", encoding="utf-8")  # open from now on: a C handler cannot open one
+        self._file = self._stacks.open("a", encoding="utf-8")  # opened beforehand: a C handler cannot
         faulthandler.register(signal.SIGQUIT, file=self._file, all_threads=True)
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         if not self._spec.enabled:
             return
         self._stopped.set()
@@ -104,18 +114,18 @@ class Watchdog:
                 self._stacks.unlink()
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
-        """The rank is in `phase` from now on; `step` is the number of finished steps, if that changed."""
+        """Say that `phase` begins; `step` is the number of finished steps, if that has changed."""
         self._now = (phase, self._now[1] if step is None else step, time.monotonic())
 
     def step_finished(self, step: int) -> None:
-        """A step ended, after `step` steps in all."""
+        """Say that step number `step` has ended."""
         if self._steps_here:
             self._allowance.add(time.monotonic() - self._now[2])
         self._steps_here += 1
         self.enter(Phase.GUARD, step)
 
     def joined(self) -> None:
-        """The ranks have met: from here on they can be asked."""
+        """Say that the process group is up, so that the ranks can reach the rendezvous store."""
         if self._spec.enabled:
             self._board.join(self._position(answered=False))
 
@@ -140,40 +150,40 @@ class Watchdog:
             allowed = self._allowance.of(phase, self._steps_here == 0)
             left = since + allowed - time.monotonic()
             alone = self._env.world_size == 1
-            with contextlib.suppress(ValueError):  # closed meanwhile: training is over
+            with contextlib.suppress(ValueError):  # the file is closed: training has ended
                 faulthandler.dump_traceback_later(max(left, 0) + 3 * self._look, exit=alone, file=self._file)
-            if (left < 0 or self._board.is_asked()) and not self._stopped.is_set():
+            if (left < 0 or self._board.is_requested()) and not self._stopped.is_set():
                 self._end(allowed)
 
     def _end(self, allowed: float) -> None:
-        """Write down where this rank stands, have one rank tell about all, and end."""
+        """Write this rank's stacks, let one rank report the positions of all, and exit."""
         faulthandler.cancel_dump_traceback_later()
         position = self._position(answered=True)
         self._file.write(f"{position.describe()}\n")
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
-        self._board.tell(position)
-        self._board.ask()
-        teller = claim(self._paths.logs / self._env.attempt / "hang.json")
+        self._board.publish(position)
+        self._board.request()
+        reports = claim_report(self._paths.logs / self._env.attempt / "hang.json")
         time.sleep(self._grace)
-        self._look_after_neighbours()
-        if teller:
+        self._probe_unresponsive_ranks()
+        if reports:
             time.sleep(2 * self._look)
-            self._tell(allowed)
+            self._report(allowed)
             self._board.close()
         else:
             deadline = time.monotonic() + 2 * self._grace
-            while time.monotonic() < deadline and not self._is_told():
+            while time.monotonic() < deadline and not self._is_reported():
                 time.sleep(self._look)
         print(f"the run hangs: {position.describe()}; stacks are in {self._stacks}", flush=True)
         sys.stderr.flush()
         os._exit(ExitCode.HANG)
 
-    def _is_told(self) -> bool:
+    def _is_reported(self) -> bool:
         return not self._board.lost and self._board.is_closed()
 
-    def _look_after_neighbours(self) -> None:
-        """The lowest rank of a host that answered has the silent ones there write their stacks, if they still can."""
+    def _probe_unresponsive_ranks(self) -> None:
+        """Make ranks of this host that did not answer write their stacks; the lowest rank that answered does this."""
         first = self._env.rank - self._env.local_rank
         here = self._board.positions(range(first, first + self._env.local_world_size))
         answered = [position.rank for position in here if position.answered]
@@ -184,15 +194,15 @@ class Watchdog:
                 state = process_state(position.pid)
                 with contextlib.suppress(OSError):
                     os.kill(position.pid, signal.SIGQUIT)
-                self._board.tell(dataclasses.replace(position, process=state))
+                self._board.publish(dataclasses.replace(position, process=state))
 
-    def _tell(self, allowed: float) -> None:
-        """The event, hang.json and the failure file, which says who failed first."""
+    def _report(self, allowed: float) -> None:
+        """Write the event, hang.json, and the failure file, which names the rank that failed first."""
         positions = self._board.positions(range(self._env.world_size)) or [self._position(answered=True)]
-        if self._board.lost and self._env.world_size > 1:  # the store lived in rank 0
+        if self._board.lost and self._env.world_size > 1:  # rank 0 served the store
             leader = Position(rank=0, host=self._env.master_addr, pid=0)
             positions = [leader, *(position for position in positions if position.rank)]
-        last = behind(positions)
+        last = ranks_behind(positions)
         folder = self._paths.logs / self._env.attempt
         write_json(folder / "hang.json", [dataclasses.asdict(position) for position in positions])
         with contextlib.suppress(FileExistsError), (folder / "failure").open("x", encoding="utf-8") as file:

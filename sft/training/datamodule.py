@@ -8,7 +8,7 @@ trainer's step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -23,6 +23,8 @@ from sft.data.cache.store import Examples
 from sft.data.prepared.prepare import PreparedData
 from sft.data.prepared.sources import Sources
 from sft.megatron.core import parallel_state
+
+T = TypeVar("T")
 
 
 class StepBatches(Dataset[StepBatch]):
@@ -66,7 +68,7 @@ class StepLoader(DataLoader[StepBatch]):
         # a resume, which makes one iterator more.
         own = torch.Generator()
         super().__init__(
-            batches, batch_size=None, sampler=sampler, collate_fn=_identity, pin_memory=pin_memory, generator=own
+            batches, batch_size=None, sampler=sampler, collate_fn=_as_it_is, pin_memory=pin_memory, generator=own
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -180,5 +182,5 @@ class _RemainingSteps(Sampler[int]):
         yield from range(self._trainer.global_step, self._steps)
 
 
-def _identity(batch: Any) -> Any:
+def _as_it_is(batch: T) -> T:
     return batch

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
 
 from launcher.contract.topology import Topology
 from sft.checkpoint.format import TrainerState
@@ -30,8 +31,8 @@ class MegatronStrategy(DDPStrategy):
 
     strategy_name = "megatron"
 
-    def __init__(self, topology: Topology, seed: int, data_key: Mapping[str, object], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, topology: Topology, seed: int, data_key: Mapping[str, object]) -> None:
+        super().__init__()
         self.topology = topology
         self.seed = seed
         self.data_key = data_key
@@ -51,7 +52,7 @@ class MegatronStrategy(DDPStrategy):
         self.saver = CheckpointSaver(self.control)
 
     @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+    def distributed_sampler_kwargs(self) -> dict[str, object]:
         return {
             "num_replicas": parallel_state.get_data_parallel_world_size(),
             "rank": parallel_state.get_data_parallel_rank(),
@@ -64,19 +65,21 @@ class MegatronStrategy(DDPStrategy):
     def restore_checkpoint_after_setup(self) -> bool:
         return True  # the sharded load fills a built model and optimizer
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
+    def lightning_module_state_dict(self) -> dict[str, object]:
         return {}  # tensors travel in the sharded checkpoint
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         return {}
 
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+    def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
         pass
 
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
         pass
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, object], filepath: str | Path, storage_options: object = None
+    ) -> None:
         """Begin to write `checkpoint` (Lightning's counters) and all sharded state; `saver.finish` ends it."""
         module = self.megatron_module
         module.gather_weights()
@@ -89,7 +92,7 @@ class MegatronStrategy(DDPStrategy):
         state = sharded_state(module, loading=False)
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, object]:
         """Fill model and optimizer from a checkpoint or, where it is damaged, from an older one beside it.
 
         Returns Lightning's counters.
@@ -97,6 +100,6 @@ class MegatronStrategy(DDPStrategy):
         self.resumed_from, counters = self.load_weights(Path(checkpoint_path))
         return counters
 
-    def load_weights(self, source: Path) -> tuple[Path, dict[str, Any]]:
+    def load_weights(self, source: Path) -> tuple[Path, dict[str, object]]:
         """Fill model and optimizer; return which checkpoint it was, and Lightning's counters, which may be ignored."""
         return load_newest(source, self.megatron_module, control=self.control, data_key=self.data_key)

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 ROUNDS = 3
 _ELEMENTS = 1 << 20
@@ -50,7 +53,7 @@ def blame(results: Mapping[Pair, bool], known_bad: Collection[int]) -> dict[int,
     return blamed
 
 
-def all_reduce(store: Any, name: str, place: int, seconds: float, *, on_gpu: bool) -> str | None:
+def all_reduce(store: Store, name: str, place: int, seconds: float, *, on_gpu: bool) -> str | None:
     """Sum a tensor with the partner, as `place` 0 or 1; what went wrong, or None."""
     import torch
     import torch.distributed as dist

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, append_event, write_json
@@ -28,6 +28,9 @@ from sft.health.preflight import checks
 from sft.health.preflight.checks import Check
 from sft.health.preflight.pairs import all_reduce, blame, rounds
 from sft.runtime.rank_env import RankEnv
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _POLL_SECONDS = 0.01
 
@@ -69,7 +72,7 @@ def preflight(config: Path) -> ExitCode:
     return code
 
 
-def _store(env: RankEnv, seconds: float, *, serve: bool = True) -> Any:
+def _store(env: RankEnv, seconds: float, *, serve: bool = True) -> Store:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     serves = serve and env.rank == 0
@@ -77,7 +80,7 @@ def _store(env: RankEnv, seconds: float, *, serve: bool = True) -> Any:
     return TCPStore(env.master_addr, env.master_port, is_master=serves, wait_for_workers=False, timeout=wait)
 
 
-def _look(spec: RunSpec, paths: RunPaths, env: RankEnv, host: str, store: Any, began: float) -> Report:
+def _look(spec: RunSpec, paths: RunPaths, env: RankEnv, host: str, store: Store, began: float) -> Report:
     wanted, limit = spec.preflight, spec.preflight.timeout_seconds
     versions = checks.node_versions()
     found = [
@@ -91,7 +94,7 @@ def _look(spec: RunSpec, paths: RunPaths, env: RankEnv, host: str, store: Any, b
     return Report(node=env.rank, host=host, checks=found, versions=versions, pairs=pairs)
 
 
-def _clock_offset(store: Any, node: int, seconds: float) -> tuple[float, float]:
+def _clock_offset(store: Store, node: int, seconds: float) -> tuple[float, float]:
     """How far this clock is before the first node's, and the uncertainty: half of the time the answer took."""
     if node == 0:
         return 0.0, 0.0
@@ -106,7 +109,7 @@ def _clock_offset(store: Any, node: int, seconds: float) -> tuple[float, float]:
     return (asked + answered) / 2 - theirs, (answered - asked) / 2
 
 
-def _host_meeting(store: Any, nodes: int, deadline: float) -> None:
+def _host_meeting(store: Store, nodes: int, deadline: float) -> None:
     """On the first node: tell the others its time when they ask, and who is there once all are, or at the deadline."""
     unasked, present, told = set(range(1, nodes)), set[int](), False
     while unasked or not told:
@@ -120,7 +123,7 @@ def _host_meeting(store: Any, nodes: int, deadline: float) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _meet_partners(store: Any, env: RankEnv, began: float, limit: float) -> dict[int, str | None]:
+def _meet_partners(store: Store, env: RankEnv, began: float, limit: float) -> dict[int, str | None]:
     """All-reduce with the partner of each round.
 
     Rounds begin together, and without the nodes that are not there. Each has its share of the time that is left, and
@@ -149,7 +152,7 @@ def _meet_partners(store: Any, env: RankEnv, began: float, limit: float) -> dict
     return found
 
 
-def _collect(store: Any, nodes: int, deadline: float) -> list[Report]:
+def _collect(store: Store, nodes: int, deadline: float) -> list[Report]:
     """Reports of all nodes that give one in time."""
     reports: dict[int, Report] = {}
     while len(reports) < nodes and time.monotonic() < deadline:
@@ -160,12 +163,12 @@ def _collect(store: Any, nodes: int, deadline: float) -> list[Report]:
     return [reports[node] for node in sorted(reports)]
 
 
-def _read(values: Mapping[str, Any]) -> Report:
+def _read(values: dict[str, Any]) -> Report:
     pairs = {int(partner): problem for partner, problem in values["pairs"].items()}
     return Report(**{**values, "checks": [Check(**check) for check in values["checks"]], "pairs": pairs})
 
 
-def _hosts(store: Any, nodes: int) -> list[str]:
+def _hosts(store: Store, nodes: int) -> list[str]:
     """The host of each task; a task that never started is known by Slurm's list alone, which the script hands down."""
     listed = os.environ.get("SFT_HOSTS", "").split()
     return [

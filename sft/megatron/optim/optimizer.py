@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,18 +148,18 @@ class LightningOptimizerShell(torch.optim.Optimizer):
         super().__init__([torch.zeros(1)], {})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self.inner.param_groups
+    def param_groups(self) -> list[dict[str, object]]:
+        groups: list[dict[str, object]] = self.inner.param_groups
         return groups
 
     @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
+    def param_groups(self, value: list[dict[str, object]]) -> None:
         pass  # set by the base class's constructor; the real groups stay
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, object]) -> None:
         pass
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
         if closure is not None:
             closure()
         self.grad_norm, self.bad = guarded_step(self.inner, self.loss, self._judge)
@@ -168,8 +167,8 @@ class LightningOptimizerShell(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         pass

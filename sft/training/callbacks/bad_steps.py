@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytorch_lightning as pl
 import torch
@@ -86,7 +86,7 @@ class GuardCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         self._module.judge.restore(BadStepState.from_json(state_dict).gradient_norms)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         result = self._module.last_step
         if result is None:
             raise RuntimeError("a batch ended without a step")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytorch_lightning as pl
 
@@ -73,7 +73,7 @@ class EvaluationCallback(pl.Callback):
         if trainer.global_step == 0:
             self._evaluate(trainer, cast(SFTGPT, pl_module), 0)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         step = trainer.global_step
         if step == self._log.max_steps or (self._every and step % self._every == 0):
             self._evaluate(trainer, cast(SFTGPT, pl_module), step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import pytorch_lightning as pl
 
@@ -25,10 +25,10 @@ class ProgressCallback(pl.Callback):
         resumed = cast(MegatronStrategy, trainer.strategy).resumed_from
         self._log.begin(trainer.global_step, str(resumed or cast(SFTGPT, pl_module).model_dir))
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         self._began = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         result = cast(SFTGPT, pl_module).last_step
         if result is None:
             raise RuntimeError("a batch ended without a step")

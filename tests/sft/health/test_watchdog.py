@@ -16,7 +16,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.local_ranks import run_ranks
 from launcher.contract.rundir import RunPaths, read_json, read_lines
 from launcher.contract.spec import WatchdogSpec
-from sft.health.rank_positions import Phase, Position, behind
+from sft.health.rank_positions import Phase, Position, ranks_behind
 from sft.health.watchdog import Allowance
 
 CHECKOUT = Path(__file__).parents[3]
@@ -74,7 +74,7 @@ def position(rank: int, **fields: object) -> Position:
 )
 def test_who_is_behind(odd: Mapping[str, object], expected: list[int]) -> None:
     ranks = [position(0), position(1, **odd), position(2)]
-    assert [place.rank for place in behind(ranks)] == expected
+    assert [place.rank for place in ranks_behind(ranks)] == expected
 
 
 def hang(tmp_path: Path, action: str, ranks: int = 2) -> tuple[int, RunPaths]:
