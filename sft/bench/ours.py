@@ -1,4 +1,4 @@
-"""Our own contender: the trainer, module, data loader and optimizer of `sft train`, on drawn weights and tokens."""
+"""Our own contender: the trainer, module, data loader and optimizer of `sft train`, on random weights and tokens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from launcher.contract.spec import DataSpec, ModelSpec, OptimizerSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.topology import Topology, build_topology
-from sft.bench.layout import expected_tokens_per_second, micro_batch_rows, parse_layout
 from sft.bench.overlap import Interval, busy, exposed
 from sft.bench.phases import PhaseTimers
 from sft.bench.result import Result, StepClock
+from sft.bench.topology import expected_tokens_per_second, micro_batch_rows, parse_topology
 from sft.bench.workload import Workload
 from sft.data.batches.batch import StepBatch
 from sft.data.cache.store import TokenPair
@@ -35,7 +35,8 @@ from sft.training.trainer import megatron_trainer
 
 PROFILED_STEPS = 2
 _LARGEST = 25
-_ANNOTATIONS = ("Optimizer.step#", "nccl:")  # ranges around kernels, not some of them
+_ANNOTATIONS = ("Optimizer.step#", "nccl:")
+"""Prefixes of events that are ranges around kernels, not kernels."""
 _NAME_LENGTH = 160
 _KERNELS = {
     "communication": r"nccl",
@@ -47,33 +48,33 @@ _KERNELS = {
     "norm, RoPE, SwiGLU": r"^_forward|^_backward|^_rotate|^_swiglu",
     "copies": r"memcpy|memset|copy|cat",
 }
-"""Kinds of GPU kernels by their names; the first that fits counts."""
+"""Kinds of GPU kernels, with the patterns of their names. The first that matches counts."""
 
 
 def run_ours(
     workload: Workload,
     folder: Path,
     *,
-    layout: str,
+    topology: str,
     train: dict[str, Any],
     micro_batches: int,
     warmup: int,
     steps: int,
 ) -> Result:
-    """Train `warmup` steps, then `steps` under the clock, then a few under the profiler.
+    """Train `warmup` steps, then `steps` timed ones, then a few under the profiler, and return the result.
 
-    `train` sets keys of TrainSpec.
+    `train` holds fields of TrainSpec.
     """
     env = RankEnv.from_environ()
     max_steps = warmup + steps + PROFILED_STEPS
-    spec = run_spec(workload, folder, env.world_size, parse_layout(layout), train, micro_batches, max_steps)
+    spec = run_spec(workload, folder, env.world_size, parse_topology(topology), train, micro_batches, max_steps)
     (folder / "config.json").write_text(json.dumps(workload.model_config))
     architecture = read_architecture(folder)
-    topology = build_topology(spec, architecture.shape)
-    clock = StepClock(warmup, steps, topology.world_size // topology.data_parallel)
-    module = BenchModule(spec, architecture, topology, folder, max_steps, clock=clock)
-    trainer = megatron_trainer(spec, topology, env, max_steps=max_steps, data_key={})
-    trainer.fit(module, datamodule=BenchData(workload, spec, topology, max_steps))
+    built = build_topology(spec, architecture.shape)
+    clock = StepClock(warmup, steps, built.world_size // built.data_parallel)
+    module = BenchModule(spec, architecture, built, folder, max_steps, clock=clock)
+    trainer = megatron_trainer(spec, built, env, max_steps=max_steps, data_key={})
+    trainer.fit(module, datamodule=BenchData(workload, spec, built, max_steps))
     assert module.result is not None
     return module.result
 
@@ -82,23 +83,23 @@ def run_spec(
     workload: Workload,
     folder: Path,
     ranks: int,
-    layout: TopologySpec,
+    topology: TopologySpec,
     train: dict[str, Any],
     micro_batches: int,
     max_steps: int,
 ) -> RunSpec:
-    """The config of the benchmark's run. Each GPU has `workload.rows` rows, whatever the layout."""
+    """Return the config of the benchmark's run. Each GPU has `workload.rows` rows a step, whatever the topology."""
     return RunSpec(
         name="bench",
         resources=ResourcesSpec(gpus_per_node=ranks if torch.cuda.is_available() else 0, tasks_per_node=ranks),
-        topology=layout,
+        topology=topology,
         model=ModelSpec(path=str(folder), init="random"),
-        data=DataSpec(train=["drawn"], seq_length=workload.seq_length, packing=True, pad_to_multiple=64),
+        data=DataSpec(train=["random"], seq_length=workload.seq_length, packing=True, pad_to_multiple=64),
         train=TrainSpec(
             max_steps=max_steps,
             global_batch_size=workload.rows * workload.seq_length * ranks,
             global_batch_unit="tokens",
-            micro_batch_size=micro_batch_rows(layout, workload.rows, micro_batches),
+            micro_batch_size=micro_batch_rows(topology, workload.rows, micro_batches),
             optimizer=OptimizerSpec(lr=1e-5, schedule="constant"),
             **train,
         ),
@@ -106,7 +107,7 @@ def run_spec(
 
 
 class BenchModule(SFTGPT):
-    """SFTGPT with weights drawn on the device, a clock around its steps, and a profiler behind them."""
+    """SFTGPT with random weights made on the device, a clock around its steps, and a profiler after them."""
 
     def __init__(self, *args: Any, clock: StepClock) -> None:
         super().__init__(*args)
@@ -172,7 +173,7 @@ class BenchModule(SFTGPT):
 
     def _set_learning_rate(self, step: int) -> float:
         rate = super()._set_learning_rate(step)
-        self.timers("optimizer").start()  # the update is what comes next
+        self.timers("optimizer").start()  # the update comes next
         return rate
 
     def on_train_end(self) -> None:
@@ -184,7 +185,7 @@ class BenchModule(SFTGPT):
 
 
 def without_padding(lengths: list[int], tokens: int) -> list[int]:
-    """The lengths of examples alone: padding comes last in a row, and this drops as much of it as there is."""
+    """Return the lengths of examples alone. Padding comes last: lengths are cut from the end to `tokens` in all."""
     if sum(lengths) == tokens:
         return lengths
     kept, left = [], sum(lengths) - tokens
@@ -196,7 +197,11 @@ def without_padding(lengths: list[int], tokens: int) -> list[int]:
 
 
 def kernel_times(profiled: profile, steps: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds a step by kind of kernel, with the time in which none ran, and of the largest kernels."""
+    """Return the milliseconds of a step by kind of kernel, and those of the kernels that take most.
+
+    Two of the kinds are none: `no kernel` is the time in which none ran, `exposed communication` the time in which only
+    communication ran.
+    """
     times: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
     spans: dict[bool, list[Interval]] = {True: [], False: []}
@@ -212,10 +217,10 @@ def kernel_times(profiled: profile, steps: int) -> tuple[dict[str, float], dict[
     if not times:
         return {}, {}
     idle = end - begin - busy([*spans[True], *spans[False]])
-    found = [*times.most_common(), ("no kernel", idle)]
+    kinds = [*times.most_common(), ("no kernel", idle)]
     if spans[True]:
-        found.append(("exposed communication", exposed(spans[True], spans[False])))
-    by_kind = {kind: time / steps / 1e3 for kind, time in found}
+        kinds.append(("exposed communication", exposed(spans[True], spans[False])))
+    by_kind = {kind: time / steps / 1e3 for kind, time in kinds}
     largest = {name: time / steps / 1e3 for name, time in kernels.most_common(_LARGEST)}
     return _rounded(by_kind), _rounded(largest)
 
@@ -224,10 +229,10 @@ def _rounded(times: dict[str, float]) -> dict[str, float]:
     return {name: round(time, 2) for name, time in times.items()}
 
 
-class DrawnExamples:
-    """A workload's examples in the form that plans and batches read."""
+class RandomExamples:
+    """A workload's examples in the form that schedules and batches read."""
 
-    key = "drawn"
+    key = "random"
 
     def __init__(self, workload: Workload, steps: int) -> None:
         self._examples = list(workload.examples(steps))
@@ -253,13 +258,13 @@ class DrawnExamples:
 
 
 class BenchData(pl.LightningDataModule):
-    """The loader of `sft train` over drawn examples."""
+    """The loader of `sft train` over random examples."""
 
     def __init__(self, workload: Workload, spec: RunSpec, topology: Topology, max_steps: int) -> None:
         super().__init__()
         self._spec, self._topology, self._max_steps = spec, topology, max_steps
-        # A step has the workload's rows for each GPU, also for those that train one replica together.
-        self.examples = DrawnExamples(workload, max_steps * topology.world_size)
+        # A step has the workload's rows for each GPU, also where several GPUs train one replica.
+        self.examples = RandomExamples(workload, max_steps * topology.world_size)
         self.schedule = batch_schedule(spec, self.examples, shuffle=True)
 
     def train_dataloader(self) -> StepLoader:

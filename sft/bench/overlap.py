@@ -1,4 +1,4 @@
-"""How much of the communication nothing else hides, from the intervals in which kernels ran on one GPU."""
+"""Compute how much communication is not hidden by computation, from the intervals of kernels on one GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Interval = tuple[float, float]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time, as intervals that do not meet, in order."""
+    """Return the union of the intervals, as disjoint intervals in order."""
     merged: list[Interval] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:
@@ -19,11 +19,11 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def busy(intervals: Iterable[Interval]) -> float:
-    """Time in which at least one of them ran."""
+    """Return the time in which at least one of them ran."""
     return sum(end - begin for begin, end in union(intervals))
 
 
 def exposed(communication: Iterable[Interval], computation: Iterable[Interval]) -> float:
-    """Time in which communication ran and no computation did."""
+    """Return the time in which communication ran and computation did not."""
     communication, computation = list(communication), list(computation)
     return busy([*communication, *computation]) - busy(computation)

@@ -1,11 +1,11 @@
-"""Other trainers on the same card, model and data, each at its best: TRL's SFTTrainer, and a plain loop with Liger.
+"""Other trainers on the same GPU, model and data, each at its best: TRL's SFTTrainer, and a plain loop with Liger.
 
-Both pack (best-fit decreasing), run Liger's kernels and fused AdamW, and get the attention that our own runs have: the
-kernel over offsets, with KV heads shared, registered with transformers under a name of its own: FlashAttention-4 where
-it is installed, else what torch carries. So neither is slow for want of a wheel.
+Both pack rows (best-fit decreasing) and use Liger's kernels and fused AdamW. Both also get our attention kernels
+(sft.kernels.attention), registered with transformers under a name of its own, so that neither is slow only because a
+package is not installed.
 
-`fp32` keeps fp32 weights and computes in bf16, which is the precision of our update; `bf16` keeps bf16 weights alone,
-which is faster and loses small updates.
+`fp32` weights are computed with in bf16, which gives updates the precision of ours. `bf16` weights alone are faster and
+lose small updates.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import tempfile
 import warnings
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,19 +27,23 @@ from sft.data.batches.packing import best_fit_decreasing
 from sft.kernels import attention
 
 ATTENTION = "packed_offsets"
-"""transformers takes a name with "flash" in it for a package to load."""
+"""A name with "flash" in it would make transformers look for a package of that name."""
 Weights = Literal["fp32", "bf16"]
 Chosen = Literal["auto", "flash2", "flash4"]
 
 
 def packed_flash(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, kernel: attention.Kernel = "flash2", **_: Any,
+    module: object, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, *, scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, kernel: attention.Kernel = "flash2",
+    **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What transformers calls: query [1, heads, t, dim], key and value [1, groups, t, dim] -> [1, t, heads, dim]."""
+    """Return the attention [1, t, heads, dim] of query [1, heads, t, dim], key and value [1, groups, t, dim].
+
+    transformers calls this with the packed sequences' offsets.
+    """
     assert cu_seq_lens_q is not None and max_length_q is not None, "only for packed rows"
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if not query.is_cuda:  # for trying a script out; nothing is measured there
+    if not query.is_cuda:  # for trying a command out, not for measurements
         lengths = cu_seq_lens_q.diff().tolist()
         parts = [tensor.transpose(0, 1)[None].split(lengths, dim=2) for tensor in (query, key, value)]
         attend = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
@@ -52,8 +57,8 @@ def _kernel(chosen: Chosen, workload: Workload) -> attention.Kernel:
     return attention.fastest_kernel(workload.model_shape.head_dim) if chosen == "auto" else chosen
 
 
-def build_model(workload: Workload, weights: Weights, kernel: attention.Kernel) -> Any:
-    """transformers' model of this shape with drawn weights, on the device."""
+def build_model(workload: Workload, weights: Weights, kernel: attention.Kernel) -> torch.nn.Module:
+    """Return transformers' model of this shape with random weights, on the device."""
     import transformers
     from transformers.masking_utils import flash_attention_mask
 
@@ -63,7 +68,10 @@ def build_model(workload: Workload, weights: Weights, kernel: attention.Kernel) 
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.manual_seed(workload.seed)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION
+        )
+    return model
 
 
 def run_trl(
@@ -76,7 +84,7 @@ def run_trl(
     steps: int,
     parallel: str = "ddp",
 ) -> Result:
-    """TRL's SFTTrainer: packing bfd, padding-free, no gradient checkpointing; on several GPUs under DDP or FSDP2."""
+    """Train with TRL's SFTTrainer: packing `bfd`, no gradient checkpointing, DDP or FSDP2 on several GPUs."""
     import datasets
     import trl
     from tokenizers import Tokenizer, models
@@ -84,21 +92,22 @@ def run_trl(
 
     clock, kernel = StepClock(warmup, steps), _kernel(attention, workload)
 
-    offsets: list[Tensor] = []  # of the step's micro-batches
+    # Offsets stay on the device while steps are timed: reading a length would make the host wait.
+    offsets: list[Tensor] = []  # of each micro-batch of the step
     pending: list[list[Tensor]] = []  # of each step
     slots = [0]
 
     class Trainer(trl.SFTTrainer):  # type: ignore[misc]
-        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        def training_step(self, model: object, inputs: dict[str, Tensor], *args: object, **kwargs: object) -> Tensor:
             if not offsets:
                 clock.before_step()
             offsets.append(inputs["cu_seq_lens_q"])
             slots[0] += inputs["input_ids"].numel()
-            found: Tensor = super().training_step(model, inputs, *args, **kwargs)
-            return found
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return loss
 
     class Count(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
             pending.append(offsets.copy())
             clock.after_step([], slots[0], 0)
             offsets.clear()
@@ -154,17 +163,17 @@ def run_trl(
             processing_class=tokenizer,
             callbacks=[Count()],
         )
-        found = trainer.train()
+        output = trainer.train()
         counted = [each for step in pending[warmup:] for each in step]
         clock.lengths = [int(length) for each in counted for length in each.diff().tolist()]
         settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
-        return clock.result("trl", settings, workload.model_shape, float(found.training_loss))
+        return clock.result("trl", settings, workload.model_shape, float(output.training_loss))
 
 
 def run_transformers(
     workload: Workload, *, weights: Weights, attention: Chosen, micro_batches: int, warmup: int, steps: int
 ) -> Result:
-    """A loop of our own over transformers' model with Liger's kernels, its fused linear cross-entropy too."""
+    """Train transformers' model with Liger's kernels, fused linear cross-entropy included, in a plain loop."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -197,8 +206,8 @@ def run_transformers(
     return clock.result("transformers", _settings(workload, weights, kernel), workload.model_shape, float(loss))
 
 
-def _fsdp() -> dict[str, Any]:
-    """FSDP2, resharded after forward, a unit a layer."""
+def _fsdp() -> dict[str, object]:
+    """Return the settings of FSDP2, one unit for each layer, resharded after forward."""
     wrapped = {"version": 2, "reshard_after_forward": True, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     return {"fsdp": True, "fsdp_config": wrapped}
 
@@ -210,11 +219,11 @@ def _settings(workload: Workload, weights: Weights, kernel: attention.Kernel) ->
 def packed_batches(
     workload: Workload, steps: int, micro_batches: int = 1
 ) -> list[tuple[dict[str, Tensor], list[int], int]]:
-    """(input of transformers' model, lengths, targets) of each micro-batch, its packed rows one behind the other."""
+    """Return input, lengths of examples and number of targets of each micro-batch, its packed rows concatenated."""
     examples = [
         (ids[: workload.seq_length], trained[: workload.seq_length]) for ids, trained in workload.examples(steps)
     ]
-    packed = best_fit_decreasing(workload_lengths(examples), workload.seq_length)
+    packed = best_fit_decreasing(np.array([len(ids) for ids, _ in examples], dtype=np.int64), workload.seq_length)
     order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(workload.seed)).tolist()
     batches = []
     rows = workload.rows // micro_batches
@@ -223,7 +232,7 @@ def packed_batches(
         lengths = [len(ids) for ids, _ in chosen]
         labels = [torch.where(torch.from_numpy(trained), torch.from_numpy(ids).long(), -100) for ids, trained in chosen]
         for label in labels:
-            label[0] = -100  # the loss shifts by one: it would be the target of the example before
+            label[0] = -100  # labels are shifted by one: this would be the target of the last token of another example
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         batch = {
             "input_ids": torch.cat([torch.from_numpy(ids).long() for ids, _ in chosen])[None],
@@ -234,10 +243,3 @@ def packed_batches(
         }
         batches.append((batch, lengths, int((batch["labels"] != -100).sum())))
     return batches
-
-
-def workload_lengths(examples: list[tuple[Any, Any]]) -> Any:
-    """Lengths of examples as an array."""
-    import numpy as np
-
-    return np.array([len(ids) for ids, _ in examples], dtype=np.int64)

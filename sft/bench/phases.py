@@ -1,16 +1,14 @@
-"""Milliseconds of a step by phase: waiting for data, forward, backward, gradient reduction, update.
+"""Time the phases of a step: waiting for data, forward, backward, gradient reduction, update.
 
-Megatron-core's schedules call timers where a phase begins and ends. Ours write events into the device's stream there
-and read them when all is over, so that nothing waits while it is measured. With overlapped communication a phase
-holds what it waits for, not what runs behind it.
+Megatron-core's schedules call timers where a phase begins and ends. These record events in the device's stream and read
+them after the last step, so the measurement makes nothing wait. With overlapped communication a phase includes what it
+waits for, not what runs beside it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -25,55 +23,63 @@ _PHASES = {
 }
 
 
-class _Span:
-    """One named timer: `start` and `stop` as Megatron-core calls them."""
+class _Mark:
+    """A point in time: on the device's stream where there is a GPU, else on the host's clock."""
 
-    def __init__(self, mark: Callable[[], Any]) -> None:
-        self._mark = mark
-        self.marks: list[Any] = []
+    def __init__(self) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._time = 0.0
+        if torch.cuda.is_available():
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        else:
+            self._time = time.perf_counter()
+
+    def milliseconds_to(self, later: _Mark) -> float:
+        """Return the time from this mark to a later one, after the device has reached both."""
+        if self._event is not None and later._event is not None:
+            return float(self._event.elapsed_time(later._event))
+        return (later._time - self._time) * 1e3
+
+
+class _Span:
+    """One named timer, with `start` and `stop` as Megatron-core calls them."""
+
+    def __init__(self) -> None:
+        self.marks: list[_Mark] = []
 
     def start(self, barrier: bool = False) -> None:
-        self.marks.append(self._mark())
+        self.marks.append(_Mark())
 
     def stop(self, barrier: bool = False) -> None:
-        self.marks.append(self._mark())
+        self.marks.append(_Mark())
 
 
 class PhaseTimers:
-    """What stands in for Megatron-core's timers (`config.timers`)."""
+    """Takes the place of Megatron-core's timers (`config.timers`)."""
 
     def __init__(self) -> None:
         self._spans: dict[str, _Span] = {}
-        self._device = torch.cuda.is_available()
 
     def __call__(self, name: str, log_level: int = 0) -> _Span:
-        return self._spans.setdefault(name, _Span(self._event if self._device else time.perf_counter))
+        return self._spans.setdefault(name, _Span())
 
     def reset(self) -> None:
         """Forget what was measured."""
         self._spans.clear()
 
     def milliseconds(self, steps: int, whole: float) -> dict[str, float]:
-        """Of each phase, a step, which takes `whole` milliseconds in all.
+        """Return the milliseconds of each phase in a mean step of `steps`, which takes `whole` milliseconds.
 
-        `other` is what belongs to no phase of the step, `data` what is between one step and the next: waiting for
-        data, copying it to the device, the trainer's loop.
+        `other` is the time in a step that belongs to no phase. `data` is the time between two steps: waiting for data,
+        copying them to the device, and the trainer's loop.
         """
-        found: defaultdict[str, float] = defaultdict(float)
+        phases: defaultdict[str, float] = defaultdict(float)
         for name, span in self._spans.items():
             if name in _PHASES:
                 pairs = zip(span.marks[::2], span.marks[1::2], strict=True)
-                found[_PHASES[name]] += sum(self._elapsed(*pair) for pair in pairs) / steps
-        step = found.pop("step", 0.0)
-        found["other"] = step - sum(found.values())
-        found["data"] = whole - step
-        return {name: round(value, 2) for name, value in found.items()}
-
-    @staticmethod
-    def _event() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _elapsed(self, begin: Any, end: Any) -> float:
-        return float(begin.elapsed_time(end)) if self._device else (end - begin) * 1e3
+                phases[_PHASES[name]] += sum(begin.milliseconds_to(end) for begin, end in pairs) / steps
+        step = phases.pop("step", 0.0)
+        phases["other"] = step - sum(phases.values())
+        phases["data"] = whole - step
+        return {name: round(value, 2) for name, value in phases.items()}

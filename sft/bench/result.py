@@ -1,4 +1,4 @@
-"""What a benchmark gives, and the clock and counters it is made with."""
+"""The result of a benchmark, and the clock and counters that make it."""
 
 from __future__ import annotations
 
@@ -15,42 +15,43 @@ from launcher.contract.model_shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """One contender on one workload, over all measured steps. Rates are those of one GPU."""
+    """One contender on one workload, over all timed steps. Rates are per GPU."""
 
     contender: str
     settings: dict[str, object]
     steps: int
     step_ms: float
     real_tokens_per_second: float
+    """Input tokens of examples."""
     slots_per_second: float
-    """Places of rows, padding included."""
+    """The same with padding."""
     supervised_tokens_per_second: float
     tflops: float
-    """Useful operations a second and GPU, by launcher/contract/flops.py, in units of 10^12."""
+    """Useful operations per second, by launcher/contract/flops.py, in units of 10^12."""
     mfu: float | None
-    """None on a card whose peak is not known."""
+    """None on a GPU whose peak is not known."""
     peak_memory_gib: float
-    """Of tensors."""
+    """Peak memory of tensors."""
     reserved_memory_gib: float
-    """Of what torch's allocator held at its peak."""
+    """Peak memory that torch's allocator held."""
     card_memory_gib: float
-    """Of the whole GPU behind the last step."""
+    """Memory in use on the whole GPU after the last step."""
     expected_tokens_per_second: float | None
-    """The planner's prediction of real_tokens_per_second; None for other trainers and GPUs that it does not know."""
+    """The planner's prediction of real_tokens_per_second. None for other trainers, and on a GPU not known."""
     loss: float
-    """Of the last step: contenders that train the same must be near each other."""
+    """Loss of the last step: that of contenders which train the same must be nearly the same."""
     phases_ms: dict[str, float] = field(default_factory=dict)
-    """Milliseconds of a step by phase, over all measured steps."""
+    """Milliseconds of a step by phase, over all timed steps."""
     breakdown_ms: dict[str, float] = field(default_factory=dict)
-    """Milliseconds of a step by kind of kernel, over the profiled steps behind them."""
+    """Milliseconds of a step by kind of kernel, over the profiled steps after them."""
     largest_kernels_ms: dict[str, float] = field(default_factory=dict)
     """Milliseconds of a step in the kernels that take most of it."""
 
 
 class StepClock:
-    """Times steps by the host's clock between synchronisations, over many steps at once: nothing waits inside.
+    """Times many steps at once, by the host's clock, and synchronizes only before the first and after the last.
 
-    It begins behind `warmup` steps and stops by itself `steps` later, so that what a trainer does at its end is not
+    It starts after `warmup` steps and stops by itself after `steps` more, so that what a trainer does at its end is not
     counted.
     """
 
@@ -65,7 +66,7 @@ class StepClock:
 
     @property
     def begins(self) -> bool:
-        """Whether the step at hand is the first that counts."""
+        """Whether the next step is the first that counts."""
         return self._done == self._warmup
 
     @property
@@ -74,7 +75,7 @@ class StepClock:
         return self._done == self._warmup + self._steps
 
     def before_step(self) -> None:
-        """Call first in a step."""
+        """Start the clock if the step is the first that counts. Call it at the beginning of each step."""
         if self.begins:
             synchronize()
             if torch.cuda.is_available():
@@ -82,7 +83,10 @@ class StepClock:
             self._began = time.perf_counter()
 
     def after_step(self, lengths: list[int], slots: int, supervised: int) -> None:
-        """Call last in a step: input tokens of its examples, places of its rows, its targets."""
+        """Count a step: the input tokens of each example, the tokens of its rows with padding, and its targets.
+
+        Stop the clock if it was the last. Call it at the end of each step.
+        """
         if self._done >= self._warmup:
             self.lengths += lengths
             self.slots += slots
@@ -100,9 +104,9 @@ class StepClock:
         loss: float,
         expected: float | None = None,
     ) -> Result:
-        """What was measured since the warm-up, with the peak memory of the GPU that had most.
+        """Return what was measured after the warm-up, with the memory of the GPU that had most.
 
-        Raises RuntimeError before the last step has ended.
+        Raise RuntimeError if the last step has not ended.
         """
         if not self.over:
             raise RuntimeError(f"{self._done - self._warmup} steps were timed, not {self._steps}")
@@ -131,7 +135,7 @@ class StepClock:
 
 
 def _highest(value: int) -> float:
-    """Over all ranks, where there are some."""
+    """Return the maximum over all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,9 @@
-"""What is trained in a benchmark: a named shape with drawn weights, and examples of drawn tokens.
+"""The workload of a benchmark: a named model shape with random weights, and examples of random tokens.
 
-Speed does not depend on what weights and tokens say, but it does on how long examples are and how many of their
-tokens are trained. `full` rows are one example each, every token trained, as pre-training benchmarks have it. `ragged`
-is chat: lengths lognormal with a median of 375, cut at 4,000, close to those of OpenAssistant's English trees (median
-330), and the last 80 % of each example trained (there, 84 % of the characters are the assistant's).
+Speed does not depend on the values of weights and tokens, but on the lengths of examples and on how many of their
+tokens are trained. With `full` each row is one example and every token is trained, as in pre-training benchmarks.
+`ragged` is chat: lognormal lengths with a median of 375, cut at 4,000, close to those of OpenAssistant's English trees
+(median 330), with the last 80 % of each example trained (there, 84 % of the characters are the assistant's).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ TRAINED_SHARE = 0.8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """One benchmark's model and data."""
+    """Model and data of one benchmark."""
 
     shape: str
     """Name in launcher/contract/model_shapes.yaml."""
     data: Literal["full", "ragged"]
     seq_length: int
     rows: int
-    """Rows of `seq_length` tokens in one step of one GPU, all in one micro-batch unless said otherwise."""
+    """Rows of `seq_length` tokens in a step of one GPU."""
     seed: int = 1234
 
     @property
@@ -40,24 +40,25 @@ class Workload:
 
     @property
     def model_config(self) -> dict[str, Any]:
-        """As in a config.json; long enough for the rows."""
+        """The model's config.json, with positions for the whole length of a row."""
         config = named_model_config(self.shape)
         config["max_position_embeddings"] = max(int(config["max_position_embeddings"]), self.seq_length)
         return {"rms_norm_eps": 1e-5, "hidden_act": "silu", **config}
 
     def lengths(self, steps: int) -> NDArray[np.int64]:
-        """Tokens of as many examples as `steps` steps need, and some more. An example of n + 1 has n inputs."""
+        """Return the tokens of each example, for `steps` steps and some more. One of n + 1 tokens has n inputs."""
         slots = self.rows * self.seq_length * steps
         if self.data == "full":
             return np.full(self.rows * steps, self.seq_length + 1, dtype=np.int64)
-        drawn = np.random.default_rng(self.seed).lognormal(np.log(MEDIAN_LENGTH), 1.0, 2 * slots // MEDIAN_LENGTH + 8)
-        lengths = np.clip(drawn, 8, min(LONGEST, self.seq_length)).astype(np.int64)
+        generator = np.random.default_rng(self.seed)
+        lognormal = generator.lognormal(np.log(MEDIAN_LENGTH), 1.0, 2 * slots // MEDIAN_LENGTH + 8)
+        lengths = np.clip(lognormal, 8, min(LONGEST, self.seq_length)).astype(np.int64)
         return lengths[: int(np.searchsorted(np.cumsum(lengths), slots * 1.05)) + 1]
 
     def examples(self, steps: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """Token ids, and which of them are trained."""
-        draw = np.random.default_rng(self.seed + 1)
+        """Yield the token ids of each example, and which of them are trained."""
+        generator = np.random.default_rng(self.seed + 1)
         share = 1.0 if self.data == "full" else TRAINED_SHARE
         for length in self.lengths(steps).tolist():
             trained = np.arange(length) >= round(length * (1 - share))
-            yield draw.integers(10, self.model_shape.vocab_size, length, dtype=np.int32), trained
+            yield generator.integers(10, self.model_shape.vocab_size, length, dtype=np.int32), trained

@@ -1,8 +1,8 @@
-"""`python -m sft bench`: how fast training is on this machine's cards, and how fast other trainers are.
+"""`python -m sft bench`: measure how fast training is on this machine's GPUs, and how fast other trainers are.
 
-Every contender runs the same shape, data and number of rows a step, each in processes of its own, one after the other
-on the same card; where several numbers of rows are given, each at each. A table is printed as results come, and all of
-it is written as JSON with hardware, versions and the command.
+All contenders run the same model shape, data and number of rows, one after the other on the same GPUs, each in its own
+processes. Options with several values are combined. Results are printed as a table while they come, and written as JSON
+with hardware, versions and the command.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.local_ranks import run_ranks
 from launcher.contract.model_shape import named_model_shape
 from launcher.contract.rundir import write_json
-from sft.bench.layout import parse_layout, replica_size
+from sft.bench.topology import parse_topology, replica_size
 
 _PACKAGES = (
     "torch",
@@ -41,45 +41,50 @@ _HEAD = f"{'contender':<50}{'step ms':>9}{'real tok/s':>12}{'slots/s':>10}{'TFLO
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `python -m sft bench` takes."""
+    """Add the arguments of `python -m sft bench`."""
     parser.add_argument("--shape", nargs="+", default=["1b"], help="named shapes: 0.5b, 1b, 3b, 8b, ...")
     parser.add_argument("--data", nargs="+", default=["ragged"], choices=["full", "ragged"], help="kinds of rows")
     parser.add_argument("--seq-length", nargs="+", type=int, default=[4096], help="tokens of a row")
-    parser.add_argument("--rows", nargs="+", type=int, default=[8], help="rows in a step of one GPU")
+    parser.add_argument("--rows", nargs="+", type=int, default=[8], help="rows of one GPU in a step")
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "plain", "fused"])
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])
     parser.add_argument("--recompute", nargs="+", default=["none"], choices=get_args(Recompute))
-    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches that a step's rows are cut into")
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--vs", nargs="+", default=[], choices=["trl", "transformers"], help="other trainers to run")
-    parser.add_argument("--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="weights they keep")
+    parser.add_argument(
+        "--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="precision of their weights"
+    )
     parser.add_argument("--vs-attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
-    parser.add_argument("--vs-micro-batches", type=int, help="the same of the others; default: as many as ours")
+    parser.add_argument("--vs-micro-batches", type=int, help="micro-batches of the others; default: as many as ours")
     parser.add_argument("--vs-parallel", nargs="+", default=["ddp"], choices=["ddp", "fsdp"], help="on several GPUs")
-    parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="numbers of this machine's GPUs to use")
-    parser.add_argument("--topology", nargs="+", default=["dp"], help="layouts on several GPUs: dp, tp2+sp, pp2, ...")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="how many GPUs of this machine to use")
+    parser.add_argument(
+        "--topology", nargs="+", default=["dp"], help="topologies on several GPUs: dp, tp2+sp, pp2, ..."
+    )
     parser.add_argument("--warmup", type=int, default=4, help="steps before the clock starts")
-    parser.add_argument("--steps", type=int, default=12, help="steps under the clock")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps")
     parser.add_argument("--output", type=Path, help="JSON file of the results")
 
 
 def bench(options: argparse.Namespace) -> ExitCode:
-    """Run all that was asked for; FAILURE when a contender failed."""
+    """Run all combinations of the options, and return FAILURE if a contender failed."""
+    # Names that are not known are errors before anything runs.
     for shape in options.shape:
         named_model_shape(shape)
-    for layout in options.topology:
-        parse_layout(layout)
+    for topology in options.topology:
+        parse_topology(topology)
     results, failed = [], False
     for shape, data, length, rows in itertools.product(options.shape, options.data, options.seq_length, options.rows):
         workload = {"shape": shape, "data": data, "seq_length": length, "rows": rows}
         print(f"{shape}, {data} rows of {length:,}, {rows} a step and GPU; rates a GPU\n{_HEAD}", flush=True)
         first: dict[str, Any] | None = None
         for gpus, (contender, settings) in _runs(options):
-            found = _run({"contender": contender, "workload": workload, "settings": settings}, gpus)
-            failed |= found is None
-            if found is None:
+            result = _run({"contender": contender, "workload": workload, "settings": settings}, gpus)
+            failed |= result is None
+            if result is None:
                 continue
-            results.append({"workload": workload, "gpus": gpus, **found})
+            results.append({"workload": workload, "gpus": gpus, **result})
             first = first or results[-1]
             print(_line(results[-1], first), flush=True)
             if options.output:
@@ -87,26 +92,28 @@ def bench(options: argparse.Namespace) -> ExitCode:
     return ExitCode.FAILURE if failed else ExitCode.OK
 
 
-def _runs(options: argparse.Namespace) -> Iterator[tuple[int, tuple[str, dict[str, Any]]]]:
-    """Number of GPUs, contender and its settings."""
+def _runs(options: argparse.Namespace) -> Iterator[tuple[int, tuple[str, dict[str, object]]]]:
+    """Yield the number of GPUs, the contender and its settings of each run."""
     for gpus in options.gpus:
-        layouts = options.topology if gpus > 1 else ["dp"]
+        topologies = options.topology if gpus > 1 else ["dp"]
         for contender, settings in _contenders(options):
             if contender == "ours":
-                yield from ((gpus, (contender, {**settings, "layout": layout})) for layout in layouts)
+                yield from ((gpus, (contender, {**settings, "topology": name})) for name in topologies)
             elif gpus == 1:
                 yield gpus, (contender, settings)
             elif contender == "trl":
                 yield from ((gpus, (contender, {**settings, "parallel": way})) for way in options.vs_parallel)
 
 
-def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, object]]]:
     clock = {"warmup": options.warmup, "steps": options.steps}
     keys = ("kernels", "attention", "precision", "recompute")
     chosen = (dict(zip(keys, values, strict=True)) for values in itertools.product(*(vars(options)[k] for k in keys)))
-    own = [("ours", {"train": train, "micro_batches": options.micro_batches, **clock}) for train in chosen]
+    own: list[tuple[str, dict[str, object]]] = [
+        ("ours", {"train": train, "micro_batches": options.micro_batches, **clock}) for train in chosen
+    ]
     cut = options.vs_micro_batches or options.micro_batches
-    others = [
+    others: list[tuple[str, dict[str, object]]] = [
         (name, {"weights": weights, "attention": attention, "micro_batches": cut, **clock})
         for name, weights, attention in itertools.product(options.vs, options.vs_weights, options.vs_attention)
     ]
@@ -114,47 +121,49 @@ def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]
 
 
 def _run(request: dict[str, Any], gpus: int) -> dict[str, Any] | None:
-    """Result of one contender; None, with the end of its log, when it failed."""
+    """Run one contender and return its result, or print the end of its log and return None if it failed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        asked, answer = folder / "request.json", folder / "result.json"
-        write_json(asked, request)
+        request_file, result_file = folder / "request.json", folder / "result.json"
+        write_json(request_file, request)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        # As the batch script has it: collectives among the ranks of a model must be queued before what hides them.
-        model_parallel = replica_size(parse_layout(request["settings"].get("layout", "dp"))) > 1
+        # As in the batch script: with one hardware queue, collectives of a model's ranks start before the computation
+        # that is to hide them.
+        model_parallel = replica_size(parse_topology(request["settings"].get("topology", "dp"))) > 1
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1" if model_parallel else "32"
-        command = [sys.executable, "-m", "sft.bench.contender", str(asked), str(answer)]
+        command = [sys.executable, "-m", "sft.bench.contender", str(request_file), str(result_file)]
         code = run_ranks(command, gpus, folder / "logs")
-        if code == 0 and answer.exists():
-            found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-            return found
+        if code == 0 and result_file.exists():
+            result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
+            return result
         log = (folder / "logs" / "rank-0.log").read_text(encoding="utf-8", errors="replace")
         print(f"{request['contender']} failed with exit code {code}:\n" + "\n".join(log.splitlines()[-15:]), flush=True)
         return None
 
 
-def _line(found: dict[str, Any], first: dict[str, Any]) -> str:
-    settings = found["settings"]
+def _line(result: dict[str, Any], first: dict[str, Any]) -> str:
+    """Return the lines of the table for a result, compared with the first one."""
+    settings = result["settings"]
     shown = ("layout", "parallel", "attention", "precision", "recompute", "weights")
     told = " ".join(str(settings[key]) for key in shown if settings.get(key) not in (None, "none"))
-    mfu = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
+    mfu = "-" if result["mfu"] is None else f"{result['mfu']:.1%}"
     line = (
-        f"{found['gpus']} x {found['contender'] + ' ' + told:<46.46}"
-        f"{found['step_ms']:>9.1f}{found['real_tokens_per_second']:>12,.0f}"
-        f"{found['slots_per_second']:>10,.0f}{found['tflops']:>9.1f}{mfu:>7}{found['peak_memory_gib']:>7.1f}"
-        f"{found['loss']:>8.3f}"
+        f"{result['gpus']} x {result['contender'] + ' ' + told:<46.46}"
+        f"{result['step_ms']:>9.1f}{result['real_tokens_per_second']:>12,.0f}"
+        f"{result['slots_per_second']:>10,.0f}{result['tflops']:>9.1f}{mfu:>7}{result['peak_memory_gib']:>7.1f}"
+        f"{result['loss']:>8.3f}"
     )
-    if found.get("expected_tokens_per_second"):
-        line += f"  planned {found['expected_tokens_per_second']:,.0f}"
-    if found is not first:
-        line += f"  ours is {first['real_tokens_per_second'] / found['real_tokens_per_second']:.2f} times as fast"
+    if result.get("expected_tokens_per_second"):
+        line += f"  planned {result['expected_tokens_per_second']:,.0f}"
+    if result is not first:
+        line += f"  ours is {first['real_tokens_per_second'] / result['real_tokens_per_second']:.2f} times as fast"
     for label in ("phases", "breakdown"):
-        parts = ", ".join(f"{kind} {time:.1f}" for kind, time in found[f"{label}_ms"].items())
+        parts = ", ".join(f"{kind} {time:.1f}" for kind, time in result[f"{label}_ms"].items())
         line += f"\n  {label}, ms: {parts}" if parts else ""
     return line
 
 
-def _circumstances() -> dict[str, Any]:
+def _circumstances() -> dict[str, object]:
     import torch
 
     versions = {}

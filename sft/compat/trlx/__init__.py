@@ -1,6 +1,6 @@
 """trlx's NeMo SFT trainer on this project's core: `from sft.compat import trlx` in place of `import trlx`.
 
-What is the same, what is different and why is in docs/how-to/nemo-and-trlx.md. Nothing here trains: settings become a
+docs/how-to/nemo-and-trlx.md says what is the same, what is different and why. Nothing here trains: settings become a
 RunSpec, samples become a file of token ids, and `sft.training.trainer` does the rest.
 """
 

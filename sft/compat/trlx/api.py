@@ -1,4 +1,4 @@
-"""train(): trlx's one function."""
+"""`train()`, the function that programs written for trlx call."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from sft.compat.trlx.samples import PromptPipeline, Sample
 
 def train(
     model_path: Optional[str] = None,
-    reward_fn: Optional[Callable[..., Any]] = None,
-    dataset: Optional[Iterable[Any]] = None,
+    reward_fn: Optional[Callable[..., object]] = None,
+    dataset: Optional[Iterable[object]] = None,
     samples: Optional[Sequence[Sample]] = None,
     rewards: Optional[Sequence[float]] = None,
-    prompts: Optional[Sequence[Any]] = None,
-    eval_prompts: Optional[Sequence[str | Mapping[str, Any]]] = None,
+    prompts: Optional[Sequence[object]] = None,
+    eval_prompts: Optional[Sequence[str | Mapping[str, object]]] = None,
     metric_fn: Optional[Callable[..., Any]] = None,
     config: Optional[TRLConfig] = None,
     stop_sequences: Optional[Sequence[str]] = None,
 ) -> Any:
     """Fine-tune on `samples` and return the trainer, whose `paths` is the run directory.
 
-    Every `eval_interval` steps `eval_prompts` are answered, cut at `stop_sequences`, and
-    metric_fn(samples=, prompts=, outputs=) gives numbers for them; without eval_prompts nothing is evaluated.
+    Every `eval_interval` steps the model answers `eval_prompts`, answers are cut at `stop_sequences`, and
+    metric_fn(samples=, prompts=, outputs=) computes numbers from them. Without eval_prompts nothing is evaluated.
+    Raise ConfigError for arguments of reinforcement learning and for settings that are not supported.
     """
     _refuse_rewards(reward_fn=reward_fn, dataset=dataset, rewards=rewards, prompts=prompts)
     if not samples:
-        raise ConfigError("samples: missing; texts, or prompts and outputs by turns")
+        raise ConfigError("samples: missing; give texts, or prompts and outputs in turn")
     if config is None:
-        warnings.warn("no config is given: default_sft_config() is taken", stacklevel=2)
+        warnings.warn("no config is given: using default_sft_config()", stacklevel=2)
         config = default_sft_config()
     if model_path:
         config.model.model_path = model_path
@@ -48,7 +49,7 @@ def train(
 
 
 def _eval_pipeline(given: Any, metric_fn: Any, config: TRLConfig, tokenizer: Any) -> PromptPipeline:
-    """The prompts, cut so that an answer fits behind them."""
+    """Return the prompts, cut so that an answer fits after each."""
     if metric_fn is not None and not given:
         raise ConfigError("metric_fn: needs eval_prompts to measure answers to; give some, or leave metric_fn out")
     room = config.train.seq_length - getattr(config.method, "gen_kwargs", {}).get("max_new_tokens", 64)
@@ -60,9 +61,9 @@ def _eval_pipeline(given: Any, metric_fn: Any, config: TRLConfig, tokenizer: Any
     return PromptPipeline(given or [], room, tokenizer)
 
 
-def _refuse_rewards(**given: Any) -> None:
+def _refuse_rewards(**given: object) -> None:
     problems = [
-        f"{name}: of reinforcement learning (PPO, ILQL, RFT), which this project does not do; leave it out to "
+        f"{name}: belongs to reinforcement learning (PPO, ILQL, RFT), which this project does not do; leave it out to "
         "fine-tune on samples, or train with trl or OpenRLHF"
         for name, value in given.items()
         if value is not None

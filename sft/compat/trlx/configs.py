@@ -1,7 +1,7 @@
-"""TRLConfig and its sections: the fields and defaults of trlx, and no key that is passed over in silence.
+"""TRLConfig and its sections, with the fields and defaults of trlx. No key is ignored silently.
 
-They are mutable, unlike every other config here, because programs assign to them. What becomes of each field is said
-in sft/compat/trlx/settings.py and docs/how-to/nemo-and-trlx.md.
+They are mutable, unlike all other configs here, because programs assign to them. sft/compat/trlx/settings.py and
+docs/how-to/nemo-and-trlx.md say what becomes of each field.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class _Section:
     """A section of a TRLConfig."""
 
     @classmethod
-    def from_dict(cls: type[T], config: Mapping[str, Any]) -> T:
-        """The section with these values; ConfigError names every unknown and every missing key."""
+    def from_dict(cls: type[T], config: Mapping[str, object]) -> T:
+        """Return the section with these values, or raise ConfigError with every unknown and every missing key."""
         section = cls.__name__.removesuffix("Config").lower()
         return _section(cls, config, "method" if issubclass(cls, MethodConfig) else section)
 
 
 @dataclass
 class MethodConfig(_Section):
-    """What is optimised, by name."""
+    """The objective, by name."""
 
     name: str
 
@@ -45,7 +45,7 @@ class SFTConfig(MethodConfig):
     """Supervised fine-tuning."""
 
     gen_kwargs: dict[str, Any]
-    """How answers to evaluation prompts are drawn."""
+    """How answers to evaluation prompts are sampled."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class SchedulerConfig(_Section):
 
 @dataclass
 class TrainConfig(_Section):
-    """Length, batch, and where things are kept."""
+    """Length, batch, evaluation, checkpoints and logging."""
 
     total_steps: int
     seq_length: int
@@ -127,7 +127,7 @@ class TRLConfig:
 
     @classmethod
     def load_yaml(cls, yml_fp: str | Path) -> TRLConfig:
-        """The config in a YAML file; ConfigError names the file."""
+        """Return the config in a YAML file, or raise ConfigError with the file and every problem."""
         path = Path(yml_fp)
         try:
             return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -137,8 +137,8 @@ class TRLConfig:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
-        """The config with these sections; ConfigError names every unknown and every missing key."""
+    def from_dict(cls, config: Mapping[str, object]) -> TRLConfig:
+        """Return the config with these sections, or raise ConfigError with every unknown and every missing key."""
         if not isinstance(config, Mapping):
             raise ConfigError(f"a TRLConfig has the sections {', '.join(_SECTIONS)}; found {type(config).__name__}")
         problems = [f"{name}: not a section{did_you_mean(name, _SECTIONS)}" for name in config if name not in _SECTIONS]
@@ -156,18 +156,18 @@ class TRLConfig:
         return cls(**built)
 
     def to_dict(self) -> dict[str, Any]:
-        """Sections as dicts, copied."""
+        """Return the sections as dicts, copied."""
         return {name: copy.deepcopy(vars(getattr(self, name))) for name in _SECTIONS}
 
     def evolve(self, **kwargs: Any) -> TRLConfig:
-        """A copy with changes, nested as the sections are: evolve(train=dict(seed=2))."""
+        """Return a copy with changes, nested as the sections are: evolve(train=dict(seed=2))."""
         return TRLConfig.from_dict(_merged(self.to_dict(), _in_place(kwargs)))
 
     @classmethod
-    def update(cls, baseconfig: Mapping[str, Any] | TRLConfig, config: Mapping[str, Any]) -> TRLConfig:
-        """A copy of `baseconfig` with changes, nested or by dotted names: {"train.seed": 2}."""
+    def update(cls, baseconfig: Mapping[str, object] | TRLConfig, config: Mapping[str, object]) -> TRLConfig:
+        """Return a copy of `baseconfig` with changes, nested or by dotted names: {"train.seed": 2}."""
         base = baseconfig.to_dict() if isinstance(baseconfig, TRLConfig) else copy.deepcopy(dict(baseconfig))
-        nested: dict[str, Any] = {}
+        nested: dict[str, object] = {}
         for name, value in config.items():
             for part in reversed(name.split(".")[1:]):
                 value = {part: value}
@@ -190,8 +190,8 @@ _SECTIONS: dict[str, type[_Section]] = {
 _OTHER_METHODS = ("ppoconfig", "ilqlconfig", "rftconfig")
 
 
-def _method(values: Any) -> type[_Section]:
-    """The class of a method section, by its name."""
+def _method(values: object) -> type[_Section]:
+    """Return the class of a method section by its name, or raise ConfigError."""
     name = values.get("name") if isinstance(values, Mapping) else None
     if isinstance(name, str) and name.lower() == "sftconfig":
         return SFTConfig
@@ -203,8 +203,8 @@ def _method(values: Any) -> type[_Section]:
     raise ConfigError(f"method.name: {name!r} is not SFTConfig{did_you_mean(str(name).lower(), ['sftconfig'])}")
 
 
-def _section(section: type[T], values: Any, name: str) -> T:
-    """The section `name` with these values."""
+def _section(section: type[T], values: object, name: str) -> T:
+    """Return the section `name` with these values, or raise ConfigError with every problem."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{name}: {values!r} is not a section of keys and values")
     fields = {item.name: item for item in dataclasses.fields(typing.cast(Any, section))}
@@ -220,19 +220,22 @@ def _section(section: type[T], values: Any, name: str) -> T:
     return section(**values)
 
 
-def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `base` with `changes`, section by section."""
-    found = dict(base)
+def _merged(base: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+    """Return a copy of `base` with `changes`, section by section."""
+    merged = dict(base)
     for key, value in changes.items():
-        below = found.get(key)
-        found[key] = _merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
-    return found
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
 
 
 def _in_place(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`tags` beside the sections, where trlx's own examples write them and nobody read them, put into `train`."""
-    found = dict(changes)
-    if "tags" in found:
-        warnings.warn("tags belong to the section train: evolve(train=dict(tags=...)); taken as that", stacklevel=3)
-        found["train"] = {"tags": found.pop("tags"), **found.get("train", {})}
-    return found
+    """Return `changes` with `tags` moved into the section `train`.
+
+    trlx's own examples write them beside the sections, where trlx does not read them.
+    """
+    moved = dict(changes)
+    if "tags" in moved:
+        warnings.warn("tags belong to the section train, evolve(train=dict(tags=...)); moved there", stacklevel=3)
+        moved["train"] = {"tags": moved.pop("tags"), **moved.get("train", {})}
+    return moved

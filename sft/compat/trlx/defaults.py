@@ -1,12 +1,12 @@
-"""Configs to start from: trlx's default for SFT, and the shapes that its NeMo trainers were run at.
+"""Configs to start from: trlx's default for SFT, and those that its NeMo trainers come with.
 
-The NeMo ones are OmegaConf configs, as programs expect that assign to their keys.
+The NeMo ones are OmegaConf configs, because programs assign to their keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,7 +23,7 @@ from sft.compat.trlx.configs import (
 
 
 def default_sft_config() -> TRLConfig:
-    """trlx's values; its trainer is NeMoSFTTrainer, since that on accelerate is not here."""
+    """Return trlx's values, but with NeMoSFTTrainer, because its trainer on accelerate does not exist here."""
     return TRLConfig(
         method=SFTConfig(
             name="sftconfig", gen_kwargs={"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "do_sample": True}
@@ -48,22 +48,22 @@ def default_sft_config() -> TRLConfig:
 
 
 def default_nemo_1_3b_config() -> DictConfig:
-    """GPT of 1.3 billion parameters on one node of 8 GPUs, tp 1."""
+    """Return the config of a GPT of 1.3 billion parameters on one node of 8 GPUs, tp 1."""
     model = _gpt(24, 2048, 16, seq_length=2048) | {"ffn_hidden_size": 3072, "hidden_dropout": 0.0}
     model |= {"attention_dropout": 0.0, "global_batch_size": 256, "micro_batch_size": 32}
     return _config("megatron_gpt_1.3b", model, _optimizer(6e-5, 5e-5, 1e-6))
 
 
 def default_nemo_2b_config() -> DictConfig:
-    """Always refused: no Hugging Face model is like it."""
+    """Raise ConfigError: no Hugging Face model has this architecture."""
     raise ConfigError(
         "default_nemo_2b_config: its model has layernorm1p and rotary_percentage 0.5, which no architecture here has; "
-        "take another checkpoint, e.g. default_nemo_1_3b_config()"
+        "use another checkpoint, e.g. that of default_nemo_1_3b_config()"
     )
 
 
 def default_nemo_20b_config() -> DictConfig:
-    """GPT of 20 billion parameters on 4 nodes of 8 GPUs, tp 4, as it was fine-tuned."""
+    """Return the config of fine-tuning a GPT of 20 billion parameters on 4 nodes of 8 GPUs, tp 4."""
     model = _gpt(44, 6144, 48, seq_length=1024) | {"tensor_model_parallel_size": 4, "hidden_dropout": 0.1}
     model |= {"global_batch_size": 256, "micro_batch_size": 4, "activations_checkpoint_granularity": "selective"}
     config = _config("megatron_gpt_20b", model, _optimizer(5e-5, 5e-6, 1e-6, warmup_steps=20, constant_steps=0))
@@ -71,7 +71,7 @@ def default_nemo_20b_config() -> DictConfig:
 
 
 def default_nemo_65b_config() -> DictConfig:
-    """GPT of 65 billion parameters on 16 nodes of 8 GPUs, tp 8 and pp 4; evaluation is off."""
+    """Return the config of a GPT of 65 billion parameters on 16 nodes of 8 GPUs, tp 8 and pp 4, without evaluation."""
     model = _gpt(80, 8192, 128, seq_length=2048) | {"hidden_dropout": 0.1, "tensor_model_parallel_size": 8}
     model |= {"pipeline_model_parallel_size": 4, "global_batch_size": 128, "micro_batch_size": 8}
     model |= {"activations_checkpoint_granularity": "selective"}
@@ -81,7 +81,7 @@ def default_nemo_65b_config() -> DictConfig:
 
 
 def default_nemo_llama2_7b_config() -> DictConfig:
-    """Llama 2 of 7 billion parameters on 4 nodes of 8 GPUs, tp 4."""
+    """Return the config of a Llama 2 of 7 billion parameters on 4 nodes of 8 GPUs, tp 4."""
     model = _gpt(32, 4096, 32, seq_length=2048) | {
         "ffn_hidden_size": 11008,
         "padded_vocab_size": 32000,
@@ -113,10 +113,10 @@ NAMED: dict[str, Callable[[], DictConfig]] = {
     "megatron_65b.yaml": default_nemo_65b_config,
     "megatron_llama_cfg.yaml": default_nemo_llama2_7b_config,
 }
-"""File names of trlx's own NeMo configs, by which `megatron_cfg` may name them."""
+"""The file names of trlx's NeMo configs, which `megatron_cfg` may give instead of a path."""
 
 
-def _gpt(layers: int, hidden: int, heads: int, *, seq_length: int) -> dict[str, Any]:
+def _gpt(layers: int, hidden: int, heads: int, *, seq_length: int) -> dict[str, object]:
     return {
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
@@ -138,7 +138,7 @@ def _gpt(layers: int, hidden: int, heads: int, *, seq_length: int) -> dict[str, 
 
 def _optimizer(
     lr: float, min_lr: float, weight_decay: float, *, warmup_steps: int = 0, constant_steps: int = 100_000_000
-) -> dict[str, Any]:
+) -> dict[str, object]:
     schedule = {"name": "CosineAnnealing", "warmup_steps": warmup_steps, "constant_steps": constant_steps}
     return {
         "name": "distributed_fused_adam",
@@ -149,7 +149,7 @@ def _optimizer(
     }
 
 
-def _config(name: str, model: dict[str, Any], optimizer: dict[str, Any]) -> DictConfig:
+def _config(name: str, model: dict[str, object], optimizer: dict[str, object]) -> DictConfig:
     return OmegaConf.create(
         {
             "name": name,
@@ -181,5 +181,5 @@ def _config(name: str, model: dict[str, Any], optimizer: dict[str, Any]) -> Dict
     )
 
 
-def _with(config: DictConfig, changes: dict[str, Any]) -> DictConfig:
+def _with(config: DictConfig, changes: dict[str, object]) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(config, changes))

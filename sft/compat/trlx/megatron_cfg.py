@@ -1,4 +1,4 @@
-"""The NeMo config of a trainer, from a file, a name, a dict or an OmegaConf config, in our keys."""
+"""Read the NeMo config of a trainer from a file, a name, a dict or an OmegaConf config, and convert it to our keys."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from launcher.contract.nemo.entries import Entry, value_of
 from sft.compat.trlx.defaults import NAMED
 
 _TAKEN_HERE = ("model.data.add_bos", "model.data.add_eos", "model.data.eod_mask_loss", "model.resume_from_checkpoint")
-"""Keys that the trainer heeds itself."""
+"""Keys that NeMoSFTTrainer reads itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronConfig:
-    """A NeMo config, taken over."""
+    """A NeMo config, and what it converts to."""
 
     entries: Mapping[str, Entry]
     conversion: Conversion
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The value of a NeMo key that may be absent or null."""
+        """Return the value of a NeMo key, or `default` where it is absent or null."""
         return value_of(self.entries, key, default)
 
     def speaks_of(self, section: str) -> bool:
-        """Whether the config has a key in this section that is not null."""
+        """Return whether the config has a key in this section that is not null."""
         return any(key.startswith(section) and entry.value is not None for key, entry in self.entries.items())
 
 
-def read_megatron_config(given: str | Path | Mapping[str, Any] | DictConfig, vocab_size: int) -> MegatronConfig:
-    """`vocab_size` is the tokenizer's, for a model that is spelled out without one.
+def read_megatron_config(given: str | Path | Mapping[str, object] | DictConfig, vocab_size: int) -> MegatronConfig:
+    """Return the given config, or raise ConfigError with every key that cannot be converted.
 
-    ConfigError with every key that cannot be taken over.
+    `vocab_size` is the tokenizer's, for a config that describes a model without the size of its vocabulary.
     """
     text, shown = _text(given)
     entries = read_document(text, shown)
@@ -57,8 +57,8 @@ def _is_gpt2(entries: Mapping[str, Entry]) -> bool:
     return bool(value_of(entries, "model.tokenizer.type") == "GPT2BPETokenizer")
 
 
-def _text(given: str | Path | Mapping[str, Any] | DictConfig) -> tuple[str, str]:
-    """YAML and the name that errors call it by."""
+def _text(given: str | Path | Mapping[str, object] | DictConfig) -> tuple[str, str]:
+    """Return the config as YAML, and its name for errors."""
     if isinstance(given, str) and not Path(given).exists() and given in NAMED:
         return OmegaConf.to_yaml(NAMED[given]()), given
     if isinstance(given, (str, Path)):
@@ -70,7 +70,8 @@ def _text(given: str | Path | Mapping[str, Any] | DictConfig) -> tuple[str, str]
     raise ConfigError(f"megatron_cfg: {type(given).__name__} is not a path, a dict or an OmegaConf config")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """Return a config value without the types that YAML cannot write."""
     if isinstance(value, DictConfig):
         return OmegaConf.to_container(value)
     if isinstance(value, Mapping):

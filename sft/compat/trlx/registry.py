@@ -1,4 +1,4 @@
-"""Trainers by name, whatever its case."""
+"""Trainers by name. Upper and lower case are the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ELSEWHERE = {
 
 
 def register_trainer(name: str | T) -> Any:
-    """Class decorator: registers a trainer under its own name, or under the one given."""
+    """Register a trainer class, as a decorator, under its own name or under the one given."""
     if isinstance(name, str):
         return cast(Callable[[T], T], lambda trainer: _register(trainer, name))
     return _register(name, name.__name__)
@@ -34,12 +34,12 @@ def _register(trainer: T, name: str) -> T:
 
 
 def get_trainer(name: str) -> Any:
-    """The trainer registered under `name`; ConfigError says which there are."""
-    found = _TRAINERS.get(name.lower())
-    if found is not None:
-        return found
+    """Return the trainer registered under `name`, or raise ConfigError with those that exist."""
+    trainer_class = _TRAINERS.get(name.lower())
+    if trainer_class is not None:
+        return trainer_class
     known = sorted(trainer.__name__ for trainer in _TRAINERS.values())
     if name.lower() in _ELSEWHERE:
-        raise ConfigError(f"train.trainer: {name} is {_ELSEWHERE[name.lower()]}; there is {', '.join(known)}")
+        raise ConfigError(f"train.trainer: {name} is {_ELSEWHERE[name.lower()]}; known: {', '.join(known)}")
     near = did_you_mean(name.lower(), _TRAINERS)
-    raise ConfigError(f"train.trainer: no trainer {name!r} is registered{near}; there is {', '.join(known)}")
+    raise ConfigError(f"train.trainer: no trainer {name!r} is registered{near}; known: {', '.join(known)}")

@@ -1,7 +1,8 @@
-"""Settings and samples -> a run directory like every other, and the training of it on all ranks that were started.
+"""Make a run directory like any other from settings and samples, and train it on all ranks that were started.
 
-Every rank comes to the same config by itself. Rank 0 writes the directory and prepares the run (model conversion, token
-cache); the others wait for its mark on the file system, as ranks do for a token cache (sft.data.prepared.prepare).
+Every rank computes the same config by itself. Rank 0 writes the directory and prepares the run (model conversion, token
+cache). The others wait for a file that rank 0 writes when it is done, as ranks wait for a token cache
+(sft.data.prepared.prepare).
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -44,14 +44,17 @@ class Material:
     """What a run is made of besides its settings."""
 
     samples: Sequence[Tokens]
-    prompts: Sequence[Mapping[str, Any]]
-    """Rows with prompt and input_ids; empty: nothing is answered."""
-    model: Mapping[str, Any] | None
-    """config.json of a model that starts from random weights; None: the settings name a model."""
+    prompts: Sequence[Mapping[str, object]]
+    """Rows with prompt and input_ids. Empty: no prompts are answered."""
+    model: Mapping[str, object] | None
+    """The config.json of a model that starts from random weights. None: the settings name a model."""
 
 
 def make_spec(values: Mapping[str, Leaf], material: Material, paths: RunPaths, env: RankEnv) -> RunSpec:
-    """The run's config, the same on every rank, with its files written by rank 0; ConfigError with every problem."""
+    """Return the run's config, the same on every rank, after rank 0 has written the files that it names.
+
+    Raise ConfigError with every problem.
+    """
     files = {"data.train": Leaf([_file(paths, "samples", _lines(map(_row, material.samples)), env)], "file", "samples")}
     if material.prompts:
         prompts = _file(paths, "eval_prompts", _lines(material.prompts), env)
@@ -66,15 +69,15 @@ def make_spec(values: Mapping[str, Leaf], material: Material, paths: RunPaths, e
     if spec.resources.world_size != env.world_size:
         raise ConfigError(
             f"trainer.devices {spec.resources.ranks_per_node} x trainer.num_nodes {spec.resources.nodes} = "
-            f"{spec.resources.world_size} ranks, and {env.world_size} were started; start the program once for each, "
-            f"by srun, by torchrun --nproc-per-node {spec.resources.ranks_per_node}, or by python -m "
+            f"{spec.resources.world_size} ranks, but {env.world_size} were started; start the program once for each, "
+            f"with srun, with torchrun --nproc-per-node {spec.resources.ranks_per_node}, or with python -m "
             f"launcher.contract.local_ranks --ranks {spec.resources.world_size}"
         )
     return spec
 
 
 def run(spec: RunSpec, paths: RunPaths, metric: Metric | None, env: RankEnv) -> None:
-    """Prepare, train and export, on every rank. SystemExit with the exit code of a run that was asked to stop."""
+    """Prepare, train and export, on every rank. Raise SystemExit with the exit code of a run that was stopped early."""
     mark = paths.root / ".prepared" / hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:40]
     if env.rank == 0:
         _begin(spec, paths, env)
@@ -96,26 +99,29 @@ def run(spec: RunSpec, paths: RunPaths, metric: Metric | None, env: RankEnv) -> 
 
 
 def resume_point(given: str, paths: RunPaths) -> str | None:
-    """The checkpoint that train.resume_from_checkpoint means: it, or the newest of a run; None for this run's own."""
+    """Return the checkpoint that train.resume_from_checkpoint means: `given` itself, or the newest of a run.
+
+    Return None if it is one of this run's own, from which the run resumes by itself.
+    """
     place = Path(given).absolute()
     if paths.root in (place, place.parent, place.parent.parent):
         return None
-    found = [*complete_checkpoints(place), *complete_checkpoints(RunPaths(place).checkpoints)]
-    return str(found[-1] if found else place)
+    checkpoints = [*complete_checkpoints(place), *complete_checkpoints(RunPaths(place).checkpoints)]
+    return str(checkpoints[-1] if checkpoints else place)
 
 
 def refuse_other_run(paths: RunPaths, *, resumes: bool) -> None:
-    """ConfigError where the directory holds checkpoints that nobody asked to go on from."""
+    """Raise ConfigError if the directory holds checkpoints and the run should not resume from them."""
     if paths.complete_checkpoints() and not resumes:
         raise ConfigError(
-            f"{paths.root} holds checkpoints of a run already; to go on with it set exp_manager.resume_if_exists: True "
+            f"{paths.root} already holds checkpoints of a run; to resume it set exp_manager.resume_if_exists: True "
             f"or train.resume_from_checkpoint={str(paths.root)!r}, else give another directory (train.checkpoint_dir, "
             "train.run_name, exp_manager.explicit_log_dir)"
         )
 
 
 def _begin(spec: RunSpec, paths: RunPaths, env: RankEnv) -> None:
-    """What `launcher submit` and the batch script's first step do."""
+    """Do what `launcher submit` and the first step of the batch script do."""
     write_atomic(paths.config, to_yaml(spec))
     if not paths.manifest.is_file():
         manifest, _ = describe_run(paths.name, build_topology(spec, None), sys.argv, None)
@@ -124,16 +130,17 @@ def _begin(spec: RunSpec, paths: RunPaths, env: RankEnv) -> None:
     prepare(paths.config)
 
 
-def _row(sample: Tokens) -> dict[str, Any]:
+def _row(sample: Tokens) -> Mapping[str, object]:
     return dataclasses.asdict(sample)
 
 
-def _lines(rows: Any) -> str:
+def _lines(rows: Iterable[Mapping[str, object]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _file(paths: RunPaths, kind: str, text: str, env: RankEnv, name: str | None = None) -> str:
-    """A file of the run named by its content, so that no rank takes another run's for it; rank 0 writes it."""
+    """Return the path of a file of the run, after rank 0 has written it."""
+    # Named by its content, so that no rank takes the file of an earlier start for this one.
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = paths.root / "input" / (f"{kind}-{digest}/{name}" if name else f"{kind}-{digest}.jsonl")
     if env.rank == 0 and not path.is_file():
@@ -151,7 +158,7 @@ def _wait_for(path: Path) -> None:
 
 
 def _leave_groups() -> None:
-    """So that the program may train again."""
+    """Destroy the process groups, so that the program can train again."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

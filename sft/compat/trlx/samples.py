@@ -1,15 +1,15 @@
-"""Samples -> token ids and loss masks, step by step as trlx's NeMo trainer makes them.
+"""Turn samples into token ids and loss masks, step by step as trlx's NeMo trainer does.
 
-Tokenize without special tokens, cut to `seq_length` on the tokenizer's truncation side, put BOS in front and EOS behind
-where the config says so, and keep the first `max_length` ids. The mask is 1 on every id and 0 on padding, by length: an
-end token that is also the padding token keeps its weight.
+Tokenize without special tokens, cut to `seq_length` on the tokenizer's truncation side, add BOS before and EOS after if
+the config says so, and keep the first `max_length` ids. Of a text all ids are trained, of prompts and outputs the
+outputs. Padding follows from lengths, so an end token that is also the padding token keeps its weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ from sft.data.batches.sampler import cyclic_order
 Sample = str | Sequence[str]
 """A text; or prompt and completion; or prompt, output, prompt, output, and so on."""
 
+_T = TypeVar("_T")
 
-class ShuffledCyclicSequence:
-    """`data` seen through a permutation of `new_length` places; place p holds data[p % len(data)]."""
 
-    def __init__(self, new_length: int, data: Sequence[Any], seed: int) -> None:
+class ShuffledCyclicSequence(Generic[_T]):
+    """`data` repeated to `new_length` places, in an order given by a random permutation of the places."""
+
+    def __init__(self, new_length: int, data: Sequence[_T], seed: int) -> None:
         self.new_length = new_length
         self.data = data
         self.perm = torch.from_numpy(cyclic_order(new_length, seed))
@@ -33,39 +35,40 @@ class ShuffledCyclicSequence:
     def __len__(self) -> int:
         return self.new_length
 
-    def __getitem__(self, idx: int) -> Any:
+    def __getitem__(self, idx: int) -> _T:
         return self.data[int(self.perm[idx]) % len(self.data)]
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Ids of one sample and whether each is trained."""
+    """The ids of one sample, and 1.0 for each that is trained."""
 
     input_ids: tuple[int, ...]
     loss_mask: tuple[float, ...]
 
     @property
     def has_targets(self) -> bool:
-        """Whether anything is learnt from it; the first token is predicted by nothing."""
-        return any(self.loss_mask[1:])
+        """Whether anything is learnt from it."""
+        return any(self.loss_mask[1:])  # nothing predicts the first token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleEncoder:
-    """How samples become tokens."""
+    """Turns samples into tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     seq_length: int
-    """What a sample is cut to before BOS and EOS (train.seq_length)."""
+    """Length to cut a sample to before BOS and EOS are added (train.seq_length)."""
     max_length: int
-    """What is kept of it with them (model.encoder_seq_length)."""
+    """Length to cut it to after that (model.encoder_seq_length)."""
     add_bos: bool = False
     add_eos: bool = True
 
     def __call__(self, sample: Sample, where: str = "sample") -> Tokens:
-        """A text is trained whole; of prompts and outputs the outputs are, and the end."""
+        """Return the tokens of a sample, or raise DataError beginning with `where`."""
         ids, mask = self._phrases(sample, where)
-        ids, mask = (_cut(values, self.seq_length, self.tokenizer.truncation_side) for values in (ids, mask))
+        side = self.tokenizer.truncation_side
+        ids, mask = _cut(ids, self.seq_length, side), _cut(mask, self.seq_length, side)
         if self.add_bos:
             ids, mask = [self._special("bos"), *ids], [float(isinstance(sample, str)), *mask]
         if self.add_eos and (isinstance(sample, str) or ids[-1:] != [self._special("eos")]):
@@ -78,11 +81,11 @@ class SampleEncoder:
             return ids, [1.0] * len(ids)
         if isinstance(sample, Mapping) or not all(isinstance(phrase, str) for phrase in sample):
             raise DataError(
-                f"{where}: a sample is a text, or prompt and output by turns; messages with roles need a chat "
-                "template: write them to a file and name it by data.train (docs/how-to/data.md)"
+                f"{where}: a sample is a text, or prompts and outputs in turn; messages with roles need a chat "
+                "template: write them to a file and name it in data.train (docs/how-to/data.md)"
             )
         if not sample or len(sample) % 2:
-            raise DataError(f"{where}: {len(sample)} phrases; prompt and output by turns are an even number")
+            raise DataError(f"{where}: {len(sample)} texts; prompts and outputs in turn are an even number")
         phrases = [self._ids(phrase) for phrase in sample]
         mask = [float(number % 2) for number, ids in enumerate(phrases) for _ in ids]
         return [token for ids in phrases for token in ids], mask
@@ -98,14 +101,14 @@ class SampleEncoder:
         return token
 
 
-def _cut(values: list[Any], length: int, side: str) -> list[Any]:
+def _cut(values: list[_T], length: int, side: str) -> list[_T]:
     return values[max(len(values) - length, 0) :] if side == "left" else values[:length]
 
 
 def collate(samples: Sequence[Tokens], length: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids [b, length] padded on the right and masks [b, length]: the batch that the original's model was given.
+    """Return ids and masks [b, length], padded on the right: the batch that trlx gives its model.
 
-    Ours pads to the longest row only, which changes no loss; this is for comparison.
+    It is for comparison. Our batches are padded only to the longest row, which does not change the loss.
     """
     ids = [[*sample.input_ids, *[pad_id] * (length - len(sample.input_ids))] for sample in samples]
     masks = [[*sample.loss_mask, *[0.0] * (length - len(sample.loss_mask))] for sample in samples]
@@ -113,7 +116,7 @@ def collate(samples: Sequence[Tokens], length: int, pad_id: int) -> tuple[Tensor
 
 
 class PromptPipeline(Sequence[dict[str, Any]]):
-    """Tokenized prompts, each with what else stood beside `prompt` where prompts are dicts."""
+    """Tokenized prompts. Of prompts that are dicts, the other keys are kept."""
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class PromptPipeline(Sequence[dict[str, Any]]):
         ]
 
     def _ids(self, text: str, length: int, add_special_tokens: bool) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return _cut(ids, length, self.tokenizer.truncation_side)
 
     def __len__(self) -> int:

@@ -1,13 +1,13 @@
-"""What becomes of each setting of a TRLConfig: one of our keys, no effect for a reason, or a refusal by name.
+"""Convert each setting of a TRLConfig: to one of our keys, to a note that it has no effect, or to an error.
 
-trlx's NeMo trainer read seq_length, seed, gen_kwargs and the truncation side, and passed over the rest in silence in
-favour of the NeMo config. Here the NeMo config decides where both speak, and a warning names each contradiction; where
-it is silent, the TRLConfig decides. Without a NeMo config the TRLConfig decides alone.
+trlx's NeMo trainer reads seq_length, seed, gen_kwargs and the truncation side, and silently ignores the rest in favour
+of the NeMo config. Here the NeMo config wins where both have a setting, and a warning names each contradiction. What it
+does not set, the TRLConfig does. Without a NeMo config the TRLConfig decides alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,22 @@ from sft.compat.trlx.configs import SFTConfig, TRLConfig
 from sft.compat.trlx.megatron_cfg import MegatronConfig
 from sft.runtime.rank_env import RankEnv
 
-Settings = dict[str, tuple[Any, str]]
-"""Our key -> value, and the TRLConfig key it comes from."""
+Settings = dict[str, tuple[object, str]]
+"""For each of our keys the value, and the TRLConfig key that it comes from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settled:
-    """The outcome of both configs."""
+    """The settings of both configs together."""
 
     values: Mapping[str, Leaf]
-    """Our keys, as launcher.contract.config.load takes them."""
+    """By our keys, in the form that launcher.contract.config.load takes."""
     notes: tuple[str, ...]
-    """Contradictions, and what has no effect, for a warning."""
+    """Contradictions and settings without effect, for a warning."""
 
 
 def settle(config: TRLConfig, megatron: MegatronConfig | None, env: RankEnv) -> Settled:
-    """The settings of both configs; ConfigError with every one that is refused."""
+    """Return the settings of both configs, or raise ConfigError with every setting that is not supported."""
     problems: list[str] = []
     ours = _training(config) | _optimizer(config, problems) | _schedule(config, problems)
     ours |= _generation(config, problems) | _lora(config, problems)
@@ -49,26 +49,27 @@ def settle(config: TRLConfig, megatron: MegatronConfig | None, env: RankEnv) -> 
         values = {key: leaf for key, leaf in values.items() if key not in ("logging.wandb", "logging.tensorboard")}
     _overlay(values, megatron, notes)
     if values.pop("train.epochs", None) is not None:
-        notes.append("trainer.max_epochs gives way to train.total_steps: the order of the data has no epochs")
+        notes.append("trainer.max_epochs is replaced by train.total_steps: this order of the data has no epochs")
     return Settled(values=values, notes=tuple(notes))
 
 
 def _overlay(values: dict[str, Leaf], megatron: MegatronConfig, notes: list[str]) -> None:
-    """Put the NeMo config's settings over ours; what it only implies by silence goes beneath them."""
+    """Let the NeMo config's settings replace those in `values`, except defaults of keys that it does not have."""
+    # The schedule is replaced as a whole: parts of two schedules would be a third one.
     schedule = [key for key in values if key in _SCHEDULE]
     if megatron.speaks_of("model.optim.sched."):
         for key in schedule:
             before = values.pop(key)
             theirs = {name: value for name, value, _ in megatron.conversion.settings()}
             if key in theirs and theirs[key] != before.value:
-                notes.append(f"{before.where} gives way to model.optim.sched: {key} is {theirs[key]}")
+                notes.append(f"{before.where} is replaced by model.optim.sched: {key} is {theirs[key]}")
     for key, value, outcome in megatron.conversion.settings():
         implied = outcome.key not in megatron.entries or megatron.value(outcome.key) is None
-        before_it = values.get(key)
-        if before_it is not None and implied:
+        ours = values.get(key)
+        if ours is not None and implied:
             continue
-        if before_it is not None and before_it.value != value:
-            notes.append(f"{before_it.where} {before_it.value} gives way to {outcome.key} {value}")
+        if ours is not None and ours.value != value:
+            notes.append(f"{ours.where} {ours.value} is replaced by {outcome.key} {value}")
         values[key] = Leaf(value, "file", f"{outcome.where}: {outcome.key}")
 
 
@@ -76,9 +77,9 @@ _SCHEDULE = ("train.optimizer.schedule", "train.optimizer.min_lr", "train.optimi
 
 
 def _training(config: TRLConfig) -> Settings:
-    """Length, batch, data order, loggers."""
+    """Return the settings of steps, batch, data order and loggers."""
     train = config.train
-    found: Settings = {
+    settings: Settings = {
         "train.max_steps": (train.total_steps, "train.total_steps"),
         "train.global_batch_size": (train.batch_size, "train.batch_size"),
         "data.cyclic_seed": (train.seed, "train.seed"),
@@ -88,16 +89,16 @@ def _training(config: TRLConfig) -> Settings:
         "data.format": ("tokens", "samples"),
     }
     if train.minibatch_size is not None:
-        found["train.micro_batch_size"] = (train.minibatch_size, "train.minibatch_size")
+        settings["train.micro_batch_size"] = (train.minibatch_size, "train.minibatch_size")
     if train.tracker == "wandb":
-        found["logging.wandb"] = (train.project_name, "train.tracker wandb")
+        settings["logging.wandb"] = (train.project_name, "train.tracker wandb")
     if train.tracker == "tensorboard":
-        found["logging.tensorboard"] = (True, "train.tracker tensorboard")
-    return found
+        settings["logging.tensorboard"] = (True, "train.tracker tensorboard")
+    return settings
 
 
 def _alone(config: TRLConfig, env: RankEnv) -> Settings:
-    """What a NeMo config would have said: data parallel over the ranks that there are, train.batch_size on each."""
+    """Return what else a NeMo config would set: data parallelism over all ranks, with train.batch_size on each."""
     import torch
 
     train = config.train
@@ -118,20 +119,24 @@ def _optimizer(config: TRLConfig, problems: list[str]) -> Settings:
     name, kwargs = config.optimizer.name.lower(), dict(config.optimizer.kwargs)
     if name != "adamw" and not (name == "adam" and not kwargs.get("weight_decay")):
         problems.append(f"optimizer.name: {config.optimizer.name!r} is not supported; adamw is")
-    section, found = "train.optimizer.", dict[str, tuple[Any, str]]()
+    settings: Settings = {}
+    section = "train.optimizer."
     if "betas" in kwargs:
         beta1, beta2 = kwargs.pop("betas")
-        found[f"{section}beta1"] = (_number(beta1), "optimizer.kwargs.betas")
-        found[f"{section}beta2"] = (_number(beta2), "optimizer.kwargs.betas")
+        settings[f"{section}beta1"] = (_number(beta1), "optimizer.kwargs.betas")
+        settings[f"{section}beta2"] = (_number(beta2), "optimizer.kwargs.betas")
     for key in ("lr", "eps", "weight_decay"):
         if key in kwargs:
-            found[f"{section}{key}"] = (_number(kwargs.pop(key)), f"optimizer.kwargs.{key}")
+            settings[f"{section}{key}"] = (_number(kwargs.pop(key)), f"optimizer.kwargs.{key}")
     problems += _unknown("optimizer.kwargs", kwargs, ("lr", "betas", "eps", "weight_decay"))
-    return found
+    return settings
 
 
 def _schedule(config: TRLConfig, problems: list[str]) -> Settings:
-    """torch's CosineAnnealingLR up to T_max; from there on it stays at eta_min, where torch's would rise again."""
+    """Return the settings of torch's CosineAnnealingLR up to T_max.
+
+    After T_max the rate stays at eta_min, where torch's would rise again.
+    """
     if config.scheduler.name.lower() != "cosine_annealing":
         problems.append(f"scheduler.name: {config.scheduler.name!r} is not supported; cosine_annealing is")
         return {}
@@ -140,25 +145,25 @@ def _schedule(config: TRLConfig, problems: list[str]) -> Settings:
     problems += _unknown("scheduler.kwargs", kwargs, ("T_max", "eta_min"))
     shape = "constant" if floor == _number(config.optimizer.kwargs.get("lr", 1e-3)) else "cosine"
     where = "scheduler.kwargs"
-    found: Settings = {"train.optimizer.schedule": (shape, where)}
+    settings: Settings = {"train.optimizer.schedule": (shape, where)}
     if shape == "cosine":
-        found["train.optimizer.min_lr"] = (floor, f"{where}.eta_min")
-        found["train.optimizer.decay_steps"] = (int(steps), f"{where}.T_max")
-    return found
+        settings["train.optimizer.min_lr"] = (floor, f"{where}.eta_min")
+        settings["train.optimizer.decay_steps"] = (int(steps), f"{where}.T_max")
+    return settings
 
 
 _GENERATION = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "use_greedy", "do_sample")
 
 
 def _generation(config: TRLConfig, problems: list[str]) -> Settings:
-    """gen_kwargs; what is absent has the values of trlx's NeMo trainer."""
+    """Return the settings of gen_kwargs, with the defaults of trlx's NeMo trainer for those that are absent."""
     if not isinstance(config.method, SFTConfig):
         problems.append(f"method: {type(config.method).__name__} is not SFTConfig, and nothing else is trained here")
         return {}
     kwargs = dict(config.method.gen_kwargs)
     problems += _unknown("method.gen_kwargs", set(kwargs) - {"greedy", "eos_token_id", "pad_token_id"}, _GENERATION)
     greedy = kwargs.get("use_greedy", kwargs.get("greedy", False)) or kwargs.get("do_sample") is False
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "max_new_tokens": kwargs.get("max_new_tokens", 64),
         "temperature": 0.0 if greedy else kwargs.get("temperature", 1.0),
         "top_k": kwargs.get("top_k") or None,
@@ -166,7 +171,9 @@ def _generation(config: TRLConfig, problems: list[str]) -> Settings:
         "repetition_penalty": kwargs.get("repetition_penalty", 1.2),
     }
     lists = [name for name, value in values.items() if isinstance(value, (list, tuple))]
-    problems += [f"method.gen_kwargs.{name}: {values[name]}: one value, not a sweep over several" for name in lists]
+    problems += [
+        f"method.gen_kwargs.{name}: {values[name]}: give one value, not a sweep over several" for name in lists
+    ]
     return {f"evaluation.{name}": (value, f"method.gen_kwargs.{name}") for name, value in values.items()}
 
 
@@ -193,7 +200,7 @@ def _lora(config: TRLConfig, problems: list[str]) -> Settings:
 
 
 def _refused(config: TRLConfig) -> list[str]:
-    """What would train something else than was asked for."""
+    """Return a problem for each setting without which something else would be trained than was asked for."""
     model, tokenizer, train = config.model, config.tokenizer, config.train
     wrong = {
         f"model.model_arch_type: {model.model_arch_type!r}; causal models only": model.model_arch_type != "causal",
@@ -209,7 +216,7 @@ def _refused(config: TRLConfig) -> list[str]:
         f"train.pipeline: {train.pipeline!r} is not supported; PromptPipeline is": (
             train.pipeline.lower() != "promptpipeline"
         ),
-        f"train.tracker: {train.tracker!r} is none of wandb, tensorboard, None": (
+        f"train.tracker: {train.tracker!r} is not wandb, tensorboard or None": (
             train.tracker not in ("wandb", "tensorboard", None)
         ),
         "train.rollout_logging_dir: there are no rollouts without a reward; leave it None": train.rollout_logging_dir,
@@ -227,7 +234,7 @@ def _without_effect(config: TRLConfig) -> list[str]:
 
 
 def run_place(config: TRLConfig, megatron: MegatronConfig | None) -> Path:
-    """The run directory: exp_manager's where it names one, else checkpoint_dir, and run_name below it."""
+    """Return the run directory: that of exp_manager if it names one, else checkpoint_dir with run_name below it."""
     if megatron is not None:
         if explicit := megatron.value("exp_manager.explicit_log_dir"):
             return Path(explicit).absolute()
@@ -237,7 +244,7 @@ def run_place(config: TRLConfig, megatron: MegatronConfig | None) -> Path:
     return root / config.train.run_name if config.train.run_name else root
 
 
-def _unknown(section: str, keys: Any, known: tuple[str, ...]) -> list[str]:
+def _unknown(section: str, keys: Iterable[str], known: tuple[str, ...]) -> list[str]:
     return [
         f"{section}.{key}: not supported{did_you_mean(key, known)}; known: {', '.join(known)}"
         for key in keys
@@ -246,5 +253,5 @@ def _unknown(section: str, keys: Any, known: tuple[str, ...]) -> list[str]:
 
 
 def _number(value: Any) -> float:
-    """YAML reads 1e-5, without a dot, as text."""
-    return float(value)
+    """Return the number that a config holds."""
+    return float(value)  # YAML reads 1e-5, without a dot, as a text

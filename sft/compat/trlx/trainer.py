@@ -1,4 +1,4 @@
-"""NeMoSFTTrainer: trlx's interface around a run of this project."""
+"""NeMoSFTTrainer, trlx's interface around a run of this project."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from sft.generation.prompts import Metric
 from sft.runtime.rank_env import RankEnv
 from sft.training.trainer import megatron_trainer as our_trainer
 
-MegatronCfg = str | Path | Mapping[str, Any] | DictConfig
+MegatronCfg = str | Path | Mapping[str, object] | DictConfig
 
 
 class BaseRLTrainer:
-    """What trainers of other programs derive from."""
+    """Base class of trainers, also of those that programs register."""
 
     def __init__(
         self,
         config: TRLConfig,
-        reward_fn: Any = None,
+        reward_fn: object = None,
         metric_fn: Optional[Callable[..., Any]] = None,
-        logit_mask: Any = None,
+        logit_mask: object = None,
         stop_sequences: Optional[Sequence[str]] = None,
         train_mode: bool = False,
     ) -> None:
@@ -53,15 +53,15 @@ class BaseRLTrainer:
         self.logit_mask = logit_mask
         self.stop_sequences = stop_sequences
         self.train_mode = train_mode
-        self.store: Sequence[Any] = ()
+        self.store: Sequence[object] = ()
         self.eval_pipeline: Sequence[Mapping[str, Any]] = ()
 
     def add_eval_pipeline(self, eval_pipeline: Sequence[Mapping[str, Any]]) -> None:
-        """What is answered at evaluations; empty switches them off."""
+        """Set the prompts that evaluations answer. Without prompts nothing is evaluated."""
         self.eval_pipeline = eval_pipeline
 
     def make_experience(self, samples: Sequence[Sample], seq_length: int) -> None:
-        """Take over what is trained on."""
+        """Set the samples to train on."""
         raise NotImplementedError
 
     def learn(self) -> None:
@@ -71,7 +71,7 @@ class BaseRLTrainer:
 
 @register_trainer
 class NeMoSFTTrainer(BaseRLTrainer):
-    """Fine-tunes on samples; `overrides` are keys of this project's own config, above all others."""
+    """Fine-tunes on samples. `overrides` are keys of this project's own config, which win over all others."""
 
     def __init__(
         self,
@@ -79,12 +79,14 @@ class NeMoSFTTrainer(BaseRLTrainer):
         metric_fn: Optional[Callable[..., Any]] = None,
         megatron_cfg: Optional[MegatronCfg] = None,
         pretrained_model: Optional[str] = None,
-        overrides: Optional[Mapping[str, Any]] = None,
+        overrides: Optional[Mapping[str, object]] = None,
         **kwargs: Any,
     ) -> None:
         for name in ("reward_fn", "logit_mask"):
             if kwargs.get(name) is not None:
-                raise ConfigError(f"{name}: of reinforcement learning, which this project does not do; leave it out")
+                raise ConfigError(
+                    f"{name}: belongs to reinforcement learning, which this project does not do; leave it out"
+                )
         unknown = set(kwargs) - set(inspect.signature(BaseRLTrainer.__init__).parameters)
         if unknown:
             raise ConfigError([f"train.trainer_kwargs.{name}: not an argument of NeMoSFTTrainer" for name in unknown])
@@ -100,16 +102,16 @@ class NeMoSFTTrainer(BaseRLTrainer):
             self.megatron_cfg = read_megatron_config(megatron_cfg, len(self.tokenizer))
         self._settled = settle(config, self.megatron_cfg, self._env)
         if self._settled.notes:
-            self._say("\n".join(["settings that contradict each other, or have no effect:", *self._settled.notes]))
+            self._say("\n".join(["settings that contradict each other or have no effect:", *self._settled.notes]))
         self.batch_size = cast(int, self._settled.values["train.global_batch_size"].value)
         self.max_length = cast(int, self._settled.values["data.seq_length"].value)
         self.paths = RunPaths(run_place(config, self.megatron_cfg))
         """The run directory: metrics, checkpoints, and the exported model."""
 
     def make_experience(self, samples: Sequence[Sample], seq_length: int) -> None:
-        """Tokenize all samples; those in which nothing is left to train on are left out, with a warning."""
+        """Tokenize all samples, and warn about those with nothing to train on, which are left out."""
         if not samples:
-            raise DataError("samples: there are none")
+            raise DataError("samples: none given")
         encode = SampleEncoder(
             tokenizer=self.tokenizer,
             seq_length=seq_length,
@@ -129,7 +131,7 @@ class NeMoSFTTrainer(BaseRLTrainer):
     def learn(self) -> None:
         """Train, evaluate, checkpoint and export into the run directory.
 
-        SystemExit with the exit code for it when the run was asked to stop before its end.
+        Raise SystemExit with the exit code if the run is stopped before its end.
         """
         if not self.store:
             raise DataError("samples: nothing to train on; call make_experience with samples first")
@@ -148,19 +150,20 @@ class NeMoSFTTrainer(BaseRLTrainer):
         return self.megatron_cfg.value(f"model.data.{name}", default) if self.megatron_cfg else default
 
     def _model(self) -> dict[str, Leaf]:
-        """The model by the first that names one, and the tokenizer."""
-        found = {"model.tokenizer": Leaf(str(_tokenizer_dir(self.config, self.pretrained_model)), "file", "tokenizer")}
+        """Return the settings of tokenizer and model, the latter from the first argument or config that names one."""
+        tokenizer = Leaf(str(_tokenizer_dir(self.config, self.pretrained_model)), "file", "tokenizer")
         path = _weights(self.config, self.megatron_cfg, self.pretrained_model)
         if path is None:
-            return found
+            return {"model.tokenizer": tokenizer}
         if self.megatron_cfg is not None and self.megatron_cfg.conversion.model is not None:
             shape = _shape_of(path)
             if shape is not None:
                 described = self.megatron_cfg.conversion.model
                 check_described(described, shape, "megatron_cfg", str(path), ignored=("vocab_size",))
-        return found | {"model.path": Leaf(str(path), "file", "pretrained_model")}
+        return {"model.tokenizer": tokenizer, "model.path": Leaf(str(path), "file", "pretrained_model")}
 
-    def _spelled_out(self) -> Mapping[str, Any]:
+    def _spelled_out(self) -> Mapping[str, object]:
+        """Return the config.json of the model that megatron_cfg describes, or raise ModelError if it describes none."""
         described = self.megatron_cfg.conversion.model if self.megatron_cfg is not None else None
         if described is None:
             raise ModelError(
@@ -171,7 +174,7 @@ class NeMoSFTTrainer(BaseRLTrainer):
         return described
 
     def _prompts(self) -> list[dict[str, Any]]:
-        """Prompts with BOS where the config says so, and never EOS; none where evaluation is off."""
+        """Return the prompts, with BOS if the config says so and without EOS. Return none if evaluation is off."""
         if self.megatron_cfg is not None and self.megatron_cfg.value("trainer.limit_val_batches", 1) == 0:
             return []
         bos = [int(self.tokenizer.bos_token_id)] if self._data("add_bos", False) else []
@@ -204,7 +207,7 @@ class NeMoSFTTrainer(BaseRLTrainer):
         return {} if point is None else {"checkpoint.resume_from": Leaf(point, "file", "train.resume_from_checkpoint")}
 
     def _metric(self) -> Metric | None:
-        """metric_fn, given those arguments that it takes: samples first, and what stood beside the prompts."""
+        """Return metric_fn wrapped so that it gets the arguments it takes, other keys of the prompts among them."""
         function = self.metric_fn
         if function is None:
             return None
@@ -214,7 +217,7 @@ class NeMoSFTTrainer(BaseRLTrainer):
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         names = {parameter.name for parameter in parameters}
 
-        def metric(samples: list[str], **others: Any) -> Mapping[str, Any]:
+        def metric(samples: list[str], **others: object) -> Mapping[str, object]:
             wanted = {name: value for name, value in (others | columns).items() if takes_all or name in names}
             if "samples" in names:
                 return function(samples=samples, **wanted)  # type: ignore[no-any-return]
@@ -229,9 +232,9 @@ class NeMoSFTTrainer(BaseRLTrainer):
 
 
 def megatron_trainer(cfg: MegatronCfg) -> pl.Trainer:
-    """A Lightning trainer for SFTGPT as a NeMo config has it: ranks, precision, strategy, number of steps, seed.
+    """Return a Lightning trainer for SFTGPT with the ranks, precision, strategy, steps and seed of a NeMo config.
 
-    NeMoSFTTrainer makes its own, which also evaluates and saves; this one is for loops of other programs.
+    NeMoSFTTrainer makes its own, which also evaluates and saves. This one is for programs with their own loop.
     """
     megatron = read_megatron_config(cfg, vocab_size=1)
     leaves = Leaves(
@@ -246,7 +249,7 @@ def megatron_trainer(cfg: MegatronCfg) -> pl.Trainer:
 
 
 def _name_for_wandb(config: TRLConfig) -> None:
-    """entity_name, group_name and tags by the variables that W&B reads; what is set already stays."""
+    """Set the variables with which W&B reads entity_name, group_name and tags, unless they are set already."""
     train = config.train
     given = {"ENTITY": train.entity_name, "RUN_GROUP": train.group_name, "TAGS": ",".join(train.tags or ())}
     for name, text in given.items():
@@ -255,7 +258,7 @@ def _name_for_wandb(config: TRLConfig) -> None:
 
 
 def _weights(config: TRLConfig, megatron: MegatronConfig | None, pretrained: str | None) -> Path | None:
-    """Where weights are: pretrained_model, restore_from_path, or model_path where it exists; None where nowhere."""
+    """Return where the weights are: pretrained_model, restore_from_path, or model_path if it exists; else None."""
     restore = megatron and (megatron.value("restore_from_path") or megatron.value("model.restore_from_path"))
     named = pretrained or restore
     if named:
@@ -269,7 +272,7 @@ def _shape_of(path: Path) -> ModelShape | None:
 
 
 def _tokenizer_dir(config: TRLConfig, pretrained: str | None) -> Path:
-    """tokenizer_path where it exists, else the model's own directory."""
+    """Return tokenizer_path if it exists, else the model's own directory, or raise ModelError."""
     places = [config.tokenizer.tokenizer_path, pretrained, config.model.model_path]
     for place in places:
         if place and Path(place).is_dir() and not is_checkpoint(Path(place)):
@@ -281,7 +284,7 @@ def _tokenizer_dir(config: TRLConfig, pretrained: str | None) -> Path:
 
 
 def _tokenizer(config: TRLConfig, pretrained: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, set as the original sets it."""
+    """Return the tokenizer with the truncation side and padding token that trlx gives it."""
     tokenizer = load_tokenizer(_tokenizer_dir(config, pretrained))
     tokenizer.truncation_side = config.tokenizer.truncation_side
     if tokenizer.pad_token is None:

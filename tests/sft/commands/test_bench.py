@@ -12,30 +12,30 @@ from launcher.contract.model_shape import named_model_shape
 from launcher.contract.spec import TopologySpec
 from launcher.contract.topology import build_topology
 from sft.__main__ import main
-from sft.bench.layout import micro_batch_rows, parse_layout, replica_size
 from sft.bench.ours import BenchData, run_spec
 from sft.bench.overlap import busy, exposed, union
 from sft.bench.phases import PhaseTimers
 from sft.bench.result import StepClock
+from sft.bench.topology import micro_batch_rows, parse_topology, replica_size
 from sft.bench.workload import Workload
 from sft.data.batches.sampler import EMPTY_SLOT
 
 
 def test_layouts_by_name() -> None:
-    assert parse_layout("dp") == TopologySpec()
-    assert parse_layout("dp8") == TopologySpec()
-    assert parse_layout("tp2+sp") == TopologySpec(tensor_parallel=2, sequence_parallel=True)
-    found = parse_layout("tp4+pp2+vp3+cp2")
+    assert parse_topology("dp") == TopologySpec()
+    assert parse_topology("dp8") == TopologySpec()
+    assert parse_topology("tp2+sp") == TopologySpec(tensor_parallel=2, sequence_parallel=True)
+    found = parse_topology("tp4+pp2+vp3+cp2")
     assert found == TopologySpec(tensor_parallel=4, pipeline_parallel=2, virtual_pipeline=3, context_parallel=2)
     assert replica_size(found) == 16
-    with pytest.raises(TopologyError, match="'zp2' is none of"):
-        parse_layout("tp2+zp2")
+    with pytest.raises(TopologyError, match="'zp2' is not one of"):
+        parse_topology("tp2+zp2")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology", "zp2"], "error: --topology zp2: 'zp2' is none of dp, tpN"),
+        (["--topology", "zp2"], "error: --topology zp2: 'zp2' is not one of dp, tpN"),
         (["--shape", "1c"], "error: '1c' is not a known model size"),
     ],
 )
@@ -50,14 +50,14 @@ def test_wrong_words_end_it_with_2(arguments: list[str], message: str, capsys: p
 )
 def test_rows_of_a_micro_batch(layout: str, rows: int, micro_batches: int, expected: int) -> None:
     """A GPU's rows times the GPUs of a model, cut; a pipeline of two has eight micro-batches if there are as many."""
-    assert micro_batch_rows(parse_layout(layout), rows, micro_batches) == expected
+    assert micro_batch_rows(parse_topology(layout), rows, micro_batches) == expected
 
 
 @pytest.mark.parametrize("layout", ["dp", "tp2+sp", "pp2", "tp2+cp2"])
 def test_no_example_comes_twice(layout: str) -> None:
     """A step has the rows of each GPU, however many of them train one replica."""
     workload, steps = Workload(shape="0.5b", data="ragged", seq_length=512, rows=2), 5
-    spec = run_spec(workload, Path("model"), 4, parse_layout(layout), {}, 1, steps)
+    spec = run_spec(workload, Path("model"), 4, parse_topology(layout), {}, 1, steps)
     data = BenchData(workload, spec, build_topology(spec, workload.model_shape), steps)
     slots = [slot for step in range(steps) for slot in data.schedule.examples_at(step).tolist()]
     ids = [slot for slot in slots if slot != EMPTY_SLOT]

@@ -46,7 +46,7 @@ def trl_config(model: Path | str, **train: Any) -> dict[str, Any]:
 
 
 def megatron_config(ranks: int = 1, **model: Any) -> dict[str, Any]:
-    """A NeMo config for CPU ranks that spells no model out."""
+    """A NeMo config for CPU ranks without the sizes of a model."""
     return {
         "trainer": {
             "devices": ranks,

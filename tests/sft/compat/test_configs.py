@@ -127,5 +127,5 @@ def test_trainers_are_found_by_name_whatever_its_case() -> None:
 
 @pytest.mark.parametrize("name", ["reward_fn", "rewards", "dataset", "prompts"])
 def test_rewards_are_refused_by_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}: of reinforcement learning"):
+    with pytest.raises(ConfigError, match=f"{name}: belongs to reinforcement learning"):
         trlx.train(samples=["a"], config=default_sft_config(), **{name: [1.0]})  # type: ignore[arg-type]

@@ -120,9 +120,9 @@ def test_a_dialog_is_cut_as_a_whole() -> None:
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (("A", "B", "C"), r"samples\[3\]: 3 phrases; prompt and output by turns are an even number"),
-        ((), r"samples\[3\]: 0 phrases"),
-        (({"role": "user", "content": "A"},), r"samples\[3\]: a sample is a text, or prompt and output"),
+        (("A", "B", "C"), r"samples\[3\]: 3 texts; prompts and outputs in turn are an even number"),
+        ((), r"samples\[3\]: 0 texts"),
+        (({"role": "user", "content": "A"},), r"samples\[3\]: a sample is a text, or prompts and outputs"),
     ],
 )
 def test_other_samples_are_refused_by_number(sample: object, message: str) -> None:

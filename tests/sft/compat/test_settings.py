@@ -1,4 +1,4 @@
-"""Every setting of a TRLConfig is honoured, mapped, or refused by name; the NeMo config decides where both speak."""
+"""Every setting of a TRLConfig is used, noted as without effect, or refused by name. A NeMo config wins over it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_wandb_is_told_entity_group_and_tags(monkeypatch: pytest.MonkeyPatch) ->
 
 REFUSED: list[tuple[str, Any, str]] = [
     ("method__gen_kwargs", {"num_beams": 4}, "method.gen_kwargs.num_beams: not supported"),
-    ("method__gen_kwargs", {"top_p": [0.5, 0.9]}, "method.gen_kwargs.top_p: [0.5, 0.9]: one value"),
+    ("method__gen_kwargs", {"top_p": [0.5, 0.9]}, "method.gen_kwargs.top_p: [0.5, 0.9]: give one value"),
     ("model__model_arch_type", "seq2seq", "model.model_arch_type: 'seq2seq'; causal"),
     ("model__num_layers_unfrozen", 2, "model.num_layers_unfrozen: 2; layers cannot be frozen"),
     ("model__model_extra_configs", {"a": 1}, "model.model_extra_configs: not passed on"),
@@ -104,7 +104,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("scheduler__name", "linear", "scheduler.name: 'linear' is not supported"),
     ("scheduler__kwargs", {"T_mx": 1}, "scheduler.kwargs.T_mx: not supported; did you mean 'T_max'?"),
     ("train__pipeline", "Mine", "train.pipeline: 'Mine' is not supported"),
-    ("train__tracker", "aim", "train.tracker: 'aim' is none of"),
+    ("train__tracker", "aim", "train.tracker: 'aim' is not wandb"),
     ("train__rollout_logging_dir", "x", "train.rollout_logging_dir: there are no rollouts"),
 ]
 
@@ -118,7 +118,7 @@ def test_settings_are_refused_by_name(key: str, given: Any, message: str) -> Non
 
 
 def test_every_field_is_accounted_for() -> None:
-    """A field that a later version adds must be given a fate; those read elsewhere are named."""
+    """A field that a later version adds must be handled; those read elsewhere are listed."""
     elsewhere = {
         "method.name",  # chooses the class
         "model.model_path", "tokenizer.tokenizer_path",  # found on disk by the trainer
@@ -148,16 +148,16 @@ def test_the_nemo_config_decides_where_both_speak_and_says_so() -> None:
     assert found.values["train.global_batch_size"].value == 8
     assert found.values["train.max_steps"].value == 7
     assert found.values["train.optimizer.lr"].value == 3e-3
-    assert "train.batch_size 4 gives way to model.global_batch_size 8" in found.notes
-    assert "train.total_steps 4 gives way to trainer.max_steps 7" in found.notes
-    assert "optimizer.kwargs.lr 1.0 gives way to model.optim.lr 0.003" in found.notes
+    assert "train.batch_size 4 is replaced by model.global_batch_size 8" in found.notes
+    assert "train.total_steps 4 is replaced by trainer.max_steps 7" in found.notes
+    assert "optimizer.kwargs.lr 1.0 is replaced by model.optim.lr 0.003" in found.notes
 
 
 def test_where_the_nemo_config_is_silent_the_trlconfig_decides() -> None:
     megatron = megatron_config()
     del megatron["trainer"]["max_steps"], megatron["model"]["optim"]
     found = settled(megatron, scheduler__kwargs={"eta_min": 1e-3}, train__minibatch_size=2)
-    assert found.notes == ("train.minibatch_size 2 gives way to model.micro_batch_size 1",)
+    assert found.notes == ("train.minibatch_size 2 is replaced by model.micro_batch_size 1",)
     assert found.values["train.max_steps"].value == 4
     assert found.values["train.optimizer.min_lr"].value == 1e-3
     assert found.values["train.optimizer.lr"].value == 3e-3
@@ -204,7 +204,7 @@ def test_default_shapes_convert(name: str) -> None:
 def test_a_trainer_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
     given = TRLConfig.from_dict(trl_config(model))
-    with pytest.raises(ConfigError, match="reward_fn: of reinforcement learning"):
+    with pytest.raises(ConfigError, match="reward_fn: belongs to reinforcement learning"):
         trlx.NeMoSFTTrainer(given, reward_fn=len)
     with pytest.raises(ConfigError, match=r"train\.trainer_kwargs\.megatron_config: not an argument"):
         trlx.NeMoSFTTrainer(given, megatron_config="x")
@@ -214,7 +214,7 @@ def test_a_trainer_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     trainer.paths = dataclasses.replace(trainer.paths, root=tmp_path / "run")
     with pytest.warns(UserWarning, match=r"samples \[1\] have no token to train on and are left out \(1 of 2\)"):
         trainer.make_experience(["a b c", ""], 64)
-    with pytest.raises(ConfigError, match=r"= 2 ranks, and 1 were started; start the program once for each"):
+    with pytest.raises(ConfigError, match=r"= 2 ranks, but 1 were started; start the program once for each"):
         trainer.learn()
 
 
@@ -227,7 +227,7 @@ def test_checkpoints_of_another_run_are_not_gone_on_from_unasked(tmp_path: Path)
         TRLConfig.from_dict(trl_config(model, checkpoint_dir=str(tmp_path / "run"))), megatron_cfg=megatron_config()
     )
     trainer.make_experience(["a b c"], 64)
-    with pytest.raises(ConfigError, match="holds checkpoints of a run already"):
+    with pytest.raises(ConfigError, match="already holds checkpoints of a run"):
         trainer.learn()
 
 
@@ -235,7 +235,7 @@ def test_a_model_unlike_the_one_spelled_out_is_refused(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
     given = TRLConfig.from_dict(trl_config(model, checkpoint_dir=str(tmp_path / "run"), batch_size=32, total_steps=200))
     shape = trlx.default_nemo_llama2_7b_config()
-    with pytest.warns(UserWarning, match="gives way"):
+    with pytest.warns(UserWarning, match="is replaced by"):
         trainer = trlx.NeMoSFTTrainer(given, megatron_cfg=shape, pretrained_model=str(model))
     trainer.make_experience(["a b c"], 64)
     with pytest.raises(ConfigError, match=r"hidden_size is 4096, but 64 in model\.path"):
@@ -243,7 +243,7 @@ def test_a_model_unlike_the_one_spelled_out_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_metric_function_gets_what_it_takes(tmp_path: Path) -> None:
-    """The original's took samples alone; others take what stood beside the prompts."""
+    """trlx's took samples alone; others take the other keys of the prompts as well."""
     model = make_tiny_model(tmp_path / "model")
     given = TRLConfig.from_dict(trl_config(model))
     called: list[dict[str, Any]] = []
