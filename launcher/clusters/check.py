@@ -19,21 +19,21 @@ from launcher.submission.render import render, template_name
 def cluster_problems(name: str) -> list[str]:
     """Return every problem of a cluster file, one line each."""
     try:
-        found = load_cluster(name)
+        cluster = load_cluster(name)
     except ConfigError as error:
         return list(error.problems)
-    return [*_template(found), *_runtime(found), *_scheduler(found)]
+    return [*_template(cluster), *_runtime(cluster), *_scheduler(cluster)]
 
 
-def _template(found: ClusterFile) -> Iterator[str]:
+def _template(cluster: ClusterFile) -> Iterator[str]:
     try:
-        resources.find("templates", template_name(found))
+        resources.find("templates", template_name(cluster))
     except TemplateError as error:
         yield f"template: {error}"
 
 
-def _runtime(found: ClusterFile) -> Iterator[str]:
-    runtime = found.runtime
+def _runtime(cluster: ClusterFile) -> Iterator[str]:
+    runtime = cluster.runtime
     if runtime.kind == "venv" and not (runtime.path and (Path(runtime.path) / "bin" / "activate").is_file()):
         yield f"runtime.path: {runtime.path} is not a venv: it has no bin/activate"
     if runtime.kind == "conda" and not runtime.path:
@@ -49,13 +49,13 @@ def _runtime(found: ClusterFile) -> Iterator[str]:
         yield "runtime.kind: apptainer is not on PATH, and runtime.modules loads nothing that could provide it"
 
 
-def _scheduler(found: ClusterFile) -> Iterator[str]:
-    """Yield what the cluster itself has against the file, and against a job with its default resources."""
-    cluster = ClusterSpec(**{name: getattr(found, name) for name in ClusterSpec.__dataclass_fields__})
+def _scheduler(cluster: ClusterFile) -> Iterator[str]:
+    """Yield why the cluster refuses the file's values, or a job with its default resources."""
+    settings = ClusterSpec(**{name: getattr(cluster, name) for name in ClusterSpec.__dataclass_fields__})
 
     def script() -> str:
-        batch = TrainSpec(global_batch_size=found.resources.world_size)
-        spec = RunSpec(name="cluster-check", cluster=cluster, resources=found.resources, train=batch)
+        batch = TrainSpec(global_batch_size=cluster.resources.world_size)
+        spec = RunSpec(name="cluster-check", cluster=settings, resources=cluster.resources, train=batch)
         return render(spec, build_topology(spec, None), RunPaths(Path("/nowhere/cluster-check")), "python")
 
-    return scheduler_of(cluster.scheduler).cluster_problems(cluster, found.resources, script)
+    return scheduler_of(settings.scheduler).cluster_problems(settings, cluster.resources, script)

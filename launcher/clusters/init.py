@@ -57,20 +57,20 @@ def best_partition(partitions: Sequence[Partition]) -> Partition:
     return max(with_gpus, key=lambda partition: partition.nodes)
 
 
-def cluster_yaml(name: str, found: Survey) -> str:
+def cluster_yaml(name: str, answers: Survey) -> str:
     """Return the text of the file."""
-    chosen = best_partition(found.partitions)
-    others = ", ".join(partition.name for partition in found.partitions if partition is not chosen) or "none"
+    chosen = best_partition(answers.partitions)
+    others = ", ".join(partition.name for partition in answers.partitions if partition is not chosen) or "none"
     which = f"{chosen.nodes} nodes{', the default' if chosen.is_default else ''}; others: {others}"
     per_task = max(1, chosen.cpus // max(1, chosen.gpus))
     kinds = f", type {chosen.gpu_type}" if chosen.gpu_type else ""
     rows = [
         ("scheduler: slurm", "sinfo answered"),
         ("rendezvous: hostname", "node names resolve here")
-        if found.names_resolve
+        if answers.names_resolve
         else ("rendezvous: node_addr", "node names do not resolve here; Slurm's own address of the first node does"),
         ("runtime:", ""),
-        ("  kind: none", f"the Python that runs the launcher, if all nodes see it; {_other_runtimes(found)}"),
+        ("  kind: none", f"the Python that runs the launcher, if all nodes see it; {_other_runtimes(answers)}"),
         ("resources:", "defaults beneath the run's own"),
         (f"  partition: {chosen.name}", which),
     ]
@@ -81,8 +81,8 @@ def cluster_yaml(name: str, found: Survey) -> str:
     if chosen.time_limit:
         rows.append((f"  time: {chosen.time_limit}", "the partition's longest"))
     head = f"# Cluster {name}, as Slurm described it. Read it, correct it, then: launcher cluster check {name}\n"
-    if found.modules:
-        head += f"# Environment modules that runs may want (runtime.modules): {', '.join(found.modules)}\n"
+    if answers.modules:
+        head += f"# Environment modules that runs may want (runtime.modules): {', '.join(answers.modules)}\n"
     head += (
         f"# A node has {chosen.memory_mib} MiB of memory; resources.memory_per_node unset takes the default of Slurm.\n"
     )
@@ -108,8 +108,8 @@ def write_first(name: str) -> Path:
     return path
 
 
-def _other_runtimes(found: Survey) -> str:
-    names = [name for name, there in (("pyxis", found.has_pyxis), ("apptainer", found.has_apptainer)) if there]
+def _other_runtimes(answers: Survey) -> str:
+    names = [name for name, there in (("pyxis", answers.has_pyxis), ("apptainer", answers.has_apptainer)) if there]
     return f"also possible: venv, conda{''.join(f', {name}' for name in names)}"
 
 

@@ -43,13 +43,13 @@ def charts(metrics: Sequence[JsonObject], resumed: Sequence[float]) -> list[Char
         "gradient norm": [_Curve("grad_norm", "gradient norm", _BLUE)],
         "MFU": [_Curve("mfu", "MFU", _GREEN)],
     }
-    found = []
+    drawn = []
     for title, curves in wanted.items():
         series = [Series(curve.name, _points(metrics, curve.key), curve.colour, curve.dots) for curve in curves]
         series = [one for one in series if one.points]
         if series:
-            found.append(Chart(title=title, svg=line_chart(series, marks=resumed), series=series))
-    return found
+            drawn.append(Chart(title=title, svg=line_chart(series, marks=resumed), series=series))
+    return drawn
 
 
 def _points(metrics: Sequence[JsonObject], key: str) -> list[Point]:

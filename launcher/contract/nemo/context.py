@@ -86,8 +86,8 @@ def context_config(checkpoint: Path) -> HfConfig:
 
 
 def _kind(fields: _Fields) -> str | None:
-    found = {name: _plain(fields.get(name)) for name in _TRAITS["llama"]}
-    return next((kind for kind, traits in _TRAITS.items() if traits == found), None)
+    traits_here = {name: _plain(fields.get(name)) for name in _TRAITS["llama"]}
+    return next((kind for kind, traits in _TRAITS.items() if traits == traits_here), None)
 
 
 def _plain(value: object) -> object:

@@ -91,12 +91,12 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
     """Return the line of every dotted key, counted from 1."""
-    found: dict[str, int] = {}
+    lines: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            found[f"{prefix}{key.value}"] = key.start_mark.line + 1
-            found |= _lines(value, f"{prefix}{key.value}.")
-    return found
+            lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            lines |= _lines(value, f"{prefix}{key.value}.")
+    return lines
 
 
 @contextmanager

@@ -103,9 +103,9 @@ def _unsupported(entries: Entries) -> list[str]:
 def _sizes(entries: Entries, problems: list[str]) -> dict[str, int]:
     """Return the sizes that both kinds have, 1 for a missing one, and append what is wrong to `problems`."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
-    found = {name: value_of(entries, f"model.{name}") for name in names} | {"vocab_size": _vocabulary(entries)}
+    stated = {name: value_of(entries, f"model.{name}") for name in names} | {"vocab_size": _vocabulary(entries)}
     sizes = {}
-    for name, value in found.items():
+    for name, value in stated.items():
         if isinstance(value, int) and value > 0:
             sizes[name] = value
             continue
