@@ -1,6 +1,6 @@
-"""The first error of an attempt, as data: what the restart policy and `status --why` go by.
+"""Record the first error of an attempt as data, for the restart policy and `status --why`.
 
-Of all ranks that fail, the first to write decides; the others mostly fail because it did.
+Only the first rank that fails writes it: the others mostly fail because it did.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _LONGEST_MESSAGE = 2000
 
 
 def record_error(path: Path, error: BaseException) -> None:
-    """Write logs/<attempt>/error.json for the run directory or config `path`, unless another rank has.
+    """Write logs/<attempt>/error.json, unless another rank has. `path` is the run directory or its config.
 
-    Silent where no batch script made the directory, or the disk takes nothing: the error itself is in the log.
+    Does nothing if the directory does not exist or cannot be written to: the error itself is in the log.
     """
     root = path.resolve()
     paths = RunPaths(root if root.is_dir() else root.parent)

@@ -1,6 +1,6 @@
-"""Which rank this process is, and where the first one listens; told by srun, torchrun or the local launcher.
+"""Which rank this process is, and where rank 0 listens, as srun, torchrun or the local launcher say.
 
-Lightning's own SLURMEnvironment is not used: it parses node lists, checks job names, and requeues by itself.
+Rejected: Lightning's own SLURMEnvironment, which parses node lists, checks job names, and requeues by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SOURCES: tuple[tuple[str, str, str, str, str], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankEnv:
-    """Place of this process in the job."""
+    """This process's place in the job."""
 
     rank: int = 0
     local_rank: int = 0
@@ -31,13 +31,13 @@ class RankEnv:
     world_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 0
-    """0, for a world of one: any free port."""
+    """0 in a world of one rank: any free port."""
     attempt: str = "by-hand"
     """Name of this attempt in logs and events."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> RankEnv:
-        """Read torchrun's or srun's variables; a process with neither is a world of one."""
+        """Read torchrun's or srun's variables. Without either, this process is the only rank."""
         attempt = environ.get("SFT_ATTEMPT", "by-hand")
         for rank, local_rank, local_size, world_size, who in _SOURCES:
             if rank not in environ or world_size not in environ:
@@ -46,7 +46,7 @@ class RankEnv:
             if size > 1 and not ("MASTER_ADDR" in environ and "MASTER_PORT" in environ):
                 raise ConfigError(
                     f"{who} started {size} ranks, but MASTER_ADDR and MASTER_PORT are not set; "
-                    "the rendered job script sets them, a hand-made one must too"
+                    "the rendered job script sets them, and a script of your own has to"
                 )
             return cls(
                 rank=int(environ[rank]),
@@ -61,7 +61,7 @@ class RankEnv:
 
 
 class RankClusterEnvironment(ClusterEnvironment):
-    """Tells Lightning what `RankEnv` knows; processes exist already, Lightning starts none."""
+    """Passes `RankEnv` on to Lightning, which starts no processes itself."""
 
     def __init__(self, env: RankEnv) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class RankClusterEnvironment(ClusterEnvironment):
 
     @staticmethod
     def detect() -> bool:
-        return False  # always passed explicitly
+        return False  # never detected: it is always passed explicitly
 
     def world_size(self) -> int:
         return self._env.world_size
@@ -97,7 +97,7 @@ class RankClusterEnvironment(ClusterEnvironment):
         return self._env.rank
 
     def set_global_rank(self, rank: int) -> None:
-        pass  # the launcher's numbering stands
+        pass  # the launcher has numbered the ranks
 
     def local_rank(self) -> int:
         return self._env.local_rank

@@ -33,8 +33,9 @@ from sft.metrics.mfu import utilization
 from sft.metrics.run_log import RunLog
 from sft.model_source import resolve_model_dir
 from sft.models.architecture import read_architecture
+from sft.runtime.deadline import Deadline
 from sft.runtime.rank_env import RankClusterEnvironment, RankEnv
-from sft.runtime.stop import Deadline, StopFlag
+from sft.runtime.stop import StopFlag
 from sft.training.callbacks.bad_steps import GuardCallback
 from sft.training.callbacks.checkpoints import CheckpointCallback
 from sft.training.callbacks.early_stopping import EarlyStopping

@@ -15,7 +15,8 @@ from launcher.contract.spec import CheckpointSpec
 from sft.checkpoint import files as checkpoint_files
 from sft.checkpoint.format import BestSteps, RankedStep
 from sft.metrics.run_log import RunLog
-from sft.runtime.stop import Deadline, StopFlag
+from sft.runtime.deadline import Deadline
+from sft.runtime.stop import StopFlag
 from sft.training.callbacks.bad_steps import GuardCallback
 from sft.training.callbacks.early_stopping import is_better
 from sft.training.callbacks.evaluation import EvaluationCallback

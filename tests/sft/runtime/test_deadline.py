@@ -1,8 +1,8 @@
-"""When ranks stop by themselves, by a clock of ours."""
+"""The deadline: when ranks stop by themselves before the end of their job, on a made-up clock."""
 
 from __future__ import annotations
 
-from sft.runtime.stop import Deadline
+from sft.runtime.deadline import Deadline
 
 
 class Clock:
