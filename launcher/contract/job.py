@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from launcher.contract.schedulers import SchedulerName, scheduler_name
 
 _RESTART = re.compile(r"(?P<job>.+)\.(?P<restart>[0-9]+)")
-_LOCAL = re.compile(r"local-[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +76,23 @@ def _number(value: object) -> float:
 
 @dataclass(frozen=True, slots=True)
 class AttemptName:
-    """The name of an attempt, which is also the name of its folder of logs."""
+    """The name of an attempt, which is also that of its folder of logs: `<job id>.<restart count>`, or `local-<n>`."""
 
     text: str
 
     @property
     def job(self) -> str | None:
-        """The job id in `<job id>.<restart count>`; None for a name of another form."""
+        """The job's id where the name is `<job id>.<restart count>`, otherwise None."""
         match = _RESTART.fullmatch(self.text)
         return match["job"] if match else None
 
     @property
     def restart(self) -> int | None:
-        """How often the scheduler had started the job before; None where the name does not say."""
+        """How often the scheduler had started the job before, or None where the name does not say."""
         match = _RESTART.fullmatch(self.text)
         return int(match["restart"]) if match else None
 
     @property
     def scheduler(self) -> SchedulerName:
-        """The scheduler of an attempt whose event does not name it; events of earlier versions do not."""
-        return "local" if _LOCAL.fullmatch(self.text) else "slurm"
+        """The scheduler of an attempt whose event does not name it, as in runs of earlier versions."""
+        return "slurm" if _RESTART.fullmatch(self.text) else "local"

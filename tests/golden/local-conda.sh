@@ -13,6 +13,7 @@ until mkdir "$run_dir/logs/local-$number" 2>/dev/null; do
 done
 SFT_ATTEMPT=local-$number
 job_id=${SUBMITIT_LOCAL_JOB_ID:-$$}
+node_list=''
 if [ -n "${SUBMITIT_LOCAL_TIMEOUT_S-}" ]; then
   export SFT_END_TIME=${SFT_END_TIME:-$(($(date +%s) + SUBMITIT_LOCAL_TIMEOUT_S))} # one limit for all restarts together
 fi
@@ -26,7 +27,7 @@ event() { # NAME [,"key":value]...
   printf '{"time":%s,"event":"%s","attempt":"%s"%s}\n' "$(date +%s)" "$1" "$SFT_ATTEMPT" "${2-}" >>"$run_dir/events.jsonl"
 }
 leased=''
-started() { event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${SLURM_JOB_NODELIST-}\""; }
+started() { event attempt_started ",\"job_id\":\"$job_id\",\"scheduler\":\"local\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${node_list-}\""; }
 ended() { # runs at every exit: record how the attempt ended, then do what the restart policy says
   local rc=$1 answer
   if [ -z "$leased" ]; then # it failed before it had the lease of the run

@@ -17,6 +17,7 @@ run_dir=/shared/runs/demo
 config=$run_dir/config.yaml
 job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an element of a sweep's array
 job_id=${job_id:-$SLURM_JOB_ID}
+node_list=${SLURM_JOB_NODELIST-}
 SFT_ATTEMPT=$job_id.${SLURM_RESTART_COUNT:-0}
 SFT_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$job_id" --format=%e 2>/dev/null)" +%s 2>/dev/null)}
 export SFT_END_TIME
@@ -30,7 +31,7 @@ event() { # NAME [,"key":value]...
   printf '{"time":%s,"event":"%s","attempt":"%s"%s}\n' "$(date +%s)" "$1" "$SFT_ATTEMPT" "${2-}" >>"$run_dir/events.jsonl"
 }
 leased=''
-started() { event attempt_started ",\"job_id\":\"$job_id\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${SLURM_JOB_NODELIST-}\""; }
+started() { event attempt_started ",\"job_id\":\"$job_id\",\"scheduler\":\"slurm\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${node_list-}\""; }
 ended() { # runs at every exit: record how the attempt ended, then do what the restart policy says
   local rc=$1 answer
   if [ -z "$leased" ]; then # it failed before it had the lease of the run
@@ -68,7 +69,7 @@ one_process() { # one task that may use all of the first node's CPUs
 light_process() { "${python[@]}" "$@"; }
 job_view() { scontrol show job -o "$job_id" 2>/dev/null; }
 holder_state() { # state of the job that holds the run's lease, if it is another one
-  [[ "$(cat "$run_dir/lease.json" 2>/dev/null)" =~ \"job_id\":\ \"([0-9]+)\" ]] || return
+  [[ "$(cat "$run_dir/lease.json" 2>/dev/null)" =~ \"job_id\":\ \"([0-9]+(_[0-9]+)?)\" ]] || return
   [ "${BASH_REMATCH[1]}" = "$job_id" ] || squeue --noheader --states=all --jobs="${BASH_REMATCH[1]}" --format=%T 2>/dev/null
 }
 nodes_down() { # nodes of the last attempt that Slurm has lost

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from launcher.contract.config.load import load_config
 from launcher.contract.errors import TemplateError
+from launcher.contract.lease import Owner, take
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import (
     CheckpointSpec,
@@ -185,6 +186,23 @@ def test_a_requeue_outlasts_an_absent_controller(failures: int, state: str, said
     environment = {**os.environ, "FAILURES": str(failures), "STATE": state}
     done = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == said
+
+
+@pytest.mark.parametrize(
+    ("holder", "asked"),
+    [("8", ["8"]), ("12_3", ["12_3"]), ("12_30", ["12_30"]), ("7_1", []), ("", [])],  # 7_1 is this very job
+)
+def test_the_scheduler_is_asked_about_the_job_that_holds_the_lease(
+    tmp_path: Path, commands: Commands, holder: str, asked: list[str]
+) -> None:
+    commands.add("squeue", "echo RUNNING")
+    take(RunPaths(tmp_path), Owner(attempt=f"{holder}.0", job_id=holder))
+    text = script(make_spec(cluster=ClusterSpec(scheduler="slurm")))
+    function = text[text.index("holder_state() {") : text.index("nodes_down() {")]
+    program = f"run_dir={tmp_path}\njob_id=7_1\n{function}holder_state"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert [call.split("--jobs=")[1].split()[0] for call in commands.calls("squeue")] == asked
+    assert done.stdout == "RUNNING\n" * len(asked)
 
 
 def test_cpu_ranks_get_nothing_of_cuda() -> None:
