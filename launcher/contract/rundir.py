@@ -17,6 +17,7 @@
       preflight/<attempt>.json  what each node found before training
       checkpoints/step-<N>/ a checkpoint, complete when it contains COMPLETE
       bad_steps.jsonl       steps whose update was not applied, with the ids of their examples
+      stop_tokens.json      the tokens that end answers in the training data
       generations.jsonl     answers given during training
       export/               Hugging Face directory
       export_nemo2/         the same as a NeMo 2 checkpoint (`sft export --format nemo2`)
@@ -138,6 +139,11 @@ class RunPaths:
     @property
     def generations(self) -> Path:
         return self.root / "generations.jsonl"
+
+    @property
+    def stop_tokens(self) -> Path:
+        """The tokens that end answers in the training data."""
+        return self.root / "stop_tokens.json"
 
     @property
     def samples(self) -> Path:

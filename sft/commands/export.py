@@ -13,6 +13,7 @@ from sft.checkpoint.format import SHARDED
 from sft.hf.adapter_export import export_adapter
 from sft.hf.answer import answers_wanted, record_answers
 from sft.hf.exporter import export_checkpoint
+from sft.hf.stop_tokens import add_stop_tokens, recorded_stop_tokens
 from sft.model_source import resolve_model_dir
 from sft.nemo.export import export_nemo2
 from sft.runtime.rank_env import RankEnv
@@ -52,8 +53,10 @@ def export_run(run_root: Path, step: int | None = None) -> Choice:
         raise RunStateError(f"{run_root}: no {paths.config.name}; it is not a run directory")
     spec = read_resolved(paths.config)
     choice = choose(paths, spec, step)
+    stop_tokens = recorded_stop_tokens(paths)
     print(f"exporting {choice.path.name}: {choice.why}", flush=True)
     _write(choice.path / SHARDED, spec, paths.export)
+    add_stop_tokens(paths.export, stop_tokens)
     return choice
 
 

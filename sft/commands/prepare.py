@@ -15,6 +15,7 @@ from sft.generation.prompts import check_prompts
 from sft.hf.answer import answers_wanted, record_answers
 from sft.hf.checks import check_model_settings
 from sft.hf.files import check_model_files
+from sft.hf.stop_tokens import record_stop_tokens
 from sft.metrics.loggers import check_loggers
 from sft.model_source import resolve_model_dir
 from sft.models.architecture import read_architecture
@@ -35,7 +36,9 @@ def prepare(config: Path) -> ExitCode:
     if spec.model.init == "pretrained":
         check_model_files(model_dir, architecture)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
-    check_vocabulary(prepare_data(spec, tokenizer_dir), architecture.shape.vocab_size)
+    data = prepare_data(spec, tokenizer_dir)
+    check_vocabulary(data, architecture.shape.vocab_size)
+    record_stop_tokens(paths, data.stop_tokens)
     for name, prepared in open_validation_sets(spec, tokenizer_dir, build=True):
         check_vocabulary(prepared, architecture.shape.vocab_size)
         if prepared.validation is not None:

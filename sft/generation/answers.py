@@ -6,7 +6,7 @@ its result to all, so that a decision built on it is the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from launcher.contract.errors import UserCodeError
@@ -28,13 +28,23 @@ class PromptAnswers:
     """Answers the prompts of a run."""
 
     def __init__(
-        self, spec: RunSpec, tokenizer_dir: Path, model_dir: Path, log: RunLog, metric: Metric | None = None
+        self,
+        spec: RunSpec,
+        tokenizer_dir: Path,
+        model_dir: Path,
+        log: RunLog,
+        *,
+        trained_stops: Collection[int],
+        metric: Metric | None = None,
     ) -> None:
-        """`metric` takes the place of the function that evaluation.metric names."""
+        """Read the prompts; `metric` takes the place of the function that evaluation.metric names.
+
+        `trained_stops` are the tokens that end answers in the training data.
+        """
         self._spec = spec.evaluation
         self._tokenizer = load_tokenizer(tokenizer_dir)
         self._prompts = read_prompts(Path(spec.evaluation.prompts or ""), self._tokenizer, spec)
-        self._stops = stop_tokens(spec, self._tokenizer, model_dir)
+        self._stops = stop_tokens(spec, self._tokenizer, model_dir) | set(trained_stops)
         named = metric_function(spec.evaluation.metric) if metric is None and spec.evaluation.metric else None
         self._metric = metric or named
         self._name = str(spec.evaluation.metric) if metric is None else getattr(metric, "__qualname__", repr(metric))

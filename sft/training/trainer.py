@@ -118,7 +118,8 @@ def _train(
     architecture = read_architecture(model_dir)
     topology = build_topology(spec, architecture.shape)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
-    data = SFTDataModule(spec, topology, open_or_build(spec, tokenizer_dir, build=leader))
+    prepared = open_or_build(spec, tokenizer_dir, build=leader)
+    data = SFTDataModule(spec, topology, prepared)
     held_out = held_out_batches(spec, topology, data, tokenizer_dir, build=leader)
     mfu = utilization(spec, architecture.shape, topology.world_size)
     log = RunLog(paths, spec, attempt=env.attempt, max_steps=data.max_steps, is_writer=leader, utilization=mfu)
@@ -127,7 +128,10 @@ def _train(
     if done:
         log.say(f"{done} ({resume}); nothing to train")
         return ExitCode.OK
-    answers = PromptAnswers(spec, tokenizer_dir, model_dir, log, metric) if spec.evaluation.prompts else None
+    answers = None
+    if spec.evaluation.prompts:
+        stops = prepared.stop_tokens
+        answers = PromptAnswers(spec, tokenizer_dir, model_dir, log, trained_stops=stops, metric=metric)
     evaluation = EvaluationCallback(spec, held_out, answers, log)
     guard = GuardCallback(spec.train, log, data.example_ids)
     progress = ProgressCallback(log, data.schedule.consumed_examples)

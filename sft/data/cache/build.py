@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from launcher.contract.errors import DataError, LauncherError
 from launcher.contract.spec import DataSpec
 from sft.data.cache.progress import Progress
@@ -64,22 +62,26 @@ class Worker:
         """Tokenize one range and write its part, empty if a row has a problem."""
         rows, prefix = work
         tally: Counter[str] = Counter()
+        ends: Counter[int] = Counter()
         pairs: list[TokenPair] = []
         problems: list[str] = []
         for number, line in read_lines(rows):
             try:
-                encoded = self._encode(line, rows.where(number), tally)
+                encoded = self._encode(line, rows.where(number), tally, ends)
             except DataError as error:
                 problems += error.problems
                 if len(problems) >= MAX_PROBLEMS:
                     break
             else:
                 pairs += encoded
-        part = write_part(prefix, [] if problems else pairs, Counts(**tally))
+        part = write_part(prefix, [] if problems else pairs, Counts(**tally), ends)
         return Result(part, tuple(problems[:MAX_PROBLEMS]))
 
-    def _encode(self, line: bytes, where: str, tally: Counter[str]) -> list[TokenPair]:
-        """Return what is trained of one row, and add to `tally`, whose keys are the fields of `Counts`."""
+    def _encode(self, line: bytes, where: str, tally: Counter[str], ends: Counter[int]) -> list[TokenPair]:
+        """Return what is trained of one row.
+
+        Add to `tally`, whose keys are the fields of `Counts`, and to `ends` the tokens that end its answers.
+        """
         examples = self._encoder.encode(parse_row(line, where, self._job.row_format, self._job.data.columns))
         tally["rows"] += 1
         tally["rewritten"] += len(examples) > 1
@@ -94,7 +96,10 @@ class Worker:
             tally["messages_trimmed"] += encoded.unused
             tally["answers"] += encoded.answers if pieces else 0
             kept += pieces
-        tally["terminators"] += sum(int(np.count_nonzero(piece.weights[piece.ends])) for piece in kept)
+        for piece in kept:
+            terminators = piece.ids[piece.ends & (piece.weights != 0)]
+            tally["terminators"] += len(terminators)
+            ends.update(terminators.tolist())
         return [(piece.ids, piece.weights) for piece in kept]
 
 

@@ -22,8 +22,9 @@ import dataclasses
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Protocol
@@ -36,7 +37,7 @@ from launcher.contract.errors import DataError
 from launcher.contract.rundir import sync_path, write_json
 
 FORMAT_VERSION = 2
-"""2 has checksums in the manifest."""
+"""2 has checksums and the ends of answers in the manifest."""
 MANIFEST = "manifest.json"
 _ARRAYS = {"ids": "<i4", "weights": "<f4", "offsets": "<i8", "target_weights": "<f8", "supervised": "<i8"}
 _PART_ARRAYS = ("ids", "weights", "lengths", "target_weights", "supervised")
@@ -135,6 +136,8 @@ class TokenCache:
     supervised: NDArray[np.int64]
     checksums: Mapping[str, str]
     """CRC-32 of each array's file, in hexadecimal."""
+    answer_ends: Mapping[int, int]
+    """How often each token ends an answer that is trained."""
 
     @classmethod
     def open(cls, directory: Path) -> TokenCache:
@@ -149,8 +152,10 @@ class TokenCache:
             if wrong or manifest["version"] != FORMAT_VERSION:
                 raise ValueError(f"{', '.join(wrong) or MANIFEST} does not fit the manifest")
             checksums = {name: str(manifest["crc32"][name]) for name in _ARRAYS}
-            return cls(directory=directory, key=str(manifest["key"]), counts=counts, checksums=checksums, **arrays)
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            ends = {int(token): int(count) for token, count in manifest["answer_ends"].items()}
+            key = str(manifest["key"])
+            return cls(directory=directory, key=key, counts=counts, checksums=checksums, answer_ends=ends, **arrays)
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"data cache {directory} is damaged ({error}); delete it and prepare again") from error
 
     def verify(self) -> None:
@@ -179,9 +184,13 @@ class Part:
 
     prefix: Path
     counts: Counts
+    answer_ends: Counter[int] = field(default_factory=Counter)
+    """How often each token ends an answer."""
 
 
-def write_part(prefix: Path, pairs: Sequence[TokenPair], counts: Counts) -> Part:
+def write_part(
+    prefix: Path, pairs: Sequence[TokenPair], counts: Counts, answer_ends: Counter[int] | None = None
+) -> Part:
     """Write `pairs` as raw arrays and return the part, `counts` completed with what follows from the pairs."""
     lengths = np.array([len(ids) for ids, _ in pairs], dtype="<i8")
     # The first token is never a target, so its weight counts nowhere.
@@ -200,7 +209,7 @@ def write_part(prefix: Path, pairs: Sequence[TokenPair], counts: Counts) -> Part
         longest=int(lengths.max(initial=0)),
         largest_id=int(ids.max(initial=0)),
     )
-    return Part(prefix, measured)
+    return Part(prefix, measured, answer_ends or Counter())
 
 
 def assemble(directory: Path, key: str, parts: Sequence[Part], **details: object) -> Counts:
@@ -222,6 +231,7 @@ def assemble(directory: Path, key: str, parts: Sequence[Part], **details: object
             os.fsync(file.fileno())
         for part in parts:
             Path(f"{part.prefix}.{name}").unlink()
+    ends = sum((part.answer_ends for part in parts), Counter[int]())
     checksums = {name: crc32(directory / f"{name}.npy") for name in _ARRAYS}
     # Last: a directory with a manifest is complete.
     write_json(
@@ -231,6 +241,7 @@ def assemble(directory: Path, key: str, parts: Sequence[Part], **details: object
             "key": key,
             "counts": dataclasses.asdict(counts),
             "crc32": checksums,
+            "answer_ends": {str(token): count for token, count in sorted(ends.items())},
             **details,
         },
     )

@@ -53,6 +53,11 @@ class PreparedData:
         """The cache of each source, or the only one."""
         return self.train.caches if isinstance(self.train, Sources) else (self.train,)
 
+    @property
+    def stop_tokens(self) -> set[int]:
+        """The tokens that end answers in the training data: what the model learns to stop with."""
+        return {token for cache in self.training_caches for token in cache.answer_ends}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
