@@ -28,7 +28,7 @@ from sft.data.cache.store import TokenPair
 from sft.engine.module import SFTGPT
 from sft.megatron.initial_weights import INITIAL_STD
 from sft.megatron.model import attention_kernel, build_chunks, describe_kernels, transformer_config
-from sft.models.architecture import read_architecture
+from sft.models.registry import read_architecture
 from sft.runtime.rank_env import RankEnv
 from sft.training.datamodule import StepBatches, StepLoader, batch_schedule
 from sft.training.trainer import megatron_trainer

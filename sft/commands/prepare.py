@@ -18,7 +18,7 @@ from sft.hf.files import check_model_files
 from sft.hf.stop_tokens import record_stop_tokens
 from sft.metrics.loggers import check_loggers
 from sft.model_source import resolve_model_dir
-from sft.models.architecture import read_architecture
+from sft.models.registry import read_architecture
 from sft.runtime.rank_env import RankEnv
 
 

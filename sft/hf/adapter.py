@@ -21,7 +21,7 @@ import torch
 
 from launcher.contract.spec import LoraSpec
 from sft.models.architecture import Architecture
-from sft.models.weight_map import Layout, Piece, checkpoint_key, layer_parameters, layout_of, split_parameter
+from sft.models.weight_map import ParameterMap, Piece, checkpoint_key, split_parameter
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +50,7 @@ class AdapterTarget:
     layer: int
     linear: str
     """The Megatron-core linear that holds its rows, within the layer."""
-    layout: Layout
+    layout: ParameterMap
     """Its rows in that linear, in the order in which the linear has them."""
 
     @property
@@ -91,9 +91,7 @@ class AdapterTarget:
 def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> list[AdapterTarget]:
     """The adapters of one layer, in the order of the files."""
     found = []
-    for parameter in layer_parameters(architecture):
-        layout = layout_of(f"decoder.layers.{layer}.{parameter}", architecture)
-        assert layout is not None
+    for parameter, layout in architecture.weights.layers[layer].items():
         if layout.columns is None:
             continue
         for weight in dict.fromkeys(piece.name for piece in layout.pieces):
@@ -122,8 +120,9 @@ def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: i
     """What of these settings the model cannot follow."""
     if lora.rank is None:
         return []
-    if architecture.gpt2:
-        return [f"model.lora.rank {lora.rank}: a gpt2 model takes no adapters here; unset it to train all weights"]
+    if any(part.transposed for part in architecture.weights.layers[0].values()):
+        kind = architecture.shape.model_type
+        return [f"model.lora.rank {lora.rank}: a {kind} model takes no adapters here; unset it to train all weights"]
     every = [target.name for target in adapter_targets(architecture, LoraSpec(rank=lora.rank), 0)]
     problems = [
         f"model.lora.targets: a {architecture.shape.model_type} model has no linear layer {name}; it has "
@@ -167,9 +166,9 @@ def added_weight(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor
     return scale * (b.float() @ a.float())
 
 
-def _rows_of(weight: str, layout: Layout) -> Layout:
+def _rows_of(weight: str, layout: ParameterMap) -> ParameterMap:
     """The part of a fused linear's layout that comes from one tensor of the files."""
     blocks: list[tuple[Piece, ...]] = [
         tuple(piece for piece in block if piece.name == weight) for block in layout.blocks
     ]
-    return Layout(blocks=tuple(block for block in blocks if block), columns=layout.columns, split=layout.split)
+    return ParameterMap(blocks=tuple(block for block in blocks if block), columns=layout.columns, split=layout.split)

@@ -30,8 +30,9 @@ from sft.hf.adapter import (
 from sft.hf.exporter import copy_settings, file_dtypes, whole_directory, write_config, write_model
 from sft.hf.files import WeightFiles, check_model_files, write_weights
 from sft.hf.sharded_reader import ShardedReader
-from sft.models.architecture import Architecture, read_architecture
-from sft.models.weight_map import checkpoint_key, hf_shapes, layout_of
+from sft.models.architecture import Architecture
+from sft.models.registry import read_architecture
+from sft.models.weight_map import checkpoint_key
 
 MERGED_ADAPTER = "adapter"
 """Where a merged export keeps the adapter that went into it."""
@@ -101,14 +102,13 @@ class _Merger:
         self._reader = reader
         self._files = WeightFiles(model_dir)
         self._architecture = architecture
-        self._shapes = hf_shapes(architecture)
+        self._shapes = architecture.weights.hf_shapes()
         self._targets = {f"{target.module}.weight": target for target in targets}
         self._scale = scale
 
     def tensors_of(self, parameter: str) -> Mapping[str, torch.Tensor]:
         """The tensors that make up one parameter."""
-        layout = layout_of(parameter, self._architecture)
-        assert layout is not None, parameter
+        layout = self._architecture.weights[parameter]
         return {name: self._tensor(name) for name in dict.fromkeys(piece.name for piece in layout.pieces)}
 
     def _tensor(self, name: str) -> torch.Tensor:

@@ -27,7 +27,7 @@ def _position_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
 
 
 def _window_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
-    window, length = architecture.attention_window, spec.data.seq_length
+    window, length = architecture.narrowest_window, spec.data.seq_length
     if window is None or length <= window:
         return []
     return [

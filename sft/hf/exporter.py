@@ -24,8 +24,9 @@ from launcher.contract.errors import CheckpointError
 from launcher.contract.rundir import read_json, sync_path, write_json
 from sft.hf.files import INDEX, SINGLE, check_model_files, read_header, sync_files, weight_map, write_weights
 from sft.hf.sharded_reader import ShardedReader
-from sft.models.architecture import Architecture, read_architecture
-from sft.models.weight_map import checkpoint_key, hf_shapes, parameter_layouts, split_parameter
+from sft.models.architecture import Architecture
+from sft.models.registry import read_architecture
+from sft.models.weight_map import checkpoint_key, split_parameter
 
 MAX_FILE_BYTES = 4 * 10**9
 """Largest weight file: what a reader without slicing must hold at once."""
@@ -62,7 +63,7 @@ def export_checkpoint(
     architecture = read_architecture(model_dir)
     reader = ShardedReader(checkpoint_dir)
     _check_checkpoint(reader, checkpoint_dir, architecture)
-    layouts = parameter_layouts(architecture)
+    layouts = architecture.weights.parameters()
     with whole_directory(out_dir) as aside:
         dtypes = _export_dtypes(reader, model_dir, architecture, dtype)
         write_model(
@@ -96,7 +97,7 @@ def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], mo
     """Parameters of each weight file, in model order, each file at most `most` bytes (or one parameter)."""
     files: list[list[str]] = [[]]
     filled = 0
-    for name, layout in parameter_layouts(architecture).items():
+    for name, layout in architecture.weights.parameters().items():
         elements = layout.rows * (layout.columns or 1)
         size = elements * dtypes[layout.pieces[0].name].itemsize
         if files[-1] and filled + size > most:
@@ -109,7 +110,7 @@ def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], mo
 
 def _check_checkpoint(reader: ShardedReader, checkpoint_dir: Path, architecture: Architecture) -> None:
     """Refuse a checkpoint of another model before anything is written."""
-    for name, layout in parameter_layouts(architecture).items():
+    for name, layout in architecture.weights.parameters().items():
         key, index = checkpoint_key(name)
         found = reader.shape(key)
         layers = () if index is None else (architecture.shape.num_layers,)
@@ -128,12 +129,12 @@ def _export_dtypes(
 ) -> dict[str, torch.dtype]:
     """Number type of every Hugging Face tensor."""
     if dtype is not None:
-        return dict.fromkeys(hf_shapes(architecture), dtype)
+        return dict.fromkeys(architecture.weights.hf_shapes(), dtype)
     if (model_dir / SINGLE).is_file() or (model_dir / INDEX).is_file():
         return file_dtypes(model_dir, architecture)
     return {
         piece.name: reader.dtype(checkpoint_key(name)[0])
-        for name, layout in parameter_layouts(architecture).items()
+        for name, layout in architecture.weights.parameters().items()
         for piece in layout.pieces
     }
 
@@ -142,7 +143,7 @@ def file_dtypes(model_dir: Path, architecture: Architecture) -> dict[str, torch.
     """Number type of every tensor of a model directory."""
     files = weight_map(model_dir)
     headers = {file: read_header(model_dir / file) for file in set(files.values())}
-    return {name: _DTYPES[headers[files[name]][name].dtype] for name in hf_shapes(architecture)}
+    return {name: _DTYPES[headers[files[name]][name].dtype] for name in architecture.weights.hf_shapes()}
 
 
 def write_model(

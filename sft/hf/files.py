@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from launcher.contract.errors import ModelError
 from launcher.contract.rundir import sync_path
 from sft.models.architecture import Architecture
-from sft.models.weight_map import embedding_name, hf_shapes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -168,7 +167,7 @@ def _tensor_problems(
     model_dir: Path, files: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorHeader]], model: Architecture
 ) -> list[str]:
     """What is wrong with the tensors of complete files."""
-    wanted = hf_shapes(model)
+    wanted = model.weights.hf_shapes()
     problems = []
     for name, shape in wanted.items():
         if name not in files:
@@ -194,11 +193,11 @@ def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture
     shape = (model.shape.vocab_size, model.shape.hidden_size)
     if head.shape == shape:
         files = WeightFiles(model_dir)
-        copy, original = files.tensor(HEAD, shape), files.tensor(embedding_name(model), shape)
+        copy, original = files.tensor(HEAD, shape), files.tensor(model.weights.embedding_name, shape)
         starts = range(0, shape[0], _ROWS_COMPARED)
         if all(torch.equal(copy[row : row + _ROWS_COMPARED], original[row : row + _ROWS_COMPARED]) for row in starts):
             return []
-    return [f"{model_dir}: config.json ties the embeddings, but {HEAD} differs from {embedding_name(model)}"]
+    return [f"{model_dir}: config.json ties the embeddings, but {HEAD} differs from {model.weights.embedding_name}"]
 
 
 def _problem(path: Path, name: str, found: TensorHeader, shape: tuple[int, ...]) -> str | None:

@@ -19,8 +19,8 @@ import torch
 
 from launcher.contract.errors import ModelError
 from sft.hf.files import SINGLE, check_model_files, write_weights
-from sft.models.architecture import Architecture, read_architecture
-from sft.models.weight_map import hf_shapes
+from sft.models.architecture import Architecture
+from sft.models.registry import read_architecture
 
 _COVERED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose tensors a GGUF holds under names of their own, unchanged but for the order of rows. Not so Gemma, to
@@ -70,7 +70,7 @@ def convert_gguf(source: Path, directory: Path) -> None:
     except (OSError, ValueError, IndexError) as error:
         raise ModelError(f"model.path: {source} is not a readable GGUF file ({error})") from None
     tensors = {}
-    shapes = hf_shapes(architecture)
+    shapes = architecture.weights.hf_shapes()
     for tensor in reader.tensors:
         name = hf_name(tensor.name)
         if name not in shapes:

@@ -19,7 +19,7 @@ from torch import nn
 from sft.hf.adapter import MARK as ADAPTER_MARK
 from sft.hf.files import WeightFiles
 from sft.models.architecture import Architecture
-from sft.models.weight_map import Layout, canonical_name, hf_shapes, layer_parameters, layout_of, rank_pieces
+from sft.models.weight_map import ParameterMap, canonical_name, rank_pieces
 
 
 class TensorSource(Protocol):
@@ -62,7 +62,7 @@ def fill_parameters(
 
     `layer_offsets` holds the global index of each chunk's first layer.
     """
-    shapes = hf_shapes(architecture)
+    shapes = architecture.weights.hf_shapes()
     for chunk, offset in zip(chunks, layer_offsets, strict=True):
         named = {
             canonical_name(name, offset): parameter
@@ -71,7 +71,7 @@ def fill_parameters(
         }
         _check_layers(named, architecture)
         for name, parameter in named.items():
-            layout = layout_of(name, architecture)
+            layout = architecture.weights.find(name)
             if layout is None:
                 raise ValueError(f"parameter {name} has no counterpart in a {architecture.shape.model_type} model")
             _check_built(name, parameter, layout, tensor_size)
@@ -81,7 +81,7 @@ def fill_parameters(
 @torch.no_grad()
 def _fill(
     parameter: nn.Parameter,
-    layout: Layout,
+    layout: ParameterMap,
     source: TensorSource,
     shapes: dict[str, tuple[int, ...]],
     rank: int,
@@ -106,7 +106,7 @@ def _fill(
     parameter[position:].zero_()
 
 
-def _check_built(name: str, parameter: nn.Parameter, layout: Layout, size: int) -> None:
+def _check_built(name: str, parameter: nn.Parameter, layout: ParameterMap, size: int) -> None:
     """Our own bugs: a model not built from this architecture, or one whose split parameters are not marked as such.
 
     Megatron-core marks a weight only while it initialises it. Without the mark the gradient norm leaves out what the
@@ -126,6 +126,7 @@ def _check_layers(names: Iterable[str], architecture: Architecture) -> None:
     """Our own bugs: a layer built without a bias or norm that the architecture has, whose weights would be lost."""
     names = set(names)
     layers = {name.split(".")[2] for name in names if name.startswith("decoder.layers.")}
-    expected = {f"decoder.layers.{layer}.{name}" for layer in layers for name in layer_parameters(architecture)}
+    maps = architecture.weights.layers
+    expected = {f"decoder.layers.{layer}.{name}" for layer in layers for name in maps[int(layer)]}
     if not expected <= names:
         raise ValueError(f"the model lacks parameters of its architecture: {', '.join(sorted(expected - names))}")

@@ -40,7 +40,7 @@ def load_initial_weights(
         "layer_offsets": offsets,
     }
     if spec.model.init == "random":
-        norm = 0.0 if architecture.zero_centered_norm else 1.0
+        norm = 0.0 if architecture.norm == "zero_centered_rms" else 1.0
         fill_parameters(chunks, architecture, DrawnWeights(spec.train.seed, norm=norm), **place)
     else:
         load_hf_weights(chunks, architecture, model_dir, **place)

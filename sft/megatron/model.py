@@ -173,7 +173,7 @@ def transformer_config(
     spec: RunSpec, architecture: Architecture, topology: Topology, *, on_gpu: bool
 ) -> TransformerConfig:
     """Megatron-core's configuration of this model under this layout."""
-    shape = architecture.shape
+    shape, layer = architecture.shape, architecture.layers[0]
     dtype = torch.float32 if spec.train.precision == "fp32" else torch.bfloat16
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -182,14 +182,14 @@ def transformer_config(
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
-        normalization="LayerNorm" if architecture.gpt2 else "RMSNorm",
+        normalization="LayerNorm" if architecture.norm == "layer" else "RMSNorm",
         layernorm_epsilon=architecture.layernorm_epsilon,
-        gated_linear_unit=shape.gated_mlp,
-        activation_func=_ACTIVATIONS[architecture.activation],
-        layernorm_zero_centered_gamma=architecture.zero_centered_norm,
-        add_bias_linear=architecture.gpt2,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        gated_linear_unit=layer.mlp.gated,
+        activation_func=_ACTIVATIONS[layer.mlp.activation],
+        layernorm_zero_centered_gamma=architecture.norm == "zero_centered_rms",
+        add_bias_linear=layer.mlp.bias,
+        add_qkv_bias=layer.attention.qkv_bias,
+        qk_layernorm=layer.attention.qk_norm,
         attention_dropout=spec.model.attention_dropout,
         hidden_dropout=spec.model.hidden_dropout,
         bf16=dtype == torch.bfloat16,
@@ -269,8 +269,8 @@ def _build_chunk(
         if rope.attention_factor > 1:
             # Megatron-core's attention multiplies by 0.1 ln(this) + 1, the paper's formula; here whatever config says.
             config.yarn_rotary_scaling_factor = math.exp(10 * (rope.attention_factor - 1))
-    if chunk.pre_process and architecture.embedding_scale is not None:
-        chunk.embedding.register_forward_hook(partial(_scale_embedding, architecture.embedding_scale))
+    if chunk.pre_process and architecture.embedding_multiplier != 1:
+        chunk.embedding.register_forward_hook(partial(_scale_embedding, architecture.embedding_multiplier))
     if config.gradient_accumulation_fusion:
         use_direct_lookup(chunk)
     if spec.train.recompute == "offload":
@@ -292,7 +292,7 @@ def _decoder(
         use_fp8_linears(block)
     if config.gradient_accumulation_fusion and _has_fused_layers(spec, architecture):
         use_fused_layers(block, attention_kernel(spec, architecture))
-    norm = LayerNorm if architecture.gpt2 else ZeroCenteredRMSNorm if architecture.zero_centered_norm else None
+    norm = {"layer": LayerNorm, "zero_centered_rms": ZeroCenteredRMSNorm, "rms": None}[architecture.norm]
     if norm is not None:
         block.layer_norm = norm
         for layer in block.layer_specs:
@@ -302,7 +302,7 @@ def _decoder(
 
 def _has_fused_layers(spec: RunSpec, architecture: Architecture) -> bool:
     """Whether the layers are of the kind that is fused; others still have the fused loss and weight gradients."""
-    llama = architecture.rope is not None and architecture.activation == "silu" and not architecture.zero_centered_norm
+    llama = architecture.norm == "rms" and all(layer.mlp.activation == "silu" for layer in architecture.layers)
     return llama and spec.model.hidden_dropout == 0
 
 

@@ -10,6 +10,7 @@ would depend on its neighbours in the batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ class Rope:
     fraction: float = 1.0
     """Part of each head that is rotated."""
     factor: float = 1.0
-    """How much slower positions turn."""
+    """How much slower positions rotate."""
     llama3: Llama3Scaling | None = None
     yarn: YarnScaling | None = None
     """Neither this nor llama3: all frequencies are divided by the factor."""
@@ -92,9 +93,14 @@ class Rope:
         return torch.where(between, (1 - ramp) * scaled / self.factor + ramp * scaled, scaled)
 
 
-def read_rope(config: dict[str, Any], *, max_position_embeddings: int, partial: bool) -> tuple[Rope | None, list[str]]:
-    """The rotary positions of a config, or what of them is not covered; `partial`: the family reads a fraction."""
-    settings = _settings(config)
+def read_rope(
+    config: Mapping[str, Any], *, max_position_embeddings: int, partial: bool, default_theta: float = 10000.0
+) -> tuple[Rope | None, list[str]]:
+    """Return the rotary positions of a config, or None and what of them is not covered.
+
+    `partial` says that the family reads `partial_rotary_factor`; `default_theta` is its theta where none is stated.
+    """
+    settings = _settings(config, default_theta)
     problems = _problems(settings, max_position_embeddings, partial)
     if problems:
         return None, problems
@@ -142,11 +148,11 @@ def _attention_factor(settings: dict[str, Any]) -> float:
     return 0.1 * log + 1.0
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings in the form of transformers 5, with its precedence; earlier files keep them at top level."""
+def _settings(config: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
+    """Return RoPE settings in the form of transformers 5, with its precedence; earlier files keep them at top level."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
     rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if "original_max_position_embeddings" in config:
         rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]

@@ -1,33 +1,29 @@
-"""Which Hugging Face tensors make up a Megatron-core parameter, and where each row lies: data, no reading or writing.
+"""Which Hugging Face tensors make up each Megatron-core parameter, and where their rows lie: data, no input or output.
 
-A parameter is described by the rows it takes from Hugging Face tensors, in order (`Layout`). The same description
-serves both directions: import reads the rows a rank needs, export puts rows back where they came from. Layouts:
+A parameter is described by the rows that it takes from Hugging Face tensors, in order (`ParameterMap`). The same
+description serves both directions: import reads the rows that a rank needs, export puts rows back where they came from.
+How the parameters are laid out on Megatron-core's side:
 
 * linear_qkv: for each KV group its query heads, its key head, its value head. A tensor-parallel rank holds a
   contiguous part; with more ranks than KV groups a part is less than a group and Megatron-core gathers it back.
-  Where the files hold one tensor (Phi-3), it is all query heads, then all key heads, then all value heads.
-* linear_fc1: all gate rows, then all up rows, which may be one tensor in the files; a rank holds its part of each
-  half, hence two blocks.
+* linear_fc1: all gate rows, then all up rows; a rank holds its part of each half, hence two blocks.
 * embedding and output layer: the vocabulary, then rows of zeros up to Megatron-core's padded size.
 * linear_proj and linear_fc2 are split by columns; norms are whole on every rank.
-* GPT-2's files hold matrices turned over ([input, output]), and query, key and value in one tensor as Phi-3's do.
 
-RoPE is not interleaved on either side, so that no row inside a head moves.
+RoPE is not interleaved on either side, so that no row inside a head moves. How the files of a family are laid out is
+that family's matter (`sft.models.families`).
 
 Rejected: a converter that builds the full state dict of one side and renames it (needs the whole model in memory,
-and the layout rules twice, once a direction).
+and the layout rules twice, once for each direction).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-
-from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Architecture
 
 EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
@@ -59,18 +55,18 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class ParameterMap:
     """A whole Megatron-core parameter: blocks of pieces, each block split by itself over tensor-parallel ranks."""
 
     blocks: tuple[tuple[Piece, ...], ...]
     columns: int | None = None
     """Length of a row; None for a vector."""
     split: int | None = 0
-    """Axis that is split over tensor-parallel ranks; None where each rank has it all."""
+    """Axis that is split over tensor-parallel ranks; None where every rank holds the whole parameter."""
     padded: bool = False
     """Rows of zeros may follow."""
     transposed: bool = False
-    """The files hold the matrix turned over: its rows are their columns."""
+    """The files hold the transposed matrix, [input, output]."""
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -83,46 +79,58 @@ class Layout:
         return sum(piece.rows for piece in self.pieces)
 
 
-def layout_of(name: str, architecture: Architecture) -> Layout | None:
-    """Layout of the parameter `name` (global layer index); None where there is no such parameter."""
-    shape = architecture.shape
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        return _outer_layouts(architecture).get(name)
-    if int(match[1]) >= shape.num_layers:
-        return None
-    return _layer_layouts(architecture, int(match[1])).get(match[2])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightMap:
+    """The map of every parameter of a model."""
 
+    outer: Mapping[str, ParameterMap]
+    """Parameters outside of layers by name. The output layer is among them even where it is tied to the embedding,
+    because the last pipeline stage then holds a copy of it."""
+    layers: tuple[Mapping[str, ParameterMap], ...]
+    """For each layer its parameters, by their names within the layer."""
 
-def layer_parameters(architecture: Architecture) -> tuple[str, ...]:
-    """Parameter names within one layer."""
-    return tuple(_layer_layouts(architecture, 0))
+    @property
+    def embedding_name(self) -> str:
+        """The Hugging Face name of the token embedding."""
+        return self.outer[EMBEDDING].pieces[0].name
 
+    def find(self, name: str) -> ParameterMap | None:
+        """Return the map of the parameter `name` (global layer index), or None where there is no such parameter."""
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            return self.outer.get(name)
+        layer = int(match[1])
+        return self.layers[layer].get(match[2]) if layer < len(self.layers) else None
 
-def parameter_layouts(architecture: Architecture) -> dict[str, Layout]:
-    """Every parameter of the whole model, first to last; a tied output layer is the embedding and not named."""
-    outer = _outer_layouts(architecture)
-    if architecture.shape.tied_embeddings:
-        del outer[OUTPUT]
-    layouts = {name: layout for name, layout in outer.items() if name.startswith("embedding.")}
-    for layer in range(architecture.shape.num_layers):
-        for name, layout in _layer_layouts(architecture, layer).items():
-            layouts[f"decoder.layers.{layer}.{name}"] = layout
-    return layouts | {name: layout for name, layout in outer.items() if name not in layouts}
+    def __getitem__(self, name: str) -> ParameterMap:
+        """Return the map of the parameter `name`; KeyError where there is none."""
+        found = self.find(name)
+        if found is None:
+            raise KeyError(name)
+        return found
 
+    def parameters(self) -> dict[str, ParameterMap]:
+        """Return the maps of all parameters by name, first to last, without a tied output layer."""
+        tied = self.outer[OUTPUT] == self.outer[EMBEDDING]
+        found = {name: part for name, part in self.outer.items() if name.startswith("embedding.")}
+        for index, layer in enumerate(self.layers):
+            found |= {f"decoder.layers.{index}.{name}": part for name, part in layer.items()}
+        rest = {name: part for name, part in self.outer.items() if name not in found}
+        return found | {name: part for name, part in rest.items() if not (tied and name == OUTPUT)}
 
-def parameter_names(architecture: Architecture) -> Iterator[str]:
-    """The names of `parameter_layouts`."""
-    return iter(parameter_layouts(architecture))
-
-
-def embedding_name(architecture: Architecture) -> str:
-    """The Hugging Face name of the token embedding."""
-    return "transformer.wte.weight" if architecture.gpt2 else "model.embed_tokens.weight"
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every Hugging Face tensor by name, in the order of `parameters`."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in self.parameters().values():
+            for piece in part.pieces:
+                rows = max(piece.stop, shapes.get(piece.name, (0,))[-1 if part.transposed else 0])
+                shape = (rows,) if part.columns is None else (rows, part.columns)
+                shapes[piece.name] = shape[::-1] if part.transposed else shape
+        return shapes
 
 
 def canonical_name(name: str, layer_offset: int = 0) -> str:
-    """A module's own parameter name -> the name used here: no wrappers, global layer index, separate norms."""
+    """Return the name used here of a module's own parameter: no wrappers, global layer index, separate norms."""
     name = re.sub(r"^(module\.)+", "", name)
     match = _LAYER.fullmatch(name)
     if match is None:
@@ -132,48 +140,37 @@ def canonical_name(name: str, layer_offset: int = 0) -> str:
 
 
 def checkpoint_key(name: str) -> tuple[str, int | None]:
-    """Key of a parameter in a sharded checkpoint, and its index there: layers are stacked on a leading axis."""
+    """Return a parameter's key in a sharded checkpoint and its index there: layers are stacked on a leading axis."""
     match = _LAYER.fullmatch(name)
     if match is None:
         return name, None
     return f"decoder.layers.{_FUSED_NORMS.get(match[2], match[2])}", int(match[1])
 
 
-def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every Hugging Face tensor of the model, in the order of `parameter_layouts`."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layout in parameter_layouts(architecture).values():
-        for piece in layout.pieces:
-            rows = max(piece.stop, shapes.get(piece.name, (0,))[-1 if layout.transposed else 0])
-            shape = (rows,) if layout.columns is None else (rows, layout.columns)
-            shapes[piece.name] = shape[::-1] if layout.transposed else shape
-    return shapes
-
-
-def rank_pieces(layout: Layout, rank: int, size: int, rows: int) -> list[Piece]:
-    """The pieces of one of `size` ranks that holds `rows` rows; what is missing to `rows` is padding."""
-    if layout.padded:
-        return _cut(layout.pieces, rank * rows, (rank + 1) * rows)
+def rank_pieces(parameter: ParameterMap, rank: int, size: int, rows: int) -> list[Piece]:
+    """Return the pieces held by one of `size` ranks that has `rows` rows; rows that no piece fills are padding."""
+    if parameter.padded:
+        return _cut(parameter.pieces, rank * rows, (rank + 1) * rows)
     found = []
-    for block in layout.blocks:
+    for block in parameter.blocks:
         share = sum(piece.rows for piece in block) // size
         found += _cut(block, rank * share, (rank + 1) * share)
     return found
 
 
-def split_parameter(layout: Layout, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A whole Megatron-core parameter -> its Hugging Face tensors; padding is cut off."""
+def split_parameter(parameter: ParameterMap, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the Hugging Face tensors that a whole Megatron-core parameter consists of, without padding."""
     parts: dict[str, dict[int, torch.Tensor]] = {}
     position = 0
-    for piece in layout.pieces:
-        parts.setdefault(piece.name, {})[piece.start] = parameter[position : position + piece.rows]
+    for piece in parameter.pieces:
+        parts.setdefault(piece.name, {})[piece.start] = values[position : position + piece.rows]
         position += piece.rows
     whole = {name: torch.cat([rows[start] for start in sorted(rows)]) for name, rows in parts.items()}
-    return {name: tensor.T.contiguous() for name, tensor in whole.items()} if layout.transposed else whole
+    return {name: tensor.T.contiguous() for name, tensor in whole.items()} if parameter.transposed else whole
 
 
 def _cut(pieces: tuple[Piece, ...], start: int, stop: int) -> list[Piece]:
-    """The part of `pieces`, laid end to end, between `start` and `stop`."""
+    """Return the part of `pieces`, laid end to end, between `start` and `stop`."""
     found, position = [], 0
     for piece in pieces:
         first, last = max(start - position, 0), min(stop - position, piece.rows)
@@ -183,110 +180,19 @@ def _cut(pieces: tuple[Piece, ...], start: int, stop: int) -> list[Piece]:
     return found
 
 
-def _whole(name: str, rows: int, columns: int | None, split: int | None, *, transposed: bool = False) -> Layout:
-    return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, split=split, transposed=transposed)
+# What families make their maps of -------------------------------------------------------------------------------------
 
 
-def _norm(name: str, rows: int) -> Layout:
-    return _whole(name, rows, None, None)
+def whole(name: str, rows: int, columns: int | None, split: int | None, *, transposed: bool = False) -> ParameterMap:
+    """Return the map of a parameter that is one Hugging Face tensor."""
+    return ParameterMap(blocks=((Piece(name, 0, rows),),), columns=columns, split=split, transposed=transposed)
 
 
-def _vocabulary(name: str, rows: int, columns: int) -> Layout:
-    return Layout(blocks=((Piece(name, 0, rows),),), columns=columns, padded=True)
+def vector(name: str, rows: int) -> ParameterMap:
+    """Return the map of a norm's weight, or of another vector that every rank holds whole."""
+    return whole(name, rows, None, None)
 
 
-def _outer_layouts(architecture: Architecture) -> dict[str, Layout]:
-    """Layouts of the parameters outside layers, a tied output layer among them."""
-    shape = architecture.shape
-    hidden = shape.hidden_size
-    embedding = embedding_name(architecture)
-    # The last pipeline stage holds its own copy of a tied embedding.
-    head = embedding if shape.tied_embeddings else "lm_head.weight"
-    layouts = {EMBEDDING: _vocabulary(embedding, shape.vocab_size, hidden)}
-    if architecture.gpt2:
-        layouts[POSITIONS] = _whole("transformer.wpe.weight", shape.max_position_embeddings, hidden, None)
-        layouts[FINAL_NORM] = _norm("transformer.ln_f.weight", hidden)
-        layouts[FINAL_NORM_BIAS] = _norm("transformer.ln_f.bias", hidden)
-    else:
-        layouts[FINAL_NORM] = _norm("model.norm.weight", hidden)
-    layouts[OUTPUT] = _vocabulary(head, shape.vocab_size, hidden)
-    return layouts
-
-
-def _layer_layouts(architecture: Architecture, layer: int) -> dict[str, Layout]:
-    """Layouts of the parameters in one layer."""
-    if architecture.gpt2:
-        return _gpt2_layer_layouts(architecture, f"transformer.h.{layer}.")
-    shape, prefix = architecture.shape, f"model.layers.{layer}."
-    hidden, ffn, head = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
-    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-    joined = "qkv_proj" if architecture.fused else None
-    layouts = {
-        "input_layernorm.weight": _norm(f"{prefix}input_layernorm.weight", hidden),
-        "self_attention.linear_qkv.weight": Layout(
-            blocks=(_qkv(shape, attention, "weight", joined=joined),), columns=hidden
-        ),
-        "self_attention.linear_proj.weight": _whole(
-            f"{attention}o_proj.weight", hidden, shape.num_attention_heads * head, split=1
-        ),
-        "pre_mlp_layernorm.weight": _norm(f"{prefix}post_attention_layernorm.weight", hidden),
-        "mlp.linear_fc1.weight": Layout(blocks=_gate_and_up(architecture, mlp), columns=hidden),
-        "mlp.linear_fc2.weight": _whole(f"{mlp}down_proj.weight", hidden, ffn, split=1),
-    }
-    if architecture.qkv_bias:
-        layouts["self_attention.linear_qkv.bias"] = Layout(blocks=(_qkv(shape, attention, "bias", joined=joined),))
-    if architecture.qk_norm:
-        for kind in ("q", "k"):
-            layouts[f"self_attention.{kind}_layernorm.weight"] = _norm(f"{attention}{kind}_norm.weight", head)
-    return layouts
-
-
-def _gpt2_layer_layouts(architecture: Architecture, prefix: str) -> dict[str, Layout]:
-    """Layouts of one of GPT-2's layers, whose Hugging Face tensors start with `prefix`."""
-    shape = architecture.shape
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
-    weight, bias = (_qkv(shape, f"{prefix}attn.", kind, joined="c_attn") for kind in ("weight", "bias"))
-    attention, mlp = "self_attention.linear_", "mlp.linear_"
-    layouts = {
-        f"{attention}qkv.weight": Layout(blocks=(weight,), columns=hidden, transposed=True),
-        f"{attention}qkv.bias": Layout(blocks=(bias,)),
-        f"{attention}proj.weight": _whole(f"{prefix}attn.c_proj.weight", hidden, hidden, 1, transposed=True),
-        f"{attention}proj.bias": _norm(f"{prefix}attn.c_proj.bias", hidden),
-        f"{mlp}fc1.weight": _whole(f"{prefix}mlp.c_fc.weight", ffn, hidden, 0, transposed=True),
-        f"{mlp}fc1.bias": _whole(f"{prefix}mlp.c_fc.bias", ffn, None, 0),
-        f"{mlp}fc2.weight": _whole(f"{prefix}mlp.c_proj.weight", hidden, ffn, 1, transposed=True),
-        f"{mlp}fc2.bias": _norm(f"{prefix}mlp.c_proj.bias", hidden),
-    }
-    for ours, theirs in (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2")):
-        for kind in ("weight", "bias"):
-            layouts[f"{ours}.{kind}"] = _norm(f"{prefix}{theirs}.{kind}", hidden)
-    return layouts
-
-
-def _qkv(shape: ModelShape, prefix: str, kind: str, *, joined: str | None) -> tuple[Piece, ...]:
-    """Group-major: the query heads of a KV group, its key head, its value head, then the next group.
-
-    `joined` names the tensor that holds all queries, all keys and all values, where the files have one.
-    """
-    head, groups = shape.head_dim, shape.num_query_groups
-    queries = shape.num_attention_heads // groups * head
-    # (tensor, its first row, rows of a group) of each of the three
-    if joined is not None:
-        name = f"{prefix}{joined}.{kind}"
-        parts = [(name, 0, queries), (name, groups * queries, head), (name, groups * (queries + head), head)]
-    else:
-        parts = [(f"{prefix}{which}_proj.{kind}", 0, queries if which == "q" else head) for which in "qkv"]
-    return tuple(
-        Piece(name, first + group * width, first + (group + 1) * width)
-        for group in range(groups)
-        for name, first, width in parts
-    )
-
-
-def _gate_and_up(architecture: Architecture, prefix: str) -> tuple[tuple[Piece, ...], ...]:
-    """Two blocks: the gate's rows, then those of the up projection."""
-    ffn = architecture.shape.ffn_hidden_size
-    if architecture.fused:
-        name = f"{prefix}gate_up_proj.weight"
-        return (Piece(name, 0, ffn),), (Piece(name, ffn, 2 * ffn),)
-    return (Piece(f"{prefix}gate_proj.weight", 0, ffn),), (Piece(f"{prefix}up_proj.weight", 0, ffn),)
+def vocabulary(name: str, rows: int, columns: int) -> ParameterMap:
+    """Return the map of an embedding or output layer, which Megatron-core pads."""
+    return ParameterMap(blocks=((Piece(name, 0, rows),),), columns=columns, padded=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.contract.errors import ModelError
 from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Architecture
+from sft.models.architecture import Architecture, DecoderLayer
 
 TOKENIZER = "nemo_tokenizer"
 
@@ -60,17 +60,18 @@ def model_object(architecture: Architecture, dtype: str) -> Built:
         )
     module, model, config = _CLASSES[shape.model_type]
     fields = _sizes(shape, dtype) | {"layernorm_epsilon": architecture.layernorm_epsilon}
-    if architecture.gpt2:
-        fields |= _gpt2(architecture)
+    layer = architecture.layers[0]  # NeMo's classes know models of equal layers only
+    if architecture.rope is None:
+        fields |= _gpt2(layer)
     else:
         scaling = _rope(architecture)
         fields |= _PLAIN | scaling | {"position_embedding_type": "rope", "activation_func": _function("silu")}
         config = _LLAMA31 if "scale_factor" in scaling else config
         if shape.model_type == "mistral":
-            window = architecture.attention_window
+            window = layer.attention.window
             fields |= {"window_size": [window, 0] if window else None, "cp_comm_type": None}
         if shape.model_type in ("qwen2", "qwen3"):
-            fields |= {"add_qkv_bias": architecture.qkv_bias, "qk_layernorm": architecture.qk_norm}
+            fields |= {"add_qkv_bias": layer.attention.qkv_bias, "qk_layernorm": layer.attention.qk_norm}
     tokenizer = Built(of=Name(*_TOKENIZER_CLASS), arguments={"pretrained_model_name": TOKENIZER})
     built = Built(of=Name(module, config), arguments=fields)
     return Built(of=Name(module, model), arguments={"config": built, "tokenizer": tokenizer})
@@ -93,7 +94,7 @@ def _sizes(shape: ModelShape, dtype: str) -> dict[str, Any]:
     }
 
 
-def _gpt2(architecture: Architecture) -> dict[str, Any]:
+def _gpt2(layer: DecoderLayer) -> dict[str, Any]:
     return {
         "normalization": "LayerNorm",
         "activation_func": _function("gelu"),
@@ -101,7 +102,7 @@ def _gpt2(architecture: Architecture) -> dict[str, Any]:
         "add_bias_linear": True,
         "position_embedding_type": "learned_absolute",
         # Megatron-core's fused bias and gelu is the tanh form, F.gelu the exact one.
-        "bias_activation_fusion": architecture.activation == "gelu_tanh",
+        "bias_activation_fusion": layer.mlp.activation == "gelu_tanh",
     }
 
 

@@ -26,8 +26,9 @@ from launcher.contract.nemo.context import CONTEXT, tokenizer_dir
 from launcher.contract.nemo.entries import Entries, value_of
 from sft.hf.exporter import copy_settings, write_model
 from sft.hf.files import check_model_files
-from sft.models.architecture import Architecture, read_architecture
-from sft.models.weight_map import Layout, parameter_layouts, split_parameter
+from sft.models.architecture import Architecture
+from sft.models.registry import read_architecture
+from sft.models.weight_map import ParameterMap, split_parameter
 from sft.nemo.distributed import DistributedWeights
 from sft.nemo.shards import open_shards
 
@@ -43,7 +44,7 @@ class Weights(Protocol):
     def dtype(self, name: str) -> torch.dtype:
         """Number type of a parameter that is there."""
 
-    def parameter(self, name: str, layout: Layout) -> torch.Tensor:
+    def parameter(self, name: str, layout: ParameterMap) -> torch.Tensor:
         """The whole parameter, without vocabulary padding."""
 
 
@@ -54,7 +55,7 @@ def convert_nemo(source: Path, directory: Path) -> None:
     architecture = read_architecture(directory)
     with _unpacked(source, directory.parent) as folder:
         weights = _open_weights(folder, ModelShape.from_config(config, str(source)))
-        layouts = parameter_layouts(architecture)
+        layouts = architecture.weights.parameters()
         _check_names(weights, architecture, source)
         write_model(
             lambda name: split_parameter(layouts[name], weights.parameter(name, layouts[name])),
@@ -104,14 +105,14 @@ def _unpacked(source: Path, beside: Path) -> Iterator[Path]:
 
 def _check_names(weights: Weights, architecture: Architecture, source: Path) -> None:
     """A weight that the model has no place for would be lost without a word."""
-    known = parameter_layouts(architecture).keys()
+    known = architecture.weights.parameters().keys()
     unknown = sorted(name for name in weights.names() - known if not name.endswith(".linear_fc1.up.weight"))
     tied = {"output_layer.weight"} if architecture.shape.tied_embeddings else set()
     if set(unknown) - tied:
         raise ModelError(f"model.path: {source}: {unknown[0]} has no place in the model of its config")
 
 
-def _dtypes(weights: Weights, layouts: Mapping[str, Layout]) -> dict[str, torch.dtype]:
+def _dtypes(weights: Weights, layouts: Mapping[str, ParameterMap]) -> dict[str, torch.dtype]:
     """Number type of each Hugging Face tensor: that of the checkpoint."""
     held = weights.names()
     return {

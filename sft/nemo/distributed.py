@@ -16,7 +16,7 @@ from torch import Tensor
 
 from launcher.contract.errors import ModelError
 from sft.hf.sharded_reader import ShardedReader
-from sft.models.weight_map import Layout, canonical_name
+from sft.models.weight_map import ParameterMap, canonical_name
 
 _PREFIX = re.compile(r"^((module|model)\.)+")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
@@ -54,7 +54,7 @@ class DistributedWeights:
         """Number type of a parameter that is there."""
         return self._reader.dtype(self._places[name][0])
 
-    def parameter(self, name: str, layout: Layout) -> Tensor:
+    def parameter(self, name: str, layout: ParameterMap) -> Tensor:
         """The whole parameter, without vocabulary padding; ModelError where it is absent or of other sizes."""
         if name not in self._places:
             raise ModelError(f"model.path: {self._directory}: no parameter {name}")

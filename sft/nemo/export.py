@@ -20,8 +20,9 @@ from launcher.contract.errors import ModelError
 from sft.hf.exporter import copy_settings, file_dtypes, whole_directory
 from sft.hf.files import WeightFiles, check_model_files
 from sft.hf.sharded_writer import Chunk, write_sharded
-from sft.models.architecture import Architecture, read_architecture
-from sft.models.weight_map import Layout, checkpoint_key, hf_shapes, parameter_layouts
+from sft.models.architecture import Architecture
+from sft.models.registry import read_architecture
+from sft.models.weight_map import ParameterMap, checkpoint_key
 from sft.nemo.context_writer import TOKENIZER, io_json, model_object, model_yaml
 
 _PREFIX = "module."
@@ -50,7 +51,7 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
         raise ModelError(f"{model_dir}: weights of {len(dtypes)} number types; a NeMo 2 model has one")
     dtype = dtypes.pop()
     built = model_object(architecture, str(dtype).removeprefix("torch."))
-    files, shapes, layouts = WeightFiles(model_dir), hf_shapes(architecture), parameter_layouts(architecture)
+    files, shapes, layouts = WeightFiles(model_dir), architecture.weights.hf_shapes(), architecture.weights.parameters()
     with whole_directory(out_dir) as aside:
         write_sharded(
             aside / "weights",
@@ -66,7 +67,7 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
         (context / "model.yaml").write_text(yaml.safe_dump(model_yaml(built)), encoding="utf-8")
 
 
-def _chunks(layouts: Mapping[str, Layout], num_layers: int, dtype: torch.dtype) -> list[Chunk]:
+def _chunks(layouts: Mapping[str, ParameterMap], num_layers: int, dtype: torch.dtype) -> list[Chunk]:
     """Every parameter under its key; those of layers at their place on the leading axis."""
     found = []
     for name, layout in layouts.items():
@@ -77,7 +78,7 @@ def _chunks(layouts: Mapping[str, Layout], num_layers: int, dtype: torch.dtype) 
     return found
 
 
-def _parameter(layout: Layout, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
+def _parameter(layout: ParameterMap, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
     """A whole Megatron-core parameter, put together from its Hugging Face tensors."""
     parts = []
     for piece in layout.pieces:
@@ -89,7 +90,9 @@ def _parameter(layout: Layout, files: WeightFiles, shapes: Mapping[str, tuple[in
 def _extra_states(architecture: Architecture) -> dict[str, None]:
     """Keys under which modules keep the scales of fp8 training, of which there are none."""
     layers = architecture.shape.num_layers
-    norms = ("self_attention.q_layernorm", "self_attention.k_layernorm") if architecture.qk_norm else ()
+    norms = (
+        ("self_attention.q_layernorm", "self_attention.k_layernorm") if architecture.layers[0].attention.qk_norm else ()
+    )
     keys = [
         f"{_PREFIX}decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
         for module in (*_LAYER_MODULES, *norms)

@@ -26,7 +26,15 @@ from torch import Tensor
 from launcher.contract.errors import ModelError
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.nemo.entries import Entries, value_of
-from sft.models.weight_map import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, OUTPUT, POSITIONS, Layout, canonical_name
+from sft.models.weight_map import (
+    EMBEDDING,
+    FINAL_NORM,
+    FINAL_NORM_BIAS,
+    OUTPUT,
+    POSITIONS,
+    ParameterMap,
+    canonical_name,
+)
 
 WEIGHTS = "model_weights.ckpt"
 
@@ -72,7 +80,7 @@ class Shards:
         """Number type of a parameter that is there."""
         return next(stage[0][name].dtype for stage in self.parts if name in stage[0])
 
-    def parameter(self, name: str, layout: Layout) -> Tensor:
+    def parameter(self, name: str, layout: ParameterMap) -> Tensor:
         """The whole parameter, without vocabulary padding; ModelError where it is absent or of other sizes."""
         ranks = next((stage for stage in self.parts if name in stage[0]), None)
         if ranks is None:
@@ -188,7 +196,7 @@ def _by_head(part: Tensor, heads: int) -> Tensor:
     return part.reshape(3, heads, -1, *part.shape[1:]).transpose(0, 1).reshape(part.shape)
 
 
-def _whole(parts: list[Tensor], layout: Layout) -> Tensor:
+def _whole(parts: list[Tensor], layout: ParameterMap) -> Tensor:
     """The ranks' parts, joined as `layout` says they were cut."""
     if layout.split is None or len(parts) == 1:
         return parts[0]

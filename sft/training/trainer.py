@@ -32,7 +32,7 @@ from sft.metrics.loss_plot import plot_loss
 from sft.metrics.mfu import utilization
 from sft.metrics.run_log import RunLog
 from sft.model_source import resolve_model_dir
-from sft.models.architecture import read_architecture
+from sft.models.registry import read_architecture
 from sft.runtime.deadline import Deadline
 from sft.runtime.rank_env import RankClusterEnvironment, RankEnv
 from sft.runtime.stop import StopFlag

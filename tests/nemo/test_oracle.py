@@ -152,7 +152,7 @@ def test_a_checkpoint_that_nemo_wrote_gives_its_losses_under_another_topology(
         assert torch.allclose(token_losses(logits, ids), torch.tensor(theirs["losses"]), atol=2e-5)
 
 
-@pytest.mark.parametrize("case", ["llama3_rope", "qwen2", "gpt2"])
+@pytest.mark.parametrize("case", ["llama_llama3_rope", "qwen2", "gpt2"])
 def test_nemo_loads_what_we_wrote(case: str, oracle: Oracle, tmp_path: Path) -> None:
     save_hf_model(case, tmp_path / "hf", vocab_size=331)
     save_tokenizer(tmp_path / "hf")

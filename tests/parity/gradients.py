@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 import sft.engine.module
 from launcher.contract.spec import read_resolved
 from sft.megatron.core import get_transformer_layer_offset, parallel_state
-from sft.models.architecture import Architecture, read_architecture
-from sft.models.weight_map import canonical_name, hf_shapes, layout_of, rank_pieces
+from sft.models.architecture import Architecture
+from sft.models.registry import read_architecture
+from sft.models.weight_map import canonical_name, rank_pieces
 from sft.training.trainer import train
 
 
@@ -50,7 +51,7 @@ def join(by_rank: list[list[list[Part]]], architecture: Architecture) -> list[di
 
 
 def _join_step(parts: list[Part], architecture: Architecture) -> dict[str, torch.Tensor]:
-    whole = {name: torch.full(shape, torch.nan) for name, shape in hf_shapes(architecture).items()}
+    whole = {name: torch.full(shape, torch.nan) for name, shape in architecture.weights.hf_shapes().items()}
     for part in parts:
         index = (part.rows, part.columns)[: whole[part.name].ndim]
         place, values = whole[part.name][index], torch.from_numpy(part.values)
@@ -70,8 +71,7 @@ def _parts(chunks: list[Any], architecture: Architecture) -> list[Part]:
         _gather_shards(chunk)
         offset = get_transformer_layer_offset(chunk.config, index if len(chunks) > 1 else None)
         for name, parameter in chunk.named_parameters():
-            layout = layout_of(canonical_name(name, offset), architecture)
-            assert layout is not None, name
+            layout = architecture.weights[canonical_name(name, offset)]
             split_rows = (rank, size) if layout.split == 0 else (0, 1)
             gradient = parameter.main_grad.detach().float().cpu().numpy().copy()
             width = gradient.shape[-1]
@@ -79,7 +79,13 @@ def _parts(chunks: list[Any], architecture: Architecture) -> list[Part]:
             position = 0
             for piece in rank_pieces(layout, *split_rows, rows=gradient.shape[0]):
                 rows = slice(piece.start, piece.stop)
-                found.append(Part(piece.name, rows, columns, gradient[position : position + piece.rows]))
+                values = gradient[position : position + piece.rows]
+                part = (
+                    Part(piece.name, columns, rows, values.T)
+                    if layout.transposed
+                    else Part(piece.name, rows, columns, values)
+                )
+                found.append(part)
                 position += piece.rows
     return found
 

@@ -16,7 +16,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, read_lines
 from sft.data.batches.batch import MicroBatch
 from sft.megatron.core import parallel_state
-from sft.models.architecture import read_architecture
+from sft.models.registry import SUPPORTED, read_architecture
 from sft.training.trainer import train
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.reference import Curve
@@ -57,13 +57,9 @@ DEFAULT = {
     "cp2_pp2": ("padded",),
     "cp2_dp2": ("packed",),
 }
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_inner": 160},
-    "qwen2_yarn": {},
-    "phi3_partial_rope": {"num_key_value_heads": 2, "sliding_window": 256},
-    "llama3_rope_other_numbers": {},
-    "gemma": {},
-}
+KINDS_OF_POSITIONS = ["qwen2_yarn", "phi3_partial_rope", "llama_llama3_rope_other_numbers", *SUPPORTED]
+PLAIN_ROPE = {"gemma", "llama", "mistral", "phi3", "qwen2", "qwen3"}
+"""Families that add nothing to what Llama's layouts and forms above show of positions."""
 SAVED: dict[str, Any] = {"max_steps": 6, "every": 2, "keep_last": 9, "packing": True, "lr": 1e-3}
 CELLS = [
     pytest.param(layout, form, id=f"{layout}-{form}", marks=() if form in DEFAULT.get(layout, ()) else pytest.mark.slow)
@@ -181,11 +177,16 @@ def test_a_sequence_that_crosses_chunks_has_its_losses(tmp_path: Path, material:
             )
 
 
-@pytest.mark.parametrize("name", thinned(FAMILIES, "gpt2", "qwen2_yarn"))
+@pytest.mark.parametrize(
+    "name",
+    thinned(
+        KINDS_OF_POSITIONS, "qwen2_yarn", *(set(SUPPORTED) - {"gemma", "llama", "mistral", "phi3", "qwen2", "qwen3"})
+    ),
+)
 def test_positions_of_every_kind(name: str, tmp_path: Path) -> None:
     """Learned ones, scaled and partial RoPE."""
     chat = write_jsonl(tmp_path / "chat.jsonl", make_chat_rows(9, seed=3))
-    model = family_model(tmp_path / "model", name, **FAMILIES[name])
+    model = family_model(tmp_path / "model", name)
     expected = reference_curve(tmp_path / "reference", model, chat, steps=STEPS, **RATE)
     paths = make_run(tmp_path, model, chat, ranks=2, topology=CP2, max_steps=STEPS, packing=True, **RATE)
     run_training(paths, 2)

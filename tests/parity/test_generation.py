@@ -15,8 +15,10 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import read_lines
 from launcher.contract.spec import EvaluationSpec
 from sft.__main__ import main
+from sft.models.registry import SUPPORTED
 from sft.training.trainer import train
 from tests.parity.runs import make_run, run_training
+from tests.parity.test_families import family_model
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 
@@ -118,6 +120,14 @@ def test_greedy_answers_equal_transformers(
     name: str, tmp_path: Path, material: Material, greedy: dict[str, list[int]]
 ) -> None:
     assert run_and_collect(tmp_path, material, *LAYOUTS[name]) == list(greedy.values())
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_greedy_answers_of_a_family_equal_transformers(family: str, tmp_path: Path, material: Material) -> None:
+    """Across two stages, with every part of the family in the model."""
+    own = (family_model(tmp_path / "model", family), *material[1:])
+    expected = [transformers_answer(own[0], question) for question in QUESTIONS]
+    assert run_and_collect(tmp_path, own, *LAYOUTS["pp2"]) == expected
 
 
 def test_an_answer_ends_at_a_stop_token(tmp_path: Path, material: Material, greedy: dict[str, list[int]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sft.models.architecture import read_architecture
+from sft.models.registry import read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training

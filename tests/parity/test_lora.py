@@ -32,7 +32,7 @@ from sft.hf.adapter import all_targets
 from sft.hf.answer import answer
 from sft.hf.checks import check_model_settings
 from sft.hf.sharded_reader import ShardedReader
-from sft.models.architecture import read_architecture
+from sft.models.registry import SUPPORTED, read_architecture
 from sft.training.datamodule import batch_schedule
 from sft.training.trainer import train
 from tests.parity.reference import target_losses
@@ -61,6 +61,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "recompute_norms": (1, {}, {"recompute": "norms", "kernels": "fused"}),
     "cp2_packed": (2, {"context_parallel": 2}, {"packing": True}),
 }
+
+ADAPTABLE = [name for name in SUPPORTED if name != "gpt2"]
+"""Families that take adapters. GPT-2's files hold transposed matrices."""
+SLOW_FAMILIES = {"gemma", "llama", "mistral", "qwen2", "qwen3"}
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +180,7 @@ def test_some_targets_of_a_fused_linear(
     expect_curve(paths, curves["some"])
 
 
-@pytest.mark.parametrize("case", thinned(["phi3", "gemma", "qwen2"], "phi3"))
+@pytest.mark.parametrize("case", thinned(ADAPTABLE, *(set(ADAPTABLE) - SLOW_FAMILIES)))
 def test_family_follows_reference_under_tp2_pp2(case: str, tmp_path: Path, chat: Path) -> None:
     """Phi-3's fused tensors have one adapter each, spread over two blocks of rows."""
     directory = family_model(tmp_path / "model", case)

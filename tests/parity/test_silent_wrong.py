@@ -20,7 +20,7 @@ from launcher.contract.spec import read_resolved
 from launcher.contract.topology import build_topology
 from sft.megatron.core import DistributedOptimizer, TransformerConfig, parallel_state
 from sft.megatron.patches import adamw_state
-from sft.models.architecture import read_architecture
+from sft.models.registry import read_architecture
 from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import RankFailure, run_ranks

@@ -9,85 +9,42 @@ from typing import Any
 import torch
 
 from launcher.contract.spec import DataSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+from sft.models.registry import SUPPORTED, family
 
-BASE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
+VOCAB_SIZE = 97
+OUTER = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 128}
+"""What the small configs of families leave to the tests."""
+
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "_".join(filter(None, (name, variant))): (name, {**family(name).small_config, **changes})
+    for name in SUPPORTED
+    for variant, changes in {"": {}, **family(name).variants}.items()
 }
+"""Name of a case -> model type and config: each family's small model, and its variants as <family>_<variant>."""
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
-YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+def hf_config(case: str, **more: object) -> Any:
+    """The case as transformers' configuration."""
+    from transformers import AutoConfig
 
-GPT2_WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-"""transformers drops out a tenth unless told otherwise."""
+    model_type, config = CASES[case]
+    return AutoConfig.for_model(model_type, **{**OUTER, **config, **more})
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", {"n_inner": 72, "tie_word_embeddings": True, **GPT2_WITHOUT_DROPOUT}),
-    "gpt2_untied": ("GPT2", {"activation_function": "gelu", **GPT2_WITHOUT_DROPOUT}),
-    "llama": ("Llama", {"rope_theta": 500000.0}),
-    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama_mha": ("Llama", {"num_key_value_heads": 6}),
-    "llama_one_kv_head": ("Llama", {"num_key_value_heads": 1}),
-    "llama3_rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
-    "llama3_rope_other_numbers": (
-        "Llama",
-        {
-            "rope_parameters": {
-                **LLAMA3_ROPE,
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 2.0,
-                "high_freq_factor": 8.0,
-                "original_max_position_embeddings": 256,
-            }
-        },
-    ),
-    "llama_linear_rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}),
-    "llama_wide_heads": ("Llama", {"head_dim": 16}),
-    "mistral": ("Mistral", {"sliding_window": None, "rope_theta": 1000000.0}),
-    "mistral_window": ("Mistral", {"sliding_window": 64}),
-    "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True}),
-    "gemma_untied": ("Gemma", {"head_dim": 16, "num_key_value_heads": 1}),
-    "phi3": ("Phi3", {"pad_token_id": 0}),
-    "phi3_partial_rope": (
-        "Phi3",
-        {"pad_token_id": 0, "partial_rotary_factor": 0.75, "num_key_value_heads": 6, "sliding_window": 64},
-    ),
-    "qwen2": ("Qwen2", {"rope_theta": 1000000.0}),
-    "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN_ROPE, "max_position_embeddings": 256}),
-    "llama_yarn_stated": ("Llama", {"rope_parameters": {**YARN_ROPE, "attention_factor": 1.75, "truncate": False}}),
-    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"head_dim": 16}),
-    "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
-}
-"""Name of a case -> transformers' family name and what differs from BASE."""
+
+def save_config(case: str, directory: Path) -> Path:
+    """Write config.json of `case` alone."""
+    hf_config(case).save_pretrained(directory)
+    return directory
 
 
 def save_hf_model(
-    case: str, directory: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **more: Any
+    case: str, directory: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **more: object
 ) -> Path:
     """Write the model of `case` with random weights, biases and norms."""
     import transformers
 
-    family, changes = CASES[case]
-    config = getattr(transformers, f"{family}Config")(**{**BASE, **changes, **more})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(hf_config(case, **more))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name or ".ln_" in name else 0.0, 0.1)
@@ -143,7 +100,7 @@ def build_and_load(spec: RunSpec) -> list[Any]:
     from sft.megatron.core import get_transformer_layer_offset, parallel_state
     from sft.megatron.model import build_chunks, transformer_config
     from sft.megatron.parallel.groups import init_model_parallel
-    from sft.models.architecture import read_architecture
+    from sft.models.registry import read_architecture
 
     architecture = read_architecture(Path(spec.model.path))
     topology = build_topology(spec, architecture.shape)

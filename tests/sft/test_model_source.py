@@ -20,8 +20,7 @@ from sft.hf.exporter import export_checkpoint
 from sft.hf.files import check_model_files
 from sft.hf.gguf import convert_gguf, deinterleave, hf_name
 from sft.model_source import locate, resolve_model_dir
-from sft.models.architecture import read_architecture
-from sft.models.weight_map import hf_shapes
+from sft.models.registry import read_architecture
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import example_ids, hf_logits, rank_logits, run_spec, save_sharded, smollm2_spec
 
@@ -196,7 +195,9 @@ def test_a_small_gguf_becomes_a_complete_directory(tmp_path: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     stored = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(source).tensors}
 
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == hf_shapes(read_architecture(directory))
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == read_architecture(
+        directory
+    ).weights.hf_shapes()
     assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], stored["blk.1.ffn_down.weight"])
     assert torch.equal(tensors["model.layers.1.self_attn.v_proj.weight"], stored["blk.1.attn_v.weight"])
     key = deinterleave(stored["blk.1.attn_k.weight"], 2)

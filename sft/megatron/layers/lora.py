@@ -34,7 +34,7 @@ from sft.megatron.core import (
     tensor_parallel,
 )
 from sft.models.architecture import Architecture
-from sft.models.weight_map import layout_of, rank_pieces
+from sft.models.weight_map import rank_pieces
 
 
 class Adapter(nn.Module):
@@ -210,8 +210,7 @@ def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 def _row_order(targets: Sequence[AdapterTarget], architecture: Architecture, rows: int) -> Tensor:
     """For each of this rank's rows of the linear its place among the targets' rows; untargeted ones point behind."""
     target = targets[0]
-    layout = layout_of(f"decoder.layers.{target.layer}.{target.linear}.weight", architecture)
-    assert layout is not None
+    layout = architecture.weights.layers[target.layer][f"{target.linear}.weight"]
     size = 1 if target.split_input else parallel_state.get_tensor_model_parallel_world_size()
     rank = 0 if target.split_input else parallel_state.get_tensor_model_parallel_rank()
     held = [piece.name for piece in rank_pieces(layout, rank, size, rows) for _ in range(piece.rows)]

@@ -17,7 +17,7 @@ from tests.sft.models.test_weight_map import architecture
 
 def by_name(fused: bool = False, targets: list[str] | None = None) -> dict[str, AdapterTarget]:
     lora = LoraSpec(rank=2, targets=targets or [])
-    return {target.name: target for target in adapter_targets(architecture(bias=True, fused=fused), lora, 1)}
+    return {target.name: target for target in adapter_targets(architecture("phi3" if fused else "qwen2"), lora, 1)}
 
 
 def test_every_linear_layer_is_a_target() -> None:

@@ -19,7 +19,7 @@ from sft.hf import exporter as hf_export
 from sft.hf.exporter import export_checkpoint, plan_files
 from sft.hf.files import weight_map
 from sft.hf.sharded_reader import ShardedReader
-from sft.models.architecture import read_architecture
+from sft.models.registry import SUPPORTED, read_architecture
 from tests.parity.runs import make_run, run_training
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import example_ids, hf_logits, run_spec, save_hf_model, save_sharded
@@ -60,12 +60,12 @@ def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("case", "ranks", "topology", "dtype"),
     [
+        *((case, 2, {"pipeline_parallel": 2}, torch.float32) for case in SUPPORTED),
         ("llama", 1, {}, torch.float32),
         ("llama", 3, {"tensor_parallel": 3}, torch.float32),
         ("llama_one_kv_head", 2, {"tensor_parallel": 2}, torch.float32),
         ("qwen2_tied", 2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, torch.float32),
         ("qwen3", 3, {"tensor_parallel": 3}, torch.bfloat16),
-        ("mistral_window", 2, {"pipeline_parallel": 2}, torch.float32),
         ("gemma", 3, {"tensor_parallel": 3}, torch.float32),
         ("phi3", 3, {"tensor_parallel": 3}, torch.bfloat16),
         ("phi3_partial_rope", 4, {"tensor_parallel": 2, "pipeline_parallel": 2}, torch.float32),

@@ -14,10 +14,9 @@ from torch import nn
 from launcher.contract.errors import ModelError
 from sft.hf.files import WeightFiles, check_model_files
 from sft.hf.importer import load_hf_weights
-from sft.models.architecture import read_architecture
-from sft.models.weight_map import layout_of, parameter_names
+from sft.models.registry import SUPPORTED, read_architecture
 from tests.ranks import run_ranks
-from tests.sft.hf_cases import BASE, CASES, example_ids, hf_logits, rank_logits, run_spec, save_hf_model
+from tests.sft.hf_cases import CASES, VOCAB_SIZE, example_ids, hf_logits, rank_logits, run_spec, save_hf_model
 
 TOLERANCE = 1e-5
 """Logits are of size 1; ten times what is seen on any case."""
@@ -43,21 +42,19 @@ def test_logits_of_one_rank(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "ranks", "topology"),
     [
+        *((case, 2, {"pipeline_parallel": 2}) for case in SUPPORTED),
         ("llama", 3, {"tensor_parallel": 3}),
         ("llama_mha", 2, {"tensor_parallel": 2}),
         ("llama_one_kv_head", 2, {"tensor_parallel": 2}),
         ("qwen2_tied", 3, {"tensor_parallel": 3}),
-        ("qwen2", 2, {"pipeline_parallel": 2}),
         ("qwen3_tied", 2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
         ("qwen3", 3, {"tensor_parallel": 3}),
-        ("mistral_window", 3, {"tensor_parallel": 3}),
+        ("mistral", 3, {"tensor_parallel": 3}),
         ("gemma", 3, {"tensor_parallel": 3}),
         ("gemma_untied", 2, {"tensor_parallel": 2}),
-        ("gemma", 2, {"pipeline_parallel": 2}),
         ("phi3", 3, {"tensor_parallel": 3}),
         ("phi3_partial_rope", 2, {"tensor_parallel": 2}),
-        ("phi3", 2, {"pipeline_parallel": 2}),
-        ("llama3_rope_other_numbers", 2, {"pipeline_parallel": 2}),
+        ("llama_llama3_rope_other_numbers", 2, {"pipeline_parallel": 2}),
         ("llama_tied", 6, {"tensor_parallel": 3, "pipeline_parallel": 2}),
     ],
 )
@@ -78,9 +75,7 @@ class Chunk(nn.Module):
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32, padding: int = 3) -> None:
         super().__init__()
         model = read_architecture(directory)
-        for name in parameter_names(model):
-            layout = layout_of(name, model)
-            assert layout is not None
+        for name, layout in model.weights.parameters().items():
             rows = layout.rows + (padding if layout.padded else 0)
             shape = (rows,) if layout.columns is None else (rows, layout.columns)
             *path, last = name.split(".")
@@ -195,7 +190,7 @@ def test_wrong_shape(single: Path) -> None:
     rewrite(single, lm_head__weight=torch.zeros(96, 48))
     message = (
         f"{single / 'model.safetensors'}: tensor lm_head.weight is [96, 48]; by config.json it should be "
-        f"[{BASE['vocab_size']}, 48]"
+        f"[{VOCAB_SIZE}, 48]"
     )
     assert problems(single) == [message]
     with pytest.raises(ModelError) as caught:

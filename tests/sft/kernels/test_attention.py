@@ -11,7 +11,7 @@ import torch
 from launcher.contract.errors import ModelError
 from sft.kernels import attention
 from sft.megatron.model import attention_kernel
-from sft.models.architecture import read_architecture
+from sft.models.registry import read_architecture
 from tests.sft.hf_cases import run_spec
 from tests.tiny_model import make_tiny_model
 

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from launcher.contract.errors import ModelError
-from sft.models.architecture import read_architecture
+from sft.models import families
+from sft.models.architecture import Attention, DecoderLayer, DenseMLP
+from sft.models.registry import SUPPORTED, family, read_architecture
 from sft.models.rope import Llama3Scaling, Rope
+from tests.sft.hf_cases import save_config
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -52,13 +55,9 @@ def test_plain_llama(tmp_path: Path) -> None:
     assert architecture.shape.head_dim == 8
     assert architecture.layernorm_epsilon == 1e-5
     assert architecture.rope == Rope(theta=10000.0)
-    assert (architecture.activation, architecture.embedding_scale, architecture.attention_window) == (
-        "silu",
-        None,
-        None,
-    )
-    assert not architecture.qkv_bias
-    assert not architecture.qk_norm
+    assert architecture.layers == (DecoderLayer(attention=Attention(), mlp=DenseMLP(width=72)),) * 4
+    assert (architecture.norm, architecture.embedding_multiplier, architecture.logits_scaling) == ("rms", 1.0, 1.0)
+    assert architecture.narrowest_window is None
 
 
 @pytest.mark.parametrize(
@@ -91,9 +90,10 @@ def test_what_families_imply(tmp_path: Path) -> None:
     qwen3 = read_architecture(write_config(tmp_path, model_type="qwen3", head_dim=16))
     mistral = read_architecture(write_config(tmp_path, model_type="mistral", sliding_window=None))
 
-    assert (qwen2.qkv_bias, qwen2.qk_norm) == (True, False)
-    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.shape.head_dim) == (False, True, 16)
-    assert (mistral.qkv_bias, mistral.qk_norm) == (False, False)
+    assert {layer.attention for layer in qwen2.layers} == {Attention(qkv_bias=True)}
+    assert {layer.attention for layer in qwen3.layers} == {Attention(qk_norm=True)}
+    assert {layer.attention for layer in mistral.layers} == {Attention()}
+    assert qwen3.shape.head_dim == 16
 
 
 @pytest.mark.parametrize("activation", [{}, {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}])
@@ -101,7 +101,8 @@ def test_gemma(tmp_path: Path, activation: dict[str, Any]) -> None:
     """The first files leave tied embeddings out, and call the activation by another's name."""
     gemma = read_architecture(write_config(tmp_path, model_type="gemma", head_dim=16, **activation))
 
-    assert (gemma.activation, gemma.zero_centered_norm, gemma.embedding_scale) == ("gelu_tanh", True, 48**0.5)
+    assert {layer.mlp.activation for layer in gemma.layers} == {"gelu_tanh"}
+    assert (gemma.norm, gemma.embedding_multiplier) == ("zero_centered_rms", 48**0.5)
     assert gemma.shape.tied_embeddings
 
 
@@ -110,19 +111,20 @@ def test_phi3(tmp_path: Path) -> None:
         write_config(tmp_path, model_type="phi3", partial_rotary_factor=0.75, sliding_window=2047, rope_scaling=None)
     )
 
-    assert (phi3.fused, phi3.attention_window, phi3.rope) == (True, 2047, Rope(theta=10000.0, fraction=0.75))
+    assert (phi3.narrowest_window, phi3.rope) == (2047, Rope(theta=10000.0, fraction=0.75))
+    assert "model.layers.0.self_attn.qkv_proj.weight" in phi3.weights.hf_shapes()
 
 
 def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
     assert refusal(tmp_path, model_type="gpt_neo") == [
-        "model_type 'gpt_neo' is not supported; supported are gemma, gpt2, llama, mistral, phi3, qwen2, qwen3"
+        "model_type 'gpt_neo' is not supported; supported are " + ", ".join(SUPPORTED)
     ]
 
 
 def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert refusal(tmp_path, model_type="gemma2") == [
         "model_type 'gemma2' is not supported (it caps attention scores and logits by tanh and norms each sublayer's "
-        "output); supported are gemma, gpt2, llama, mistral, phi3, qwen2, qwen3"
+        "output); supported are " + ", ".join(SUPPORTED)
     ]
 
 
@@ -205,7 +207,7 @@ def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None
     ids=["all layers", "upper layers", "by layer", "switched off", "above the last layer", "not read by this family"],
 )
 def test_the_window_that_layers_have(tmp_path: Path, changes: dict[str, Any], window: int | None) -> None:
-    assert read_architecture(write_config(tmp_path, **changes)).attention_window == window
+    assert read_architecture(write_config(tmp_path, **changes)).narrowest_window == window
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
@@ -214,3 +216,30 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "mlp_bias true is not supported",
         "partial_rotary_factor 0.25 is not supported; only 1.0",
     ]
+
+
+def test_layers_have_windows_of_their_own(tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention"] * 2
+    qwen2 = read_architecture(write_config(tmp_path, model_type="qwen2", sliding_window=32, layer_types=kinds))
+    assert [layer.attention.window for layer in qwen2.layers] == [None, 32, None, 32]
+
+
+def test_too_short_a_list_of_layer_types(tmp_path: Path) -> None:
+    assert refusal(tmp_path, model_type="qwen2", layer_types=["full_attention"]) == [
+        "layer_types is not a list with an entry for each of the 4 layers"
+    ]
+
+
+def test_the_registry_names_the_modules_of_families() -> None:
+    modules = {path.stem for path in Path(families.__path__[0]).glob("*.py")} - {"__init__"}
+    assert list(SUPPORTED) == sorted(modules)
+    assert [family(name).model_type for name in SUPPORTED] == list(SUPPORTED)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_small_configs_are_read_as_they_are(name: str, tmp_path: Path) -> None:
+    """A family's small model is the net under it: it must not lack what the family's config requires."""
+    found = read_architecture(save_config(name, tmp_path))
+    assert found.shape.model_type == name
+    assert len(found.layers) == found.shape.num_layers == len(found.weights.layers)
+    assert family(name).small_config.keys() >= {"hidden_size", "num_hidden_layers", "num_attention_heads"}

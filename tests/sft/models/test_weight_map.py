@@ -11,26 +11,24 @@ from hypothesis import strategies as st
 
 from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture
-from sft.models.rope import Rope
+from sft.models.config_reader import ConfigReader
+from sft.models.registry import SUPPORTED
+from sft.models.registry import family as families
 from sft.models.weight_map import (
     EMBEDDING,
     OUTPUT,
-    Layout,
+    ParameterMap,
     canonical_name,
     checkpoint_key,
-    hf_shapes,
-    layout_of,
-    parameter_names,
     rank_pieces,
     split_parameter,
 )
 
 
-def architecture(
-    heads: int = 6, groups: int = 3, tied: bool = False, bias: bool = True, norm: bool = True, fused: bool = False
-) -> Architecture:
+def architecture(family: str = "qwen2", heads: int = 6, groups: int = 3, tied: bool = False) -> Architecture:
+    """A model of two layers: llama is plain, qwen2 has biases, qwen3 norms, phi3 joined tensors."""
     shape = ModelShape(
-        model_type="llama",
+        model_type=family,
         num_layers=2,
         hidden_size=8,
         ffn_hidden_size=12,
@@ -41,19 +39,18 @@ def architecture(
         max_position_embeddings=64,
         tied_embeddings=tied,
     )
-    return Architecture(
-        shape=shape, layernorm_epsilon=1e-5, rope=Rope(theta=1e4), qkv_bias=bias, qk_norm=norm, fused=fused
-    )
+    return families(family).read(ConfigReader({}, shape))
 
 
-def merge_parameter(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def merge_parameter(layout: ParameterMap, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """The whole Megatron-core parameter, without padding, by the layout's own words."""
-    return torch.cat([tensors[piece.name][piece.start : piece.stop] for piece in layout.pieces])
+    parts = {piece.name: tensors[piece.name].T if layout.transposed else tensors[piece.name] for piece in layout.pieces}
+    return torch.cat([parts[piece.name][piece.start : piece.stop] for piece in layout.pieces])
 
 
 def hf_tensors(model: Architecture) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in hf_shapes(model).items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in model.weights.hf_shapes().items()}
 
 
 def test_qkv_rows_are_grouped_by_kv_head() -> None:
@@ -61,8 +58,7 @@ def test_qkv_rows_are_grouped_by_kv_head() -> None:
     tensors = hf_tensors(model)
     attention = "model.layers.1.self_attn."
     for kind in ("weight", "bias"):
-        layout = layout_of(f"decoder.layers.1.self_attention.linear_qkv.{kind}", model)
-        assert layout is not None
+        layout = model.weights[f"decoder.layers.1.self_attention.linear_qkv.{kind}"]
         query, key, value = (tensors[f"{attention}{which}_proj.{kind}"] for which in "qkv")
         by_group = [
             torch.cat(
@@ -75,8 +71,7 @@ def test_qkv_rows_are_grouped_by_kv_head() -> None:
 
 def test_gate_comes_before_up_and_a_rank_holds_a_part_of_each() -> None:
     model = architecture()
-    layout = layout_of("decoder.layers.0.mlp.linear_fc1.weight", model)
-    assert layout is not None
+    layout = model.weights["decoder.layers.0.mlp.linear_fc1.weight"]
 
     assert [(piece.name, piece.start, piece.stop) for piece in rank_pieces(layout, rank=1, size=3, rows=8)] == [
         ("model.layers.0.mlp.gate_proj.weight", 4, 8),
@@ -86,21 +81,15 @@ def test_gate_comes_before_up_and_a_rank_holds_a_part_of_each() -> None:
 
 @given(
     groups=st.sampled_from([1, 2, 3, 6]),
-    bias=st.booleans(),
-    norm=st.booleans(),
+    family=st.sampled_from(SUPPORTED),
     tied=st.booleans(),
-    fused=st.booleans(),
     padding=st.integers(0, 5),
 )
-def test_merge_then_split_is_the_identity(
-    groups: int, bias: bool, norm: bool, tied: bool, fused: bool, padding: int
-) -> None:
-    model = architecture(groups=groups, bias=bias, norm=norm, tied=tied, fused=fused)
+def test_merge_then_split_is_the_identity(groups: int, family: str, tied: bool, padding: int) -> None:
+    model = architecture(family, groups=groups, tied=tied)
     tensors = hf_tensors(model)
     found: dict[str, torch.Tensor] = {}
-    for name in parameter_names(model):
-        layout = layout_of(name, model)
-        assert layout is not None
+    for layout in model.weights.parameters().values():
         parameter = merge_parameter(layout, tensors)
         if layout.padded:
             parameter = torch.cat([parameter, torch.full((padding, 8), 9.0)])
@@ -112,7 +101,7 @@ def test_merge_then_split_is_the_identity(
 
 def test_fused_tensors_hold_the_same_rows() -> None:
     """Phi-3's file has all queries, all keys, all values in one tensor, and all gates, all ups in another."""
-    separate, fused = architecture(bias=False), architecture(bias=False, fused=True)
+    separate, fused = architecture("llama"), architecture("phi3")
     tensors = hf_tensors(separate)
     layer = "model.layers.1."
     joined = {
@@ -121,20 +110,16 @@ def test_fused_tensors_hold_the_same_rows() -> None:
     }
     together = {name: torch.cat([tensors[part] for part in parts]) for name, parts in joined.items()}
     for parameter in ("self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"):
-        ours, theirs = (layout_of(f"decoder.layers.1.{parameter}", model) for model in (separate, fused))
-        assert ours is not None
-        assert theirs is not None
+        ours, theirs = (model.weights[f"decoder.layers.1.{parameter}"] for model in (separate, fused))
         assert torch.equal(merge_parameter(ours, tensors), merge_parameter(theirs, together))
-    assert hf_shapes(fused)[f"{layer}self_attn.qkv_proj.weight"] == (48, 8)
+    assert fused.weights.hf_shapes()[f"{layer}self_attn.qkv_proj.weight"] == (48, 8)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_ranks_together_hold_every_row_once(size: int, fused: bool) -> None:
-    model = architecture(heads=6, groups=3, fused=fused)
-    for name in parameter_names(model):
-        layout = layout_of(name, model)
-        assert layout is not None
+def test_ranks_together_hold_every_row_once(size: int, family: str) -> None:
+    model = architecture(family, heads=6, groups=3)
+    for layout in model.weights.parameters().values():
         if layout.split != 0 or layout.rows % size:
             continue
         ranks = [rank_pieces(layout, rank, size, layout.rows // size) for rank in range(size)]
@@ -145,8 +130,7 @@ def test_ranks_together_hold_every_row_once(size: int, fused: bool) -> None:
 
 
 def test_more_ranks_than_kv_heads_hold_consecutive_rows() -> None:
-    layout = layout_of("decoder.layers.0.self_attention.linear_qkv.weight", architecture(heads=6, groups=1))
-    assert layout is not None
+    layout = architecture(heads=6, groups=1).weights["decoder.layers.0.self_attention.linear_qkv.weight"]
 
     assert [[(piece.name[-13], piece.rows) for piece in rank_pieces(layout, rank, 2, 16)] for rank in range(2)] == [
         [("q", 16)],
@@ -155,8 +139,7 @@ def test_more_ranks_than_kv_heads_hold_consecutive_rows() -> None:
 
 
 def test_vocabulary_padding_goes_to_the_last_ranks() -> None:
-    layout = layout_of(EMBEDDING, architecture())
-    assert layout is not None
+    layout = architecture().weights[EMBEDDING]
     rows = [[(piece.start, piece.stop) for piece in rank_pieces(layout, rank, 5, 3)] for rank in range(5)]
 
     assert rows == [[(0, 3)], [(3, 6)], [(6, 9)], [(9, 11)], []]
@@ -165,10 +148,10 @@ def test_vocabulary_padding_goes_to_the_last_ranks() -> None:
 def test_a_tied_output_layer_reads_the_embedding() -> None:
     tied, untied = architecture(tied=True), architecture(tied=False)
 
-    assert layout_of(OUTPUT, tied) == layout_of(EMBEDDING, tied)
-    assert "lm_head.weight" not in hf_shapes(tied)
-    assert hf_shapes(untied)["lm_head.weight"] == (11, 8)
-    assert OUTPUT not in parameter_names(tied)
+    assert tied.weights[OUTPUT] == tied.weights[EMBEDDING]
+    assert "lm_head.weight" not in tied.weights.hf_shapes()
+    assert untied.weights.hf_shapes()["lm_head.weight"] == (11, 8)
+    assert OUTPUT not in tied.weights.parameters()
 
 
 @pytest.mark.parametrize(
@@ -193,18 +176,18 @@ def test_checkpoint_keys_stack_layers() -> None:
 
 
 def test_names_of_no_parameter() -> None:
-    model = architecture(bias=False)
+    model = architecture("llama")
     names = (
         "decoder.layers.2.input_layernorm.weight",
         "decoder.layers.0.self_attention.linear_qkv.bias",
         "decoder.final_layernorm.bias",
     )
-    assert [layout_of(name, model) for name in names] == [None, None, None]
+    assert [model.weights.find(name) for name in names] == [None, None, None]
 
 
 def test_every_hf_tensor_belongs_to_one_parameter() -> None:
     model = architecture()
-    layouts = [layout_of(name, model) for name in parameter_names(model)]
-    owners = [{piece.name for piece in layout.pieces} for layout in layouts if layout is not None]
+    layouts = list(model.weights.parameters().values())
+    owners = [{piece.name for piece in layout.pieces} for layout in layouts]
 
     assert not any(left & right for left, right in itertools.combinations(owners, 2))

@@ -18,14 +18,14 @@ from launcher.contract.nemo.checkpoint import is_checkpoint, read_shape
 from launcher.contract.spec import DataSpec, ModelSpec, RunSpec
 from sft.hf.sharded_reader import ShardedReader
 from sft.model_source import resolve_model_dir
-from sft.models.architecture import read_architecture
+from sft.models.registry import read_architecture
 from sft.nemo.convert import convert_nemo
 from sft.nemo.export import export_nemo2
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import example_ids, hf_logits, rank_logits, run_spec, save_hf_model, save_sharded
 from tests.tiny_model import make_tokenizer
 
-WRITABLE = ["gpt2", "gpt2_untied", "llama", "llama_tied", "llama3_rope", "llama_linear_rope", "qwen2", "qwen3"]
+WRITABLE = ["gpt2", "gpt2_untied", "llama", "llama_tied", "llama_llama3_rope", "llama_linear_rope", "qwen2", "qwen3"]
 
 
 def resolved(path: Path, cache: Path) -> Path:

@@ -1,0 +1,70 @@
+"""Read the keys of a Hugging Face config and collect everything in it that is not covered.
+
+A setting that is skipped over (a bias, a sliding window, a scaled RoPE) trains without any error, on another model than
+the one that is exported. So families ask for each key that matters, and all problems are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from launcher.contract.model_shape import ModelShape
+
+T = TypeVar("T")
+
+
+class ConfigReader:
+    """The values of one config.json, its sizes, and the problems found so far."""
+
+    def __init__(self, values: Mapping[str, object], shape: ModelShape) -> None:
+        self.values = values
+        self.shape = shape
+        self.problems: list[str] = []
+
+    def refuse(self, problem: str) -> None:
+        """Note something that is not covered."""
+        self.problems.append(problem)
+
+    def require(self, *keys: str) -> None:
+        """Refuse a config that leaves out one of `keys`, because the family's default is not what we assume."""
+        for key in keys:
+            if key not in self.values:
+                self.refuse(f"no {key}, which a {self.shape.model_type} config must state")
+
+    def refuse_true(self, *keys: str) -> None:
+        """Refuse a config that switches one of `keys` on."""
+        for key in keys:
+            if self.values.get(key):
+                self.refuse(f"{key} true is not supported")
+
+    def choice(self, key: str, covered: Mapping[str, T]) -> T:
+        """Return what the value of `key` means; the first of `covered` is the default."""
+        default = next(iter(covered))
+        value = self.values.get(key, default)
+        if isinstance(value, str) and value in covered:
+            return covered[value]
+        self.refuse(f"{key} {value!r} is not supported; only {' or '.join(map(repr, covered))}")
+        return covered[default]
+
+    def number(self, key: str, default: float) -> float:
+        """Return the number under `key`, or the default where it is left out."""
+        value = self.values.get(key, default)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        self.refuse(f"{key} {value!r} is not a number")
+        return default
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        """Return whether `key` is on."""
+        return bool(self.values.get(key, default))
+
+    def list_by_layer(self, key: str) -> list[object] | None:
+        """Return the list under `key`, which has an entry for each layer; None where there is none."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) < self.shape.num_layers:
+            self.refuse(f"{key} is not a list with an entry for each of the {self.shape.num_layers} layers")
+            return None
+        return value[: self.shape.num_layers]

@@ -1,0 +1,58 @@
+"""Phi-3 and Phi-4: Llama with query, key and value in one tensor of the files, and gate and up in another."""
+
+from __future__ import annotations
+
+from launcher.contract.model_shape import ModelShape
+from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
+from sft.models.config_reader import ConfigReader
+from sft.models.family import Family
+from sft.models.llama_like import (
+    FC1,
+    QKV,
+    SILU,
+    SMALL,
+    Layer,
+    joined_gate_and_up,
+    joined_qkv,
+    llama_layer,
+    rope_of,
+    weight_map,
+    window_of_every_layer,
+)
+from sft.models.weight_map import ParameterMap
+
+
+def _read(config: ConfigReader) -> Architecture:
+    shape = config.shape
+    config.require("rms_norm_eps")
+    activation = config.choice("hidden_act", SILU)
+    config.refuse_true("attention_bias", "mlp_bias")
+    layer = DecoderLayer(
+        attention=Attention(window=window_of_every_layer(config)),
+        mlp=DenseMLP(width=shape.ffn_hidden_size, activation=activation),
+    )
+    return Architecture(
+        shape=shape,
+        layers=(layer,) * shape.num_layers,
+        weights=weight_map(shape, _layer),
+        layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
+        rope=rope_of(config, partial=True),
+    )
+
+
+def _layer(shape: ModelShape, prefix: str) -> Layer:
+    qkv = joined_qkv(shape, f"{prefix}self_attn.qkv_proj.weight")
+    gate_and_up = joined_gate_and_up(shape, f"{prefix}mlp.gate_up_proj.weight")
+    return llama_layer(shape, prefix) | {
+        QKV: ParameterMap(blocks=(qkv,), columns=shape.hidden_size),
+        FC1: ParameterMap(blocks=gate_and_up, columns=shape.hidden_size),
+    }
+
+
+FAMILY = Family(
+    model_type="phi3",
+    read=_read,
+    # transformers' default padding token is 32000, beyond a small vocabulary
+    small_config={**SMALL, "sliding_window": None, "pad_token_id": 0},
+    variants={"partial_rope": {"partial_rotary_factor": 0.75, "sliding_window": 256, "num_key_value_heads": 6}},
+)

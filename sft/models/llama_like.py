@@ -1,0 +1,159 @@
+"""What families that resemble Llama share: functions that a family calls for the parts it has in common.
+
+Rejected: a Llama-like base class with a flag for each difference. Every new family would add a flag, and what a family
+is made of would have to be read in two files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from launcher.contract.model_shape import ModelShape
+from sft.models.architecture import Activation
+from sft.models.config_reader import ConfigReader
+from sft.models.rope import Rope, read_rope
+from sft.models.weight_map import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    ParameterMap,
+    Piece,
+    WeightMap,
+    vector,
+    vocabulary,
+    whole,
+)
+
+SMALL: Mapping[str, object] = {
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+"""Sizes of a tiny model: several query heads for each KV head, and sizes that two and three ranks divide."""
+
+SILU: Mapping[str, Activation] = {"silu": "silu"}
+
+Layer = dict[str, ParameterMap]
+"""Maps of one layer's parameters, by their names within the layer."""
+
+QKV = "self_attention.linear_qkv.weight"
+QKV_BIAS = "self_attention.linear_qkv.bias"
+FC1 = "mlp.linear_fc1.weight"
+
+
+# Reading a config ----------------------------------------------------------------------------------------------------
+
+
+def rope_of(config: ConfigReader, *, partial: bool = False, default_theta: float = 10000.0) -> Rope | None:
+    """Return the RoPE settings; `partial` says that this family reads `partial_rotary_factor`."""
+    rope, problems = read_rope(
+        config.values,
+        max_position_embeddings=config.shape.max_position_embeddings,
+        partial=partial,
+        default_theta=default_theta,
+    )
+    for problem in problems:
+        config.refuse(problem)
+    return rope
+
+
+def window_of_every_layer(config: ConfigReader) -> int | None:
+    """Return the sliding window of a family whose layers all have it, wherever the config states one."""
+    if config.values.get("sliding_window") is None:
+        return None
+    return windows_of(config, [True] * config.shape.num_layers)[0]
+
+
+def windows_by_layer(config: ConfigReader) -> list[int | None]:
+    """Return each layer's window, by `layer_types` or else by `use_sliding_window` and `max_window_layers`."""
+    layers = range(config.shape.num_layers)
+    kinds = config.list_by_layer("layer_types")
+    if kinds is not None:
+        return windows_of(config, [kind != "full_attention" for kind in kinds])
+    if not config.values.get("use_sliding_window") or config.values.get("sliding_window") is None:
+        return [None for _ in layers]
+    first = config.number("max_window_layers", 28)
+    return windows_of(config, [layer >= first for layer in layers])
+
+
+def windows_of(config: ConfigReader, sliding: list[bool]) -> list[int | None]:
+    """Return `sliding_window` for the layers that slide, and None for the others."""
+    window = config.values.get("sliding_window")
+    if any(sliding) and not isinstance(window, int):
+        count = f"{sum(sliding)} of {len(sliding)}"
+        config.refuse(f"{count} layers have a sliding window, and sliding_window is {window}")
+    return [window if slides and isinstance(window, int) else None for slides in sliding]
+
+
+# Mapping weights -----------------------------------------------------------------------------------------------------
+
+
+def weight_map(shape: ModelShape, layer: Callable[[ModelShape, str], Layer]) -> WeightMap:
+    """Return the map of a model with Llama's names; `layer` maps one layer, given the prefix of its tensors' names."""
+    hidden = shape.hidden_size
+    embedding = "model.embed_tokens.weight"
+    head = embedding if shape.tied_embeddings else "lm_head.weight"
+    return WeightMap(
+        outer={
+            EMBEDDING: vocabulary(embedding, shape.vocab_size, hidden),
+            FINAL_NORM: vector("model.norm.weight", hidden),
+            OUTPUT: vocabulary(head, shape.vocab_size, hidden),
+        },
+        layers=tuple(layer(shape, f"model.layers.{index}.") for index in range(shape.num_layers)),
+    )
+
+
+def llama_layer(shape: ModelShape, prefix: str) -> Layer:
+    """Return the maps of a layer of Llama's."""
+    hidden, heads = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    return {
+        "input_layernorm.weight": vector(f"{prefix}input_layernorm.weight", hidden),
+        QKV: ParameterMap(blocks=(separate_qkv(shape, attention, "weight"),), columns=hidden),
+        "self_attention.linear_proj.weight": whole(f"{attention}o_proj.weight", hidden, heads, split=1),
+        "pre_mlp_layernorm.weight": vector(f"{prefix}post_attention_layernorm.weight", hidden),
+        FC1: ParameterMap(blocks=separate_gate_and_up(shape, mlp), columns=hidden),
+        "mlp.linear_fc2.weight": whole(f"{mlp}down_proj.weight", hidden, shape.ffn_hidden_size, split=1),
+    }
+
+
+def separate_qkv(shape: ModelShape, prefix: str, kind: str) -> tuple[Piece, ...]:
+    """Return the rows of linear_qkv from three tensors: q_proj, k_proj and v_proj behind `prefix`."""
+    head = shape.head_dim
+    queries = shape.num_attention_heads // shape.num_query_groups * head
+    widths = {"q": queries, "k": head, "v": head}
+    return _by_group(shape, [(f"{prefix}{which}_proj.{kind}", 0, width) for which, width in widths.items()])
+
+
+def joined_qkv(shape: ModelShape, name: str) -> tuple[Piece, ...]:
+    """Return the rows of linear_qkv from one tensor that holds all query heads, then all keys, then all values."""
+    head, groups = shape.head_dim, shape.num_query_groups
+    queries = shape.num_attention_heads // groups * head
+    return _by_group(
+        shape, [(name, 0, queries), (name, groups * queries, head), (name, groups * (queries + head), head)]
+    )
+
+
+def _by_group(shape: ModelShape, parts: list[tuple[str, int, int]]) -> tuple[Piece, ...]:
+    """Return, for each KV group in turn, its rows of each part: (tensor, the part's first row, rows of a group)."""
+    return tuple(
+        Piece(name, first + group * width, first + (group + 1) * width)
+        for group in range(shape.num_query_groups)
+        for name, first, width in parts
+    )
+
+
+def separate_gate_and_up(shape: ModelShape, prefix: str) -> tuple[tuple[Piece, ...], ...]:
+    """Return the two blocks of linear_fc1 from gate_proj and up_proj."""
+    ffn = shape.ffn_hidden_size
+    return (Piece(f"{prefix}gate_proj.weight", 0, ffn),), (Piece(f"{prefix}up_proj.weight", 0, ffn),)
+
+
+def joined_gate_and_up(shape: ModelShape, name: str) -> tuple[tuple[Piece, ...], ...]:
+    """Return the two blocks of linear_fc1 from one tensor that holds all gate rows, then all up rows."""
+    ffn = shape.ffn_hidden_size
+    return (Piece(name, 0, ffn),), (Piece(name, ffn, 2 * ffn),)

@@ -1,0 +1,72 @@
+"""Find the family of a Hugging Face directory and read its architecture."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+
+from launcher.contract.errors import ModelError
+from launcher.contract.model_shape import read_model_shape
+from sft.models.architecture import Architecture
+from sft.models.config_reader import ConfigReader
+from sft.models.family import Family
+
+SUPPORTED = (
+    "gemma",
+    "gpt2",
+    "llama",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)
+"""The model types that are covered; each is a module of `sft.models.families`."""
+
+_KNOWN_GAPS = {
+    "gemma2": "it caps attention scores and logits by tanh and norms each sublayer's output",
+    "gemma3": "it norms each sublayer's output and has another RoPE in its sliding layers",
+    "gemma3_text": "it norms each sublayer's output and has another RoPE in its sliding layers",
+    "mixtral": "it is a mixture of experts",
+    "qwen2_moe": "it is a mixture of experts",
+    "qwen3_moe": "it is a mixture of experts",
+}
+"""Families that look covered and are not, and what is missing."""
+
+_NEVER_BUILT = ("use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "add_cross_attention")
+"""Settings that change every layer and that no family here builds."""
+
+
+@functools.cache
+def family(model_type: str) -> Family:
+    """Return a supported family."""
+    found = importlib.import_module(f"sft.models.families.{model_type}").FAMILY
+    assert isinstance(found, Family)
+    return found
+
+
+def read_architecture(model_dir: Path) -> Architecture:
+    """Return the architecture in `model_dir`/config.json; ModelError lists everything that is not covered.
+
+    The file is read with json: transformers fills in defaults without telling, takes seconds to import, and this runs
+    on every rank.
+    """
+    shape = read_model_shape(model_dir)
+    path = model_dir / "config.json"
+    if shape.model_type not in SUPPORTED:
+        gap = _KNOWN_GAPS.get(shape.model_type)
+        raise ModelError(
+            f"{path}: model_type {shape.model_type!r} is not supported{f' ({gap})' if gap else ''}; supported are "
+            f"{', '.join(SUPPORTED)}"
+        )
+    config = ConfigReader(json.loads(path.read_text(encoding="utf-8")), shape)
+    architecture = family(shape.model_type).read(config)
+    config.refuse_true(*_NEVER_BUILT)
+    if not config.values.get("scale_attn_weights", True):
+        config.refuse("scale_attn_weights false is not supported")
+    if config.values.get("quantization_config"):
+        config.refuse("quantization_config: quantized weights are not supported; use the unquantized model")
+    if config.problems:
+        raise ModelError([f"{path}: {problem}" for problem in config.problems])
+    return architecture
