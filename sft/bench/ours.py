@@ -27,7 +27,6 @@ from sft.data.batches.batch import StepBatch
 from sft.data.cache.store import TokenPair
 from sft.engine.module import SFTGPT
 from sft.megatron.initial_weights import INITIAL_STD
-from sft.megatron.model import attention_kernel, build_chunks, describe_kernels, transformer_config
 from sft.models.registry import read_architecture
 from sft.runtime.rank_env import RankEnv
 from sft.training.datamodule import StepBatches, StepLoader, batch_schedule
@@ -118,9 +117,8 @@ class BenchModule(SFTGPT):
 
     def configure_model(self) -> None:
         device = self.trainer.strategy.root_device
-        self.config = transformer_config(self.spec, self.architecture, self.topology, on_gpu=device.type == "cuda")
+        chunks = self.build(on_gpu=device.type == "cuda")
         self.config.timers = self.timers
-        chunks = build_chunks(self.spec, self.architecture, self.topology, self.config)
         self.gpt = torch.nn.ModuleList(chunk.to(device) for chunk in chunks)
         torch.manual_seed(self.spec.train.seed)
         with torch.no_grad():
@@ -153,10 +151,10 @@ class BenchModule(SFTGPT):
                 "weights": "bf16 with fp32 master",
                 "rows": train.global_batch_size // self.spec.data.seq_length // self.topology.world_size,
                 "micro_batch_size": train.micro_batch_size,
-                "kernels": describe_kernels(self.spec, self.architecture, on_gpu=torch.cuda.is_available()),
+                "kernels": self.kernels.describe(),
                 "recompute": train.recompute,
                 "precision": train.precision,
-                "attention": attention_kernel(self.spec, self.architecture) if self.fused else "torch",
+                "attention": self.kernels.attention if self.kernels.fused_layers else "torch",
             }
             loss = self.last_step.loss.item()
             self.result = self.clock.result("ours", settings, self.architecture.shape, loss, self._expected())

@@ -1,9 +1,9 @@
 """SFTGPT: the Lightning module around this rank's Megatron-core chunks, and the one objective.
 
-The loss is sum(weight * nll) / sum(weight) over the whole global batch, whatever the layout, micro-batch size or
+The loss is sum(weight * nll) / sum(weight) over the whole global batch, whatever the topology, micro-batch size or
 padding. Every rank knows the divisor beforehand (`StepBatch.global_weight`), so gradients are summed over micro-batches
 and data parallel ranks as they are and divided once, after the reduction and before clipping. Megatron-core's default,
-a mean over micro-batches of means over tokens, is another objective and changes with the layout.
+a mean over micro-batches of means over tokens, is another objective and changes with the topology.
 
 Lightning keeps the loop, the callbacks and the step count; Megatron-core's schedules run forward and backward.
 """
@@ -25,6 +25,7 @@ from launcher.contract.topology import Topology
 from sft.data.batches.batch import MicroBatch, StepBatch
 from sft.engine.objective import weighted_for
 from sft.engine.results import EvalResult, StepResult
+from sft.megatron.config import transformer_config
 from sft.megatron.core import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -36,8 +37,9 @@ from sft.megatron.core import (
     parallel_state,
 )
 from sft.megatron.initial_weights import load_initial_weights
-from sft.megatron.layers.attention import PackedSequences, packed_sequences
-from sft.megatron.model import Targets, build_chunks, transformer_config
+from sft.megatron.kernel_choice import Kernels, choose_kernels
+from sft.megatron.layers.packed_rows import PackedSequences, packed_sequences
+from sft.megatron.model import SFTGPTModel, Targets, build_chunks
 from sft.megatron.optim.optimizer import LightningOptimizerShell, build_optimizer, build_scheduler
 from sft.megatron.optim.step_check import StepJudge
 from sft.megatron.parallel.context import SharedRows, shared_rows
@@ -62,6 +64,7 @@ class SFTGPT(pl.LightningModule):
         self.judge = StepJudge(spec.train.spike_factor)
         self.last_step: StepResult | None = None
         self.config: TransformerConfig
+        self.kernels: Kernels
         self.megatron_optimizer: MegatronOptimizer
         self.schedule: OptimizerParamScheduler
 
@@ -70,11 +73,15 @@ class SFTGPT(pl.LightningModule):
     def configure_model(self) -> None:
         """Build this rank's chunks and load its slices of the weights."""
         device = self.trainer.strategy.root_device
-        on_gpu = device.type == "cuda"
-        self.config = transformer_config(self.spec, self.architecture, self.topology, on_gpu=on_gpu)
-        chunks = build_chunks(self.spec, self.architecture, self.topology, self.config)
+        chunks = self.build(on_gpu=device.type == "cuda")
         load_initial_weights(chunks, self.spec, self.architecture, self.config, self.model_dir)
         self.gpt = torch.nn.ModuleList(chunk.to(device) for chunk in chunks)
+
+    def build(self, *, on_gpu: bool) -> list[SFTGPTModel]:
+        """Return this rank's chunks with uninitialised weights."""
+        self.kernels = choose_kernels(self.spec, self.architecture, on_gpu=on_gpu)
+        self.config = transformer_config(self.spec, self.architecture, self.topology, self.kernels, on_gpu=on_gpu)
+        return build_chunks(self.spec, self.architecture, self.topology, self.config, self.kernels)
 
     def wrap_chunks(self) -> None:
         """Put Megatron-core's data parallelism (gradient buffers and their reduction) around the chunks."""
@@ -97,7 +104,9 @@ class SFTGPT(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.spec.train.optimizer
-        self.megatron_optimizer = build_optimizer(optimizer, self.chunks, self.config.params_dtype)
+        self.megatron_optimizer = build_optimizer(
+            optimizer, self.chunks, self.config.params_dtype, one_pass=self.kernels.fused
+        )
         self.schedule = build_scheduler(optimizer, self.megatron_optimizer, self.max_steps)
         self.config.grad_scale_func = self.megatron_optimizer.scale_loss
         return LightningOptimizerShell(self.megatron_optimizer, self.judge)
@@ -108,21 +117,18 @@ class SFTGPT(pl.LightningModule):
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
-    @property
-    def fused(self) -> bool:
-        """Whether the kernels are fused ones."""
-        return bool(self.config.gradient_accumulation_fusion)
-
     # Training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """One optimizer step over this rank's micro-batches of the global batch."""
+        """Run one optimizer step over this rank's micro-batches of the global batch."""
         optimizer = self.optimizers()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()  # type: ignore[union-attr]
         batch = weighted_for(self.spec.train.objective, batch, self.topology.data_parallel)
-        self.config.finalize_model_grads_func = partial(_finalize, divisor=1.0 if self.fused else batch.global_weight)
+        self.config.finalize_model_grads_func = partial(
+            _finalize, divisor=1.0 if self.kernels.fused else batch.global_weight
+        )
         loss = _divide(self.forward_backward(batch, forward_only=False), batch.global_weight)
         learning_rate = self._set_learning_rate(batch.step)
         shell: LightningOptimizerShell = optimizer.optimizer  # type: ignore[union-attr,assignment]
@@ -141,23 +147,25 @@ class SFTGPT(pl.LightningModule):
         )
 
     def _set_learning_rate(self, step: int) -> float:
-        """Put the schedule's value for `step` into the optimizer; a function of the step, so nothing to resume."""
+        """Set and return the schedule's learning rate. It depends on `step` alone: there is nothing to resume."""
         self.schedule.num_steps = step
         self.schedule.step(0)
         return self.learning_rate
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate now set."""
+        """Return the current learning rate."""
         return float(self.megatron_optimizer.param_groups[0]["lr"])
 
     def forward_backward(self, batch: StepBatch, *, forward_only: bool) -> Tensor:
-        """Run the schedule; the summed weighted loss of the global batch, on every rank."""
+        """Run the schedule and return the summed weighted loss of the global batch, on every rank."""
         parts = [micro_batch.own_part() for micro_batch in batch.micro_batches]
         iterators: list[Iterator[MicroBatch]] = [iter(parts) for _ in self.chunks]
         rows, seq_length = batch.micro_batches[0].tokens.shape
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(_fused_step, divisor=batch.global_weight) if self.fused else _forward_step,
+            forward_step_func=partial(_fused_step, divisor=batch.global_weight)
+            if self.kernels.fused
+            else _forward_step,
             data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batch.micro_batches),
@@ -174,7 +182,7 @@ class SFTGPT(pl.LightningModule):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch]) -> EvalResult:
-        """Exact mean loss over `batches`; each token counts once, however they are cut."""
+        """Return the exact mean loss over `batches`: each token counts once, however they are split."""
         self.gather_weights()
         for chunk in self.chunks:
             chunk.eval()
@@ -190,7 +198,7 @@ class SFTGPT(pl.LightningModule):
 
 
 def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
-    """Megatron-core's forward step: on the last stage the output is the loss of each target, [b, s]."""
+    """Run Megatron-core's forward step; on the last stage the output is the loss of each target, [b, s]."""
     batch = next(iterator)
     output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=_packed(batch))
     return output, partial(_weighted_sum, batch.loss_weights)
@@ -199,9 +207,9 @@ def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel
 def _fused_step(
     iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, divisor: float
 ) -> tuple[Tensor, Any]:
-    """The same with fused kernels: on the last stage the output is the sum of weighted losses, divided already.
+    """Run the forward step with fused kernels; on the last stage the output is the divided sum of weighted losses.
 
-    Then nobody has to divide all gradients.
+    Gradients then need not be divided any more.
     """
     batch = next(iterator)
     places = batch.supervised
@@ -209,9 +217,7 @@ def _fused_step(
     weights, labels = (rows.t().reshape(-1)[places] for rows in (batch.loss_weights, batch.labels))
     divisor = divisor or 1.0
     targets = Targets(places, labels, weights / divisor)
-    output = model(
-        batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=_packed(batch), loss_mask=targets
-    )
+    output = model(batch.tokens, batch.position_ids, None, packed_seq_params=_packed(batch), targets=targets)
     return output, partial(_as_sum, len(places), divisor)
 
 
@@ -222,12 +228,12 @@ def _packed(batch: MicroBatch) -> PackedSequences | SharedRows | None:
 
 
 def _as_sum(count: int, divisor: float, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_weighted_sum` returns, but for the first, which stays divided: gradients come from it."""
+    """Return what `_weighted_sum` does, except for the first, which stays divided because gradients come from it."""
     return mean, torch.full((), count, dtype=torch.int32, device=mean.device), mean.detach() * divisor
 
 
 def _weighted_sum(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum(w * nll), number of targets, the sum again for the log).
+    """Return (sum(w * nll), number of targets, the sum again for the log).
 
     Unsupervised positions are selected away, not multiplied by 0: 0 * NaN is NaN. The logged copy must be a copy,
     because the schedule scales the loss in place.

@@ -1,10 +1,10 @@
 """Low-rank adapters by Hugging Face names: which layers have one, and where its rows lie in Megatron-core's linears.
 
 An adapter adds scale * B(A(x)) to a linear layer of the *files* (q_proj, gate_proj, ...), as PEFT has it. Megatron-core
-fuses several of these into one linear, whose layout (`sft.models.weight_map`) tells the rows of each. So every target
+fuses several of these into one linear, whose map (`sft.models.weight_map`) tells the rows of each. So every target
 keeps an A and a B of its own, and an adapter trained here is an adapter there.
 
-B is kept by blocks of the layout: within a block a tensor-parallel rank holds a contiguous part, so that a checkpoint
+B is kept by blocks of the map: within a block a tensor-parallel rank holds a contiguous part, so that a checkpoint
 can be cut anew for another number of ranks. Only Phi-3's gate_up_proj has two blocks.
 
 Rejected: one adapter a fused linear (q, k and v would share an A, which no PEFT adapter can express).
@@ -36,7 +36,7 @@ class CheckpointTensors(Protocol):
     """What is needed of `sft.hf.sharded_reader.ShardedReader`."""
 
     def tensor(self, key: str, index: int | None = None) -> torch.Tensor:
-        """A whole tensor, or one layer of it."""
+        """Return a whole tensor, or one layer of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,51 +50,51 @@ class AdapterTarget:
     layer: int
     linear: str
     """The Megatron-core linear that holds its rows, within the layer."""
-    layout: ParameterMap
+    parameter_map: ParameterMap
     """Its rows in that linear, in the order in which the linear has them."""
 
     @property
     def columns(self) -> int:
-        """Size of its input."""
-        assert self.layout.columns is not None
-        return self.layout.columns
+        """Return the size of its input."""
+        assert self.parameter_map.columns is not None
+        return self.parameter_map.columns
 
     @property
     def split_input(self) -> bool:
-        """Whether tensor-parallel ranks hold parts of its input (and else parts of its rows)."""
-        return self.layout.split == 1
+        """Return whether tensor-parallel ranks hold parts of its input; otherwise they hold parts of its rows."""
+        return self.parameter_map.split == 1
 
     @property
     def block_rows(self) -> list[int]:
-        """Rows of each block, over all ranks."""
-        return [sum(piece.rows for piece in block) for block in self.layout.blocks]
+        """Return the rows of each block, over all ranks."""
+        return [sum(piece.rows for piece in block) for block in self.parameter_map.blocks]
 
     def parameter(self, which: str) -> str:
-        """Name of the parameter `lora_A` or `lora_B.<block>` in the whole model."""
+        """Return the name of the parameter `lora_A` or `lora_B.<block>` in the whole model."""
         return f"decoder.layers.{self.layer}.{self.linear}{MARK}{self.name}.{which}"
 
     def draw_a(self, rank: int, seed: int) -> torch.Tensor:
-        """The whole A as it starts: PEFT's distribution, drawn by name and seed alone."""
+        """Return the whole initial A: random with PEFT's distribution, from its name and the seed alone."""
         digest = hashlib.sha256(f"{seed} {self.module}.lora_A.weight".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         bound = float(self.columns**-0.5)
         return torch.empty((rank, self.columns), device="cpu").uniform_(-bound, bound, generator=generator)
 
     def read(self, source: CheckpointTensors) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of a sharded checkpoint, B's rows in the order of the files."""
-        blocks = range(len(self.layout.blocks))
+        """Return A and B of a sharded checkpoint, B's rows in the order of the files."""
+        blocks = range(len(self.parameter_map.blocks))
         a = source.tensor(*checkpoint_key(self.parameter("lora_A")))
         b = torch.cat([source.tensor(*checkpoint_key(self.parameter(f"lora_B.{block}"))) for block in blocks])
-        return a, split_parameter(self.layout, b)[f"{self.module}{_WEIGHT}"]
+        return a, split_parameter(self.parameter_map, b)[f"{self.module}{_WEIGHT}"]
 
 
 def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> list[AdapterTarget]:
-    """The adapters of one layer, in the order of the files."""
+    """Return the adapters of one layer, in the order of the files."""
     found = []
-    for parameter, layout in architecture.weights.layers[layer].items():
-        if layout.columns is None:
+    for parameter, parameter_map in architecture.weights.layers[layer].items():
+        if parameter_map.columns is None:
             continue
-        for weight in dict.fromkeys(piece.name for piece in layout.pieces):
+        for weight in dict.fromkeys(piece.name for piece in parameter_map.pieces):
             module = weight.removesuffix(_WEIGHT)
             name = module.rpartition(".")[2]
             if not lora.targets or name in lora.targets:
@@ -104,20 +104,20 @@ def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> l
                         module=module,
                         layer=layer,
                         linear=parameter.removesuffix(_WEIGHT),
-                        layout=_rows_of(weight, layout),
+                        parameter_map=_rows_of(weight, parameter_map),
                     )
                 )
     return found
 
 
 def all_targets(architecture: Architecture, lora: LoraSpec) -> list[AdapterTarget]:
-    """The adapters of the whole model."""
+    """Return the adapters of the whole model."""
     layers = range(architecture.shape.num_layers)
     return [target for layer in layers for target in adapter_targets(architecture, lora, layer)]
 
 
 def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: int) -> list[str]:
-    """What of these settings the model cannot follow."""
+    """Return what the model cannot do of these settings."""
     if lora.rank is None:
         return []
     if any(part.transposed for part in architecture.weights.layers[0].values()):
@@ -141,7 +141,7 @@ def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: i
 
 
 def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[str, Any]:
-    """adapter_config.json: what PEFT needs to put the adapter on the model in `base`."""
+    """Return adapter_config.json: what PEFT needs to put the adapter on the model in `base`."""
     assert lora.rank is not None
     alpha = lora.rank if lora.alpha is None else lora.alpha
     return {
@@ -162,13 +162,15 @@ def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[
 
 
 def added_weight(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """What an adapter amounts to as a change of its layer's weight, in fp32."""
+    """Return the change of its layer's weight that an adapter is equal to, in fp32."""
     return scale * (b.float() @ a.float())
 
 
-def _rows_of(weight: str, layout: ParameterMap) -> ParameterMap:
-    """The part of a fused linear's layout that comes from one tensor of the files."""
+def _rows_of(weight: str, parameter_map: ParameterMap) -> ParameterMap:
+    """Return the part of a fused linear's map that comes from one tensor of the files."""
     blocks: list[tuple[Piece, ...]] = [
-        tuple(piece for piece in block if piece.name == weight) for block in layout.blocks
+        tuple(piece for piece in block if piece.name == weight) for block in parameter_map.blocks
     ]
-    return ParameterMap(blocks=tuple(block for block in blocks if block), columns=layout.columns, split=layout.split)
+    return ParameterMap(
+        blocks=tuple(block for block in blocks if block), columns=parameter_map.columns, split=parameter_map.split
+    )

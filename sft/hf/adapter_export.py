@@ -48,7 +48,7 @@ def export_adapter(
     tokenizer_dir: Path | None = None,
     chat_template: Path | None = None,
 ) -> None:
-    """Write the adapter in `checkpoint_dir` to `out_dir`; `merged`: the model it makes, and itself beside that."""
+    """Write the adapter in `checkpoint_dir` to `out_dir`; with `merged`, the adapted model and the adapter."""
     architecture = read_architecture(model_dir)
     reader = ShardedReader(checkpoint_dir)
     targets = all_targets(architecture, lora)
@@ -68,7 +68,7 @@ def export_adapter(
 
 
 def adapted_model(directory: Path) -> Path | None:
-    """The model that the adapter in `directory` belongs to; None where there is no adapter but a model."""
+    """Return the model that the adapter in `directory` belongs to, or None where the directory holds a model."""
     if (directory / "config.json").is_file() or not (directory / ADAPTER_CONFIG).is_file():
         return None
     config: dict[str, Any] = read_json(directory / ADAPTER_CONFIG) or {}
@@ -107,9 +107,9 @@ class _Merger:
         self._scale = scale
 
     def tensors_of(self, parameter: str) -> Mapping[str, torch.Tensor]:
-        """The tensors that make up one parameter."""
-        layout = self._architecture.weights[parameter]
-        return {name: self._tensor(name) for name in dict.fromkeys(piece.name for piece in layout.pieces)}
+        """Return the tensors that make up one parameter."""
+        parameter_map = self._architecture.weights[parameter]
+        return {name: self._tensor(name) for name in dict.fromkeys(piece.name for piece in parameter_map.pieces)}
 
     def _tensor(self, name: str) -> torch.Tensor:
         whole: torch.Tensor = self._files.tensor(name, self._shapes[name])[:]

@@ -19,11 +19,11 @@ from sft.hf.adapter_export import adapted_model, add_adapter
 
 
 def answer(model_dir: Path, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-    """One greedy answer a prompt, of a model or of an adapter's; fp32 on CPU, as stored on a GPU."""
+    """Return one greedy answer for each prompt, of a model or an adapter: in fp32 on a CPU, as stored on a GPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    # Redrawn in place, it would be one long line of a log.
+    # A bar that is rewritten in place would be one long line of a log.
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -39,7 +39,7 @@ def answer(model_dir: Path, prompts: Sequence[str], max_new_tokens: int = 64) ->
 def record_answers(
     paths: RunPaths, prompts: Sequence[str], model_dir: Path, label: Literal["before", "after"]
 ) -> list[str]:
-    """Answer, print, and append to samples.jsonl; nothing is loaded where there is no prompt.
+    """Answer the prompts, print the answers and append them to samples.jsonl. Without prompts nothing is loaded.
 
     A run that is prepared again (after a requeue) keeps the answers it has.
     """
@@ -78,5 +78,5 @@ def _answer_one(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) ->
 
 
 def answers_wanted(spec: RunSpec) -> bool:
-    """Whether the prompts of the config are answered before and after training."""
+    """Return whether the prompts of the config are answered before and after training."""
     return bool(spec.logging.prompts) and spec.checkpoint.export and spec.model.init == "pretrained"

@@ -9,7 +9,7 @@ from sft.models.architecture import Architecture
 
 
 def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
-    """ModelError with every setting that this model cannot follow."""
+    """Raise ModelError with every setting that this model cannot follow."""
     problems = [
         *_window_problems(spec, architecture),
         *_position_problems(spec, architecture),

@@ -63,11 +63,11 @@ def export_checkpoint(
     architecture = read_architecture(model_dir)
     reader = ShardedReader(checkpoint_dir)
     _check_checkpoint(reader, checkpoint_dir, architecture)
-    layouts = architecture.weights.parameters()
+    maps = architecture.weights.parameters()
     with whole_directory(out_dir) as aside:
         dtypes = _export_dtypes(reader, model_dir, architecture, dtype)
         write_model(
-            lambda name: split_parameter(layouts[name], reader.tensor(*checkpoint_key(name))),
+            lambda name: split_parameter(maps[name], reader.tensor(*checkpoint_key(name))),
             architecture,
             dtypes,
             aside,
@@ -79,7 +79,7 @@ def export_checkpoint(
 
 @contextmanager
 def whole_directory(out_dir: Path) -> Iterator[Path]:
-    """A directory to write into, which takes the place of `out_dir` when the block ends without an error."""
+    """Yield a directory to write into, which takes the place of `out_dir` when the block ends without an error."""
     aside = out_dir.parent / f".{out_dir.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -94,12 +94,12 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
 
 
 def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], most: int) -> list[list[str]]:
-    """Parameters of each weight file, in model order, each file at most `most` bytes (or one parameter)."""
+    """Return the parameters of each weight file, in model order; a file has at most `most` bytes, or one parameter."""
     files: list[list[str]] = [[]]
     filled = 0
-    for name, layout in architecture.weights.parameters().items():
-        elements = layout.rows * (layout.columns or 1)
-        size = elements * dtypes[layout.pieces[0].name].itemsize
+    for name, parameter_map in architecture.weights.parameters().items():
+        elements = parameter_map.rows * (parameter_map.columns or 1)
+        size = elements * dtypes[parameter_map.pieces[0].name].itemsize
         if files[-1] and filled + size > most:
             files.append([])
             filled = 0
@@ -110,14 +110,14 @@ def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], mo
 
 def _check_checkpoint(reader: ShardedReader, checkpoint_dir: Path, architecture: Architecture) -> None:
     """Refuse a checkpoint of another model before anything is written."""
-    for name, layout in architecture.weights.parameters().items():
+    for name, parameter_map in architecture.weights.parameters().items():
         key, index = checkpoint_key(name)
         found = reader.shape(key)
         layers = () if index is None else (architecture.shape.num_layers,)
-        columns = () if layout.columns is None else (layout.columns,)
-        expected = (*layers, layout.rows, *columns)
-        if layout.padded and len(found) == len(expected) and found[0] >= layout.rows:
-            found = (layout.rows, *found[1:])
+        columns = () if parameter_map.columns is None else (parameter_map.columns,)
+        expected = (*layers, parameter_map.rows, *columns)
+        if parameter_map.padded and len(found) == len(expected) and found[0] >= parameter_map.rows:
+            found = (parameter_map.rows, *found[1:])
         if found != expected:
             raise CheckpointError(
                 f"checkpoint {checkpoint_dir}: {key} is {list(reader.shape(key))}; config.json says {list(expected)}"
@@ -127,20 +127,20 @@ def _check_checkpoint(reader: ShardedReader, checkpoint_dir: Path, architecture:
 def _export_dtypes(
     reader: ShardedReader, model_dir: Path, architecture: Architecture, dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Number type of every Hugging Face tensor."""
+    """Return the number type of every Hugging Face tensor."""
     if dtype is not None:
         return dict.fromkeys(architecture.weights.hf_shapes(), dtype)
     if (model_dir / SINGLE).is_file() or (model_dir / INDEX).is_file():
         return file_dtypes(model_dir, architecture)
     return {
         piece.name: reader.dtype(checkpoint_key(name)[0])
-        for name, layout in architecture.weights.parameters().items()
-        for piece in layout.pieces
+        for name, parameter_map in architecture.weights.parameters().items()
+        for piece in parameter_map.pieces
     }
 
 
 def file_dtypes(model_dir: Path, architecture: Architecture) -> dict[str, torch.dtype]:
-    """Number type of every tensor of a model directory."""
+    """Return the number type of every tensor of a model directory."""
     files = weight_map(model_dir)
     headers = {file: read_header(model_dir / file) for file in set(files.values())}
     return {name: _DTYPES[headers[files[name]][name].dtype] for name in architecture.weights.hf_shapes()}
@@ -152,7 +152,7 @@ def write_model(
     dtypes: Mapping[str, torch.dtype],
     directory: Path,
 ) -> None:
-    """All weight files, and their index where there is more than one.
+    """Write all weight files, and their index where there is more than one.
 
     `tensors_of` gives the Hugging Face tensors that make up a parameter.
     """
@@ -173,7 +173,7 @@ def write_model(
 
 
 def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | None, directory: Path) -> None:
-    """Tokenizer and generation settings, and the chat template the run was trained with."""
+    """Copy tokenizer and generation settings, and the chat template that the run was trained with."""
     found = {path for pattern in _TOKENIZER_FILES for path in tokenizer_dir.glob(pattern)}
     for path in [*sorted(found), model_dir / "generation_config.json"]:
         if path.is_dir():
@@ -185,7 +185,7 @@ def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | No
 
 
 def write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
-    """The source's config.json; only the number type is written anew, where the weights have another one."""
+    """Write the source's config.json, with another number type where the weights have one."""
     config: dict[str, Any] = read_json(model_dir / "config.json") or {}
     used = set(dtypes.values())
     dtype = str(used.pop()).removeprefix("torch.") if len(used) == 1 else None

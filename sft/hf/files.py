@@ -54,7 +54,7 @@ class WeightFiles:
         self._open: dict[str, Any] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
-        """An object whose indexing reads only those rows and columns of `name`."""
+        """Return an object whose indexing reads only those rows and columns of `name`."""
         if name not in self._files:
             raise ModelError(f"{self.model_dir}: no tensor {name} in any weight file")
         path = self.model_dir / self._files[name]
@@ -74,7 +74,7 @@ class WeightFiles:
 
 
 def check_model_files(model_dir: Path, architecture: Architecture) -> None:
-    """Raise one ModelError with everything that is missing, cut short, misshapen or not understood."""
+    """Raise one ModelError with everything that is missing, truncated, of another shape or not supported."""
     files = weight_map(model_dir)
     headers: dict[str, dict[str, TensorHeader]] = {}
     problems: list[str] = []
@@ -93,7 +93,7 @@ def check_model_files(model_dir: Path, architecture: Architecture) -> None:
 
 
 def weight_map(model_dir: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the single weight file or else from the index, as transformers chooses."""
+    """Return the file of each tensor, from the single weight file or else from the index, as transformers does."""
     if (model_dir / SINGLE).is_file():
         return dict.fromkeys(read_header(model_dir / SINGLE), SINGLE)
     path = model_dir / INDEX
@@ -113,7 +113,7 @@ def weight_map(model_dir: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Tensors of a safetensors file; ModelError where the file is absent, damaged or shorter than it says."""
+    """Return the tensors of a safetensors file; ModelError where the file is absent, damaged or truncated."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -136,7 +136,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 
 
 def weights_identity(model_dir: Path) -> str:
-    """Tells models apart that have equal shapes: sizes of the weight files, and the two ends of each."""
+    """Return a digest of the weight files (sizes, first and last bytes) that tells models of equal shapes apart."""
     digest = hashlib.sha256()
     for name in sorted(set(weight_map(model_dir).values())):
         path = model_dir / name
@@ -150,7 +150,7 @@ def weights_identity(model_dir: Path) -> str:
 
 
 def write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write one weight file, readable to whom the umask lets (the library's own mode is owner only)."""
+    """Write one weight file with the permissions of the umask (the library's own mode is owner only)."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
@@ -158,7 +158,7 @@ def write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def sync_files(directory: Path) -> None:
-    """Make every file of a finished directory durable, before it is renamed to its name."""
+    """Flush every file of a finished directory to disk, before the directory is renamed."""
     for path in [*directory.rglob("*"), directory]:
         sync_path(path)
 
@@ -166,7 +166,7 @@ def sync_files(directory: Path) -> None:
 def _tensor_problems(
     model_dir: Path, files: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorHeader]], model: Architecture
 ) -> list[str]:
-    """What is wrong with the tensors of complete files."""
+    """Return what is wrong with the tensors of complete files."""
     wanted = model.weights.hf_shapes()
     problems = []
     for name, shape in wanted.items():
@@ -189,7 +189,7 @@ def _tensor_problems(
 
 
 def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture) -> list[str]:
-    """A tied model's second copy of its embedding must be a copy: transformers unties two that differ."""
+    """Return whether a tied model's second copy of its embedding is none: transformers unties two that differ."""
     shape = (model.shape.vocab_size, model.shape.hidden_size)
     if head.shape == shape:
         files = WeightFiles(model_dir)
@@ -201,7 +201,7 @@ def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture
 
 
 def _problem(path: Path, name: str, found: TensorHeader, shape: tuple[int, ...]) -> str | None:
-    """Why this tensor is not the one the config describes, or None."""
+    """Return why this tensor is not the one that the config describes, or None."""
     if found.shape != shape:
         return f"{path}: tensor {name} is {list(found.shape)}; by config.json it should be {list(shape)}"
     if found.dtype not in _FLOATS:

@@ -89,7 +89,7 @@ def convert_gguf(source: Path, directory: Path) -> None:
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor; the name itself where there is none."""
+    """Return Hugging Face's name of a GGUF tensor, or the name itself where there is none."""
     match = _LAYER.fullmatch(name)
     if match is None or match[2] not in _LAYER_TENSORS:
         return _MODEL_TENSORS.get(name, name)
@@ -97,7 +97,7 @@ def hf_name(name: str) -> str:
 
 
 def deinterleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from neighbouring RoPE pairs (llama.cpp) to two halves (transformers, Megatron-core)."""
+    """Return rows of heads whose RoPE pairs are neighbours (llama.cpp) in the order of two halves (transformers)."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)
 
@@ -112,7 +112,7 @@ def _reordered(name: str, values: torch.Tensor, architecture: Architecture) -> t
 
 
 def _write_config(source: Path, directory: Path) -> None:
-    """config.json, generation_config.json and the tokenizer with its chat template."""
+    """Write config.json, generation_config.json and the tokenizer with its chat template."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

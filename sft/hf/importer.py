@@ -26,7 +26,7 @@ class TensorSource(Protocol):
     """Where Hugging Face tensors come from: the files of a directory, or anything else that can be cut."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
-        """An object that gives rows, or rows and columns, of the tensor `name` when indexed."""
+        """Return an object that gives rows, or rows and columns, of the tensor `name` when indexed."""
 
 
 def load_hf_weights(
@@ -71,59 +71,61 @@ def fill_parameters(
         }
         _check_layers(named, architecture)
         for name, parameter in named.items():
-            layout = architecture.weights.find(name)
-            if layout is None:
+            parameter_map = architecture.weights.find(name)
+            if parameter_map is None:
                 raise ValueError(f"parameter {name} has no counterpart in a {architecture.shape.model_type} model")
-            _check_built(name, parameter, layout, tensor_size)
-            _fill(parameter, layout, source, shapes, tensor_rank, tensor_size)
+            _check_built(name, parameter, parameter_map, tensor_size)
+            _fill(parameter, parameter_map, source, shapes, tensor_rank, tensor_size)
 
 
 @torch.no_grad()
 def _fill(
     parameter: nn.Parameter,
-    layout: ParameterMap,
+    parameter_map: ParameterMap,
     source: TensorSource,
     shapes: dict[str, tuple[int, ...]],
     rank: int,
     size: int,
 ) -> None:
     """Read this rank's pieces of one parameter into it; rows that no piece covers become zero."""
-    if layout.split == 1:
-        pieces, columns = list(layout.pieces), slice(rank * parameter.shape[1], (rank + 1) * parameter.shape[1])
+    if parameter_map.split == 1:
+        pieces, columns = list(parameter_map.pieces), slice(rank * parameter.shape[1], (rank + 1) * parameter.shape[1])
     else:
-        pieces = rank_pieces(layout, *((rank, size) if layout.split == 0 else (0, 1)), rows=parameter.shape[0])
+        pieces = rank_pieces(
+            parameter_map, *((rank, size) if parameter_map.split == 0 else (0, 1)), rows=parameter.shape[0]
+        )
         columns = slice(None)
     position = 0
     for piece in pieces:
         tensor = source.tensor(piece.name, shapes[piece.name])
         rows = slice(piece.start, piece.stop)
         place = parameter[position : position + piece.rows]
-        if layout.transposed:
+        if parameter_map.transposed:
             place.copy_(tensor[columns, rows].T)
         else:
-            place.copy_(tensor[rows, columns] if layout.split == 1 else tensor[rows])
+            place.copy_(tensor[rows, columns] if parameter_map.split == 1 else tensor[rows])
         position += piece.rows
     parameter[position:].zero_()
 
 
-def _check_built(name: str, parameter: nn.Parameter, layout: ParameterMap, size: int) -> None:
-    """Our own bugs: a model not built from this architecture, or one whose split parameters are not marked as such.
+def _check_built(name: str, parameter: nn.Parameter, parameter_map: ParameterMap, size: int) -> None:
+    """Raise ValueError for our own bugs: a parameter of another shape, or a split one that is not marked as such.
 
     Megatron-core marks a weight only while it initialises it. Without the mark the gradient norm leaves out what the
     other tensor-parallel ranks hold.
     """
-    whole = [extent * (size if axis == layout.split else 1) for axis, extent in enumerate(parameter.shape)]
-    expected = [layout.rows] if layout.columns is None else [layout.rows, layout.columns]
-    fits = whole[0] >= expected[0] if layout.padded else whole[0] == expected[0]
+    whole = [extent * (size if axis == parameter_map.split else 1) for axis, extent in enumerate(parameter.shape)]
+    expected = [parameter_map.rows] if parameter_map.columns is None else [parameter_map.rows, parameter_map.columns]
+    fits = whole[0] >= expected[0] if parameter_map.padded else whole[0] == expected[0]
     if len(whole) != len(expected) or whole[1:] != expected[1:] or not fits:
         raise ValueError(f"parameter {name} is {whole} over all ranks, not {expected}")
     mark = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
-    if size > 1 and mark != layout.split:
-        raise ValueError(f"parameter {name} is marked as split on axis {mark}, not {layout.split}")
+    if size > 1 and mark != parameter_map.split:
+        raise ValueError(f"parameter {name} is marked as split on axis {mark}, not {parameter_map.split}")
 
 
 def _check_layers(names: Iterable[str], architecture: Architecture) -> None:
-    """Our own bugs: a layer built without a bias or norm that the architecture has, whose weights would be lost."""
+    """Raise ValueError for our own bugs: a layer without a bias or norm that the architecture has."""
     names = set(names)
     layers = {name.split(".")[2] for name in names if name.startswith("decoder.layers.")}
     maps = architecture.weights.layers

@@ -64,19 +64,19 @@ class ShardedReader:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def keys(self) -> set[str]:
-        """Keys of all tensors."""
+        """Return the keys of all tensors."""
         return {key for key, entry in self._metadata.state_dict_metadata.items() if _is_tensor(entry)}
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a whole tensor, layers included."""
+        """Return the shape of a whole tensor, layers included."""
         return tuple(self._entry(key).size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Number type of a tensor."""
+        """Return the number type of a tensor."""
         return self._entry(key).properties.dtype
 
     def tensor(self, key: str, index: int | None = None) -> torch.Tensor:
-        """A whole tensor, or one entry of its leading axis, put together from all chunks that hold a part of it."""
+        """Return a whole tensor, or one entry of its leading axis, from all file chunks that hold a part of it."""
         entry = self._entry(key)
         first, size = [0] * len(entry.size), list(entry.size)
         if index is not None:
@@ -111,7 +111,7 @@ class _OneTensor(DefaultLoadPlanner):
         return self._target[tuple(slice(start, start + length) for start, length in place)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do: `resolve_tensor` gave a view."""
+        """Do nothing: `resolve_tensor` gave a view."""
 
 
 class _IndexUnpickler(pickle.Unpickler):

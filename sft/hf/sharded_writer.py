@@ -44,7 +44,7 @@ class Chunk:
 
     @property
     def place(self) -> ChunkStorageMetadata:
-        """Offsets and sizes within the key."""
+        """Return its offsets and sizes within the key."""
         offsets = [0] * len(self.shape)
         sizes = list(self.shape)
         if self.index is not None:
@@ -53,7 +53,7 @@ class Chunk:
 
     @property
     def item(self) -> WriteItem:
-        """The entry of torch's plan."""
+        """Return the entry of torch's plan."""
         data = TensorWriteData(self.place, TensorProperties(dtype=self.dtype), torch.Size(self.shape))
         return WriteItem(MetadataIndex(self.key, self.place.offsets), WriteItemType.SHARD, tensor_data=data)
 
@@ -100,12 +100,12 @@ class _OneByOne(DefaultSavePlanner):
         self._objects = objects
 
     def items(self) -> list[WriteItem]:
-        """What is to be written."""
+        """Return what is to be written."""
         objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
         return [*objects, *(chunk.item for chunk in self._chunks.values())]
 
     def index(self) -> dict[str, Any]:
-        """Every key and the chunks it is made of."""
+        """Return every key and the chunks it is made of."""
         found: dict[str, Any] = dict.fromkeys(self._objects, BytesStorageMetadata())
         for chunk in self._chunks.values():
             entry = TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape), [])
@@ -113,7 +113,7 @@ class _OneByOne(DefaultSavePlanner):
         return found
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The tensor in the shape of its chunk; of an object the bytes that Megatron-core would write."""
+        """Return the tensor in the shape of its chunk, or the bytes that Megatron-core would write of an object."""
         if write_item.type == WriteItemType.BYTE_IO:
             buffer = io.BytesIO()
             torch.save([self._objects[write_item.index.fqn]], buffer)

@@ -22,7 +22,7 @@ LARGEST = 448.0
 """The largest finite value of E4M3."""
 _SMALLEST = 1e-12
 """Lower bound of a row's largest value, so that a row of zeros has a scale other than 0."""
-_PEAKS, _ROWS = "fp8_column_peaks", "fp8_rows"
+_PEAKS = "fp8_column_peaks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,14 @@ class Rows:
     values: Tensor
     scales: Tensor
     """fp32, [rows, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class WithRows:
+    """A tensor together with its rows in fp8, from an operation that had both at hand."""
+
+    values: Tensor
+    rows: Rows
 
 
 def quantize(x: Tensor) -> Rows:
@@ -61,15 +69,14 @@ def quantize_transposed(weight: Tensor) -> Rows:
     return Rows(*triton_fp8.transposed(weight, peaks))
 
 
-def attach(x: Tensor, rows: Rows) -> None:
-    """Hand `x` on with its rows, which whoever made it had at hand."""
-    setattr(x, _ROWS, rows)
+def unquantized(x: Tensor | WithRows) -> Tensor:
+    """Return the tensor itself."""
+    return x.values if isinstance(x, WithRows) else x
 
 
-def attached(x: Tensor) -> Rows | None:
-    """What was attached, to one who asks; it is not kept as long as `x`."""
-    found: Rows | None = vars(x).pop(_ROWS, None)
-    return found
+def rows_of(x: Tensor | WithRows) -> Rows:
+    """Return [..., columns] in fp8: the rows that come along with it, or those computed now."""
+    return x.rows if isinstance(x, WithRows) else quantize(x.detach().contiguous().view(-1, x.shape[-1]))
 
 
 def product(a: Rows, b: Rows, dtype: torch.dtype) -> Tensor:

@@ -22,40 +22,39 @@ from sft.kernels.autograd import Context
 from sft.kernels.weight_gradient import weight_gradient
 
 
-def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
+def fp8_linear(x: Tensor | fp8.WithRows, weight: Tensor) -> Tensor:
     """Return x @ weight^T in fp8, [..., rows], of x [..., columns] and weight [rows, columns]."""
-    output: Tensor = _Fp8Linear.apply(x, weight)
+    output: Tensor = _Fp8Linear.apply(fp8.unquantized(x), fp8.rows_of(x), weight)
     return output
 
 
-def swiglu_mlp(x: Tensor, up: Tensor, down: Tensor, *, in_fp8: bool = False) -> Tensor:
+def swiglu_mlp(x: Tensor | fp8.WithRows, up: Tensor, down: Tensor, *, in_fp8: bool = False) -> Tensor:
     """Return (silu(gate) * up) @ down^T, [..., hidden], where [gate; up] = x @ up^T.
 
     x [..., hidden]; up [2 * width, hidden], gate first; down [hidden, width].
     """
-    output: Tensor = _SwiGLUMLP.apply(x, up, down, in_fp8)
+    output: Tensor = _SwiGLUMLP.apply(fp8.unquantized(x), fp8.rows_of(x) if in_fp8 else None, up, down)
     return output
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor) -> Tensor:
-        rows = _as_rows(x)
-        ctx.save_for_backward(rows, weight)
-        output = fp8.product(fp8.attached(x) or fp8.quantize(rows), fp8.quantize(weight), x.dtype)
+    def forward(ctx: Context, x: Tensor, low: fp8.Rows, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(_as_rows(x), weight)
+        output = fp8.product(low, fp8.quantize(weight), x.dtype)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         own = _as_rows(grad)
         x_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = fp8.product(fp8.quantize(own), fp8.quantize_transposed(weight), grad.dtype)
             x_grad = x_grad.view(*grad.shape[:-1], -1)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             weight_grad = weight_gradient(weight, own, rows)
-        return x_grad, weight_grad
+        return x_grad, None, weight_grad
 
 
 class _MLPContext(Context, Protocol):
@@ -64,16 +63,16 @@ class _MLPContext(Context, Protocol):
 
 class _SwiGLUMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _MLPContext, x: Tensor, up: Tensor, down: Tensor, in_fp8: bool) -> Tensor:
+    def forward(ctx: _MLPContext, x: Tensor, low: fp8.Rows | None, up: Tensor, down: Tensor) -> Tensor:
         rows = _as_rows(x)
-        if in_fp8:
-            mixed = fp8.product(fp8.attached(x) or fp8.quantize(rows), fp8.quantize(up), x.dtype)
+        if low is not None:
+            mixed = fp8.product(low, fp8.quantize(up), x.dtype)
             output = fp8.product(_gated_rows(mixed), fp8.quantize(down), x.dtype)
         else:
             mixed = rows @ up.t()
             output = _gated(mixed) @ down.t()
         ctx.save_for_backward(rows, mixed, up, down)
-        ctx.in_fp8 = in_fp8
+        ctx.in_fp8 = low is not None
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -86,11 +85,11 @@ class _SwiGLUMLP(torch.autograd.Function):
             gated_grad = own @ down
         gated, mixed_grad, low = _gated_backward(gated_grad, mixed, quantize=ctx.in_fp8)
         del gated_grad  # these are the largest tensors of a layer: each is freed before the next is made
-        down_grad = weight_gradient(down, own, gated) if ctx.needs_input_grad[2] else None
+        down_grad = weight_gradient(down, own, gated) if ctx.needs_input_grad[3] else None
         del gated
         x_grad = mixed_grad @ up if low is None else fp8.product(low, fp8.quantize_transposed(up), grad.dtype)
-        up_grad = weight_gradient(up, mixed_grad, rows) if ctx.needs_input_grad[1] else None
-        return x_grad.view(*grad.shape[:-1], -1), up_grad, down_grad, None
+        up_grad = weight_gradient(up, mixed_grad, rows) if ctx.needs_input_grad[2] else None
+        return x_grad.view(*grad.shape[:-1], -1), None, up_grad, down_grad
 
 
 def _as_rows(x: Tensor) -> Tensor:

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.kernels import fp8
 from sft.kernels.autograd import Context
+from sft.kernels.fp8 import Rows, WithRows, unquantized
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return the RMSNorm of `x` over its last dimension."""
-    return fork(x, weight, eps)[0] if x.is_cuda else F.rms_norm(x, weight.shape, weight, eps)
+    return unquantized(fork(x, weight, eps)[0]) if x.is_cuda else F.rms_norm(x, weight.shape, weight, eps)
 
 
-def fork(x: Tensor, weight: Tensor, eps: float, *, in_fp8: bool = False) -> tuple[Tensor, Tensor]:
+def fork(x: Tensor, weight: Tensor, eps: float, *, in_fp8: bool = False) -> tuple[Tensor | WithRows, Tensor]:
     """Return the norm of `x` for a branch of the layer, and `x` itself as the residual that goes past it.
 
     Use the returned residual, not `x`: the gradients of both results are then added in the norm's backward kernel.
@@ -35,18 +35,18 @@ def fork(x: Tensor, weight: Tensor, eps: float, *, in_fp8: bool = False) -> tupl
 
 def add_and_fork(
     branch: Tensor, residual: Tensor, weight: Tensor, eps: float, *, in_fp8: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | WithRows, Tensor]:
     """Return `fork` of branch + residual."""
     if not branch.is_cuda:
         return fork(residual + branch, weight, eps)
     return _forked(residual, branch, weight, eps, in_fp8)
 
 
-def _forked(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, in_fp8: bool) -> tuple[Tensor, Tensor]:
+def _forked(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, in_fp8: bool
+) -> tuple[Tensor | WithRows, Tensor]:
     normed, past, *low = _Norm.apply(x, branch, weight, eps, in_fp8)
-    if low:
-        fp8.attach(normed, fp8.Rows(*low))
-    return normed, past
+    return (WithRows(normed, Rows(*low)) if low else normed), past
 
 
 def forget(normed: Tensor, past: Tensor, weight: Tensor, eps: float, result: Tensor) -> None:

@@ -30,26 +30,28 @@ with warnings.catch_warnings():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.inference.contexts import StaticInferenceContext
-    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
-        _yarn_get_concentration_factor_from_config as rotary_magnitude,
-    )
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+        get_transformer_layer_offset,
+    )
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     from sft.megatron.patches.catalogue import PATCHES
@@ -60,12 +62,14 @@ install(PATCHES, __version__)
 __all__ = [
     "MLP",
     "AsyncRequest",
+    "AttnMaskType",
     "CheckpointingException",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "DistributedOptimizer",
     "GPTModel",
     "IdentityOp",
+    "MLPSubmodules",
     "MegatronModule",
     "MegatronOptimizer",
     "ModuleSpec",
@@ -74,23 +78,24 @@ __all__ = [
     "PackedSeqParams",
     "ProcessGroupCollection",
     "SelfAttention",
+    "SelfAttentionSubmodules",
     "ShardedObject",
     "ShardedTensor",
     "StaticInferenceContext",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
+    "TransformerLayerSubmodules",
     "__version__",
     "dist_checkpointing",
     "filesystem_async",
     "finalize_model_grads",
     "get_forward_backward_func",
-    "get_gpt_layer_local_spec",
+    "get_bias_dropout_add",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
     "make_sharded_tensors_for_checkpoint",
     "parallel_state",
-    "rotary_magnitude",
     "tensor_parallel",
 ]

@@ -1,6 +1,6 @@
-"""The weights a run starts from: read from Hugging Face files, or drawn.
+"""The weights a run starts from: read from Hugging Face files, or random.
 
-Drawn weights depend on the tensor's Hugging Face name and the seed alone: each rank draws a whole tensor and keeps its
+Random weights depend on the tensor's Hugging Face name and the seed alone: each rank makes a whole tensor and keeps its
 slice, so that one seed gives one model under every topology. So do LoRA adapters, which no file holds.
 """
 
@@ -21,7 +21,7 @@ from sft.megatron.layers.lora import reset_adapters
 from sft.models.architecture import Architecture
 
 INITIAL_STD = 0.02
-"""Standard deviation of drawn matrices, the usual `initializer_range`."""
+"""Standard deviation of random matrices, the usual `initializer_range`."""
 _KEPT = 3
 
 
@@ -32,7 +32,7 @@ def load_initial_weights(
     config: TransformerConfig,
     model_dir: Path,
 ) -> None:
-    """Fill this rank's chunks."""
+    """Fill this rank's model chunks with the weights that the run starts from."""
     offsets = [get_transformer_layer_offset(config, getattr(chunk, "vp_stage", None)) for chunk in chunks]
     place = {
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
@@ -41,7 +41,7 @@ def load_initial_weights(
     }
     if spec.model.init == "random":
         norm = 0.0 if architecture.norm == "zero_centered_rms" else 1.0
-        fill_parameters(chunks, architecture, DrawnWeights(spec.train.seed, norm=norm), **place)
+        fill_parameters(chunks, architecture, RandomWeights(spec.train.seed, norm=norm), **place)
     else:
         load_hf_weights(chunks, architecture, model_dir, **place)
     if spec.model.lora.rank is not None:
@@ -51,7 +51,7 @@ def load_initial_weights(
         reset_adapters(chunks, spec.train.seed)
 
 
-class DrawnWeights:
+class RandomWeights:
     """A source of weights like sft.hf.files.WeightFiles: matrices from a normal distribution, biases 0.
 
     `norm` is what norms are filled with.
@@ -63,14 +63,14 @@ class DrawnWeights:
         self._recent: dict[str, Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The whole tensor `name`; a parameter's pieces come from up to three tensors in turn, so those are kept."""
+        """Return the whole tensor `name`. A parameter's pieces come from up to three in turn, so three are kept."""
         if name not in self._recent:
             while len(self._recent) >= _KEPT:
                 del self._recent[next(iter(self._recent))]
-            self._recent[name] = self._draw(name, shape)
+            self._recent[name] = self._random(name, shape)
         return self._recent[name]
 
-    def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _random(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith(".bias") else self._norm, device="cpu")
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()

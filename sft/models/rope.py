@@ -1,4 +1,4 @@
-"""Rotary positions of a Hugging Face config: read, refused by name, and turned into inverse frequencies.
+"""Rotary positions of a Hugging Face config: read, refused by name, and made into inverse frequencies.
 
 Covered are the scalings that are constants: plain, `linear`, `yarn`, and Llama 3's with any numbers (Megatron-core's
 own has low 1, high 4 and 8192 positions built in). Computed as transformers computes them, in fp32, bit for bit.
@@ -33,7 +33,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class YarnScaling:
-    """YaRN (arXiv 2309.00071): pairs of a head that turn often over the first training stay, slow ones are slowed."""
+    """YaRN (arXiv 2309.00071): pairs of a head that rotate often over the first training stay, slow ones are slowed."""
 
     beta_fast: float
     """Turns over the original positions from which on a pair stays as it is."""
@@ -44,7 +44,7 @@ class YarnScaling:
     """Whether the ramp between the two begins and ends at whole pairs."""
 
     def ramp(self, theta: float, dim: int) -> torch.Tensor:
-        """How much each pair is slowed: 0 not at all, 1 by the whole factor."""
+        """Return how much each pair is slowed: 0 not at all, 1 by the whole factor."""
         low, high = (self._pair_with(turns, theta, dim) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -72,7 +72,7 @@ class Rope:
     """Sines and cosines are multiplied by it."""
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
-        """Radians a position, one for each rotated pair of a head."""
+        """Return the radians per position of each rotated pair of a head."""
         dim = int(head_dim * self.fraction)
         pairs = self.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
         plain = 1.0 / pairs
@@ -137,7 +137,7 @@ def _yarn(settings: dict[str, Any], original_positions: int) -> YarnScaling:
 
 
 def _attention_factor(settings: dict[str, Any]) -> float:
-    """As stated, or by the paper's formula from the factor; `mscale` and `mscale_all_dim` count as a pair only."""
+    """Return it as stated, or by the paper's formula; `mscale` and `mscale_all_dim` count as a pair only."""
     stated = settings.get("attention_factor")
     if stated is not None:
         return float(stated)
@@ -160,7 +160,7 @@ def _settings(config: Mapping[str, Any], default_theta: float) -> dict[str, Any]
 
 
 def _problems(rope: dict[str, Any], max_position_embeddings: int, partial: bool) -> list[str]:
-    """What of these settings is not covered."""
+    """Return what of these settings is not covered."""
     problems = []
     fraction = rope["partial_rotary_factor"]
     if not partial and fraction != 1.0:

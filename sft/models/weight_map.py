@@ -14,7 +14,7 @@ RoPE is not interleaved on either side, so that no row inside a head moves. How 
 that family's matter (`sft.models.families`).
 
 Rejected: a converter that builds the full state dict of one side and renames it (needs the whole model in memory,
-and the layout rules twice, once for each direction).
+and the rules twice, once for each direction).
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class ParameterMap:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """All pieces, in order."""
+        """Return all pieces, in order."""
         return tuple(piece for block in self.blocks for piece in block)
 
     @property
     def rows(self) -> int:
-        """Rows without padding."""
+        """Return the number of rows without padding."""
         return sum(piece.rows for piece in self.pieces)
 
 
@@ -91,7 +91,7 @@ class WeightMap:
 
     @property
     def embedding_name(self) -> str:
-        """The Hugging Face name of the token embedding."""
+        """Return the Hugging Face name of the token embedding."""
         return self.outer[EMBEDDING].pieces[0].name
 
     def find(self, name: str) -> ParameterMap | None:

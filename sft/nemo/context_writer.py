@@ -52,7 +52,7 @@ class Built:
 
 
 def model_object(architecture: Architecture, dtype: str) -> Built:
-    """NeMo's model object for `architecture`, with parameters of `dtype` (such as bfloat16); ModelError where none."""
+    """Return NeMo's model object, with parameters of `dtype` (such as bfloat16); ModelError where there is none."""
     shape = architecture.shape
     if shape.model_type not in _CLASSES:
         raise ModelError(
@@ -129,7 +129,7 @@ def _function(name: str) -> Name:
 
 
 def model_yaml(built: Built) -> dict[str, Any]:
-    """The object as nested mappings, each with the class it is of."""
+    """Return the object as nested mappings, each with its class."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Built):
@@ -140,7 +140,7 @@ def model_yaml(built: Built) -> dict[str, Any]:
 
 
 def io_json(model: Built) -> dict[str, Any]:
-    """Fiddle's JSON of a trainer context that holds `model` and a trainer with NeMo's defaults."""
+    """Return Fiddle's JSON of a trainer context that holds `model` and a trainer with NeMo's defaults."""
     graph = _Graph()
     context = Built(
         of=Name("nemo.lightning.io.pl", "TrainerContext"),
@@ -158,7 +158,7 @@ class _Graph:
         self.counts: dict[str, int] = {}
 
     def add(self, value: Any, path: str) -> dict[str, Any]:
-        """Enter a value, and what it is made of; the JSON that stands for it."""
+        """Enter a value and what it is made of, and return the JSON that stands for it."""
         if isinstance(value, Name):
             return _imported(value) | {"paths": [path]}
         if isinstance(value, list):
@@ -178,7 +178,7 @@ class _Graph:
         return self._enter(re.sub(r"(?<!^)(?=[A-Z])", "_", value.of.name).lower(), described)
 
     def _description(self, value: Built) -> dict[str, Any]:
-        """Fiddle's record of the class, its arguments' names, and their tags and history, of which there are none."""
+        """Return Fiddle's record of the class, its arguments' names, and their (empty) tags and history."""
         names = [[f"Index(index={i})", name] for i, name in enumerate(value.arguments)]
         kind = _imported(Name("fiddle._src.config", "BuildableTraverserMetadata"))
         items = [

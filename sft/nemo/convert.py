@@ -39,13 +39,13 @@ class Weights(Protocol):
     """The parameters of a checkpoint, by the names of `sft.models.weight_map`."""
 
     def names(self) -> set[str]:
-        """Names of all parameters."""
+        """Return the names of all parameters."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Number type of a parameter that is there."""
+        """Return the number type of a parameter that is there."""
 
-    def parameter(self, name: str, layout: ParameterMap) -> torch.Tensor:
-        """The whole parameter, without vocabulary padding."""
+    def parameter(self, name: str, parameter_map: ParameterMap) -> torch.Tensor:
+        """Return the whole parameter, without vocabulary padding."""
 
 
 def convert_nemo(source: Path, directory: Path) -> None:
@@ -55,12 +55,12 @@ def convert_nemo(source: Path, directory: Path) -> None:
     architecture = read_architecture(directory)
     with _unpacked(source, directory.parent) as folder:
         weights = _open_weights(folder, ModelShape.from_config(config, str(source)))
-        layouts = architecture.weights.parameters()
+        maps = architecture.weights.parameters()
         _check_names(weights, architecture, source)
         write_model(
-            lambda name: split_parameter(layouts[name], weights.parameter(name, layouts[name])),
+            lambda name: split_parameter(maps[name], weights.parameter(name, maps[name])),
             architecture,
-            _dtypes(weights, layouts),
+            _dtypes(weights, maps),
             directory,
         )
         _write_tokenizer(folder, directory)
@@ -76,7 +76,7 @@ def _open_weights(folder: Path, shape: ModelShape) -> Weights:
 
 @contextmanager
 def _unpacked(source: Path, beside: Path) -> Iterator[Path]:
-    """The checkpoint's folder; of an archive a private copy that is removed in the end."""
+    """Yield the checkpoint's folder; of an archive, a private copy that is removed at the end."""
     if source.is_dir():
         yield source
         return
@@ -104,7 +104,7 @@ def _unpacked(source: Path, beside: Path) -> Iterator[Path]:
 
 
 def _check_names(weights: Weights, architecture: Architecture, source: Path) -> None:
-    """A weight that the model has no place for would be lost without a word."""
+    """Raise ModelError for a weight that the model has no place for, which would be lost silently."""
     known = architecture.weights.parameters().keys()
     unknown = sorted(name for name in weights.names() - known if not name.endswith(".linear_fc1.up.weight"))
     tied = {"output_layer.weight"} if architecture.shape.tied_embeddings else set()
@@ -112,18 +112,18 @@ def _check_names(weights: Weights, architecture: Architecture, source: Path) -> 
         raise ModelError(f"model.path: {source}: {unknown[0]} has no place in the model of its config")
 
 
-def _dtypes(weights: Weights, layouts: Mapping[str, ParameterMap]) -> dict[str, torch.dtype]:
-    """Number type of each Hugging Face tensor: that of the checkpoint."""
+def _dtypes(weights: Weights, maps: Mapping[str, ParameterMap]) -> dict[str, torch.dtype]:
+    """Return the number type of each Hugging Face tensor: that of the checkpoint."""
     held = weights.names()
     return {
         piece.name: weights.dtype(name) if name in held else torch.float32
-        for name, layout in layouts.items()
-        for piece in layout.pieces
+        for name, parameter_map in maps.items()
+        for piece in parameter_map.pieces
     }
 
 
 def _write_tokenizer(folder: Path, directory: Path) -> None:
-    """The tokenizer's files, where the checkpoint has any."""
+    """Write the tokenizer's files, where the checkpoint has any."""
     if (folder / CONTEXT).is_file():
         model = yaml.safe_load((folder / CONTEXT).read_text(encoding="utf-8"))
         copy_settings(folder, tokenizer_dir(model, folder / CONTEXT.parent), None, directory)
@@ -134,7 +134,7 @@ def _write_tokenizer(folder: Path, directory: Path) -> None:
 
 
 def _write_gpt2_tokenizer(folder: Path, entries: Entries, directory: Path) -> None:
-    """GPT-2's vocabulary and merges, which archives hold under `<hash>_vocab.json` and `<hash>_merges.txt`."""
+    """Write GPT-2's vocabulary and merges, which archives hold under `<hash>_vocab.json` and `<hash>_merges.txt`."""
     if value_of(entries, "model.tokenizer.type") != "GPT2BPETokenizer":
         return
     vocabulary = sorted(folder.glob("*vocab*.json"))

@@ -1,9 +1,9 @@
 """The sharded weights of NeMo 2 and Megatron-core: parameters by the names of `sft.models.weight_map`.
 
-Megatron-core writes whole parameters in chunks, whatever the topology: reading them needs no rank's layout. Keys have
+Megatron-core writes whole parameters in chunks, whatever the topology: reading them needs no rank's share. Keys have
 the wrapper's prefix (`module.` in NeMo 2, `model.` in NeMo 1.x); a key of layers holds all of them on a leading axis,
 or one layer under its number. Optimizer states and the extra states of Transformer Engine (scales of fp8) are no
-weights and are passed over.
+weights and are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DistributedWeights:
                 self._add(key, _PREFIX.sub("", key), num_layers)
 
     def _add(self, key: str, name: str, num_layers: int) -> None:
-        """Enter where the parameters of `key` are: its name, or one name a layer."""
+        """Enter where the parameters of `key` are: under its name, or one name for each layer."""
         match = _STACKED.fullmatch(name)
         if match is None:
             self._places[canonical_name(name)] = key, None
@@ -47,21 +47,21 @@ class DistributedWeights:
             self._places[canonical_name(f"decoder.layers.{layer}.{match[1]}")] = key, layer
 
     def names(self) -> set[str]:
-        """Names of all parameters."""
+        """Return the names of all parameters."""
         return set(self._places)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Number type of a parameter that is there."""
+        """Return the number type of a parameter that is there."""
         return self._reader.dtype(self._places[name][0])
 
-    def parameter(self, name: str, layout: ParameterMap) -> Tensor:
-        """The whole parameter, without vocabulary padding; ModelError where it is absent or of other sizes."""
+    def parameter(self, name: str, parameter_map: ParameterMap) -> Tensor:
+        """Return the whole parameter, without vocabulary padding; ModelError where it is absent or of other sizes."""
         if name not in self._places:
             raise ModelError(f"model.path: {self._directory}: no parameter {name}")
         whole = self._reader.tensor(*self._places[name])
-        columns = () if layout.columns is None else (layout.columns,)
-        enough = len(whole) >= layout.rows if layout.padded else len(whole) == layout.rows
+        columns = () if parameter_map.columns is None else (parameter_map.columns,)
+        enough = len(whole) >= parameter_map.rows if parameter_map.padded else len(whole) == parameter_map.rows
         if tuple(whole.shape[1:]) != columns or not enough:
-            wanted = [layout.rows, *columns]
+            wanted = [parameter_map.rows, *columns]
             raise ModelError(f"model.path: {name} is {list(whole.shape)}; by the config it should be {wanted}")
-        return whole[: layout.rows]
+        return whole[: parameter_map.rows]

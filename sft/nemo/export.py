@@ -51,12 +51,12 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
         raise ModelError(f"{model_dir}: weights of {len(dtypes)} number types; a NeMo 2 model has one")
     dtype = dtypes.pop()
     built = model_object(architecture, str(dtype).removeprefix("torch."))
-    files, shapes, layouts = WeightFiles(model_dir), architecture.weights.hf_shapes(), architecture.weights.parameters()
+    files, shapes, maps = WeightFiles(model_dir), architecture.weights.hf_shapes(), architecture.weights.parameters()
     with whole_directory(out_dir) as aside:
         write_sharded(
             aside / "weights",
-            _chunks(layouts, architecture.shape.num_layers, dtype),
-            lambda name: _parameter(layouts[name], files, shapes),
+            _chunks(maps, architecture.shape.num_layers, dtype),
+            lambda name: _parameter(maps[name], files, shapes),
             _extra_states(architecture),
             {"content_metadata": _CONTENT},
         )
@@ -67,28 +67,28 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
         (context / "model.yaml").write_text(yaml.safe_dump(model_yaml(built)), encoding="utf-8")
 
 
-def _chunks(layouts: Mapping[str, ParameterMap], num_layers: int, dtype: torch.dtype) -> list[Chunk]:
-    """Every parameter under its key; those of layers at their place on the leading axis."""
+def _chunks(maps: Mapping[str, ParameterMap], num_layers: int, dtype: torch.dtype) -> list[Chunk]:
+    """Return every parameter under its key, those of layers with their place on the leading axis."""
     found = []
-    for name, layout in layouts.items():
+    for name, parameter_map in maps.items():
         key, index = checkpoint_key(name)
-        own = (layout.rows,) if layout.columns is None else (layout.rows, layout.columns)
+        own = (parameter_map.rows,) if parameter_map.columns is None else (parameter_map.rows, parameter_map.columns)
         shape = own if index is None else (num_layers, *own)
         found.append(Chunk(key=_PREFIX + key, name=name, shape=shape, dtype=dtype, index=index))
     return found
 
 
-def _parameter(layout: ParameterMap, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
-    """A whole Megatron-core parameter, put together from its Hugging Face tensors."""
+def _parameter(parameter_map: ParameterMap, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
+    """Return a whole Megatron-core parameter, put together from its Hugging Face tensors."""
     parts = []
-    for piece in layout.pieces:
+    for piece in parameter_map.pieces:
         tensor, rows = files.tensor(piece.name, shapes[piece.name]), slice(piece.start, piece.stop)
-        parts.append(tensor[:, rows].T if layout.transposed else tensor[rows])
+        parts.append(tensor[:, rows].T if parameter_map.transposed else tensor[rows])
     return torch.cat(parts)
 
 
 def _extra_states(architecture: Architecture) -> dict[str, None]:
-    """Keys under which modules keep the scales of fp8 training, of which there are none."""
+    """Return the keys under which modules keep the scales of fp8 training, of which there are none."""
     layers = architecture.shape.num_layers
     norms = (
         ("self_attention.q_layernorm", "self_attention.k_layernorm") if architecture.layers[0].attention.qk_norm else ()

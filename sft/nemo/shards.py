@@ -4,7 +4,7 @@ NeMo's GPT has two sets of names, its own (`language_model.encoder.layers.0.self
 since it is built on Megatron-core that one's. Both become the names of `sft.models.weight_map`, with global layer
 numbers.
 
-Tensor-parallel parts follow the layout of the parameter, as Megatron-core's do. NeMo's own code has two more ways: with
+Tensor-parallel parts follow the map of the parameter, as Megatron-core's do. NeMo's own code has two more ways: with
 `megatron_legacy` a rank's query, key and value lie one after the other and not head by head, and `swiglu` keeps gate
 and up projection as two matrices where `fast-swiglu` and Megatron-core have one.
 
@@ -73,35 +73,35 @@ class Shards:
     legacy_qkv: bool
 
     def names(self) -> set[str]:
-        """Names of all parameters."""
+        """Return the names of all parameters."""
         return {name for stage in self.parts for name in stage[0]}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Number type of a parameter that is there."""
+        """Return the number type of a parameter that is there."""
         return next(stage[0][name].dtype for stage in self.parts if name in stage[0])
 
-    def parameter(self, name: str, layout: ParameterMap) -> Tensor:
-        """The whole parameter, without vocabulary padding; ModelError where it is absent or of other sizes."""
+    def parameter(self, name: str, parameter_map: ParameterMap) -> Tensor:
+        """Return the whole parameter, without vocabulary padding; ModelError where it is absent or of other sizes."""
         ranks = next((stage for stage in self.parts if name in stage[0]), None)
         if ranks is None:
             raise ModelError(f"model.path: no parameter {name} in any stage of the checkpoint")
         parts = [_part(rank, name) for rank in ranks]
         if self.legacy_qkv and ".linear_qkv." in name and "layer_norm" not in name:
             parts = [_by_head(part, self.shape.num_attention_heads // len(ranks)) for part in parts]
-        whole = _whole(parts, layout)
-        columns = () if layout.columns is None else (layout.columns,)
+        whole = _whole(parts, parameter_map)
+        columns = () if parameter_map.columns is None else (parameter_map.columns,)
         if (
             whole.shape[1:] != columns
-            or whole.shape[0] < layout.rows
-            or (not layout.padded and len(whole) != layout.rows)
+            or whole.shape[0] < parameter_map.rows
+            or (not parameter_map.padded and len(whole) != parameter_map.rows)
         ):
-            wanted = [layout.rows, *columns]
+            wanted = [parameter_map.rows, *columns]
             raise ModelError(f"model.path: {name} is {list(whole.shape)}; by model_config.yaml it should be {wanted}")
-        return whole[: layout.rows]
+        return whole[: parameter_map.rows]
 
 
 def open_shards(directory: Path, entries: Entries, shape: ModelShape) -> Shards:
-    """Open every weight file in `directory` (a whole checkpoint, unpacked); nothing is read yet."""
+    """Open every weight file in `directory` (a whole checkpoint, unpacked) without reading weights yet."""
     files = _weight_files(directory)
     stages = 1 + max(stage for _, stage in files)
     ranks = 1 + max(rank for rank, _ in files)
@@ -116,7 +116,7 @@ def open_shards(directory: Path, entries: Entries, shape: ModelShape) -> Shards:
 
 
 def _weight_files(directory: Path) -> dict[tuple[int, int], Path]:
-    """(tensor rank, pipeline stage) -> weight file."""
+    """Return the weight files by (tensor rank, pipeline stage)."""
     files: dict[tuple[int, int], Path] = {}
     for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
         match = _RANK_FOLDER.fullmatch(folder.name)
@@ -144,7 +144,7 @@ def _only_checkpoint(folder: Path) -> Path:
 
 
 def _read(path: Path, stage: int, stages: int, num_layers: int) -> dict[str, Tensor]:
-    """Name -> part of one rank's file, layers numbered through all stages."""
+    """Return the parts in one rank's file by name, layers numbered through all stages."""
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -173,7 +173,7 @@ def _read(path: Path, stage: int, stages: int, num_layers: int) -> dict[str, Ten
 
 
 def _our_name(name: str, offset: int) -> str | None:
-    """Either code's name -> ours; None for the last stage's copy of a tied embedding."""
+    """Return our name for either code's, or None for the last stage's copy of a tied embedding."""
     name = re.sub(r"^(module\.)+", "", name)
     if name == "word_embeddings.weight":
         return None
@@ -186,24 +186,24 @@ def _our_name(name: str, offset: int) -> str | None:
 
 
 def _part(rank: dict[str, Tensor], name: str) -> Tensor:
-    """One rank's part; of a gated MLP in two matrices the gate's rows, then those of the up projection."""
+    """Return one rank's part; of a gated MLP in two matrices the gate's rows, then those of the up projection."""
     up = name.replace(".linear_fc1.", ".linear_fc1.up.")
     return torch.cat([rank[name], rank[up]]) if up != name and up in rank else rank[name]
 
 
 def _by_head(part: Tensor, heads: int) -> Tensor:
-    """Rows [query of all heads, key of all, value of all] -> for each head its query, key and value."""
+    """Return rows [query of all heads, key of all, value of all] as for each head its query, key and value."""
     return part.reshape(3, heads, -1, *part.shape[1:]).transpose(0, 1).reshape(part.shape)
 
 
-def _whole(parts: list[Tensor], layout: ParameterMap) -> Tensor:
-    """The ranks' parts, joined as `layout` says they were cut."""
-    if layout.split is None or len(parts) == 1:
+def _whole(parts: list[Tensor], parameter_map: ParameterMap) -> Tensor:
+    """Return the ranks' parts, joined as `parameter_map` says they were split."""
+    if parameter_map.split is None or len(parts) == 1:
         return parts[0]
-    if layout.split == 1:
+    if parameter_map.split == 1:
         return torch.cat(parts, dim=1)
-    if len(layout.blocks) == 1:
+    if len(parameter_map.blocks) == 1:
         return torch.cat(parts)
-    shares = [sum(piece.rows for piece in block) // len(parts) for block in layout.blocks]
+    shares = [sum(piece.rows for piece in block) // len(parts) for block in parameter_map.blocks]
     blocks = zip(*(torch.split(part, shares) for part in parts), strict=True)
     return torch.cat([row for block in blocks for row in block])

@@ -27,7 +27,7 @@ from sft.engine.module import SFTGPT
 from sft.generation.answers import PromptAnswers
 from sft.generation.prompts import Metric
 from sft.health.watchdog import Watchdog
-from sft.megatron.model import describe_kernels
+from sft.megatron.kernel_choice import choose_kernels
 from sft.metrics.loss_plot import plot_loss
 from sft.metrics.mfu import utilization
 from sft.metrics.run_log import RunLog
@@ -145,7 +145,7 @@ def _train(
     )
     module = SFTGPT(spec, architecture, topology, model_dir, steps)
     log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
-    log.say(describe_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0))
+    log.say(choose_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0).describe())
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
     # srun ends all ranks when one exits other than 0: none may leave while another is still writing.
     cast(MegatronStrategy, trainer.strategy).control.barrier()

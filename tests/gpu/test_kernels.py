@@ -113,13 +113,12 @@ def test_a_norm_computed_again_has_the_same_bits(forked: bool) -> None:
 
 
 def test_a_norm_brings_its_rows_in_fp8() -> None:
-    """What quantizing it would give, once and for its first user alone."""
+    """What quantizing it would give."""
     normed, _ = norm.add_and_fork(drawn(300, 1, 2048), drawn(300, 1, 2048), drawn(2048), 1e-5, in_fp8=True)
-    found, expected = fp8.attached(normed), fp8.quantize(normed.view(300, 2048))
-    assert found is not None
+    assert isinstance(normed, fp8.WithRows)
+    found, expected = normed.rows, fp8.quantize(normed.values.view(300, 2048))
     assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
     assert torch.equal(found.scales, expected.scales)
-    assert fp8.attached(normed) is None
 
 
 def test_peaks_of_a_weight_are_found_once_a_step() -> None:

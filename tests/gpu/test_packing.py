@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sft.megatron.layers.attention import CoreAttention, packed_sequences
+from sft.megatron.layers.attention import CoreAttention
+from sft.megatron.layers.packed_rows import packed_sequences
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 

@@ -1,4 +1,4 @@
-"""Gradients of Megatron-core ranks under their Hugging Face names, whole, whatever the layout."""
+"""Gradients of Megatron-core ranks under their Hugging Face names, whole, whatever the topology."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ def _parts(chunks: list[Any], architecture: Architecture) -> list[Part]:
         _gather_shards(chunk)
         offset = get_transformer_layer_offset(chunk.config, index if len(chunks) > 1 else None)
         for name, parameter in chunk.named_parameters():
-            layout = architecture.weights[canonical_name(name, offset)]
-            split_rows = (rank, size) if layout.split == 0 else (0, 1)
+            parameter_map = architecture.weights[canonical_name(name, offset)]
+            split_rows = (rank, size) if parameter_map.split == 0 else (0, 1)
             gradient = parameter.main_grad.detach().float().cpu().numpy().copy()
             width = gradient.shape[-1]
-            columns = slice(rank * width, (rank + 1) * width) if layout.split == 1 else slice(None)
+            columns = slice(rank * width, (rank + 1) * width) if parameter_map.split == 1 else slice(None)
             position = 0
-            for piece in rank_pieces(layout, *split_rows, rows=gradient.shape[0]):
+            for piece in rank_pieces(parameter_map, *split_rows, rows=gradient.shape[0]):
                 rows = slice(piece.start, piece.stop)
                 values = gradient[position : position + piece.rows]
                 part = (
                     Part(piece.name, columns, rows, values.T)
-                    if layout.transposed
+                    if parameter_map.transposed
                     else Part(piece.name, rows, columns, values)
                 )
                 found.append(part)

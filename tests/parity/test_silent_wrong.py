@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-import sft.megatron.model
+import sft.megatron.config
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import read_resolved
 from launcher.contract.topology import build_topology
+from sft.megatron.config import transformer_config
 from sft.megatron.core import DistributedOptimizer, TransformerConfig, parallel_state
+from sft.megatron.kernel_choice import choose_kernels
 from sft.megatron.patches import adamw_state
 from sft.models.registry import read_architecture
 from sft.training.trainer import train
@@ -58,9 +60,9 @@ def test_s1_batched_sends_would_be_wrong(tmp_path: Path, material: tuple[Path, P
 
 def train_with_batched_sends(config: Path) -> ExitCode:
     """Runs on a rank: Megatron-core's default for the interleaved schedule."""
-    settings = sft.megatron.model._parallel_settings
+    settings = sft.megatron.config._parallel_settings
     batched = {"overlap_p2p_comm": False, "batch_p2p_comm": True}
-    sft.megatron.model._parallel_settings = lambda *args: settings(*args) | batched
+    sft.megatron.config._parallel_settings = lambda *args: settings(*args) | batched
     return train(config)
 
 
@@ -140,9 +142,8 @@ def megatron_config(material: tuple[Path, Path], *, on_gpu: bool) -> Transformer
     model, chat = material
     paths = make_run(chat.parent, model, chat, ranks=2, topology=INTERLEAVED, name="config-only")
     spec, architecture = read_resolved(paths.config), read_architecture(model)
-    return sft.megatron.model.transformer_config(
-        spec, architecture, build_topology(spec, architecture.shape), on_gpu=on_gpu
-    )
+    kernels = choose_kernels(spec, architecture, on_gpu=on_gpu)
+    return transformer_config(spec, architecture, build_topology(spec, architecture.shape), kernels, on_gpu=on_gpu)
 
 
 def resumed(root: Path, material: tuple[Path, Path], plain: RunPaths) -> RunPaths:

@@ -97,16 +97,19 @@ def build_and_load(spec: RunSpec) -> list[Any]:
     """On a rank: this rank's chunks, filled from the Hugging Face directory."""
     from launcher.contract.topology import build_topology
     from sft.hf.importer import load_hf_weights
+    from sft.megatron.config import transformer_config
     from sft.megatron.core import get_transformer_layer_offset, parallel_state
-    from sft.megatron.model import build_chunks, transformer_config
+    from sft.megatron.kernel_choice import choose_kernels
+    from sft.megatron.model import build_chunks
     from sft.megatron.parallel.groups import init_model_parallel
     from sft.models.registry import read_architecture
 
     architecture = read_architecture(Path(spec.model.path))
     topology = build_topology(spec, architecture.shape)
     init_model_parallel(topology, seed=1)
-    config = transformer_config(spec, architecture, topology, on_gpu=False)
-    chunks = build_chunks(spec, architecture, topology, config)
+    kernels = choose_kernels(spec, architecture, on_gpu=False)
+    config = transformer_config(spec, architecture, topology, kernels, on_gpu=False)
+    chunks = build_chunks(spec, architecture, topology, config, kernels)
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():

@@ -1,18 +1,16 @@
-"""Our modules in Megatron-core's layer spec: RMSNorm and core attention in plain torch.
+"""Self-attention: RoPE by the architecture's own numbers, and core attention in plain torch.
 
-The same modules run on CPU and GPU and need neither Transformer Engine nor Apex. Megatron-core's own local modules
-do not do: its torch norm refuses sequence parallel, and its core attention builds the whole score matrix.
-Column- and row-parallel linears, MLP and residual handling stay Megatron-core's.
+The same modules run on CPU and GPU and need neither Transformer Engine nor Apex. Megatron-core's own do not do: its
+core attention builds the whole score matrix, and its self-attention has one RoPE for all layers, whose magnitude comes
+from a formula in the shared configuration.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,78 +19,99 @@ from torch import Tensor
 
 from sft.data.batches.context_slice import ContextSlice
 from sft.kernels import attention
+from sft.kernels.fp8 import WithRows
+from sft.kernels.rope import rotate
 from sft.megatron.core import (
     MegatronModule,
-    PackedSeqParams,
     ProcessGroupCollection,
-    TransformerBlockSubmodules,
+    SelfAttention,
+    StaticInferenceContext,
     TransformerConfig,
-    get_gpt_layer_local_spec,
-    get_num_layers_to_build,
     tensor_parallel,
 )
+from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.parallel.context import SharedRows, bottom_right, gather_rows
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor and the sequence-parallel mark that Megatron-core expects.
+class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
+    """Megatron-core's self-attention with a forward pass of our own.
 
-    Under sequence parallel each rank normalises its part of the sequence, so the weight's gradient is a partial sum;
-    the mark makes `finalize_model_grads` add the parts.
+    Every layer says whether it rotates. The table of angles has a row for each position of the input, whatever kind of
+    row that is (`SFTGPTModel` takes the rows of packed and shared sequences from the whole table once for all layers).
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    def __init__(self, *args: Any, rotary: bool, magnitude: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rotary = rotary
+        self._magnitude = magnitude
 
+    def forward(
+        self,
+        hidden_states: Tensor | WithRows,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSequences | SharedRows | None = None,
+        inference_context: StaticInferenceContext | None = None,
+        **_: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output, [s, b, h], and the bias of the output projection, for hidden states of that shape."""
+        begin = 0 if inference_context is None else inference_context.sequence_len_offset
+        # Megatron-core's table repeats the angles for both halves of a head.
+        angles = None if rotary_pos_emb is None else rotary_pos_emb[begin:, 0, 0, : rotary_pos_emb.shape[-1] // 2]
+        query, key, value = self._heads(hidden_states, angles)
+        if inference_context is not None:
+            key, value = self._with_earlier(key, value, inference_context)
+        packed = packed_seq_params
+        if isinstance(packed, PackedSequences):
+            query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
+        if self.checkpoint_core_attention and self.training:
+            context = self._checkpointed_attention_forward(
+                query, key, value, attention_mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed
+            )
+        else:
+            context = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed)
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(
+            context.reshape(context.shape[0], -1, context.shape[-1])
+        )
+        return output
 
-@dataclass
-class PackedSequences(PackedSeqParams):  # type: ignore[misc]
-    """Where the sequences of a packed row lie, for RoPE and attention of every layer."""
+    def _heads(self, hidden_states: Tensor | WithRows, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value, [s, b, heads, dim], rotated where this layer does; angles [positions, pairs]."""
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if angles is None or not self._rotary:
+            return query, key, value
+        # Rounded to the activations' type before the products, as transformers and Megatron-core do.
+        cos, sin = (
+            (table * self._magnitude).to(query.dtype)[: query.shape[0], None, None]
+            for table in (angles.cos(), angles.sin())
+        )
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
-    seq_lengths: tuple[int, ...] = ()
-    """The same on the host."""
-    positions: Tensor | None = None
-    """Place of each token in its own sequence, [t]."""
-
-
-def packed_sequences(
-    cu_seqlens: Tensor | None, seq_lengths: tuple[int, ...] | None, positions: Tensor | None = None
-) -> PackedSequences | None:
-    """What the layers must know of a packed row; None for rows of one sequence each.
-
-    Megatron-core's RoPE reads the offsets as Python numbers in every layer, and prefers the `padded` ones: they are
-    kept on the host, where that makes nobody wait. No sequence is padded by itself, so that both are the same. Its
-    positions start anew at each offset as long as max_seqlen is shorter than the row, which holds here wherever there
-    is more than one sequence.
-    """
-    if cu_seqlens is None or seq_lengths is None:
-        return None
-    on_host = torch.tensor([0, *itertools.accumulate(seq_lengths)], dtype=torch.int32)
-    return PackedSequences(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=on_host,
-        cu_seqlens_kv_padded=on_host,
-        max_seqlen_q=max(seq_lengths),
-        max_seqlen_kv=max(seq_lengths),
-        seq_lengths=seq_lengths,
-        positions=positions,
-    )
+    def _with_earlier(self, key: Tensor, value: Tensor, context: StaticInferenceContext) -> tuple[Tensor, Tensor]:
+        """Put keys and values of new positions into the cache; return those of all positions so far."""
+        memory = context.key_value_memory_dict
+        if self.layer_number not in memory:
+            size = (context.max_sequence_length, *key.shape[1:])
+            memory[self.layer_number] = key.new_empty(size), value.new_empty(size)
+        begin = context.sequence_len_offset
+        end = begin + key.shape[0]
+        keys, values = memory[self.layer_number]
+        keys[begin:end], values[begin:end] = key, value
+        return keys[:end], values[:end]
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
     """Causal attention by torch's own kernels; KV heads are shared, not repeated.
 
-    A row of one sequence is padded on the right: a real token never sees padding behind it, so no mask is needed.
+    A row of one sequence is padded on the right: a real token never sees the padding after it, so no mask is needed.
 
-    A packed row goes through `varlen_attn`, which knows CUDA and half precision without dropout; everything else
-    takes its sequences one by one. Either way nothing is computed between sequences. Rejected: a block-diagonal mask
-    over the row, whose memory and time grow with the square of the row and not of its sequences.
+    A packed row goes through `varlen_attn`, which needs CUDA and half precision and has no dropout; in all other cases
+    its sequences are computed one by one. Either way nothing is computed between sequences. Rejected: a block-diagonal
+    mask over the row, whose memory and time grow with the square of the row and not of its sequences.
 
-    Of rows that a context parallel group shares, the queries of each slice see the keys of the whole row before them;
-    rows of one sequence take the same way there as packed ones.
+    Where a context parallel group shares rows, the queries of each slice see the keys of the whole row before them;
+    rows of one sequence are treated like packed ones there.
     """
 
     _kernel: attention.Kernel = "flash2"
@@ -107,10 +126,14 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        scale: float | None = None,
+        **_: object,
     ) -> None:
         super().__init__(config=config)
         self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self._scale = softmax_scale  # None is 1/sqrt(head_dim), the default of the kernels too
+        # softmax_scale is what Megatron-core's configuration holds for all layers; `scale` is this layer's own.
+        self._scale = scale  # None means 1 / sqrt(head_dim), which is the default of the kernels too
 
     def forward(
         self,
@@ -122,7 +145,10 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | SharedRows | None = None,
     ) -> Tensor:
-        """query [s, b, heads, dim], key and value [s, b, groups, dim] -> [s, b, heads * dim]; packed without b."""
+        """Return the context, [s, b, heads * dim], of query [s, b, heads, dim] and key and value [s, b, groups, dim].
+
+        Packed rows have no dimension b. Fewer queries than keys are the last of their positions (generation).
+        """
         if isinstance(packed_seq_params, SharedRows):
             return self._shared(query, key, value, packed_seq_params.slices).flatten(2)
         if packed_seq_params is None:
@@ -138,12 +164,12 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             return self._one_by_one(query, key, value, lengths, lengths).flatten(1)
 
     def _has_kernel(self, query: Tensor) -> bool:
-        """Whether a kernel for many sequences does: they know half precision without dropout."""
+        """Return whether a kernel for many sequences can be used: they need half precision and have no dropout."""
         half = query.dtype in (torch.bfloat16, torch.float16)
         return query.is_cuda and half and not (self.training and self._dropout)
 
     def _shared(self, query: Tensor, key: Tensor, value: Tensor, slices: tuple[ContextSlice, ...]) -> Tensor:
-        """[s, b, heads, dim] of this rank's slices -> the same."""
+        """Return the context of this rank's slices, [s, b, heads, dim], from tensors of that shape."""
         key, value = gather_rows(key, value)
         parts = []
         for part, queries in zip(slices, query.chunk(len(slices)), strict=True):
@@ -152,7 +178,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return torch.cat(parts)
 
     def _of_slice(self, query: Tensor, key: Tensor, value: Tensor, part: ContextSlice) -> Tensor:
-        """[s, b, heads, dim] of one slice, and all keys that it sees -> the same."""
+        """Return the context of one slice, [s, b, heads, dim], from its queries and all keys that it sees."""
         if not self._has_kernel(query):
             with self._own_stream():
                 return self._one_by_one(query, key, value, part.query_lengths, part.key_lengths)
@@ -165,10 +191,10 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return context.view(rows, length, *context.shape[1:]).transpose(0, 1)
 
     def _own_stream(self) -> AbstractContextManager[None]:
-        """Where dropout is drawn: each tensor parallel rank has other heads, which need masks of their own.
+        """Return the random stream of dropout: each tensor parallel rank has other heads, which need other masks.
 
-        With sequence parallel the whole decoder draws from that stream already. To fork it once more would start it
-        anew in a recomputed layer, which then drew other masks than the first time.
+        With sequence parallel the whole decoder uses that stream already. To fork it once more would restart it in a
+        recomputed layer, which would then get other masks than the first time.
         """
         if not (self.training and self._dropout) or self.config.sequence_parallel:
             return nullcontext()
@@ -176,14 +202,14 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return stream
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[..., heads, s, dim] -> the same. Fewer queries than keys are the last of their positions."""
+        """Return the context of query, key and value, each [..., heads, s, dim], in the shape of the query."""
         queries, keys = query.size(-2), key.size(-2)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            # is_causal would put the first query beside the first key
-            attn_mask=None if queries == keys else bottom_right(queries, keys, query.device),
+            # is_causal would align the first query with the first key. A single query is the last and sees all keys.
+            attn_mask=None if queries in (1, keys) else bottom_right(queries, keys, query.device),
             dropout_p=self._dropout if self.training else 0.0,
             is_causal=queries == keys,
             scale=self._scale,
@@ -228,16 +254,3 @@ def _packed_attention() -> tuple[Callable[..., Any], dict[str, Any], bool]:
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     kernel: Callable[..., Any] = varlen_attn  # a pair only where more than the context is asked for
     return kernel, causal, "enable_gqa" in known
-
-
-def decoder_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The decoder layers that this pipeline stage (and virtual stage) builds."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = CoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -11,7 +11,7 @@ The fused linears take one B for all their targets: its rows in the linear's ord
 its own target's A. That is done on weights, which are small, and not on activations.
 
 Rejected: wrapping the linears in modules of our own (every parameter would change its name, in the importer and in
-checkpoints), and PEFT itself (it knows neither the fused layout nor these linears).
+checkpoints), and PEFT itself (it knows neither the joined rows nor these linears).
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import MARK, AdapterTarget, adapter_targets
+from sft.kernels.fp8 import WithRows, unquantized
 from sft.megatron.core import (
-    TransformerBlockSubmodules,
     TransformerConfig,
     make_sharded_tensors_for_checkpoint,
     parallel_state,
@@ -57,7 +58,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """A as it starts, the same under every topology, and B zero: the model starts as it is."""
+        """Set A to its initial values, the same under every topology, and B to zero: the model starts unchanged."""
         whole = self.target.draw_a(self.lora_A.shape[0], seed)
         columns = self.lora_A.shape[1]
         first = parallel_state.get_tensor_model_parallel_rank() * columns if self.target.split_input else 0
@@ -66,7 +67,7 @@ class Adapter(nn.Module):
             block.zero_()
 
     def split_axes(self) -> dict[str, int]:
-        """Parameters that are split over tensor-parallel ranks, and along which axis."""
+        """Return the parameters that are split over tensor-parallel ranks, each with its axis."""
         if self.target.split_input:
             return {"lora_A": 1}
         return {f"lora_B.{block}": 0 for block in range(len(self.lora_B))}
@@ -89,17 +90,17 @@ class Adapters(nn.ModuleDict):
         self.register_buffer("_order", order.to(linear.weight.device), persistent=False)
 
     def down(self, x: Tensor, *, own_part: bool) -> Tensor:
-        """Scaled A(x) of each target, side by side. `own_part`: no other rank of the tensor group has this input."""
+        """Return scaled A(x) of all targets, side by side; `own_part`: no other tensor rank has this input."""
         return self.scale * torch.cat([F.linear(self._dropped(x, own_part), part.lora_A) for part in self._parts()], -1)
 
     def up_weight(self) -> Tensor:
-        """B of all targets in the order of the linear's rows, [rows, targets * rank]."""
+        """Return B of all targets in the order of the linear's rows, [rows, targets * rank]."""
         blocks = torch.block_diag(*(torch.cat(list(part.lora_B)) for part in self._parts()))  # type: ignore[no-untyped-call]
         order: Tensor = self._order  # type: ignore[assignment]
         return F.pad(blocks, (0, 0, 0, 1)).index_select(0, order)
 
     def sharded_state_dict(self, prefix: str, sharded_offsets: Any, metadata: Any, tp_group: Any) -> dict[str, Any]:
-        """The adapters in a sharded checkpoint."""
+        """Return the adapters for a sharded checkpoint."""
         axes = {f"{name}.{own}": axis for name, part in self._named() for own, axis in part.split_axes().items()}
         state = self.state_dict(keep_vars=True)
         made: dict[str, Any] = make_sharded_tensors_for_checkpoint(
@@ -116,7 +117,7 @@ class Adapters(nn.ModuleDict):
         return (part for _, part in self._named())
 
     def _dropped(self, x: Tensor, own_part: bool) -> Tensor:
-        """Inputs that ranks share must be dropped alike on all of them, parts must not: hence two generators."""
+        """Return `x` after dropout: with equal masks where ranks share an input, with different ones for parts."""
         if not self.training or self.dropout == 0.0:
             return x
         with tensor_parallel.get_cuda_rng_tracker().fork() if own_part else nullcontext():
@@ -124,14 +125,14 @@ class Adapters(nn.ModuleDict):
 
 
 class _Adapted:
-    """What both linears below have beside Megatron-core's: a place for adapters, and their part of a checkpoint."""
+    """What both mixins below have: a place for adapters, and their part of a checkpoint."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lora: Adapters | None = None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """The linear's own, and the adapters', which Megatron-core takes for tensors that are whole on every rank."""
+        """Return the linear's own state and the adapters', which Megatron-core would take for unsplit tensors."""
         own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         if self.lora is None:
             return own
@@ -139,17 +140,20 @@ class _Adapted:
         return kept | self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata, self.tp_group)  # type: ignore[attr-defined]
 
 
-class LoraColumnParallelLinear(_Adapted, tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
-    """Megatron-core's, with adapters where `attach_adapters` put them."""
+class AdaptedColumn(_Adapted):
+    """Goes over a column-parallel linear of any precision; adapters are there once `attach_adapters` has put them."""
+
+    sequence_parallel: bool
+    tp_group: dist.ProcessGroup
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+        self, input_: Tensor | WithRows, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Output and bias."""
-        output, bias = super().forward(input_, weight, runtime_gather_output)
+        """Return output and bias."""
+        output, bias = super().forward(input_, weight, runtime_gather_output)  # type: ignore[misc]
         if self.lora is None:
             return output, bias
-        hidden = self.lora.down(input_, own_part=self.sequence_parallel)
+        hidden = self.lora.down(unquantized(input_), own_part=self.sequence_parallel)
         if self.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         else:
@@ -157,12 +161,15 @@ class LoraColumnParallelLinear(_Adapted, tensor_parallel.ColumnParallelLinear): 
         return output + F.linear(hidden, self.lora.up_weight()), bias
 
 
-class LoraRowParallelLinear(_Adapted, tensor_parallel.RowParallelLinear):  # type: ignore[misc]
-    """Megatron-core's, with adapters where `attach_adapters` put them."""
+class AdaptedRow(_Adapted):
+    """Goes over a row-parallel linear of any precision; adapters are there once `attach_adapters` has put them."""
+
+    sequence_parallel: bool
+    tp_group: dist.ProcessGroup
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output and bias."""
-        output, bias = super().forward(input_)
+        """Return output and bias."""
+        output, bias = super().forward(input_)  # type: ignore[misc]
         if self.lora is None:
             return output, bias
         hidden = self.lora.down(input_, own_part=True)
@@ -171,14 +178,6 @@ class LoraRowParallelLinear(_Adapted, tensor_parallel.RowParallelLinear):  # typ
         else:
             hidden = tensor_parallel.reduce_from_tensor_model_parallel_region(hidden, group=self.tp_group)
         return output + F.linear(hidden, self.lora.up_weight()), bias
-
-
-def use_lora_linears(block: TransformerBlockSubmodules) -> None:
-    """Let the decoder spec build linears that can take adapters."""
-    for layer in block.layer_specs:
-        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
-        attention.linear_qkv = mlp.linear_fc1 = LoraColumnParallelLinear
-        attention.linear_proj = mlp.linear_fc2 = LoraRowParallelLinear
 
 
 def attach_adapters(chunk: Any, lora: LoraSpec, architecture: Architecture, config: TransformerConfig) -> None:
@@ -195,7 +194,7 @@ def attach_adapters(chunk: Any, lora: LoraSpec, architecture: Architecture, conf
 
 
 def reset_adapters(chunks: Sequence[nn.Module], seed: int) -> None:
-    """Fill all adapters as they start."""
+    """Fill all adapters with their initial values."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, Adapter):
@@ -203,25 +202,25 @@ def reset_adapters(chunks: Sequence[nn.Module], seed: int) -> None:
 
 
 def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """A recomputed layer none of whose inputs requires a gradient gets none for its adapters either."""
+    """Make the embedding require a gradient: recomputed layers get none for their adapters if no input does."""
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _row_order(targets: Sequence[AdapterTarget], architecture: Architecture, rows: int) -> Tensor:
-    """For each of this rank's rows of the linear its place among the targets' rows; untargeted ones point behind."""
+    """Return for each of this rank's rows its index among the targets' rows, or their number where it has no target."""
     target = targets[0]
-    layout = architecture.weights.layers[target.layer][f"{target.linear}.weight"]
+    parameter_map = architecture.weights.layers[target.layer][f"{target.linear}.weight"]
     size = 1 if target.split_input else parallel_state.get_tensor_model_parallel_world_size()
     rank = 0 if target.split_input else parallel_state.get_tensor_model_parallel_rank()
-    held = [piece.name for piece in rank_pieces(layout, rank, size, rows) for _ in range(piece.rows)]
+    held = [piece.name for piece in rank_pieces(parameter_map, rank, size, rows) for _ in range(piece.rows)]
     order = torch.full((rows,), -1, device="cpu")
     taken = 0
     for target in targets:
         mine = torch.tensor([name == f"{target.module}.weight" for name in held], device="cpu")
         count = int(mine.sum())
-        if count * size != target.layout.rows:
+        if count * size != target.parameter_map.rows:
             raise ValueError(
-                f"{target.module}: a rank holds {count} of {target.layout.rows} rows, which is no even share"
+                f"{target.module}: a rank holds {count} of {target.parameter_map.rows} rows, which is no even share"
             )
         order[mine] = torch.arange(taken, taken + count, device="cpu")
         taken += count

@@ -32,9 +32,9 @@ from sft.megatron.patches.master_step import use_one_pass
 
 
 def build_optimizer(
-    spec: OptimizerSpec, chunks: Sequence[DistributedDataParallel], dtype: torch.dtype
+    spec: OptimizerSpec, chunks: Sequence[DistributedDataParallel], dtype: torch.dtype, *, one_pass: bool
 ) -> MegatronOptimizer:
-    """Megatron-core's optimizer over the wrapped chunks."""
+    """Return Megatron-core's optimizer over the wrapped chunks; `one_pass` updates all its weights by one kernel."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=spec.lr,
@@ -54,7 +54,7 @@ def build_optimizer(
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             group.update(fused=True, foreach=False)
-    if chunks[0].config.gradient_accumulation_fusion:
+    if one_pass:
         for part in _parts(optimizer):
             use_one_pass(part)
     return optimizer

@@ -1,16 +1,30 @@
-"""The vocabulary's embedding with a gradient that goes straight to its buffer."""
+"""Changes to the vocabulary's embedding: a gradient that goes straight to its buffer, and a multiplier."""
 
 from __future__ import annotations
 
 from functools import partial
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft.kernels.embedding import lookup
 from sft.kernels.gradient_buffer import leave_all_to_kernels
 from sft.megatron.patches.patch import Patch
+
+
+def multiply_embedding(chunk: GPTModel, multiplier: float, *, rounded: bool) -> None:
+    """Multiply the first stage's embeddings; `rounded` rounds the multiplier to their number type first, as Gemma does.
+
+    This is a forward hook because Megatron-core puts the embeddings into a wrapper for inference.
+    """
+    chunk.embedding.register_forward_hook(partial(_multiply, multiplier, rounded))
+
+
+def _multiply(multiplier: float, rounded: bool, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    factor = torch.tensor(multiplier, dtype=output.dtype, device="cpu") if rounded else multiplier
+    return output * factor
 
 
 def use_direct_lookup(chunk: GPTModel) -> None:

@@ -1,8 +1,9 @@
-"""Rotary angles under context parallelism.
+"""A table of rotary angles that is the whole one on every rank, by the architecture's frequencies.
 
-Megatron-core cuts the table of angles by rank: once for rows of one sequence; sequence by sequence for packed rows,
-where it takes each sequence to be cut in 2 * cp chunks; and in inference too, where every rank has whole sequences.
-Here the table stays whole, and each rank takes the angles of its tokens by their positions.
+Megatron-core has Llama 3's scaling with its numbers built in, and under context parallelism it cuts the table by rank:
+once for rows of one sequence; sequence by sequence for packed rows, where it takes each sequence to be cut in 2 * cp
+chunks; and in inference too, where every rank has whole sequences. Here the table stays whole, and each rank takes the
+angles of its tokens by their positions.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 from megatron.core.models.gpt import GPTModel
 
 from sft.megatron.patches.patch import FIRST, Patch
+from sft.models.rope import Rope
 
 
-def keep_angles_whole(model: GPTModel) -> None:
-    """Let the model's RoPE give the table of all positions on every rank."""
-    model.rotary_pos_emb.cp_group = None
+def use_whole_table(model: GPTModel, rope: Rope, head_dim: int) -> None:
+    """Let the model's RoPE give the angles of all positions on every rank."""
+    rotary = model.rotary_pos_emb
+    rotary.cp_group = None
+    rotary.inv_freq = rope.inverse_frequencies(head_dim).to(rotary.inv_freq.device)
 
 
 PATCH = Patch(

@@ -28,6 +28,8 @@ _ACTIVATIONS: dict[str, Activation] = {"gelu_new": "gelu_tanh", "gelu_pytorch_ta
 
 def _read(config: ConfigReader) -> Architecture:
     shape = config.shape
+    if "max_position_embeddings" not in config.values:
+        config.require("n_positions")  # rows of a table, for which there is no default that fits all files
     activation = config.choice("activation_function", _ACTIVATIONS)
     config.refuse_true("attention_bias", "mlp_bias")
     layer = DecoderLayer(

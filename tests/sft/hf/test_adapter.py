@@ -50,7 +50,7 @@ def test_a_fused_tensor_is_one_target() -> None:
 def test_b_comes_back_in_the_order_of_the_files() -> None:
     """In the linear, query, key and value rows of each KV group are neighbours."""
     target = by_name(fused=True)["qkv_proj"]
-    rows = [row for piece in target.layout.pieces for row in range(piece.start, piece.stop)]
+    rows = [row for piece in target.parameter_map.pieces for row in range(piece.start, piece.stop)]
     assert rows != sorted(rows)
 
     class Checkpoint:

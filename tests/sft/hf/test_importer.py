@@ -1,4 +1,4 @@
-"""Imported ranks give transformers' logits under any layout; an incomplete directory is refused by file and tensor."""
+"""Imported ranks give transformers' logits under any topology; an incomplete directory is refused, file by file."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ class Chunk(nn.Module):
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32, padding: int = 3) -> None:
         super().__init__()
         model = read_architecture(directory)
-        for name, layout in model.weights.parameters().items():
-            rows = layout.rows + (padding if layout.padded else 0)
-            shape = (rows,) if layout.columns is None else (rows, layout.columns)
+        for name, parameter_map in model.weights.parameters().items():
+            rows = parameter_map.rows + (padding if parameter_map.padded else 0)
+            shape = (rows,) if parameter_map.columns is None else (rows, parameter_map.columns)
             *path, last = name.split(".")
             module: nn.Module = self
             for part in path:

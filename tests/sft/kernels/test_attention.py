@@ -10,7 +10,7 @@ import torch
 
 from launcher.contract.errors import ModelError
 from sft.kernels import attention
-from sft.megatron.model import attention_kernel
+from sft.megatron.kernel_choice import attention_kernel
 from sft.models.registry import read_architecture
 from tests.sft.hf_cases import run_spec
 from tests.tiny_model import make_tiny_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from launcher.contract.errors import ModelError
 from sft.models import families
-from sft.models.architecture import Attention, DecoderLayer, DenseMLP
+from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.registry import SUPPORTED, family, read_architecture
 from sft.models.rope import Llama3Scaling, Rope
 from tests.sft.hf_cases import save_config
@@ -243,3 +244,32 @@ def test_small_configs_are_read_as_they_are(name: str, tmp_path: Path) -> None:
     assert found.shape.model_type == name
     assert len(found.layers) == found.shape.num_layers == len(found.weights.layers)
     assert family(name).small_config.keys() >= {"hidden_size", "num_hidden_layers", "num_attention_heads"}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_keys_left_out_mean_what_transformers_means(name: str, tmp_path: Path) -> None:
+    """Older files leave out what was the default then; a default of ours that differs trains another model."""
+    from transformers import AutoConfig
+
+    written, filled = tmp_path / "written", tmp_path / "filled"
+    for directory in (written, filled):
+        directory.mkdir()
+    whole = json.loads((save_config(name, tmp_path) / "config.json").read_text())
+    compared = 0
+    for key in whole.keys() - {"model_type"}:
+        config = {own: value for own, value in whole.items() if own != key}
+        (written / "config.json").write_text(json.dumps(config))
+        try:
+            found = read_architecture(written)
+        except ModelError:
+            continue  # refused, by name
+        AutoConfig.from_pretrained(written).save_pretrained(filled)
+        assert shape_free_of_positions(found) == shape_free_of_positions(read_architecture(filled)), key
+        compared += 1
+    assert compared > 5
+
+
+def shape_free_of_positions(architecture: Architecture) -> Architecture:
+    """Return it without the number of positions, which only learned ones are bounded by."""
+    shape = dataclasses.replace(architecture.shape, max_position_embeddings=0)
+    return dataclasses.replace(architecture, shape=shape)

@@ -36,8 +36,6 @@ def fp8_problems(spec: RunSpec) -> Iterator[Problem]:
     """Yield why fp8 cannot be, before the ranks find out."""
     if spec.train.precision != "fp8":
         return
-    if spec.model.lora.rank is not None:
-        yield "train.precision", "fp8 with model.lora.rank: adapters are added to products in bf16; set it to bf16"
     name = (spec.cluster.gpu or spec.cluster.gpu_type or "").lower()
     if any(kind.name == name and kind.fp8_tflops is None for kind in gpu_kinds()):
         yield "train.precision", f"fp8 on GPUs of kind {name}, which have no fp8 products; set it to bf16"

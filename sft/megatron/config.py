@@ -1,0 +1,106 @@
+"""Megatron-core's configuration of a model under a topology.
+
+Settings under which Megatron-core gives wrong results without an error are chosen here, never by the user:
+the interleaved schedule sends without batching (a two-stage pipeline would otherwise swap activations and
+gradients), gloo keeps stage outputs alive until they are sent, and the fused cross-entropy that casts gradients to
+bf16 stays off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launcher.contract.spec import RunSpec
+from launcher.contract.topology import Topology
+from sft.megatron.core import TransformerConfig
+from sft.megatron.kernel_choice import Kernels
+from sft.models.architecture import Activation, Architecture
+
+T = TypeVar("T")
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}
+
+
+def transformer_config(
+    spec: RunSpec, architecture: Architecture, topology: Topology, kernels: Kernels, *, on_gpu: bool
+) -> TransformerConfig:
+    """Return Megatron-core's configuration of this model under this topology."""
+    shape, layers = architecture.shape, architecture.layers
+    dtype = torch.float32 if spec.train.precision == "fp32" else torch.bfloat16
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=_same(layer.mlp.width for layer in layers),
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="LayerNorm" if architecture.norm == "layer" else "RMSNorm",
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        gated_linear_unit=_same(layer.mlp.gated for layer in layers),
+        activation_func=_ACTIVATIONS[_same(layer.mlp.activation for layer in layers)],
+        layernorm_zero_centered_gamma=architecture.norm == "zero_centered_rms",
+        # One switch for linear_proj, linear_fc1 and linear_fc2.
+        add_bias_linear=_same(bias for layer in layers for bias in (layer.mlp.bias, layer.attention.output_bias)),
+        add_qkv_bias=_same(layer.attention.qkv_bias for layer in layers),
+        qk_layernorm=_same(layer.attention.qk_norm for layer in layers),
+        attention_dropout=spec.model.attention_dropout,
+        hidden_dropout=spec.model.hidden_dropout,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        # Every weight is filled by name afterwards. Initialisation itself has to run all the same: it is what marks
+        # parameters as split over tensor parallel ranks.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        calculate_per_token_loss=True,
+        cross_entropy_loss_fusion=False,
+        persist_layer_norm=False,
+        # Megatron-core's linears then add weight gradients to fp32 buffers by the product itself.
+        gradient_accumulation_fusion=kernels.fused,
+        deterministic_mode=False,
+        **_parallel_settings(topology, on_gpu),
+        **_recompute_settings(spec.train.recompute),
+    )
+
+
+def _same(values: Iterable[T]) -> T:
+    """Return the value of all layers. Where layers differ in one, they need modules of their own (layers.spec)."""
+    found = set(values)
+    assert len(found) == 1, f"Megatron-core's configuration holds one value for all layers, not {found}"
+    return found.pop()
+
+
+def _leave_as_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _parallel_settings(topology: Topology, on_gpu: bool) -> dict[str, object]:
+    interleaved = topology.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": topology.tensor_parallel,
+        "pipeline_model_parallel_size": topology.pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": topology.virtual_pipeline if interleaved else None,
+        "context_parallel_size": topology.context_parallel,
+        "sequence_parallel": topology.sequence_parallel,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": on_gpu or not interleaved,
+    }
+
+
+def _recompute_settings(recompute: str) -> dict[str, object]:
+    if recompute in ("full", "offload"):
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "norms":
+        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    return {"recompute_granularity": "selective"} if recompute == "selective" else {}

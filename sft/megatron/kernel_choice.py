@@ -1,0 +1,84 @@
+"""Which kernels a run computes with: decided once, from the config and the model, and passed to whatever needs it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from launcher.contract.errors import ModelError
+from launcher.contract.spec import RunSpec
+from sft.kernels import attention
+from sft.models.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """The kernels of a run."""
+
+    fused: bool
+    """Whether loss, weight gradients, embedding lookup and optimizer use fused kernels."""
+    plain_layers_because: str | None = None
+    """With `fused`: why the decoder layers are plain all the same; None where they are fused, too."""
+    attention: attention.Kernel = "flash2"
+    """The kernel for rows whose sequences are given by offsets, in fused layers on a GPU."""
+    attention_text: str = "torch's"
+    """What to call the attention kernel."""
+    precision: str = "bf16"
+
+    @property
+    def fused_layers(self) -> bool:
+        """Whether decoder layers are fused."""
+        return self.fused and self.plain_layers_because is None
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        products = f"products in {self.precision}"
+        if not self.fused:
+            return f"kernels: plain, {products}"
+        if self.plain_layers_because is not None:
+            return f"kernels: fused loss and optimizer, plain layers ({self.plain_layers_because}), {products}"
+        return f"kernels: fused, attention {self.attention_text}, {products}"
+
+
+def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -> Kernels:
+    """Return the kernels that the config means for this model; ModelError where it asks for one that cannot be used."""
+    fused = spec.train.kernels == "fused"
+    if spec.train.kernels == "auto":
+        fused = on_gpu and importlib.util.find_spec("triton") is not None
+    because = _unfused_part(spec, architecture)
+    if not fused or because is not None:
+        return Kernels(fused=fused, plain_layers_because=because if fused else None, precision=spec.train.precision)
+    kernel = attention_kernel(spec, architecture)
+    by_offsets = on_gpu and (spec.data.packing or spec.topology.context_parallel > 1)
+    return Kernels(
+        fused=True,
+        attention=kernel,
+        attention_text=kernel if by_offsets else "torch's",
+        precision=spec.train.precision,
+    )
+
+
+def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Kernel:
+    """Return the kernel that train.attention means here; ModelError where it cannot be used."""
+    chosen, head_dim = spec.train.attention, architecture.shape.head_dim
+    if chosen == "flash4" and not attention.has_flash4():
+        raise ModelError("train.attention flash4 needs the package flash-attn-4 in the ranks' Python; set it to auto")
+    if chosen == "flash4" and not attention.flash4_takes(head_dim):
+        raise ModelError(
+            f"train.attention flash4 takes heads of 32, 64, 96 or 128; this model's are {head_dim}, whose gradients it "
+            "gets wrong on Hopper; set it to auto"
+        )
+    return attention.fastest_kernel(head_dim) if chosen == "auto" else chosen
+
+
+def _unfused_part(spec: RunSpec, architecture: Architecture) -> str | None:
+    """Return what of the layers no fused kernel computes, or None."""
+    if architecture.norm != "rms":
+        return "norms other than RMSNorm"
+    if architecture.rope is None:
+        return "learned positions"
+    if any(layer.mlp.activation != "silu" or not layer.mlp.gated or layer.mlp.bias for layer in architecture.layers):
+        return "MLPs other than SwiGLU without biases"
+    if any(layer.attention.output_bias for layer in architecture.layers):
+        return "a bias on the attention's output"
+    return None if spec.model.hidden_dropout == 0 else "model.hidden_dropout"

@@ -1,0 +1,49 @@
+"""The one place that chooses the linears of a layer: plain or with products in fp8, with or without adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sft.megatron.core import tensor_parallel
+from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, check_fp8_device
+from sft.megatron.layers.lora import AdaptedColumn, AdaptedRow
+
+
+class LoraColumnParallelLinear(AdaptedColumn, tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron-core's, with adapters."""
+
+
+class LoraRowParallelLinear(AdaptedRow, tensor_parallel.RowParallelLinear):  # type: ignore[misc]
+    """Megatron-core's, with adapters."""
+
+
+class LoraFp8ColumnParallelLinear(AdaptedColumn, Fp8ColumnParallelLinear):
+    """The frozen product in fp8, adapters in bf16."""
+
+
+class LoraFp8RowParallelLinear(AdaptedRow, Fp8RowParallelLinear):
+    """The frozen product in fp8, adapters in bf16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """The classes of a layer's linears."""
+
+    column: type[nn.Module]
+    """Of linear_qkv and linear_fc1."""
+    row: type[nn.Module]
+    """Of linear_proj and linear_fc2."""
+
+
+def choose_linears(*, fp8: bool, adapted: bool) -> Linears:
+    """Return the linears for these settings; ModelError where the GPU cannot do them."""
+    if fp8:
+        check_fp8_device()
+    return {
+        (False, False): Linears(tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear),
+        (False, True): Linears(LoraColumnParallelLinear, LoraRowParallelLinear),
+        (True, False): Linears(Fp8ColumnParallelLinear, Fp8RowParallelLinear),
+        (True, True): Linears(LoraFp8ColumnParallelLinear, LoraFp8RowParallelLinear),
+    }[fp8, adapted]

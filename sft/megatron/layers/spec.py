@@ -1,0 +1,136 @@
+"""The decoder layer as Megatron-core builds it, made once and for each layer by itself.
+
+Norms, attention, MLP, linears and kernels are chosen in one place each, from the architecture's values and a few
+options; nothing is overwritten afterwards, and no two layers share an object, so that layers may differ.
+
+Rejected: to edit the specs that Megatron-core returns (`get_gpt_layer_local_spec`). They are one object for all layers,
+and from 0.18 on the MLP is a partial function, on which setting `module` is ignored without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from sft.megatron.core import (
+    MLP,
+    AttnMaskType,
+    MLPSubmodules,
+    ModuleSpec,
+    SelfAttentionSubmodules,
+    TransformerBlockSubmodules,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from sft.megatron.kernel_choice import Kernels
+from sft.megatron.layers.attention import CoreAttention, RotarySelfAttention
+from sft.megatron.layers.fused import (
+    FusedCoreAttention,
+    FusedMLP,
+    FusedRMSNorm,
+    FusedSelfAttention,
+    FusedTransformerLayer,
+)
+from sft.megatron.layers.linears import Linears, choose_linears
+from sft.megatron.layers.norms import PLAIN_NORMS
+from sft.megatron.layers.residual import residual_addition
+from sft.models.architecture import Architecture, Attention
+
+_CHECKPOINT_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""What checkpoints call the norms: the names of Transformer Engine's linears, which hold them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerOptions:
+    """What a run decides about layers, beside the architecture."""
+
+    kernels: Kernels
+    adapted: bool = False
+    """Whether linears can have adapters."""
+    fp8: bool = False
+    """Whether products of linears are in fp8."""
+
+
+def decoder_spec(
+    architecture: Architecture, options: LayerOptions, layer_numbers: Iterable[int]
+) -> TransformerBlockSubmodules:
+    """Return the spec of a pipeline stage that has these layers, counted from 1 in the whole model."""
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(architecture, options, number) for number in layer_numbers],
+        layer_norm=FusedRMSNorm if options.kernels.fused_layers else PLAIN_NORMS[architecture.norm],
+    )
+
+
+def layer_spec(architecture: Architecture, options: LayerOptions, layer_number: int) -> ModuleSpec:
+    """Return the spec of one layer, counted from 1 in the whole model."""
+    layer = architecture.layers[layer_number - 1]
+    fused = options.kernels.fused_layers
+    linears = choose_linears(fp8=options.fp8, adapted=options.adapted)
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=_norm_before_product(architecture, options),
+        self_attention=_attention_spec(architecture, layer.attention, options.kernels, linears),
+        # Fused layers add residuals themselves.
+        self_attn_bda=residual_addition(layer.residual_multiplier),
+        pre_mlp_layernorm=_norm_before_product(architecture, options),
+        mlp=_mlp_spec(linears, fused=fused),
+        mlp_bda=residual_addition(layer.residual_multiplier),
+        sharded_state_dict_keys_map=dict(_CHECKPOINT_NAMES),
+    )
+    if not fused:
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    own = {"residual_multiplier": layer.residual_multiplier}
+    return ModuleSpec(module=FusedTransformerLayer, params=own, submodules=submodules)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _MLPSpec:
+    """What Megatron-core before 0.18 builds an MLP from. About a ModuleSpec with our MLP it would warn."""
+
+    module: type[nn.Module]
+    submodules: MLPSubmodules
+    params: dict[str, object] = field(default_factory=dict)
+
+
+def _norm_before_product(architecture: Architecture, options: LayerOptions) -> ModuleSpec | type[nn.Module]:
+    """Return the norm whose output goes into linear_qkv or linear_fc1."""
+    if options.kernels.fused_layers:
+        spec: ModuleSpec = ModuleSpec(module=FusedRMSNorm, params={"in_fp8": options.fp8})
+        return spec
+    return PLAIN_NORMS[architecture.norm]
+
+
+def _attention_spec(architecture: Architecture, attention: Attention, kernels: Kernels, linears: Linears) -> ModuleSpec:
+    fused = kernels.fused_layers
+    head_norm = (FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]) if attention.qk_norm else None
+    core = {"scale": attention.softmax_scale}
+    return ModuleSpec(
+        module=FusedSelfAttention if fused else RotarySelfAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "rotary": attention.rotary,
+            "magnitude": 1.0 if architecture.rope is None else architecture.rope.attention_factor,
+        },
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=linears.column,
+            core_attention=ModuleSpec(module=FusedCoreAttention, params={**core, "kernel": kernels.attention})
+            if fused
+            else ModuleSpec(module=CoreAttention, params=core),
+            linear_proj=linears.row,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+
+
+def _mlp_spec(linears: Linears, *, fused: bool) -> object:
+    module = FusedMLP if fused else MLP
+    submodules = MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
+    if hasattr(MLP, "as_mlp_submodule"):  # Megatron-core 0.18 and later call it with arguments that MLP has not
+        return partial(module.as_mlp_submodule, submodules=submodules)
+    return _MLPSpec(module=module, submodules=submodules)
