@@ -21,6 +21,7 @@ SUPPORTED = (
     "phi3",
     "qwen2",
     "qwen3",
+    "smollm3",
 )
 """The model types that are covered; each is a module of `sft.models.families`."""
 
