@@ -16,6 +16,7 @@ from sft.models.family import Family
 SUPPORTED = (
     "gemma",
     "gpt2",
+    "granite",
     "llama",
     "mistral",
     "phi3",
