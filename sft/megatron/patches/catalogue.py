@@ -15,6 +15,7 @@ from sft.megatron.patches import (
     gradient_norm,
     inference,
     master_step,
+    offloaded_inputs,
     results_queue,
     rotary_angles,
     weight_gradient,
@@ -33,6 +34,7 @@ PATCHES = (
     communicators.PATCH,
     embedding.PATCH,
     master_step.PATCH,
+    offloaded_inputs.PATCH,
     rotary_angles.PATCH,
     inference.PATCH,
 )

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from sft.megatron.core import GPTModel
+from sft.megatron.patches.patch import Patch
 
 
 def offload_inputs(chunk: GPTModel) -> None:
@@ -20,3 +21,11 @@ def offload_inputs(chunk: GPTModel) -> None:
 def _with_inputs_on_host(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     with torch.autograd.graph.save_on_cpu(pin_memory=True):
         return forward(*args, **kwargs)
+
+
+PATCH = Patch(
+    name="offloaded_inputs",
+    why="Megatron-core keeps the inputs of recomputed layers on the device",
+    targets=("megatron.core.transformer.transformer_block:TransformerBlock.forward",),
+    test="parity/test_topologies.py::test_offload_sends_the_inputs_of_layers_and_little_more",
+)
