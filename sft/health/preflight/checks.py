@@ -1,4 +1,4 @@
-"""What a node can say about itself: one function a check, each of which ends within seconds.
+"""Checks of one node, each a function that takes a few seconds at most.
 
 A check that fails says whose fault it is: the node's, or the run's (a full disk is full on every node).
 """
@@ -22,7 +22,7 @@ from launcher.contract.versions import describe_versions, installed_versions, ve
 Fault = Literal["node", "run"]
 
 SHARED_FAULTS = ("run directory", "packages")
-"""Checks that fail for the run's sake where most nodes fail them."""
+"""Checks whose failure is the run's fault if most nodes fail them."""
 
 _NVIDIA_SMI_SECONDS = 15
 _MIB = 2**20
@@ -30,7 +30,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """What one check found."""
+    """The result of one check."""
 
     name: str
     ok: bool
@@ -39,7 +39,7 @@ class Check:
 
 
 def check_gpus(wanted: int) -> Check:
-    """The driver answers, shows as many GPUs as a node is to have, and none with uncorrected memory errors."""
+    """Check that the driver answers and shows as many GPUs as wanted, without uncorrected memory errors."""
     if not wanted:
         return Check(name="gpus", ok=True, detail="skipped: CPU ranks")
     if shutil.which("nvidia-smi") is None:
@@ -53,7 +53,7 @@ def check_gpus(wanted: int) -> Check:
     if done.returncode != 0:
         return Check(name="gpus", ok=False, detail=f"nvidia-smi failed: {(done.stderr or done.stdout).strip()[:200]}")
     rows = [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    # GPUs without ECC say [N/A]
+    # [N/A] for GPUs without ECC
     faulty = [f"GPU {row[0]}: {row[1]}" for row in rows if len(row) > 1 and row[1].isdigit() and int(row[1])]
     if len(rows) < wanted:
         return Check(name="gpus", ok=False, detail=f"{len(rows)} GPUs, and resources.gpus_per_node is {wanted}")
@@ -63,7 +63,7 @@ def check_gpus(wanted: int) -> Check:
 
 
 def check_shm(least_mib: int, path: Path = Path("/dev/shm")) -> Check:
-    """Shared memory, through which NCCL and gloo ranks of a node speak: containers often have 64 MiB."""
+    """Check the shared memory, which NCCL and gloo use between the ranks of a node. Containers often have 64 MiB."""
     try:
         free = shutil.disk_usage(path).free // _MIB
     except OSError as error:
@@ -72,7 +72,7 @@ def check_shm(least_mib: int, path: Path = Path("/dev/shm")) -> Check:
 
 
 def check_run_directory(folder: Path, host: str, least_gib: float) -> Check:
-    """A file can be written, synced and renamed where checkpoints go, and there is space."""
+    """Check that a file can be written, synced and renamed where checkpoints go, and that there is space."""
     folder.mkdir(parents=True, exist_ok=True)
     written, renamed = folder / f".preflight-{host}.partial", folder / f".preflight-{host}"
     try:
@@ -96,7 +96,7 @@ def check_run_directory(folder: Path, host: str, least_gib: float) -> Check:
 
 
 def node_versions() -> dict[str, str]:
-    """Return what must be the same on all nodes, by name."""
+    """Return by name the versions that must be the same on all nodes."""
     versions = installed_versions() | {"kernel": platform.release()}
     driver = Path("/proc/driver/nvidia/version")
     if driver.is_file():
@@ -111,7 +111,7 @@ def check_packages(versions: Mapping[str, str]) -> Check:
 
 
 def check_versions(versions: Mapping[str, str], reference: Mapping[str, str]) -> Check:
-    """The node's versions against those of most nodes."""
+    """Check that the node's versions are those of most nodes."""
     other = [
         f"{name} {versions.get(name, 'absent')}, elsewhere {reference[name]}"
         for name in reference
@@ -121,12 +121,12 @@ def check_versions(versions: Mapping[str, str], reference: Mapping[str, str]) ->
 
 
 def most_common(versions: list[Mapping[str, str]]) -> dict[str, str]:
-    """Each version as most nodes have it; in a tie as the first of them has it, which made the data ready."""
+    """Return each version as most nodes have it, in a tie as the first node has it, which prepared the data."""
     names = sorted({name for known in versions for name in known})
     return {name: Counter(known.get(name, "absent") for known in versions).most_common(1)[0][0] for name in names}
 
 
 def check_clock(offset: float, uncertainty: float, limit: float) -> Check:
-    """The node's clock against the first node's; `uncertainty` is half of the time the question took."""
+    """Check the node's clock against the first node's. All arguments are in seconds."""
     detail = f"{offset:+.3f} s from the first node's, within {uncertainty:.3f} s"
     return Check(name="clock", ok=abs(offset) - uncertainty <= limit, detail=detail)

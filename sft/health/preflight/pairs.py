@@ -1,7 +1,7 @@
-"""All-reduce between pairs of nodes, in few rounds, and whom to blame for those that fail.
+"""All-reduce between pairs of nodes in a few rounds, and find the bad nodes among pairs that fail.
 
-In each round every node has one partner, so the time does not grow with the number of nodes, and after a few rounds a
-node has met several. A node that fails with every partner, while they get on with others, is the bad one.
+In each round every node has one partner, so the time does not grow with the number of nodes. After a few rounds a node
+has met several others. A node that fails with every partner, while they succeed with others, is the bad one.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ Pair = tuple[int, int]
 
 
 def rounds(nodes: int) -> list[list[Pair]]:
-    """Up to ROUNDS rounds of disjoint pairs (a round-robin tournament's first); with an odd number one node rests."""
+    """Return up to ROUNDS rounds of disjoint pairs: the first ones of a round-robin tournament.
+
+    With an odd number of nodes, one rests in each round.
+    """
     places = list(range(nodes)) + ([-1] if nodes % 2 else [])
-    plan = []
+    schedule = []
     for _ in range(min(ROUNDS, len(places) - 1)):
         half = len(places) // 2
         pairs = zip(places[:half], reversed(places[half:]), strict=True)
-        plan.append([(min(pair), max(pair)) for pair in pairs if -1 not in pair])
+        schedule.append([(min(pair), max(pair)) for pair in pairs if -1 not in pair])
         places = [places[0], places[-1], *places[1:-1]]
-    return plan
+    return schedule
 
 
 def blame(results: Mapping[Pair, bool], known_bad: Collection[int]) -> dict[int, list[int]]:
-    """Bad node → the partners it failed with.
+    """Return each bad node with the partners it failed with.
 
-    Failures with a node that is known to be bad say nothing about its partner. Of the rest, the node with most
-    failures and fewest successes is taken, again and again, until nothing is left to explain; both nodes of a pair
-    that nothing tells apart.
+    Failures with a node that is known to be bad say nothing about its partner. Of the rest, the node with most failures
+    and fewest successes is blamed, then the next one, until every failure is explained. If nothing distinguishes the
+    two nodes of a pair, both are blamed.
     """
     failed = {pair for pair, ok in results.items() if not ok and not set(pair) & set(known_bad)}
     successes = Counter(node for pair, ok in results.items() if ok for node in pair)
@@ -54,7 +57,7 @@ def blame(results: Mapping[Pair, bool], known_bad: Collection[int]) -> dict[int,
 
 
 def all_reduce(store: Store, name: str, place: int, seconds: float, *, on_gpu: bool) -> str | None:
-    """Sum a tensor with the partner, as `place` 0 or 1; what went wrong, or None."""
+    """Sum a tensor with the partner, as rank `place` of the two, and return what went wrong, or None."""
     import torch
     import torch.distributed as dist
 
@@ -71,7 +74,7 @@ def all_reduce(store: Store, name: str, place: int, seconds: float, *, on_gpu: b
         dist.all_reduce(values)
         wrong = int((values != 3.0).sum())
         return f"{wrong} of {_ELEMENTS} sums are wrong" if wrong else None
-    except (RuntimeError, ValueError) as error:  # torch's own kinds of both
+    except (RuntimeError, ValueError) as error:  # torch's own errors are subclasses of these
         return str(error).splitlines()[0][:200]
     finally:
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""The preflight: each check by itself, whom to blame, and several tasks that meet for real."""
+"""The preflight: each check by itself, which nodes are blamed, and several tasks that really meet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from launcher.contract.versions import version_problems
 from sft.health.preflight import checks
 from sft.health.preflight.checks import Check
 from sft.health.preflight.pairs import blame, rounds
-from sft.health.preflight.run import Report, _tell, judge, table
+from sft.health.preflight.report import Report, combine, table
+from sft.health.preflight.run import _conclude
 from tests.slurm.processes import free_ports
 
 CHECKOUT = Path(__file__).parents[4]
@@ -88,16 +89,16 @@ def test_packages_that_do_not_work_are_the_runs_fault_where_most_nodes_have_them
     good, bad = checks.check_packages({"python": "3.12.1"}), checks.check_packages({"torch": "2.1.0"})
     assert (good.ok, good.detail) == (True, "python 3.12.1")
     assert (bad.ok, bad.detail) == (False, version_problems({"torch": "2.1.0"})[0])
-    one = judge([report(0, bad), report(1, good), report(2, good)], ["n0", "n1", "n2"])
+    one = combine([report(0, bad), report(1, good), report(2, good)], ["n0", "n1", "n2"])
     assert {check.fault for check in one["n0"]} == {"node"}
-    most = judge([report(0, bad), report(1, bad), report(2, good)], ["n0", "n1", "n2"])
+    most = combine([report(0, bad), report(1, bad), report(2, good)], ["n0", "n1", "n2"])
     assert {check.fault for found in most.values() for check in found if not check.ok} == {"run"}
 
 
 @pytest.mark.parametrize("name", ["packages", "run directory"])
 def test_a_fault_of_the_run_has_its_own_exit_code(name: str, tmp_path: Path) -> None:
     failed = Check(name=name, ok=False, detail="d", fault="run")
-    code = _tell(RunPaths(tmp_path), "7.0", {"n0": [failed]}, 1.0)
+    code = _conclude(RunPaths(tmp_path), "7.0", {"n0": [failed]}, 1.0)
     assert code == {"packages": ExitCode.BAD_INPUT, "run directory": ExitCode.IO_ERROR}[name]
 
 
@@ -127,14 +128,14 @@ def report(node: int, *extra: Check, version: str = "1", pairs: dict[int, str | 
     return Report(node=node, host=f"n{node}", checks=list(extra), versions={"torch": version}, pairs=pairs or {})
 
 
-def test_verdict_names_silent_nodes_and_shared_faults() -> None:
+def test_results_name_silent_nodes_and_shared_faults() -> None:
     full = Check(name="run directory", ok=False, detail="d")
-    verdict = judge([report(0, full), report(1), report(3)], ["n0", "n1", "n2", "n3"])
-    assert [host for host, found in verdict.items() if not all(check.ok for check in found)] == ["n0", "n2"]
-    assert {check.fault for check in verdict["n0"]} == {"node"}
-    assert "n2  FAILED\n" in table(verdict)
-    assert "answer: no report in time" in table(verdict)
-    everywhere = judge([report(0, full), report(1, full)], ["n0", "n1"])
+    results = combine([report(0, full), report(1), report(3)], ["n0", "n1", "n2", "n3"])
+    assert [host for host, found in results.items() if not all(check.ok for check in found)] == ["n0", "n2"]
+    assert {check.fault for check in results["n0"]} == {"node"}
+    assert "n2  FAILED\n" in table(results)
+    assert "answer: no report in time" in table(results)
+    everywhere = combine([report(0, full), report(1, full)], ["n0", "n1"])
     assert {check.fault for found in everywhere.values() for check in found if not check.ok} == {"run"}
 
 
