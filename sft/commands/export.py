@@ -38,7 +38,7 @@ def export(run: Path, step: int | None = None, *, nemo2: bool = False) -> ExitCo
         export_nemo2(paths.export, paths.export_nemo2)
         print(f"exported to {paths.export_nemo2}", flush=True)
     if answers_wanted(spec):
-        record_answers(paths, spec.logging.prompts, paths.export, "after")
+        record_answers(paths, spec, paths.export, "after")
     for line in _held_out_change(paths, choice.step):
         print(line, flush=True)
     attempt = RankEnv.from_environ().attempt

@@ -45,6 +45,6 @@ def prepare(config: Path) -> ExitCode:
             print(report(name, prepared.validation))
     check_prompts(spec, tokenizer_dir, model_dir)
     if answers_wanted(spec):
-        record_answers(paths, spec.logging.prompts, model_dir, "before")
+        record_answers(paths, spec, model_dir, "before")
     append_event(paths, "prepared", attempt=RankEnv.from_environ().attempt)
     return ExitCode.OK

@@ -8,9 +8,7 @@ misspelt function does not wait for the first evaluation.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -18,74 +16,61 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from launcher.contract.errors import ConfigError, DataError, ModelError
 from launcher.contract.spec import RunSpec
-from sft.data.encoding.chat import ChatRenderer
-from sft.data.encoding.escape import ControlTokens
-from sft.data.encoding.tokenizer import chat_template, leading_ids, load_tokenizer
-from sft.data.reading.messages import Message, read_messages
+from sft.data.encoding.prompt import Prompt, PromptWriter
+from sft.data.encoding.tokenizer import chat_template, load_tokenizer
+from sft.data.reading.formats import after_system
+from sft.data.reading.messages import Message, read_messages, read_tools
+from sft.data.reading.row import load
 from sft.data.reading.token_rows import parse_ids
 
 Metric = Callable[..., Mapping[str, object]]
 """What evaluation.metric names: called with samples=, prompts= and outputs=."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt as text, control tokens spelled out, and as ids."""
-
-    text: str
-    ids: tuple[int, ...]
-
-
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, spec: RunSpec) -> list[Prompt]:
-    """The prompts of a jsonl file; DataError names the line."""
-    found = []
+    """Return the prompts of a jsonl file, or raise DataError with the line that is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")  # not splitlines, which also cuts at characters that JSON texts may hold
+    except OSError as error:
         raise DataError(f"evaluation.prompts: {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            prompt = _prompt(line, f"evaluation.prompts: {path}:{number}", tokenizer, spec)
-            found.append(prompt)
-    if not found:
+    writer = PromptWriter(tokenizer, chat_template(tokenizer, spec.data), spec.data)
+    prompts = [
+        _prompt(line, f"evaluation.prompts: {path}:{number}", writer, spec)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not prompts:
         raise DataError(f"evaluation.prompts: {path} holds no prompt")
-    return found
+    return prompts
 
 
-def _prompt(line: str, where: str, tokenizer: PreTrainedTokenizerBase, spec: RunSpec) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or "messages" in row):
+def _prompt(line: bytes, where: str, writer: PromptWriter, spec: RunSpec) -> Prompt:
+    row = load(line, where)
+    question = row.get("prompt")
+    if not isinstance(question, str) and "messages" not in row:
         raise DataError(f"{where}: a row has prompt (a text) or messages")
-    if "input_ids" in row and "prompt" in row:
-        return Prompt(row["prompt"], tuple(parse_ids(row, "input_ids", where)))
-    template = chat_template(tokenizer, spec.data)
-    if template is None:
-        if "messages" in row:
-            raise DataError(f"{where}: messages need a chat template, and data.chat_template is none")
-        ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-        leading = leading_ids(tokenizer)
-        prompt = Prompt(row["prompt"], tuple(ids if ids[: len(leading)] == leading else leading + ids))
+    if "input_ids" in row and isinstance(question, str):
+        return Prompt(question, tuple(parse_ids(row, "input_ids", where)))
+    tools = read_tools(row.get("tools"), f"{where}: 'tools'")
+    if "messages" in row:
+        turns = read_messages(row["messages"], f"{where}: messages", {})
     else:
-        has_turns = "messages" in row
-        turns = read_messages(row["messages"], f"{where}: messages", {}) if has_turns else _question(row["prompt"])
-        prompt = _rendered(turns, tokenizer, template, spec)
+        turns = (Message("user", str(question)),)
+    turns = after_system(row, turns, where, {})
+    if turns[-1].role == "assistant":
+        raise DataError(f"{where}: the last turn is the assistant's; a prompt ends with what is to be answered")
+    try:
+        if spec.data.chat_template != "none":
+            prompt = writer.conversation(turns, tools)
+        elif len(turns) == 1 and "messages" not in row and not tools:
+            prompt = writer.question(turns[0].content or "")
+        else:
+            raise DataError("messages, system and tools need a chat template, and data.chat_template is none")
+    except DataError as error:
+        raise DataError([f"{where}: {problem}" for problem in error.problems]) from error
     if not prompt.ids:
         raise DataError(f"{where}: the prompt is empty")
     return prompt
-
-
-def _question(text: str) -> tuple[Message, ...]:
-    return (Message("user", text),)
-
-
-def _rendered(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, spec: RunSpec) -> Prompt:
-    controls = ControlTokens(tokenizer)
-    renderer = ChatRenderer(tokenizer, template, controls, spec.data)
-    text = renderer.apply([controls.hide_in(turn.for_template()) for turn in turns], None, True)
-    return Prompt(controls.reveal(text), tuple(int(token) for token in controls.tokenize(text).ids))
 
 
 def stop_tokens(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> set[int]:

@@ -12,40 +12,62 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from launcher.contract.rundir import RunPaths, append_line, read_lines
-from launcher.contract.spec import RunSpec
+from launcher.contract.spec import DataSpec, RunSpec
+from sft.data.encoding.prompt import Prompt, PromptWriter
+from sft.data.encoding.tokenizer import chat_template, load_tokenizer
 from sft.hf.adapter_export import adapted_model, add_adapter
 
 
-def answer(model_dir: Path, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-    """Return one greedy answer for each prompt, of a model or an adapter: in fp32 on a CPU, as stored on a GPU."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def answer(
+    model_dir: Path,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    *,
+    data: DataSpec | None = None,
+    tokenizer_dir: Path | None = None,
+) -> list[str]:
+    """Return one greedy answer for each prompt, of a model or an adapter: in fp32 on a CPU, as stored on a GPU.
+
+    Prompts are written as `data` has them written in training. The tokenizer is the model's own unless `tokenizer_dir`
+    names another.
+    """
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     # A bar that is rewritten in place would be one long line of a log.
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    data = data or DataSpec()
+    tokenizer = load_tokenizer(tokenizer_dir or model_dir)
+    has_template = data.chat_template != "tokenizer" or tokenizer.chat_template
+    writer = PromptWriter(tokenizer, chat_template(tokenizer, data) if has_template else None, data)
     dtype = "auto" if device == "cuda" else torch.float32
     base = adapted_model(model_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(base or model_dir, dtype=dtype)
     if base is not None:
         add_adapter(model, model_dir)
     model.to(device).eval()
-    return [_answer_one(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+    return [_answer_one(model, tokenizer, writer.question(prompt), max_new_tokens) for prompt in prompts]
 
 
-def record_answers(
-    paths: RunPaths, prompts: Sequence[str], model_dir: Path, label: Literal["before", "after"]
-) -> list[str]:
-    """Answer the prompts, print the answers and append them to samples.jsonl. Without prompts nothing is loaded.
+def record_answers(paths: RunPaths, spec: RunSpec, model_dir: Path, label: Literal["before", "after"]) -> list[str]:
+    """Answer logging.prompts, print the answers and append them to samples.jsonl. Without prompts nothing is loaded.
 
     A run that is prepared again (after a requeue) keeps the answers it has.
     """
+    prompts = spec.logging.prompts
+    named = spec.model.tokenizer if label == "before" else None  # an export has the tokenizer with it
+    tokenizer_dir = Path(named) if named else model_dir
     known = {line["prompt"]: line["answer"] for line in read_lines(paths.samples) if line.get("label") == label}
     missing = [prompt for prompt in prompts if label == "after" or prompt not in known]
-    fresh = dict(zip(missing, answer(model_dir, missing), strict=True)) if missing else {}
+    fresh = (
+        dict(zip(missing, answer(model_dir, missing, data=spec.data, tokenizer_dir=tokenizer_dir), strict=True))
+        if missing
+        else {}
+    )
     for prompt, text in fresh.items():
         append_line(paths.samples, {"label": label, "prompt": prompt, "answer": text})
     answers = [str({**known, **fresh}[prompt]) for prompt in prompts]
@@ -54,18 +76,13 @@ def record_answers(
     return answers
 
 
-def _answer_one(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = inputs.to(model.device)
+def _answer_one(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_new_tokens: int) -> str:
+    ids = torch.tensor([prompt.ids], device=model.device)
     # Sampling settings that the model brings along would only be warned about; greedy is what is compared.
     with torch.no_grad():
         output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
@@ -73,8 +90,7 @@ def _answer_one(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) ->
             top_k=None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def answers_wanted(spec: RunSpec) -> bool:

@@ -7,6 +7,7 @@ command line and the working directory).
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,13 +68,20 @@ def checked(merged: Leaves, shown: str) -> RunSpec:
 
     `shown` is where the leaves come from, for problems of keys that nobody wrote.
     """
-    spec = with_absolute_paths(_at_its_host(typed(merged)))
+    spec = _dated(with_absolute_paths(_at_its_host(typed(merged))))
     for key, message in (*spec_problems(spec), *file_problems(spec)):
         if key not in merged.bad:
             merged.problems.append(f"{merged.where(key, shown)}: {key}: {message}")
     if merged.problems:
         raise ConfigError(merged.problems)
     return spec
+
+
+def _dated(spec: RunSpec) -> RunSpec:
+    """Return the spec with the day that it is submitted: a run that goes on tomorrow has one date all the same."""
+    if spec.data.date is not None:
+        return spec
+    return dataclasses.replace(spec, data=dataclasses.replace(spec.data, date=datetime.date.today().isoformat()))
 
 
 def read_remote(path: Path, overrides: Sequence[str] = (), cluster: str | None = None) -> RunSpec | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from launcher.contract.spec.paths import Directory, ExistingFile, Files
-from launcher.contract.spec.rules import SET_NAME, Above, AtLeast, Names, Required
+from launcher.contract.spec.rules import SET_NAME, Above, AtLeast, Day, Names, Required
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,9 @@ class DataSpec:
     """tokenizer: the tokenizer's own; none: prompt and completion are joined without a template; else a Jinja2 file."""
     chat_template_kwargs: dict[str, str] = field(default_factory=dict)
     """Variables for the chat template, read as YAML, e.g. {enable_thinking: true}."""
+    date: Annotated[str | None, Day()] = None
+    """The day that a chat template is told if it writes today's date, YYYY-MM-DD; unset: the day of submission, which
+    the run keeps."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Tokens with loss: completions / every assistant turn, the last assistant turn only, or all."""
     on_mismatch: Literal["error", "split"] = "error"
@@ -83,6 +87,12 @@ class DataSpec:
     cache_dir: Annotated[str | None, Directory(mounted=True)] = None
     """Where tokenized data and converted models are kept, on a file system that all nodes share; default .cache in
     run_root."""
+
+    @property
+    def now(self) -> datetime.datetime:
+        """The time that chat templates are told: noon of `date`, or of today where it is unset."""
+        day = datetime.date.fromisoformat(self.date) if self.date is not None else datetime.date.today()
+        return datetime.datetime.combine(day, datetime.time(12))
 
     def of_source(self, name: str) -> DataSpec:
         """The settings of one source, its files as `train`: its own where it has some, else those of all."""

@@ -6,6 +6,7 @@ A rule looks at one value of one field and at no file. Rules that take several f
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 from abc import ABC, abstractmethod
@@ -118,6 +119,21 @@ class Pattern(Rule):
 
     def problem(self, value: object) -> str:
         return _with_hint(f"{shown(value)} is not {self.what}", self.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Day(Rule):
+    """A day of the calendar, YYYY-MM-DD."""
+
+    @property
+    def description(self) -> str:
+        return "a day, YYYY-MM-DD"
+
+    def allows(self, value: object) -> bool:
+        try:
+            return datetime.date.fromisoformat(str(value)).isoformat() == value  # 20260131 is ISO, too
+        except ValueError:
+            return False
 
 
 @dataclass(frozen=True, slots=True)

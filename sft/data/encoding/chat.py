@@ -73,7 +73,7 @@ class ChatRenderer:
         self, tokenizer: PreTrainedTokenizerBase, template: str, controls: ControlTokens, spec: DataSpec
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = template
+        self._template = _dated(template, spec.now)
         self._controls = controls
         self._spec = spec
         self._variables = {name: _variable(name, value) for name, value in spec.chat_template_kwargs.items()}
@@ -94,6 +94,11 @@ class ChatRenderer:
         if not trained:  # counted as a row without targets later
             return [Rendered(conversation.answered(len(example.messages) - 1), ())]
         return conversation.split(trained, may_split=self._spec.on_mismatch == "split")
+
+    def prompt(self, turns: Sequence[Message], tools: Sequence[Tool]) -> str:
+        """Return the text behind which the model answers `turns`, or raise DataError if a part of them is left out."""
+        conversation = _Conversation(self, Example(where="", messages=tuple(turns), tools=tuple(tools)))
+        return conversation.prompt()
 
     def turn_ends(self, example: Example, text: str) -> list[tuple[str, int]]:
         """Return the role of each turn in `text`, one of the example's, and where it ends. For reports, not for masks.
@@ -203,6 +208,12 @@ class _Conversation:
             texts.append(Rendered(text, tuple(spans), unused))
             left = rest
         return texts[::-1]
+
+    def prompt(self) -> str:
+        """Return the whole and the generation prompt."""
+        text = self._render(len(self._messages), True)
+        self._require_written(len(self._messages), text)
+        return text
 
     def answered(self, turn: int) -> str:
         """Return the conversation rendered up to and including `turn`."""
@@ -317,6 +328,22 @@ class _Conversation:
         at = next((i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b), len(actual))
         before, after = expected[max(0, at - 20) : at + 20], actual[max(0, at - 20) : at + 20]
         return f"{what} {before!r}: it becomes {after!r}"
+
+
+_DATE_CALL = re.compile(r"""\bstrftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+
+
+def _dated(template: str, now: datetime.datetime) -> str:
+    """Return the template with `now` written where it asks for today's date: two days would give two texts.
+
+    transformers offers templates its own `strftime_now` and accepts no other, so the calls themselves are replaced.
+    """
+    dated = _DATE_CALL.sub(lambda call: json.dumps(now.strftime(call[1] or call[2] or "")), template)
+    if re.search(r"\bstrftime_now\(", dated):
+        raise DataError(
+            "the chat template computes the format of a date; write the format itself into strftime_now(...)"
+        )
+    return dated
 
 
 def _variable(name: str, text: str) -> object:

@@ -157,7 +157,21 @@ def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir
         "template": template,
         "policies": {name: getattr(data, name) for name in _POLICIES},
     }
+    if _asks_for_the_date(data, tokenizer_dir):
+        made_from["date"] = data.now.date().isoformat()
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _asks_for_the_date(data: DataSpec, tokenizer_dir: Path) -> bool:
+    """Return whether the chat template may write the date: a day more must not make all other caches new."""
+    if data.chat_template == "none":
+        return False
+    templates = [Path(data.chat_template)]
+    if data.chat_template == "tokenizer":
+        templates = [
+            path for path in tokenizer_files(tokenizer_dir) if path.suffix == ".jinja" or "config" in path.name
+        ]
+    return any(b"strftime_now" in path.read_bytes() for path in templates)
 
 
 def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path, verify: bool) -> TokenCache:

@@ -131,7 +131,7 @@ def parse_row(line: bytes, where: str, row_format: str, columns: Mapping[str, st
     if isinstance(value, str) and value.lstrip().startswith("["):  # CSV has no lists
         value = parse_json(value, f"{where}: {key!r}")
     turns = read(value, f"{where}: {key}", columns)
-    return Example(where=where, messages=_after_system(row, turns, where, columns), tools=tools)
+    return Example(where=where, messages=after_system(row, turns, where, columns), tools=tools)
 
 
 def _pair(row: Row, where: str, columns: Mapping[str, str], tools: tuple[Tool, ...]) -> Example:
@@ -142,7 +142,7 @@ def _pair(row: Row, where: str, columns: Mapping[str, str], tools: tuple[Tool, .
         asked = read_messages(prompt, f"{where}: {prompt_key}", columns)
         answers = read_messages(completion, f"{where}: {completion_key}", columns)
         untrained = tuple(dataclasses.replace(message, weight=message.weight or 0.0) for message in asked)
-        turns = _after_system(row, (*untrained, *answers), where, columns)
+        turns = after_system(row, (*untrained, *answers), where, columns)
         return Example(where=where, messages=turns, tools=tools)
     question = get_text(row, prompt_key, where)
     if "input" not in (*columns, *columns.values()) and row.get("input") not in (None, ""):
@@ -153,13 +153,13 @@ def _pair(row: Row, where: str, columns: Mapping[str, str], tools: tuple[Tool, .
     if "input" in columns and (more := get_text(row, columns["input"], where)):
         question = f"{question}\n\n{more}"
     answer = get_text(row, completion_key, where)
-    turns = _after_system(row, (Message("user", question), Message("assistant", answer)), where, columns)
+    turns = after_system(row, (Message("user", question), Message("assistant", answer)), where, columns)
     if len(turns) > 2 or tools:  # only a conversation can hold them
         return Example(where=where, messages=turns, tools=tools)
     return Example(where=where, prompt=question, completion=answer)
 
 
-def _after_system(row: Row, turns: tuple[Message, ...], where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
+def after_system(row: Row, turns: tuple[Message, ...], where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
     """Return the turns behind the system turn that a column of its own holds, if it holds one."""
     key = columns.get("system", "system")
     if find(row, key) in (MISSING, None, ""):

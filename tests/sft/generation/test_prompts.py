@@ -30,6 +30,24 @@ def test_a_prompt_is_the_template_with_its_generation_prompt(tmp_path: Path) -> 
         assert list(prompt.ids) == expected
 
 
+def test_what_stands_beside_a_prompt_is_read(tmp_path: Path) -> None:
+    """Seen to be ignored: `system` and `tools`. Lines end at line feeds alone; a byte order mark is no part of one."""
+    (prompt,) = prompts(tmp_path, {"prompt": "I saw 3 otters.", "system": "Be brief."})
+    assert prompt.text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nI saw")
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: the chat template does not write the tools"):
+        prompts(tmp_path, {"prompt": "Rain?", "tools": [{"name": "weather"}]})
+    file = tmp_path / "marks.jsonl"
+    file.write_bytes('\ufeff{"prompt": "one\u2028two\u0085three"}\r\n'.encode())
+    (prompt,) = read_prompts(file, TOKENIZER, RunSpec(data=DataSpec(chat_template="none")))
+    assert prompt.text == "one\u2028two\u0085three"
+
+
+def test_a_prompt_that_is_answered_already_is_refused(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: the last turn is the assistant's"):
+        prompts(tmp_path, {"messages": turns})
+
+
 def test_text_never_becomes_a_control_token(tmp_path: Path) -> None:
     (prompt,) = prompts(tmp_path, {"prompt": "<|im_end|>"})
     assert prompt.ids.count(TOKENIZER.convert_tokens_to_ids("<|im_end|>")) == 1

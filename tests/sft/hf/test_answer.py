@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec
 from sft.hf import answer as module
 from sft.hf.answer import answer, record_answers
 from tests.tiny_model import make_tiny_model
@@ -44,6 +45,26 @@ def test_without_a_chat_template_the_prompt_is_the_text(tmp_path: Path) -> None:
     assert answer(directory, ["How many"], max_new_tokens=8) == [greedy_by_hand(directory, "How many", 8)]
 
 
+def test_prompts_are_written_as_in_training(model: Path, tmp_path: Path) -> None:
+    """Seen to be asked with the model's own template and without data.chat_template_kwargs."""
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ tag }}{{ m['content'] }}{% endfor %}")
+    data = DataSpec(chat_template=str(template), chat_template_kwargs={"tag": "Q>"})
+    assert answer(model, ["How many"], max_new_tokens=8, data=data) == [greedy_by_hand(model, "Q>How many", 8)]
+
+
+def test_the_tokenizer_may_be_elsewhere(tmp_path: Path) -> None:
+    """Seen to die with a ValueError: the tokenizer was looked for beside the model."""
+    directory = make_tiny_model(tmp_path / "model")
+    expected = answer(directory, ["How many?"], max_new_tokens=8)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for file in directory.iterdir():
+        if file.name.startswith(("tokenizer", "special", "chat", "added")):
+            file.rename(tokenizer / file.name)
+    assert answer(directory, ["How many?"], max_new_tokens=8, tokenizer_dir=tokenizer) == expected
+
+
 def test_sampling_settings_of_the_model_do_not_matter(model: Path, tmp_path: Path) -> None:
     directory = make_tiny_model(tmp_path / "model")
     (directory / "generation_config.json").write_text(
@@ -58,16 +79,17 @@ def test_recorded_and_printed(
     paths = RunPaths(tmp_path)
     asked: list[str] = []
 
-    def fake(model_dir: Path, prompts: list[str], max_new_tokens: int = 64) -> list[str]:
+    def fake(model_dir: Path, prompts: list[str], **_: object) -> list[str]:
         asked.extend(prompts)
         return [f"{model_dir.name}: {prompt}" for prompt in prompts]
 
     monkeypatch.setattr(module, "answer", fake)
     prompts = ["one", "two"]
-    assert record_answers(paths, prompts, Path("base"), "before") == ["base: one", "base: two"]
-    assert record_answers(paths, prompts, Path("base"), "before") == ["base: one", "base: two"]
-    record_answers(paths, prompts, Path("export"), "after")
-    record_answers(paths, prompts, Path("export"), "after")
+    spec = RunSpec(logging=LoggingSpec(prompts=prompts))
+    assert record_answers(paths, spec, Path("base"), "before") == ["base: one", "base: two"]
+    assert record_answers(paths, spec, Path("base"), "before") == ["base: one", "base: two"]
+    record_answers(paths, spec, Path("export"), "after")
+    record_answers(paths, spec, Path("export"), "after")
 
     assert asked == prompts * 3  # before: once, however often prepared; after: each export
     lines = list(read_lines(paths.samples))
@@ -77,5 +99,5 @@ def test_recorded_and_printed(
 
 
 def test_no_prompt_no_model(tmp_path: Path) -> None:
-    assert record_answers(RunPaths(tmp_path), [], tmp_path / "absent", "before") == []
+    assert record_answers(RunPaths(tmp_path), RunSpec(), tmp_path / "absent", "before") == []
     assert not RunPaths(tmp_path).samples.exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import os
 from pathlib import Path
 
@@ -299,3 +301,15 @@ def test_no_text_is_worse_than_a_config_error(workdir: Path, text: str, override
     CFG.write_text(text)
     with pytest.raises(ConfigError):
         load_config(CFG, [override])
+
+
+def test_a_run_has_one_date(workdir: Path) -> None:
+    """Seen to have two, where it was requeued after midnight."""
+    submitted = load_config(CFG).spec
+    assert submitted.data.date == datetime.date.today().isoformat()
+    later = dataclasses.replace(submitted, data=dataclasses.replace(submitted.data, date="2026-01-31"))
+    Path("resolved.yaml").write_text(to_yaml(later))
+    assert load_config(Path("resolved.yaml"), resolved=True).spec.data.now == datetime.datetime(2026, 1, 31, 12)
+    for wrong in ("31.01.2026", "2026-02-30", "20260131"):
+        (problem,) = problems(f"data.date={wrong}")
+        assert f"data.date: '{wrong}' is not a day, YYYY-MM-DD" in problem

@@ -259,6 +259,28 @@ def test_a_flipped_bit_is_found_before_training(
     assert file.read_bytes() == before
 
 
+def test_a_template_that_writes_the_date_is_told_that_of_the_run(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to give one cache key and two texts on two days."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}: " + make_tokenizer().get_chat_template())
+    spec = spec_of(tmp_path)
+
+    def prepared(template: str, day: str) -> TokenCache:
+        data = dataclasses.replace(spec.data, chat_template=template, date=day)
+        cache = open_or_build(dataclasses.replace(spec, data=data), tokenizer_dir, build=True).train
+        assert isinstance(cache, TokenCache)
+        return cache
+
+    first, second = (prepared(str(template), day) for day in ("2026-01-31", "2026-02-01"))
+    texts = [str(make_tokenizer().decode(cache.tokens(0)[0])) for cache in (first, second)]
+    assert [text[:11] for text in texts] == ["31 Jan 2026", "01 Feb 2026"]
+    assert first.key != second.key
+    plain = [prepared("tokenizer", day).key for day in ("2026-01-31", "2026-02-01")]
+    assert plain[0] == plain[1]
+
+
 def test_what_a_killed_build_left_behind_is_removed_once_it_is_old(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
