@@ -1,11 +1,12 @@
-"""The code a run uses, copied into its directory: edits to the source tree after submit change nothing.
+"""Copy the code that a run uses into its directory, so that later edits of the source tree do not change the run.
 
-From a checkout that is everything git would add (tracked files as they are now, untracked ones that are not ignored),
-so the snapshot is itself a checkout: `cd RUN/bundle/code && python -m launcher ...` runs this very version. Where the
-launcher is installed its version says it all. Modules that a config names by import path go along in both cases.
+From a checkout, everything is copied that git would add (tracked files as they are now, untracked ones that are not
+ignored). The snapshot is thus a checkout itself: `cd RUN/bundle/code && python -m launcher ...` runs this very version.
+An installed launcher is not copied: its version identifies it. Modules that a config names by import path are copied in
+both cases.
 
-Rejected: `git archive` and a patch, unpacked by the job (one more thing that can fail when the queue has been waited
-for), and a git worktree a run (it stays tied to the repository).
+Rejected: `git archive` and a patch, unpacked by the job (one more thing that can fail after the wait in the queue), and
+a git worktree for each run (it stays tied to the repository).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LARGEST_FILE = 10 << 20
 """Bytes; a larger file is data, and is left out with a warning."""
 
 LARGEST_SNAPSHOT = 100 << 20
-"""Bytes; every run has its own copy."""
+"""Bytes, of which every run has a copy."""
 
 _OURS = ("launcher", "sft", "templates", "cluster_configs", "setup.cfg", "pyproject.toml", "README.md")
 _CACHE = "__pycache__"

@@ -1,8 +1,8 @@
-"""run.lock.yaml: all it takes to submit a run again anywhere, as a new run.
+"""run.lock.yaml: what it takes to submit a run again anywhere, as a new run.
 
-A resolved config, which reads and overrides like any other, with one more section, `lock`: which code ran it, in which
-environment, and what the files it names held. Submitting it compares those files first; a run of other data under the
-same names would not be the same run.
+It is a resolved config, which is read and overridden like any other, with one more section, `lock`: the code, the
+environment, and fingerprints of the files that the config names. They are compared before it is submitted, as a run
+on other data under the same names would not be the same run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -50,7 +50,8 @@ class Lock(TypedDict, total=False):
     files: Fingerprints
 
 
-_WHOLE = 64 << 20  # bytes; of a larger file the two ends are hashed: a login node does not read a terabyte
+_WHOLE = 64 << 20
+"""Bytes; of a larger file only both ends are hashed, because reading terabytes is no work for a login node."""
 _END = 1 << 20
 
 
@@ -86,19 +87,29 @@ def plan_of_lockfile(path: Path, overrides: Sequence[str], cluster: str | None) 
     if not any(word.startswith("name=") for word in overrides) and plan.paths.root.exists():
         plan = make_plan(path, [f"name={free_name(plan.paths)}", *overrides], cluster, resolved=True)
     lock = read_lockfile(path)
-    set_anew = [f"{word.partition('=')[0]}." for word in overrides]
-    now = fingerprints(plan.spec)
     problems = [
-        f"{key}: {name} is not what it was when {path} was made: {_differences(then, now.get(key, {}).get(name))}; "
+        f"{key}: {name} is not what it was when {path} was made: {difference}; "
         f"restore it, or name other files with {key}=..."
-        for key, files in lock["files"].items()
-        if not any(given.startswith(f"{key}.") for given in set_anew)  # one entry of a mapping counts as well
-        for name, then in files.items()
-        if now.get(key, {}).get(name) != then
+        for key, name, difference in _changes(lock["files"], fingerprints(plan.spec), overrides)
     ]
     if problems:
         raise ConfigError(problems)
     return plan, str(lock.get("run"))
+
+
+def _changes(then: Fingerprints, now: Fingerprints, overrides: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield key, file and what is different about it, for files that `overrides` do not replace."""
+    given = [word.partition("=")[0] for word in overrides]
+    for key, files in then.items():
+        if key in given:
+            continue
+        entries_given = any(word.startswith(f"{key}.") for word in given)
+        for name, fingerprint in files.items():
+            latest = now.get(key, {}).get(name)
+            if latest is None and entries_given:
+                continue  # an override names other files for one entry of a mapping; the other entries keep theirs
+            if latest != fingerprint:
+                yield key, name, _differences(fingerprint, latest)
 
 
 def read_lockfile(path: Path) -> Lock:

@@ -128,6 +128,24 @@ def test_lock_is_submitted_again_as_a_new_run(
     assert main(["submit", "elsewhere.lock.yaml", "data.train=a.jsonl"]) == 0
 
 
+def test_files_of_one_source_are_replaced_and_the_others_compared(
+    workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = "data: {sources: {one: {files: a.jsonl}, two: {files: b.jsonl}}, seq_length: 128}\n"
+    config = Path("cfg.yaml").read_text().replace('data: {train: "*.jsonl", seq_length: 128}\n', sources)
+    Path("cfg.yaml").write_text(config)
+    for name in ("b.jsonl", "c.jsonl"):
+        shutil.copy("a.jsonl", name)
+    assert main(["submit", "cfg.yaml", fake_python, "--follow"]) == 0
+    shutil.copy(RUN.lock, "elsewhere.lock.yaml")
+    Path("b.jsonl").unlink()
+    assert main(["submit", "elsewhere.lock.yaml", "data.sources.two.files=c.jsonl"]) == 0
+    Path("a.jsonl").write_text('{"prompt": "a", "completion": "x"}\n')
+    capsys.readouterr()
+    assert main(["submit", "elsewhere.lock.yaml", "data.sources.two.files=c.jsonl"]) == ExitCode.BAD_INPUT
+    assert f"data.sources: {workdir}/a.jsonl is not what it was" in capsys.readouterr().err
+
+
 def test_changed_code_is_not_submitted_again(
     workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

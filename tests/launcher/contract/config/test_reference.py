@@ -14,6 +14,10 @@ def test_page_is_up_to_date() -> None:
     assert (Path(__file__).parents[4] / "docs" / "config.md").read_text() == config_reference()
 
 
+def test_a_section_is_described_in_full() -> None:
+    assert "Errors in code, data or settings are never retried." in config_reference()
+
+
 def test_every_key_is_there_with_a_meaning() -> None:
     rows = [line.split(" | ") for line in config_reference().splitlines() if line.startswith("| `")]
     assert {row[0].strip("|` ") for row in rows} == {key for key, _ in leaf_types(RunSpec)}
