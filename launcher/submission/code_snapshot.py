@@ -116,13 +116,13 @@ def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
 def _sources(spec: RunSpec) -> dict[str, Path]:
     """Return name in the snapshot -> file."""
     root = checkout_root()
-    found = dict(_checkout_files(root)) if root is not None else {}
+    files = dict(_checkout_files(root)) if root is not None else {}
     for module in _named_modules(spec):
         if module.is_dir():
-            found |= {f"{module.name}/{name}": path for name, path in _below(module).items()}
+            files |= {f"{module.name}/{name}": path for name, path in _below(module).items()}
         else:
-            found[module.name] = module
-    return found
+            files[module.name] = module
+    return files
 
 
 def _checkout_files(root: Path) -> Mapping[str, Path]:
@@ -155,10 +155,10 @@ def _named_modules(spec: RunSpec) -> Iterator[Path]:
     """Yield packages and modules that the config names by import path and that no package manager has installed."""
     for _, word in values_under(spec, FUNCTION):
         top = word.partition(":")[0].partition(".")[0]
-        found = importlib.util.find_spec(top) if top.isidentifier() else None
-        if found is None:
+        module = importlib.util.find_spec(top) if top.isidentifier() else None
+        if module is None:
             continue
-        places = [*(found.submodule_search_locations or []), *([found.origin] if found.origin else [])]
+        places = [*(module.submodule_search_locations or []), *([module.origin] if module.origin else [])]
         path = Path(places[0]).absolute() if places else None
         if path is not None and path.exists() and not _is_installed(path):
             yield path

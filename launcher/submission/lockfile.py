@@ -136,13 +136,13 @@ def _differences(then: Fingerprint, now: Fingerprint | None) -> str:
 
 def fingerprints(spec: RunSpec) -> Fingerprints:
     """Return the fingerprints of all files that the run reads."""
-    found: Fingerprints = {}
+    by_key: Fingerprints = {}
     for field in path_fields(spec):
         path = field.rule.hashed(field.path)
         if path is not None:
-            files = found.setdefault(field.mapped_by or field.key, {})
+            files = by_key.setdefault(field.mapped_by or field.key, {})
             files.update((str(file), _fingerprint(file)) for file in _files(path))
-    return found
+    return by_key
 
 
 def _files(path: Path) -> list[Path]:
@@ -168,7 +168,7 @@ def _fingerprint(file: Path) -> Fingerprint:
 @functools.cache
 def environment() -> Mapping[str, object]:
     """Return Python, packages, host and loaded modules of the launcher."""
-    packages = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    packages = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),
         "executable": sys.executable,
