@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def begin(options: argparse.Namespace) -> int:
-    """Take the lease; exit code 4 where another attempt holds it, 93 where the policy forbids this start."""
+    """Take the lease. Return exit code 4 where another attempt holds it, 93 where the policy forbids this start."""
     paths = RunPaths(options.run.absolute())
     owner = _owner(options)
     try:
@@ -111,7 +111,7 @@ def _holder_state(paths: RunPaths, text: str) -> JobState:
 
 
 def _avoided(diagnosis: Diagnosis, job: JobView | None) -> str:
-    """Return all nodes to avoid from now on as a host list; empty where there is no new one."""
+    """Return all nodes to avoid from now on as a host list, or an empty string where there is no new one."""
     if not diagnosis.nodes:
         return ""
     return ",".join([*([job.excluded] if job and job.excluded else []), *diagnosis.nodes])

@@ -26,7 +26,7 @@ def gather(
     job_id: str,
     events: Sequence[Mapping[str, Any]],
 ) -> Evidence:
-    """Return the evidence of how `attempt` of the job `job_id` ended; `job` is the scheduler's view of that job."""
+    """Return the evidence of how `attempt` of the job `job_id` ended. `job` is the scheduler's view of that job."""
     own = [event for event in events if event.get("attempt") == attempt]
     stop: Mapping[str, Any] = next((event for event in reversed(own) if event.get("event") == "stop_requested"), {})
     preflight: Mapping[str, Any] = next(
@@ -55,7 +55,7 @@ def gather(
 
 
 def read_error(file: Path) -> RankError | None:
-    """Return the first error that a rank recorded; None where there is none that can be read."""
+    """Return the first error that a rank recorded, or None where there is none that can be read."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         kinds = tuple(str(kind) for kind in values["kinds"])
@@ -65,7 +65,7 @@ def read_error(file: Path) -> RankError | None:
 
 
 def _first_failure(file: Path) -> tuple[int | None, str]:
-    """Return rank and host of the first rank that failed; None and an empty string where none is known."""
+    """Return rank and host of the first rank that failed, or None and an empty string."""
     try:
         _, rank, host = file.read_text(encoding="utf-8").split()
         return int(rank), host

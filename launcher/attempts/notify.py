@@ -1,8 +1,8 @@
-"""`python -m launcher.attempts.notify RUN --attempt A --exit-code N`: tell people how an attempt ended.
+"""`python -m launcher.attempts.notify RUN --attempt A --exit-code N`: notify people how an attempt ended.
 
-The batch script calls it when an attempt ends, whatever ended it. It always exits 0 and waits seconds at most: a node
-without network or mail must not fail a run. A webhook's address is often a secret itself, so it is named by a variable
-and never printed, not even where it does not work.
+The batch script calls it when an attempt ends, whatever ended it. It always exits with 0 and waits a few seconds at
+most: a node without network or mail must not fail a run. A webhook's address is often a secret itself, so it is named
+by a variable and never printed, not even when it does not work.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         notify = read_resolved(paths.config).notify
         message = message_of(paths, options.attempt, options.exit_code)
-    except Exception as error:  # a run that ended is not made to fail by what reports it
+    except Exception as error:  # a notification must not make a run fail
         print(f"no notification: {error}", file=sys.stderr)
         return 0
     for problem in send(notify, message):
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def message_of(paths: RunPaths, attempt: str, exit_code: int) -> dict[str, Any]:
-    """What is told, in the form in which a webhook and a command get it."""
+    """Return the message in the form in which a webhook and a command get it."""
     progress = read_json(paths.progress) or {}
     outcome = _OUTCOMES.get(exit_code, "failed")
     message = {
@@ -80,7 +80,7 @@ def _sentence(message: dict[str, Any]) -> str:
 
 
 def send(notify: NotifySpec, message: dict[str, Any]) -> list[str]:
-    """Send by every way that is configured; what did not work."""
+    """Send the message by every way that is configured, and return what did not work."""
     if notify.on == "failure" and message["outcome"] != "failed":
         return []
     ways: list[tuple[str, Callable[[], None]]] = []
@@ -126,7 +126,7 @@ def _feed(command: Sequence[str], text: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Without the address that an error may hold."""
+    """Return the error without the address that it may hold."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code}"
     if isinstance(error, urllib.error.URLError):

@@ -109,7 +109,7 @@ def spent(cause: Cause, past: Sequence[Past]) -> int:
 
 
 def _refusal(cause: Cause, exit_code: int, policy: RestartSpec, *, requeues: bool) -> str | None:
-    """Return why nothing may start by itself, whatever the budgets; None where it may."""
+    """Return why nothing may start by itself, whatever the budgets, or None where it may."""
     if cause in _FINAL:
         return _FINAL[cause]
     if exit_code == ExitCode.NEVER_REQUEUE:

@@ -1,4 +1,4 @@
-"""The commands of `python -m launcher`, a family a module; each module's `add(commands)` declares its own.
+"""The commands of `python -m launcher`: a module for each family, whose `add(commands)` declares them.
 
-Handlers import what they need: `status` should not pay for OmegaConf, nor `--help` for anything.
+Handlers import what they need, so that `status` does not wait for OmegaConf, nor `--help` for anything.
 """

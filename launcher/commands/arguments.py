@@ -1,4 +1,4 @@
-"""Arguments that commands share, and how a command is declared."""
+"""Arguments that commands share, and the declaration of a command."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from launcher.contract.rundir import RunPaths
 
 Handler = Callable[[argparse.Namespace], int]
 
 
-def command(commands: Any, name: str, handler: Handler, about: str) -> argparse.ArgumentParser:
-    """Declare the command `name`; `handler` gets the parsed options and returns the exit code."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+class Subcommands(Protocol):
+    """What argparse's `add_subparsers` returns, which has no public type."""
+
+    def add_parser(self, name: str, *, help: str, description: str) -> argparse.ArgumentParser: ...
+
+
+def command(commands: Subcommands, name: str, handler: Handler, about: str) -> argparse.ArgumentParser:
+    """Declare and return the command `name`. `handler` gets the parsed options and returns the exit code."""
+    parser = commands.add_parser(name, help=about, description=about)
     parser.set_defaults(handler=handler)
     # SUPPRESS: the subcommand's default would undo a --debug given before it
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
@@ -21,7 +30,7 @@ def command(commands: Any, name: str, handler: Handler, about: str) -> argparse.
 
 
 def config_argument(parser: argparse.ArgumentParser) -> None:
-    """The YAML file of a run, completed as a file."""
+    """Add the YAML file of a run, completed as a file."""
     config = parser.add_argument("config", type=Path, help="the YAML file of the run")
     config.complete = _FILE  # type: ignore[attr-defined]  # read by shtab
 
@@ -30,23 +39,23 @@ _FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 
 
 def override_arguments(parser: argparse.ArgumentParser) -> None:
-    """Settings on the command line, and another cluster."""
+    """Add settings on the command line, and another cluster."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over the file's")
     parser.add_argument("--cluster", metavar="NAME", help="a file in cluster_configs/ to use instead of the config's")
 
 
 def json_option(parser: argparse.ArgumentParser) -> None:
-    """--json."""
+    """Add --json."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_root_option(parser: argparse.ArgumentParser) -> None:
-    """--run-root."""
+    """Add --run-root."""
     parser.add_argument("--run-root", type=Path, help="where runs are; default SFT_RUN_ROOT or runs")
 
 
 def cluster_option(parser: argparse.ArgumentParser) -> None:
-    """--cluster, for commands on runs."""
+    """Add --cluster, for commands on runs."""
     parser.add_argument(
         "--cluster",
         metavar="NAME",
@@ -55,26 +64,26 @@ def cluster_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run_argument(parser: argparse.ArgumentParser) -> None:
-    """One run, and where runs are."""
+    """Add one run, and where runs are."""
     run_root_option(parser)
     parser.add_argument("run", metavar="RUN", help="a run's name or directory")
 
 
 def runs_argument(parser: argparse.ArgumentParser, count: str) -> None:
-    """Several runs (`count` as in argparse's nargs), and where runs are."""
+    """Add several runs (`count` as in argparse's nargs), and where runs are."""
     run_root_option(parser)
     parser.add_argument("runs", metavar="RUN", nargs=count, help="runs' names or directories")
 
 
-def chosen_run(options: argparse.Namespace) -> Any:
-    """The RunPaths of `run_argument`."""
+def chosen_run(options: argparse.Namespace) -> RunPaths:
+    """Return the run that `run_argument` names."""
     from launcher.runs.find import default_run_root, find_run
 
     return find_run(options.run, options.run_root or default_run_root())
 
 
-def chosen_runs(options: argparse.Namespace) -> list[Any]:
-    """The RunPaths of `runs_argument`, groups in full; empty where none was named."""
+def chosen_runs(options: argparse.Namespace) -> list[RunPaths]:
+    """Return the runs that `runs_argument` names, groups in full."""
     from launcher.runs.find import default_run_root
     from launcher.sweeps.groups import find_runs
 
@@ -82,6 +91,6 @@ def chosen_runs(options: argparse.Namespace) -> list[Any]:
     return [run for word in options.runs for run in find_runs(word, root)]
 
 
-def print_json(value: Any) -> None:
-    """JSON for programs."""
+def print_json(value: object) -> None:
+    """Print JSON for programs."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from launcher.commands.arguments import command, json_option, print_json
+from launcher.commands.arguments import Subcommands, command, json_option, print_json
 from launcher.contract.errors import ConfigError
 from launcher.contract.exit_codes import ExitCode
 
 
-def add(commands: Any) -> None:
+def add(commands: Subcommands) -> None:
     """Declare the command."""
     parser = command(commands, "cluster", _cluster, "write a first file that describes this cluster, or check one")
     parser.add_argument("action", choices=("init", "check"))
@@ -44,7 +43,7 @@ def _cluster(options: argparse.Namespace) -> int:
 
 
 def _elsewhere(options: argparse.Namespace) -> int | None:
-    """The exit code of the check on the cluster's host; None where there is none, or the file cannot say."""
+    """Check on the cluster's host and return the exit code, or None where the file names no host or is damaged."""
     from launcher.contract.config.cluster_file import load_cluster
     from launcher.remote.hand_over import run_on
 

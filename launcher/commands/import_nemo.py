@@ -6,13 +6,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from launcher.commands.arguments import command
+from launcher.commands.arguments import Subcommands, command
 from launcher.contract.exit_codes import ExitCode
 
 
-def add(commands: Any) -> None:
+def add(commands: Subcommands) -> None:
     """Declare the command."""
     parser = command(
         commands, "import", _import, "print a NeMo config in this launcher's keys; says what became of each key"
@@ -33,7 +32,7 @@ def _import(options: argparse.Namespace) -> int:
     conversion = convert(read_text(path), str(path))
     if conversion.model is not None:
         check_topology(conversion)
-    more: dict[str, Any] = {}
+    more: dict[str, object] = {}
     if options.model_dir is not None:
         if conversion.model is None:
             raise ConfigError(f"{path}: --model-dir: the file does not spell its model out (no model.num_layers)")

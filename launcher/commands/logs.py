@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
-from launcher.commands.arguments import chosen_run, chosen_runs, cluster_option, command, run_argument, runs_argument
+from launcher.commands.arguments import (
+    Subcommands,
+    chosen_run,
+    chosen_runs,
+    cluster_option,
+    command,
+    run_argument,
+    runs_argument,
+)
 from launcher.contract.exit_codes import ExitCode
 
+if TYPE_CHECKING:
+    from launcher.runs.state import RunStatus
 
-def add(commands: Any) -> None:
+
+def add(commands: Subcommands) -> None:
     """Declare the commands."""
     parser = command(commands, "logs", _logs, "print the logs of a run")
     run_argument(parser)
@@ -54,8 +65,8 @@ def _wait(options: argparse.Namespace) -> int:
     return next((code for code in map(exit_with, rows) if code), int(ExitCode.OK))
 
 
-def exit_with(status: Any) -> int:
-    """The run's own exit code; a run that ended without one has failed."""
+def exit_with(status: RunStatus) -> int:
+    """Return the run's own exit code, or that of a failure where it ended without one."""
     from launcher.contract.job_state import JobState
 
     if status.state is JobState.COMPLETED:

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands.arguments import command, json_option, print_json, run_root_option
+from launcher.commands.arguments import Subcommands, command, json_option, print_json, run_root_option
 from launcher.contract.errors import ConfigError, RunStateError
 from launcher.contract.exit_codes import ExitCode
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from launcher.contract.spec import ClusterSpec
 
 
-def add(commands: Any) -> None:
+def add(commands: Subcommands) -> None:
     """Declare the command."""
     parser = command(commands, "nodes", _nodes, "nodes that jobs keep away from: the evidence, add to it, clear it")
     parser.add_argument("action", nargs="?", choices=("list", "add", "clear"), default="list")

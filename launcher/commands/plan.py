@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
 
-from launcher.commands.arguments import command, config_argument, json_option, override_arguments, print_json
+from launcher.commands.arguments import (
+    Subcommands,
+    command,
+    config_argument,
+    json_option,
+    override_arguments,
+    print_json,
+)
 from launcher.contract.exit_codes import ExitCode
 
 _MOST_GPUS = 1_000_000
 
 
-def add(commands: Any) -> None:
+def add(commands: Subcommands) -> None:
     """Declare the command."""
     plan = command(commands, "plan", _plan, "list the layouts that fit, by predicted speed, memory and cost")
     config_argument(plan)
@@ -50,18 +56,18 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _count(word: str) -> int:
-    """A whole number above 0; ArgumentTypeError otherwise."""
+    """Return a whole number above 0, or raise ArgumentTypeError."""
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is not a whole number above 0")
     return int(word)
 
 
 def _sizes(words: str) -> list[int]:
-    """`16` or `8..1024`, which doubles."""
+    """Return the numbers in `16` or in `8..1024`, which doubles."""
     from launcher.contract.errors import ConfigError
 
-    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", words)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", words)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last <= _MOST_GPUS:
         raise ConfigError(f"--gpus {words}: give a number, or a range such as 8..1024, up to {_MOST_GPUS:,}")
     sizes = []

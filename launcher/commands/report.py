@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from launcher.commands.arguments import chosen_run, cluster_option, command, run_argument
+from launcher.commands.arguments import Subcommands, chosen_run, cluster_option, command, run_argument
 from launcher.contract.exit_codes import ExitCode
 
 
-def add(commands: Any) -> None:
+def add(commands: Subcommands) -> None:
     """Declare the command."""
     parser = command(commands, "report", _report, "write curves, attempts, config and events of a run as one HTML page")
     run_argument(parser)

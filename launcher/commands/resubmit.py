@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from launcher.commands.arguments import (
+    Subcommands,
     chosen_run,
     chosen_runs,
     cluster_option,
@@ -19,7 +19,7 @@ from launcher.commands.arguments import (
 from launcher.contract.exit_codes import ExitCode
 
 
-def add(commands: Any) -> None:
+def add(commands: Subcommands) -> None:
     """Declare the commands."""
     resubmit = command(commands, "resubmit", _resubmit, "go on with a run from its newest complete checkpoint")
     run_argument(resubmit)

@@ -6,9 +6,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from launcher.commands.arguments import (
+    Subcommands,
     chosen_runs,
     cluster_option,
     command,
@@ -19,8 +20,13 @@ from launcher.commands.arguments import (
 )
 from launcher.contract.exit_codes import ExitCode
 
+if TYPE_CHECKING:
+    from launcher.contract.rundir import RunPaths
+    from launcher.runs.selection import Selection
+    from launcher.runs.state import RunStatus
 
-def add(commands: Any) -> None:
+
+def add(commands: Subcommands) -> None:
     """Declare the commands."""
     status = command(commands, "status", _status, "state and progress of runs")
     runs_argument(status, "*")
@@ -37,7 +43,7 @@ def add(commands: Any) -> None:
         parser.add_argument("--state", action="append", default=[], metavar="STATE", help="e.g. running,pending")
 
 
-def _selection(options: argparse.Namespace) -> Any:
+def _selection(options: argparse.Namespace) -> Selection:
     from launcher.runs.selection import Selection, parse_since, parse_states
 
     since = parse_since(options.since) if options.since else None
@@ -52,7 +58,7 @@ def _status(options: argparse.Namespace) -> int:
 
     root, selection = options.run_root or default_run_root(), _selection(options)
 
-    def pick() -> Any:
+    def pick() -> tuple[list[RunStatus], str | None]:
         rows, problem = collect(selection.of(chosen_runs(options) or all_runs(root)))
         return [row for row in rows if selection.fits(row.state)], problem
 
@@ -76,7 +82,7 @@ def _status(options: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _why(options: argparse.Namespace, runs: list[Any]) -> int:
+def _why(options: argparse.Namespace, runs: list[RunPaths]) -> int:
     from launcher.views.why import decisions, explain
 
     if options.json:

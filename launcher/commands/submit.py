@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.commands.arguments import (
+    Subcommands,
     command,
     config_argument,
     json_option,
@@ -19,12 +20,13 @@ from launcher.commands.logs import exit_with
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
+    from launcher.contract.rundir import RunPaths
     from launcher.submission.plan import Plan
     from launcher.sweeps.groups import Group
     from launcher.sweeps.sweep import Sweep
 
 
-def add(commands: Any) -> None:
+def add(commands: Subcommands) -> None:
     """Declare the commands."""
     submit = command(commands, "submit", _submit, "check a config, create its run directory and submit it")
     render = command(commands, "render", _render, "print the batch script; submits nothing, writes nothing")
@@ -81,7 +83,7 @@ def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
 
 
 def _points(group: Group, jobs: Sequence[str] = ()) -> str:
-    """A line a run: its job, where it has one, and what the sweep sets for it."""
+    """Return a line for each run: its job, where it has one, and what the sweep sets for it."""
     from launcher.views.text import columns
 
     keys = list(dict.fromkeys(key for point in group.points.values() for key in point))
@@ -113,7 +115,7 @@ def _submit_run(options: argparse.Namespace) -> int:
 
 
 def _swept(options: argparse.Namespace) -> tuple[Group, list[Plan]] | None:
-    """The checked runs of a config with a sweep section; None where it has none."""
+    """Return the checked runs of a config with a sweep section, or None where it has none."""
     from launcher.sweeps.sweep import read_sweep
 
     sweep = read_sweep(options.config)
@@ -125,7 +127,7 @@ def _swept(options: argparse.Namespace) -> tuple[Group, list[Plan]] | None:
 
 
 def _confirm(plans: Sequence[Plan], yes: bool) -> None:
-    """Ask before what is costly together; ConfigError where nobody can answer, or the answer is not yes."""
+    """Ask before runs that are costly together. Raise ConfigError where nobody can answer, or the answer is not yes."""
     from launcher.contract.errors import ConfigError
     from launcher.planning.run_plan import run_cost
 
@@ -146,7 +148,7 @@ def _confirm(plans: Sequence[Plan], yes: bool) -> None:
 
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
-    """The plan of a config, or of a run's lock file, and then the run it comes from."""
+    """Return the plan of a config, or of a run's lockfile together with the run that it was made by."""
     from launcher.submission.lockfile import code_note, is_lockfile, plan_of_lockfile
     from launcher.submission.plan import make_plan
 
@@ -220,7 +222,7 @@ def _validate(options: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _follow(paths: Any) -> int:
+def _follow(paths: RunPaths) -> int:
     from launcher.views.log_files import Choice
     from launcher.views.logs import follow
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from launcher.commands.arguments import cluster_option, command, json_option, print_json, run_root_option
+from launcher.commands.arguments import Subcommands, cluster_option, command, json_option, print_json, run_root_option
 from launcher.contract.exit_codes import ExitCode
 
 
-def add(commands: Any) -> None:
+def add(commands: Subcommands) -> None:
     """Declare the command."""
     results = command(commands, "results", _results, "what the runs of a sweep set, and the metrics they reached")
     run_root_option(results)

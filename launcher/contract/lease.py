@@ -64,7 +64,7 @@ class Owner:
 
     @property
     def restart(self) -> int | None:
-        """How often a scheduler had started the job before; None where no scheduler starts jobs again."""
+        """How often a scheduler had started the job before, or None where no scheduler starts jobs again."""
         name = AttemptName(self.attempt)
         return name.restart if name.job == self.job_id else None
 
@@ -81,7 +81,7 @@ class Owner:
 
 
 def holder(paths: RunPaths) -> Owner | None:
-    """Return who holds the run, or None; the attempt is `unknown` where the file was never filled."""
+    """Return who holds the run, or None. The attempt is `unknown` where the file was never filled."""
     return _read(paths.lease)
 
 
@@ -107,7 +107,7 @@ def take(paths: RunPaths, owner: Owner, holder_state: JobState = JobState.UNKNOW
 
 
 def check_free(paths: RunPaths, holder_state: JobState = JobState.UNKNOWN) -> None:
-    """Raise RunStateError where somebody holds the run; `holder_state` is as for `take`."""
+    """Raise RunStateError where somebody holds the run. `holder_state` is as for `take`."""
     current = holder(paths)
     if current is not None and why_void(current, Owner.of_process("launcher"), _age(paths), holder_state) is None:
         raise _is_held(paths, current)
@@ -121,7 +121,7 @@ def release(paths: RunPaths, owner: Owner) -> None:
 
 
 def renew(paths: RunPaths, owner: Owner) -> bool:
-    """Renew the lease and return True; return False if the run is no longer held by `owner`."""
+    """Renew the lease and return True, or return False if the run is no longer held by `owner`."""
     current = holder(paths)
     if current is None or not current.is_same(owner):
         return False
@@ -181,7 +181,7 @@ class Keeper:
 
 @contextlib.contextmanager
 def held(paths: RunPaths, attempt: str) -> Iterator[Keeper]:
-    """Renew the lease of `attempt` while the body runs; take and release it where no batch script holds it."""
+    """Renew the lease of `attempt` while the body runs. Take and release it where no batch script holds it."""
     owner = Owner.of_process(attempt)
     before = holder(paths)
     mine = before is not None and before.is_same(owner)
@@ -214,7 +214,7 @@ def _read(file: Path) -> Owner | None:
 
 
 def _create(paths: RunPaths, owner: Owner) -> bool:
-    """Create the lease and return True; return False where it exists."""
+    """Create the lease and return True, or return False where it exists."""
     try:
         handle = os.open(paths.lease, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
@@ -225,7 +225,7 @@ def _create(paths: RunPaths, owner: Owner) -> bool:
 
 
 def _take_over(paths: RunPaths, owner: Owner, judged: Owner, state: JobState) -> bool:
-    """Replace the void lease of `judged` and return True; return False where another claimant did or is doing so."""
+    """Replace the void lease of `judged` and return True, or False where another claimant did or is doing so."""
     # Claimants exclude each other by a second file, or one could replace the lease that another has just written.
     turn = paths.lease.with_name(".lease-turn")
     try:

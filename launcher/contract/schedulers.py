@@ -40,7 +40,7 @@ CAPABILITIES: dict[SchedulerName, Capabilities] = {
 
 
 def scheduler_name(text: object) -> SchedulerName:
-    """Return `text` as the name of a scheduler; ValueError where it is none of ours."""
+    """Return `text` as the name of a scheduler. Raise ValueError where it is none of ours."""
     for name in CAPABILITIES:
         if name == text:
             return name

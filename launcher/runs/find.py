@@ -23,7 +23,7 @@ def all_runs(root: Path) -> list[RunPaths]:
 
 
 def find_run(word: str, root: Path) -> RunPaths:
-    """Return the run named `word` in `root`, or the run directory `word`; RunStateError where there is none."""
+    """Return the run named `word` in `root`, or the run directory `word`. Raise RunStateError where there is none."""
     for path in (root / word, Path(word)):
         if RunPaths(path).manifest.is_file():
             return RunPaths(path.absolute())

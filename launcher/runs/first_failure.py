@@ -1,4 +1,4 @@
-"""Which rank failed first, and what it said: the others only report that it was gone.
+"""Which rank failed first, and its last words: the others only report that it was gone.
 
 The batch script (srun) and `launcher.contract.local_ranks` write `<exit code> <rank> <host>` into
 logs/<attempt>/failure when the first rank fails, and never again in that attempt.
@@ -30,7 +30,7 @@ class FirstFailure:
 
 
 def first_failure(paths: RunPaths, attempt: str) -> FirstFailure | None:
-    """The first failure of an attempt; None where no rank is known to have failed."""
+    """Return the first failure of an attempt, or None where no rank is known to have failed."""
     try:
         code, rank, host = (paths.logs / attempt / "failure").read_text(encoding="utf-8").split()
         return FirstFailure(int(code), int(rank), host)
@@ -39,7 +39,7 @@ def first_failure(paths: RunPaths, attempt: str) -> FirstFailure | None:
 
 
 def last_words(log: Path) -> str:
-    """The last traceback in a log, with those it was raised from; else the last lines."""
+    """Return the last traceback in a log with those it was raised from, or the last lines where there is none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))

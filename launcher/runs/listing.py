@@ -35,7 +35,7 @@ def listing(runs: Sequence[RunPaths]) -> list[dict[str, Any]]:
 
 
 def _unreadable(paths: RunPaths, error: Exception) -> dict[str, Any]:
-    """Return the row of a run whose files are damaged; the others are listed all the same."""
+    """Return the row of a run whose files are damaged. The others are listed all the same."""
     return {
         "run": paths.name,
         "directory": str(paths.root),

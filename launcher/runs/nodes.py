@@ -1,10 +1,10 @@
-"""Nodes to keep away from: a ledger a cluster, with evidence and an end.
+"""Nodes to keep away from: a ledger for each cluster, of evidence that expires.
 
 An entry is added where a run's own events name a node: it failed the preflight, or the first rank to hang was on it.
-The node list of a failed job is not evidence. One hang excludes nobody, since a program can hang on any node: two
-attempts must have hung on the same host. Entries lapse, and never are more than `cluster.max_excluded` nodes excluded.
+The node list of a failed job is not evidence. A single hang excludes no node, since a program can hang on any: two
+attempts must have hung on the same host. At most `cluster.max_excluded` nodes are excluded at a time.
 
-The launcher writes the ledger when it submits or is asked for it; compute nodes may not see the user's home.
+The launcher writes the ledger when it submits and for `launcher nodes`; compute nodes may not see the user's home.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from launcher.contract.spec import ClusterSpec, read_resolved
 Kind = Literal["preflight", "hang", "by hand"]
 
 _NEEDED = {"hang": 2}
-"""Entries of a kind that exclude a node; one of any other."""
+"""How many entries of a kind exclude a node; one of any other kind does."""
 _DAY = 24 * 3600.0
 
 
@@ -50,7 +50,7 @@ class Ledger:
     path: Path
 
     def entries(self) -> list[Entry]:
-        """Entries that have not lapsed, oldest first."""
+        """Return the entries that have not expired, oldest first."""
         try:
             values = read_json(self.path) or []
             entries = [Entry(**value) for value in values]
@@ -59,7 +59,7 @@ class Ledger:
         return sorted((entry for entry in entries if entry.expires > time.time()), key=lambda entry: entry.time)
 
     def add(self, new: Iterable[Entry]) -> None:
-        """Add entries; the same evidence from the same attempt counts once."""
+        """Add entries. The same evidence from the same attempt counts once."""
 
         def change(entries: list[Entry]) -> list[Entry]:
             return list({(e.host, e.kind, e.run, e.attempt): e for e in [*new, *entries]}.values())
@@ -67,7 +67,7 @@ class Ledger:
         self._change(change)
 
     def clear(self, host: str) -> int:
-        """Forget all about a node; how many entries that were."""
+        """Remove all entries of a node and return how many there were."""
         gone = [entry for entry in self.entries() if entry.host == host]
         self._change(lambda entries: [entry for entry in entries if entry.host != host])
         return len(gone)
@@ -78,7 +78,7 @@ class Ledger:
 
 
 def ledger_of(cluster: ClusterSpec) -> Ledger:
-    """The cluster's ledger: the configured file, or one in the user's state directory."""
+    """Return the cluster's ledger: the configured file, or one in the user's state directory."""
     if cluster.node_ledger:
         return Ledger(Path(cluster.node_ledger).expanduser())
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -97,7 +97,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def excluded(entries: Sequence[Entry], most: int) -> list[str]:
-    """Hosts with evidence enough, the newest evidence first where there are more than `most`."""
+    """Return the hosts with enough evidence. Of more than `most` those with the newest evidence are excluded."""
     newest: dict[str, float] = {}
     for entry in entries:
         same = [other for other in entries if (other.host, other.kind) == (entry.host, entry.kind)]
@@ -107,30 +107,30 @@ def excluded(entries: Sequence[Entry], most: int) -> list[str]:
 
 
 def exclude_option(cluster: ClusterSpec, given: str | None) -> str | None:
-    """What `--exclude` should say: the config's own nodes and the ledger's; None for neither.
+    """Return the nodes to exclude as a host list, the config's own first, or None where there are none.
 
-    Slurm takes host lists joined by commas as they are, brackets included.
+    Slurm accepts host lists joined by commas, brackets included.
     """
     hosts = excluded(ledger_of(cluster).entries(), cluster.max_excluded)
     return ",".join([*([given] if given else []), *hosts]) or None
 
 
 def learn(runs: Iterable[RunPaths], cluster: ClusterSpec) -> None:
-    """Take over what the runs' events say of nodes, of those written to while an entry would still count."""
+    """Add what the events of these runs say about nodes of the cluster, unless it has expired."""
     since = time.time() - cluster.node_days * _DAY
-    found: list[Entry] = []
+    new: list[Entry] = []
     for paths in runs:
-        with contextlib.suppress(OSError, ConfigError):  # a directory that somebody removes, or another version made
+        with contextlib.suppress(OSError, ConfigError):  # a directory that is being removed, or of another version
             telling = list(_telling(paths)) if paths.events.stat().st_mtime > since else []
             if telling and read_resolved(paths.config).cluster.name == cluster.name:
-                found += [entry for event in telling for entry in _evidence(event, paths, cluster.node_days)]
+                new += [entry for event in telling for entry in _evidence(event, paths, cluster.node_days)]
     ledger = ledger_of(cluster)
-    if found and not {_key(entry) for entry in found} <= {_key(entry) for entry in ledger.entries()}:
-        ledger.add(found)
+    if new and not {_key(entry) for entry in new} <= {_key(entry) for entry in ledger.entries()}:
+        ledger.add(new)
 
 
 def by_hand(host: str, why: str, days: float) -> Entry:
-    """A person's word."""
+    """Return an entry that a person makes."""
     now = time.time()
     return Entry(host=host, kind="by hand", why=why, time=now, expires=now + days * _DAY)
 
@@ -144,7 +144,7 @@ def _telling(paths: RunPaths) -> Iterator[dict[str, Any]]:
 
 
 def _evidence(event: dict[str, Any], paths: RunPaths, days: float) -> Iterator[Entry]:
-    """Entries an event gives rise to; a hang that several hosts share tells nothing about one of them."""
+    """Yield the entries for an event. A hang on several hosts at once says nothing about one of them."""
     common: dict[str, Any] = {
         "run": str(paths.root),
         "attempt": str(event.get("attempt", "")),
@@ -163,6 +163,6 @@ def _evidence(event: dict[str, Any], paths: RunPaths, days: float) -> Iterator[E
 
 
 def describe(entries: Sequence[Entry], most: int) -> list[dict[str, Any]]:
-    """What `launcher nodes --json` shows."""
+    """Return the rows of `launcher nodes --json`."""
     out = excluded(entries, most)
     return [{**dataclasses.asdict(entry), "excluded": entry.host in out} for entry in entries]

@@ -1,4 +1,4 @@
-"""Which runs of a run root are meant: by name, by age, by state."""
+"""Selects runs of a folder by name, group, age and state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DATES = ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """What `status` and `list` are narrowed down to; unset takes all."""
+    """What `status` and `list` show; a field that is not set selects all runs."""
 
     name: str | None = None
     """Shell pattern of the name."""
@@ -30,14 +30,14 @@ class Selection:
     states: frozenset[JobState] = frozenset()
 
     def of(self, runs: Iterable[RunPaths]) -> list[RunPaths]:
-        """The runs whose name and age fit; whose age cannot be read is kept, to be seen."""
+        """Return the runs whose name, group and age match. A run whose age cannot be read is kept, to be seen."""
         named = [paths for paths in runs if self.name is None or fnmatch.fnmatchcase(paths.name, self.name)]
         if self.group is not None:
             named = [paths for paths in named if _group(paths) == self.group]
         return [paths for paths in named if self.since is None or _created_at(paths) >= self.since]
 
     def fits(self, state: JobState | None) -> bool:
-        """Whether runs in this state are meant."""
+        """Return whether runs in this state are selected."""
         return not self.states or state in self.states
 
 
@@ -56,7 +56,7 @@ def _created_at(paths: RunPaths) -> float:
 
 
 def parse_since(text: str) -> float:
-    """Seconds since the epoch of `90m`, `12h`, `3d`, `2w` ago, or of a date `2026-11-24`, `2026-11-24T18:30`."""
+    """Return the time (seconds since the epoch) `90m`, `12h`, `3d`, `2w` ago, or of `2026-11-24`, `2026-11-24T18:30`."""
     match = re.fullmatch(r"([0-9]{1,6})([mhdw])", text)
     if match is not None:
         return time.time() - int(match[1]) * _UNITS[match[2]]
@@ -69,7 +69,7 @@ def parse_since(text: str) -> float:
 
 
 def parse_states(words: Sequence[str]) -> frozenset[JobState]:
-    """`running,pending` → the states."""
+    """Return the states in `running,pending`."""
     names = [name.strip().upper() for word in words for name in word.split(",")]
     known = [state.value for state in JobState]
     for name in names:

@@ -45,7 +45,7 @@ class Snapshot:
 
     @property
     def own_state(self) -> JobState | None:
-        """The state that the files alone tell; None where they do not."""
+        """The state that the files alone tell, or None where they do not."""
         if self.exit_code is None:
             return None
         if self.exit_code == ExitCode.OK:
@@ -102,7 +102,7 @@ def _newest_job(manifest: Manifest, events: Sequence[Mapping[str, Any]]) -> Job 
 
 
 def _scheduler_of(event: Mapping[str, Any]) -> SchedulerName:
-    """Return the scheduler of an event's job; ValueError where it is none of ours."""
+    """Return the scheduler of an event's job. Raise ValueError where it is none of ours."""
     if "scheduler" in event:
         return scheduler_name(event["scheduler"])
     return AttemptName(str(event.get("attempt"))).scheduler

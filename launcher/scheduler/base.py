@@ -85,7 +85,7 @@ class JobRecord:
 
     @property
     def expected_start(self) -> str | None:
-        """When a waiting job is to start, local time; None where the scheduler has no plan for it yet."""
+        """When a waiting job is to start in local time, or None where the scheduler has no plan for it yet."""
         return self.start.replace("T", " ") if self.start[:1].isdigit() else None
 
 
@@ -186,11 +186,11 @@ class Scheduler(Protocol):
         return iter(())
 
     def read_state(self, text: str) -> JobState:
-        """Return the state in the answer of the template's `holder_state`; UNKNOWN where it holds none."""
+        """Return the state in the answer of the template's `holder_state`, or UNKNOWN where it holds none."""
         return JobState.UNKNOWN
 
     def read_view(self, text: str) -> JobView | None:
-        """Return what the answer of the template's `job_view` says; None where it says nothing."""
+        """Return what the answer of the template's `job_view` says, or None where it says nothing."""
         return None
 
     def read_log(self, text: str) -> tuple[JobState, str] | None:

@@ -52,7 +52,7 @@ class Local(Scheduler):
         return Answer(records={job.id.text: _record(job) for job in jobs})
 
     def cancel(self, job: Job) -> None:
-        """Send TERM to the controller, which passes it on to the ranks; after a while KILL the whole session."""
+        """Send TERM to the controller, which passes it on to the ranks, and after a while KILL to the whole session."""
         pid = int(job.id.text)
         for number, patience in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
             if not _is_alive(job):

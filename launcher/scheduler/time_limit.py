@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def time_limit_minutes(text: str | None) -> float | None:
-    """Return the minutes in a time limit; None for no limit."""
+    """Return the minutes in a time limit, or None for no limit."""
     if text is None or not text[:1].isdigit():
         return None
     days, dash, rest = text.rpartition("-")

@@ -17,7 +17,7 @@ from launcher.scheduler.base import Dependency
 
 
 def dependency_on_parent(spec: RunSpec) -> Dependency | None:
-    """Return what the run's `after` has it wait for; None where there is nothing to wait for.
+    """Return what the run's `after` has it wait for, or None where there is nothing to wait for.
 
     ConfigError, RunStateError or SchedulerError where the run cannot wait for its parent.
     """

@@ -1,10 +1,10 @@
-"""Who may submit into a run directory: one command at a time, however many are started.
+"""Lets one command at a time submit into a run directory.
 
-A lock on a file in the directory; the kernel lets go of it when its holder dies, however it dies. The file may be
-removed with its directory while others wait for it, so whoever gets the lock looks whether it is still the file there.
+The lock is on a file in the directory, and the kernel releases it when its holder dies. The file may be removed with
+its directory while others wait for it, so a process that gets the lock checks that its file is still the one there.
 
-Rejected: locking the directory itself (flock wants a file that is open for writing on NFS), and a file whose existence
-is the lock (a killed launcher would leave it).
+Rejected: locking the directory itself (on NFS, flock needs a file that is open for writing), and a file whose existence
+is the lock (a killed launcher would leave it behind).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # file systems mounted 
 
 @contextlib.contextmanager
 def claim(root: Path, *, create: bool = False) -> Iterator[None]:
-    """Hold the run directory `root`; whoever comes second waits, and then sees what the first one did.
+    """Hold the run directory `root`. A second process waits, and then sees what the first one did.
 
-    `create` makes the directory (0700) where it is missing. Raises OSError where it cannot be made or opened.
+    With `create` a missing directory is made (0700). Raises OSError where it cannot be made or opened.
     """
     handle = _take(root, create)
     try:

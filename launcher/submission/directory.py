@@ -19,7 +19,7 @@ from launcher.submission.plan import Plan
 
 @contextlib.contextmanager
 def claimed_directory(paths: RunPaths) -> Iterator[None]:
-    """Hold the run's directory, made if need be; remove what is new if the body fails and certainly made no job.
+    """Hold the run's directory, made if need be. If the body fails and certainly made no job, remove what is new.
 
     RunStateError where the directory belongs to something else, LauncherError where it cannot be made.
     """

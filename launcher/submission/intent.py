@@ -54,7 +54,7 @@ def end(paths: RunPaths) -> None:
 
 
 def find_job(paths: RunPaths, name: str, recorded: Sequence[Job], intent: Intent) -> Job | None:
-    """Return the job of a submission; None when it is certain that there is none and will be none.
+    """Return the job of a submission, or None when it is certain that there is none and will be none.
 
     `name` is the job's name, `recorded` are the jobs that the run is known to have. Waits while nothing is certain.
     SchedulerError where the scheduler does not answer.
@@ -82,12 +82,12 @@ def _settled_by(scheduler: Scheduler, intent: Intent) -> float:
 
 
 def _may_be_at_work(intent: Intent) -> bool:
-    """Return whether a process of the submission may still run; from another machine only time can tell."""
+    """Return whether a process of the submission may still run. From another machine only time can tell."""
     return intent.host != socket.gethostname() or bool(processes.with_text(intent.token))
 
 
 def _started(paths: RunPaths, recorded: Sequence[Job], intent: Intent) -> str | None:
-    """Return the id of a job that reports its start itself; nobody else has begun one since the intent."""
+    """Return the id of a job that has reported its start since the intent: nobody else submits to this run."""
     known = {job.id.text for job in recorded}
     for event in read_lines(paths.events):
         late_enough = float(event.get("time", 0)) >= intent.written_at - _CLOCK_SKEW

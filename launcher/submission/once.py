@@ -19,7 +19,7 @@ def submit_once(
     submission_of: Callable[[Intent], Submission],
     undo: Callable[[], None],
 ) -> Job:
-    """Submit and return the job; where the answer leaves open whether there is one, look for it.
+    """Submit and return the job. Where the answer leaves open whether there is one, look for it.
 
     `recorded` are the jobs that the run is known to have. Where there certainly is no job, the intent is removed and
     `undo` is called before the error is raised. Otherwise the intent stays, for the next call to find the job by.

@@ -61,7 +61,7 @@ def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = N
 
 
 def with_best_topology(config: LoadedConfig, shape: ModelShape, gpu: GpuKind | None) -> LoadedConfig:
-    """The config with the fastest layout that fits and keeps what the user has set; its sources say `plan`."""
+    """Return the config with the fastest layout that fits and keeps what the user has set. Its sources say `plan`."""
     spec = config.spec
     if gpu is None:
         raise TopologyError(f"topology: auto: {unknown_gpu(spec)}; or give the sizes themselves")
@@ -81,7 +81,7 @@ def with_best_topology(config: LoadedConfig, shape: ModelShape, gpu: GpuKind | N
 
 
 def model_shape_of(spec: RunSpec) -> ModelShape:
-    """The model's sizes; ModelError where they cannot be read."""
+    """Return the model's sizes. Raise ModelError where they cannot be read."""
     packaged = package_file(spec.model.path) if spec.model.path.startswith("package:") else None
     path = packaged or Path(spec.model.path)
     if not path.exists() and spec.after_directory is not None and spec.comes_later(spec.model.path):

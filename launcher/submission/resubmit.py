@@ -54,7 +54,7 @@ def _check_lease(paths: RunPaths, status: RunStatus) -> None:
 
 
 def _state_of(job_id: str, status: RunStatus) -> JobState:
-    """Return the state of a job that holds the run of `status`; the run has the same scheduler for all its jobs."""
+    """Return the state of a job that holds the run of `status`. All jobs of a run have the same scheduler."""
     if status.scheduler is None:
         return JobState.UNKNOWN
     job = Job(id=JobId(job_id, status.scheduler), submitted_at=0.0)
@@ -68,7 +68,7 @@ def _may_be_forgotten(status: RunStatus) -> bool:
 
 
 def same_run(paths: RunPaths) -> Job:
-    """Submit the same run again and return the job; training goes on from the newest complete checkpoint."""
+    """Submit the same run again and return the job. Training goes on from the newest complete checkpoint."""
     with claim(paths.root):
         if check_idle(paths).state is JobState.COMPLETED:
             raise RunStateError(

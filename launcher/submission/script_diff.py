@@ -11,7 +11,7 @@ from launcher.submission.script import script_of
 
 
 def against_run(plan: Plan, run: RunPaths) -> str:
-    """Return the unified diff from the script of `run` to the one that this config would give it; empty where equal."""
+    """Return the unified diff from the script of `run` to the one that this config would give it."""
     ours = script_of(dataclasses.replace(plan, paths=run))
     return _diff(run.script.read_text(encoding="utf-8"), ours, str(run.script), str(plan.config.path))
 

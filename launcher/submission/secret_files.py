@@ -28,7 +28,7 @@ _OWNER = "# run directory: "
 
 
 def secrets_file(spec: RunSpec, paths: RunPaths) -> Path | None:
-    """Return the file of the run's secrets; None where it has none, or its jobs inherit them."""
+    """Return the file of the run's secrets, or None where it has none or its jobs inherit them."""
     if not spec.secret_names or CAPABILITIES[spec.cluster.scheduler].inherits_environment:
         return None
     folder = Path(spec.cluster.secrets_dir) if spec.cluster.secrets_dir else DEFAULT_FOLDER.expanduser()

@@ -115,7 +115,7 @@ def record(paths: RunPaths, job: Job) -> None:
 
 
 def _nodes_to_exclude(spec: RunSpec) -> str | None:
-    """Return the nodes to keep away from, those of the config included; None where none are known."""
+    """Return the nodes to keep away from, those of the config included, or None where none are known."""
     if not CAPABILITIES[spec.cluster.scheduler].allocates_nodes:
         return None
     nodes.learn(all_runs(Path(spec.run_root)), spec.cluster)

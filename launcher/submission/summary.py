@@ -62,7 +62,7 @@ def _short(value: object, limit: int = 60) -> str:
 
 
 def run_root_words(root: Path) -> str:
-    """Return the option by which a command finds the runs in `root`; empty where it looks there by itself."""
+    """Return the option by which a command finds the runs in `root`. It is empty where commands look there anyway."""
     return "" if root == default_run_root().absolute() else f" --run-root {shlex.quote(str(root))}"
 
 

@@ -1,4 +1,4 @@
-"""The runs of a sweep, asked about together.
+"""The runs of a sweep as a group.
 
 A group is a file, RUN_ROOT/.groups/NAME.json, that lists its runs and what was set in each; each run is a directory
 like any other, NAME-0, NAME-1, ...
@@ -41,19 +41,19 @@ def _file(root: Path, name: str) -> Path:
 
 
 def read_group(name: str, root: Path) -> Group | None:
-    """The group of this name in `root`, if there is one."""
+    """Return the group of this name in `root`, if there is one."""
     values = read_json(_file(root, name)) if "/" not in name else None
     return None if values is None else Group(name=name, root=root.absolute(), points=values["points"])
 
 
 def find_runs(word: str, root: Path) -> list[RunPaths]:
-    """The run, or all submitted runs of the group, that `word` names."""
+    """Return the run that `word` names, or all submitted runs of the group that it names."""
     group = read_group(word, root)
     return [find_run(word, root)] if group is None else [run for run in group.runs if run.manifest.is_file()]
 
 
 def results(runs: Sequence[RunPaths], points: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
-    """One row a run: its name, what was set in it, and the last value of every metric it has logged."""
+    """Return a row for each run: its name, what was set in it, and the last value of every metric it has logged."""
     rows = []
     for paths in runs:
         last: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def results(runs: Sequence[RunPaths], points: dict[str, dict[str, str]]) -> list
 
 
 def sort_results(rows: list[dict[str, Any]], metric: str, descending: bool) -> list[dict[str, Any]]:
-    """Rows by a metric, best first; those without it last. ConfigError where no run has it."""
+    """Return the rows sorted by a metric, those without it last. Raise ConfigError where no run has it."""
     known = sorted({name for row in rows for name in row["metrics"]})
     if metric not in known:
         have = ", ".join(known) or "none yet"

@@ -7,7 +7,7 @@
       max_at_once: 4
       as: array                                                         # one sbatch for all; default: runs
 
-Given together they multiply. Values are read as overrides on the command line are, so they are typed and checked by the
+Given together they multiply. Values are read like overrides on the command line, so they are typed and checked by the
 same schema, and a point is a run that a person could have submitted by hand.
 """
 
@@ -40,13 +40,13 @@ class Sweep:
 
     points: tuple[Point, ...]
     max_at_once: int | None = None
-    """Runs that may be at work together; None for as many as the cluster gives."""
+    """How many runs may be active at the same time; None for no limit."""
     array: bool = False
-    """Submit job arrays, not a job a run."""
+    """Submit job arrays instead of a job for each run."""
 
 
 def read_sweep(path: Path) -> Sweep | None:
-    """The sweep in a config file; None where it has none. ConfigError with every problem of the section."""
+    """Return the sweep in a config file, or None. Raise ConfigError with every problem of the section."""
     text = read_text(path)
     if "sweep" not in text:
         return None
@@ -58,7 +58,7 @@ def read_sweep(path: Path) -> Sweep | None:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """One pass over the section; problems are collected."""
+    """Reads the section and collects its problems."""
 
     shown: str
     problems: list[str]
@@ -146,14 +146,14 @@ class _Reader:
 
 
 def _text(node: yaml.Node) -> str:
-    """The value as on the command line; scalars stay as they were written."""
+    """Return the value as on the command line. Scalars stay as they were written."""
     if isinstance(node, yaml.ScalarNode):
         return "" if node.tag == "tag:yaml.org,2002:null" else str(node.value)
     return yaml.serialize(_flow(node), width=1 << 30, Dumper=yaml.SafeDumper).strip()
 
 
 def _flow(node: Any) -> yaml.Node:
-    """The node in the one-line form."""
+    """Return the node in flow style, for a single line."""
     if isinstance(node, yaml.SequenceNode):
         return yaml.SequenceNode(node.tag, [_flow(item) for item in node.value], flow_style=True)
     if isinstance(node, yaml.MappingNode):

@@ -27,14 +27,14 @@ _NO_ACCOUNTING = ("accounting storage is disabled", "is not on PATH")
 
 
 def queue(users: Sequence[int]) -> dict[str, JobRecord]:
-    """Return squeue's records of all jobs of the users with these ids; jobs it has dropped are absent."""
+    """Return squeue's records of all jobs of the users with these ids. Jobs that it has dropped are absent."""
     owners = ",".join(map(str, users))
     text = _run(["squeue", "--noheader", "--states=all", f"--user={owners}", "--format=%i|%T|%r|%S|%j"])
     return newest(parse_squeue(text))
 
 
 def accounting(job_ids: Sequence[str], since: float) -> dict[str, JobRecord]:
-    """Return sacct's records of these jobs, all submitted at `since` or later; none where the site has no accounting.
+    """Return sacct's records of these jobs, all submitted at `since` or later, or none at a site without accounting.
 
     `since` is in seconds since the epoch.
     """
@@ -72,7 +72,7 @@ def find_job(name: str, token: str, since: float) -> str | None:
 
 
 def max_array_size() -> int:
-    """Return how many elements a job array may have; Slurm's default where it does not say."""
+    """Return how many elements a job array may have, or Slurm's default where it does not say."""
     shown = re.search(r"^MaxArraySize\s*=\s*([0-9]+)", _run(["scontrol", "show", "config"]), re.MULTILINE)
     return int(shown.group(1)) if shown is not None else 1001
 
@@ -93,7 +93,7 @@ def job_limits() -> dict[str, int]:
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs; a job that has ended already is no error to Slurm."""
+    """Cancel jobs. A job that has ended already is no error to Slurm."""
     _run(["scancel", *job_ids])
 
 

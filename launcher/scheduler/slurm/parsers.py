@@ -47,7 +47,7 @@ def parse_squeue(text: str) -> Iterator[JobRecord]:
 
 
 def parse_sacct(text: str, separator: str = "|") -> Iterator[JobRecord]:
-    """Yield the allocations in an answer of sacct that begins with a header; steps are skipped."""
+    """Yield the allocations in an answer of sacct that begins with a header, without the steps."""
     lines = text.splitlines()
     header = lines[0].split(separator) if lines else []
     for line in lines[1:]:
@@ -82,12 +82,12 @@ def newest(records: Iterable[JobRecord]) -> dict[str, JobRecord]:
 
 
 def _start(record: JobRecord) -> str:
-    """Return the start in ISO format, which sorts as text; a job that has not started sorts last, as the newest."""
+    """Return the start in ISO format, which sorts as text. A job that has not started sorts last, as the newest."""
     return record.start if record.start[:1].isdigit() else "~"
 
 
 def split_job_id(text: str) -> list[str]:
-    """Expand an array id: `20_[2-4,7%5]` → 20_2, 20_3, 20_4, 20_7; `20_[1-5:2]` → 20_1, 20_3, 20_5."""
+    """Expand an array id: `20_[2-4,7%5]` → 20_2, 20_3, 20_4, 20_7, and `20_[1-5:2]` → 20_1, 20_3, 20_5."""
     match = _ARRAY.fullmatch(text.strip())
     if match is None:
         return [text.strip()]
@@ -99,7 +99,7 @@ def split_job_id(text: str) -> list[str]:
 
 
 def parse_job_view(text: str) -> JobView | None:
-    """Return what `scontrol show job -o` answered; None where it did not answer."""
+    """Return what `scontrol show job -o` answered, or None where it did not answer."""
     fields: dict[str, str] = {}
     for name, value in _FIELD.findall(text):
         fields.setdefault(name, value)  # the first is Slurm's; a command line behind it may look like fields too
@@ -115,5 +115,5 @@ def parse_job_view(text: str) -> JobView | None:
 
 
 def parse_log(text: str) -> tuple[JobState, str] | None:
-    """Return how Slurm ended a job according to the end of its logs, and words for people; None where it did not."""
+    """Return how Slurm ended a job according to the end of its logs, and words for people, or None."""
     return next(((state, words) for pattern, state, words in _LOG_WORDS if pattern.search(text)), None)

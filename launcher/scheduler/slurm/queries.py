@@ -87,7 +87,7 @@ def forget() -> None:
 
 
 def _ask_accounts(memory: _Memory, forgotten: Mapping[str, float], may_be_old: bool) -> str | None:
-    """Ask sacct for the jobs in `forgotten` that it was not asked for lately; return its error message, if any."""
+    """Ask sacct for the jobs in `forgotten` that it was not asked for lately, and return its error message, if any."""
     since = time.time() - (_ACCOUNTS_KEPT_SECONDS if may_be_old else 0.0)
     memory.accounts = {job: entry for job, entry in memory.accounts.items() if entry[0] > since}
     wanted = [job for job in forgotten if job not in memory.accounts]
@@ -110,7 +110,7 @@ def _kept_seconds() -> float:
 
 @contextlib.contextmanager
 def _memory(users: Sequence[int]) -> Iterator[_Memory]:
-    """Yield the shared answers, and store them afterwards; other shells wait meanwhile, to use the new ones."""
+    """Yield the shared answers, and store them afterwards. Other shells wait meanwhile, to use the new ones."""
     folder = private_folder()
     if folder is None or _kept_seconds() <= 0:
         yield _Memory()
@@ -142,7 +142,7 @@ def _as_json(memory: _Memory) -> _MemoryFile:
 
 
 def _read(file: Path) -> _Memory:
-    """Return the answers in `file`; none where it does not exist or is of another version."""
+    """Return the answers in `file`, or empty ones where it does not exist or is of another version."""
     try:
         values: _MemoryFile = json.loads(file.read_text(encoding="utf-8"))
         queue = [_record(item) for item in values["queue"]]
@@ -154,5 +154,5 @@ def _read(file: Path) -> _Memory:
 
 
 def _record(item: dict[str, object]) -> JobRecord:
-    """Return the record in `item`; TypeError or ValueError where it is of another version."""
+    """Return the record in `item`. Raise TypeError or ValueError where it is of another version."""
     return dataclasses.replace(JobRecord(**item), state=JobState(item["state"]))  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ def submit_options(submission: Submission) -> list[str]:
 
 
 def _given(resources: ResourcesSpec, prefix: str) -> list[str]:
-    """Return the value that the user has given for an option, in a list; the last one counts, as for sbatch."""
+    """Return the value that the user has given for an option, in a list. The last one counts, as for sbatch."""
     return [option.removeprefix(prefix) for option in resources.extra_sbatch if option.startswith(prefix)][-1:]
 
 
