@@ -56,7 +56,7 @@ def _created_at(paths: RunPaths) -> float:
 
 
 def parse_since(text: str) -> float:
-    """Return the time (seconds since the epoch) `90m`, `12h`, `3d`, `2w` ago, or of `2026-11-24`, `2026-11-24T18:30`."""
+    """Return the time (in seconds since the epoch) `90m`, `12h`, `3d`, `2w` ago, or of a date, `2026-11-24T18:30`."""
     match = re.fullmatch(r"([0-9]{1,6})([mhdw])", text)
     if match is not None:
         return time.time() - int(match[1]) * _UNITS[match[2]]
