@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher.submission.plan import Plan, make_plan
+from launcher.submission.submission import Submission, make_submission
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -42,8 +42,8 @@ def quickstart_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def plan(name: str, *overrides: str) -> Plan:
-    return make_plan(EXAMPLES / name, overrides)
+def plan(name: str, *overrides: str) -> Submission:
+    return make_submission(EXAMPLES / name, overrides)
 
 
 def test_no_held_out_question_is_trained_on(quickstart_data: Path) -> None:

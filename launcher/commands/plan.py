@@ -37,7 +37,7 @@ def _plan(options: argparse.Namespace) -> int:
     from launcher.contract.errors import ConfigError
     from launcher.planning.run_plan import gpu_of, unknown_gpu
     from launcher.planning.search import search, with_gpus
-    from launcher.submission.plan import model_shape_of
+    from launcher.submission.submission import model_shape_of
     from launcher.views.plan_report import as_json, text
 
     spec = load_config(options.config, options.overrides, options.cluster).spec

@@ -34,7 +34,7 @@ def add(commands: Subcommands) -> None:
 
 def _resubmit(options: argparse.Namespace) -> int:
     from launcher.contract.arrival import other_cluster
-    from launcher.submission.resubmit import child_plan, same_run
+    from launcher.submission.resubmit import child_submission, same_run
     from launcher.submission.submit import submit
     from launcher.submission.summary import next_steps, summary
 
@@ -42,9 +42,9 @@ def _resubmit(options: argparse.Namespace) -> int:
         return _resubmit_failed(options)
     paths, cluster = chosen_run(options), other_cluster(options.cluster)
     if options.overrides or cluster:
-        plan = child_plan(paths, options.overrides, cluster)
-        job = submit(plan, options.command_line, parent_run=str(paths.root))
-        run, text = plan.paths, f"{summary(plan)}\n{next_steps(plan, job)}"
+        submission = child_submission(paths, options.overrides, cluster)
+        job = submit(submission, options.command_line, parent_run=str(paths.root))
+        run, text = submission.paths, f"{summary(submission)}\n{next_steps(submission, job)}"
     else:
         job = same_run(paths)
         run, text = paths, f"submitted  run {paths.name} again as job {job.id}"

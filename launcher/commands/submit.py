@@ -21,7 +21,7 @@ from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from launcher.contract.rundir import RunPaths
-    from launcher.submission.plan import Plan
+    from launcher.submission.submission import Submission
     from launcher.sweeps.groups import Group
     from launcher.sweeps.sweep import Sweep
 
@@ -62,16 +62,16 @@ def _submit(options: argparse.Namespace) -> int:
 def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
     from launcher.contract.errors import ConfigError
     from launcher.submission.summary import run_root_words, summary
-    from launcher.sweeps.submit import plan_sweep, submit_group
+    from launcher.sweeps.submit import submit_group, sweep_submissions
 
     if options.follow or options.test_only:
         raise ConfigError("--follow and --test-only are for single runs, and the config has a sweep section")
-    group, plans = plan_sweep(options.config, sweep, options.overrides, options.cluster)
+    group, submissions = sweep_submissions(options.config, sweep, options.overrides, options.cluster)
     if options.dry_run:
-        print(f"{summary(plans[0])}\n{_points(group)}")
+        print(f"{summary(submissions[0])}\n{_points(group)}")
         return int(ExitCode.OK)
-    _confirm(plans, options.yes)
-    jobs = [job.id.text for job in submit_group(group, plans, sweep, options.command_line)]
+    _confirm(submissions, options.yes)
+    jobs = [job.id.text for job in submit_group(group, submissions, sweep, options.command_line)]
     if options.json:
         print_json({"group": group.name, "runs": dict(zip(group.points, jobs, strict=True))})
         return int(ExitCode.OK)
@@ -98,46 +98,48 @@ def _submit_run(options: argparse.Namespace) -> int:
     from launcher.submission.submit import submit
     from launcher.submission.summary import next_steps, summary
 
-    plan, parent = _plan(options)
+    submission, parent = _submission(options)
     if options.dry_run:
-        print(f"{summary(plan)}\n\n{script_of(plan)}", end="")
+        print(f"{summary(submission)}\n\n{script_of(submission)}", end="")
         return int(ExitCode.OK)
     if options.test_only:
-        print(f"{summary(plan)}\n{_expected_start(plan)}")
+        print(f"{summary(submission)}\n{_expected_start(submission)}")
         return int(ExitCode.OK)
-    _confirm([plan], options.yes)
-    job = submit(plan, options.command_line, parent)
+    _confirm([submission], options.yes)
+    job = submit(submission, options.command_line, parent)
     if options.json:
-        print_json({"run": plan.paths.name, "directory": str(plan.paths.root), "job": job.id.text})
+        print_json({"run": submission.paths.name, "directory": str(submission.paths.root), "job": job.id.text})
     else:
-        print(f"{summary(plan)}\n{next_steps(plan, job)}", flush=True)
-    return _follow(plan.paths) if options.follow else int(ExitCode.OK)
+        print(f"{summary(submission)}\n{next_steps(submission, job)}", flush=True)
+    return _follow(submission.paths) if options.follow else int(ExitCode.OK)
 
 
-def _swept(options: argparse.Namespace) -> tuple[Group, list[Plan]] | None:
+def _swept(options: argparse.Namespace) -> tuple[Group, list[Submission]] | None:
     """Return the checked runs of a config with a sweep section, or None where it has none."""
     from launcher.sweeps.sweep import read_sweep
 
     sweep = read_sweep(options.config)
     if sweep is None:
         return None
-    from launcher.sweeps.submit import plan_sweep
+    from launcher.sweeps.submit import sweep_submissions
 
-    return plan_sweep(options.config, sweep, options.overrides, options.cluster)
+    return sweep_submissions(options.config, sweep, options.overrides, options.cluster)
 
 
-def _confirm(plans: Sequence[Plan], yes: bool) -> None:
+def _confirm(submissions: Sequence[Submission], yes: bool) -> None:
     """Ask before runs that are costly together. Raise ConfigError where nobody can answer, or the answer is not yes."""
     from launcher.contract.errors import ConfigError
     from launcher.planning.run_plan import run_cost
 
-    limit = plans[0].spec.resources.gpu_hour_limit
-    costs = [cost for plan in plans if (cost := run_cost(plan.spec, plan.prediction)) is not None]
+    limit = submissions[0].spec.resources.gpu_hour_limit
+    costs = [
+        cost for submission in submissions if (cost := run_cost(submission.spec, submission.prediction)) is not None
+    ]
     hours = sum(cost.gpu_hours for cost in costs)
     if yes or limit is None or hours <= limit:
         return
-    what = f"{len(plans)} runs take up to {hours:,.1f} GPU hours"
-    if len(plans) == 1:
+    what = f"{len(submissions)} runs take up to {hours:,.1f} GPU hours"
+    if len(submissions) == 1:
         what = f"the run takes up to {costs[0].describe()}"
     what += f"; resources.gpu_hour_limit is {limit:,.1f}"
     if not sys.stdin.isatty():
@@ -147,48 +149,48 @@ def _confirm(plans: Sequence[Plan], yes: bool) -> None:
         raise ConfigError("not submitted")
 
 
-def _plan(options: argparse.Namespace) -> tuple[Plan, str | None]:
-    """Return the plan of a config, or of a run's lockfile together with the run that it was made by."""
-    from launcher.submission.lockfile import code_note, is_lockfile, plan_of_lockfile
-    from launcher.submission.plan import make_plan
+def _submission(options: argparse.Namespace) -> tuple[Submission, str | None]:
+    """Return the submission of a config, or of a run's lockfile together with the run that it was made by."""
+    from launcher.submission.lockfile import code_note, is_lockfile, submission_of_lockfile
+    from launcher.submission.submission import make_submission
 
     if not is_lockfile(options.config):
-        return make_plan(options.config, options.overrides, options.cluster), None
+        return make_submission(options.config, options.overrides, options.cluster), None
     note = code_note(options.config)
     if note:
         print(note, file=sys.stderr)
-    return plan_of_lockfile(options.config, options.overrides, options.cluster)
+    return submission_of_lockfile(options.config, options.overrides, options.cluster)
 
 
-def _expected_start(plan: Plan) -> str:
+def _expected_start(submission: Submission) -> str:
     from launcher.scheduler.factory import scheduler_of
     from launcher.submission.script import script_of
 
-    return f"start      {scheduler_of(plan.spec.cluster.scheduler).expected_start(script_of(plan))}"
+    return f"start      {scheduler_of(submission.spec.cluster.scheduler).expected_start(script_of(submission))}"
 
 
 def _render(options: argparse.Namespace) -> int:
     from launcher.submission.script import script_of
 
     swept = _swept(options)
-    plan = swept[1][0] if swept else _plan(options)[0]
+    submission = swept[1][0] if swept else _submission(options)[0]
     if swept:
-        print(f"of the sweep's {len(swept[1])} runs the first, {plan.spec.name}:", file=sys.stderr)
-    print(script_of(plan) if options.diff is None else _diff(options, plan), end="")
+        print(f"of the sweep's {len(swept[1])} runs the first, {submission.spec.name}:", file=sys.stderr)
+    print(script_of(submission) if options.diff is None else _diff(options, submission), end="")
     return int(ExitCode.OK)
 
 
-def _diff(options: argparse.Namespace, plan: Plan) -> str:
+def _diff(options: argparse.Namespace, submission: Submission) -> str:
     from launcher.contract.errors import ConfigError
     from launcher.runs.find import find_run
-    from launcher.submission.plan import make_plan
     from launcher.submission.script_diff import against_cluster, against_run
+    from launcher.submission.submission import make_submission
 
     if options.diff:
-        return against_run(plan, find_run(options.diff, options.run_root or plan.paths.root.parent))
+        return against_run(submission, find_run(options.diff, options.run_root or submission.paths.root.parent))
     if not options.cluster:
         raise ConfigError("--diff: name the RUN to compare with, or another cluster by --cluster")
-    return against_cluster(make_plan(options.config, options.overrides), plan)
+    return against_cluster(make_submission(options.config, options.overrides), submission)
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -199,26 +201,26 @@ def _validate(options: argparse.Namespace) -> int:
 
     swept = _swept(options)
     if swept:
-        group, plans = swept
+        group, submissions = swept
         if options.json:
             print_json({"group": group.name, "runs": group.points})
         else:
-            print(f"{summary(plans[0])}\n{_points(group)}\nvalid")
+            print(f"{summary(submissions[0])}\n{_points(group)}\nvalid")
         return int(ExitCode.OK)
-    plan, _ = _plan(options)
+    submission, _ = _submission(options)
     if options.json:
         print_json(
             {
-                "config": dataclasses.asdict(plan.spec),
-                "sources": plan.config.sources,
-                "topology": dataclasses.asdict(plan.topology),
-                "versions": ranks_versions(plan.spec.cluster.runtime),
+                "config": dataclasses.asdict(submission.spec),
+                "sources": submission.config.sources,
+                "topology": dataclasses.asdict(submission.topology),
+                "versions": ranks_versions(submission.spec.cluster.runtime),
             }
         )
     else:
-        versions = ranks_versions(plan.spec.cluster.runtime)
+        versions = ranks_versions(submission.spec.cluster.runtime)
         known = describe_versions(versions) if versions else "those of the ranks' Python, which preflight checks"
-        print(f"{summary(plan)}\nversions   {known}\nvalid")
+        print(f"{summary(submission)}\nversions   {known}\nvalid")
     return int(ExitCode.OK)
 
 

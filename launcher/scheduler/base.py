@@ -52,7 +52,7 @@ class Array:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
+class JobRequest:
     """A script to submit, with all that is decided at each submission anew and so is not in the script."""
 
     name: str
@@ -136,7 +136,7 @@ class Scheduler(Protocol):
         """What the scheduler can do."""
         return CAPABILITIES[self.name]
 
-    def submit(self, submission: Submission) -> Job:
+    def submit(self, request: JobRequest) -> Job:
         """Submit the script and return its job.
 
         SubmissionUnknown where it is open whether there is a job now, any other SchedulerError where there is none.

@@ -16,7 +16,7 @@ from launcher.contract import processes
 from launcher.contract.errors import RunStateError
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
-from launcher.scheduler.base import Answer, Intent, JobRecord, Scheduler, Submission
+from launcher.scheduler.base import Answer, Intent, JobRecord, JobRequest, Scheduler
 
 _TERM_SECONDS = 60.0
 _KILL_SECONDS = 10.0
@@ -29,12 +29,12 @@ class Local(Scheduler):
     title = "this machine"
     noun = "process"
 
-    def submit(self, submission: Submission) -> Job:
+    def submit(self, request: JobRequest) -> Job:
         from launcher.scheduler.local_controller import ScriptLocalExecutor  # submitit: only submitting needs it
 
-        resources, token = submission.resources, submission.intent.token
-        executor = ScriptLocalExecutor(submission.folder, resources.time, resources.signal_seconds, token)
-        return self._job(int(executor.submit_script(submission.script)), token, time.time())
+        resources, token = request.resources, request.intent.token
+        executor = ScriptLocalExecutor(request.folder, resources.time, resources.signal_seconds, token)
+        return self._job(int(executor.submit_script(request.script)), token, time.time())
 
     def find(self, name: str, intent: Intent, started: str | None) -> Job | None:
         if intent.host != socket.gethostname():

@@ -14,7 +14,7 @@ from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import to_yaml
 from launcher.submission import intent
 from launcher.submission.claim import LOCK_FILE, claim
-from launcher.submission.plan import Plan
+from launcher.submission.submission import Submission
 
 
 @contextlib.contextmanager
@@ -43,12 +43,12 @@ def claimed_directory(paths: RunPaths) -> Iterator[None]:
             raise
 
 
-def is_unfinished(plan: Plan) -> bool:
+def is_unfinished(submission: Submission) -> bool:
     """Return whether the directory holds this run, prepared, with a submission that was interrupted.
 
     Otherwise empty it of what a killed launcher left there. RunStateError where it holds another run.
     """
-    paths = plan.paths
+    paths = submission.paths
     begun = paths.manifest.is_file() and intent.pending(paths) is not None
     if not begun and _has_jobs(paths):
         raise _exists(paths)
@@ -57,7 +57,7 @@ def is_unfinished(plan: Plan) -> bool:
             if entry.name != LOCK_FILE:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return False
-    if paths.config.read_text(encoding="utf-8") != to_yaml(plan.spec):
+    if paths.config.read_text(encoding="utf-8") != to_yaml(submission.spec):
         raise RunStateError(
             f"the submission of run {paths.name} was interrupted, and this config is not the one it had; "
             f"finish it with `launcher resubmit {paths.name}`, or choose another name (name=...)"

@@ -31,7 +31,7 @@ from launcher.contract.spec import RunSpec, to_yaml
 from launcher.contract.spec.fields import path_fields
 from launcher.submission.code_snapshot import Snapshot
 from launcher.submission.names import free_name
-from launcher.submission.plan import Plan, make_plan
+from launcher.submission.submission import Submission, make_submission
 
 SUFFIX = ".lock.yaml"
 
@@ -78,23 +78,23 @@ def write_lockfile(paths: RunPaths, spec: RunSpec, manifest: Manifest, code: Sna
     write_json(paths.environment, environment())
 
 
-def plan_of_lockfile(path: Path, overrides: Sequence[str], cluster: str | None) -> tuple[Plan, str]:
-    """Return the plan of a new run from a lock file, and the run that the file was made by.
+def submission_of_lockfile(path: Path, overrides: Sequence[str], cluster: str | None) -> tuple[Submission, str]:
+    """Return the submission of a new run from a lock file, and the run that the file was made by.
 
     Raise ConfigError where files that the run reads have changed, except under keys that `overrides` set anew.
     """
-    plan = make_plan(path, overrides, cluster, resolved=True)
-    if not any(word.startswith("name=") for word in overrides) and plan.paths.root.exists():
-        plan = make_plan(path, [f"name={free_name(plan.paths)}", *overrides], cluster, resolved=True)
+    submission = make_submission(path, overrides, cluster, resolved=True)
+    if not any(word.startswith("name=") for word in overrides) and submission.paths.root.exists():
+        submission = make_submission(path, [f"name={free_name(submission.paths)}", *overrides], cluster, resolved=True)
     lock = read_lockfile(path)
     problems = [
         f"{key}: {name} is not what it was when {path} was made: {difference}; "
         f"restore it, or name other files with {key}=..."
-        for key, name, difference in _changes(lock["files"], fingerprints(plan.spec), overrides)
+        for key, name, difference in _changes(lock["files"], fingerprints(submission.spec), overrides)
     ]
     if problems:
         raise ConfigError(problems)
-    return plan, str(lock.get("run"))
+    return submission, str(lock.get("run"))
 
 
 def _changes(then: Fingerprints, now: Fingerprints, overrides: Sequence[str]) -> Iterator[tuple[str, str, str]]:

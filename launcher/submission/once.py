@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from launcher.contract.errors import SchedulerError
 from launcher.contract.job import Job
 from launcher.contract.rundir import RunPaths
-from launcher.scheduler.base import Intent, Scheduler, Submission, SubmissionUnknown
+from launcher.scheduler.base import Intent, JobRequest, Scheduler, SubmissionUnknown
 from launcher.submission import intent
 
 
@@ -16,7 +16,7 @@ def submit_once(
     paths: RunPaths,
     scheduler: Scheduler,
     recorded: Sequence[Job],
-    submission_of: Callable[[Intent], Submission],
+    request_of: Callable[[Intent], JobRequest],
     undo: Callable[[], None],
 ) -> Job:
     """Submit and return the job. Where the answer leaves open whether there is one, look for it.
@@ -26,11 +26,11 @@ def submit_once(
     """
     begun = intent.begin(paths, scheduler.name)
     try:
-        submission = submission_of(begun)
-        return scheduler.submit(submission)
+        request = request_of(begun)
+        return scheduler.submit(request)
     except SubmissionUnknown as error:
         print(f"{error}; asking {scheduler.title} what became of the job", file=sys.stderr)
-        job = _find(paths, scheduler, recorded, submission, error)
+        job = _find(paths, scheduler, recorded, request, error)
         if job is not None:
             return job
         refusal: BaseException = SchedulerError(
@@ -44,10 +44,10 @@ def submit_once(
 
 
 def _find(
-    paths: RunPaths, scheduler: Scheduler, recorded: Sequence[Job], submission: Submission, error: SubmissionUnknown
+    paths: RunPaths, scheduler: Scheduler, recorded: Sequence[Job], request: JobRequest, error: SubmissionUnknown
 ) -> Job | None:
     try:
-        return intent.find_job(paths, submission.name, recorded, submission.intent)
+        return intent.find_job(paths, request.name, recorded, request.intent)
     except SchedulerError as silence:
         raise SchedulerError(
             f"{error}\nThe job may be queued all the same, and {scheduler.title} cannot be asked now: {silence}\n"

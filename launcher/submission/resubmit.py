@@ -23,8 +23,8 @@ from launcher.submission.claim import claim
 from launcher.submission.code_snapshot import digest
 from launcher.submission.lockfile import read_lockfile
 from launcher.submission.names import free_name
-from launcher.submission.plan import Plan, make_plan
 from launcher.submission.secret_files import remove_secrets
+from launcher.submission.submission import Submission, make_submission
 from launcher.submission.submit import start
 
 
@@ -89,21 +89,21 @@ def _check_code(paths: RunPaths) -> None:
         )
 
 
-def child_plan(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -> Plan:
-    """Return the plan of a child run with `overrides`, resuming from the parent's newest complete checkpoint."""
+def child_submission(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -> Submission:
+    """Return the submission of a child run with `overrides`, resuming from the parent's newest complete checkpoint."""
     status = check_idle(paths)
     words = {word.partition("=")[0] for word in overrides}
     added = [] if "name" in words else [f"name={free_name(paths)}"]
     checkpoints = paths.complete_checkpoints()
     if checkpoints and "checkpoint.resume_from" not in words:
         added.append(f"checkpoint.resume_from={checkpoints[-1]}")
-    plan = make_plan(paths.config, [*added, *overrides], cluster, resolved=True)
-    if status.state is JobState.COMPLETED and not _trains_on(read_resolved(paths.config), plan.spec):
+    submission = make_submission(paths.config, [*added, *overrides], cluster, resolved=True)
+    if status.state is JobState.COMPLETED and not _trains_on(read_resolved(paths.config), submission.spec):
         raise RunStateError(
             f"run {paths.name} has finished, and these settings do not train longer; "
             "raise train.max_steps or train.epochs"
         )
-    return plan
+    return submission
 
 
 def _trains_on(parent: RunSpec, child: RunSpec) -> bool:

@@ -1,15 +1,15 @@
-"""The batch script of a plan."""
+"""The batch script of a submission."""
 
 from __future__ import annotations
 
 import sys
 
 from launcher.submission.code_snapshot import has_own_code
-from launcher.submission.plan import Plan
 from launcher.submission.render import render
+from launcher.submission.submission import Submission
 
 
-def script_of(plan: Plan) -> str:
-    """Return the plan's batch script, for the Python that this process runs in and the copy of its code."""
-    code = plan.paths.code if has_own_code(plan.spec) else None
-    return render(plan.spec, plan.topology, plan.paths, sys.executable, code)
+def script_of(submission: Submission) -> str:
+    """Return the submission's batch script, for the Python that this process runs in and the copy of its code."""
+    code = submission.paths.code if has_own_code(submission.spec) else None
+    return render(submission.spec, submission.topology, submission.paths, sys.executable, code)

@@ -15,7 +15,7 @@ from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import RunSpec, to_yaml
 from launcher.runs import nodes
 from launcher.runs.find import all_runs
-from launcher.scheduler.base import Array, Dependency, Intent, Submission
+from launcher.scheduler.base import Array, Dependency, Intent, JobRequest
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission import intent
 from launcher.submission.after import dependency_on_parent
@@ -23,13 +23,13 @@ from launcher.submission.code_snapshot import has_own_code, take_snapshot
 from launcher.submission.directory import claimed_directory, is_unfinished
 from launcher.submission.lockfile import write_lockfile
 from launcher.submission.once import submit_once
-from launcher.submission.plan import Plan
 from launcher.submission.script import script_of
 from launcher.submission.secret_files import check_secrets, remove_secrets, write_secrets
+from launcher.submission.submission import Submission
 
 
 def submit(
-    plan: Plan,
+    submission: Submission,
     command: Sequence[str],
     parent_run: str | None = None,
     group: str | None = None,
@@ -39,21 +39,23 @@ def submit(
 
     Killed at any point and called again, it makes one job: the files say how far the first call came.
     """
-    check_secrets(plan.spec)
-    with claimed_directory(plan.paths):
-        if not is_unfinished(plan):
-            manifest, diff = describe_run(plan.paths.name, plan.topology, command, parent_run)
-            _fill_directory(plan, dataclasses.replace(manifest, group=group), diff)
-        return start(plan.paths, plan.spec, waits_for)
+    check_secrets(submission.spec)
+    with claimed_directory(submission.paths):
+        if not is_unfinished(submission):
+            manifest, diff = describe_run(submission.paths.name, submission.topology, command, parent_run)
+            _fill_directory(submission, dataclasses.replace(manifest, group=group), diff)
+        return start(submission.paths, submission.spec, waits_for)
 
 
-def prepare(plan: Plan, command: Sequence[str], group: str) -> None:
+def prepare(submission: Submission, command: Sequence[str], group: str) -> None:
     """Make the run's directory, for a job that is submitted together with those of other runs."""
-    with claimed_directory(plan.paths):
-        if is_unfinished(plan):
-            raise RunStateError(f"the submission of run {plan.paths.name} was interrupted; finish or cancel it first")
-        manifest, diff = describe_run(plan.paths.name, plan.topology, command, None)
-        _fill_directory(plan, dataclasses.replace(manifest, group=group), diff)
+    with claimed_directory(submission.paths):
+        if is_unfinished(submission):
+            raise RunStateError(
+                f"the submission of run {submission.paths.name} was interrupted; finish or cancel it first"
+            )
+        manifest, diff = describe_run(submission.paths.name, submission.topology, command, None)
+        _fill_directory(submission, dataclasses.replace(manifest, group=group), diff)
 
 
 def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[Dependency] = ()) -> Job:
@@ -67,18 +69,18 @@ def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[Dependency] = ()) 
     if job is None:
         aside = paths.root / "submitit"
         aside.mkdir(exist_ok=True)
-        submission_of = decide_submission(manifest.name, paths.script, aside, spec, waits_for)
+        request_of = decide_request(manifest.name, paths.script, aside, spec, waits_for)
         write_secrets(spec, paths)
         scheduler = scheduler_of(spec.cluster.scheduler)
-        job = submit_once(paths, scheduler, manifest.jobs, submission_of, lambda: remove_secrets(spec, paths))
+        job = submit_once(paths, scheduler, manifest.jobs, request_of, lambda: remove_secrets(spec, paths))
     record(paths, job)
     intent.end(paths)
     return job
 
 
-def decide_submission(
+def decide_request(
     name: str, script: Path, folder: Path, spec: RunSpec, waits_for: Sequence[Dependency], array: Array | None = None
-) -> Callable[[Intent], Submission]:
+) -> Callable[[Intent], JobRequest]:
     """Decide what is decided at each submission anew: the jobs to wait for and the nodes to keep away from.
 
     Returns the submission for a given intent. ConfigError, RunStateError or SchedulerError where the run cannot wait
@@ -88,8 +90,8 @@ def decide_submission(
     dependencies = (*([on_parent] if on_parent is not None else []), *waits_for)
     exclude = _nodes_to_exclude(spec)
 
-    def submission_of(begun: Intent) -> Submission:
-        return Submission(
+    def request_of(begun: Intent) -> JobRequest:
+        return JobRequest(
             name=name,
             script=script,
             folder=folder,
@@ -101,7 +103,7 @@ def decide_submission(
             array=array,
         )
 
-    return submission_of
+    return request_of
 
 
 def record(paths: RunPaths, job: Job) -> None:
@@ -122,16 +124,16 @@ def _nodes_to_exclude(spec: RunSpec) -> str | None:
     return nodes.exclude_option(spec.cluster, spec.resources.exclude)
 
 
-def _fill_directory(plan: Plan, manifest: Manifest, diff: str) -> None:
+def _fill_directory(submission: Submission, manifest: Manifest, diff: str) -> None:
     """Write the files of a new run. The manifest comes last: it says that all of them are there."""
-    script = script_of(plan)
-    write_atomic(plan.paths.config, to_yaml(plan.spec))
-    write_atomic(plan.paths.script, script, mode=0o755)
-    plan.paths.logs.mkdir()
+    script = script_of(submission)
+    write_atomic(submission.paths.config, to_yaml(submission.spec))
+    write_atomic(submission.paths.script, script, mode=0o755)
+    submission.paths.logs.mkdir()
     if diff:
-        write_atomic(plan.paths.source_diff, diff)
-    code = take_snapshot(plan.spec, plan.paths.code) if has_own_code(plan.spec) else None
+        write_atomic(submission.paths.source_diff, diff)
+    code = take_snapshot(submission.spec, submission.paths.code) if has_own_code(submission.spec) else None
     if code is not None and code.left_out:
         print(f"left out of the run's code, too large: {', '.join(code.left_out)}", file=sys.stderr)
-    write_lockfile(plan.paths, plan.spec, manifest, code)
-    write_manifest(plan.paths, manifest)
+    write_lockfile(submission.paths, submission.spec, manifest, code)
+    write_manifest(submission.paths, manifest)

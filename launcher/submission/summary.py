@@ -12,47 +12,47 @@ from launcher.planning.run_plan import run_cost
 from launcher.runs import nodes
 from launcher.runs.find import default_run_root
 from launcher.scheduler.factory import scheduler_of
-from launcher.submission.plan import Plan
+from launcher.submission.submission import Submission
 
 
-def summary(plan: Plan) -> str:
+def summary(submission: Submission) -> str:
     """Return what will run, in numbers, and where each value that is not a default came from."""
-    spec, topology = plan.spec, plan.topology
+    spec, topology = submission.spec, submission.topology
     resources = spec.resources
     device = f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else "CPU"
-    chosen = " (topology: auto)" if "plan" in plan.config.sources.values() else ""
+    chosen = " (topology: auto)" if "plan" in submission.config.sources.values() else ""
     lines = [
         f"run        {spec.name} on cluster {spec.cluster.name} ({spec.cluster.scheduler})",
         f"nodes      {resources.nodes} x {resources.ranks_per_node} ranks ({device})",
         f"topology   {topology.describe()}{chosen}",
         f"batch      {describe_batch(spec, topology)}",
-        *_predicted(plan),
-        *_excluded(plan),
-        f"directory  {plan.paths.root}",
+        *_predicted(submission),
+        *_excluded(submission),
+        f"directory  {submission.paths.root}",
         "values that are not defaults:",
     ]
-    rows = [(key, _short(value), source) for key, value, source in plan.config.changed()]
+    rows = [(key, _short(value), source) for key, value, source in submission.config.changed()]
     key_width = max(len(key) for key, _, _ in rows)
     value_width = max(len(value) for _, value, _ in rows)
     lines += [f"  {key:<{key_width}}  {value:<{value_width}}  ({source})" for key, value, source in rows]
     return "\n".join(lines)
 
 
-def _excluded(plan: Plan) -> list[str]:
-    cluster = plan.spec.cluster
+def _excluded(submission: Submission) -> list[str]:
+    cluster = submission.spec.cluster
     if not CAPABILITIES[cluster.scheduler].allocates_nodes:
         return []
     hosts = nodes.excluded(nodes.ledger_of(cluster).entries(), cluster.max_excluded)
     return [f"excluded   {', '.join(hosts)} (see `launcher nodes --cluster {cluster.name}`)"] if hosts else []
 
 
-def _predicted(plan: Plan) -> list[str]:
-    best = plan.prediction
+def _predicted(submission: Submission) -> list[str]:
+    best = submission.prediction
     if best is None:
         return []
     speed = f"{best.time.total:.2f} s a step, {best.tokens_per_second:,.0f} tokens/s at most, {best.mfu:.0%} MFU"
     memory = f"{best.memory.total:.1f} of {best.memory.total - best.missing:.1f} GiB a GPU"
-    cost = run_cost(plan.spec, best)
+    cost = run_cost(submission.spec, best)
     return [f"predicted  {memory}; {speed}", *([f"cost       {cost.describe()}"] if cost else [])]
 
 
@@ -66,11 +66,11 @@ def run_root_words(root: Path) -> str:
     return "" if root == default_run_root().absolute() else f" --run-root {shlex.quote(str(root))}"
 
 
-def next_steps(plan: Plan, job: Job) -> str:
+def next_steps(submission: Submission, job: Job) -> str:
     """Return the lines that name the job and the commands to type next."""
-    name, where = plan.paths.name, run_root_words(plan.paths.root.parent)
+    name, where = submission.paths.name, run_root_words(submission.paths.root.parent)
     return (
-        f"submitted  {scheduler_of(job.id.scheduler).noun} {job.id}, script {plan.paths.script}\n"
+        f"submitted  {scheduler_of(job.id.scheduler).noun} {job.id}, script {submission.paths.script}\n"
         f"next       launcher status {name}{where}\n"
         f"           launcher logs -f {name}{where}"
     )

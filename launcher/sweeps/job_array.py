@@ -20,23 +20,25 @@ from launcher.scheduler.factory import scheduler_of
 from launcher.submission import intent
 from launcher.submission.claim import claim
 from launcher.submission.once import submit_once
-from launcher.submission.plan import Plan
 from launcher.submission.render import directives_of, render_array
 from launcher.submission.script import script_of
 from launcher.submission.secret_files import check_secrets, remove_secrets, write_secrets
-from launcher.submission.submit import decide_submission, prepare, record
+from launcher.submission.submission import Submission
+from launcher.submission.submit import decide_request, prepare, record
 from launcher.sweeps.groups import Group
 
 
-def submit_arrays(group: Group, plans: Sequence[Plan], max_at_once: int | None, command: Sequence[str]) -> list[Job]:
+def submit_arrays(
+    group: Group, submissions: Sequence[Submission], max_at_once: int | None, command: Sequence[str]
+) -> list[Job]:
     """Submit all runs as arrays and return the jobs of the runs. Called again after an interruption it goes on."""
-    check_secrets(plans[0].spec)
-    scheduler = scheduler_of(plans[0].spec.cluster.scheduler)
+    check_secrets(submissions[0].spec)
+    scheduler = scheduler_of(submissions[0].spec.cluster.scheduler)
     size = scheduler.max_array_size()
     jobs: list[Job] = []
     before: Job | None = None
-    for first in range(0, len(plans), size):
-        part = plans[first : first + size]
+    for first in range(0, len(submissions), size):
+        part = submissions[first : first + size]
         folder = RunPaths(group.file.with_suffix("") / f"array-{first}")
         array = _Array(scheduler, folder, group.name, part, max_at_once)
         waits_for = [Dependency(job=before.id, when="ended")] if before and max_at_once else []
@@ -45,14 +47,14 @@ def submit_arrays(group: Group, plans: Sequence[Plan], max_at_once: int | None, 
     return jobs
 
 
-def check_alike(plans: Sequence[Plan]) -> None:
+def check_alike(submissions: Sequence[Submission]) -> None:
     """Raise ConfigError where runs ask the scheduler for different things: an array asks once for all."""
-    asked = [directives_of(script_of(plan)) for plan in plans]
-    for plan, lines in zip(plans, asked, strict=True):
+    asked = [directives_of(script_of(submission)) for submission in submissions]
+    for submission, lines in zip(submissions, asked, strict=True):
         if lines != asked[0]:
             differences = ", ".join(sorted(set(lines) ^ set(asked[0])))
             raise ConfigError(
-                f"sweep.as: array: {plan.paths.name} and {plans[0].paths.name} ask for different things "
+                f"sweep.as: array: {submission.paths.name} and {submissions[0].paths.name} ask for different things "
                 f"({differences}); use `as: runs`"
             )
 
@@ -64,7 +66,7 @@ class _Array:
     scheduler: Scheduler
     paths: RunPaths
     name: str
-    plans: Sequence[Plan]
+    submissions: Sequence[Submission]
     max_at_once: int | None
 
     @property
@@ -77,12 +79,14 @@ class _Array:
             job = self.known()
             if job is None:
                 if intent.pending(self.paths) is None:  # otherwise an earlier call has prepared all of it
-                    for plan in self.plans:
-                        prepare(plan, command, self.name)
+                    for submission in self.submissions:
+                        prepare(submission, command, self.name)
                 job = self.send(waits_for)
             write_json(self.job_file, job.as_json())
-            for plan, element in zip(self.plans, self.scheduler.array_elements(job, len(self.plans)), strict=True):
-                record(plan.paths, element)
+            for submission, element in zip(
+                self.submissions, self.scheduler.array_elements(job, len(self.submissions)), strict=True
+            ):
+                record(submission.paths, element)
             intent.end(self.paths)
         return job
 
@@ -92,21 +96,23 @@ class _Array:
         job = Job.from_json(values) if values else None
         if job is None and begun is not None:
             job = intent.find_job(self.paths, self.name, (), begun)
-        if job is not None and any(plan.paths.config.read_text() != to_yaml(plan.spec) for plan in self.plans):
+        if job is not None and any(
+            submission.paths.config.read_text() != to_yaml(submission.spec) for submission in self.submissions
+        ):
             raise RunStateError(f"sweep {self.name} is submitted with another config; choose another name (name=...)")
         return job
 
     def send(self, waits_for: Sequence[Dependency]) -> Job:
         """Write the array's script and submit it."""
-        spec, runs = self.plans[0].spec, [plan.paths.root for plan in self.plans]
-        script = render_array(self.name, directives_of(script_of(self.plans[0])), self.paths.root, runs)
+        spec, runs = self.submissions[0].spec, [submission.paths.root for submission in self.submissions]
+        script = render_array(self.name, directives_of(script_of(self.submissions[0])), self.paths.root, runs)
         write_atomic(self.paths.script, script, mode=0o755)
         array = Array(size=len(runs), at_once=self.max_at_once)
-        submission_of = decide_submission(self.name, self.paths.script, self.paths.root, spec, waits_for, array)
-        for plan in self.plans:
-            write_secrets(plan.spec, plan.paths)
-        return submit_once(self.paths, self.scheduler, (), submission_of, self.remove_secrets)
+        request_of = decide_request(self.name, self.paths.script, self.paths.root, spec, waits_for, array)
+        for submission in self.submissions:
+            write_secrets(submission.spec, submission.paths)
+        return submit_once(self.paths, self.scheduler, (), request_of, self.remove_secrets)
 
     def remove_secrets(self) -> None:
-        for plan in self.plans:
-            remove_secrets(plan.spec, plan.paths)
+        for submission in self.submissions:
+            remove_secrets(submission.spec, submission.paths)

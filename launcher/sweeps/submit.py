@@ -21,30 +21,32 @@ from launcher.contract.spec import to_yaml
 from launcher.scheduler.base import Dependency, Scheduler
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission import intent
-from launcher.submission.plan import Plan, make_plan
+from launcher.submission.submission import Submission, make_submission
 from launcher.submission.submit import submit
 from launcher.sweeps.groups import Group, read_group
 from launcher.sweeps.job_array import check_alike, submit_arrays
 from launcher.sweeps.sweep import Sweep
 
 
-def plan_sweep(path: Path, sweep: Sweep, overrides: Sequence[str], cluster: str | None) -> tuple[Group, list[Plan]]:
+def sweep_submissions(
+    path: Path, sweep: Sweep, overrides: Sequence[str], cluster: str | None
+) -> tuple[Group, list[Submission]]:
     """Return every run of a sweep, checked. ConfigError with the problems of all points, each said once."""
     problems: dict[str, None] = {}
-    plans: list[Plan] = []
+    submissions: list[Submission] = []
     name = ""
     for number, point in enumerate(sweep.points):
         words = [*overrides, *(f"{key}={value}" for key, value in point)]
         try:
             if not name:
-                name = make_plan(path, words, cluster).spec.name
-            plans.append(make_plan(path, [*words, f"name={name}-{number}"], cluster))
+                name = make_submission(path, words, cluster).spec.name
+            submissions.append(make_submission(path, [*words, f"name={name}-{number}"], cluster))
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise ConfigError(list(problems))
-    root = plans[0].paths.root.parent
-    scheduler = plans[0].spec.cluster.scheduler
+    root = submissions[0].paths.root.parent
+    scheduler = submissions[0].spec.cluster.scheduler
     able = CAPABILITIES[scheduler]
     for key, given, possible in (
         ("max_at_once", sweep.max_at_once is not None, able.dependencies),
@@ -52,31 +54,31 @@ def plan_sweep(path: Path, sweep: Sweep, overrides: Sequence[str], cluster: str 
     ):
         if given and not possible:
             raise ConfigError(f"sweep.{key}: scheduler {scheduler} cannot do that; drop it, or choose another cluster")
-    points = {plan.paths.name: dict(point) for plan, point in zip(plans, sweep.points, strict=True)}
-    return Group(name=name, root=root, points=points), plans
+    points = {submission.paths.name: dict(point) for submission, point in zip(submissions, sweep.points, strict=True)}
+    return Group(name=name, root=root, points=points), submissions
 
 
-def submit_group(group: Group, plans: Sequence[Plan], sweep: Sweep, command: Sequence[str]) -> list[Job]:
+def submit_group(group: Group, submissions: Sequence[Submission], sweep: Sweep, command: Sequence[str]) -> list[Job]:
     """Submit the runs without a job and return the jobs of all. Called again after an interruption it goes on."""
-    _check_new(group, plans)
-    _check_limits(scheduler_of(plans[0].spec.cluster.scheduler), len(plans))
+    _check_new(group, submissions)
+    _check_limits(scheduler_of(submissions[0].spec.cluster.scheduler), len(submissions))
     if sweep.array:
-        check_alike(plans)
+        check_alike(submissions)
     write_json(group.file, {"points": group.points})
     if sweep.array:
-        return submit_arrays(group, plans, sweep.max_at_once, command)
+        return submit_arrays(group, submissions, sweep.max_at_once, command)
     max_at_once = sweep.max_at_once
     jobs: list[Job] = []
-    for number, plan in enumerate(plans):
+    for number, submission in enumerate(submissions):
         waits_for = []
         if max_at_once is not None and number >= max_at_once:
             waits_for = [Dependency(job=jobs[number - max_at_once].id, when="ended")]
         try:
-            known = _job(plan.paths)
-            jobs.append(known or submit(plan, command, group=group.name, waits_for=waits_for))
+            known = _job(submission.paths)
+            jobs.append(known or submit(submission, command, group=group.name, waits_for=waits_for))
         except LauncherError as error:
             raise type(error)(
-                f"{error}\n{number} of the {len(plans)} runs of {group.name} are submitted; "
+                f"{error}\n{number} of the {len(submissions)} runs of {group.name} are submitted; "
                 "give the same command again for the others"
             ) from None
     return jobs
@@ -90,14 +92,18 @@ def _job(paths: RunPaths) -> Job | None:
     return jobs[-1] if jobs else None
 
 
-def _check_new(group: Group, plans: Sequence[Plan]) -> None:
+def _check_new(group: Group, submissions: Sequence[Submission]) -> None:
     """Raise RunStateError unless the names are free, or are those of this very group, not yet submitted as a whole."""
     before = read_group(group.name, group.root)
-    taken = [plan for plan in plans if _job(plan.paths) is not None]
+    taken = [submission for submission in submissions if _job(submission.paths) is not None]
     if before is None and taken:
         raise RunStateError(f"run {taken[0].paths.name} exists in {group.root}; choose another name (name=...)")
-    changed = [plan.paths.name for plan in taken if plan.paths.config.read_text(encoding="utf-8") != to_yaml(plan.spec)]
-    if before is not None and (before.points != group.points or changed or len(taken) == len(plans)):
+    changed = [
+        submission.paths.name
+        for submission in taken
+        if submission.paths.config.read_text(encoding="utf-8") != to_yaml(submission.spec)
+    ]
+    if before is not None and (before.points != group.points or changed or len(taken) == len(submissions)):
         raise RunStateError(
             f"group {group.name} exists in {group.root} with {len(before.points)} runs, {len(taken)} of them submitted;"
             f" see `launcher status {group.name}`, or choose another name (name=...)"

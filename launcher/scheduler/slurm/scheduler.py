@@ -10,7 +10,7 @@ from launcher.contract.errors import LauncherError, SchedulerError, did_you_mean
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.spec import ClusterSpec, ResourcesSpec
-from launcher.scheduler.base import Answer, Dependency, Intent, JobRecord, JobView, Scheduler, Submission
+from launcher.scheduler.base import Answer, Dependency, Intent, JobRecord, JobRequest, JobView, Scheduler
 from launcher.scheduler.slurm import commands, queries
 from launcher.scheduler.slurm.parsers import parse_job_view, parse_log
 from launcher.scheduler.slurm.states import from_slurm
@@ -31,12 +31,12 @@ class Slurm(Scheduler):
     submit_seconds = 70.0  # sbatch's time limit and the grace period of the `timeout` that enforces it
     settle_seconds = 10.0  # the controller's own message timeout, if unset
 
-    def submit(self, submission: Submission) -> Job:
+    def submit(self, request: JobRequest) -> Job:
         from launcher.scheduler.slurm.executor import ScriptSlurmExecutor  # submitit: only submitting needs it
 
-        script = submission.script.read_text(encoding="utf-8")
-        executor = ScriptSlurmExecutor(submission.folder, script, submit_options(submission), submission.hidden)
-        job_id = JobId(executor.submit_script(), self.name, submission.intent.token)
+        script = request.script.read_text(encoding="utf-8")
+        executor = ScriptSlurmExecutor(request.folder, script, submit_options(request), request.hidden)
+        job_id = JobId(executor.submit_script(), self.name, request.intent.token)
         return Job(id=job_id, submitted_at=time.time())
 
     def find(self, name: str, intent: Intent, started: str | None) -> Job | None:
@@ -102,21 +102,21 @@ class Slurm(Scheduler):
         return parse_log(text)
 
 
-def submit_options(submission: Submission) -> list[str]:
+def submit_options(request: JobRequest) -> list[str]:
     """Return sbatch's options for a submission.
 
     An option on the command line replaces the script's own, so what the user has given in `resources` is repeated.
     """
-    comment = [*_given(submission.resources, "--comment="), submission.intent.token]
-    clauses = [_clause(dependency) for dependency in submission.waits_for]
+    comment = [*_given(request.resources, "--comment="), request.intent.token]
+    clauses = [_clause(dependency) for dependency in request.waits_for]
     options = [f"--comment={' '.join(comment)}"]
-    if submission.exclude:
-        options.append(f"--exclude={submission.exclude}")
+    if request.exclude:
+        options.append(f"--exclude={request.exclude}")
     if clauses:
-        options.append(f"--dependency={','.join([*_given(submission.resources, '--dependency='), *clauses])}")
-    if submission.array is not None:
-        throttle = f"%{submission.array.at_once}" if submission.array.at_once is not None else ""
-        options.append(f"--array=0-{submission.array.size - 1}{throttle}")
+        options.append(f"--dependency={','.join([*_given(request.resources, '--dependency='), *clauses])}")
+    if request.array is not None:
+        throttle = f"%{request.array.at_once}" if request.array.at_once is not None else ""
+        options.append(f"--array=0-{request.array.size - 1}{throttle}")
     return options
 
 

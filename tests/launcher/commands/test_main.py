@@ -68,14 +68,14 @@ def test_unforeseen_faults_and_interruption(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("launcher.submission.plan.make_plan", fail)
+    monkeypatch.setattr("launcher.submission.submission.make_submission", fail)
     assert main(["validate", "cfg.yaml"]) == ExitCode.FAILURE
     assert capsys.readouterr().err == "error: ZeroDivisionError: oh (a bug; --debug shows the traceback)\n"
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launcher.submission.plan.make_plan", interrupt)
+    monkeypatch.setattr("launcher.submission.submission.make_submission", interrupt)
     assert main(["validate", "cfg.yaml"]) == ExitCode.INTERRUPTED
 
 

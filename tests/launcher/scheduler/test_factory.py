@@ -13,7 +13,7 @@ from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.schedulers import CAPABILITIES, SchedulerName, scheduler_name
 from launcher.contract.spec import ClusterSpec, ResourcesSpec
-from launcher.scheduler.base import Array, Dependency, Intent, Submission
+from launcher.scheduler.base import Array, Dependency, Intent, JobRequest
 from launcher.scheduler.factory import scheduler_of
 from launcher.scheduler.slurm.scheduler import Slurm, submit_options
 from launcher.submission.render import template_name
@@ -41,9 +41,9 @@ def test_options_of_a_submission(tmp_path: Path) -> None:
         Dependency(job=JobId("7", "slurm"), when="succeeded"),
         Dependency(job=JobId("8_1", "slurm"), when="ended"),
     )
-    plain = Submission(name="a", script=tmp_path, folder=tmp_path, intent=INTENT, resources=ResourcesSpec())
+    plain = JobRequest(name="a", script=tmp_path, folder=tmp_path, intent=INTENT, resources=ResourcesSpec())
     assert submit_options(plain) == ["--comment=sft-1"]
-    full = Submission(
+    full = JobRequest(
         name="a",
         script=tmp_path,
         folder=tmp_path,

@@ -14,7 +14,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.nemo.convert import convert
 from launcher.contract.nemo.document import is_nemo, read_document
 from launcher.contract.nemo.rules import rule_of
-from launcher.submission.plan import make_plan
+from launcher.submission.submission import make_submission
 from tests.launcher.conftest import CONFIG
 from tests.launcher.contract.nemo.nemo_files import SHAPES, nemo_config
 
@@ -42,7 +42,7 @@ def test_original_shapes_convert_validate_and_render(
     script = capsys.readouterr().out
     shape = SHAPES[name]
     assert f"#SBATCH --nodes={shape['nodes']}\n" in script
-    plan = make_plan(workdir / "ours.yaml", ["data.train=a.jsonl"], "slurm-dev")
+    plan = make_submission(workdir / "ours.yaml", ["data.train=a.jsonl"], "slurm-dev")
     topology = plan.topology
     assert (topology.tensor_parallel, topology.pipeline_parallel) == (shape["tp"], shape["pp"])
     assert topology.world_size == 8 * shape["nodes"]

@@ -25,7 +25,7 @@ from launcher.planning.search import apply, search
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Submission:
     """A run that could be submitted."""
 
     config: LoadedConfig
@@ -40,7 +40,9 @@ class Plan:
         return self.config.spec
 
 
-def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False) -> Plan:
+def make_submission(
+    path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False
+) -> Submission:
     """Load and check everything that can be checked without a scheduler."""
     config = load_config(path, overrides, cluster, resolved=resolved)
     shape, gpu = model_shape_of(config.spec), gpu_of(config.spec)
@@ -55,7 +57,7 @@ def make_plan(path: Path, overrides: Sequence[str] = (), cluster: str | None = N
         prediction = estimate(spec, topology, shape, gpu)
         if spec.topology.check_memory:
             check_fit(spec, prediction, shape, gpu)
-    return Plan(
+    return Submission(
         config=config, topology=topology, paths=RunPaths(Path(spec.run_root) / spec.name), prediction=prediction
     )
 
