@@ -12,11 +12,17 @@ import torch
 
 from launcher.contract.errors import CheckpointError, ConfigError
 from launcher.contract.rundir import checkpoint_step, complete_checkpoints
+from launcher.contract.versions import parse_version
 from sft.checkpoint.files import changed_bytes, damage
 from sft.checkpoint.format import SHARDED, TrainerState
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
+from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.parallel.groups import ControlGroup
 from sft.megatron.patches import adamw_state
+
+# From here on, what is no tensor is in the sharded files. Later versions read common.pt of earlier ones as well.
+_COMMON_MOVED_IN = "0.19"
+_COMMON_MOVED = parse_version(_COMMON_MOVED_IN)
 
 if TYPE_CHECKING:
     from sft.engine.module import SFTGPT
@@ -59,6 +65,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
             "on would repeat or skip examples. Put that back, or start a new run with model.path set to the exported "
             "model"
         )
+    _check_version(source, trainer)
     same_topology = trainer.is_of(module.topology)
     hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]
     wanted = sharded_state(module, loading=True, with_rng=same_topology)
@@ -71,6 +78,16 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     if same_topology:
         _restore_rng(loaded["rng"])
     return dict(trainer.lightning)
+
+
+def _check_version(source: Path, trainer: TrainerState) -> None:
+    """Raise CheckpointError where this Megatron-core looks for a file that the one that wrote it no longer has."""
+    writer = trainer.versions.get("megatron_core", "")
+    if parse_version(writer) >= _COMMON_MOVED > parse_version(megatron_version):
+        raise CheckpointError(
+            f"{source} was written with Megatron-core {writer}, and {megatron_version} cannot read it: the "
+            f"files changed in {_COMMON_MOVED_IN}; install megatron-core>={_COMMON_MOVED_IN} for the ranks"
+        )
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
