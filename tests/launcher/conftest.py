@@ -30,14 +30,19 @@ topology: {pipeline_parallel: 2}
 """
 
 
-@pytest.fixture
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory of the test, with model/, a.jsonl and cfg.yaml."""
-    folder = tmp_path / "work"
+def write_workdir(folder: Path) -> None:
+    """Write model/, a.jsonl and cfg.yaml."""
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text(json.dumps(MODEL))
     (folder / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (folder / "cfg.yaml").write_text(CONFIG)
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory of the test, with model/, a.jsonl and cfg.yaml."""
+    folder = tmp_path / "work"
+    write_workdir(folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SFT_RUN_ROOT", raising=False)

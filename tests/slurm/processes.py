@@ -1,7 +1,8 @@
 """Starting daemons, waiting for them, and ending exactly the processes of one cluster.
 
-Daemons run in the foreground as our children, so a pid is never a guess, and they end with us even when the test
-session is killed (`setpriv --pdeathsig`). Job steps detach from slurmd; they are recognised by the SLURM_CONF in
+Daemons run in the foreground as our children, so a pid is never a guess. They end with us when the test session is
+killed (`setpriv --pdeathsig`), so that they can remove their files; tests.session_end ends those that do not, and job
+steps. Job steps detach from slurmd; they are recognised by the SLURM_CONF in
 their environment, which names a scratch folder nobody else uses.
 """
 
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tests.session_end import mark
 
 
 class DaemonGroup:
@@ -38,13 +41,13 @@ class DaemonGroup:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=dict(env),
+                env={**env, **mark()},
                 start_new_session=True,
             )
             self._running[name] = started.result()
 
     def stop(self, name: str, *, how: signal.Signals = signal.SIGTERM, patience: float = 30.0) -> None:
-        """End one daemon; a daemon that does not heed `how` is killed."""
+        """End one daemon; a daemon that does not end by it is killed."""
         process = self._running.pop(name, None)
         if process is None:
             return

@@ -100,12 +100,12 @@ def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
 
 def test_the_rendezvous_port_is_rank_0s_alone() -> None:
     """Nobody is given it, and nobody without SO_REUSEADDR can take it; torch's store, which has that, can listen."""
-    from torch.distributed import TCPStore
+    distributed = pytest.importorskip("torch.distributed")
 
     with held_port() as port:
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", port))
-        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store = distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         assert store.port == port
         with held_port() as second:
             assert second != port

@@ -7,7 +7,6 @@ import struct
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from launcher.contract.errors import ModelError
@@ -65,6 +64,8 @@ def test_gguf_that_is_none(tmp_path: Path) -> None:
 
 def test_gguf_is_read_as_its_own_package_writes_it(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
+    import numpy as np  # which comes with gguf; the launcher itself needs neither
+
     path = tmp_path / "b.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in {"block_count": 3, "embedding_length": 32, "feed_forward_length": 96, "head_count": 4}.items():
