@@ -1,1 +1,1 @@
-"""NeMo 1.x checkpoints -> Hugging Face directories, from which any topology starts."""
+"""Convert NeMo checkpoints into Hugging Face directories, and those into NeMo 2 checkpoints."""

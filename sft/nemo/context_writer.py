@@ -1,16 +1,15 @@
 """The `context/` of a NeMo 2 checkpoint: which model object NeMo is to build, as io.json and model.yaml.
 
 io.json is a Fiddle configuration in its JSON form (https://github.com/google/fiddle, experimental/serialization.py):
-a graph of classes by name and their arguments, with nothing pickled in it. Arguments that are left out take the
-defaults of NeMo's class. model.yaml says the same for people, and for `launcher.contract.nemo.context`.
+a graph of classes by name and their arguments, without pickles. Arguments that are left out take the defaults of NeMo's
+class. model.yaml says the same for people, and for `launcher.contract.nemo.context`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from launcher.contract.errors import ModelError
 from launcher.contract.model_shape import ModelShape
@@ -48,11 +47,11 @@ class Built:
     """An object that NeMo builds: a class and its arguments."""
 
     of: Name
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)
 
 
 def model_object(architecture: Architecture, dtype: str) -> Built:
-    """Return NeMo's model object, with parameters of `dtype` (such as bfloat16); ModelError where there is none."""
+    """Return NeMo's model object, with parameters of `dtype` (such as bfloat16), or raise ModelError."""
     shape = architecture.shape
     if shape.model_type not in _CLASSES:
         raise ModelError(
@@ -77,7 +76,7 @@ def model_object(architecture: Architecture, dtype: str) -> Built:
     return Built(of=Name(module, model), arguments={"config": built, "tokenizer": tokenizer})
 
 
-def _sizes(shape: ModelShape, dtype: str) -> dict[str, Any]:
+def _sizes(shape: ModelShape, dtype: str) -> dict[str, object]:
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -94,22 +93,22 @@ def _sizes(shape: ModelShape, dtype: str) -> dict[str, Any]:
     }
 
 
-def _gpt2(layer: DecoderLayer) -> dict[str, Any]:
+def _gpt2(layer: DecoderLayer) -> dict[str, object]:
     return {
         "normalization": "LayerNorm",
         "activation_func": _function("gelu"),
         "gated_linear_unit": False,
         "add_bias_linear": True,
         "position_embedding_type": "learned_absolute",
-        # Megatron-core's fused bias and gelu is the tanh form, F.gelu the exact one.
+        # Megatron-core's fused bias and gelu use the tanh form, F.gelu the exact one.
         "bias_activation_fusion": layer.mlp.activation == "gelu_tanh",
     }
 
 
-def _rope(architecture: Architecture) -> dict[str, Any]:
+def _rope(architecture: Architecture) -> dict[str, object]:
     rope = architecture.rope
-    assert rope is not None  # none but GPT-2 is without
-    fields: dict[str, Any] = {"rotary_base": rope.theta}
+    assert rope is not None  # only GPT-2 has none
+    fields: dict[str, object] = {"rotary_base": rope.theta}
     if rope.yarn is not None:
         raise ModelError("a model with YaRN positions cannot be written for NeMo 2, whose classes have none")
     if rope.llama3 is None:
@@ -128,10 +127,10 @@ def _function(name: str) -> Name:
     return Name("torch._C._nn", "gelu") if name == "gelu" else Name("torch.nn.functional", name)
 
 
-def model_yaml(built: Built) -> dict[str, Any]:
+def model_yaml(built: Built) -> dict[str, object]:
     """Return the object as nested mappings, each with its class."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, Built):
             return model_yaml(value)
         return {"_target_": str(value), "_call_": False} if isinstance(value, Name) else value
@@ -139,7 +138,7 @@ def model_yaml(built: Built) -> dict[str, Any]:
     return {"_target_": str(built.of), **{key: plain(value) for key, value in built.arguments.items()}}
 
 
-def io_json(model: Built) -> dict[str, Any]:
+def io_json(model: Built) -> dict[str, object]:
     """Return Fiddle's JSON of a trainer context that holds `model` and a trainer with NeMo's defaults."""
     graph = _Graph()
     context = Built(
@@ -154,10 +153,10 @@ class _Graph:
     """Objects by key, in the order in which they can be built."""
 
     def __init__(self) -> None:
-        self.objects: dict[str, Any] = {}
+        self.objects: dict[str, object] = {}
         self.counts: dict[str, int] = {}
 
-    def add(self, value: Any, path: str) -> dict[str, Any]:
+    def add(self, value: object, path: str) -> dict[str, object]:
         """Enter a value and what it is made of, and return the JSON that stands for it."""
         if isinstance(value, Name):
             return _imported(value) | {"paths": [path]}
@@ -177,7 +176,7 @@ class _Graph:
         }
         return self._enter(re.sub(r"(?<!^)(?=[A-Z])", "_", value.of.name).lower(), described)
 
-    def _description(self, value: Built) -> dict[str, Any]:
+    def _description(self, value: Built) -> dict[str, object]:
         """Return Fiddle's record of the class, its arguments' names, and their (empty) tags and history."""
         names = [[f"Index(index={i})", name] for i, name in enumerate(value.arguments)]
         kind = _imported(Name("fiddle._src.config", "BuildableTraverserMetadata"))
@@ -189,20 +188,20 @@ class _Graph:
         ]
         return self._enter("buildable_traverser_metadata", {"type": kind, "items": items, "metadata": kind})
 
-    def _enter(self, kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    def _enter(self, kind: str, value: Mapping[str, object]) -> dict[str, object]:
         key = f"{kind}_{1 + sum(name.rpartition('_')[0] == kind for name in self.objects)}"
         self.objects[key] = value
         self.counts[key] = 1
         return {"type": "ref", "key": key}
 
 
-def _imported(name: Name) -> dict[str, Any]:
+def _imported(name: Name) -> dict[str, object]:
     return {"type": "pyref", "module": name.module, "name": name.name}
 
 
-def _container(kind: str, items: list[Any]) -> dict[str, Any]:
+def _container(kind: str, items: Sequence[object]) -> dict[str, object]:
     return {"type": _imported(Name("builtins", kind)), "items": items, "metadata": None}
 
 
 _NO_KEYS = _container("tuple", [])
-"""What Fiddle notes of a dictionary: the order of its keys."""
+"""Fiddle's record of a dictionary: the order of its keys."""

@@ -1,8 +1,9 @@
-"""A NeMo or Megatron-core checkpoint -> a Hugging Face directory, by parameters.
+"""Convert a NeMo or Megatron-core checkpoint into a Hugging Face directory, one parameter after the other.
 
-Memory never holds more than a weight file. An archive is unpacked beside the result first (weights are then mapped from
-disk), and only regular files whose names stay inside it. The tokenizer comes along where its files lie in the
-checkpoint: in a Hugging Face form, or GPT-2's vocabulary and merges. Another one is for `model.tokenizer` to name.
+Memory never holds more than a weight file. An archive is unpacked beside the result first, so that weights can be
+mapped from disk, and only regular files whose names stay inside it are. The tokenizer is converted if its files are in
+the checkpoint, in a Hugging Face form or as GPT-2's vocabulary and merges. Another one has to be named by
+`model.tokenizer`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Weights(Protocol):
 
 
 def convert_nemo(source: Path, directory: Path) -> None:
-    """Write config, weights and GPT-2's tokenizer of `source` into `directory`; ModelError says why not."""
+    """Write config, weights and tokenizer of `source` into `directory`, or raise ModelError."""
     config = read_config(source)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     architecture = read_architecture(directory)
@@ -76,7 +77,7 @@ def _open_weights(folder: Path, shape: ModelShape) -> Weights:
 
 @contextmanager
 def _unpacked(source: Path, beside: Path) -> Iterator[Path]:
-    """Yield the checkpoint's folder; of an archive, a private copy that is removed at the end."""
+    """Yield the checkpoint's folder, for an archive a private copy that is removed at the end."""
     if source.is_dir():
         yield source
         return

@@ -1,9 +1,9 @@
-"""The sharded weights of NeMo 2 and Megatron-core: parameters by the names of `sft.models.weight_map`.
+"""Read parameters from the sharded weights of NeMo 2 and Megatron-core.
 
-Megatron-core writes whole parameters in chunks, whatever the topology: reading them needs no rank's share. Keys have
-the wrapper's prefix (`module.` in NeMo 2, `model.` in NeMo 1.x); a key of layers holds all of them on a leading axis,
-or one layer under its number. Optimizer states and the extra states of Transformer Engine (scales of fp8) are no
-weights and are skipped.
+Megatron-core writes whole parameters in chunks, whatever the topology, so no rank's share is needed to read them. Keys
+have the wrapper's prefix (`module.` in NeMo 2, `model.` in NeMo 1.x). The key of a layer's parameter has all layers on a
+leading axis, or one layer under its number. Optimizer states and the extra states of Transformer Engine (scales of fp8)
+are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DistributedWeights:
                 self._add(key, _PREFIX.sub("", key), num_layers)
 
     def _add(self, key: str, name: str, num_layers: int) -> None:
-        """Enter where the parameters of `key` are: under its name, or one name for each layer."""
+        """Record where the parameters of `key` are: under its name, or one name for each layer."""
         match = _STACKED.fullmatch(name)
         if match is None:
             self._places[canonical_name(name)] = key, None
@@ -55,7 +55,7 @@ class DistributedWeights:
         return self._reader.dtype(self._places[name][0])
 
     def parameter(self, name: str, parameter_map: ParameterMap) -> Tensor:
-        """Return the whole parameter, without vocabulary padding; ModelError where it is absent or of other sizes."""
+        """Return the whole parameter without vocabulary padding, or raise ModelError for a wrong size."""
         if name not in self._places:
             raise ModelError(f"model.path: {self._directory}: no parameter {name}")
         whole = self._reader.tensor(*self._places[name])

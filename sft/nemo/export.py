@@ -1,7 +1,7 @@
-"""A Hugging Face directory -> a NeMo 2 checkpoint: sharded weights, and what NeMo needs to build the model.
+"""Convert a Hugging Face directory into a NeMo 2 checkpoint: sharded weights, and what NeMo needs to build the model.
 
-Made from an exported directory and not from a run's checkpoint, so that merged adapters and the tokenizer of the run
-come along. NeMo loads it wherever it loads a checkpoint of its own; `weights/` alone is read by any Megatron-core.
+It starts from an exported directory, not from a run's checkpoint, to have merged adapters and the tokenizer.
+NeMo loads the result wherever it loads a checkpoint of its own. Any Megatron-core can load `weights/` alone.
 
 The vocabulary is not padded: NeMo would count the padding's logits in every loss. It has to be divisible by the tensor
 parallel size there.
@@ -33,17 +33,20 @@ _LAYER_MODULES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-"""Modules of a layer that have an extra state, with Transformer Engine or without."""
+"""Modules of a layer that have an extra state, whether Transformer Engine is used or not."""
 _CONTENT = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
     "distrib_optim_sharding_type": "fully_sharded_model_space",
 }
-"""How keys are to be read: as those of NeMo 2.7."""
+"""Tells NeMo how to read the keys: as those of NeMo 2.7."""
 
 
 def export_nemo2(model_dir: Path, out_dir: Path) -> None:
-    """Write the model in `model_dir` as the NeMo 2 checkpoint `out_dir`; ModelError where NeMo has no class for it."""
+    """Write the model in `model_dir` as the NeMo 2 checkpoint `out_dir`.
+
+    Raises ModelError if NeMo has no class for it.
+    """
     architecture = read_architecture(model_dir)
     check_model_files(model_dir, architecture)
     dtypes = set(file_dtypes(model_dir, architecture).values())

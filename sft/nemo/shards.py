@@ -1,15 +1,15 @@
-"""The weight files of a NeMo 1.x checkpoint: which rank wrote each, and whole parameters put together from all of them.
+"""Read whole parameters from the weight files of a NeMo 1.x checkpoint, which its ranks wrote.
 
-NeMo's GPT has two sets of names, its own (`language_model.encoder.layers.0.self_attention.query_key_value.weight`) and
-since it is built on Megatron-core that one's. Both become the names of `sft.models.weight_map`, with global layer
-numbers.
+NeMo's GPT has two sets of names: its own (`language_model.encoder.layers.0.self_attention.query_key_value.weight`)
+and, since it is built on Megatron-core, that one's. Both are translated into the names of `sft.models.weight_map`, with
+global layer numbers.
 
-Tensor-parallel parts follow the map of the parameter, as Megatron-core's do. NeMo's own code has two more ways: with
-`megatron_legacy` a rank's query, key and value lie one after the other and not head by head, and `swiglu` keeps gate
-and up projection as two matrices where `fast-swiglu` and Megatron-core have one.
+Tensor-parallel parts follow the weight map, as Megatron-core's do. NeMo's own code has two variants: with
+`megatron_legacy` a rank's query, key and value follow one another and not head by head, and `swiglu` keeps gate and up
+projection as two matrices where `fast-swiglu` and Megatron-core have one.
 
-Files are pickles. They are loaded with weights_only, which builds tensors and plain containers and runs no code; a
-training checkpoint that holds more is refused. Tensors stay on disk until they are used.
+Files are pickles. They are loaded with weights_only, which builds tensors and plain containers and runs no code. A
+training checkpoint that contains more is refused. Tensors stay on disk until they are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,11 +56,11 @@ _MODULES = {
     "mlp.dense_h_to_4h_2": "mlp.linear_fc1.up",
     "mlp.dense_4h_to_h": "mlp.linear_fc2",
 }
-"""NeMo's modules of a layer -> Megatron-core's; the second half of a gated MLP is put behind the first later."""
+"""NeMo's modules of a layer -> Megatron-core's. `linear_fc1.up` is joined to `linear_fc1` later."""
 
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _COMPUTED = ("_extra_state", "inv_freq", "core_attention", "position_ids")
-"""In names of what is no weight."""
+"""Parts of the names of entries that are not weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +80,7 @@ class Shards:
         return next(stage[0][name].dtype for stage in self.parts if name in stage[0])
 
     def parameter(self, name: str, parameter_map: ParameterMap) -> Tensor:
-        """Return the whole parameter, without vocabulary padding; ModelError where it is absent or of other sizes."""
+        """Return the whole parameter without vocabulary padding, or raise ModelError for a wrong size."""
         ranks = next((stage for stage in self.parts if name in stage[0]), None)
         if ranks is None:
             raise ModelError(f"model.path: no parameter {name} in any stage of the checkpoint")
@@ -146,7 +145,7 @@ def _only_checkpoint(folder: Path) -> Path:
 def _read(path: Path, stage: int, stages: int, num_layers: int) -> dict[str, Tensor]:
     """Return the parts in one rank's file by name, layers numbered through all stages."""
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ModelError(
@@ -164,7 +163,7 @@ def _read(path: Path, stage: int, stages: int, num_layers: int) -> dict[str, Ten
             continue
         match = _CHUNK.match(name)
         chunk = int(match[1] or 0) if match else 0
-        # Virtual stages go round: chunk 0 of all stages, then chunk 1 of all stages.
+        # With virtual stages the layers of model chunk 0 of all stages come first, then those of chunk 1.
         offset = (chunk * stages + stage) * (num_layers // (stages * chunks))
         ours = _our_name(_CHUNK.sub("", name, count=1), offset)
         if ours is not None:
@@ -186,7 +185,7 @@ def _our_name(name: str, offset: int) -> str | None:
 
 
 def _part(rank: dict[str, Tensor], name: str) -> Tensor:
-    """Return one rank's part; of a gated MLP in two matrices the gate's rows, then those of the up projection."""
+    """Return one rank's part. Of a gated MLP in two matrices these are the gate's rows, then the up projection's."""
     up = name.replace(".linear_fc1.", ".linear_fc1.up.")
     return torch.cat([rank[name], rank[up]]) if up != name and up in rank else rank[name]
 
