@@ -1,8 +1,8 @@
 """Read parameters from the sharded weights of NeMo 2 and Megatron-core.
 
 Megatron-core writes whole parameters in chunks, whatever the topology, so no rank's share is needed to read them. Keys
-have the wrapper's prefix (`module.` in NeMo 2, `model.` in NeMo 1.x). The key of a layer's parameter has all layers on a
-leading axis, or one layer under its number. Optimizer states and the extra states of Transformer Engine (scales of fp8)
+have the wrapper's prefix (`module.` in NeMo 2, `model.` in NeMo 1.x). The key of a layer's parameter has all layers on
+a leading axis, or one layer under its number. Optimizer states and extra states of Transformer Engine (scales of fp8)
 are skipped.
 """
 
