@@ -22,15 +22,15 @@ def start_ticks(pid: int) -> int | None:
 
 def with_text(text: str) -> list[int]:
     """Return the ids of this user's other processes that have `text` in their arguments or environment."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             seen = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
         except OSError:  # gone, or not ours
             continue
         if text.encode() in seen and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return sorted(found)
+            pids.append(int(folder.name))
+    return sorted(pids)
 
 
 def is_session_leader(pid: int) -> bool:

@@ -146,6 +146,15 @@ def test_failed_job_that_stopped_on_request_is_interrupted(tmp_path: Path, comma
     assert state_of(paths)[0] is JobState.INTERRUPTED
 
 
+def test_a_job_that_ends_between_the_two_looks_is_judged_by_its_own_word(tmp_path: Path, commands: Commands) -> None:
+    """The run's files are read first, then Slurm is asked, which knows less of why it ended."""
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    end = json.dumps({"time": 2.0, "event": "attempt_ended", "attempt": "7.0", "exit_code": 75})
+    commands.add("squeue", f"echo '{end}' >>{paths.events}; echo '7|FAILED|NonZeroExitCode|N/A|a'")
+    assert state_of(paths)[0] is JobState.INTERRUPTED
+
+
 def test_requeued_job_is_not_judged_by_its_first_attempt(tmp_path: Path, commands: Commands) -> None:
     squeue_says(commands, "PENDING", "BeginTime")
     paths = make_run(tmp_path, "a")
@@ -157,6 +166,16 @@ def test_requeued_job_is_not_judged_by_its_first_attempt(tmp_path: Path, command
     squeue_says(commands, "RUNNING")
     ((row,), _) = collect([paths])
     assert (row.state, row.attempt, row.exit_code) == (JobState.RUNNING, "7.1", None)
+
+
+def test_two_schedulers_are_asked_once_each(tmp_path: Path, commands: Commands) -> None:
+    squeue_says(commands, "RUNNING")
+    names = [make_run(tmp_path, name) for name in ("a", "b")]
+    mine = {"scheduler": "local", "job_id": "4194305", "host": socket.gethostname(), "process_start": 1}
+    rows, problem = collect([names[0], make_run(tmp_path, "c", **mine), names[1]])
+    assert problem is None
+    assert [(row.run, row.state.value) for row in rows] == [("a", "RUNNING"), ("c", "FAILED"), ("b", "UNKNOWN")]
+    assert len(commands.calls("squeue")) == 1
 
 
 def test_job_id_that_slurm_gave_to_somebody_else(tmp_path: Path, commands: Commands) -> None:

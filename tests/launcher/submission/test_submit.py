@@ -164,6 +164,17 @@ def test_cancel_and_go_on(
     assert RUN.rank_log("local-2", 1).read_text() == "train 1\n"
 
 
+def test_a_run_on_another_machine_is_left_alone(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.launcher.runs.test_state import make_run
+
+    paths = make_run(Path("runs"), "a", scheduler="local", host="elsewhere", process_start=1)
+    assert main(["cancel", "a"]) == ExitCode.CONFLICT
+    assert capsys.readouterr().err == "error: run a cannot be cancelled from here: it runs on elsewhere; look there\n"
+    assert main(["resubmit", "a"]) == ExitCode.CONFLICT
+    assert "cannot tell whether a is still at work: it runs on elsewhere" in capsys.readouterr().err
+    assert not paths.events.exists()
+
+
 def test_ranks_by_hand_hold_the_run(
     workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,10 +106,18 @@ def test_runs_that_ask_for_different_things_are_no_array(jobs: Path, capsys: pyt
     assert main(["submit", "cfg.yaml"]) == ExitCode.BAD_INPUT
 
 
-def test_refused_array_can_be_tried_again(jobs: Path, commands: Commands) -> None:
+def test_refused_array_can_be_tried_again(
+    jobs: Path, commands: Commands, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then no file of secrets waits for jobs that do not exist."""
+    monkeypatch.setenv("A_TOKEN", "x")
+    Path("cfg.yaml").write_text(Path("cfg.yaml").read_text() + "env_from: [A_TOKEN]\n")
+    monkeypatch.setattr("launcher.submission.secret_files.DEFAULT_FOLDER", workdir / "secrets")
     sbatch = (commands.folder / "sbatch").read_text()
     commands.add("sbatch", "exit 1")
     assert main(WORDS) == ExitCode.SCHEDULER
+    assert list((workdir / "secrets").iterdir()) == []
     (commands.folder / "sbatch").write_text(sbatch)
     assert main(WORDS) == 0
+    assert len(list((workdir / "secrets").iterdir())) == 4
     assert jobs_of_runs() == [["7_0"], ["7_1"], ["7_2"], ["7_3"]]
