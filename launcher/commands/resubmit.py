@@ -74,7 +74,7 @@ def _resubmit_failed(options: argparse.Namespace) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from launcher.submission.resubmit import active_of, cancel
+    from launcher.submission.cancel import active_of, cancel
 
     runs = chosen_runs(options)
     of_groups = len(runs) > len(options.runs)  # of a group's runs some may have ended: the others are meant

@@ -62,7 +62,7 @@ class Manifest:
 
 
 def describe_run(name: str, topology: Topology, command: Sequence[str], parent_run: str | None) -> tuple[Manifest, str]:
-    """The manifest of a new run, and the uncommitted changes of its code."""
+    """Return the manifest of a new run and the uncommitted changes of its code as a diff."""
     import getpass
 
     source, diff = describe_source()
@@ -81,9 +81,9 @@ def describe_run(name: str, topology: Topology, command: Sequence[str], parent_r
 
 
 def describe_source() -> tuple[dict[str, Any], str]:
-    """Git state and uncommitted changes of the launcher's checkout and of the working directory.
+    """Return the Git state of the launcher's checkout and of the working directory, and their uncommitted changes.
 
-    Of a command that came from another machine, they are that machine's.
+    For a command that came from another machine, these are of that machine.
     """
     came = arrival()
     if came is not None:
@@ -113,7 +113,7 @@ def _git_state(top: Path) -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str, strip: bool = True) -> str | None:
-    """git's answer, or None outside a repository or without git."""
+    """Return git's answer, or None outside a repository or without git."""
     import subprocess
 
     try:

@@ -51,6 +51,13 @@ class RunStatus:
         """The newest job of the run."""
         return JobId(self.job, self.scheduler) if self.job is not None and self.scheduler is not None else None
 
+    @property
+    def may_run_unseen(self) -> bool:
+        """Whether the state is unknown although the scheduler drops no jobs, so that the job may be at work."""
+        if self.state is not JobState.UNKNOWN or self.scheduler is None:
+            return False
+        return not CAPABILITIES[self.scheduler].forgets_jobs
+
     def as_json(self) -> dict[str, Any]:
         """Return the row for --json."""
         return {**dataclasses.asdict(self), "state": self.state.value}

@@ -66,35 +66,31 @@ def render(
     option, request = _gpu_directive(spec)
     mounts = _mounts(spec, paths, source_root)
     try:
-        text = (
-            _environment()
-            .get_template(name)
-            .render(
-                run=paths,
-                cluster=spec.cluster,
-                runtime=spec.cluster.runtime,
-                resources=spec.resources,
-                checkpoint=spec.checkpoint,
-                has_preflight=spec.has_preflight,
-                preflight_seconds=spec.preflight.timeout_seconds,
-                notify=spec.notify,
-                topology=topology,
-                cache_dir=str(spec.cache_dir),
-                python=_python(spec, mounts, launcher_python),
-                launcher_python=launcher_python,
-                source_root=str(source_root) if source_root else "",
-                secrets_file=str(secrets_file(spec, paths) or ""),
-                secret_names=spec.secret_names,
-                srun_args=_srun_args(spec, mounts),
-                gpu_option=option,
-                gpu_request=request,
-                exit_codes=ExitCode,
-            )
+        template = _environment().get_template(name)
+        return template.render(
+            run=paths,
+            cluster=spec.cluster,
+            runtime=spec.cluster.runtime,
+            resources=spec.resources,
+            checkpoint=spec.checkpoint,
+            has_preflight=spec.has_preflight,
+            preflight_seconds=spec.preflight.timeout_seconds,
+            notify=spec.notify,
+            topology=topology,
+            cache_dir=str(spec.cache_dir),
+            python=_python(spec, mounts, launcher_python),
+            launcher_python=launcher_python,
+            source_root=str(source_root) if source_root else "",
+            secrets_file=str(secrets_file(spec, paths) or ""),
+            secret_names=spec.secret_names,
+            srun_args=_srun_args(spec, mounts),
+            gpu_option=option,
+            gpu_request=request,
+            exit_codes=ExitCode,
         )
     except jinja2.TemplateError as error:
         line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise TemplateError(f"template {name}{line} does not render: {error}") from None
-    return text
 
 
 def template_name(cluster: ClusterSpec) -> str:

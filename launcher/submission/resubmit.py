@@ -1,7 +1,7 @@
-"""Go on with a run, in its directory or with other settings as a child run that starts from its checkpoint; cancel it.
+"""Go on with a run, in its directory or with other settings as a child run that starts from its checkpoint.
 
-Two jobs must never write one run's checkpoints, so these commands ask the scheduler first and refuse where it cannot
-tell. A lock keeps two of them from asking at the same moment.
+Two jobs must never write one run's checkpoints, so both ask the scheduler first and refuse where it cannot tell. A lock
+keeps two of these commands from asking at the same moment.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
+from launcher.contract.errors import RunStateError, SchedulerError
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.lease import check_free, holder
-from launcher.contract.rundir import RunPaths, append_event
-from launcher.contract.schedulers import CAPABILITIES
+from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec, read_resolved
-from launcher.runs.snapshot import snapshot
 from launcher.runs.state import RunStatus, collect
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission.claim import claim
 from launcher.submission.code_snapshot import digest
 from launcher.submission.lockfile import read_lockfile
 from launcher.submission.names import free_name
-from launcher.submission.secret_files import remove_secrets
 from launcher.submission.submission import Submission, make_submission
 from launcher.submission.submit import start
 
@@ -39,7 +36,7 @@ def check_idle(paths: RunPaths) -> RunStatus:
         )
     if status.state is JobState.UNKNOWN and problem is not None:
         raise SchedulerError(f"cannot tell whether a job of {paths.name} is still at work: {problem}")
-    if status.state is JobState.UNKNOWN and not _may_be_forgotten(status):
+    if status.may_run_unseen:
         raise RunStateError(f"cannot tell whether {paths.name} is still at work: {status.reason}")
     _check_lease(paths, status)
     return status
@@ -60,11 +57,6 @@ def _state_of(job_id: str, status: RunStatus) -> JobState:
     job = Job(id=JobId(job_id, status.scheduler), submitted_at=0.0)
     record = scheduler_of(status.scheduler).states([job], [os.getuid()], fresh=True).records.get(job_id)
     return record.state if record is not None else JobState.UNKNOWN
-
-
-def _may_be_forgotten(status: RunStatus) -> bool:
-    """Return whether the state is unknown because the scheduler has dropped the job, which is then over."""
-    return status.scheduler is None or CAPABILITIES[status.scheduler].forgets_jobs
 
 
 def same_run(paths: RunPaths) -> Job:
@@ -122,37 +114,3 @@ def failed_of(runs: Sequence[RunPaths]) -> list[RunPaths]:
         raise SchedulerError(problem)
     good = (JobState.COMPLETED, JobState.CANCELLED)
     return [paths for paths, row in zip(runs, rows, strict=True) if row.state.terminal and row.state not in good]
-
-
-def active_of(runs: Sequence[RunPaths]) -> list[RunPaths]:
-    """Return those of the runs that have not ended, as far as is known."""
-    rows, _ = collect(runs, fresh=True)
-    return [paths for paths, row in zip(runs, rows, strict=True) if not row.state.terminal]
-
-
-def cancel(runs: Sequence[RunPaths]) -> list[str]:
-    """End the jobs of these runs and return what was done, one line each.
-
-    RunStateError where one of them has no job or its job has ended, SchedulerError where a scheduler does not answer.
-    """
-    rows, problem = collect(runs, fresh=True)
-    idle = [f"run {row.run} is {row.state.value}: nothing to cancel" for row in rows if row.state.terminal]
-    if idle:
-        raise RunStateError("\n".join(idle))
-    if problem is not None:
-        raise SchedulerError(problem)
-    done = []
-    for paths, row in zip(runs, rows, strict=True):
-        job = snapshot(paths).job
-        if job is None:
-            raise RunStateError(f"run {paths.name} has no job")
-        if row.state is JobState.UNKNOWN and not _may_be_forgotten(row):
-            raise RunStateError(f"run {paths.name} cannot be cancelled from here: {row.reason}")
-        append_event(paths, "cancelled", job_id=job.id.text)  # before the job ends, which looks for it
-        scheduler_of(job.id.scheduler).cancel(job)
-        done.append(f"cancelled run {row.run} (job {job.id})")
-        try:
-            remove_secrets(read_resolved(paths.config), paths)
-        except (ConfigError, OSError) as error:  # which must not keep the other runs alive
-            done.append(f"left a file of secrets behind, if run {row.run} had one: {error}")
-    return done

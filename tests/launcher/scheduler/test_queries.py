@@ -17,7 +17,7 @@ from launcher.contract.rundir import append_event
 from launcher.contract.spec import RunSpec, to_yaml
 from launcher.runs.state import collect
 from launcher.scheduler.slurm.queries import ask
-from launcher.submission.resubmit import cancel
+from launcher.submission.cancel import cancel
 from launcher.views.status_table import status_table
 from tests.launcher.conftest import Commands
 from tests.launcher.fake_slurm import FakeSlurm

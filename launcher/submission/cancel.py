@@ -1,0 +1,47 @@
+"""End the jobs of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
+from launcher.contract.rundir import RunPaths, append_event
+from launcher.contract.spec import read_resolved
+from launcher.runs.snapshot import snapshot
+from launcher.runs.state import collect
+from launcher.scheduler.factory import scheduler_of
+from launcher.submission.secret_files import remove_secrets
+
+
+def active_of(runs: Sequence[RunPaths]) -> list[RunPaths]:
+    """Return those of the runs that have not ended, as far as is known."""
+    rows, _ = collect(runs, fresh=True)
+    return [paths for paths, row in zip(runs, rows, strict=True) if not row.state.terminal]
+
+
+def cancel(runs: Sequence[RunPaths]) -> list[str]:
+    """End the jobs of these runs and return what was done, one line each.
+
+    RunStateError where one of them has no job or its job has ended, SchedulerError where a scheduler does not answer.
+    """
+    rows, problem = collect(runs, fresh=True)
+    idle = [f"run {row.run} is {row.state.value}: nothing to cancel" for row in rows if row.state.terminal]
+    if idle:
+        raise RunStateError("\n".join(idle))
+    if problem is not None:
+        raise SchedulerError(problem)
+    done = []
+    for paths, row in zip(runs, rows, strict=True):
+        job = snapshot(paths).job
+        if job is None:
+            raise RunStateError(f"run {paths.name} has no job")
+        if row.may_run_unseen:
+            raise RunStateError(f"run {paths.name} cannot be cancelled from here: {row.reason}")
+        append_event(paths, "cancelled", job_id=job.id.text)  # before the job ends, which looks for it
+        scheduler_of(job.id.scheduler).cancel(job)
+        done.append(f"cancelled run {row.run} (job {job.id})")
+        try:
+            remove_secrets(read_resolved(paths.config), paths)
+        except (ConfigError, OSError) as error:  # which must not keep the other runs alive
+            done.append(f"left a file of secrets behind, if run {row.run} had one: {error}")
+    return done
