@@ -60,7 +60,7 @@ def micro_batch_rows(topology: TopologySpec, rows: int, micro_batches: int) -> i
 def expected_tokens_per_second(
     spec: RunSpec, topology: Topology, shape: ModelShape, attended: float, fill: float
 ) -> float | None:
-    """Return the tokens per second and GPU, without padding, that the planner predicts; None on a GPU not known."""
+    """Return the tokens per second and GPU, without padding, that the planner predicts, or None for another GPU."""
     gpu = match_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if gpu is None:
         return None

@@ -8,6 +8,7 @@ with hardware, versions and the command.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -15,15 +16,16 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from launcher.contract.cost_model.workload import Recompute
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.local_ranks import run_ranks
 from launcher.contract.model_shape import named_model_shape
 from launcher.contract.rundir import write_json
+from sft.bench.result import Result
 from sft.bench.topology import parse_topology, replica_size
 
 _PACKAGES = (
@@ -78,15 +80,15 @@ def bench(options: argparse.Namespace) -> ExitCode:
     for shape, data, length, rows in itertools.product(options.shape, options.data, options.seq_length, options.rows):
         workload = {"shape": shape, "data": data, "seq_length": length, "rows": rows}
         print(f"{shape}, {data} rows of {length:,}, {rows} a step and GPU; rates a GPU\n{_HEAD}", flush=True)
-        first: dict[str, Any] | None = None
+        first: Result | None = None
         for gpus, (contender, settings) in _runs(options):
-            result = _run({"contender": contender, "workload": workload, "settings": settings}, gpus)
-            failed |= result is None
+            result = _run(contender, workload, settings, gpus)
             if result is None:
+                failed = True
                 continue
-            results.append({"workload": workload, "gpus": gpus, **result})
-            first = first or results[-1]
-            print(_line(results[-1], first), flush=True)
+            results.append({"workload": workload, "gpus": gpus, **dataclasses.asdict(result)})
+            first = first or result
+            print(_line(result, gpus, first), flush=True)
             if options.output:
                 write_json(options.output, {**_circumstances(), "results": results})
     return ExitCode.FAILURE if failed else ExitCode.OK
@@ -120,45 +122,42 @@ def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, object
     return own + others
 
 
-def _run(request: dict[str, Any], gpus: int) -> dict[str, Any] | None:
+def _run(contender: str, workload: Mapping[str, object], settings: Mapping[str, object], gpus: int) -> Result | None:
     """Run one contender and return its result, or print the end of its log and return None if it failed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         request_file, result_file = folder / "request.json", folder / "result.json"
-        write_json(request_file, request)
+        write_json(request_file, {"contender": contender, "workload": workload, "settings": settings})
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         # As in the batch script: with one hardware queue, collectives of a model's ranks start before the computation
         # that is to hide them.
-        model_parallel = replica_size(parse_topology(request["settings"].get("topology", "dp"))) > 1
+        model_parallel = replica_size(parse_topology(str(settings.get("topology", "dp")))) > 1
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1" if model_parallel else "32"
         command = [sys.executable, "-m", "sft.bench.contender", str(request_file), str(result_file)]
         code = run_ranks(command, gpus, folder / "logs")
         if code == 0 and result_file.exists():
-            result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
-            return result
+            return Result(**json.loads(result_file.read_text(encoding="utf-8")))
         log = (folder / "logs" / "rank-0.log").read_text(encoding="utf-8", errors="replace")
-        print(f"{request['contender']} failed with exit code {code}:\n" + "\n".join(log.splitlines()[-15:]), flush=True)
+        print(f"{contender} failed with exit code {code}:\n" + "\n".join(log.splitlines()[-15:]), flush=True)
         return None
 
 
-def _line(result: dict[str, Any], first: dict[str, Any]) -> str:
+def _line(result: Result, gpus: int, first: Result) -> str:
     """Return the lines of the table for a result, compared with the first one."""
-    settings = result["settings"]
-    shown = ("layout", "parallel", "attention", "precision", "recompute", "weights")
-    told = " ".join(str(settings[key]) for key in shown if settings.get(key) not in (None, "none"))
-    mfu = "-" if result["mfu"] is None else f"{result['mfu']:.1%}"
+    keys = ("layout", "parallel", "attention", "precision", "recompute", "weights")
+    values = [result.settings.get(key) for key in keys]
+    name = " ".join([result.contender, *(str(value) for value in values if value not in (None, "none"))])
+    mfu = "-" if result.mfu is None else f"{result.mfu:.1%}"
     line = (
-        f"{result['gpus']} x {result['contender'] + ' ' + told:<46.46}"
-        f"{result['step_ms']:>9.1f}{result['real_tokens_per_second']:>12,.0f}"
-        f"{result['slots_per_second']:>10,.0f}{result['tflops']:>9.1f}{mfu:>7}{result['peak_memory_gib']:>7.1f}"
-        f"{result['loss']:>8.3f}"
+        f"{gpus} x {name:<46.46}{result.step_ms:>9.1f}{result.real_tokens_per_second:>12,.0f}"
+        f"{result.slots_per_second:>10,.0f}{result.tflops:>9.1f}{mfu:>7}{result.peak_memory_gib:>7.1f}{result.loss:>8.3f}"
     )
-    if result.get("expected_tokens_per_second"):
-        line += f"  planned {result['expected_tokens_per_second']:,.0f}"
+    if result.expected_tokens_per_second:
+        line += f"  planned {result.expected_tokens_per_second:,.0f}"
     if result is not first:
-        line += f"  ours is {first['real_tokens_per_second'] / result['real_tokens_per_second']:.2f} times as fast"
-    for label in ("phases", "breakdown"):
-        parts = ", ".join(f"{kind} {time:.1f}" for kind, time in result[f"{label}_ms"].items())
+        line += f"  ours is {first.real_tokens_per_second / result.real_tokens_per_second:.2f} times as fast"
+    for label, times in (("phases", result.phases_ms), ("breakdown", result.breakdown_ms)):
+        parts = ", ".join(f"{kind} {time:.1f}" for kind, time in times.items())
         line += f"\n  {label}, ms: {parts}" if parts else ""
     return line
 

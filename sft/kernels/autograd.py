@@ -19,7 +19,7 @@ class Context(Protocol):
     """Whether autograd uses the gradient of each argument of `forward`."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Keep inputs and outputs of `forward`; autograd refuses to use them if they were changed in place."""
+        """Keep inputs and outputs of `forward`. Autograd raises an error if they were changed in place since."""
         ...
 
     def mark_non_differentiable(self, *outputs: Tensor) -> None:

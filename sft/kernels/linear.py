@@ -29,9 +29,9 @@ def fp8_linear(x: Tensor | fp8.WithRows, weight: Tensor) -> Tensor:
 
 
 def swiglu_mlp(x: Tensor | fp8.WithRows, up: Tensor, down: Tensor, *, in_fp8: bool = False) -> Tensor:
-    """Return (silu(gate) * up) @ down^T, [..., hidden], where [gate; up] = x @ up^T.
+    """Return (silu(g) * u) @ down^T, [..., hidden], where [g, u] = x @ up^T.
 
-    x [..., hidden]; up [2 * width, hidden], gate first; down [hidden, width].
+    x is [..., hidden], up [2 * width, hidden] with the gate's rows first, down [hidden, width].
     """
     output: Tensor = _SwiGLUMLP.apply(fp8.unquantized(x), fp8.rows_of(x) if in_fp8 else None, up, down)
     return output

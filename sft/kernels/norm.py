@@ -50,7 +50,7 @@ def _forked(
 
 
 def forget(normed: Tensor, past: Tensor, weight: Tensor, eps: float, result: Tensor) -> None:
-    """Free the memory of `normed` until backward needs it; then compute it again from `past`.
+    """Free the memory of `normed` until backward needs it, and then compute it again from `past`.
 
     `normed` and `past` are the two results of a fork, `result` what was computed from `normed`. Once the gradient of
     `result` exists, the norm is written into the same tensor, so that operations which saved it find its values.

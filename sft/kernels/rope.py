@@ -41,7 +41,7 @@ def split_and_rotate(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return `x` with its first 2 * half dimensions rotated; cos and sin, [..., half], broadcast against each half."""
+    """Return `x` with its first 2 * half dimensions rotated, by cos and sin that broadcast to [..., half]."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)

@@ -26,7 +26,7 @@ class FusedWeightGradient:
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-        """Add grad_output^T @ inputs to main_grad [out, in]; inputs [tokens, in], grad_output [tokens, out]."""
+        """Add grad_output^T @ inputs to main_grad [out, in], from inputs [tokens, in] and grad_output [tokens, out]."""
         add_product(main_grad, grad_output.t(), inputs)
 
     @staticmethod

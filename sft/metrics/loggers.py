@@ -85,7 +85,7 @@ def _wandb(project: str, paths: RunPaths) -> Logger:
 
 
 def _mlflow(uri: str, paths: RunPaths) -> Logger:
-    """Return a logger of one MLflow run for all attempts, in the experiment `sft`; the run directory keeps its id."""
+    """Return a logger of one MLflow run for all attempts, in the experiment `sft`."""
     known = paths.root / "mlflow_run_id"
     where = f"sqlite:///{paths.root / 'mlflow.db'}" if uri == "local" else uri
     run_id = known.read_text(encoding="utf-8").strip() if known.exists() else None

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Optional
 
+from transformers import PreTrainedTokenizerBase
+
 from launcher.contract.errors import ConfigError
 from sft.compat.trlx.configs import TRLConfig
 from sft.compat.trlx.defaults import default_sft_config
@@ -48,7 +50,12 @@ def train(
     return trainer
 
 
-def _eval_pipeline(given: Any, metric_fn: Any, config: TRLConfig, tokenizer: Any) -> PromptPipeline:
+def _eval_pipeline(
+    given: Sequence[str | Mapping[str, object]] | None,
+    metric_fn: Callable[..., object] | None,
+    config: TRLConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> PromptPipeline:
     """Return the prompts, cut so that an answer fits after each."""
     if metric_fn is not None and not given:
         raise ConfigError("metric_fn: needs eval_prompts to measure answers to; give some, or leave metric_fn out")

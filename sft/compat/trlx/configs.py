@@ -22,6 +22,9 @@ from launcher.contract.errors import ConfigError, did_you_mean
 
 T = TypeVar("T", bound="_Section")
 
+Kwargs = dict[str, Any]
+"""Keyword arguments, which programs write as dicts of any values."""
+
 
 class _Section:
     """A section of a TRLConfig."""
@@ -44,7 +47,7 @@ class MethodConfig(_Section):
 class SFTConfig(MethodConfig):
     """Supervised fine-tuning."""
 
-    gen_kwargs: dict[str, Any]
+    gen_kwargs: Kwargs
     """How answers to evaluation prompts are sampled."""
 
 
@@ -56,7 +59,7 @@ class ModelConfig(_Section):
     model_arch_type: str = "causal"
     num_layers_unfrozen: int = -1
     peft_config: Any = None
-    model_extra_configs: dict[str, Any] = field(default_factory=dict)
+    model_extra_configs: Kwargs = field(default_factory=dict)
 
 
 @dataclass
@@ -66,7 +69,7 @@ class TokenizerConfig(_Section):
     tokenizer_path: str
     padding_side: str = "left"
     truncation_side: str = "right"
-    tokenizer_extra_configs: dict[str, Any] = field(default_factory=dict)
+    tokenizer_extra_configs: Kwargs = field(default_factory=dict)
 
 
 @dataclass
@@ -74,7 +77,7 @@ class OptimizerConfig(_Section):
     """The optimizer: lr, betas, eps and weight_decay are in `kwargs`."""
 
     name: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: Kwargs = field(default_factory=dict)
 
 
 @dataclass
@@ -82,7 +85,7 @@ class SchedulerConfig(_Section):
     """The learning rate schedule: T_max and eta_min are in `kwargs`."""
 
     name: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: Kwargs = field(default_factory=dict)
 
 
 @dataclass
@@ -97,7 +100,7 @@ class TrainConfig(_Section):
     eval_interval: int
     pipeline: str
     trainer: str
-    trainer_kwargs: dict[str, Any] = field(default_factory=dict)
+    trainer_kwargs: Kwargs = field(default_factory=dict)
     project_name: str = "trlx"
     run_name: Optional[str] = None
     entity_name: Optional[str] = None
@@ -155,11 +158,11 @@ class TRLConfig:
             raise ConfigError(problems)
         return cls(**built)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the sections as dicts, copied."""
         return {name: copy.deepcopy(vars(getattr(self, name))) for name in _SECTIONS}
 
-    def evolve(self, **kwargs: Any) -> TRLConfig:
+    def evolve(self, **kwargs: object) -> TRLConfig:
         """Return a copy with changes, nested as the sections are: evolve(train=dict(seed=2))."""
         return TRLConfig.from_dict(_merged(self.to_dict(), _in_place(kwargs)))
 
@@ -229,7 +232,7 @@ def _merged(base: Mapping[str, object], changes: Mapping[str, object]) -> dict[s
     return merged
 
 
-def _in_place(changes: Mapping[str, Any]) -> dict[str, Any]:
+def _in_place(changes: Mapping[str, object]) -> dict[str, object]:
     """Return `changes` with `tags` moved into the section `train`.
 
     trlx's own examples write them beside the sections, where trlx does not read them.
@@ -237,5 +240,6 @@ def _in_place(changes: Mapping[str, Any]) -> dict[str, Any]:
     moved = dict(changes)
     if "tags" in moved:
         warnings.warn("tags belong to the section train, evolve(train=dict(tags=...)); moved there", stacklevel=3)
-        moved["train"] = {"tags": moved.pop("tags"), **moved.get("train", {})}
+        train = moved.get("train", {})
+        moved["train"] = _merged({"tags": moved.pop("tags")}, train) if isinstance(train, Mapping) else train
     return moved

@@ -182,15 +182,15 @@ class NeMoSFTTrainer(BaseRLTrainer):
 
     def _evaluation(self) -> dict[str, Leaf]:
         stops = [text for text in self.stop_sequences or () if text]
-        found = {"evaluation.stop_sequences": Leaf(stops, "file", "stop_sequences")}
+        settings = {"evaluation.stop_sequences": Leaf(stops, "file", "stop_sequences")}
         if not self._prompts():
-            return found
+            return settings
         every, where = self.config.train.eval_interval, "train.eval_interval"
         if self.megatron_cfg is not None and self.megatron_cfg.value("trainer.val_check_interval") is not None:
             every, where = self.megatron_cfg.value("trainer.val_check_interval"), "trainer.val_check_interval"
         if not isinstance(every, int):
             raise ConfigError(f"{where}: {every} is a part of an epoch; give steps")
-        return found | {"train.eval_every": Leaf(every, "file", where)}
+        return settings | {"train.eval_every": Leaf(every, "file", where)}
 
     def _resume(self) -> dict[str, Leaf]:
         given = self.config.train.resume_from_checkpoint or (
@@ -258,7 +258,7 @@ def _name_for_wandb(config: TRLConfig) -> None:
 
 
 def _weights(config: TRLConfig, megatron: MegatronConfig | None, pretrained: str | None) -> Path | None:
-    """Return where the weights are: pretrained_model, restore_from_path, or model_path if it exists; else None."""
+    """Return where the weights are: pretrained_model, restore_from_path, or model_path if it exists, or None."""
     restore = megatron and (megatron.value("restore_from_path") or megatron.value("model.restore_from_path"))
     named = pretrained or restore
     if named:

@@ -99,7 +99,7 @@ class Mixture:
 
     @cached_property
     def _walks(self) -> list[NDArray[np.int64]]:
-        """The order in which the rests of each source are taken; empty for a source without a rest."""
+        """The order in which the rests of each source are taken, empty for a source without a rest."""
         return [self._walk(share) for share in self.shares]
 
     def _walk(self, share: Share) -> NDArray[np.int64]:

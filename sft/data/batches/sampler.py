@@ -262,7 +262,7 @@ class CyclicSchedule:
 
 
 def cyclic_order(count: int, seed: int) -> NDArray[np.int64]:
-    """Return torch's random permutation of `count` places, which is what trlx uses; numpy's differs."""
+    """Return torch's random permutation of `count` places, which trlx uses. numpy's would differ."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
 
 

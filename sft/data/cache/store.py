@@ -159,7 +159,7 @@ class TokenCache:
             raise DataError(f"data cache {directory} is damaged ({error}); delete it and prepare again") from error
 
     def verify(self) -> None:
-        """Raise DataError if an array's bytes are not those that were written; reads all of the cache."""
+        """Read the whole cache, and raise DataError if an array's bytes are not those that were written."""
         changed = [name for name, known in self.checksums.items() if crc32(self.directory / f"{name}.npy") != known]
         if changed:
             raise DataError(f"data cache {self.directory} is damaged: the bytes of {', '.join(changed)} have changed")

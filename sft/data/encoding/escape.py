@@ -74,7 +74,7 @@ class ControlTokens:
         self.ids = np.array(sorted(spellings.values()), dtype=np.int32)
 
     def hide(self, content: str) -> str:
-        """Return `content` with placeholders in place of control tokens; raise DataError if it holds a placeholder."""
+        """Return `content` with placeholders for control tokens, or raise DataError if it holds one already."""
         if reserved := self._hidden.search(content):
             raise DataError(
                 f"the content holds U+{ord(reserved[0]):X}, a private use character that stands for a special token "

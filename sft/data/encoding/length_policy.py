@@ -94,8 +94,8 @@ def _part(encoded: Encoded, start: int, end: int | None) -> Encoded:
 
 
 def _without_first(encoded: Encoded) -> Encoded:
-    """Return the example with weight 0 for its first token, which nothing predicts; the given one is not changed."""
-    weights = encoded.weights.copy()
+    """Return the example with weight 0 for its first token, which nothing predicts."""
+    weights = encoded.weights.copy()  # the caller's example keeps its weights
     weights[:1] = 0.0
     return replace(encoded, weights=weights)
 

@@ -93,24 +93,25 @@ class Encoder:
         return inspected
 
     def _joined(self, prompt: str, completion: str) -> Encoded:
-        """Tokenize prompt and completion as one text; tokens with a character of the completion are trained.
+        """Return prompt and completion as one example, in which tokens with a character of the completion are trained.
 
-        Apart, a SentencePiece tokenizer would put its word mark in front of the completion: `1+1=` and `2` give a
-        token for " 2", which is not what the two together say.
+        Raise ModelError if the tokenizer does not say which characters a token stands for.
         """
+        # As one text: apart, a SentencePiece tokenizer would put its word mark before the completion. `1+1=` and `2`
+        # would give a token for " 2", which is not what the two together say.
         text = prompt + completion
         ids = self._opened(text)
         if self._spec.loss_on == "all":
             return self._trained_from(self._closed(ids), 0)
         if not self._tokenizer.is_fast:
             raise ModelError(
-                "model.tokenizer: prompt and completion need a tokenizer that knows the characters of a token "
-                "(a tokenizer.json); convert it with transformers' convert_slow_tokenizer"
+                "model.tokenizer: prompt and completion need a fast tokenizer (a tokenizer.json), which says which "
+                "characters a token stands for; convert it with transformers' convert_slow_tokenizer"
             )
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         in_prompt = sum(1 for _, end in encoded["offset_mapping"] if end <= len(prompt))
         crossing = any(begin < len(prompt) < end for begin, end in encoded["offset_mapping"])
-        added = len(ids) - len(encoded["input_ids"])  # what the tokenizer puts in front
+        added = len(ids) - len(encoded["input_ids"])  # the BOS, if the tokenizer puts one first
         trained = self._trained_from(self._closed(ids), added + in_prompt)
         return dataclasses.replace(trained, straddling=int(crossing))
 

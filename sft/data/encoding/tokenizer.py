@@ -66,7 +66,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the end token, which ends texts and plain completions; raise ModelError if there is none."""
+    """Return the id of the token that ends texts and plain completions, or raise ModelError if there is none."""
     if not isinstance(tokenizer.eos_token_id, int):
         raise ModelError(
             "model.tokenizer: the tokenizer has no eos_token, without which the model would not learn to end an "

@@ -82,7 +82,7 @@ def lost_percent(counts: Counts) -> float:
 
 
 def check_counts(counts: Counts, key: str, files: Sequence[Path]) -> None:
-    """Raise DataError for data that nothing can be learnt from; `key` and `files` say which in the error."""
+    """Raise DataError, naming `key` and `files`, for data that nothing can be learnt from."""
     names = ", ".join(map(str, files))
     if counts.rows == 0:
         raise DataError(f"{key}: no rows in {names}")

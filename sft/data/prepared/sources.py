@@ -32,7 +32,7 @@ class DataSet:
 
 
 def training_sets(data: DataSpec) -> list[DataSet]:
-    """Return the sources, or data.train as the only one; raise DataError if there is neither."""
+    """Return the sources, or data.train as the only one, or raise DataError if there is neither."""
     if data.sources:
         return [DataSet(name=name, key=f"data.sources.{name}", data=data.of_source(name)) for name in data.sources]
     if not data.train:

@@ -54,7 +54,7 @@ def as_json(row: Row) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a file that does not hold lines, each with its number; raise DataError if it is damaged."""
+    """Yield the rows of a file that does not hold lines with their numbers, or raise DataError if it is damaged."""
     if path.suffix == ".json":
         return _json_array(path)
     if path.suffix in (".csv", ".tsv"):

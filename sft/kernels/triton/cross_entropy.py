@@ -64,7 +64,7 @@ def statistics(logits: Tensor, labels: Tensor, width: int) -> tuple[Tensor, Tens
 
 
 def gradient_in_place(logits: Tensor, labels: Tensor, log_sum: Tensor, weights: Tensor, width: int) -> Tensor:
-    """Overwrite `logits` with weight * (softmax - onehot(label)), 0 after the first `width` columns; return them."""
+    """Overwrite and return `logits`, as weight * (softmax - onehot(label)), and 0 after the first `width` columns."""
     rows, stride = logits.shape
     if rows:
         grid = (rows, triton.cdiv(stride, _BLOCK))

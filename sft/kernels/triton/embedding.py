@@ -27,15 +27,15 @@ def _add_rows(
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < columns
         total = tl.zeros((COLUMNS,), dtype=tl.float32)
-        found = ROWS
-        while found == ROWS:  # fewer than ROWS entries of this place: the next ones are another's
-            turn = first + tl.arange(0, ROWS)
-            same = (turn < count) & (tl.load(place_ptr + turn, mask=turn < count, other=-1) == place)
-            source = tl.load(order_ptr + turn, mask=same, other=0)
+        summed = ROWS
+        while summed == ROWS:  # fewer than ROWS entries of this place: the next ones are another's
+            entry = first + tl.arange(0, ROWS)
+            same = (entry < count) & (tl.load(place_ptr + entry, mask=entry < count, other=-1) == place)
+            source = tl.load(order_ptr + entry, mask=same, other=0)
             cells = source[:, None] * columns + column[None, :]
             row = tl.load(rows_ptr + cells, mask=same[:, None] & inside[None, :], other=0.0)
             total += tl.sum(row.to(tl.float32), axis=0)
-            found = tl.sum(same.to(tl.int32), axis=0)
+            summed = tl.sum(same.to(tl.int32), axis=0)
             first += ROWS
         target = table_ptr + place * columns + column
         total += tl.load(target, mask=inside, other=0.0).to(tl.float32)

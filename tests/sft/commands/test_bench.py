@@ -76,7 +76,7 @@ def test_exposed_communication() -> None:
 
 
 def test_only_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the warm-up nor what a trainer does behind its last step."""
+    """Neither the warm-up nor what a trainer does after its last step."""
     now = iter([10.0, 11.0])
     monkeypatch.setattr("sft.bench.result.time.perf_counter", lambda: next(now))
     monkeypatch.setattr("sft.bench.result.torch.cuda.is_available", lambda: False)

@@ -14,7 +14,7 @@ from sft.kernels.weight_gradient import weight_gradient
 HIDDEN, WIDTH = 16, 48
 
 
-def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype).requires_grad_()
 
 
@@ -24,7 +24,7 @@ def plain(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def test_mlp_equals_torch() -> None:
-    own = [drawn(5, 2, HIDDEN), drawn(2 * WIDTH, HIDDEN), drawn(HIDDEN, WIDTH)]
+    own = [random(5, 2, HIDDEN), random(2 * WIDTH, HIDDEN), random(HIDDEN, WIDTH)]
     exact = [tensor.detach().clone().requires_grad_() for tensor in own]
     results = [operation(*tensors) for operation, tensors in ((swiglu_mlp, own), (plain, exact))]
     for result in results:
@@ -35,7 +35,7 @@ def test_mlp_equals_torch() -> None:
 
 
 def test_frozen_weights_have_no_gradient() -> None:
-    x, up, down = drawn(5, HIDDEN), drawn(2 * WIDTH, HIDDEN).detach(), drawn(HIDDEN, WIDTH).detach()
+    x, up, down = random(5, HIDDEN), random(2 * WIDTH, HIDDEN).detach(), random(HIDDEN, WIDTH).detach()
     swiglu_mlp(x, up, down).sum().backward()
     fp8_linear(x, up).sum().backward()
     assert x.grad is not None and up.grad is None and down.grad is None
@@ -48,8 +48,8 @@ def rounded(x: Tensor, rows: bool) -> Tensor:
 
 
 def test_fp8_rounds_tokens_and_channels_and_not_weight_gradients() -> None:
-    x, weight = drawn(7, HIDDEN, dtype=torch.float32), drawn(WIDTH, HIDDEN, dtype=torch.float32)
-    grad = drawn(7, WIDTH, dtype=torch.float32).detach()
+    x, weight = random(7, HIDDEN, dtype=torch.float32), random(WIDTH, HIDDEN, dtype=torch.float32)
+    grad = random(7, WIDTH, dtype=torch.float32).detach()
     output = fp8_linear(x, weight)
     output.backward(grad)
     torch.testing.assert_close(output, rounded(x, True) @ rounded(weight, True).t(), rtol=1e-5, atol=1e-5)
@@ -68,7 +68,7 @@ def test_rows_of_any_size(value: float) -> None:
 
 def test_weight_gradients_of_a_step_are_added_up() -> None:
     """The first product overwrites the buffer, which is zeroed in training. The flag says which is the first."""
-    weight, inputs, grad = drawn(WIDTH, HIDDEN), drawn(7, HIDDEN).detach(), drawn(7, WIDTH).detach()
+    weight, inputs, grad = random(WIDTH, HIDDEN), random(7, HIDDEN).detach(), random(7, WIDTH).detach()
     weight.main_grad, weight.grad_added_to_main_grad = torch.full((WIDTH, HIDDEN), 9.0), False  # type: ignore[attr-defined]
     for _ in range(2):
         assert weight_gradient(weight, grad, inputs).shape == weight.shape

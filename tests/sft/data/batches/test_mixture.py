@@ -52,7 +52,7 @@ def taken_by(schedule: BatchSchedule, epochs: range) -> Counter[int]:
 @given(MIXTURES, st.integers(0, 6), st.integers(1, 9), st.sampled_from(KINDS))
 @settings(max_examples=150)
 def test_counts_are_exact_in_any_epochs(mixture: Mixture, first: int, epochs: int, kind: str) -> None:
-    """Seen to fail with a rest that is drawn anew each epoch, and with one that starts at each epoch's beginning."""
+    """Seen to fail with a new random rest in each epoch, and with one that starts over in each epoch."""
     counts = taken_by(schedule_of(mixture, kind), range(first, first + epochs))
     begin = 0
     for share in mixture.shares:
@@ -90,7 +90,7 @@ def test_a_half_is_rounded_up(weight: float, examples: int, taken: int) -> None:
 @given(MIXTURES, st.sampled_from(KINDS))
 @settings(max_examples=60)
 def test_any_step_can_be_asked_first(mixture: Mixture, kind: str) -> None:
-    """Resume is to ask for another step. Seen to fail with steps of unequal epochs counted from the last one asked."""
+    """Resuming is asking for another step. Seen to fail with steps of unequal epochs counted from the last one."""
     schedule = schedule_of(mixture, kind)
     steps = range(schedule.steps_in(3))
     straight = [schedule.examples_at(step).tolist() for step in steps]

@@ -25,8 +25,8 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60).map(lambda value
 
 def chat_lengths(count: int, longest: int = 4096, seed: int = 0) -> NDArray[np.int64]:
     """Lengths as conversations have them: many short ones, a long tail."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(375), 1.0, count)
-    return np.clip(drawn, 2, longest).astype(np.int64)
+    lengths = np.random.default_rng(seed).lognormal(np.log(375), 1.0, count)
+    return np.clip(lengths, 2, longest).astype(np.int64)
 
 
 def textbook(lengths: NDArray[np.int64], capacity: int) -> list[int]:
@@ -55,10 +55,10 @@ def test_rows_are_those_of_best_fit_decreasing(lengths: NDArray[np.int64], capac
 @settings(max_examples=50)
 def test_order_decides_only_between_equal_lengths(lengths: NDArray[np.int64], seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(lengths))
-    plain, drawn = best_fit_decreasing(lengths, 50), best_fit_decreasing(lengths, 50, order)
-    assert drawn.offsets.tolist() == plain.offsets.tolist()
-    assert lengths[drawn.items].tolist() == lengths[plain.items].tolist()
-    assert order[best_fit_decreasing(lengths[order], 50).items].tolist() == drawn.items.tolist()
+    plain, ordered = best_fit_decreasing(lengths, 50), best_fit_decreasing(lengths, 50, order)
+    assert ordered.offsets.tolist() == plain.offsets.tolist()
+    assert lengths[ordered.items].tolist() == lengths[plain.items].tolist()
+    assert order[best_fit_decreasing(lengths[order], 50).items].tolist() == ordered.items.tolist()
 
 
 @pytest.mark.parametrize("capacity", [2048, 4096, 70_000])

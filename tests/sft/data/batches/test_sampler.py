@@ -63,7 +63,7 @@ def epoch(batches: BatchSchedule, number: int) -> list[int]:
 @given(SCHEDULES, st.integers(0, 5))
 @settings(max_examples=60)
 def test_trap_16_the_union_over_an_epoch_is_the_data_once(batches: ExampleSchedule, number: int) -> None:
-    """Seen to fail with an order drawn by rng.integers (with replacement)."""
+    """Seen to fail with an order from rng.integers (with replacement)."""
     seen = [i for i in epoch(batches, number) if i != EMPTY_SLOT]
     assert sorted(seen) == list(range(batches.num_examples))
 
@@ -79,7 +79,7 @@ def test_trap_16_every_data_parallel_size_sees_the_same_global_batch(batches: Ex
 
 
 def test_trap_16_a_step_depends_on_nothing_that_was_asked_before() -> None:
-    """Resume is to ask for another step. Seen to fail with one generator that is drawn from epoch by epoch."""
+    """Resuming is asking for another step. Seen to fail with one generator used epoch after epoch."""
     straight = [schedule().examples_at(step).tolist() for step in range(20)]
     assert [schedule().examples_at(step).tolist() for step in reversed(range(20))] == straight[::-1]
     assert [schedule().examples_at(step).tolist() for step in range(10, 20)] == straight[10:]
@@ -133,7 +133,7 @@ def test_trap_16_rows_and_groups_hold_the_data_once_an_epoch(batches: BatchSched
 
 @pytest.mark.parametrize("batches", OTHER_SCHEDULES, ids=["tokens", "tokens_in_order", "one_step", "grouped"])
 def test_trap_16_rows_and_groups_depend_on_nothing_that_was_asked_before(batches: BatchSchedule) -> None:
-    """Seen to fail with rows that are packed from a generator drawn from epoch by epoch."""
+    """Seen to fail with rows packed in an order from one generator used epoch after epoch."""
     steps = 2 * batches.steps_per_epoch + 1
     straight = [batches.examples_at(step).tolist() for step in range(steps)]
     assert [batches.examples_at(step).tolist() for step in reversed(range(steps))] == straight[::-1]

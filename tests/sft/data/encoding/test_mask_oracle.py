@@ -2,7 +2,7 @@
 
 The `trl` wheel ships the chat templates of many families as their checkpoints have them, and for most a training twin
 in which `{% generation %}` marks what is trained. Masks on the ORIGINAL template are compared with the twin's marks,
-turn by turn: the twin is asked for the conversation up to a turn and says what is trained of the turn it ends with.
+turn by turn: the twin renders the conversation up to a turn, and marks what is trained of the turn it ends with.
 The table in docs/how-to/chat-templates.md, read here, says what happens to each family and kind of conversation.
 
 The tokenizers of these families cannot be had without a network. Each family gets a byte-level BPE that holds the
@@ -40,10 +40,10 @@ GIVEN = {
     **dict.fromkeys(("nemotron_3_5_lightning", "qwen3_5_think", "qwen3_6", "qwen3_8"), "<think>\n"),
     "qwen3_5_nothink": "<think>\n\n</think>\n\n",
 }
-"""What twins mark although the generation prompt ends with it, so that no model is ever asked for it."""
+"""What twins mark although the generation prompt ends with it, so that no model ever generates it."""
 
 ENDING = {"llava_next": " ", "diffusion_gemma": "<|tool_response>"}
-"""What the original writes behind an answer (the latter behind a call), and the twin leaves unmarked."""
+"""What the original writes after an answer (the latter after a call), and the twin leaves unmarked."""
 
 HEADER = {"diffusion_gemma": "<|turn>model\n"}
 """What the original writes in front of an answer to a tool's result, though its generation prompt does not."""
@@ -220,7 +220,7 @@ def runs(encoded: Encoded) -> list[tuple[int, int]]:
 
 
 def check(name: str, kind: str, encoded: list[Encoded]) -> None:
-    """Each answer is trained once, as the twin marks it, behind the ids that generation would begin with.
+    """Each answer is trained once, as the twin marks it, after the ids that generation would begin with.
 
     A whole conversation is compared with the whole twin; turns that were split, with the twin up to the turn.
     """

@@ -114,7 +114,7 @@ def test_trap_9_a_template_that_rewrites_history_is_refused_with_the_turn() -> N
 
 
 def test_trap_9_turns_that_are_rewritten_become_examples_of_their_own() -> None:
-    """Each behind the prompt of generation. Seen to fail with all turns masked in the whole conversation."""
+    """Each after the prompt of generation. Seen to fail with all turns masked in the whole conversation."""
     example = chat("hi", "<think>hm</think>yo", "and?", "plain", "so?", "<think>so</think>an answer")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = THINK_TEMPLATE
@@ -203,7 +203,7 @@ def weighted(*weights: float | None) -> Example:
 
 
 def test_messages_weigh_what_the_row_says() -> None:
-    """Seen to fail with the weights of messages passed over."""
+    """Seen to fail with the weights of messages ignored."""
     tokenizer = make_tokenizer()
     encoded = encode(weighted(None, None, 0.5, None, None), tokenizer, DataSpec())
     assert [w for w, _ in itertools.groupby(encoded.weights)] == [0.0, 0.5, 0.0, 1.0]
@@ -369,7 +369,7 @@ def test_without_a_template_prompt_and_completion_are_joined_as_they_are() -> No
 
 
 def test_without_a_template_the_tokens_are_those_of_prompt_and_completion_as_one_text() -> None:
-    """Seen to fail (a token for " 2" behind `1+1=`) with the two tokenized apart."""
+    """Seen to fail (a token for " 2" after `1+1=`) with the two tokenized apart."""
     tokenizer = sentencepiece_like()
     spec = DataSpec(chat_template="none")
     for prompt, completion in (("1+1=", "2"), ("The answer is (", "4)"), ("a b", "c d"), ("Paris is", " the capital")):

@@ -331,7 +331,7 @@ def test_ids_that_the_model_does_not_have_are_refused(tmp_path: Path, tokenizer_
 
 
 def test_data_of_which_too_much_is_lost_are_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Also where the cache is there already. Seen to fail with the check at building alone."""
+    """Also where the cache exists already. Seen to fail with the check only where caches are built."""
     lossy = {"seq_length": 48, "length_policy": "truncate_right"}
     spec = spec_of(tmp_path, **lossy)
     counts = open_or_build(spec, tokenizer_dir, build=True).train.counts
