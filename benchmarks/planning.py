@@ -27,7 +27,7 @@ from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import named_model_shape
 from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TrainSpec
 from launcher.contract.topology import Topology
-from launcher.planning.search import search
+from launcher.planning.search import search_layouts
 
 ROWS = yaml.safe_load(Path(__file__).with_name("planning_rows.yaml").read_text(encoding="utf-8"))
 IMPLEMENTATIONS = {item.name: item for item in (PLAIN, FUSED, TRANSFORMER_ENGINE, CURRENT)}
@@ -104,7 +104,7 @@ def scaling_figures() -> dict[str, Any]:
     rows = []
     for model in ("8b", "70b"):
         for gpus in GPUS:
-            found = search(_scaling_spec(gpus), named_model_shape(model), gpu_kind("h100")).fitting
+            found = search_layouts(_scaling_spec(gpus), named_model_shape(model), gpu_kind("h100")).fitting
             rows.append({"model": model, "gpus": gpus, **_figures(found[0] if found else None, gpus)})
     return {
         "what": "predictions of the cost model, nothing was run",
@@ -123,7 +123,7 @@ def timings() -> str:
         spec, taken = _scaling_spec(8 * nodes, rows=8 * nodes), []
         for _ in range(5):
             start = time.perf_counter()
-            result = search(spec, named_model_shape("70b"), gpu_kind("h100"))
+            result = search_layouts(spec, named_model_shape("70b"), gpu_kind("h100"))
             taken.append(time.perf_counter() - start)
         layouts = len(result.fitting) + len(result.too_large)
         lines.append(f"{nodes} nodes x 8 GPUs: {sorted(taken)[2]:.3f} s for {layouts} valid layouts")

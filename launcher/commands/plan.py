@@ -36,7 +36,7 @@ def _plan(options: argparse.Namespace) -> int:
     from launcher.contract.config.load import load_config
     from launcher.contract.errors import ConfigError
     from launcher.planning.run_plan import gpu_of, unknown_gpu
-    from launcher.planning.search import search, with_gpus
+    from launcher.planning.search import search_layouts, with_gpus
     from launcher.submission.submission import model_shape_of
     from launcher.views.plan_report import as_json, text
 
@@ -46,7 +46,7 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError(unknown_gpu(spec))
     sizes = _sizes(options.gpus) if options.gpus else [spec.resources.world_size]
     specs = [with_gpus(spec, size) for size in sizes]
-    plans = [(variant, search(variant, shape, gpu)) for variant in specs]
+    plans = [(variant, search_layouts(variant, shape, gpu)) for variant in specs]
     top = options.top or (5 if len(plans) == 1 else 1)
     if options.json:
         print_json([as_json(variant, result, top) for variant, result in plans])

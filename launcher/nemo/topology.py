@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.contract.config.conversion import typed
+from launcher.contract.config.conversion import typed_spec
 from launcher.contract.errors import ConfigError
 from launcher.contract.leaves import Leaf, Leaves
 from launcher.contract.model_shape import ModelShape
@@ -18,7 +18,7 @@ def check_topology(conversion: Conversion) -> None:
     assert conversion.model is not None
     values = {key: Leaf(value, "file", outcome.where) for key, value, outcome in conversion.settings()}
     leaves = Leaves(values=values)
-    spec = typed(leaves)
+    spec = typed_spec(leaves)
     if leaves.problems:
         raise ConfigError(leaves.problems)
     build_topology(spec, ModelShape.from_config(conversion.model, "the model it describes"))

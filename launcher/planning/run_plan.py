@@ -14,7 +14,7 @@ from launcher.contract.hardware import GpuKind, gpu_kind, gpu_kinds
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
-from launcher.planning.search import HEADROOM, SearchResult, nearest_fitting, search, workload_of
+from launcher.planning.search import HEADROOM, SearchResult, nearest_fitting, search_layouts, workload_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ def check_fit(spec: RunSpec, predicted: Candidate, shape: ModelShape, gpu: GpuKi
     """Raise TopologyError where the run cannot fit into its GPUs, with the nearest layout that does."""
     if predicted.missing <= 0:
         return
-    result = search(spec, shape, gpu)
+    result = search_layouts(spec, shape, gpu)
     raise TopologyError(
         f"topology: {predicted.layout.describe()} needs {predicted.memory.total:.1f} GiB on {gpu.name} of "
         f"{gpu.memory_gib:.1f} GiB, {predicted.missing:.1f} GiB too much (stage {predicted.memory.stage}: "

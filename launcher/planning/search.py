@@ -66,7 +66,9 @@ def with_gpus(spec: RunSpec, gpus: int) -> RunSpec:
     return dataclasses.replace(spec, resources=resources)
 
 
-def search(spec: RunSpec, shape: ModelShape, gpu: GpuKind, implementation: Implementation = CURRENT) -> SearchResult:
+def search_layouts(
+    spec: RunSpec, shape: ModelShape, gpu: GpuKind, implementation: Implementation = CURRENT
+) -> SearchResult:
     """Predict every layout of the run's GPUs, with context_parallel as the config has it."""
     workload = workload_of(spec, shape)
     fitting: list[Candidate] = []
@@ -112,7 +114,7 @@ def nearest_fitting(spec: RunSpec, fitting: Sequence[Candidate]) -> Candidate | 
     return min(fitting, key=lambda candidate: sum(given[key] != value for key, value in candidate.overrides.items()))
 
 
-def apply(spec: RunSpec, candidate: Candidate) -> RunSpec:
+def with_layout(spec: RunSpec, candidate: Candidate) -> RunSpec:
     """Return the run with this layout."""
     topology = candidate.layout.topology
     variant = _variant(

@@ -70,7 +70,7 @@ def read_files(paths: Iterable[str | None]) -> list[dict[str, str]]:
     return files
 
 
-def run(host: Host, request: Request, spec: RunSpec) -> int:
+def run_on_host(host: Host, request: Request, spec: RunSpec) -> int:
     """Run the command on the host, with its output and Ctrl-C passed on, and return its exit code."""
     program, stored = _deposit(host, request, spec)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

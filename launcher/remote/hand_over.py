@@ -37,15 +37,15 @@ def _with_config(options: argparse.Namespace, words: Sequence[str]) -> int | Non
     if spec is None:
         return None
     from launcher.contract.manifest import describe_source
-    from launcher.remote.delivery import Request, read_files, run
-    from launcher.remote.sent_runs import remember
+    from launcher.remote import sent_runs
+    from launcher.remote.delivery import Request, read_files, run_on_host
 
     files = read_files([str(options.config), *sent_paths(spec)])
     source, diff = describe_source()
     request = Request(words=tuple(words), environment=_values(spec.secret_names), files=files, source=source, diff=diff)
     if hasattr(options, "follow") and not (options.dry_run or options.test_only):
-        remember(spec.name, spec.cluster.name, spec.secret_names)  # before it runs: a connection can be lost
-    return run(_host(spec.cluster), request, spec)
+        sent_runs.remember(spec.name, spec.cluster.name, spec.secret_names)  # before it runs: a connection can be lost
+    return run_on_host(_host(spec.cluster), request, spec)
 
 
 def sent_paths(spec: RunSpec) -> list[str]:
@@ -57,9 +57,9 @@ def sent_paths(spec: RunSpec) -> list[str]:
 
 def _on_runs(options: argparse.Namespace, words: Sequence[str]) -> int | None:
     """Hand over a command on runs, or on a cluster's nodes."""
-    from launcher.remote.sent_runs import recall
+    from launcher.remote import sent_runs
 
-    known = recall(options)
+    known = sent_runs.recall(options)
     resubmits = hasattr(options, "overrides")
     chosen = os.environ.get("SFT_CLUSTER") or (known.cluster if known else None)
     name = chosen or options.cluster if resubmits else options.cluster or chosen
@@ -81,11 +81,11 @@ def run_on(cluster: ClusterSpec, words: Sequence[str], secrets: Sequence[str] = 
         return None
     from launcher.contract.manifest import describe_source
     from launcher.contract.spec import RunSpec
-    from launcher.remote.delivery import Request, run
+    from launcher.remote.delivery import Request, run_on_host
 
     source, diff = describe_source()
     request = Request(words=tuple(words), environment=_values(secrets), source=source, diff=diff)
-    return run(_host(cluster), request, RunSpec())
+    return run_on_host(_host(cluster), request, RunSpec())
 
 
 def _values(names: Sequence[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.topology import Topology, build_topology
 from launcher.planning.run_plan import check_fit, estimate, gpu_of, nothing_fits, unknown_gpu
-from launcher.planning.search import apply, search
+from launcher.planning.search import search_layouts, with_layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ def with_best_topology(config: LoadedConfig, shape: ModelShape, gpu: GpuKind | N
     if gpu is None:
         raise TopologyError(f"topology: auto: {unknown_gpu(spec)}; or give the sizes themselves")
     set_by_user = [key for key in ("train.micro_batch_size", "train.recompute") if config.sources[key] != "default"]
-    result = search(spec, shape, gpu)
+    result = search_layouts(spec, shape, gpu)
     allowed = [
         candidate
         for candidate in result.fitting
@@ -78,7 +78,7 @@ def with_best_topology(config: LoadedConfig, shape: ModelShape, gpu: GpuKind | N
         raise TopologyError(f"topology: auto: {nothing_fits(spec, result)}")
     chosen: dict[str, Source] = {key: "plan" for key in allowed[0].overrides if key not in set_by_user}
     return dataclasses.replace(
-        config, spec=apply(spec, allowed[0]), sources={**config.sources, **chosen}, auto_topology=False
+        config, spec=with_layout(spec, allowed[0]), sources={**config.sources, **chosen}, auto_topology=False
     )
 
 

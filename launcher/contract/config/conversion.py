@@ -26,7 +26,7 @@ _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^}\s,'\"]*)")
 Section = TypeVar("Section")
 
 
-def typed(merged: Leaves) -> RunSpec:
+def typed_spec(merged: Leaves) -> RunSpec:
     """Return the leaves as a RunSpec.
 
     A value that does not fit its type is reported in `merged` and left at its default.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launcher.contract.config.checks import file_problems, spec_problems
 from launcher.contract.config.cluster_file import host_problems
-from launcher.contract.config.conversion import typed
+from launcher.contract.config.conversion import typed_spec
 from launcher.contract.config.layers import merged_layers, take_auto_topology
 from launcher.contract.errors import ConfigError
 from launcher.contract.leaves import Leaves, Source
@@ -56,19 +56,19 @@ def load_config(
     """
     merged = merged_layers(path, overrides, cluster, resolved)
     auto = take_auto_topology(merged)
-    spec = checked(merged, str(path))
+    spec = checked_spec(merged, str(path))
     sources: dict[str, Source] = {
         key: merged.values[key].source if key in merged.values else "default" for key in _keys(spec)
     }
     return LoadedConfig(spec=spec, path=path, sources=sources, described=merged.described, auto_topology=auto)
 
 
-def checked(merged: Leaves, shown: str) -> RunSpec:
+def checked_spec(merged: Leaves, shown: str) -> RunSpec:
     """Return the leaves as a RunSpec with absolute paths, or raise ConfigError with every problem.
 
     `shown` is where the leaves come from, for problems of keys that nobody wrote.
     """
-    spec = _dated(with_absolute_paths(_at_its_host(typed(merged))))
+    spec = _dated(with_absolute_paths(_at_its_host(typed_spec(merged))))
     for key, message in (*spec_problems(spec), *file_problems(spec)):
         if key not in merged.bad:
             merged.problems.append(f"{merged.where(key, shown)}: {key}: {message}")
@@ -94,7 +94,7 @@ def read_remote(path: Path, overrides: Sequence[str] = (), cluster: str | None =
     if host is None or host.value is None:
         return None
     take_auto_topology(merged)
-    spec = typed(merged)
+    spec = typed_spec(merged)
     for key, problem in host_problems(spec.cluster):
         merged.problems.append(f"{merged.where(f'cluster.{key}', str(path))}: cluster.{key}: {problem}")
     if merged.problems:

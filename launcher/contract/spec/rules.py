@@ -192,16 +192,16 @@ FUNCTION = Pattern(re.compile(r"[\w.]+:\w+"), "package.module:function")
 """A function of the user's; its code goes into the run's snapshot."""
 BIND_MOUNT = Pattern(re.compile(r"[^:,]+:[^:,]+(:[^:,]+)?"), "SOURCE:TARGET[:OPTIONS]")
 SBATCH_OPTION = Pattern(
-    re.compile(r"--.*", re.DOTALL), "an option that starts with --", "one option an item, e.g. --mail-type=END"
+    re.compile(r"--.*", re.DOTALL), "an option that starts with --", "one option per item, e.g. --mail-type=END"
 )
 SRUN_OPTION = Pattern(
-    re.compile(r"-.*", re.DOTALL), "an option that starts with -", "one option an item, e.g. --mpi=none"
+    re.compile(r"-.*", re.DOTALL), "an option that starts with -", "one option per item, e.g. --mpi=none"
 )
 
 
 def shown(value: object) -> str:
     """Return the value as messages print it: texts in quotes, numbers without trailing zeros."""
-    return f"{value:g}" if isinstance(value, float) else repr(value)
+    return f"{value:.12g}" if isinstance(value, float) else repr(value)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

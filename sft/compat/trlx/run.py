@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from launcher.contract.config.load import checked
+from launcher.contract.config.load import checked_spec
 from launcher.contract.errors import ConfigError, DataError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.leaves import Leaf, Leaves
@@ -65,7 +65,7 @@ def make_spec(values: Mapping[str, Leaf], material: Material, paths: RunPaths, e
         files["model.init"] = Leaf("random", "file", "megatron_cfg")
     place = {"run_root": str(paths.root.parent), "name": paths.root.name}
     files |= {key: Leaf(value, "file", "the run's directory") for key, value in place.items()}
-    spec = checked(Leaves(values={**values, **files}), "trlx config")
+    spec = checked_spec(Leaves(values={**values, **files}), "trlx config")
     if spec.resources.world_size != env.world_size:
         raise ConfigError(
             f"trainer.devices {spec.resources.ranks_per_node} x trainer.num_nodes {spec.resources.nodes} = "

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from launcher.contract.config.conversion import typed
+from launcher.contract.config.conversion import typed_spec
 from launcher.contract.errors import ConfigError, DataError, ModelError
 from launcher.contract.leaves import Leaf, Leaves
 from launcher.contract.model_shape import ModelShape, read_model_shape
@@ -240,7 +240,7 @@ def megatron_trainer(cfg: MegatronCfg) -> pl.Trainer:
     leaves = Leaves(
         values={key: Leaf(value, "file", item.where) for key, value, item in megatron.conversion.settings()}
     )
-    spec = typed(leaves)
+    spec = typed_spec(leaves)
     if leaves.problems or spec.train.max_steps is None:
         raise ConfigError(leaves.problems or "trainer.max_steps: missing")
     pl.seed_everything(spec.train.seed, verbose=False)

@@ -24,7 +24,7 @@ from launcher.contract.model_shape import named_model_config, named_model_shape
 from launcher.contract.spec import DataSpec, LoraSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.topology import Topology, build_topology
 from launcher.planning.run_plan import run_cost
-from launcher.planning.search import HEADROOM, MICRO_BATCH_SIZES, search, with_gpus, workload_of
+from launcher.planning.search import HEADROOM, MICRO_BATCH_SIZES, search_layouts, with_gpus, workload_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 H100 = gpu_kind("h100")
@@ -69,7 +69,7 @@ def run(nodes: int = 2, gpus: int = 8, batch: int = 128, length: int = 4096, **t
 
 def test_every_layout_keeps_the_rules_and_the_memory() -> None:
     shape = named_model_shape("8b")
-    result = search(run(), shape, H100)
+    result = search_layouts(run(), shape, H100)
     assert len(result.fitting) > 50
     assert [found.tokens_per_second for found in result.fitting] == sorted(
         (found.tokens_per_second for found in result.fitting), reverse=True
@@ -178,21 +178,23 @@ def test_bubble_is_the_one_of_the_paper() -> None:
 def test_lora_needs_less_of_everything() -> None:
     shape, spec = named_model_shape("8b"), run(nodes=1, gpus=1, batch=8)
     adapted = dataclasses.replace(spec, model=ModelSpec(lora=LoraSpec(rank=16)))
-    assert not search(spec, shape, H100).fitting
-    best = search(adapted, shape, H100).fitting[0]
+    assert not search_layouts(spec, shape, H100).fitting
+    best = search_layouts(adapted, shape, H100).fitting[0]
     assert best.memory.optimizer < 1
 
 
 def test_more_gpus_are_faster_until_the_batch_is_used_up() -> None:
     shape, spec = named_model_shape("8b"), run(batch=256)
-    speeds = [search(with_gpus(spec, gpus), shape, H100).fitting[0].tokens_per_second for gpus in (8, 16, 64, 256)]
+    speeds = [
+        search_layouts(with_gpus(spec, gpus), shape, H100).fitting[0].tokens_per_second for gpus in (8, 16, 64, 256)
+    ]
     assert speeds == sorted(speeds)
     assert speeds[-1] < 32 * speeds[0]
 
 
 def test_context_parallel_stays_as_it_is() -> None:
     spec = dataclasses.replace(run(), topology=TopologySpec(context_parallel=2))
-    result = search(spec, named_model_shape("8b"), H100)
+    result = search_layouts(spec, named_model_shape("8b"), H100)
     assert {found.layout.topology.context_parallel for found in result.fitting} == {2}
     assert any(found.layout.topology.sequence_parallel for found in result.fitting)
 
@@ -385,7 +387,9 @@ def test_costly_run_is_asked_for_on_a_terminal(
 
 def test_packed_rows_are_one_a_micro_batch(big: Path) -> None:
     spec = dataclasses.replace(run(), data=DataSpec(seq_length=4096, packing=True))
-    sizes = {found.layout.topology.micro_batch_size for found in search(spec, named_model_shape("8b"), H100).fitting}
+    sizes = {
+        found.layout.topology.micro_batch_size for found in search_layouts(spec, named_model_shape("8b"), H100).fitting
+    }
     assert sizes == {1} != set(MICRO_BATCH_SIZES)
 
 
@@ -395,8 +399,8 @@ def test_predictions_of_a_config_without_gpus_are_not_made(workdir: Path, capsys
 
 
 def test_topology_of_a_candidate_is_what_the_config_builds() -> None:
-    from launcher.planning.search import apply
+    from launcher.planning.search import with_layout
 
     shape, spec = named_model_shape("8b"), run()
-    for found in search(spec, shape, H100).fitting[::10]:
-        assert build_topology(apply(spec, found), shape) == found.layout.topology
+    for found in search_layouts(spec, shape, H100).fitting[::10]:
+        assert build_topology(with_layout(spec, found), shape) == found.layout.topology

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from launcher.contract.hardware import gpu_kinds
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import Problem
+from launcher.contract.spec.rules import shown
 
 
 def length_problems(spec: RunSpec) -> Iterator[Problem]:
@@ -23,7 +24,7 @@ def optimizer_problems(spec: RunSpec) -> Iterator[Problem]:
     optimizer = spec.train.optimizer
     for name, rate in (("min_lr", optimizer.min_lr), ("initial_lr", optimizer.initial_lr)):
         if rate > optimizer.lr:
-            yield f"train.optimizer.{name}", f"{rate:g} is above train.optimizer.lr {optimizer.lr:g}"
+            yield f"train.optimizer.{name}", f"{shown(rate)} is above train.optimizer.lr {shown(optimizer.lr)}"
     if optimizer.decay_steps is not None and optimizer.decay_steps <= optimizer.warmup_steps:
         yield (
             "train.optimizer.decay_steps",
