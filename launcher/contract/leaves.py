@@ -32,7 +32,7 @@ class Leaf:
 
     @property
     def entries(self) -> dict[str, str]:
-        """The value as a mapping; empty where it is none."""
+        """The value as a mapping, empty if it is none."""
         return self.value if isinstance(self.value, dict) else {}
 
     @property

@@ -22,7 +22,7 @@ ABSENT = "absent"
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    """Return the numbers of a version, e.g. (2, 13, 0) for 2.13.0+cpu; zeros at the end do not count."""
+    """Return the numbers of a version, e.g. (2, 13, 0) for 2.13.0+cpu. Zeros at the end do not count."""
     release = re.match(r"\d+(\.\d+)*", text.strip())
     numbers = [int(number) for number in release.group().split(".")] if release else []
     while numbers and numbers[-1] == 0:
@@ -64,7 +64,7 @@ def _installed(package: str) -> str:
 
 
 def version_problems(versions: Mapping[str, str]) -> list[str]:
-    """Return what is wrong with these versions, one message a package; absent packages are not judged."""
+    """Return what is wrong with these versions, one message for each package that is not absent."""
     problems = []
     for name, bounds in BOUNDS.items():
         version = versions.get(name, ABSENT)
@@ -86,7 +86,7 @@ def check_versions() -> None:
 
 
 def ranks_versions(runtime: RuntimeSpec) -> dict[str, str] | None:
-    """Return the versions of the ranks' Python, where that is this one; None where only the nodes can tell."""
+    """Return the versions of the ranks' Python, if that is this one, else None, because only the nodes can tell."""
     return installed_versions() if runtime.kind == "none" and runtime.python is None else None
 
 

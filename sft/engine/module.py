@@ -198,7 +198,7 @@ class SFTGPT(pl.LightningModule):
 
 
 def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
-    """Run Megatron-core's forward step; on the last stage the output is the loss of each target, [b, s]."""
+    """Run Megatron-core's forward step, which on the last stage returns the loss of each target, [b, s]."""
     batch = next(iterator)
     output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=_packed(batch))
     return output, partial(_weighted_sum, batch.loss_weights)

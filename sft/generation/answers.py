@@ -51,7 +51,7 @@ class PromptAnswers:
         self._log = log
 
     def __call__(self, module: SFTGPT, control: ControlGroup, step: int) -> dict[str, float]:
-        """Answer all prompts; what the metric function makes of the answers, on every rank."""
+        """Answer all prompts and return, on every rank, what the metric function measures on the answers."""
         mine = range(
             parallel_state.get_data_parallel_rank(), len(self._prompts), parallel_state.get_data_parallel_world_size()
         )
@@ -71,7 +71,7 @@ class PromptAnswers:
             self._log.say(f"step {step}: {prompt.text[-80:]!r} -> {output[:200]!r}")
 
     def _measure(self, control: ControlGroup, outputs: Sequence[str]) -> dict[str, float]:
-        """The metric function runs on rank 0 alone; what it raises ends all ranks."""
+        """Run the metric function on rank 0 alone and return its values. What it raises ends all ranks."""
         if self._metric is None:
             return {}
         error, means = None, dict[str, float]()

@@ -83,7 +83,7 @@ class _Batch:
             begin, end = end, end + 1
 
     def _choose(self, logits: Tensor | None, place: int) -> Tensor:
-        """The token for `place` of each row whose answer has begun; the last stage chooses, for all."""
+        """Return the token for `place` of each row whose answer has begun, as the last stage chooses it for all."""
         answering = [not done and length <= place for done, length in zip(self._done, self._lengths, strict=True)]
         device = self._module.device
         chosen = torch.zeros(len(answering), dtype=torch.int64, device=device)
@@ -110,7 +110,7 @@ class _Batch:
 
 
 def _forward(module: SFTGPT, tokens: Tensor, begin: int, context: StaticInferenceContext) -> Tensor | None:
-    """Logits behind the last of `tokens`, [b, vocabulary], on the ranks of the last stage; None on the others."""
+    """Return the logits after the last of `tokens`, [b, vocabulary], on ranks of the last stage, elsewhere None."""
     rows, length = tokens.shape
     tokens = tokens.to(module.device)
     positions = torch.arange(begin, begin + length, device=module.device).expand(rows, -1)

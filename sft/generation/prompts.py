@@ -122,7 +122,7 @@ def averages(name: str, result: object, prompts: int) -> dict[str, float]:
 
 
 def check_prompts(spec: RunSpec, tokenizer_dir: Path, model_dir: Path) -> None:
-    """Fail now where an evaluation would fail later; does nothing where there are no prompts."""
+    """Raise now the errors that an evaluation would raise later. Without prompts there are none."""
     if spec.evaluation.prompts is None:
         return
     tokenizer = load_tokenizer(tokenizer_dir)

@@ -31,7 +31,7 @@ def penalized(logits: Tensor, before: Tensor, penalty: float) -> Tensor:
 
 
 def next_tokens(logits: Tensor, spec: EvaluationSpec, streams: Sequence[torch.Generator | None]) -> Tensor:
-    """The token after each row of `logits` [rows, vocabulary], on the host; a row without a stream gets token 0."""
+    """Return on the host the token after each row of `logits` [rows, vocabulary], 0 for a row without a stream."""
     if spec.temperature == 0:
         return logits.argmax(dim=-1).cpu()
     chosen = torch.zeros(len(streams), dtype=torch.int64)

@@ -169,12 +169,12 @@ class Board:
         return self._call(read) or []
 
     def _call(self, call: Callable[[Store], T]) -> T | None:
-        """Return the result of a call of the store; None before `join`, or where the store does not answer."""
+        """Return the result of a call of the store, None before `join` or if the store does not answer."""
         store = self._store
         return None if store is None else self._limited(lambda: call(store))
 
     def _limited(self, call: Callable[[], T]) -> T | None:
-        """Return the result of `call`; None, and the board is lost, where it takes too long or fails."""
+        """Return the result of `call`. If it fails or takes too long, return None and mark the board as lost."""
         if self.lost:
             return None
         result: list[T] = []

@@ -114,7 +114,7 @@ class Watchdog:
                 self._stacks.unlink()
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
-        """Say that `phase` begins; `step` is the number of finished steps, if that has changed."""
+        """Say that `phase` begins. `step` is the number of finished steps, if that has changed."""
         self._now = (phase, self._now[1] if step is None else step, time.monotonic())
 
     def step_finished(self, step: int) -> None:
@@ -183,7 +183,7 @@ class Watchdog:
         return not self._board.lost and self._board.is_closed()
 
     def _probe_unresponsive_ranks(self) -> None:
-        """Make ranks of this host that did not answer write their stacks; the lowest rank that answered does this."""
+        """On the lowest rank of this host that answered, make those that did not write their stacks."""
         first = self._env.rank - self._env.local_rank
         here = self._board.positions(range(first, first + self._env.local_world_size))
         answered = [position.rank for position in here if position.answered]

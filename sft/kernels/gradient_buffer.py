@@ -47,7 +47,7 @@ class GradientBuffer:
 
 
 def buffer_of(weight: Tensor) -> GradientBuffer | None:
-    """Return the buffer of a weight; None outside of Megatron-core's data parallelism, and for frozen weights."""
+    """Return the buffer of a weight, None outside of Megatron-core's data parallelism and for frozen weights."""
     values: Tensor | None = getattr(weight, "main_grad", None)
     return None if values is None else GradientBuffer(weight, values)
 

@@ -149,7 +149,7 @@ class _WeightGradient:
         return None
 
     def _own(self) -> Tensor:
-        """Return the sum in new memory; zeros where no position is trained."""
+        """Return the sum in new memory, zeros if no position is trained."""
         return torch.zeros_like(self._weight, dtype=torch.float32) if self._sum is None else self._sum
 
 

@@ -41,7 +41,7 @@ class Kernels:
 
 
 def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -> Kernels:
-    """Return the kernels that the config means for this model; ModelError where it asks for one that cannot be used."""
+    """Return the kernels that the config means for this model, or raise ModelError for one that cannot be used."""
     fused = spec.train.kernels == "fused"
     if spec.train.kernels == "auto":
         fused = on_gpu and importlib.util.find_spec("triton") is not None
@@ -59,7 +59,7 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
 
 
 def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Kernel:
-    """Return the kernel that train.attention means here; ModelError where it cannot be used."""
+    """Return the kernel that train.attention means here, or raise ModelError if it cannot be used."""
     chosen, head_dim = spec.train.attention, architecture.shape.head_dim
     if chosen == "flash4" and not attention.has_flash4():
         raise ModelError("train.attention flash4 needs the package flash-attn-4 in the ranks' Python; set it to auto")

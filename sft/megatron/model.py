@@ -158,14 +158,14 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         return loss
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return Megatron-core's state; of an adapted model its adapters alone, and what they were trained on."""
+        """Return Megatron-core's state, for an adapted model only its adapters and what they were trained on."""
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
         if not self.adapted:
             return state
         return {key: value for key, value in state.items() if MARK in key} | {_BASE: self.base_weights}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as torch does; an adapted model must find its adapters, of its own frozen weights, and nothing else."""
+        """Load as torch does. An adapted model must find its adapters, of its own frozen weights, and nothing else."""
         if not (self.adapted and strict):
             return super().load_state_dict(state_dict, strict, assign)
         adapters = dict(state_dict)

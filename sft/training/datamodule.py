@@ -126,7 +126,7 @@ class SFTDataModule(pl.LightningDataModule):
         return batch.to(device)
 
     def validation_batches(self) -> StepBatches | None:
-        """Each held-out example once, in batches like those of training; None without held-out data."""
+        """Return each held-out example once, in batches like those of training, or None without held-out data."""
         cache = self._data.validation
         if cache is None:
             return None

@@ -101,5 +101,5 @@ class MegatronStrategy(DDPStrategy):
         return counters
 
     def load_weights(self, source: Path) -> tuple[Path, dict[str, object]]:
-        """Fill model and optimizer; return which checkpoint it was, and Lightning's counters, which may be ignored."""
+        """Fill model and optimizer. Return which checkpoint it was, and Lightning's counters, which may be ignored."""
         return load_newest(source, self.megatron_module, control=self.control, data_key=self.data_key)

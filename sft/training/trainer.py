@@ -94,7 +94,7 @@ def train(config: Path) -> ExitCode:
 
 
 def train_run(spec: RunSpec, paths: RunPaths, metric: Metric | None = None) -> ExitCode:
-    """`train` for a program of its own; `metric` takes the place of the function that evaluation.metric names."""
+    """Run `train` for a program that passes its own `metric` instead of naming one by evaluation.metric."""
     env = RankEnv.from_environ()
     stop = StopFlag()
     stop.install()

@@ -77,7 +77,7 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         return output
 
     def _heads(self, hidden_states: Tensor | WithRows, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, [s, b, heads, dim], rotated where this layer does; angles [positions, pairs]."""
+        """Return query, key and value, [s, b, heads, dim], rotated if this layer does, by angles [positions, pairs]."""
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         if angles is None or not self._rotary:
             return query, key, value
@@ -89,7 +89,7 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def _with_earlier(self, key: Tensor, value: Tensor, context: StaticInferenceContext) -> tuple[Tensor, Tensor]:
-        """Put keys and values of new positions into the cache; return those of all positions so far."""
+        """Put keys and values of new positions into the cache, and return those of all positions so far."""
         memory = context.key_value_memory_dict
         if self.layer_number not in memory:
             size = (context.max_sequence_length, *key.shape[1:])

@@ -25,7 +25,7 @@ class Fp8ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ig
     """Rows of the weight split over tensor parallel ranks."""
 
     def whole_input(self, x: Tensor | WithRows) -> Tensor | WithRows:
-        """Return `x` as all ranks of the group need it; its gradient is the sum of theirs."""
+        """Return `x` as all ranks of the group need it. Its gradient is the sum of theirs."""
         if self.tp_group.size() == 1:
             return x
         values = unquantized(x)

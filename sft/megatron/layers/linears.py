@@ -38,7 +38,7 @@ class Linears:
 
 
 def choose_linears(*, fp8: bool, adapted: bool) -> Linears:
-    """Return the linears for these settings; ModelError where the GPU cannot do them."""
+    """Return the linears for these settings, or raise ModelError if the GPU cannot do them."""
     if fp8:
         check_fp8_device()
     return {

@@ -90,7 +90,7 @@ class Adapters(nn.ModuleDict):
         self.register_buffer("_order", order.to(linear.weight.device), persistent=False)
 
     def down(self, x: Tensor, *, own_part: bool) -> Tensor:
-        """Return scaled A(x) of all targets, side by side; `own_part`: no other tensor rank has this input."""
+        """Return scaled A(x) of all targets, side by side. `own_part` says that no other tensor rank has this input."""
         return self.scale * torch.cat([F.linear(self._dropped(x, own_part), part.lora_A) for part in self._parts()], -1)
 
     def up_weight(self) -> Tensor:

@@ -85,7 +85,7 @@ Judge = Callable[[Tensor, Tensor], Tensor]
 
 @torch.no_grad()
 def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, judge: Judge) -> tuple[Tensor, Tensor]:
-    """Clip and step unless `judge` finds the step bad; gradient norm before clipping, and the verdict."""
+    """Clip and step unless `judge` finds the step bad. Return the norm before clipping and the result."""
     parts = _parts(optimizer)
     optimizer.prepare_grads()
     norm = _gradient_norm(parts, loss.device)
@@ -115,7 +115,7 @@ def _gradient_norm(parts: Sequence[MegatronOptimizer], device: torch.device) -> 
 
 
 def _counted_grads(part: MegatronOptimizer) -> list[Tensor]:
-    """Return the gradients that count towards the norm on this rank; Megatron-core renamed the method in 0.19."""
+    """Return the gradients that count towards the norm on this rank, by the method's name before or since 0.19."""
     renamed = hasattr(part, "get_grads_for_grad_norm")
     grads: list[Tensor] = part.get_grads_for_grad_norm() if renamed else part.get_main_grads_for_grad_norm()
     return grads

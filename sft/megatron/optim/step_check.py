@@ -36,7 +36,7 @@ class StepJudge:
         return bad.float()
 
     def state(self) -> list[float]:
-        """For a checkpoint; waits for the device."""
+        """Return the state for a checkpoint, which waits for the device."""
         return [float(value) for value in self._norms.tolist()]
 
     def restore(self, state: list[float]) -> None:

@@ -66,7 +66,7 @@ hits: Counter[str] = Counter()
 
 
 def install() -> None:
-    """Make `megatron.core` importable and correct on a machine without CUDA; call before it is first imported.
+    """Make `megatron.core` importable and correct on a machine without CUDA. Call this before its first import.
 
     Does nothing where CUDA exists or when already installed. RuntimeError when megatron.core is already loaded.
     """

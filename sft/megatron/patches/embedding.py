@@ -15,7 +15,7 @@ from sft.megatron.patches.patch import Patch
 
 
 def multiply_embedding(chunk: GPTModel, multiplier: float, *, rounded: bool) -> None:
-    """Multiply the first stage's embeddings; `rounded` rounds the multiplier to their number type first, as Gemma does.
+    """Multiply the first stage's embeddings, by a multiplier `rounded` to their number type as Gemma does.
 
     This is a forward hook because Megatron-core puts the embeddings into a wrapper for inference.
     """

@@ -16,7 +16,7 @@ _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "redu
 
 @contextlib.contextmanager
 def inference_mode(chunks: Sequence[DistributedDataParallel], config: TransformerConfig) -> Iterator[None]:
-    """Switch the chunks to evaluation, without sequence parallelism; undo it afterwards."""
+    """Switch the chunks to evaluation without sequence parallelism inside a `with` block."""
     changed: list[tuple[object, str, object]] = []
 
     def change(owner: object, name: str, value: object) -> None:

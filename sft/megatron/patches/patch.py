@@ -48,7 +48,7 @@ def _exists(target: str) -> bool:
 
 
 def install(patches: tuple[Patch, ...], version: str) -> None:
-    """Apply the patches meant for `version`; raise RuntimeError where one finds nothing to change."""
+    """Apply the patches meant for `version`, or raise RuntimeError if one finds nothing to change."""
     for patch in patches:
         if not patch.fits(version):
             continue

@@ -113,7 +113,7 @@ class GuardCallback(pl.Callback):
         return pending is not None and self._examine(pending)
 
     def _examine(self, pending: _Pending) -> bool:
-        """Whether the step was bad; if so, it is written down."""
+        """Record the step if it was bad, and return whether it was."""
         bad, loss, norm = pending.read()
         self._in_a_row = self._in_a_row + 1 if bad else 0
         if bad:
@@ -134,7 +134,7 @@ class GuardCallback(pl.Callback):
         self._log.event("bad_step", step=step, reason=reason, policy=self._policy, examples=len(examples), **numbers)
 
     def _rewind(self, strategy: MegatronStrategy, step: int, first_bad: int) -> None:
-        """Load the newest checkpoint from before the bad step; without one, leaving its update out has to do."""
+        """Load the newest checkpoint from before the bad step. Without one, only its update is left out."""
         complete = strategy.control.from_leader([str(path) for path in self._log.paths.complete_checkpoints()])
         earlier = [Path(path) for path in complete if checkpoint_step(Path(path)) < first_bad]
         if not earlier:

@@ -36,7 +36,7 @@ class BestCheckpoints:
         return [ranked.step for ranked in self._ranked]
 
     def offer(self, step: int, value: float) -> bool:
-        """Take the evaluation in if it is among the best; an older one wins a tie."""
+        """Record the evaluation if it is among the best, and return whether it is. An older one wins a tie."""
         if not self._spec.keep_best or math.isnan(value):
             return False
         better = [ranked for ranked in self._ranked if not is_better(value, ranked.value, self._spec.best_mode)]
