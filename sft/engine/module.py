@@ -10,7 +10,7 @@ Lightning keeps the loop, the callbacks and the step count; Megatron-core's sche
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ from sft.megatron.optim.step_check import StepJudge
 from sft.megatron.parallel.context import SharedRows, shared_rows
 from sft.megatron.parallel.groups import sum_over
 from sft.models.architecture import Architecture
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From the last stage's output to (loss to differentiate, number of targets, sum for the log)."""
 
 
 class SFTGPT(pl.LightningModule):
@@ -197,7 +200,7 @@ class SFTGPT(pl.LightningModule):
         return EvalResult(loss=float(loss_sum) / weight, examples=examples, supervised_tokens=supervised)
 
 
-def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, LossFunction]:
     """Run Megatron-core's forward step, which on the last stage returns the loss of each target, [b, s]."""
     batch = next(iterator)
     output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=_packed(batch))
@@ -206,7 +209,7 @@ def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel
 
 def _fused_step(
     iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, divisor: float
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, LossFunction]:
     """Run the forward step with fused kernels; on the last stage the output is the divided sum of weighted losses.
 
     Gradients then need not be divided any more.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -140,7 +140,7 @@ def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: i
     return problems
 
 
-def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[str, Any]:
+def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[str, object]:
     """Return adapter_config.json: what PEFT needs to put the adapter on the model in `base`."""
     assert lora.rank is not None
     alpha = lora.rank if lora.alpha is None else lora.alpha

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -71,14 +70,13 @@ def adapted_model(directory: Path) -> Path | None:
     """Return the model that the adapter in `directory` belongs to, or None where the directory holds a model."""
     if (directory / "config.json").is_file() or not (directory / ADAPTER_CONFIG).is_file():
         return None
-    config: dict[str, Any] = read_json(directory / ADAPTER_CONFIG) or {}
-    return Path(config["base_model_name_or_path"])
+    return Path((read_json(directory / ADAPTER_CONFIG) or {})["base_model_name_or_path"])
 
 
 @torch.no_grad()
 def add_adapter(model: torch.nn.Module, directory: Path) -> None:
     """Add the adapter in `directory` to the weights of a transformers model."""
-    config: dict[str, Any] = read_json(directory / ADAPTER_CONFIG) or {}
+    config = read_json(directory / ADAPTER_CONFIG) or {}
     tensors = load_file(directory / ADAPTER_WEIGHTS)
     for name, a in tensors.items():
         module, found, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")
@@ -112,7 +110,7 @@ class _Merger:
         return {name: self._tensor(name) for name in dict.fromkeys(piece.name for piece in parameter_map.pieces)}
 
     def _tensor(self, name: str) -> torch.Tensor:
-        whole: torch.Tensor = self._files.tensor(name, self._shapes[name])[:]
+        whole = self._files.tensor(name, self._shapes[name])[:]
         target = self._targets.get(name)
         if target is None:
             return whole

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -186,7 +185,7 @@ def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | No
 
 def write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
     """Write the source's config.json, with another number type where the weights have one."""
-    config: dict[str, Any] = read_json(model_dir / "config.json") or {}
+    config: dict[str, object] = read_json(model_dir / "config.json") or {}
     used = set(dtypes.values())
     dtype = str(used.pop()).removeprefix("torch.") if len(used) == 1 else None
     stated = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]

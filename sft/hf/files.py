@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,15 +45,34 @@ class TensorHeader:
     shape: tuple[int, ...]
 
 
+class Sliceable(Protocol):
+    """A tensor of which rows, or rows and columns, are read when it is indexed."""
+
+    def __getitem__(self, index: slice | tuple[slice, slice], /) -> torch.Tensor:
+        """Return that part."""
+
+
+class _FileTensor(Sliceable, Protocol):
+    def get_dtype(self) -> str: ...
+
+    def get_shape(self) -> list[int]: ...
+
+
+class _WeightFile(Protocol):
+    """What safetensors opens."""
+
+    def get_slice(self, name: str) -> _FileTensor: ...
+
+
 class WeightFiles:
     """Reads tensors of a model directory by slices; a file is opened when the first tensor in it is needed."""
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
         self._files = weight_map(model_dir)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, _WeightFile] = {}
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Sliceable:
         """Return an object whose indexing reads only those rows and columns of `name`."""
         if name not in self._files:
             raise ModelError(f"{self.model_dir}: no tensor {name} in any weight file")
@@ -67,7 +86,7 @@ class WeightFiles:
             raise ModelError(problem)
         return found
 
-    def _opened(self, path: Path) -> Any:
+    def _opened(self, path: Path) -> _WeightFile:
         if path.name not in self._open:
             self._open[path.name] = safe_open(path, framework="pt")
         return self._open[path.name]

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from sft.hf.adapter import MARK as ADAPTER_MARK
-from sft.hf.files import WeightFiles
+from sft.hf.files import Sliceable, WeightFiles
 from sft.models.architecture import Architecture
 from sft.models.weight_map import ParameterMap, canonical_name, rank_pieces
 
@@ -25,7 +25,7 @@ from sft.models.weight_map import ParameterMap, canonical_name, rank_pieces
 class TensorSource(Protocol):
     """Where Hugging Face tensors come from: the files of a directory, or anything else that can be cut."""
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Sliceable:
         """Return an object that gives rows, or rows and columns, of the tensor `name` when indexed."""
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import pickle
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -117,7 +117,7 @@ class _OneTensor(DefaultLoadPlanner):
 class _IndexUnpickler(pickle.Unpickler):
     """Knows what an index is made of, and nothing else."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if module == _MEGATRON:
             return Metadata  # a subclass of theirs, in some versions; its fields are the same
         if (module, name) in _INDEX_CLASSES or (module == "torch" and name in _DTYPES):
@@ -139,7 +139,7 @@ def _read_index(directory: Path) -> Metadata:
     return metadata
 
 
-def _unpickle(file: IO[bytes]) -> Any:
+def _unpickle(file: IO[bytes]) -> object:
     return _IndexUnpickler(file).load()
 
 

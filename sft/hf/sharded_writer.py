@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -62,8 +61,8 @@ def write_sharded(
     directory: Path,
     chunks: Sequence[Chunk],
     tensor_of: Callable[[str], torch.Tensor],
-    objects: Mapping[str, Any],
-    common: Mapping[str, Any],
+    objects: Mapping[str, object],
+    common: Mapping[str, object],
 ) -> None:
     """Write `directory` in Megatron-core's torch_dist format.
 
@@ -92,7 +91,7 @@ class _OneByOne(DefaultSavePlanner):
     """Hands the writer each tensor when its turn has come."""
 
     def __init__(
-        self, chunks: Sequence[Chunk], tensor_of: Callable[[str], torch.Tensor], objects: Mapping[str, Any]
+        self, chunks: Sequence[Chunk], tensor_of: Callable[[str], torch.Tensor], objects: Mapping[str, object]
     ) -> None:
         super().__init__()
         self._chunks = {chunk.item.index: chunk for chunk in chunks}
@@ -104,13 +103,13 @@ class _OneByOne(DefaultSavePlanner):
         objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
         return [*objects, *(chunk.item for chunk in self._chunks.values())]
 
-    def index(self) -> dict[str, Any]:
+    def index(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
         """Return every key and the chunks it is made of."""
-        found: dict[str, Any] = dict.fromkeys(self._objects, BytesStorageMetadata())
+        tensors: dict[str, TensorStorageMetadata] = {}
         for chunk in self._chunks.values():
             entry = TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape), [])
-            found.setdefault(chunk.key, entry).chunks.append(chunk.place)
-        return found
+            tensors.setdefault(chunk.key, entry).chunks.append(chunk.place)
+        return {**dict.fromkeys(self._objects, BytesStorageMetadata()), **tensors}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """Return the tensor in the shape of its chunk, or the bytes that Megatron-core would write of an object."""

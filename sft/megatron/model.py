@@ -58,7 +58,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
     Megatron-core leaves padded rows in the softmax, where each adds exp(logit) to the partition function.
     """
 
-    def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any) -> None:
+    def __init__(self, *args: object, architecture: Architecture, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._true_vocab_size = architecture.shape.vocab_size
         self._logits_scaling = architecture.logits_scaling
@@ -72,10 +72,10 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None,
-        *args: Any,
+        *args: object,
         targets: Targets | None = None,
         packed_seq_params: PackedSequences | SharedRows | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """Return what Megatron-core's returns; with `targets`, what `loss_at` returns.
 
@@ -116,7 +116,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
             angles = angles[rows.positions]
         return embedded, angles, *others
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return Megatron-core's logits or losses, with the logits scaled."""
         if self.post_process:
             hidden_states = self._before_output_layer(hidden_states)
@@ -157,14 +157,14 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         loss: Tensor = super().compute_language_model_loss(labels, logits)
         return loss
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict[str, object]:
         """Return Megatron-core's state, for an adapted model only its adapters and what they were trained on."""
-        state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        state: dict[str, object] = super().sharded_state_dict(*args, **kwargs)
         if not self.adapted:
             return state
         return {key: value for key, value in state.items() if MARK in key} | {_BASE: self.base_weights}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> object:
         """Load as torch does. An adapted model must find its adapters, of its own frozen weights, and nothing else."""
         if not (self.adapted and strict):
             return super().load_state_dict(state_dict, strict, assign)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+Settings = dict[str, object]
+"""RoPE settings of a config, as they were read."""
 
 _LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _YARN_KEYS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
@@ -94,7 +96,7 @@ class Rope:
 
 
 def read_rope(
-    config: Mapping[str, Any], *, max_position_embeddings: int, partial: bool, default_theta: float = 10000.0
+    config: Mapping[str, object], *, max_position_embeddings: int, partial: bool, default_theta: float = 10000.0
 ) -> tuple[Rope | None, list[str]]:
     """Return the rotary positions of a config, or None and what of them is not covered.
 
@@ -105,12 +107,12 @@ def read_rope(
     if problems:
         return None, problems
     kind = settings["rope_type"]
-    original = int(settings.get("original_max_position_embeddings", max_position_embeddings))
+    original = int(_number(settings, "original_max_position_embeddings", max_position_embeddings))
     return (
         Rope(
-            theta=float(settings["rope_theta"]),
-            fraction=float(settings["partial_rotary_factor"]),
-            factor=float(settings["factor"]) if kind in _SCALED else 1.0,
+            theta=_number(settings, "rope_theta"),
+            fraction=_number(settings, "partial_rotary_factor"),
+            factor=_number(settings, "factor") if kind in _SCALED else 1.0,
             llama3=_llama3(settings, original) if kind == "llama3" else None,
             yarn=_yarn(settings, original) if kind == "yarn" else None,
             attention_factor=_attention_factor(settings) if kind == "yarn" else 1.0,
@@ -119,38 +121,38 @@ def read_rope(
     )
 
 
-def _llama3(settings: dict[str, Any], original_positions: int) -> Llama3Scaling:
+def _llama3(settings: Settings, original_positions: int) -> Llama3Scaling:
     return Llama3Scaling(
-        low_freq_factor=float(settings["low_freq_factor"]),
-        high_freq_factor=float(settings["high_freq_factor"]),
+        low_freq_factor=_number(settings, "low_freq_factor"),
+        high_freq_factor=_number(settings, "high_freq_factor"),
         original_positions=original_positions,
     )
 
 
-def _yarn(settings: dict[str, Any], original_positions: int) -> YarnScaling:
+def _yarn(settings: Settings, original_positions: int) -> YarnScaling:
     return YarnScaling(
-        beta_fast=float(settings.get("beta_fast") or 32),
-        beta_slow=float(settings.get("beta_slow") or 1),
+        beta_fast=_number(settings, "beta_fast") or 32.0,
+        beta_slow=_number(settings, "beta_slow") or 1.0,
         original_positions=original_positions,
         truncate=bool(settings.get("truncate", True)),
     )
 
 
-def _attention_factor(settings: dict[str, Any]) -> float:
+def _attention_factor(settings: Settings) -> float:
     """Return it as stated, or by the paper's formula; `mscale` and `mscale_all_dim` count as a pair only."""
-    stated = settings.get("attention_factor")
-    if stated is not None:
-        return float(stated)
-    above, below = float(settings.get("mscale") or 0), float(settings.get("mscale_all_dim") or 0)
-    log = math.log(max(float(settings["factor"]), 1.0))
+    if settings.get("attention_factor") is not None:
+        return _number(settings, "attention_factor")
+    above, below = _number(settings, "mscale"), _number(settings, "mscale_all_dim")
+    log = math.log(max(_number(settings, "factor"), 1.0))
     if above and below:
         return (0.1 * above * log + 1.0) / (0.1 * below * log + 1.0)
     return 0.1 * log + 1.0
 
 
-def _settings(config: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
+def _settings(config: Mapping[str, object], default_theta: float) -> Settings:
     """Return RoPE settings in the form of transformers 5, with its precedence; earlier files keep them at top level."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    stated = config.get("rope_scaling") or config.get("rope_parameters")
+    rope: Settings = dict(stated) if isinstance(stated, dict) else {}
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
     rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
@@ -159,7 +161,7 @@ def _settings(config: Mapping[str, Any], default_theta: float) -> dict[str, Any]
     return rope
 
 
-def _problems(rope: dict[str, Any], max_position_embeddings: int, partial: bool) -> list[str]:
+def _problems(rope: Settings, max_position_embeddings: int, partial: bool) -> list[str]:
     """Return what of these settings is not covered."""
     problems = []
     fraction = rope["partial_rotary_factor"]
@@ -172,7 +174,7 @@ def _problems(rope: dict[str, Any], max_position_embeddings: int, partial: bool)
         return problems
     if kind not in _SCALED:
         return [*problems, f"rope_type {kind!r} is not supported; supported are 'default', 'linear', 'llama3', 'yarn'"]
-    numbers = {"original_max_position_embeddings": max_position_embeddings, **rope}
+    numbers: Settings = {"original_max_position_embeddings": max_position_embeddings, **rope}
     needed = ("factor", *(_LLAMA3_KEYS if kind == "llama3" else ()))
     missing = [key for key in needed if not _is_number(numbers.get(key))]
     if kind == "yarn":
@@ -181,7 +183,7 @@ def _problems(rope: dict[str, Any], max_position_embeddings: int, partial: bool)
         problems.append(f"rope_type {kind!r} without a number for {', '.join(missing)}")
     elif kind == "yarn" and _attention_factor(rope) < 1:
         problems.append(f"rope_type 'yarn' with an attention factor of {_attention_factor(rope):.4g}, below 1")
-    elif kind == "llama3" and not 0 < numbers["low_freq_factor"] < numbers["high_freq_factor"]:
+    elif kind == "llama3" and not 0 < _number(numbers, "low_freq_factor") < _number(numbers, "high_freq_factor"):
         problems.append(
             f"rope_type 'llama3' with low_freq_factor {numbers['low_freq_factor']} and high_freq_factor "
             f"{numbers['high_freq_factor']}; the first must be above 0 and below the second"
@@ -189,5 +191,11 @@ def _problems(rope: dict[str, Any], max_position_embeddings: int, partial: bool)
     return problems
 
 
-def _is_number(value: Any) -> bool:
+def _number(settings: Settings, key: str, default: float = 0.0) -> float:
+    """Return the number under `key`, or the default; `_problems` has seen that needed ones are there."""
+    value = settings.get(key)
+    return float(value) if isinstance(value, (int, float)) else default
+
+
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -40,7 +40,7 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
     row that is (`SFTGPTModel` takes the rows of packed and shared sequences from the whole table once for all layers).
     """
 
-    def __init__(self, *args: Any, rotary: bool, magnitude: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, *args: object, rotary: bool, magnitude: float = 1.0, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._rotary = rotary
         self._magnitude = magnitude
@@ -114,13 +114,11 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     rows of one sequence are treated like packed ones there.
     """
 
-    _kernel: attention.Kernel = "flash2"
-
     def __init__(
         self,
         config: TransformerConfig,
         layer_number: int,
-        attn_mask_type: Any,
+        attn_mask_type: object,
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
@@ -128,11 +126,13 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         pg_collection: ProcessGroupCollection | None = None,
         *,
         scale: float | None = None,
+        kernel: attention.Kernel = "flash2",
         **_: object,
     ) -> None:
         super().__init__(config=config)
         self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         # softmax_scale is what Megatron-core's configuration holds for all layers; `scale` is this layer's own.
+        self._kernel = kernel
         self._scale = scale  # None means 1 / sqrt(head_dim), which is the default of the kernels too
 
     def forward(
@@ -141,7 +141,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type: Any = None,
+        attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | SharedRows | None = None,
     ) -> Tensor:

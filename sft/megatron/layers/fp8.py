@@ -7,8 +7,6 @@ pass instead of gathered again.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -56,7 +54,7 @@ class Fp8RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[m
         whole: Tensor = tensor_parallel.reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
         return whole
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
+    def _forward_impl(self, input: Tensor, weight: Tensor, **_: object) -> Tensor:
         return fp8_linear(input, weight)
 
 

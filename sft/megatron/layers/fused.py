@@ -104,10 +104,6 @@ class FusedMLP(MLP):  # type: ignore[misc]
 class FusedCoreAttention(CoreAttention):
     """Core attention by the fastest kernel for what the row holds."""
 
-    def __init__(self, *args: Any, kernel: attention.Kernel, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._kernel = kernel
-
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not query.is_cuda:
             return super()._causal(query, key, value)
@@ -150,7 +146,7 @@ class FusedSelfAttention(RotarySelfAttention):
 class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
     """A pre-norm layer in which each residual addition happens inside the norm after it, and backward likewise."""
 
-    def __init__(self, *args: Any, residual_multiplier: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, *args: object, residual_multiplier: float = 1.0, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._multiplier = residual_multiplier
 

@@ -16,7 +16,7 @@ checkpoints), and PEFT itself (it knows neither the joined rows nor these linear
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,6 +29,7 @@ from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import MARK, AdapterTarget, adapter_targets
 from sft.kernels.fp8 import WithRows, unquantized
 from sft.megatron.core import (
+    GPTModel,
     TransformerConfig,
     make_sharded_tensors_for_checkpoint,
     parallel_state,
@@ -99,11 +100,13 @@ class Adapters(nn.ModuleDict):
         order: Tensor = self._order  # type: ignore[assignment]
         return F.pad(blocks, (0, 0, 0, 1)).index_select(0, order)
 
-    def sharded_state_dict(self, prefix: str, sharded_offsets: Any, metadata: Any, tp_group: Any) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, prefix: str, sharded_offsets: object, metadata: Mapping[str, object], tp_group: dist.ProcessGroup
+    ) -> dict[str, object]:
         """Return the adapters for a sharded checkpoint."""
         axes = {f"{name}.{own}": axis for name, part in self._named() for own, axis in part.split_axes().items()}
         state = self.state_dict(keep_vars=True)
-        made: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        made: dict[str, object] = make_sharded_tensors_for_checkpoint(
             state, prefix, axes, sharded_offsets, tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
         )
         return made
@@ -127,15 +130,18 @@ class Adapters(nn.ModuleDict):
 class _Adapted:
     """What both mixins below have: a place for adapters, and their part of a checkpoint."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.lora: Adapters | None = None
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: object = (), metadata: Mapping[str, object] | None = None
+    ) -> dict[str, object]:
         """Return the linear's own state and the adapters', which Megatron-core would take for unsplit tensors."""
-        own: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        own: dict[str, object] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         if self.lora is None:
             return own
+        assert metadata is not None  # it names the group that holds copies
         kept = {key: value for key, value in own.items() if MARK not in key}
         return kept | self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata, self.tp_group)  # type: ignore[attr-defined]
 
@@ -180,7 +186,7 @@ class AdaptedRow(_Adapted):
         return output + F.linear(hidden, self.lora.up_weight()), bias
 
 
-def attach_adapters(chunk: Any, lora: LoraSpec, architecture: Architecture, config: TransformerConfig) -> None:
+def attach_adapters(chunk: GPTModel, lora: LoraSpec, architecture: Architecture, config: TransformerConfig) -> None:
     """Give every targeted linear of a chunk its adapters, and freeze all else."""
     chunk.requires_grad_(False)
     for layer in chunk.decoder.layers:
@@ -201,7 +207,7 @@ def reset_adapters(chunks: Sequence[nn.Module], seed: int) -> None:
                 module.reset(seed)
 
 
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
     """Make the embedding require a gradient: recomputed layers get none for their adapters if no input does."""
     return output.requires_grad_() if torch.is_grad_enabled() else output
 

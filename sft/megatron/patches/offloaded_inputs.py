@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -18,7 +17,7 @@ def offload_inputs(chunk: GPTModel) -> None:
     chunk.decoder.forward = partial(_with_inputs_on_host, chunk.decoder.forward)
 
 
-def _with_inputs_on_host(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _with_inputs_on_host(forward: Callable[..., Tensor], *args: object, **kwargs: object) -> Tensor:
     with torch.autograd.graph.save_on_cpu(pin_memory=True):
         return forward(*args, **kwargs)
 
