@@ -1,10 +1,10 @@
-"""Which checkpoint of a run becomes RUN/export, and writing it.
+"""Choose the checkpoint of a run that is exported.
 
-Where evaluations ranked the checkpoints (checkpoint.keep_best, or early stopping), the best is exported: who stops
-because a model gets worse does not want the worse one. Otherwise it is the newest. The bytes are compared with the
-checksums first, and a damaged checkpoint is passed over for the next best, then the next older one.
+Where evaluations ranked the checkpoints (checkpoint.keep_best, or early stopping), it is the best: a run that stops
+because the model gets worse should not export the worse one. Otherwise it is the newest. The bytes are compared with
+the checksums first; damaged checkpoints are skipped for the next best, then for older ones.
 
-No model is built and Megatron-core is not imported.
+Megatron-core is not imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sft.checkpoint.files import changed_bytes, damage
 from sft.checkpoint.format import RankedStep, TrainerState
 
 _READERS = 8
-"""Threads that take checksums: one alone does not keep a parallel file system busy."""
+"""Number of threads that compute checksums; a single one does not keep a parallel file system busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Choice:
 
     path: Path
     why: str
+    """The reason, for people."""
 
     @property
     def step(self) -> int:
@@ -39,7 +40,10 @@ class Choice:
 
 
 def choose(paths: RunPaths, spec: RunSpec, step: int | None = None) -> Choice:
-    """The first undamaged checkpoint of those to try; warns about each that is passed over."""
+    """Return the first undamaged checkpoint in order of preference, and warn about each that is skipped.
+
+    RunStateError where the run has none (of step `step`), CheckpointError where all are damaged.
+    """
     complete = paths.complete_checkpoints()
     choices = list(_as_asked(complete, step) if step is not None else _by_rank(complete, spec))
     if not choices:
@@ -51,8 +55,8 @@ def choose(paths: RunPaths, spec: RunSpec, step: int | None = None) -> Choice:
         problem = damage(choice.path) or _changed(choice.path)
         if problem is None:
             return choice
-        warnings.warn(f"checkpoint {choice.path} is damaged and passed over: {problem}", stacklevel=2)
-    raise CheckpointError(f"{paths.root}: no checkpoint to export is undamaged; the last one looked at: {problem}")
+        warnings.warn(f"checkpoint {choice.path} is damaged and skipped: {problem}", stacklevel=2)
+    raise CheckpointError(f"{paths.root}: every checkpoint to export is damaged; of the last one tried, {problem}")
 
 
 def _as_asked(complete: list[Path], step: int) -> Iterator[Choice]:
@@ -60,7 +64,7 @@ def _as_asked(complete: list[Path], step: int) -> Iterator[Choice]:
 
 
 def _by_rank(complete: list[Path], spec: RunSpec) -> Iterator[Choice]:
-    """The best, best first, then all others from the newest on."""
+    """Yield the best checkpoints, best first, then all others from the newest to the oldest."""
     by_step = {checkpoint_step(path): path for path in complete}
     ranked = _ranked(complete) if spec.checkpoint.export_step == "best" else ()
     for best in ranked:

@@ -1,8 +1,8 @@
 """The files of a checkpoint directory: checksums, the marker that says it is complete, removal.
 
-COMPLETE holds size and CRC-32 of every file. The size costs nothing to look at and finds a file that was cut short;
-the checksum finds bytes that changed. CRC-32 because it runs at gigabytes a second (zlib uses the processor's own
-instructions, SHA-256 takes five times as long), and because what it guards against is a failing disk, not a forger.
+COMPLETE holds the size and CRC-32 of every file. Comparing sizes is free and finds truncated files; the checksum finds
+changed bytes. CRC-32 runs at gigabytes a second, SHA-256 takes five times as long, and the danger is a failing disk,
+not a forger.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPACE_MARGIN = 1.02
 
 
 def seal(directory: Path, known: Mapping[str, str]) -> None:
-    """Sync every file and write COMPLETE; `known` are checksums that the writers took already, by file name."""
+    """Sync every file and write COMPLETE. `known` are checksums that the writers have computed, by file name."""
     files = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
@@ -36,7 +36,7 @@ def seal(directory: Path, known: Mapping[str, str]) -> None:
 
 
 def damage(source: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None: the files must be there in the size they were written."""
+    """Return what is wrong with a checkpoint directory, or None if every file is there in the size it was written."""
     try:
         marker = read_json(source / COMPLETE)
     except json.JSONDecodeError:
@@ -56,9 +56,9 @@ def damage(source: Path) -> str | None:
 
 
 def changed_bytes(source: Path, *, share: int = 0, shares: int = 1) -> str | None:
-    """The first file whose bytes are not those that were written, or None.
+    """Return the first file whose bytes are not those that were written, or None.
 
-    Looks at every `shares`-th file, from number `share` on: ranks divide the reading between them.
+    Reads every `shares`-th file, beginning with number `share`, so that ranks can divide the work.
     """
     marker: dict[str, dict[str, dict[str, str]]] = read_json(source / COMPLETE) or {"files": {}}
     for name in sorted(marker["files"])[share::shares]:
@@ -73,18 +73,18 @@ def changed_bytes(source: Path, *, share: int = 0, shares: int = 1) -> str | Non
 
 
 def remove(directory: Path) -> None:
-    """Remove a checkpoint so that no reader ever takes what is left of it for a whole one."""
+    """Remove a checkpoint; a reader never sees a part of it as a complete one."""
     aside = directory.parent / f".{directory.name}.removed"
     shutil.rmtree(aside, ignore_errors=True)
     try:
         directory.rename(aside)
-    except OSError:  # gone already, or the disk refuses: the next save tries again
+    except OSError:  # already removed, or the disk refuses: the next save tries again
         return
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_all_but(checkpoints: list[Path], keep: Iterable[Path]) -> None:
-    """Remove checkpoints that are not in `keep`; never the newest, which is last in the list."""
+    """Remove the checkpoints that are not in `keep`, but never the newest, the last of the list."""
     kept = {*keep, *checkpoints[-1:]}
     for path in checkpoints:
         if path not in kept:
@@ -92,7 +92,7 @@ def remove_all_but(checkpoints: list[Path], keep: Iterable[Path]) -> None:
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """OSError where the file system says that `needed` bytes will not fit."""
+    """Raise OSError where the file system has no room for `needed` bytes."""
     free = shutil.disk_usage(directory).free
     if needed * _SPACE_MARGIN > free:
         raise OSError(
@@ -102,7 +102,7 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def local_bytes(state: object) -> int:
-    """Bytes of the tensors that this rank writes of a sharded state; replicas are written by one rank only."""
+    """Return the bytes of tensors that this rank writes of a sharded state; one rank writes each replicated tensor."""
     if isinstance(state, dict):
         return sum(local_bytes(value) for value in state.values())
     if isinstance(state, list | tuple):
@@ -115,6 +115,6 @@ def local_bytes(state: object) -> int:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a file that survives a crash of the machine."""
+    """Write a file and sync it, so that it survives a crash of the machine."""
     path.write_text(text, encoding="utf-8")
     sync_path(path)

@@ -37,9 +37,10 @@ class _RngStates(TypedDict):
 def load_newest(
     source: Path, module: SFTGPT, *, control: ControlGroup, data_key: Mapping[str, object]
 ) -> tuple[Path, dict[str, object]]:
-    """Load `source`, or the newest older one whose bytes are as they were written; where from, and the counters.
+    """Load `source` or, where it is damaged, the newest older checkpoint that is not.
 
-    Each rank reads a part of the files for the checksums, and all ranks come to the same checkpoint.
+    Returns the checkpoint that was loaded and Lightning's counters. Each rank compares the checksums of some of the
+    files, and all ranks agree on the checkpoint. CheckpointError where all are damaged.
     """
     older = [path for path in complete_checkpoints(source.parent) if checkpoint_step(path) < checkpoint_step(source)]
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -50,14 +51,17 @@ def load_newest(
         if problem is None:
             return path, load_checkpoint(path, module, data_key=data_key)
         if rank == 0:
-            warnings.warn(f"checkpoint {path} is damaged and passed over: {problem}", stacklevel=2)
+            warnings.warn(f"checkpoint {path} is damaged and skipped: {problem}", stacklevel=2)
     raise CheckpointError(
-        f"no checkpoint in {source.parent} is undamaged; the last one looked at: {problem}. Remove them to start again"
+        f"every checkpoint in {source.parent} is damaged; of the last one tried, {problem}. Remove them to start again"
     )
 
 
 def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, object]) -> dict[str, object]:
-    """Fill model, optimizer and (on the same topology) random generators; returns Lightning's counters."""
+    """Fill model, optimizer and, under the same topology, random generators; return Lightning's counters.
+
+    ConfigError where the run has other data than the one that wrote the checkpoint.
+    """
     trainer = read_trainer_state(source)
     if trainer.data_key != data_key:
         raise ConfigError(
@@ -91,13 +95,13 @@ def _check_version(source: Path, trainer: TrainerState) -> None:
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """What of two data keys differs, by the keys of the config."""
+    """Return how two data keys differ, by the keys of the config."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return "; ".join(f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}" for name in names)
 
 
 def _shown(value: object) -> str:
-    """A value for people: of the hash of a cache a part is enough."""
+    """Return a value for people; of the hash of a cache its beginning."""
     if isinstance(value, str) and value.startswith("sha256:"):
         return value[: len("sha256:") + 12]
     return "unset" if value is None else json.dumps(value)
@@ -112,19 +116,19 @@ def read_trainer_state(source: Path) -> TrainerState:
 
 
 def newest_usable(checkpoints: list[Path]) -> Path | None:
-    """The newest undamaged checkpoint of a list sorted by age; warns about each that is passed over."""
+    """Return the newest checkpoint, of a list from old to new, whose files are complete; warn about those skipped."""
     for path in reversed(checkpoints):
         problem = damage(path)
         if problem is None:
             return path
-        warnings.warn(f"checkpoint {path} is damaged and passed over: {problem}", stacklevel=2)
+        warnings.warn(f"checkpoint {path} is damaged and skipped: {problem}", stacklevel=2)
     return None
 
 
 def sharded_state(module: SFTGPT, *, loading: bool, with_rng: bool = True) -> dict[str, object]:
-    """The sharded view of everything in a checkpoint. The metadata makes optimizer state readable at any tp/pp/dp."""
+    """Return the sharded view of everything in a checkpoint."""
     metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": "fully_reshardable",  # readable under any tp, pp and dp
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     chunks = module.chunks
@@ -172,6 +176,6 @@ def _restore_rng(states: _RngStates) -> None:
 
 
 def _keep_hyperparameters(module: SFTGPT, groups: list[dict[str, object]]) -> None:
-    """The config of this attempt decides learning rate, decay and betas, not the one that wrote the checkpoint."""
+    """Put back the hyperparameters of this attempt's config, over those that came with the checkpoint."""
     for group, configured in zip(module.megatron_optimizer.param_groups, groups, strict=True):
         group.update({key: value for key, value in configured.items() if key not in ("params", "step")})

@@ -1,14 +1,17 @@
-"""Writing a checkpoint: planned by all ranks, written by a thread of each, made visible by all ranks together.
+"""Write a checkpoint: all ranks plan it, a thread of each rank writes, and all ranks together make it visible.
 
-A save has three parts. `begin` plans it and takes a copy of this rank's tensors in host memory. A thread then writes
-the copy and takes checksums. `finish` waits for the threads of all ranks, writes what rank 0 writes alone, marks and
-renames. Synchronous saves call one after the other; asynchronous ones train on between `begin` and `finish`. At most
-one save is in flight, so that at most one copy is in memory.
+A save has three parts. `begin` plans it and copies this rank's tensors to host memory. A thread then writes the copy
+and computes checksums. `finish` waits for the threads of all ranks, writes the files that are rank 0's, and renames the
+hidden directory in which all of this was written. A synchronous save calls one after the other; an asynchronous one
+trains on between `begin` and `finish`. Only one save is in flight, so that only one copy is in memory.
 
-Rejected: Megatron-core's own asynchronous caller. It forks the rank, with its CUDA context, gloo threads and locks, and
-takes the snapshot by copy-on-write, so that memory grows with what training touches meanwhile; results come back over
-a manager process that outlives the rank. Its synchronous path forks writers too, and waits forever when one dies. The
-writing itself, file format included, is Megatron-core's here as well.
+A full disk is noticed before the first byte where the file system reports it. Otherwise it leaves only the hidden
+directory, which the next save removes.
+
+Rejected: Megatron-core's asynchronous caller. It forks the rank, with its CUDA context, gloo threads and locks, and
+relies on copy-on-write, so that memory grows with what training changes; results come back through a manager process
+that outlives the rank. Before 0.17 its synchronous path forks writers too, and waits forever when one dies. The format
+of the files, and the function that writes one, are Megatron-core's here, too.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ _FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
 
 @dataclass(slots=True)
 class _Save:
-    """A save in flight, as its thread and the rank share it."""
+    """A save in flight; the rank and its writing thread share it."""
 
     target: Path
     aside: Path
@@ -62,11 +65,11 @@ class Saved:
 
     path: Path
     seconds: float
-    """From `begin` to the end."""
+    """Time from `begin` to the end of `finish`."""
 
 
 class CheckpointSaver:
-    """Saves of this rank. All methods but the properties are collective: every rank calls them in the same order."""
+    """Saves checkpoints. Methods are collective: every rank calls them in the same order. Properties are not."""
 
     def __init__(self, control: ControlGroup) -> None:
         self._control = control
@@ -75,19 +78,19 @@ class CheckpointSaver:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save was begun and not finished."""
+        """Whether a save has begun and not finished."""
         return self._save is not None
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's part of the save in flight is on disk, or has failed."""
+        """Whether this rank has written its part of the save in flight, or has failed to."""
         return self._save is not None and (self._save.thread is None or not self._save.thread.is_alive())
 
     def begin(self, target: Path, state: dict[str, object], trainer: TrainerState, *, copy: bool) -> None:
-        """Start writing `state` for `target`. Tensors on the host are copied first where `copy` says so.
+        """Begin to write `state` to `target`; with `copy`, copy tensors that are in host memory first.
 
-        A checkpoint that is at `target` already was found damaged, or its step would not be done again: it is
-        replaced. On CheckpointError nothing is left behind, on any rank.
+        A checkpoint that exists at `target` is replaced: it must be a damaged one, since the run repeats its step.
+        CheckpointError is raised on all ranks, and leaves nothing behind.
         """
         if self._save is not None:
             raise RuntimeError("a save is still in flight")
@@ -100,7 +103,7 @@ class CheckpointSaver:
         save.thread.start()
 
     def finish(self) -> Saved | None:
-        """Wait for all ranks and make the checkpoint visible; None where no save is in flight."""
+        """Wait for all ranks and make the checkpoint visible; return None where no save is in flight."""
         save = self._save
         if save is None:
             return None
@@ -113,7 +116,7 @@ class CheckpointSaver:
         return Saved(save.target, time.perf_counter() - save.began)
 
     def _attempt(self, save: _Save, part: Callable[[], None]) -> None:
-        """Do a part of the work on every rank; where it fails on one, all raise."""
+        """Call `part` on every rank, and raise on all ranks if it fails on one."""
         error = None
         try:
             part()
@@ -152,7 +155,7 @@ class CheckpointSaver:
         sync_path(save.target.parent)
 
     def _raise_first(self, save: _Save, error: str | None) -> None:
-        """Raise on all ranks what went wrong on one, after the partial directory is gone."""
+        """Raise the first error of any rank on all of them, after removing the partial directory."""
         first = self._control.first_error(error)
         if first is None:
             return
@@ -165,7 +168,7 @@ class CheckpointSaver:
 
 
 def _copied(after: Any, before: Any) -> Any:
-    """A staged bucket that shares no memory with the model: staging leaves tensors of the host where they are."""
+    """Return a staged bucket that shares no memory with the model; staging itself copies only from the device."""
     path, key, (raw, tensors) = after
     _, _, (_, originals) = before
     own = [
@@ -176,10 +179,7 @@ def _copied(after: Any, before: Any) -> Any:
 
 
 def _write(save: _Save) -> None:
-    """Runs on the thread: write this rank's files as Megatron-core's writer processes would, and hand it the results.
-
-    That function reports an exception as a result, and wants to be told beforehand that it was started.
-    """
+    """Write this rank's files, on the thread, as Megatron-core's writers would, and hand it the results."""
     request = save.request
     if request is None or request.async_fn is None:
         return
@@ -190,18 +190,18 @@ def _write(save: _Save) -> None:
         for index, bucket in enumerate(buckets):
             outcome: queue.Queue[Any] = queue.Queue()
             started: queue.Queue[int] = queue.Queue()
-            started.put(index)
+            started.put(index)  # the function below takes one item when it is done
             write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
             write(transforms, index, bucket, outcome, started, True)
             _, written[index] = outcome.get_nowait()
-            if isinstance(written[index], Exception):
+            if isinstance(written[index], Exception):  # which is how that function reports one
                 raise written[index]
             save.checksums[Path(bucket[0]).name] = crc32(Path(bucket[0]))
         results.put(written)
-    except Exception as problem:  # a thread has nobody above it: the rank raises it in `finish`
+    except Exception as problem:  # nothing above a thread catches: the rank raises it in `finish`
         save.error = _describe(problem)
     finally:
-        save.request = request._replace(async_fn_args=())  # the copy in host memory goes now, not with the next save
+        save.request = request._replace(async_fn_args=())  # free the copy in host memory now
 
 
 def _describe(problem: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""Answers to the prompts of a run at every evaluation, and what the metric function makes of them.
+"""Answer the prompts of a run at every evaluation, and call the metric function on the answers.
 
-Model replicas share the prompts between them; rank 0 then has all answers, calls the metric function once, and sends
-its result to all, so that a decision built on it is the same on every rank.
+The model replicas divide the prompts between them. Rank 0 gathers all answers, calls the metric function once, and
+sends its result to all ranks, so that decisions built on it are the same on each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sft.megatron.parallel.groups import ControlGroup
 from sft.metrics.run_log import RunLog
 
 _SHOWN = 2
-"""Answers that are printed at each evaluation."""
+"""Number of answers that are printed at each evaluation."""
 
 
 class PromptAnswers:
@@ -51,7 +51,7 @@ class PromptAnswers:
         self._log = log
 
     def __call__(self, module: SFTGPT, control: ControlGroup, step: int) -> dict[str, float]:
-        """Answer all prompts and return, on every rank, what the metric function measures on the answers."""
+        """Answer all prompts, and return the metric function's results on every rank."""
         mine = range(
             parallel_state.get_data_parallel_rank(), len(self._prompts), parallel_state.get_data_parallel_world_size()
         )
@@ -71,7 +71,7 @@ class PromptAnswers:
             self._log.say(f"step {step}: {prompt.text[-80:]!r} -> {output[:200]!r}")
 
     def _measure(self, control: ControlGroup, outputs: Sequence[str]) -> dict[str, float]:
-        """Run the metric function on rank 0 alone and return its values. What it raises ends all ranks."""
+        """Call the metric function on rank 0; UserCodeError on all ranks if it raises."""
         if self._metric is None:
             return {}
         error, means = None, dict[str, float]()
@@ -81,7 +81,7 @@ class PromptAnswers:
             try:
                 result = self._metric(samples=samples, prompts=prompts, outputs=list(outputs))
                 means = averages(self._name, result, len(prompts))
-            except Exception as problem:  # somebody else's function: whatever it is, the ranks must not wait for us
+            except Exception as problem:  # user code: whatever it raises, the other ranks must not wait
                 error = f"{type(problem).__name__}: {problem}"
         first = control.first_error(error)
         if first is not None:

@@ -1,12 +1,12 @@
-"""Answers of the model as it stands on the ranks: tensor and pipeline parallel, with a cache of keys and values.
+"""Generate answers with the model under its tensor and pipeline parallel topology, with a cache of keys and values.
 
-Prompts of unequal lengths are answered together without padding: the first pass reads as many tokens as the shortest
-prompt has, and then each step takes one more, of the prompt where it goes on and of the answer where it has begun.
-Causal attention needs no mask for that, and every row is what it would be alone.
+Prompts of different lengths are answered in one batch without padding. The first pass reads as many tokens as the
+shortest prompt has; each later pass reads one token of every row, the next one of its prompt or the last one of its
+answer. Causal attention needs no mask for that, and each row gets the answer that it would get alone.
 
-Attention uses Megatron-core's own cache (StaticInferenceContext). Stages pass activations by plain sends: one
-micro-batch at a time leaves nothing to overlap, and Megatron-core's schedules know nothing of virtual stages in
-inference. Sequence parallel is switched off meanwhile, since one token cannot be split.
+Attention uses Megatron-core's cache (StaticInferenceContext). Pipeline stages pass activations by plain sends: with one
+micro-batch at a time there is nothing to overlap, and Megatron-core's schedules do not support virtual stages in
+inference.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def generate(
     stops: Collection[int],
     numbers: Sequence[int],
 ) -> list[list[int]]:
-    """Answers to prompts of this model replica, as token ids up to and without the stop token.
+    """Return the answers to the prompts of this model replica: token ids, without the stop token.
 
-    All ranks of the replica call this with the same prompts; each gets all answers. `numbers` name the prompts among
-    those of all replicas, and choose their streams.
+    All ranks of the replica call this with the same prompts, and each gets all answers. `numbers` are the prompts'
+    numbers among those of all replicas, which seed their random streams.
     """
     answers: list[list[int]] = []
     module.gather_weights()
@@ -49,7 +49,7 @@ def generate(
 
 
 class _Batch:
-    """Prompts that are answered together."""
+    """A batch of prompts and the state of their answers."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class _Batch:
         self._context = StaticInferenceContext(len(prompts), size)
 
     def answer(self) -> list[list[int]]:
+        """Return the answer to each prompt."""
         begin, end = 0, min(self._lengths)
         while True:
             self._context.sequence_len_offset = begin
@@ -83,7 +84,10 @@ class _Batch:
             begin, end = end, end + 1
 
     def _choose(self, logits: Tensor | None, place: int) -> Tensor:
-        """Return the token for `place` of each row whose answer has begun, as the last stage chooses it for all."""
+        """Return the token for `place` of each row whose answer has begun, 0 for the others.
+
+        The last pipeline stage chooses and sends the tokens to the others.
+        """
         answering = [not done and length <= place for done, length in zip(self._done, self._lengths, strict=True)]
         device = self._module.device
         chosen = torch.zeros(len(answering), dtype=torch.int64, device=device)
@@ -110,7 +114,10 @@ class _Batch:
 
 
 def _forward(module: SFTGPT, tokens: Tensor, begin: int, context: StaticInferenceContext) -> Tensor | None:
-    """Return the logits after the last of `tokens`, [b, vocabulary], on ranks of the last stage, elsewhere None."""
+    """Return the logits after the last of `tokens` [b, s], as [b, vocabulary]; None on all stages but the last.
+
+    `begin` is the position of the first token.
+    """
     rows, length = tokens.shape
     tokens = tokens.to(module.device)
     positions = torch.arange(begin, begin + length, device=module.device).expand(rows, -1)

@@ -1,8 +1,8 @@
-"""What evaluations ask: prompts as token ids, the tokens that end an answer, the metric function.
+"""Read what evaluations need: prompts as token ids, the tokens that end an answer, the metric function.
 
-A prompt is written exactly as training writes one: the same chat template with its generation prompt, and no text of
-a user becomes a control token. All of this is read before a rank is started too (`python -m sft prepare`), so that a
-misspelt function does not wait for the first evaluation.
+A prompt is encoded as in training: with the same chat template and its generation prompt, and without turning text of a
+user into control tokens. `python -m sft prepare` reads all of this as well, before any rank starts, so that a misspelt
+function does not end the run at its first evaluation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sft.data.reading.row import load
 from sft.data.reading.token_rows import parse_ids
 
 Metric = Callable[..., Mapping[str, object]]
-"""What evaluation.metric names: called with samples=, prompts= and outputs=."""
+"""The function that evaluation.metric names; called with samples=, prompts= and outputs=."""
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, spec: RunSpec) -> list[Prompt]:
@@ -74,7 +74,7 @@ def _prompt(line: bytes, where: str, writer: PromptWriter, spec: RunSpec) -> Pro
 
 
 def stop_tokens(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> set[int]:
-    """What ends an answer: end tokens of tokenizer and model, and those of evaluation.stop_tokens."""
+    """Return the tokens that end an answer: the end tokens of tokenizer and model, and evaluation.stop_tokens."""
     stops = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
     if (model_dir / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
@@ -88,13 +88,13 @@ def stop_tokens(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, model_dir: Pa
 
 
 def trimmed(answer: str, stop_sequences: Sequence[str]) -> str:
-    """The answer up to the first of the stop sequences, without white space before it."""
+    """Return the answer up to the first stop sequence, without white space before that."""
     ends = [place for text in stop_sequences if (place := answer.find(text)) >= 0]
     return answer[: min(ends)].rstrip() if ends else answer
 
 
 def metric_function(name: str) -> Metric:
-    """The function behind package.module:function."""
+    """Import the function package.module:function; ConfigError where that fails."""
     package, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(package), function)
@@ -106,7 +106,10 @@ def metric_function(name: str) -> Metric:
 
 
 def averages(name: str, result: object, prompts: int) -> dict[str, float]:
-    """metric/<key> -> mean, of what a metric function returned."""
+    """Return the mean of each value that the metric function `name` returned, as metric/<key>.
+
+    A value is a number, or a sequence of one number for each prompt; ConfigError for others.
+    """
     if not isinstance(result, Mapping):
         raise ConfigError(f"evaluation.metric: {name} returned {type(result).__name__}, not a dict of numbers")
     means = {}
@@ -122,7 +125,7 @@ def averages(name: str, result: object, prompts: int) -> dict[str, float]:
 
 
 def check_prompts(spec: RunSpec, tokenizer_dir: Path, model_dir: Path) -> None:
-    """Raise now the errors that an evaluation would raise later. Without prompts there are none."""
+    """Raise now what an evaluation would raise later; do nothing where there are no prompts."""
     if spec.evaluation.prompts is None:
         return
     tokenizer = load_tokenizer(tokenizer_dir)

@@ -1,7 +1,7 @@
-"""From logits to the next token: the likeliest, or one drawn from a filtered distribution.
+"""Choose the next token from logits: the most likely one, or a random one from a filtered distribution.
 
-Each prompt draws from a stream of its own, seeded by the prompt's number. So a prompt's answer does not depend on
-which other prompts are in its batch, nor on which rank answers it.
+Each prompt has its own random stream, seeded by the prompt's number. So its answer depends neither on the other prompts
+of the batch nor on the rank that answers it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from launcher.contract.spec import EvaluationSpec
 
 
 def stream(seed: int, prompt: int) -> torch.Generator:
-    """The stream of draws of one prompt."""
+    """Return the random stream of one prompt."""
     digest = hashlib.sha256(f"{seed} {prompt}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch reads 32 bits of a seed
 
 
 def penalized(logits: Tensor, before: Tensor, penalty: float) -> Tensor:
-    """`logits` [rows, vocabulary] with those of the tokens in `before` [rows, s] made less likely.
+    """Return `logits` [rows, vocabulary] with the tokens of `before` [rows, s] made less likely.
 
-    Keskar et al. 2019 (CTRL), section 4.1, in the form that transformers gave it: a negative logit is multiplied.
+    The penalty of CTRL (Keskar et al. 2019, section 4.1) as transformers has it: negative logits are multiplied by it.
     """
     held = logits.gather(1, before)
     return logits.scatter(1, before, torch.where(held > 0, held / penalty, held * penalty))
 
 
 def next_tokens(logits: Tensor, spec: EvaluationSpec, streams: Sequence[torch.Generator | None]) -> Tensor:
-    """Return on the host the token after each row of `logits` [rows, vocabulary], 0 for a row without a stream."""
+    """Return the next token of each row of `logits` [rows, vocabulary], in host memory.
+
+    With a temperature, a row without a stream gets token 0.
+    """
     if spec.temperature == 0:
         return logits.argmax(dim=-1).cpu()
     chosen = torch.zeros(len(streams), dtype=torch.int64)
@@ -42,9 +45,9 @@ def next_tokens(logits: Tensor, spec: EvaluationSpec, streams: Sequence[torch.Ge
 
 
 def draw(logits: Tensor, spec: EvaluationSpec, own: torch.Generator) -> int:
-    """One token of logits [vocabulary] after temperature, then top_k, then top_p.
+    """Return a random token by logits [vocabulary], after temperature, then top_k, then top_p.
 
-    The token at which the cumulated probability passes top_p is kept, so that there is always one.
+    The token at which the cumulative probability reaches top_p is kept, so that there is always one.
     """
     ordered, tokens = torch.sort(logits / spec.temperature, descending=True, stable=True)
     if spec.top_k is not None:

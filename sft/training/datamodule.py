@@ -1,7 +1,7 @@
-"""Feeds each rank its share of every global batch, from any step on.
+"""Give each rank its share of every global batch, beginning with any step.
 
-One item of the loader is one optimizer step (a StepBatch), so Lightning's batch index and its step count agree. What
-a step holds is a function of the step number alone (sft.data.batches.sampler): to resume, the loader starts at the
+One item of the loader is one optimizer step (a StepBatch), so Lightning's batch index and step count agree. The content
+of a step is a function of its number alone (sft.data.batches.sampler): to resume, the loader starts at the
 trainer's step.
 """
 
@@ -64,8 +64,8 @@ class StepLoader(DataLoader[StepBatch]):
 
     def __init__(self, batches: StepBatches, trainer: pl.Trainer, *, pin_memory: bool) -> None:
         sampler = _RemainingSteps(trainer, len(batches))
-        # Each iterator draws a seed for workers; from the default generator, dropout on CPU would go on elsewhere after
-        # a resume, which makes one iterator more.
+        # Each iterator draws a seed for workers. Drawn from the default generator, it would change the dropout of a CPU
+        # run after a resume, which makes one more iterator.
         own = torch.Generator()
         super().__init__(
             batches, batch_size=None, sampler=sampler, collate_fn=_as_it_is, pin_memory=pin_memory, generator=own

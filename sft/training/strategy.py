@@ -36,7 +36,7 @@ class MegatronStrategy(DDPStrategy):
         self.topology = topology
         self.seed = seed
         self.data_key = data_key
-        """Identifies data and order; a checkpoint of other data is refused."""
+        """Identifies the data and their order; checkpoints of other data are refused."""
         self.control: ControlGroup
         self.saver: CheckpointSaver
         self.resumed_from: Path | None = None
@@ -80,7 +80,7 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, object], filepath: str | Path, storage_options: object = None
     ) -> None:
-        """Begin to write `checkpoint` (Lightning's counters) and all sharded state; `saver.finish` ends it."""
+        """Begin to write `checkpoint` (Lightning's counters) and all sharded state; `saver.finish` completes it."""
         module = self.megatron_module
         module.gather_weights()
         trainer = TrainerState(
@@ -93,9 +93,9 @@ class MegatronStrategy(DDPStrategy):
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, object]:
-        """Fill model and optimizer from a checkpoint or, where it is damaged, from an older one beside it.
+        """Fill model and optimizer, and return Lightning's counters.
 
-        Returns Lightning's counters.
+        Where the checkpoint is damaged, an older one beside it is loaded.
         """
         self.resumed_from, counters = self.load_weights(Path(checkpoint_path))
         return counters

@@ -1,7 +1,7 @@
 """Build a Lightning trainer that runs SFTGPT under a topology, and run it.
 
-`megatron_trainer` is the one place that says how Lightning is set up: no sampler, precision plugin, gradient clipping,
-progress bar or checkpoint callback of its own, because Megatron-core or this package does each of these.
+`megatron_trainer` is the only place that sets up Lightning: without its sampler, precision plugin, gradient clipping,
+progress bar and checkpoint callback, because Megatron-core or this package does each of these.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def megatron_trainer(
     data_key: Mapping[str, object],
     callbacks: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
-    """A trainer for SFTGPT on this rank: process groups and checkpoints by MegatronStrategy, CPU or GPU."""
+    """Return a Lightning trainer for SFTGPT on this rank, on CPU or GPU as the config says.
+
+    ConfigError where the config asks for GPUs and the rank sees none.
+    """
     on_gpu = spec.resources.gpus_per_node > 0
     if on_gpu and not torch.cuda.is_available():
         raise ConfigError(
@@ -88,13 +91,14 @@ def megatron_trainer(
 def train(config: Path) -> ExitCode:
     """Train the run whose resolved config is `config`, from its newest complete checkpoint if it has one.
 
-    Called on every rank. OK when all steps are done or more would not help, REQUEUE when asked to stop before.
+    Every rank calls this. Returns OK when all steps are done or early stopping ended the run, REQUEUE when the run was
+    asked to stop before that.
     """
     return train_run(read_resolved(config), RunPaths(config.resolve().parent))
 
 
 def train_run(spec: RunSpec, paths: RunPaths, metric: Metric | None = None) -> ExitCode:
-    """Run `train` for a program that passes its own `metric` instead of naming one by evaluation.metric."""
+    """Do what `train` does, for another program; `metric` replaces the function that evaluation.metric names."""
     env = RankEnv.from_environ()
     stop = StopFlag()
     stop.install()
@@ -112,7 +116,7 @@ def _train(
     watchdog: Watchdog,
     metric: Metric | None,
 ) -> ExitCode:
-    """Train as the one who holds the run; the lease is rank 0's."""
+    """Train while this attempt holds the run; `lease` is None on all ranks but the first."""
     leader = env.rank == 0
     model_dir = resolve_model_dir(spec, convert=False)
     architecture = read_architecture(model_dir)
@@ -135,7 +139,7 @@ def _train(
     evaluation = EvaluationCallback(spec, held_out, answers, log)
     guard = GuardCallback(spec.train, log, data.example_ids)
     progress = ProgressCallback(log, data.schedule.consumed_examples)
-    # In this order at each step boundary: each builds on what those before it found.
+    # Their order matters at each step boundary: each uses the results of those before it.
     deadline = Deadline.from_environ(spec.resources.signal_seconds)
     saves = CheckpointCallback(spec.checkpoint_ranking, stop, deadline, lease, evaluation, guard, log)
     callbacks = [progress, guard, evaluation, saves]
@@ -147,13 +151,13 @@ def _train(
     log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
     log.say(choose_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0).describe())
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
-    # srun ends all ranks when one exits other than 0: none may leave while another is still writing.
+    # srun ends all ranks when one exits with another code than 0: none may exit while another is still writing.
     cast(MegatronStrategy, trainer.strategy).control.barrier()
     return _finish(trainer.global_step, guard, evaluation, spec, log)
 
 
 def _finish(step: int, guard: GuardCallback, evaluation: EvaluationCallback, spec: RunSpec, log: RunLog) -> ExitCode:
-    """Say how it ended."""
+    """Log how the run ended, and return its exit code; TrainingError after bad steps."""
     log.close()
     if guard.failure is not None:
         raise TrainingError(f"stopped after step {step}: {guard.failure}; see {log.paths.bad_steps}")
@@ -166,7 +170,7 @@ def _finish(step: int, guard: GuardCallback, evaluation: EvaluationCallback, spe
 
 
 def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | None:
-    """Why there is nothing to train behind this checkpoint, if so."""
+    """Return why there is nothing left to train after this checkpoint, or None."""
     if resume is None:
         return None
     if checkpoint_step(resume) >= max_steps:
@@ -179,7 +183,7 @@ def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | 
 
 
 def _resume_point(spec: RunSpec, paths: RunPaths) -> Path | None:
-    """This run's newest usable checkpoint, else the configured one of another run."""
+    """Return this run's newest usable checkpoint, else the one that checkpoint.resume_from names."""
     own = newest_usable(paths.complete_checkpoints())
     if own is not None or spec.checkpoint.resume_from is None:
         return own

@@ -1,4 +1,4 @@
-"""Checkpoints under faults: the last good one survives, a damaged one is passed over."""
+"""Checkpoints under faults: the last good one survives, a damaged one is skipped."""
 
 from __future__ import annotations
 
@@ -148,14 +148,14 @@ def error_of_train(config: Path) -> str:
     return str(caught.value)
 
 
-def test_damaged_checkpoint_is_passed_over(tmp_path: Path, material: tuple[Path, Path]) -> None:
+def test_damaged_checkpoint_is_skipped(tmp_path: Path, material: tuple[Path, Path]) -> None:
     paths = make_run(tmp_path, *material, ranks=1, max_steps=4, every=2, keep_last=9)
     run_training(paths, 1)
     whole = curve(paths)
     newest = paths.checkpoint(4)
     shard = next((newest / "sharded").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match=r"step-00000004 is damaged and passed over: sharded/.* bytes, written were"):
+    with pytest.warns(UserWarning, match=r"step-00000004 is damaged and skipped: sharded/.* bytes, written were"):
         assert newest_usable(paths.complete_checkpoints()) == paths.checkpoint(2)
     run_training(paths, 1)
     assert curve(paths) == whole

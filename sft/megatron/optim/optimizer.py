@@ -1,13 +1,12 @@
-"""AdamW by Megatron-core (master weights, sharding, clipping) with the face that Lightning expects.
+"""Megatron-core's AdamW (master weights, sharding, clipping), with the interface that Lightning expects.
 
-The schedule is Megatron-core's too: linear warm-up, then cosine, linear or no decay to `min_lr`. Step k (from 0) runs
-at the schedule's value for k.
+The schedule is Megatron-core's, too: linear warm-up, then cosine, linear or no decay to `min_lr`. Step k, counted from
+0, uses the schedule's value for k.
 
-The step itself never waits for the device. Norm, clipping and the verdict on the step are tensors; a step that must
-not be applied is passed over by torch's fused AdamW itself, by the flag that mixed precision scalers use
-(`found_inf`): weights, moments and step count stay as they are. Megatron-core's own step fetches the gradient norm to
-the host, and can only refuse a step there. Multiplying gradients by 0 would not do: 0 * NaN is NaN, and AdamW moves
-weights for a gradient of 0 too.
+The step never waits for the device: norm, clipping and the check of the step are tensors. Torch's fused AdamW itself
+skips a bad step by the flag of mixed precision scalers (`found_inf`), and leaves weights, moments and step count alone.
+Rejected: Megatron-core's own step, which fetches the gradient norm to the host and can refuse a step only there; and
+multiplying gradients by 0, since 0 * NaN is NaN and AdamW changes weights for a gradient of 0, too.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(chunks))
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
-            group.update(fused=True, foreach=False)
+            group.update(fused=True, foreach=False)  # only the fused one skips a step on the device
     if one_pass:
         for part in _parts(optimizer):
             use_one_pass(part)
@@ -61,7 +60,7 @@ def build_optimizer(
 
 
 def build_scheduler(spec: OptimizerSpec, optimizer: MegatronOptimizer, max_steps: int) -> OptimizerParamScheduler:
-    """The learning rate schedule over `max_steps` optimizer steps."""
+    """Return the learning rate schedule over `max_steps` optimizer steps."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=spec.initial_lr,
@@ -75,26 +74,26 @@ def build_scheduler(spec: OptimizerSpec, optimizer: MegatronOptimizer, max_steps
         wd_incr_steps=0,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # the resolved config is the truth, also when it was changed on resubmit
+        override_opt_param_scheduler=True,  # the config decides, also where it was changed on resubmit
     )
 
 
-Judge = Callable[[Tensor, Tensor], Tensor]
-"""Of loss and gradient norm: 1.0 where the step must not be applied, else 0.0; all of them on the device."""
+StepCheck = Callable[[Tensor, Tensor], Tensor]
+"""Takes loss and gradient norm, and returns 1.0 for a bad step, else 0.0; all on the device."""
 
 
 @torch.no_grad()
-def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, judge: Judge) -> tuple[Tensor, Tensor]:
-    """Clip and step unless `judge` finds the step bad. Return the norm before clipping and the result."""
+def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, check: StepCheck) -> tuple[Tensor, Tensor]:
+    """Clip, and step unless `check` finds the step bad; return the gradient norm before clipping, and the result."""
     parts = _parts(optimizer)
     optimizer.prepare_grads()
     norm = _gradient_norm(parts, loss.device)
-    bad = judge(loss, norm)
+    bad = check(loss, norm)
     for part in parts:
         grads = [param.grad for param in part.get_parameters() if param.grad is not None]
         if not grads or part.config.clip_grad == math.inf:
             continue
-        if grads[0].is_cuda:  # AdamW's kernel divides by a scaler's factor: one pass over all gradients less
+        if grads[0].is_cuda:  # AdamW's kernel divides by this factor: saves a pass over the gradients
             part.optimizer.grad_scale = ((norm + 1e-6) / part.config.clip_grad).clamp(min=1.0).float()
         else:
             factor = (part.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
@@ -106,7 +105,7 @@ def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, judge: Judge) -> tu
 
 
 def _gradient_norm(parts: Sequence[MegatronOptimizer], device: torch.device) -> Tensor:
-    """Global gradient norm in fp64, each parameter counted once, on every rank and on the device."""
+    """Return the global gradient norm in fp64, on every rank and on the device; each parameter counts once."""
     grads = [grad for part in parts for grad in _counted_grads(part)]
     norm = total_norm(grads) if grads else torch.zeros((), device=device)
     squared = norm.double().square()
@@ -130,21 +129,21 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimize
 
 
 class LightningOptimizerShell(torch.optim.Optimizer):
-    """What Lightning holds in place of the Megatron-core optimizer.
+    """Stands for the Megatron-core optimizer in Lightning.
 
-    Its parameter is a dummy; its groups are the live groups of the real one. State travels in the sharded
-    checkpoint, so `state_dict` is empty.
+    Its parameter is a dummy; its groups are those of the real optimizer, not copies. `state_dict` is empty, since the
+    state is in the sharded checkpoint.
     """
 
-    def __init__(self, inner: MegatronOptimizer, judge: Judge) -> None:
+    def __init__(self, inner: MegatronOptimizer, check: StepCheck) -> None:
         self.inner = inner
         self.loss: Tensor
-        """Loss of the step that comes next; the module sets it."""
+        """Loss of the next step; the module sets it."""
         self.grad_norm: Tensor
         """Global gradient norm before clipping, of the last step."""
         self.bad: Tensor
-        """1.0 where the last step was not applied."""
-        self._judge = judge
+        """1.0 if the last step was not applied, else 0.0."""
+        self._check = check
         super().__init__([torch.zeros(1)], {})
 
     @property
@@ -162,7 +161,7 @@ class LightningOptimizerShell(torch.optim.Optimizer):
     def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
         if closure is not None:
             closure()
-        self.grad_norm, self.bad = guarded_step(self.inner, self.loss, self._judge)
+        self.grad_norm, self.bad = guarded_step(self.inner, self.loss, self._check)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)

@@ -1,6 +1,6 @@
-"""The verdict on a step, on the device: may the optimizer apply it?
+"""Decide on the device whether a step is bad, so that the optimizer must not apply it.
 
-A running mean of the gradient norms of good steps is what a spike is measured against. It is a tensor as well, so that
+A spike is a multiple of the running mean of the gradient norms of good steps. The mean is a tensor as well, so that
 nothing here waits for the device.
 """
 
@@ -16,7 +16,7 @@ _FIRST_STEPS = 10
 
 
 class StepJudge:
-    """1.0 for a step whose loss or gradient norm is not finite, or whose norm is a spike; else 0.0."""
+    """Returns 1.0 for a step whose loss or gradient norm is not finite, or whose norm is a spike; else 0.0."""
 
     def __init__(self, spike_factor: float | None) -> None:
         self._factor = spike_factor
@@ -36,7 +36,7 @@ class StepJudge:
         return bad.float()
 
     def state(self) -> list[float]:
-        """Return the state for a checkpoint, which waits for the device."""
+        """Return the running mean for a checkpoint; waits for the device."""
         return [float(value) for value in self._norms.tolist()]
 
     def restore(self, state: list[float]) -> None:

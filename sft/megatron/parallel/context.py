@@ -1,4 +1,4 @@
-"""Context parallel: what the layers know of rows that several ranks share, and how keys and values come together.
+"""Context parallelism: what the layers know of rows that ranks share, and the gathering of keys and values.
 
 Each rank has two slices of every row (sft.data.batches.context_slice). Only attention looks beyond them: it gathers
 the keys and values of the whole row from the ranks of the group, and the gradients of them go back as sums. Rejected:

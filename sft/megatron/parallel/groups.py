@@ -22,10 +22,10 @@ _STAGE_SEED_STRIDE = 100
 
 
 def init_model_parallel(topology: Topology, seed: int) -> None:
-    """Build Megatron-core's groups in the initialised world, and seed the generators of this rank.
+    """Build Megatron-core's groups in the initialised world, and seed this rank's random generators.
 
-    Dropout streams are equal within a tensor parallel group where activations are replicated, and differ between
-    pipeline stages, data parallel and context parallel ranks.
+    Tensor parallel ranks have the same dropout stream for replicated activations. Pipeline stages, data parallel and
+    context parallel ranks have different ones.
     """
     with communicators_on_demand():
         parallel_state.initialize_model_parallel(
@@ -44,9 +44,9 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
 
 
 def sum_over(values: Tensor, group: dist.ProcessGroup) -> None:
-    """Add up `values` of the group's ranks, in place on each.
+    """Replace `values` on each rank by their sum over the group.
 
-    A group of one is left alone: NCCL would build a communicator for it.
+    A group of one is skipped: NCCL would build a communicator for it.
     """
     if group.size() > 1:
         dist.all_reduce(values, group=group)
@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 
 class ControlGroup:
-    """Small agreements between all ranks over gloo."""
+    """Small messages between all ranks, over gloo."""
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")

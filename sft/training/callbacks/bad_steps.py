@@ -1,13 +1,13 @@
-"""The guard against steps whose numbers went wrong: NaN, infinity, and (if asked for) spikes of the gradient norm.
+"""Handle bad steps: a loss or gradient norm that is NaN or infinite or, if asked for, a spike of the norm.
 
-The verdict is computed on the device and keeps the optimizer from applying the step (sft.megatron.optim.optimizer), so
-a bad update never happens, whatever the policy. The host learns of it one step later, by a copy that the device makes
-in passing: nobody waits for it, and the price is that one more step was done by then. What follows is decided by
-`train.on_bad_step`, by all ranks alike, since loss and norm are the same on all.
+The device decides whether a step is bad and keeps the optimizer from applying it (sft.megatron.optim.optimizer), so a
+bad update never happens, whatever the policy. The host learns of it one step later, by an asynchronous copy: it never
+waits, and one more step is done by then. `train.on_bad_step` decides what follows. All ranks decide alike, since loss
+and norm are the same on all.
 
-`rewind` takes back the weights and not the step count: a spike tends to come from updates before it, and going over
-the same examples again from the same weights would give the same spike. So the data between the checkpoint and now
-are left out, and the learning rate goes on as scheduled.
+`rewind` takes back the weights and not the step count. A spike tends to come from the updates before it, and the same
+examples from the same weights would give the same spike again. So the examples between the checkpoint and now are left
+out, and the learning rate goes on as scheduled.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ from sft.metrics.run_log import RunLog
 from sft.training.strategy import MegatronStrategy
 
 MAX_IN_A_ROW = 10
-"""Bad steps in a row after which going on is pointless."""
+"""Number of bad steps in a row that ends the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A verdict on its way to the host."""
+    """The numbers of a step on their way to the host."""
 
     step: int
     values: Tensor
-    """bad, loss, gradient norm"""
+    """[3]: 1.0 for a bad step or 0.0, the loss, the gradient norm."""
     arrived: torch.cuda.Event | None
+    """Recorded behind the copy; None where the values are in host memory anyway."""
 
     @classmethod
     def of(cls, result: StepResult) -> _Pending:
+        """Begin to copy the numbers of a step."""
         values = torch.stack([result.bad.double(), result.loss.double(), result.grad_norm.double()])
         if not values.is_cuda:
             return cls(result.step, values, None)
@@ -55,6 +57,7 @@ class _Pending:
         return cls(result.step, host, arrived)
 
     def read(self) -> tuple[bool, float, float]:
+        """Return whether the step was bad, its loss and its gradient norm; waits for the copy."""
         if self.arrived is not None:
             self.arrived.synchronize()
         bad, loss, norm = self.values.tolist()
@@ -62,7 +65,7 @@ class _Pending:
 
 
 class GuardCallback(pl.Callback):
-    """Reads verdicts one step late, writes down the examples of bad steps, and carries the policy out."""
+    """Checks each step one step late, records the examples of bad steps, and applies the policy."""
 
     def __init__(self, spec: TrainSpec, log: RunLog, example_ids: Callable[[int], Sequence[int | str]]) -> None:
         self._policy = spec.on_bad_step
@@ -93,7 +96,7 @@ class GuardCallback(pl.Callback):
         before, self._pending = self._pending, _Pending.of(result)
         first_bad = before.step if before is not None and self._examine(before) else None
         if first_bad is not None or result.step == self._log.max_steps:
-            # What follows concerns the step just done as well, and it is the last of its weights or of all.
+            # Check the step just done as well: a rewind would discard its weights, or it is the last of the run.
             bad = self._examine_rest()
             first_bad = result.step if first_bad is None and bad else first_bad
         if first_bad is None:
@@ -113,7 +116,7 @@ class GuardCallback(pl.Callback):
         return pending is not None and self._examine(pending)
 
     def _examine(self, pending: _Pending) -> bool:
-        """Record the step if it was bad, and return whether it was."""
+        """Return whether the step was bad, and record it if so."""
         bad, loss, norm = pending.read()
         self._in_a_row = self._in_a_row + 1 if bad else 0
         if bad:
@@ -134,7 +137,7 @@ class GuardCallback(pl.Callback):
         self._log.event("bad_step", step=step, reason=reason, policy=self._policy, examples=len(examples), **numbers)
 
     def _rewind(self, strategy: MegatronStrategy, step: int, first_bad: int) -> None:
-        """Load the newest checkpoint from before the bad step. Without one, only its update is left out."""
+        """Load the newest checkpoint from before the bad step; without one, the run goes on without its update."""
         complete = strategy.control.from_leader([str(path) for path in self._log.paths.complete_checkpoints()])
         earlier = [Path(path) for path in complete if checkpoint_step(Path(path)) < first_bad]
         if not earlier:
@@ -146,5 +149,5 @@ class GuardCallback(pl.Callback):
 
 
 def _json_number(value: float) -> float | None:
-    """JSON knows no NaN."""
+    """Return None in place of a number that JSON does not have."""
     return value if math.isfinite(value) else None

@@ -32,11 +32,11 @@ class BestCheckpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Their steps, best first."""
+        """The steps, best first."""
         return [ranked.step for ranked in self._ranked]
 
     def offer(self, step: int, value: float) -> bool:
-        """Record the evaluation if it is among the best, and return whether it is. An older one wins a tie."""
+        """Rank an evaluation, and return whether it is among the best; an older one wins a tie."""
         if not self._spec.keep_best or math.isnan(value):
             return False
         better = [ranked for ranked in self._ranked if not is_better(value, ranked.value, self._spec.best_mode)]
@@ -58,7 +58,7 @@ class BestCheckpoints:
 class CheckpointCallback(pl.Callback):
     """Saves every `checkpoint.every` steps, after a good evaluation, at the end, and when training has to stop.
 
-    Comes last of the callbacks: what the others found at this step boundary is in the checkpoint.
+    It is the last of the callbacks, so that the checkpoint has the states of the others after this step.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class CheckpointCallback(pl.Callback):
         step = trainer.global_step
         writing = strategy.saver.in_flight and not strategy.saver.is_written
         self._deadline.step_ended()
-        late = self._log.is_writer and self._deadline.is_due  # one clock decides for all
+        late = self._log.is_writer and self._deadline.is_due  # rank 0's clock decides for all
         lost = self._lease is not None and self._lease.lost
         asked, late, lost, unwritten = strategy.control.any_of([bool(self._stop), late, lost, writing])
         if lost:
@@ -120,7 +120,7 @@ class CheckpointCallback(pl.Callback):
         self._deadline.step_begins()
 
     def _say_why(self, step: int, asked: bool) -> None:
-        """Asked comes first: a signal says more than the clock."""
+        """Say why training stops: by a signal, or by the clock where there was none."""
         if asked:
             self._log.say(f"stopping after step {step} as asked ({self._stop.signal_name or 'by another rank'})")
         else:
@@ -134,12 +134,12 @@ class CheckpointCallback(pl.Callback):
             self._finish(strategy)
 
     def _finish(self, strategy: MegatronStrategy) -> None:
-        """Wait for the save in flight, if there is one, then remove what it makes superfluous."""
+        """Wait for the save in flight, if there is one, then remove the checkpoints that are no longer kept."""
         saved = strategy.saver.finish()
         if saved is None:
             return
         if self._log.is_writer:
-            # Later ones than this were found damaged, or the run would have resumed from them.
+            # Checkpoints of later steps are damaged ones: otherwise the run would have resumed from them.
             complete = [
                 path
                 for path in self._log.paths.complete_checkpoints()

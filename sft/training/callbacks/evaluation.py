@@ -1,11 +1,11 @@
 """Evaluation between steps: held-out loss of each data set, answers to prompts, and early stopping on either.
 
-Lightning's validation loop is not used: it averages batches, and runs at batch indices rather than at the ends. Here
-every token of a data set counts once, whatever the batches, so that the loss depends on model and data alone.
+Lightning's validation loop is not used: it averages over batches. Here every token of a data set counts once, so that
+the loss depends on model and data alone and not on the batches.
 
-Every rank comes to the same numbers: losses are reduced over all ranks, and what a metric function gives is sent from
-rank 0. So each rank decides by itself to stop, and all decide the same. What early stopping has seen is saved with
-the checkpoint; a resumed run counts on from there.
+Every rank has the same numbers: losses are reduced over all ranks, and the metric function's result is sent from rank
+0. So each rank decides by itself whether to stop, and all decide alike. The state of early stopping is saved with each
+checkpoint, and a resumed run continues from it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from sft.training.datamodule import SFTDataModule, StepBatches
 from sft.training.strategy import MegatronStrategy
 
 Answers = Callable[[SFTGPT, ControlGroup, int], dict[str, float]]
-"""Answers the prompts at a step and gives what the metric function made of them."""
+"""Answers the prompts at a step and returns the metric function's results."""
 
 
 def held_out_batches(
     spec: RunSpec, topology: Topology, data: SFTDataModule, tokenizer_dir: Path, *, build: bool
 ) -> dict[str, StepBatches]:
-    """What is evaluated, by the suffix that its metrics carry: nothing for data.validation, `/name` for a set."""
+    """Return the data sets to evaluate by the suffix of their metrics: "" for data.validation, `/name` for a set."""
     found = {"": data.validation_batches()}
     for name, prepared in open_validation_sets(spec, tokenizer_dir, build=build):
         found[f"/{name}"] = SFTDataModule(spec, topology, prepared).validation_batches()
@@ -66,7 +66,7 @@ class EvaluationCallback(pl.Callback):
         self.early_stopping.state = EarlyStoppingState.from_json(state_dict)
 
     def metrics_at(self, step: int) -> dict[str, float]:
-        """Return the results of the evaluation after `step` steps, empty if there was none."""
+        """Return the metrics of the evaluation after `step` steps; empty where there was none."""
         return self._latest[1] if self._latest[0] == step else {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

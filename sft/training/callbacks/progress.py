@@ -1,4 +1,4 @@
-"""Times the steps and hands them to the run's log."""
+"""Time the steps and log them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sft.training.strategy import MegatronStrategy
 
 
 class ProgressCallback(pl.Callback):
-    """Times the steps and hands them to the RunLog."""
+    """Times each step and writes it to the run's log."""
 
     def __init__(self, log: RunLog, consumed_examples: Callable[[int], int]) -> None:
         self._log = log

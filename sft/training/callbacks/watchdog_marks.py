@@ -1,4 +1,4 @@
-"""Tells the watchdog what Lightning's loop is at, by marks between the callbacks: the callbacks need not know of it."""
+"""Tell the watchdog which phase Lightning's loop is in, by marks between the callbacks, which need not know of it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _PHASES: dict[type[pl.Callback], Phase] = {
     EvaluationCallback: Phase.EVALUATION,
     CheckpointCallback: Phase.CHECKPOINT,
 }
-"""What a callback does at a step boundary; the others look at the step, which is Phase.GUARD."""
+"""The phase of a callback's work at a step boundary; that of all others is Phase.GUARD."""
 
 
 def watched(callbacks: Sequence[pl.Callback], watchdog: Watchdog) -> list[pl.Callback]:
-    """The callbacks, with marks before, between and after them."""
+    """Return the callbacks with marks before, between and after them."""
     marked: list[pl.Callback] = [_Steps(watchdog)]
     for callback in callbacks:
         phase = _PHASES.get(type(callback))
@@ -28,7 +28,7 @@ def watched(callbacks: Sequence[pl.Callback], watchdog: Watchdog) -> list[pl.Cal
 
 
 class _Steps(pl.Callback):
-    """First of the callbacks: tells the watchdog of batches and steps."""
+    """The first callback: reports batches and steps to the watchdog."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self._watchdog = watchdog
@@ -47,7 +47,7 @@ class _Steps(pl.Callback):
 
 
 class _Entering(pl.Callback):
-    """Stands between callbacks: what those after it do is `phase`."""
+    """A mark: the callbacks after it are in `phase`."""
 
     def __init__(self, watchdog: Watchdog, phase: Phase) -> None:
         self._watchdog = watchdog

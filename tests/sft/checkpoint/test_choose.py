@@ -63,14 +63,17 @@ def test_the_newest_where_the_config_says_so_or_nothing_was_ranked(paths: RunPat
 def test_changed_bytes_are_passed_over(paths: RunPaths) -> None:
     """The next best, then the newest of the others. Seen to fail: sizes alone do not tell."""
     flip_a_bit(paths.checkpoint(2))
-    with pytest.warns(UserWarning, match=r"step-00000002 is damaged and passed over: sharded/__0_0.distcp has changed"):
+    with pytest.warns(UserWarning, match=r"step-00000002 is damaged and skipped: sharded/__0_0.distcp has changed"):
         assert choose(paths, SPEC).step == 4
     flip_a_bit(paths.checkpoint(4))
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="is damaged and skipped"):
         choice = choose(paths, SPEC)
     assert (choice.step, choice.why) == (6, "the newest of those that are not among the best")
     flip_a_bit(paths.checkpoint(6))
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="is undamaged"):
+    with (
+        pytest.warns(UserWarning, match="is damaged and skipped"),
+        pytest.raises(CheckpointError, match="every checkpoint to export is damaged"),
+    ):
         choose(paths, SPEC)
 
 
@@ -89,7 +92,10 @@ def test_a_step_is_exported_as_asked(paths: RunPaths) -> None:
     with pytest.raises(RunStateError, match="no complete checkpoint of step 5; there are those of steps 2, 4, 6"):
         choose(paths, SPEC, 5)
     flip_a_bit(paths.checkpoint(4))
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="distcp has changed"):
+    with (
+        pytest.warns(UserWarning, match="is damaged and skipped"),
+        pytest.raises(CheckpointError, match="distcp has changed"),
+    ):
         choose(paths, SPEC, 4)
 
 

@@ -100,6 +100,6 @@ def test_folder_of_checkpoints_gives_its_newest_whole_one(tmp_path: Path) -> Non
         make(tmp_path / "before" / "checkpoints" / f"step-{step:08d}")
     (tmp_path / "before" / "checkpoints" / "step-00000012" / "trainer.json").write_text("longer")
     spec = RunSpec(checkpoint=CheckpointSpec(resume_from=str(tmp_path / "before" / "checkpoints")))
-    with pytest.warns(UserWarning, match="damaged and passed over"):
+    with pytest.warns(UserWarning, match="damaged and skipped"):
         found = _resume_point(spec, RunPaths(tmp_path / "behind"))
     assert found == tmp_path / "before" / "checkpoints" / "step-00000009"
