@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     for name, run, about in (
         ("begin", begin, "take the run's lease"),
-        ("end", end, "decide what follows, and let go of the lease"),
+        ("end", end, "decide what follows, and release the lease"),
     ):
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("run", type=Path, help="the run directory")

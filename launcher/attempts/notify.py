@@ -8,6 +8,7 @@ by a variable and never printed, not even when it does not work.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import shutil
@@ -20,8 +21,8 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from email.message import EmailMessage
 from pathlib import Path
-from typing import Any
 
+from launcher.contract.errors import LauncherError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, read_json
 from launcher.contract.spec import NotifySpec, read_resolved
@@ -31,7 +32,7 @@ _OUTCOMES = {int(ExitCode.OK): "completed", int(ExitCode.REQUEUE): "interrupted"
 _SENDMAIL = ("/usr/sbin", "/usr/lib")
 
 
-class _NoAddress(Exception):
+class _NoAddress(ValueError):
     """The webhook's variable does not hold an address."""
 
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         notify = read_resolved(paths.config).notify
         message = message_of(paths, options.attempt, options.exit_code)
-    except Exception as error:  # a notification must not make a run fail
+    except (LauncherError, OSError, ValueError) as error:  # a notification must not make a run fail
         print(f"no notification: {error}", file=sys.stderr)
         return 0
     for problem in send(notify, message):
@@ -56,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def message_of(paths: RunPaths, attempt: str, exit_code: int) -> dict[str, Any]:
+def message_of(paths: RunPaths, attempt: str, exit_code: int) -> dict[str, object]:
     """Return the message in the form in which a webhook and a command get it."""
     progress = read_json(paths.progress) or {}
     outcome = _OUTCOMES.get(exit_code, "failed")
-    message = {
+    message: dict[str, object] = {
         "run": paths.name,
         "directory": str(paths.root),
         "attempt": attempt,
@@ -73,13 +74,13 @@ def message_of(paths: RunPaths, attempt: str, exit_code: int) -> dict[str, Any]:
     return {**message, "text": _sentence(message)}
 
 
-def _sentence(message: dict[str, Any]) -> str:
+def _sentence(message: dict[str, object]) -> str:
     where = f" at step {message['step']} of {message['max_steps']}" if message["step"] is not None else ""
     code = f" with exit code {message['exit_code']}" if message["exit_code"] else ""
     return f"run {message['run']} {message['outcome']}{where}{code} (attempt {message['attempt']})"
 
 
-def send(notify: NotifySpec, message: dict[str, Any]) -> list[str]:
+def send(notify: NotifySpec, message: dict[str, object]) -> list[str]:
     """Send the message by every way that is configured, and return what did not work."""
     if notify.on == "failure" and message["outcome"] != "failed":
         return []
@@ -94,12 +95,12 @@ def send(notify: NotifySpec, message: dict[str, Any]) -> list[str]:
     for name, way in ways:
         try:
             way()
-        except Exception as error:  # the others are still tried
+        except (OSError, ValueError, subprocess.SubprocessError, http.client.HTTPException) as error:
             problems.append(f"{name}: {_reason(error)}")
     return problems
 
 
-def _post(variable: str, message: dict[str, Any]) -> None:
+def _post(variable: str, message: dict[str, object]) -> None:
     address = os.environ.get(variable, "")
     if not address.startswith(("https://", "http://")):
         raise _NoAddress(f"{variable} is not set to a http(s) address in the job's environment")
@@ -109,7 +110,7 @@ def _post(variable: str, message: dict[str, Any]) -> None:
         pass
 
 
-def _mail(address: str, message: dict[str, Any]) -> None:
+def _mail(address: str, message: dict[str, object]) -> None:
     letter = EmailMessage()
     letter["To"] = address
     letter["Subject"] = message["text"]

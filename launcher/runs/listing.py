@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 from launcher.contract.errors import LauncherError
 from launcher.contract.job_state import JobState
@@ -11,9 +11,21 @@ from launcher.contract.rundir import RunPaths
 from launcher.runs.snapshot import snapshot
 
 
-def listing(runs: Sequence[RunPaths]) -> list[dict[str, Any]]:
+class ListedRun(TypedDict):
+    """A row of `launcher list`."""
+
+    run: str
+    directory: str
+    state: str | None
+    created_at: float
+    """Seconds since the epoch."""
+    topology: str
+    parent_run: str | None
+
+
+def listing(runs: Sequence[RunPaths]) -> list[ListedRun]:
     """Return the rows of `launcher list`: name, state by the run's own files, creation time, topology, lineage."""
-    rows = []
+    rows: list[ListedRun] = []
     for paths in runs:
         try:
             item = snapshot(paths)
@@ -34,8 +46,8 @@ def listing(runs: Sequence[RunPaths]) -> list[dict[str, Any]]:
     return rows
 
 
-def _unreadable(paths: RunPaths, error: Exception) -> dict[str, Any]:
-    """Return the row of a run whose files are damaged. The others are listed all the same."""
+def _unreadable(paths: RunPaths, error: Exception) -> ListedRun:
+    """Return the row of a run whose files are damaged. The others are still listed."""
     return {
         "run": paths.name,
         "directory": str(paths.root),

@@ -94,7 +94,7 @@ def _ask(snapshots: Sequence[Snapshot], fresh: bool) -> dict[SchedulerName, Answ
 
 
 def _owners(snapshots: Sequence[Snapshot]) -> list[int]:
-    """Return the user ids of whoever submitted these runs, and this user's in any case."""
+    """Return the ids of the users who submitted these runs, and this user's in any case."""
     owners = {os.getuid()}
     for name in {item.manifest.submitter for item in snapshots} - {os.environ.get("LOGNAME"), os.environ.get("USER")}:
         with contextlib.suppress(KeyError):

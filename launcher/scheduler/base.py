@@ -53,7 +53,7 @@ class Array:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobRequest:
-    """A script to submit, with all that is decided at each submission anew and so is not in the script."""
+    """A script to submit, with what is decided at each submission and so is not in the script."""
 
     name: str
     script: Path

@@ -41,7 +41,7 @@ def _take(root: Path, create: bool) -> int:
                 root.mkdir(mode=0o700)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # its directory was removed by whoever held it
+        except FileNotFoundError:  # the holder removed its directory
             if create:
                 continue
             raise

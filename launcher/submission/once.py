@@ -50,6 +50,6 @@ def _find(
         return intent.find_job(paths, request.name, recorded, request.intent)
     except SchedulerError as silence:
         raise SchedulerError(
-            f"{error}\nThe job may be queued all the same, and {scheduler.title} cannot be asked now: {silence}\n"
+            f"{error}\nThe job may be queued nevertheless, and {scheduler.title} cannot be asked now: {silence}\n"
             "Give the same command again later: it adopts the job if there is one, and submits it otherwise."
         ) from None

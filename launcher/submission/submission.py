@@ -1,4 +1,4 @@
-"""What a command knows before it acts: the checked config, its layout and the directory its run would have."""
+"""What a command knows before it submits: the checked config, its topology and the directory of the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Submission:
     topology: Topology
     paths: RunPaths
     prediction: Candidate | None
-    """Memory and speed of the layout; None without GPUs, or where their kind is not known."""
+    """Memory and speed of the topology; None without GPUs, or where their kind is not known."""
 
     @property
     def spec(self) -> RunSpec:
@@ -63,7 +63,7 @@ def make_submission(
 
 
 def with_best_topology(config: LoadedConfig, shape: ModelShape, gpu: GpuKind | None) -> LoadedConfig:
-    """Return the config with the fastest layout that fits and keeps what the user has set. Its sources say `plan`."""
+    """Return the config with the fastest topology that fits and keeps what the user has set. Its sources say `plan`."""
     spec = config.spec
     if gpu is None:
         raise TopologyError(f"topology: auto: {unknown_gpu(spec)}; or give the sizes themselves")

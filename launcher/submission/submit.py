@@ -81,10 +81,9 @@ def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[Dependency] = ()) 
 def decide_request(
     name: str, script: Path, folder: Path, spec: RunSpec, waits_for: Sequence[Dependency], array: Array | None = None
 ) -> Callable[[Intent], JobRequest]:
-    """Decide what is decided at each submission anew: the jobs to wait for and the nodes to keep away from.
+    """Decide which jobs to wait for and which nodes to exclude, and return the request for a given intent.
 
-    Returns the submission for a given intent. ConfigError, RunStateError or SchedulerError where the run cannot wait
-    for its parent.
+    Raise ConfigError, RunStateError or SchedulerError where the run cannot wait for its parent.
     """
     on_parent = dependency_on_parent(spec)
     dependencies = (*([on_parent] if on_parent is not None else []), *waits_for)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from launcher.contract.errors import ConfigError, did_you_mean
 from launcher.contract.rundir import RunPaths, read_json, read_lines
@@ -52,18 +52,26 @@ def find_runs(word: str, root: Path) -> list[RunPaths]:
     return [find_run(word, root)] if group is None else [run for run in group.runs if run.manifest.is_file()]
 
 
-def results(runs: Sequence[RunPaths], points: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
+class RunResult(TypedDict):
+    """A row of `launcher results`."""
+
+    run: str
+    set: dict[str, str]
+    metrics: dict[str, float]
+
+
+def results(runs: Sequence[RunPaths], points: dict[str, dict[str, str]]) -> list[RunResult]:
     """Return a row for each run: its name, what was set in it, and the last value of every metric it has logged."""
-    rows = []
+    rows: list[RunResult] = []
     for paths in runs:
-        last: dict[str, Any] = {}
+        last: dict[str, float] = {}
         for line in read_lines(paths.metrics):
             last |= {name: value for name, value in line.items() if isinstance(value, int | float)}
         rows.append({"run": paths.name, "set": points.get(paths.name, {}), "metrics": last})
     return rows
 
 
-def sort_results(rows: list[dict[str, Any]], metric: str, descending: bool) -> list[dict[str, Any]]:
+def sort_results(rows: list[RunResult], metric: str, descending: bool) -> list[RunResult]:
     """Return the rows sorted by a metric, those without it last. Raise ConfigError where no run has it."""
     known = sorted({name for row in rows for name in row["metrics"]})
     if metric not in known:

@@ -17,7 +17,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -152,7 +151,7 @@ def _text(node: yaml.Node) -> str:
     return yaml.serialize(_flow(node), width=1 << 30, Dumper=yaml.SafeDumper).strip()
 
 
-def _flow(node: Any) -> yaml.Node:
+def _flow(node: yaml.Node) -> yaml.Node:
     """Return the node in flow style, for a single line."""
     if isinstance(node, yaml.SequenceNode):
         return yaml.SequenceNode(node.tag, [_flow(item) for item in node.value], flow_style=True)
