@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from launcher.contract.errors import ConfigError
 from launcher.contract.spec import RuntimeSpec
 
-PACKAGES = ("torch", "megatron-core", "pytorch-lightning", "transformers")
+PACKAGES = ("torch", "megatron-core", "pytorch-lightning", "transformers", "triton")
 ABSENT = "absent"
 
 
@@ -40,6 +40,9 @@ class Bounds:
     before: str | None = None
     """The first one of which nothing is known; None where newer ones are expected to work."""
 
+
+_NEEDS_TRITON = (0, 18)
+"""From this Megatron-core on, which imports it on CPUs, too; torch brings it with its CUDA builds alone."""
 
 BOUNDS: dict[str, Bounds] = {
     "python": Bounds("3.11", "the code uses its syntax and library"),
@@ -75,6 +78,9 @@ def version_problems(versions: Mapping[str, str]) -> list[str]:
             problems.append(f"{name} {version} is too old: {bounds.why_first}; install {_wanted(name, bounds)}")
         elif bounds.before is not None and number >= parse_version(bounds.before):
             problems.append(f"{name} {version} is newer than what is known to work; install {_wanted(name, bounds)}")
+    megatron = versions.get("megatron-core", ABSENT)
+    if megatron != ABSENT and parse_version(megatron) >= _NEEDS_TRITON and versions.get("triton") == ABSENT:
+        problems.append(f"megatron-core {megatron} imports triton, which is absent; install triton")
     return problems
 
 

@@ -73,7 +73,7 @@ def changed_bytes(source: Path, *, share: int = 0, shares: int = 1) -> str | Non
 
 
 def remove(directory: Path) -> None:
-    """Remove a checkpoint; a reader never sees a part of it as a complete one."""
+    """Remove a checkpoint so that no reader ever sees a part of it as a complete one."""
     aside = directory.parent / f".{directory.name}.removed"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -102,7 +102,7 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def local_bytes(state: object) -> int:
-    """Return the bytes of tensors that this rank writes of a sharded state; one rank writes each replicated tensor."""
+    """Return the bytes of tensors that this rank writes of a sharded state, in which one rank writes each replica."""
     if isinstance(state, dict):
         return sum(local_bytes(value) for value in state.values())
     if isinstance(state, list | tuple):

@@ -53,7 +53,7 @@ class BestSteps:
 
     @classmethod
     def from_json(cls, values: Json) -> BestSteps:
-        """Read what `to_json` gave; ValueError where it is something else."""
+        """Read what `to_json` gave. ValueError where it is something else."""
         best = _checked(values, "best", list)
         ranked = (RankedStep(_checked(item, "step", int), _checked(item, "value", float)) for item in best)
         return cls(_checked(values, "run", str), tuple(ranked))
@@ -77,7 +77,7 @@ class EarlyStoppingState:
 
     @classmethod
     def from_json(cls, values: Json) -> EarlyStoppingState:
-        """Read what `to_json` gave; ValueError where it is something else."""
+        """Read what `to_json` gave. ValueError where it is something else."""
         best = None if values.get("best") is None else _checked(values, "best", float)
         return cls(best, _checked(values, "best_step", int), _checked(values, "waited", int))
 
@@ -96,7 +96,7 @@ class BadStepState:
 
     @classmethod
     def from_json(cls, values: Json) -> BadStepState:
-        """Read what `to_json` gave; ValueError where it is something else."""
+        """Read what `to_json` gave. ValueError where it is something else."""
         return cls(_checked(values, "gradient_norms", list))
 
 
@@ -118,7 +118,7 @@ class TrainerState:
 
     @classmethod
     def from_json(cls, text: str) -> TrainerState:
-        """Read the content of trainer.json; ValueError says what is wrong with it."""
+        """Read the content of trainer.json. ValueError says what is wrong with it."""
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
@@ -129,7 +129,7 @@ class TrainerState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> TrainerState:
-        """Read trainer.json of a checkpoint; CheckpointError names the file."""
+        """Read trainer.json of a checkpoint. CheckpointError names the file."""
         path = checkpoint / TRAINER
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ class TrainerState:
 
     @property
     def early_stopping(self) -> EarlyStoppingState:
-        """What early stopping has seen; a state without evaluations where there was none."""
+        """What early stopping has seen, which may be no evaluation."""
         values = self._callback(EarlyStoppingState.KEY)
         return EarlyStoppingState() if values is None else EarlyStoppingState.from_json(values)
 
@@ -160,7 +160,7 @@ class TrainerState:
 
 
 def _checked(values: object, name: str, kind: type[T]) -> T:
-    """Return a value of an object, of the type that it must have; ints are floats, too."""
+    """Return a value of an object, or raise ValueError where it is not of type `kind`. Ints are floats, too."""
     value = values.get(name) if isinstance(values, Mapping) else None
     if isinstance(value, kind) or (kind is float and isinstance(value, int)):
         return cast("T", value)

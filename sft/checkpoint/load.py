@@ -58,7 +58,7 @@ def load_newest(
 
 
 def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, object]) -> dict[str, object]:
-    """Fill model, optimizer and, under the same topology, random generators; return Lightning's counters.
+    """Fill model, optimizer and, under the same topology, random generators. Return Lightning's counters.
 
     ConfigError where the run has other data than the one that wrote the checkpoint.
     """
@@ -101,14 +101,14 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str
 
 
 def _shown(value: object) -> str:
-    """Return a value for people; of the hash of a cache its beginning."""
+    """Return a value for people, shortened if it is the hash of a cache."""
     if isinstance(value, str) and value.startswith("sha256:"):
         return value[: len("sha256:") + 12]
     return "unset" if value is None else json.dumps(value)
 
 
 def read_trainer_state(source: Path) -> TrainerState:
-    """Read trainer.json of a complete checkpoint; CheckpointError says what is wrong with it."""
+    """Read trainer.json of a complete checkpoint. CheckpointError says what is wrong with it."""
     problem = damage(source)
     if problem:
         raise CheckpointError(f"checkpoint {source}: {problem}")
@@ -116,7 +116,7 @@ def read_trainer_state(source: Path) -> TrainerState:
 
 
 def newest_usable(checkpoints: list[Path]) -> Path | None:
-    """Return the newest checkpoint, of a list from old to new, whose files are complete; warn about those skipped."""
+    """Return the newest checkpoint, of a list from old to new, whose files are complete. Warn about those skipped."""
     for path in reversed(checkpoints):
         problem = damage(path)
         if problem is None:
@@ -148,7 +148,7 @@ def _chunk_key(index: int, count: int) -> str:
 
 
 def _rng_state() -> ShardedObject:
-    """Return the generators of this rank; every (pipeline, tensor, data) rank has its own."""
+    """Return the random generators of this rank. Every (pipeline, tensor, data) rank has its own."""
     states: _RngStates = {
         "torch": torch.get_rng_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),

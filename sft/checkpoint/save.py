@@ -87,7 +87,7 @@ class CheckpointSaver:
         return self._save is not None and (self._save.thread is None or not self._save.thread.is_alive())
 
     def begin(self, target: Path, state: dict[str, object], trainer: TrainerState, *, copy: bool) -> None:
-        """Begin to write `state` to `target`; with `copy`, copy tensors that are in host memory first.
+        """Begin to write `state` to `target`. With `copy`, copy tensors that are in host memory first.
 
         A checkpoint that exists at `target` is replaced: it must be a damaged one, since the run repeats its step.
         CheckpointError is raised on all ranks, and leaves nothing behind.
@@ -103,7 +103,7 @@ class CheckpointSaver:
         save.thread.start()
 
     def finish(self) -> Saved | None:
-        """Wait for all ranks and make the checkpoint visible; return None where no save is in flight."""
+        """Wait for all ranks and make the checkpoint visible. Return None where no save is in flight."""
         save = self._save
         if save is None:
             return None
@@ -168,7 +168,7 @@ class CheckpointSaver:
 
 
 def _copied(after: Any, before: Any) -> Any:
-    """Return a staged bucket that shares no memory with the model; staging itself copies only from the device."""
+    """Return a staged bucket that shares no memory with the model. Staging itself copies only from the device."""
     path, key, (raw, tensors) = after
     _, _, (_, originals) = before
     own = [

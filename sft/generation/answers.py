@@ -37,7 +37,7 @@ class PromptAnswers:
         trained_stops: Collection[int],
         metric: Metric | None = None,
     ) -> None:
-        """Read the prompts; `metric` takes the place of the function that evaluation.metric names.
+        """Read the prompts. `metric` takes the place of the function that evaluation.metric names.
 
         `trained_stops` are the tokens that end answers in the training data.
         """
@@ -71,7 +71,7 @@ class PromptAnswers:
             self._log.say(f"step {step}: {prompt.text[-80:]!r} -> {output[:200]!r}")
 
     def _measure(self, control: ControlGroup, outputs: Sequence[str]) -> dict[str, float]:
-        """Call the metric function on rank 0; UserCodeError on all ranks if it raises."""
+        """Call the metric function on rank 0 and return its means. If it raises, all ranks raise UserCodeError."""
         if self._metric is None:
             return {}
         error, means = None, dict[str, float]()

@@ -114,7 +114,7 @@ class _Batch:
 
 
 def _forward(module: SFTGPT, tokens: Tensor, begin: int, context: StaticInferenceContext) -> Tensor | None:
-    """Return the logits after the last of `tokens` [b, s], as [b, vocabulary]; None on all stages but the last.
+    """Return the logits after the last of `tokens` [b, s], as [b, vocabulary], and None before the last stage.
 
     `begin` is the position of the first token.
     """

@@ -94,7 +94,7 @@ def trimmed(answer: str, stop_sequences: Sequence[str]) -> str:
 
 
 def metric_function(name: str) -> Metric:
-    """Import the function package.module:function; ConfigError where that fails."""
+    """Import the function package.module:function. ConfigError where that fails."""
     package, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(package), function)
@@ -125,7 +125,7 @@ def averages(name: str, result: object, prompts: int) -> dict[str, float]:
 
 
 def check_prompts(spec: RunSpec, tokenizer_dir: Path, model_dir: Path) -> None:
-    """Raise now what an evaluation would raise later; do nothing where there are no prompts."""
+    """Raise now what an evaluation would raise later. Do nothing where there are no prompts."""
     if spec.evaluation.prompts is None:
         return
     tokenizer = load_tokenizer(tokenizer_dir)

@@ -31,9 +31,9 @@ from sft.megatron.patches.master_step import use_one_pass
 
 
 def build_optimizer(
-    spec: OptimizerSpec, chunks: Sequence[DistributedDataParallel], dtype: torch.dtype, *, one_pass: bool
+    spec: OptimizerSpec, model_chunks: Sequence[DistributedDataParallel], dtype: torch.dtype, *, one_pass: bool
 ) -> MegatronOptimizer:
-    """Return Megatron-core's optimizer over the wrapped chunks; `one_pass` updates all its weights by one kernel."""
+    """Return Megatron-core's optimizer of wrapped chunks. With `one_pass` one kernel updates all weights."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=spec.lr,
@@ -47,9 +47,9 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=spec.distributed,
-        overlap_param_gather=any(chunk.ddp_config.overlap_param_gather for chunk in chunks),
+        overlap_param_gather=any(model_chunk.ddp_config.overlap_param_gather for model_chunk in model_chunks),
     )
-    optimizer = get_megatron_optimizer(config, list(chunks))
+    optimizer = get_megatron_optimizer(config, list(model_chunks))
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             group.update(fused=True, foreach=False)  # only the fused one skips a step on the device
@@ -84,7 +84,7 @@ StepCheck = Callable[[Tensor, Tensor], Tensor]
 
 @torch.no_grad()
 def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, check: StepCheck) -> tuple[Tensor, Tensor]:
-    """Clip, and step unless `check` finds the step bad; return the gradient norm before clipping, and the result."""
+    """Clip, and step unless `check` finds the step bad. Return the norm before clipping, and the result."""
     parts = _parts(optimizer)
     optimizer.prepare_grads()
     norm = _gradient_norm(parts, loss.device)
@@ -105,7 +105,7 @@ def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, check: StepCheck) -
 
 
 def _gradient_norm(parts: Sequence[MegatronOptimizer], device: torch.device) -> Tensor:
-    """Return the global gradient norm in fp64, on every rank and on the device; each parameter counts once."""
+    """Return the global gradient norm in fp64, on every rank and on the device. Each parameter counts once."""
     grads = [grad for part in parts for grad in _counted_grads(part)]
     norm = total_norm(grads) if grads else torch.zeros((), device=device)
     squared = norm.double().square()

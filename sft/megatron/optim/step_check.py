@@ -36,7 +36,7 @@ class StepJudge:
         return bad.float()
 
     def state(self) -> list[float]:
-        """Return the running mean for a checkpoint; waits for the device."""
+        """Return the running mean for a checkpoint. This waits for the device."""
         return [float(value) for value in self._norms.tolist()]
 
     def restore(self, state: list[float]) -> None:

@@ -40,7 +40,7 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Opti
 def _copy_main_param_and_states(
     self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Copy loaded tensors into the main parameter and its states; `step` is restored with the parameter groups."""
+    """Copy loaded tensors into the main parameter and its states. `step` comes with the parameter groups."""
     group_index, group_order = self.model_param_group_index_map[model_param]
     main_param = self.optimizer.param_groups[group_index]["params"][group_order]
     main_param.data.copy_(tensors["param"])

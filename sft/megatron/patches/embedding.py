@@ -14,12 +14,12 @@ from sft.kernels.gradient_buffer import leave_all_to_kernels
 from sft.megatron.patches.patch import Patch
 
 
-def multiply_embedding(chunk: GPTModel, multiplier: float, *, rounded: bool) -> None:
+def multiply_embedding(model_chunk: GPTModel, multiplier: float, *, rounded: bool) -> None:
     """Multiply the first stage's embeddings, by a multiplier `rounded` to their number type as Gemma does.
 
     This is a forward hook because Megatron-core puts the embeddings into a wrapper for inference.
     """
-    chunk.embedding.register_forward_hook(partial(_multiply, multiplier, rounded))
+    model_chunk.embedding.register_forward_hook(partial(_multiply, multiplier, rounded))
 
 
 def _multiply(multiplier: float, rounded: bool, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
@@ -27,11 +27,11 @@ def _multiply(multiplier: float, rounded: bool, module: nn.Module, inputs: objec
     return output * factor
 
 
-def use_direct_lookup(chunk: GPTModel) -> None:
+def use_direct_lookup(model_chunk: GPTModel) -> None:
     """Replace the first stage's embedding lookup by one that adds rows to the gradient buffer."""
-    if not chunk.pre_process:
+    if not model_chunk.pre_process:
         return
-    layer = chunk.embedding.word_embeddings
+    layer = model_chunk.embedding.word_embeddings
     layer.forward = partial(_embed, layer)
     leave_all_to_kernels(layer.weight)
 

@@ -15,8 +15,8 @@ _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "redu
 
 
 @contextlib.contextmanager
-def inference_mode(chunks: Sequence[DistributedDataParallel], config: TransformerConfig) -> Iterator[None]:
-    """Switch the chunks to evaluation without sequence parallelism inside a `with` block."""
+def inference_mode(model_chunks: Sequence[DistributedDataParallel], config: TransformerConfig) -> Iterator[None]:
+    """Switch the model chunks to evaluation without sequence parallelism inside a `with` block."""
     changed: list[tuple[object, str, object]] = []
 
     def change(owner: object, name: str, value: object) -> None:
@@ -24,9 +24,9 @@ def inference_mode(chunks: Sequence[DistributedDataParallel], config: Transforme
         setattr(owner, name, value)
 
     try:
-        for chunk in chunks:
-            chunk.eval()
-            for part in chunk.modules():
+        for model_chunk in model_chunks:
+            model_chunk.eval()
+            for part in model_chunk.modules():
                 for name in _SEQUENCE_PARALLEL:
                     if getattr(part, name, None) is True:  # one token cannot be split
                         change(part, name, False)
@@ -35,8 +35,8 @@ def inference_mode(chunks: Sequence[DistributedDataParallel], config: Transforme
     finally:
         for owner, name, value in reversed(changed):
             setattr(owner, name, value)
-        for chunk in chunks:
-            chunk.train()
+        for model_chunk in model_chunks:
+            model_chunk.train()
 
 
 PATCH = Patch(

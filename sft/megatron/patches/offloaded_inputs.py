@@ -12,9 +12,9 @@ from torch import Tensor
 from sft.megatron.patches.patch import Patch
 
 
-def offload_inputs(chunk: GPTModel) -> None:
+def offload_inputs(model_chunk: GPTModel) -> None:
     """Let what the decoder's recomputed layers keep for backward, their inputs, go to the host's memory."""
-    chunk.decoder.forward = partial(_with_inputs_on_host, chunk.decoder.forward)
+    model_chunk.decoder.forward = partial(_with_inputs_on_host, model_chunk.decoder.forward)
 
 
 def _with_inputs_on_host(forward: Callable[..., Tensor], *args: object, **kwargs: object) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from megatron.core.models.gpt import GPTModel
 
-from sft.megatron.patches.patch import FIRST, Patch
+from sft.megatron.patches.patch import Patch
 from sft.models.rope import Rope
 
 
@@ -26,5 +26,4 @@ PATCH = Patch(
     why="packed rows that ranks share would be rotated by the angles of other positions",
     targets=("megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.forward",),
     test="parity/test_context_parallel.py::test_angles_would_be_cut_by_rank",
-    since=FIRST,
 )

@@ -50,10 +50,19 @@ def test_versions_that_do_not_work() -> None:
     assert found[1].startswith("megatron-core 0.99.0 is newer than what is known to work; install megatron-core>=0.16")
 
 
+@pytest.mark.parametrize(
+    ("megatron", "triton", "problem"),
+    [("0.16.1", "absent", False), ("0.19.2", "absent", True), ("0.19.2", "3.7", False)],
+)
+def test_newer_megatron_core_needs_triton(megatron: str, triton: str, problem: bool) -> None:
+    found = version_problems({"megatron-core": megatron, "triton": triton})
+    assert any("imports triton, which is absent" in text for text in found) is problem
+
+
 def test_bounds_are_those_that_pip_keeps_to() -> None:
     settings = configparser.ConfigParser()
     settings.read(CHECKOUT / "setup.cfg")
-    required = settings["options.extras_require"]["sft"].split()
+    required = settings["options.extras_require"]["sft"].splitlines()
     for name, bounds in BOUNDS.items():
         wanted = f">={bounds.first}{f',<{bounds.before}' if bounds.before else ''}"
         if name == "python":
