@@ -74,8 +74,8 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]
     wanted = sharded_state(module, loading=True, with_rng=same_topology)
     loaded = dist_checkpointing.load(wanted, str(source / SHARDED))
-    for index, chunk in enumerate(module.chunks):
-        chunk.module.load_state_dict(loaded[_chunk_key(index, len(module.chunks))])
+    for index, chunk in enumerate(module.model_chunks):
+        chunk.module.load_state_dict(loaded[_chunk_key(index, len(module.model_chunks))])
     module.megatron_optimizer.load_state_dict(loaded["optimizer"])
     adamw_state.unshare_steps(module.megatron_optimizer)
     _keep_hyperparameters(module, hyperparameters)
@@ -131,7 +131,7 @@ def sharded_state(module: SFTGPT, *, loading: bool, with_rng: bool = True) -> di
         "distrib_optim_sharding_type": "fully_reshardable",  # readable under any tp, pp and dp
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    chunks = module.chunks
+    chunks = module.model_chunks
     state: dict[str, object] = {
         _chunk_key(index, len(chunks)): chunk.module.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(chunks)

@@ -63,7 +63,7 @@ class SFTGPT(pl.LightningModule):
         self.topology = topology
         self.model_dir = model_dir
         self.max_steps = max_steps
-        self.chunks: list[DistributedDataParallel] = []
+        self.model_chunks: list[DistributedDataParallel] = []
         self.judge = StepJudge(spec.train.spike_factor)
         self.last_step: StepResult | None = None
         self.config: TransformerConfig
@@ -76,9 +76,9 @@ class SFTGPT(pl.LightningModule):
     def configure_model(self) -> None:
         """Build this rank's chunks and load its slices of the weights."""
         device = self.trainer.strategy.root_device
-        chunks = self.build(on_gpu=device.type == "cuda")
-        load_initial_weights(chunks, self.spec, self.architecture, self.config, self.model_dir)
-        self.gpt = torch.nn.ModuleList(chunk.to(device) for chunk in chunks)
+        model_chunks = self.build(on_gpu=device.type == "cuda")
+        load_initial_weights(model_chunks, self.spec, self.architecture, self.config, self.model_dir)
+        self.gpt = torch.nn.ModuleList(model_chunk.to(device) for model_chunk in model_chunks)
 
     def build(self, *, on_gpu: bool) -> list[SFTGPTModel]:
         """Return this rank's chunks with uninitialised weights."""
@@ -98,17 +98,17 @@ class SFTGPT(pl.LightningModule):
             overlap_grad_reduce=overlap,
             overlap_param_gather=overlap and optimizer.distributed and not adapted,
         )
-        self.chunks = [
-            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
-            for index, chunk in enumerate(self.gpt)
+        self.model_chunks = [
+            DistributedDataParallel(self.config, ddp, model_chunk, disable_bucketing=index > 0)
+            for index, model_chunk in enumerate(self.gpt)
         ]
-        no_sync = [chunk.no_sync for chunk in self.chunks]
+        no_sync = [model_chunk.no_sync for model_chunk in self.model_chunks]
         self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.spec.train.optimizer
         self.megatron_optimizer = build_optimizer(
-            optimizer, self.chunks, self.config.params_dtype, one_pass=self.kernels.fused
+            optimizer, self.model_chunks, self.config.params_dtype, one_pass=self.kernels.fused
         )
         self.schedule = build_scheduler(optimizer, self.megatron_optimizer, self.max_steps)
         self.config.grad_scale_func = self.megatron_optimizer.scale_loss
@@ -116,17 +116,17 @@ class SFTGPT(pl.LightningModule):
 
     def gather_weights(self) -> None:
         """Fetch what other ranks have updated, where that waits for the next forward pass of a training step."""
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+        for model_chunk in self.model_chunks:
+            if model_chunk.ddp_config.overlap_param_gather:
+                model_chunk.start_param_sync(force_sync=True)
 
     # Training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Run one optimizer step over this rank's micro-batches of the global batch."""
         optimizer = self.optimizers()
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+        for model_chunk in self.model_chunks:
+            model_chunk.zero_grad_buffer()
         optimizer.zero_grad()  # type: ignore[union-attr]
         batch = weighted_for(self.spec.train.objective, batch, self.topology.data_parallel)
         self.config.finalize_model_grads_func = partial(
@@ -163,14 +163,14 @@ class SFTGPT(pl.LightningModule):
     def forward_backward(self, batch: StepBatch, *, forward_only: bool) -> Tensor:
         """Run the schedule and return the summed weighted loss of the global batch, on every rank."""
         parts = [micro_batch.own_part() for micro_batch in batch.micro_batches]
-        iterators: list[Iterator[MicroBatch]] = [iter(parts) for _ in self.chunks]
+        iterators: list[Iterator[MicroBatch]] = [iter(parts) for _ in self.model_chunks]
         rows, seq_length = batch.micro_batches[0].tokens.shape
         outputs = get_forward_backward_func()(
             forward_step_func=partial(_fused_step, divisor=batch.global_weight)
             if self.kernels.fused
             else _forward_step,
-            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            data_iterator=iterators if len(self.model_chunks) > 1 else iterators[0],
+            model=self.model_chunks if len(self.model_chunks) > 1 else self.model_chunks[0],
             num_microbatches=len(batch.micro_batches),
             seq_length=seq_length,  # of whole rows: the schedule divides it by cp and tp itself
             micro_batch_size=rows,
@@ -187,16 +187,16 @@ class SFTGPT(pl.LightningModule):
     def evaluate(self, batches: Iterable[StepBatch]) -> EvalResult:
         """Return the exact mean loss over `batches`: each token counts once, however they are split."""
         self.gather_weights()
-        for chunk in self.chunks:
-            chunk.eval()
+        for model_chunk in self.model_chunks:
+            model_chunk.eval()
         loss_sum, weight, examples, supervised = torch.zeros((), dtype=torch.float64), 0.0, 0, 0
         for batch in batches:
             loss_sum += self.forward_backward(batch.to(self.device), forward_only=True).double().cpu()
             weight += batch.global_weight
             examples += batch.examples
             supervised += batch.supervised_tokens
-        for chunk in self.chunks:
-            chunk.train()
+        for model_chunk in self.model_chunks:
+            model_chunk.train()
         return EvalResult(loss=float(loss_sum) / weight, examples=examples, supervised_tokens=supervised)
 
 
@@ -247,17 +247,17 @@ def _weighted_sum(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _finalize(
-    chunks: list[DistributedDataParallel], num_tokens: Tensor | None, *, divisor: float, **kwargs: Any
+    model_chunks: list[DistributedDataParallel], num_tokens: Tensor | None, *, divisor: float, **kwargs: Any
 ) -> None:
     """Reduce gradients as Megatron-core does, then divide by the global batch's weight.
 
     Megatron-core would divide by its own count of tokens, an integer that it has to reduce over ranks first;
     fractional weights do not fit into it, and the sum is known here already.
     """
-    finalize_model_grads(chunks, None, **kwargs)
+    finalize_model_grads(model_chunks, None, **kwargs)
     if divisor != 1.0:
-        for chunk in chunks:
-            chunk.scale_gradients(1.0 / divisor if divisor > 0 else 0.0)
+        for model_chunk in model_chunks:
+            model_chunk.scale_gradients(1.0 / divisor if divisor > 0 else 0.0)
 
 
 def _divide(total: Tensor, weight: float) -> Tensor:

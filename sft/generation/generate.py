@@ -40,7 +40,7 @@ def generate(
     """
     answers: list[list[int]] = []
     module.gather_weights()
-    with inference_mode(module.chunks, module.config):
+    with inference_mode(module.model_chunks, module.config):
         for first in range(0, len(prompts), spec.batch_size):
             part = slice(first, first + spec.batch_size)
             streams = [stream(spec.seed, number) for number in numbers[part]]
@@ -123,14 +123,14 @@ def _forward(module: SFTGPT, tokens: Tensor, begin: int, context: StaticInferenc
     positions = torch.arange(begin, begin + length, device=module.device).expand(rows, -1)
     group = parallel_state.get_pipeline_model_parallel_group()
     output: Tensor
-    for chunk in (chunk.module for chunk in module.chunks):
-        if not chunk.pre_process:
+    for model_chunk in (model_chunk.module for model_chunk in module.model_chunks):
+        if not model_chunk.pre_process:
             shape = (length, rows, module.config.hidden_size)
             received = torch.empty(shape, dtype=module.config.params_dtype, device=module.device)
             dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
-            chunk.set_input_tensor(received)
-        output = chunk(tokens, positions, None, inference_context=context, runtime_gather_output=True)
-        if chunk.post_process:
+            model_chunk.set_input_tensor(received)
+        output = model_chunk(tokens, positions, None, inference_context=context, runtime_gather_output=True)
+        if model_chunk.post_process:
             return output[:, -1, : module.architecture.shape.vocab_size].float()
         dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
     return None

@@ -30,7 +30,7 @@ class TensorSource(Protocol):
 
 
 def load_hf_weights(
-    chunks: Sequence[nn.Module],
+    model_chunks: Sequence[nn.Module],
     architecture: Architecture,
     model_dir: Path,
     *,
@@ -40,7 +40,7 @@ def load_hf_weights(
 ) -> None:
     """Fill every parameter of `chunks` from the files of `model_dir`; ModelError names file and tensor."""
     fill_parameters(
-        chunks,
+        model_chunks,
         architecture,
         WeightFiles(model_dir),
         tensor_rank=tensor_rank,
@@ -50,7 +50,7 @@ def load_hf_weights(
 
 
 def fill_parameters(
-    chunks: Sequence[nn.Module],
+    model_chunks: Sequence[nn.Module],
     architecture: Architecture,
     source: TensorSource,
     *,
@@ -63,10 +63,10 @@ def fill_parameters(
     `layer_offsets` holds the global index of each chunk's first layer.
     """
     shapes = architecture.weights.hf_shapes()
-    for chunk, offset in zip(chunks, layer_offsets, strict=True):
+    for model_chunk, offset in zip(model_chunks, layer_offsets, strict=True):
         named = {
             canonical_name(name, offset): parameter
-            for name, parameter in chunk.named_parameters()
+            for name, parameter in model_chunk.named_parameters()
             if ADAPTER_MARK not in name
         }
         _check_layers(named, architecture)

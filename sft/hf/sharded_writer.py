@@ -29,7 +29,7 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "commo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
+class FileChunk:
     """A tensor to write: all of a key, or one entry of its leading axis."""
 
     key: str
@@ -59,7 +59,7 @@ class Chunk:
 
 def write_sharded(
     directory: Path,
-    chunks: Sequence[Chunk],
+    file_chunks: Sequence[FileChunk],
     tensor_of: Callable[[str], torch.Tensor],
     objects: Mapping[str, object],
     common: Mapping[str, object],
@@ -70,7 +70,7 @@ def write_sharded(
     what every rank gets as it is.
     """
     directory.mkdir(parents=True)
-    planner = _OneByOne(chunks, tensor_of, objects)
+    planner = _OneByOne(file_chunks, tensor_of, objects)
     writer = _Writer(directory)
     writer.set_up_storage_writer(is_coordinator=True)
     plan = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(planner.items()))])[0]
@@ -91,24 +91,24 @@ class _OneByOne(DefaultSavePlanner):
     """Hands the writer each tensor when its turn has come."""
 
     def __init__(
-        self, chunks: Sequence[Chunk], tensor_of: Callable[[str], torch.Tensor], objects: Mapping[str, object]
+        self, file_chunks: Sequence[FileChunk], tensor_of: Callable[[str], torch.Tensor], objects: Mapping[str, object]
     ) -> None:
         super().__init__()
-        self._chunks = {chunk.item.index: chunk for chunk in chunks}
+        self._file_chunks = {file_chunk.item.index: file_chunk for file_chunk in file_chunks}
         self._tensor_of = tensor_of
         self._objects = objects
 
     def items(self) -> list[WriteItem]:
         """Return what is to be written."""
         objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
-        return [*objects, *(chunk.item for chunk in self._chunks.values())]
+        return [*objects, *(file_chunk.item for file_chunk in self._file_chunks.values())]
 
     def index(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
         """Return every key and the chunks it is made of."""
         tensors: dict[str, TensorStorageMetadata] = {}
-        for chunk in self._chunks.values():
-            entry = TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape), [])
-            tensors.setdefault(chunk.key, entry).chunks.append(chunk.place)
+        for file_chunk in self._file_chunks.values():
+            entry = TensorStorageMetadata(TensorProperties(dtype=file_chunk.dtype), torch.Size(file_chunk.shape), [])
+            tensors.setdefault(file_chunk.key, entry).chunks.append(file_chunk.place)
         return {**dict.fromkeys(self._objects, BytesStorageMetadata()), **tensors}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
@@ -117,5 +117,5 @@ class _OneByOne(DefaultSavePlanner):
             buffer = io.BytesIO()
             torch.save([self._objects[write_item.index.fqn]], buffer)
             return buffer
-        chunk = self._chunks[write_item.index]
-        return self._tensor_of(chunk.name).to(chunk.dtype).reshape(chunk.place.sizes).contiguous()
+        file_chunk = self._file_chunks[write_item.index]
+        return self._tensor_of(file_chunk.name).to(file_chunk.dtype).reshape(file_chunk.place.sizes).contiguous()

@@ -26,14 +26,16 @@ _KEPT = 3
 
 
 def load_initial_weights(
-    chunks: Sequence[nn.Module],
+    model_chunks: Sequence[nn.Module],
     spec: RunSpec,
     architecture: Architecture,
     config: TransformerConfig,
     model_dir: Path,
 ) -> None:
     """Fill this rank's model chunks with the weights that the run starts from."""
-    offsets = [get_transformer_layer_offset(config, getattr(chunk, "vp_stage", None)) for chunk in chunks]
+    offsets = [
+        get_transformer_layer_offset(config, getattr(model_chunk, "vp_stage", None)) for model_chunk in model_chunks
+    ]
     place = {
         "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
         "tensor_size": parallel_state.get_tensor_model_parallel_world_size(),
@@ -41,14 +43,14 @@ def load_initial_weights(
     }
     if spec.model.init == "random":
         norm = 0.0 if architecture.norm == "zero_centered_rms" else 1.0
-        fill_parameters(chunks, architecture, RandomWeights(spec.train.seed, norm=norm), **place)
+        fill_parameters(model_chunks, architecture, RandomWeights(spec.train.seed, norm=norm), **place)
     else:
-        load_hf_weights(chunks, architecture, model_dir, **place)
+        load_hf_weights(model_chunks, architecture, model_dir, **place)
     if spec.model.lora.rank is not None:
         base = weights_identity(model_dir)
-        for chunk in chunks:
-            chunk.base_weights = base  # type: ignore[assignment]
-        reset_adapters(chunks, spec.train.seed)
+        for model_chunk in model_chunks:
+            model_chunk.base_weights = base  # type: ignore[assignment]
+        reset_adapters(model_chunks, spec.train.seed)
 
 
 class RandomWeights:

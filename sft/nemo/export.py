@@ -19,7 +19,7 @@ import yaml
 from launcher.contract.errors import ModelError
 from sft.hf.exporter import copy_settings, file_dtypes, whole_directory
 from sft.hf.files import WeightFiles, check_model_files
-from sft.hf.sharded_writer import Chunk, write_sharded
+from sft.hf.sharded_writer import FileChunk, write_sharded
 from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
 from sft.models.weight_map import ParameterMap, checkpoint_key
@@ -58,7 +58,7 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
     with whole_directory(out_dir) as aside:
         write_sharded(
             aside / "weights",
-            _chunks(maps, architecture.shape.num_layers, dtype),
+            _file_chunks(maps, architecture.shape.num_layers, dtype),
             lambda name: _parameter(maps[name], files, shapes),
             _extra_states(architecture),
             {"content_metadata": _CONTENT},
@@ -70,14 +70,14 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
         (context / "model.yaml").write_text(yaml.safe_dump(model_yaml(built)), encoding="utf-8")
 
 
-def _chunks(maps: Mapping[str, ParameterMap], num_layers: int, dtype: torch.dtype) -> list[Chunk]:
+def _file_chunks(maps: Mapping[str, ParameterMap], num_layers: int, dtype: torch.dtype) -> list[FileChunk]:
     """Return every parameter under its key, those of layers with their place on the leading axis."""
     found = []
     for name, parameter_map in maps.items():
         key, index = checkpoint_key(name)
         own = (parameter_map.rows,) if parameter_map.columns is None else (parameter_map.rows, parameter_map.columns)
         shape = own if index is None else (num_layers, *own)
-        found.append(Chunk(key=_PREFIX + key, name=name, shape=shape, dtype=dtype, index=index))
+        found.append(FileChunk(key=_PREFIX + key, name=name, shape=shape, dtype=dtype, index=index))
     return found
 
 

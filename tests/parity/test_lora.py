@@ -228,8 +228,10 @@ def trained_names(config: Path) -> bool:
 
     def spy(self: SFTGPT) -> None:
         wrap(self)
-        held = {id(parameter) for chunk in self.chunks for buffer in chunk.buffers for parameter in buffer.params}
-        lora = {id(value) for chunk in self.chunks for name, value in chunk.named_parameters() if ".lora." in name}
+        held = {id(parameter) for chunk in self.model_chunks for buffer in chunk.buffers for parameter in buffer.params}
+        lora = {
+            id(value) for chunk in self.model_chunks for name, value in chunk.named_parameters() if ".lora." in name
+        }
         right.append(held == lora and bool(lora))
 
     SFTGPT.wrap_chunks = spy  # type: ignore[method-assign]
@@ -351,7 +353,7 @@ def whole_parts(config: Path) -> list[float]:
     train(config)
     return [
         float(parameter.detach().double().abs().sum())
-        for chunk in modules[0].chunks
+        for chunk in modules[0].model_chunks
         for name, parameter in chunk.named_parameters()
         if ".lora." in name and not getattr(parameter, "tensor_model_parallel", False)
     ]

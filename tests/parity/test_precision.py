@@ -91,7 +91,7 @@ def train_with_half_gradients(config: Path) -> ExitCode:
 
     def wrapped(self: sft.engine.module.SFTGPT) -> None:
         wrap(self)
-        assert {buffer.grad_dtype for chunk in self.chunks for buffer in chunk.buffers} == {torch.bfloat16}
+        assert {buffer.grad_dtype for chunk in self.model_chunks for buffer in chunk.buffers} == {torch.bfloat16}
 
     sft.engine.module.SFTGPT.wrap_chunks = wrapped  # type: ignore[method-assign]
     return train(config)

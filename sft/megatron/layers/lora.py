@@ -186,23 +186,25 @@ class AdaptedRow(_Adapted):
         return output + F.linear(hidden, self.lora.up_weight()), bias
 
 
-def attach_adapters(chunk: GPTModel, lora: LoraSpec, architecture: Architecture, config: TransformerConfig) -> None:
+def attach_adapters(
+    model_chunk: GPTModel, lora: LoraSpec, architecture: Architecture, config: TransformerConfig
+) -> None:
     """Give every targeted linear of a chunk its adapters, and freeze all else."""
-    chunk.requires_grad_(False)
-    for layer in chunk.decoder.layers:
+    model_chunk.requires_grad_(False)
+    for layer in model_chunk.decoder.layers:
         targets = adapter_targets(architecture, lora, layer.layer_number - 1)
         for linear in dict.fromkeys(target.linear for target in targets):
             module = layer.get_submodule(linear)
             own = [target for target in targets if target.linear == linear]
             module.lora = Adapters(own, lora, module, architecture)
-    if chunk.pre_process and config.recompute_granularity == "full":
-        chunk.embedding.register_forward_hook(_require_grad)
+    if model_chunk.pre_process and config.recompute_granularity == "full":
+        model_chunk.embedding.register_forward_hook(_require_grad)
 
 
-def reset_adapters(chunks: Sequence[nn.Module], seed: int) -> None:
+def reset_adapters(model_chunks: Sequence[nn.Module], seed: int) -> None:
     """Fill all adapters with their initial values."""
-    for chunk in chunks:
-        for module in chunk.modules():
+    for model_chunk in model_chunks:
+        for module in model_chunk.modules():
             if isinstance(module, Adapter):
                 module.reset(seed)
 
