@@ -106,13 +106,10 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         return self._summed_loss(hidden_states, targets) if self.post_process else hidden_states
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Return Megatron-core's inputs of the decoder, with the angles of each token where rows are packed or shared.
-
-        Positions restart within such rows or are spread over ranks: tokens do not lie in the order of the table.
-        """
+        """Return the decoder's inputs, with the angles of this rank's tokens where ranks share rows."""
         embedded, angles, *others = super()._preprocess(*args, **kwargs)
         rows: PackedSequences | SharedRows | None = kwargs.get("packed_seq_params")
-        if angles is not None and rows is not None and rows.positions is not None:
+        if angles is not None and isinstance(rows, SharedRows):
             angles = angles[rows.positions]
         return embedded, angles, *others
 

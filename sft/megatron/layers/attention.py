@@ -36,8 +36,8 @@ from sft.megatron.parallel.context import SharedRows, bottom_right, gather_rows
 class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
     """Megatron-core's self-attention with a forward pass of our own.
 
-    Every layer says whether it rotates. The table of angles has a row for each position of the input, whatever kind of
-    row that is (`SFTGPTModel` takes the rows of packed and shared sequences from the whole table once for all layers).
+    Every layer says whether it rotates. Tokens of packed rows find their angles by position: the table then has as many
+    rows as the longest sequence has tokens, and not as many as the packed row.
     """
 
     def __init__(self, *args: object, rotary: bool, magnitude: float = 1.0, **kwargs: object) -> None:
@@ -59,10 +59,12 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         begin = 0 if inference_context is None else inference_context.sequence_len_offset
         # Megatron-core's table repeats the angles for both halves of a head.
         angles = None if rotary_pos_emb is None else rotary_pos_emb[begin:, 0, 0, : rotary_pos_emb.shape[-1] // 2]
-        query, key, value = self._heads(hidden_states, angles)
+        packed = packed_seq_params
+        # The angles of shared rows are those of their tokens already, one after the other (`SFTGPTModel`).
+        positions = packed.positions if isinstance(packed, PackedSequences) else None
+        query, key, value = self._heads(hidden_states, angles, positions)
         if inference_context is not None:
             key, value = self._with_earlier(key, value, inference_context)
-        packed = packed_seq_params
         if isinstance(packed, PackedSequences):
             query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
         if self.checkpoint_core_attention and self.training:
@@ -76,17 +78,26 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         )
         return output
 
-    def _heads(self, hidden_states: Tensor | WithRows, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, [s, b, heads, dim], rotated if this layer does, by angles [positions, pairs]."""
+    def _heads(
+        self, hidden_states: Tensor | WithRows, angles: Tensor | None, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value, [s, b, heads, dim], rotated where this layer does.
+
+        `angles` are [positions, pairs]; `positions` are those of the tokens, [s], or None where they lie in order.
+        """
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         if angles is None or not self._rotary:
             return query, key, value
         # Rounded to the activations' type before the products, as transformers and Megatron-core do.
-        cos, sin = (
-            (table * self._magnitude).to(query.dtype)[: query.shape[0], None, None]
-            for table in (angles.cos(), angles.sin())
-        )
+        cos, sin = self._tables(angles, positions, query.shape[0])
+        cos, sin = cos.to(query.dtype), sin.to(query.dtype)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    def _tables(self, angles: Tensor, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of the tokens, [s, 1, 1, pairs], times the magnitude."""
+        rows = slice(length) if positions is None else positions
+        cos, sin = (table[rows, None, None] * self._magnitude for table in (angles.cos(), angles.sin()))
+        return cos, sin
 
     def _with_earlier(self, key: Tensor, value: Tensor, context: StaticInferenceContext) -> tuple[Tensor, Tensor]:
         """Put keys and values of new positions into the cache, and return those of all positions so far."""

@@ -123,7 +123,9 @@ class FusedCoreAttention(CoreAttention):
 class FusedSelfAttention(RotarySelfAttention):
     """Self-attention that splits and rotates its QKV projection in one pass."""
 
-    def _heads(self, hidden_states: Tensor | WithRows, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, hidden_states: Tensor | WithRows, angles: Tensor | None, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         assert angles is not None  # fused layers belong to models with RoPE in some layers
         if not self._rotary:
             # A rotation by 0 changes no bit, and the one pass that splits the heads stays.
@@ -134,12 +136,12 @@ class FusedSelfAttention(RotarySelfAttention):
         if not normed and self.config.num_query_groups >= self.world_size:
             mixed, _ = self.linear_qkv(hidden_states)
             queries = self.num_attention_heads_per_partition // groups
-            return split_and_rotate(mixed, groups, queries, angles, None, magnitude)
+            return split_and_rotate(mixed, groups, queries, angles, positions, magnitude)
         # Norms between projection and RoPE, or a projection that is gathered first: Megatron-core splits.
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         if not self._rotary:
             return query, key, value
-        cos, sin = (magnitude * table[: query.shape[0], None, None] for table in (angles.cos(), angles.sin()))
+        cos, sin = self._tables(angles, positions, query.shape[0])
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
