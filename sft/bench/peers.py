@@ -85,12 +85,11 @@ def run_trl(
     parallel: str = "ddp",
 ) -> Result:
     """Train with TRL's SFTTrainer: packing `bfd`, no gradient checkpointing, DDP or FSDP2 on several GPUs."""
-    import datasets
     import trl
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import TrainerCallback
 
     clock, kernel = StepClock(warmup, steps), _kernel(attention, workload)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
 
     # Offsets stay on the device while steps are timed: reading a length would make the host wait.
     offsets: list[Tensor] = []  # of each micro-batch of the step
@@ -113,61 +112,74 @@ def run_trl(
             offsets.clear()
             slots[0] = 0
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = [(ids.tolist(), trained) for ids, trained in workload.examples((warmup + steps + 1) * world)]
-    dataset = datasets.Dataset.from_dict(
-        {
-            "input_ids": [ids[:-1] if workload.data == "full" else ids for ids, _ in rows],
-            "labels": [
-                [token if wanted else -100 for token, wanted in zip(ids, trained.tolist(), strict=True)][
-                    : -1 if workload.data == "full" else None
-                ]
-                for ids, trained in rows
-            ],
-        }
-    )
-    tokenizer = PreTrainedTokenizerFast(
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            model=build_model(workload, weights, kernel),
+            args=trl.SFTConfig(
+                output_dir=folder,
+                max_steps=warmup + steps,
+                per_device_train_batch_size=workload.rows // micro_batches,
+                gradient_accumulation_steps=micro_batches,
+                max_length=workload.seq_length,
+                **_trl_arguments(on_gpu=torch.cuda.is_available()),
+                **_fsdp() if parallel == "fsdp" and world > 1 else {},
+            ),
+            train_dataset=_trl_dataset(workload, (warmup + steps + 1) * world),
+            processing_class=_trl_tokenizer(),
+            callbacks=[Count()],
+        )
+        output = trainer.train()
+    timed = [each for step in pending[warmup:] for each in step]
+    clock.lengths = [int(length) for each in timed for length in each.diff().tolist()]
+    settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
+    return clock.result("trl", settings, workload.model_shape, float(output.training_loss))
+
+
+def _trl_arguments(*, on_gpu: bool) -> dict[str, object]:
+    """Return the arguments of SFTConfig that do not depend on the workload."""
+    return {
+        "packing": True,
+        "packing_strategy": "bfd",
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "gradient_checkpointing": False,
+        "use_liger_kernel": on_gpu,
+        "optim": "adamw_torch_fused",
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant",
+        "dataloader_num_workers": 4 if on_gpu else 0,
+        "logging_steps": 10_000,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def _trl_dataset(workload: Workload, steps: int) -> object:
+    """Return the examples of `steps` steps of one GPU as a data set with input_ids and labels."""
+    import datasets
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for ids, trained in workload.examples(steps):
+        # A `full` example has one token more than fits into a row of TRL, whose inputs and labels are the same tokens.
+        length = len(ids) - 1 if workload.data == "full" else len(ids)
+        columns["input_ids"].append(ids[:length].tolist())
+        columns["labels"].append(np.where(trained, ids, -100)[:length].tolist())
+    return datasets.Dataset.from_dict(columns)
+
+
+def _trl_tokenizer() -> object:
+    """Return a tokenizer of two tokens: SFTTrainer asks for one, although the data are tokenized."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
         pad_token="<pad>",
         eos_token="<eos>",
     )
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        arguments = trl.SFTConfig(
-            output_dir=folder,
-            per_device_train_batch_size=workload.rows // micro_batches,
-            gradient_accumulation_steps=micro_batches,
-            max_steps=warmup + steps,
-            max_length=workload.seq_length,
-            packing=True,
-            packing_strategy="bfd",
-            bf16=torch.cuda.is_available(),
-            use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=False,
-            use_liger_kernel=torch.cuda.is_available(),
-            optim="adamw_torch_fused",
-            learning_rate=1e-5,
-            lr_scheduler_type="constant",
-            dataloader_num_workers=4 if torch.cuda.is_available() else 0,
-            logging_steps=10_000,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            ddp_find_unused_parameters=False,
-            **_fsdp() if parallel == "fsdp" and world > 1 else {},
-        )
-        trainer = Trainer(
-            model=build_model(workload, weights, kernel),
-            args=arguments,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            callbacks=[Count()],
-        )
-        output = trainer.train()
-        counted = [each for step in pending[warmup:] for each in step]
-        clock.lengths = [int(length) for each in counted for length in each.diff().tolist()]
-        settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
-        return clock.result("trl", settings, workload.model_shape, float(output.training_loss))
 
 
 def run_transformers(

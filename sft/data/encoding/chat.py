@@ -96,7 +96,7 @@ class ChatRenderer:
         return conversation.split(trained, may_split=self._spec.on_mismatch == "split")
 
     def prompt(self, turns: Sequence[Message], tools: Sequence[Tool]) -> str:
-        """Return the text behind which the model answers `turns`, or raise DataError if a part of them is left out."""
+        """Return the text after which the model answers `turns`, or raise DataError if a part of them is left out."""
         conversation = _Conversation(self, Example(where="", messages=tuple(turns), tools=tuple(tools)))
         return conversation.prompt()
 
@@ -210,7 +210,7 @@ class _Conversation:
         return texts[::-1]
 
     def prompt(self) -> str:
-        """Return the whole and the generation prompt."""
+        """Return the whole conversation and the generation prompt."""
         text = self._render(len(self._messages), True)
         self._require_written(len(self._messages), text)
         return text
@@ -334,14 +334,15 @@ _DATE_CALL = re.compile(r"""\bstrftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 
 
 def _dated(template: str, now: datetime.datetime) -> str:
-    """Return the template with `now` written where it asks for today's date: two days would give two texts.
+    """Return the template with the date of `now` in place of its calls for today's date.
 
-    transformers offers templates its own `strftime_now` and accepts no other, so the calls themselves are replaced.
+    Otherwise the same row would give another text the next day.
     """
+    # The calls themselves are replaced, because transformers gives templates its own `strftime_now` and takes no other.
     dated = _DATE_CALL.sub(lambda call: json.dumps(now.strftime(call[1] or call[2] or "")), template)
     if re.search(r"\bstrftime_now\(", dated):
         raise DataError(
-            "the chat template computes the format of a date; write the format itself into strftime_now(...)"
+            "the chat template computes the format of a date; write the format as a text into strftime_now(...)"
         )
     return dated
 

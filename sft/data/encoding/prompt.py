@@ -1,7 +1,7 @@
-"""Prompts as token ids, written exactly as training writes what stands before an answer.
+"""Write prompts as token ids, exactly as training writes what comes before an answer.
 
-The chat template, its variables and its date are those of the data, the generation prompt is added, and no text of a
-user becomes a control token.
+The chat template, its variables and its date are those of the data, the generation prompt is added, and no content
+becomes a control token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PromptWriter:
             self._renderer = ChatRenderer(tokenizer, template, ControlTokens(tokenizer), data)
 
     def question(self, text: str) -> Prompt:
-        """Return the prompt of a text: what a user says, or without a template the text as it is."""
+        """Return the prompt of a text: the turn of a user, or without a template the text as it is."""
         if self._renderer is not None:
             return self.conversation((Message("user", text),))
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -44,7 +44,7 @@ class PromptWriter:
         return Prompt(text, tuple(ids if ids[: len(leading)] == leading else leading + ids))
 
     def conversation(self, turns: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
-        """Return the prompt for the answer to `turns`, or raise DataError where the template refuses them."""
+        """Return the prompt for an answer to `turns`, or raise DataError if the template refuses them."""
         assert self._renderer is not None, "a conversation needs a template"
         text = self._renderer.prompt(turns, tools)
         controls = self._renderer.controls

@@ -85,8 +85,8 @@ def open_or_build(
 ) -> PreparedData:
     """Return the run's data: with `build` make missing caches, without it wait for them up to `wait_seconds`.
 
-    With `verify` as well, caches that are there are read once and compared with their checksums: one process does that
-    before the ranks start, who then read what they need.
+    With `verify`, existing caches are read completely and compared with their checksums. `prepare` does that once, in
+    one process, before the ranks start.
 
     Raise DataError for files that cannot be read, caches that do not appear, and data that lose too much. No
     collectives are called.
@@ -163,7 +163,8 @@ def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir
 
 
 def _asks_for_the_date(data: DataSpec, tokenizer_dir: Path) -> bool:
-    """Return whether the chat template may write the date: a day more must not make all other caches new."""
+    """Return whether the chat template may write the date."""
+    # Only then does the date belong to the key: else every cache would be built again each day.
     if data.chat_template == "none":
         return False
     templates = [Path(data.chat_template)]

@@ -139,15 +139,15 @@ def _pair(row: Row, where: str, columns: Mapping[str, str], tools: tuple[Tool, .
     prompt_key, completion_key = (columns.get(name, name) for name in COLUMNS["prompt_completion"])
     prompt, completion = get(row, prompt_key, where), get(row, completion_key, where)
     if isinstance(prompt, list) and isinstance(completion, list):
-        asked = read_messages(prompt, f"{where}: {prompt_key}", columns)
+        questions = read_messages(prompt, f"{where}: {prompt_key}", columns)
         answers = read_messages(completion, f"{where}: {completion_key}", columns)
-        untrained = tuple(dataclasses.replace(message, weight=message.weight or 0.0) for message in asked)
+        untrained = tuple(dataclasses.replace(message, weight=message.weight or 0.0) for message in questions)
         turns = after_system(row, (*untrained, *answers), where, columns)
         return Example(where=where, messages=turns, tools=tools)
     question = get_text(row, prompt_key, where)
     if "input" not in (*columns, *columns.values()) and row.get("input") not in (None, ""):
         raise DataError(
-            f"{where}: 'input' would be left out, and the answer may depend on it; have it put behind the prompt with "
+            f"{where}: 'input' would be left out, but the answer may depend on it; add it to the prompt with "
             "data.columns: {input: input}, or remove it from the data"
         )
     if "input" in columns and (more := get_text(row, columns["input"], where)):
@@ -160,7 +160,7 @@ def _pair(row: Row, where: str, columns: Mapping[str, str], tools: tuple[Tool, .
 
 
 def after_system(row: Row, turns: tuple[Message, ...], where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
-    """Return the turns behind the system turn that a column of its own holds, if it holds one."""
+    """Return the turns after the system turn that column `system` holds, if it holds one, or raise DataError."""
     key = columns.get("system", "system")
     if find(row, key) in (MISSING, None, ""):
         return turns

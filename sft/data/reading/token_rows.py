@@ -1,9 +1,9 @@
-"""Rows of token ids: which tokens are trained, and what such a row may say of padding and sequences.
+"""Read rows of token ids: which tokens are trained, and which are padding.
 
     {"input_ids": [...], "labels": [...]}   -100: not trained; or "loss_mask" in place of labels
 
-Files of other trainers also hold `attention_mask`, `position_ids` or the lengths of packed sequences. Each is honoured
-or refused: left padding would otherwise be context, and the sequences of a packed row would see each other.
+Files of other trainers may also hold `attention_mask`, `position_ids` or the lengths of packed sequences. Each is used
+or refused: otherwise left padding would become context, and the sequences of a packed row would attend to each other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from launcher.contract.errors import DataError
 from sft.data.reading.row import Row, get, kind, loss_weight
 
 _NOT_A_LABEL = -100
-_ONE_SEQUENCE = "a row is one sequence here: write each as a row of its own, and let data.packing pack them"
+_ONE_SEQUENCE = "a row must be one sequence; write each as its own row, and let data.packing pack them"
 
 
 def parse_ids(row: Row, key: str, where: str) -> list[int]:
@@ -26,7 +26,7 @@ def parse_ids(row: Row, key: str, where: str) -> list[int]:
 
 
 def read_tokens(row: Row, where: str, columns: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return the token ids of a row without its padding, and the loss weight of each."""
+    """Return the token ids of a row without its padding, and the loss weight of each, or raise DataError."""
     id_key, label_key, mask_key = (columns.get(name, name) for name in ("input_ids", "labels", "loss_mask"))
     ids = parse_ids(row, id_key, where)
     ids_in_use = _without_padding(row, len(ids), id_key, where)
@@ -53,7 +53,7 @@ def read_tokens(row: Row, where: str, columns: Mapping[str, str]) -> tuple[tuple
 
 
 def _without_padding(row: Row, count: int, id_key: str, where: str) -> slice:
-    """Return which of the `count` tokens of a row are no padding, and refuse rows of several sequences."""
+    """Return which of the `count` tokens of a row are not padding, or raise DataError for several sequences."""
     mask = row.get("attention_mask")
     used = slice(0, count)
     if mask is not None:
@@ -62,12 +62,10 @@ def _without_padding(row: Row, count: int, id_key: str, where: str) -> slice:
                 f"{where}: 'attention_mask' must be a list of {count} zeros and ones, one for each {id_key!r}"
             )
         if 1 not in mask:
-            raise DataError(f"{where}: 'attention_mask' has no 1, so that the row holds nothing but padding")
+            raise DataError(f"{where}: 'attention_mask' has no 1, so the row is all padding; remove it from the data")
         used = slice(mask.index(1), count - mask[::-1].index(1))
         if 0 in mask[used]:
-            raise DataError(
-                f"{where}: 'attention_mask' has zeros between tokens; tokens can be left out at the ends of a row only"
-            )
+            raise DataError(f"{where}: 'attention_mask' has zeros between ones; only the ends of a row can be padding")
     positions = row.get("position_ids")
     if positions is not None and (
         not isinstance(positions, list) or positions[used] != list(range(used.stop - used.start))

@@ -118,7 +118,7 @@ def test_keys_that_change_the_meaning_of_a_row_are_refused_where_nobody_reads_th
     with pytest.raises(DataError, match="history would be left out of training"):
         parse({"history": [["a", "b"]], "messages": CHAT})
     row = {"prompt": "Translate.", "input": "hello", "completion": "bonjour"}
-    with pytest.raises(DataError, match="'input' would be left out, and the answer may depend on it"):
+    with pytest.raises(DataError, match="'input' would be left out, but the answer may depend on it"):
         parse(row, "prompt_completion")
     assert parse(row, "prompt_completion", {"input": "input"}).prompt == "Translate.\n\nhello"
     assert parse({**row, "input": ""}, "prompt_completion").prompt == "Translate."
@@ -143,7 +143,7 @@ def test_padding_of_ids_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"attention_mask": [1, 0, 1, 1, 1, 1]}, "has zeros between tokens"),
+        ({"attention_mask": [1, 0, 1, 1, 1, 1]}, "has zeros between ones"),
         ({"attention_mask": [0, 0, 1, 1, 0, 0]}, "tokens whose 'attention_mask' is 0 are trained"),
         ({"attention_mask": [1, 1]}, "must be a list of 6 zeros and ones"),
         ({"attention_mask": [0] * 6}, "has no 1"),
