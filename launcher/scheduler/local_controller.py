@@ -1,7 +1,7 @@
 """submitit's local controller with a given script: time limit and warning signal for a run on this machine.
 
-As for Slurm, submitit's pickled functions are not used; tests/launcher/scheduler/test_executor.py names the private
-methods that are relied upon.
+As for Slurm, submitit's pickled functions are not used. The private methods that are relied upon are named in
+tests/launcher/scheduler/slurm/test_executor.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A submitit executor that submits exactly the rendered script, through `_submit_command` and without a pickle.
 
 submitit calls sbatch and keeps the submitted script; its pickled functions, its requeue and its guesses about states
-are not used. tests/launcher/scheduler/test_executor.py names the private methods that are relied upon, and submitit is
-pinned to the minor version in which they were read.
+are not used. The private methods that are relied upon are named in tests/launcher/scheduler/slurm/test_executor.py, and
+submitit is pinned to the minor version in which they were read.
 """
 
 from __future__ import annotations

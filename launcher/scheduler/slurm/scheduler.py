@@ -47,8 +47,8 @@ class Slurm(Scheduler):
 
     def states(self, jobs: Sequence[Job], owners: Sequence[int], *, fresh: bool) -> Answer:
         answer = queries.ask({job.id.text: job.submitted_at for job in jobs}, owners, fresh=fresh)
-        records = {job_id: _explained(record) for job_id, record in answer.records.items()}
-        return dataclasses.replace(answer, records=records)
+        known = [answer.records[job.id.text] for job in jobs if job.id.text in answer.records]
+        return dataclasses.replace(answer, records={record.job_id: _explained(record) for record in known})
 
     def cancel(self, job: Job) -> None:
         commands.cancel([job.id.text])

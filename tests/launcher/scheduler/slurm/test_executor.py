@@ -15,7 +15,6 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from launcher.contract.errors import SchedulerError
 from launcher.scheduler.base import SubmissionUnknown
-from launcher.scheduler.local_controller import ScriptLocalExecutor
 from launcher.scheduler.slurm.environment import clean_environment
 from launcher.scheduler.slurm.executor import ScriptSlurmExecutor
 from tests.launcher.conftest import Commands
@@ -42,13 +41,6 @@ def test_contract_with_submitit() -> None:
     assert issubclass(FailedJobError, RuntimeError)
     assert issubclass(FailedSubmissionError, RuntimeError)
     assert "env" in inspect.signature(CommandFunction.__init__).parameters
-
-
-def test_controller_reads_the_variables_we_set() -> None:
-    source = inspect.getsource(local.Controller.__init__)
-    for name in ("NTASKS", "COMMAND", "TIMEOUT_S", "SIGNAL_DELAY_S", "WITH_SHELL"):
-        assert f'"SUBMITIT_LOCAL_{name}"' in source
-    assert '"SUBMITIT_STDERR_TO_STDOUT"' in source
 
 
 @pytest.fixture
@@ -104,8 +96,3 @@ def test_machine_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SchedulerError, match=r"^Slurm's commands are not on PATH; submit from a login node"):
         ScriptSlurmExecutor(tmp_path, SCRIPT)
-
-
-def test_local_limits(tmp_path: Path) -> None:
-    assert ScriptLocalExecutor(tmp_path, "1:00:00", 30).parameters["timeout_min"] == 60
-    assert ScriptLocalExecutor(tmp_path, None, 30).parameters["timeout_min"] == 365 * 24 * 60
