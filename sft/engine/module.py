@@ -210,7 +210,7 @@ def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel
 def _fused_step(
     iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, divisor: float
 ) -> tuple[Tensor, LossFunction]:
-    """Run the forward step with fused kernels; on the last stage the output is the divided sum of weighted losses.
+    """Run the forward step with fused kernels, which on the last stage returns the divided sum of weighted losses.
 
     Gradients then need not be divided any more.
     """

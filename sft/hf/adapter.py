@@ -61,7 +61,7 @@ class AdapterTarget:
 
     @property
     def split_input(self) -> bool:
-        """Return whether tensor-parallel ranks hold parts of its input; otherwise they hold parts of its rows."""
+        """Return whether tensor-parallel ranks hold parts of its input. Otherwise they hold parts of its rows."""
         return self.parameter_map.split == 1
 
     @property

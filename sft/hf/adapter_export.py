@@ -47,7 +47,7 @@ def export_adapter(
     tokenizer_dir: Path | None = None,
     chat_template: Path | None = None,
 ) -> None:
-    """Write the adapter in `checkpoint_dir` to `out_dir`; with `merged`, the adapted model and the adapter."""
+    """Write the adapter in `checkpoint_dir` to `out_dir`, with `merged` also the adapted model."""
     architecture = read_architecture(model_dir)
     reader = ShardedReader(checkpoint_dir)
     targets = all_targets(architecture, lora)

@@ -93,7 +93,7 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
 
 
 def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], most: int) -> list[list[str]]:
-    """Return the parameters of each weight file, in model order; a file has at most `most` bytes, or one parameter."""
+    """Return the parameters of each weight file, in model order. A file has at most `most` bytes, or one parameter."""
     files: list[list[str]] = [[]]
     filled = 0
     for name, parameter_map in architecture.weights.parameters().items():
@@ -196,7 +196,7 @@ def write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dt
 
 
 def _replace(target: Path, aside: Path) -> None:
-    """Put `aside` in the place of `target`; an earlier export is removed only when the new one is complete."""
+    """Put `aside` in the place of `target`. An earlier export is removed only when the new one is complete."""
     old = target.parent / f".{target.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -132,7 +132,7 @@ def weight_map(model_dir: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Return the tensors of a safetensors file; ModelError where the file is absent, damaged or truncated."""
+    """Return the tensors of a safetensors file, or raise ModelError if it is absent, damaged or truncated."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -38,7 +38,7 @@ def load_hf_weights(
     tensor_size: int,
     layer_offsets: Sequence[int],
 ) -> None:
-    """Fill every parameter of `chunks` from the files of `model_dir`; ModelError names file and tensor."""
+    """Fill every parameter of `model_chunks` from the files of `model_dir`, or raise ModelError."""
     fill_parameters(
         model_chunks,
         architecture,
@@ -58,7 +58,7 @@ def fill_parameters(
     tensor_size: int,
     layer_offsets: Sequence[int],
 ) -> None:
-    """Fill every parameter of `chunks` but adapters, in its own dtype and on its own device.
+    """Fill every parameter of `model_chunks` but adapters, in its own dtype and on its own device.
 
     `layer_offsets` holds the global index of each chunk's first layer.
     """
@@ -87,7 +87,7 @@ def _fill(
     rank: int,
     size: int,
 ) -> None:
-    """Read this rank's pieces of one parameter into it; rows that no piece covers become zero."""
+    """Read this rank's pieces of one parameter into it. Rows that no piece covers become zero."""
     if parameter_map.split == 1:
         pieces, columns = list(parameter_map.pieces), slice(rank * parameter.shape[1], (rank + 1) * parameter.shape[1])
     else:

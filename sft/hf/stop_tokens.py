@@ -23,7 +23,7 @@ def record_stop_tokens(paths: RunPaths, trained: Collection[int]) -> None:
 
 
 def recorded_stop_tokens(paths: RunPaths) -> list[int]:
-    """Return the tokens that end answers in the training data; none for a run of a version that did not record them."""
+    """Return the tokens that end answers in the training data, none for a run of a version that did not record them."""
     record = read_json(paths.stop_tokens)
     if record is None:
         return []

@@ -77,7 +77,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         packed_seq_params: PackedSequences | SharedRows | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Return what Megatron-core's returns; with `targets`, what `loss_at` returns.
+        """Return what Megatron-core's forward pass returns or, with `targets`, what `loss_at` returns.
 
         Data parallelism wraps `forward` alone, so that this is the way to `loss_at`.
         """

@@ -78,6 +78,6 @@ class Architecture:
 
     @property
     def narrowest_window(self) -> int | None:
-        """The smallest attention window of any layer; None where every layer sees all positions."""
+        """The smallest attention window of any layer, None if every layer sees all positions."""
         windows = [layer.attention.window for layer in self.layers if layer.attention.window is not None]
         return min(windows, default=None)

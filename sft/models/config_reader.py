@@ -39,7 +39,7 @@ class ConfigReader:
                 self.refuse(f"{key} true is not supported")
 
     def choice(self, key: str, covered: Mapping[str, T]) -> T:
-        """Return what the value of `key` means; the first of `covered` is the default."""
+        """Return what the value of `key` means. The first of `covered` is the default."""
         default = next(iter(covered))
         value = self.values.get(key, default)
         if isinstance(value, str) and value in covered:
@@ -60,7 +60,7 @@ class ConfigReader:
         return bool(self.values.get(key, default))
 
     def list_by_layer(self, key: str) -> list[object] | None:
-        """Return the list under `key`, which has an entry for each layer; None where there is none."""
+        """Return the list under `key`, which has an entry for each layer, if there is one."""
         value = self.values.get(key)
         if value is None:
             return None

@@ -49,7 +49,7 @@ FC1 = "mlp.linear_fc1.weight"
 
 
 def rope_of(config: ConfigReader, *, partial: bool = False, default_theta: float = 10000.0) -> Rope | None:
-    """Return the RoPE settings; `partial` says that this family reads `partial_rotary_factor`."""
+    """Return the RoPE settings. `partial` says that this family reads `partial_rotary_factor`."""
     rope, problems = read_rope(
         config.values,
         max_position_embeddings=config.shape.max_position_embeddings,
@@ -93,7 +93,7 @@ def windows_of(config: ConfigReader, sliding: list[bool]) -> list[int | None]:
 
 
 def weight_map(shape: ModelShape, layer: Callable[[ModelShape, str], Layer]) -> WeightMap:
-    """Return the map of a model with Llama's names; `layer` maps one layer, given the prefix of its tensors' names."""
+    """Return the map of a model with Llama's names. `layer` maps one layer, given the prefix of its tensors' names."""
     hidden = shape.hidden_size
     embedding = "model.embed_tokens.weight"
     head = embedding if shape.tied_embeddings else "lm_head.weight"

@@ -49,7 +49,7 @@ def family(model_type: str) -> Family:
 
 
 def read_architecture(model_dir: Path) -> Architecture:
-    """Return the architecture in `model_dir`/config.json; ModelError lists everything that is not covered.
+    """Return the architecture in `model_dir`/config.json, or raise ModelError that lists what is not covered.
 
     The file is read with json: transformers fills in defaults without telling, takes seconds to import, and this runs
     on every rank.

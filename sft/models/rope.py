@@ -139,7 +139,7 @@ def _yarn(settings: Settings, original_positions: int) -> YarnScaling:
 
 
 def _attention_factor(settings: Settings) -> float:
-    """Return it as stated, or by the paper's formula; `mscale` and `mscale_all_dim` count as a pair only."""
+    """Return it as stated, or by the paper's formula. `mscale` and `mscale_all_dim` count only as a pair."""
     if settings.get("attention_factor") is not None:
         return _number(settings, "attention_factor")
     above, below = _number(settings, "mscale"), _number(settings, "mscale_all_dim")
@@ -150,7 +150,7 @@ def _attention_factor(settings: Settings) -> float:
 
 
 def _settings(config: Mapping[str, object], default_theta: float) -> Settings:
-    """Return RoPE settings in the form of transformers 5, with its precedence; earlier files keep them at top level."""
+    """Return RoPE settings in the form of transformers 5, with its precedence. Earlier files have them at top level."""
     stated = config.get("rope_scaling") or config.get("rope_parameters")
     rope: Settings = dict(stated) if isinstance(stated, dict) else {}
     rope.setdefault("rope_type", rope.get("type", "default"))
@@ -192,7 +192,7 @@ def _problems(rope: Settings, max_position_embeddings: int, partial: bool) -> li
 
 
 def _number(settings: Settings, key: str, default: float = 0.0) -> float:
-    """Return the number under `key`, or the default; `_problems` has seen that needed ones are there."""
+    """Return the number under `key`, or the default. `_problems` has checked that required ones are there."""
     value = settings.get(key)
     return float(value) if isinstance(value, (int, float)) else default
 

@@ -103,7 +103,7 @@ class WeightMap:
         return self.layers[layer].get(match[2]) if layer < len(self.layers) else None
 
     def __getitem__(self, name: str) -> ParameterMap:
-        """Return the map of the parameter `name`; KeyError where there is none."""
+        """Return the map of the parameter `name`, or raise KeyError."""
         found = self.find(name)
         if found is None:
             raise KeyError(name)
@@ -148,7 +148,7 @@ def checkpoint_key(name: str) -> tuple[str, int | None]:
 
 
 def rank_pieces(parameter: ParameterMap, rank: int, size: int, rows: int) -> list[Piece]:
-    """Return the pieces held by one of `size` ranks that has `rows` rows; rows that no piece fills are padding."""
+    """Return the pieces held by one of `size` ranks that has `rows` rows. Rows that no piece fills are padding."""
     if parameter.padded:
         return _cut(parameter.pieces, rank * rows, (rank + 1) * rows)
     found = []

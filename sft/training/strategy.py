@@ -80,7 +80,7 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, object], filepath: str | Path, storage_options: object = None
     ) -> None:
-        """Begin to write `checkpoint` (Lightning's counters) and all sharded state; `saver.finish` completes it."""
+        """Begin to write `checkpoint` (Lightning's counters) and all sharded state. `saver.finish` completes it."""
         module = self.megatron_module
         module.gather_weights()
         trainer = TrainerState(

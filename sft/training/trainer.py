@@ -98,7 +98,7 @@ def train(config: Path) -> ExitCode:
 
 
 def train_run(spec: RunSpec, paths: RunPaths, metric: Metric | None = None) -> ExitCode:
-    """Do what `train` does, for another program; `metric` replaces the function that evaluation.metric names."""
+    """Do what `train` does, for another program. `metric` replaces the function that evaluation.metric names."""
     env = RankEnv.from_environ()
     stop = StopFlag()
     stop.install()
@@ -116,7 +116,7 @@ def _train(
     watchdog: Watchdog,
     metric: Metric | None,
 ) -> ExitCode:
-    """Train while this attempt holds the run; `lease` is None on all ranks but the first."""
+    """Train while this attempt holds the run. `lease` is None on all ranks but the first."""
     leader = env.rank == 0
     model_dir = resolve_model_dir(spec, convert=False)
     architecture = read_architecture(model_dir)
@@ -157,7 +157,7 @@ def _train(
 
 
 def _finish(step: int, guard: GuardCallback, evaluation: EvaluationCallback, spec: RunSpec, log: RunLog) -> ExitCode:
-    """Log how the run ended, and return its exit code; TrainingError after bad steps."""
+    """Log how the run ended and return its exit code, or raise TrainingError after bad steps."""
     log.close()
     if guard.failure is not None:
         raise TrainingError(f"stopped after step {step}: {guard.failure}; see {log.paths.bad_steps}")

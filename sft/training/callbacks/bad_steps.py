@@ -57,7 +57,7 @@ class _Pending:
         return cls(result.step, host, arrived)
 
     def read(self) -> tuple[bool, float, float]:
-        """Return whether the step was bad, its loss and its gradient norm; waits for the copy."""
+        """Wait for the copy and return whether the step was bad, its loss and its gradient norm."""
         if self.arrived is not None:
             self.arrived.synchronize()
         bad, loss, norm = self.values.tolist()
@@ -137,7 +137,7 @@ class GuardCallback(pl.Callback):
         self._log.event("bad_step", step=step, reason=reason, policy=self._policy, examples=len(examples), **numbers)
 
     def _rewind(self, strategy: MegatronStrategy, step: int, first_bad: int) -> None:
-        """Load the newest checkpoint from before the bad step; without one, the run goes on without its update."""
+        """Load the newest checkpoint from before the bad step. Without one, the run continues without its update."""
         complete = strategy.control.from_leader([str(path) for path in self._log.paths.complete_checkpoints()])
         earlier = [Path(path) for path in complete if checkpoint_step(Path(path)) < first_bad]
         if not earlier:

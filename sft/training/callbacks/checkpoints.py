@@ -36,7 +36,7 @@ class BestCheckpoints:
         return [ranked.step for ranked in self._ranked]
 
     def offer(self, step: int, value: float) -> bool:
-        """Rank an evaluation, and return whether it is among the best; an older one wins a tie."""
+        """Rank an evaluation, and return whether it is among the best. An older one wins a tie."""
         if not self._spec.keep_best or math.isnan(value):
             return False
         better = [ranked for ranked in self._ranked if not is_better(value, ranked.value, self._spec.best_mode)]

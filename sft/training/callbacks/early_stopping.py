@@ -12,7 +12,7 @@ from sft.checkpoint.format import EarlyStoppingState
 
 
 def is_better(value: float, than: float, mode: Literal["min", "max"], min_delta: float = 0.0) -> bool:
-    """Return whether `value` improves on `than` by more than `min_delta`; NaN never does."""
+    """Return whether `value` improves on `than` by more than `min_delta`. NaN never does."""
     return value < than - min_delta if mode == "min" else value > than + min_delta
 
 
@@ -29,7 +29,7 @@ class EarlyStopping:
         return self._spec.patience is not None and self.state.waited >= self._spec.patience
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Count an evaluation; one without the metric counts as no improvement."""
+        """Count an evaluation. One without the metric counts as no improvement."""
         if self._spec.patience is None:
             return
         value = metrics.get(self._spec.metric, math.nan)

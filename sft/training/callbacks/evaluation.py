@@ -66,7 +66,7 @@ class EvaluationCallback(pl.Callback):
         self.early_stopping.state = EarlyStoppingState.from_json(state_dict)
 
     def metrics_at(self, step: int) -> dict[str, float]:
-        """Return the metrics of the evaluation after `step` steps; empty where there was none."""
+        """Return the metrics of the evaluation after `step` steps, empty if there was none."""
         return self._latest[1] if self._latest[0] == step else {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
