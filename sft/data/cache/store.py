@@ -152,6 +152,8 @@ class TokenCache:
             if wrong or manifest["version"] != FORMAT_VERSION:
                 raise ValueError(f"{', '.join(wrong) or MANIFEST} does not fit the manifest")
             checksums = {name: str(manifest["crc32"][name]) for name in _ARRAYS}
+            if "answer_ends" not in manifest:
+                raise DataError(f"data cache {directory} was made by an earlier version; prepare again")
             ends = {int(token): int(count) for token, count in manifest["answer_ends"].items()}
             key = str(manifest["key"])
             return cls(directory=directory, key=key, counts=counts, checksums=checksums, answer_ends=ends, **arrays)

@@ -86,3 +86,13 @@ def test_an_open_cache_survives_its_removal(tmp_path: Path) -> None:
 def test_counts_add_up_and_keep_the_largest() -> None:
     joined = Counts(rows=1, longest=5, largest_id=9, truncated=1) + Counts(rows=2, longest=4, largest_id=11)
     assert joined == Counts(rows=3, longest=5, largest_id=11, truncated=1)
+
+
+def test_a_cache_of_an_earlier_version_is_not_called_damaged(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", ragged_pairs(5))
+    file = cache.directory / MANIFEST
+    manifest = json.loads(file.read_text())
+    del manifest["answer_ends"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"data cache .*cache was made by an earlier version; prepare again"):
+        TokenCache.open(cache.directory)
