@@ -11,6 +11,7 @@ import yaml
 
 from launcher.contract.rundir import RunPaths, read_lines
 from tests.sft.compat.material import megatron_config, trl_config
+from tests.tiers import thinned
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.parity
@@ -42,7 +43,7 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", thinned(STARTS, "alone", "local_ranks"))  # tests.ranks sets what torchrun does
 def test_the_example_runs(tmp_path: Path, start: str) -> None:
     ranks, command = STARTS[start]
     make_tiny_model(tmp_path / "model")

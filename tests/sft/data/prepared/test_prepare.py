@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import shutil
 import threading
 import time
@@ -20,6 +19,7 @@ from sft.data.cache.store import MANIFEST, TokenCache
 from sft.data.prepared import prepare
 from sft.data.prepared.prepare import check_vocabulary, open_or_build, prepare_data
 from sft.data.prepared.report import report
+from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_tokenizer, write_jsonl
 
 
@@ -199,19 +199,12 @@ def test_waiting_ends_with_a_reason(tmp_path: Path, tokenizer_dir: Path) -> None
         open_or_build(spec_of(tmp_path), tokenizer_dir, build=False, wait_seconds=0.01)
 
 
-def _build_in_process(spec: RunSpec, folder: Path) -> None:
-    open_or_build(spec, folder, build=True)
+def _build(spec: RunSpec, folder: Path) -> int:
+    return len(open_or_build(spec, folder, build=True).train)
 
 
 def test_jobs_that_build_the_same_data_at_once_share_one_cache(tmp_path: Path, tokenizer_dir: Path) -> None:
-    spec = spec_of(tmp_path)
-    context = multiprocessing.get_context("spawn")
-    builders = [context.Process(target=_build_in_process, args=(spec, tokenizer_dir)) for _ in range(3)]
-    for builder in builders:
-        builder.start()
-    for builder in builders:
-        builder.join(120)
-    assert [builder.exitcode for builder in builders] == [0, 0, 0]
+    assert run_ranks(3, _build, spec_of(tmp_path), tokenizer_dir) == [40, 40, 40]
     (only,) = (tmp_path / "cache" / "tokens").iterdir()
     assert len(TokenCache.open(only)) == 40
 
