@@ -47,6 +47,7 @@ def test_cancelled_run_goes_on_where_it_stopped(uninterrupted: RunPaths, bench: 
     assert _weights(run) == _weights(uninterrupted)
 
 
+@pytest.mark.slow  # by default the fault matrix loses a node, that of the batch script
 def test_run_goes_on_elsewhere_after_the_loss_of_a_node(
     uninterrupted: RunPaths, bench: Workbench, slurm: SlurmCluster
 ) -> None:

@@ -48,12 +48,16 @@ def launch(*words: str) -> int:
     return main(["submit", "cfg.yaml", "--cluster=slurm-dev", *words])
 
 
-def in_child(action: Callable[[], Any]) -> int:
-    """Wait status of a forked process that does this."""
+def in_child(action: Callable[[], object]) -> int:
+    """Return the wait status of a forked process that does this; an error in it is its exit code 1."""
     child = os.fork()
     if child == 0:
-        action()
-        os._exit(0)
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)  # or the child would go on with the tests as well
     return os.waitpid(child, 0)[1]
 
 
@@ -221,9 +225,13 @@ def test_claim_survives_the_removal_of_its_directory(tmp_path: Path) -> None:
     held, hold = os.pipe()
     waiting = os.fork()  # before the lock is taken: the child would inherit it, and could wait for itself
     if waiting == 0:
-        os.read(held, 1)
-        with claim(root, create=True):
-            os._exit(0 if (root / LOCK_FILE).exists() else 1)
+        code = 1
+        try:
+            os.read(held, 1)
+            with claim(root, create=True):
+                code = 0 if (root / LOCK_FILE).exists() else 1
+        finally:
+            os._exit(code)
     with claim(root, create=True):
         os.write(hold, b"x")
         time.sleep(0.2)  # the child waits for the lock
