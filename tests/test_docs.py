@@ -189,6 +189,16 @@ def test_the_reference_has_every_command_and_option(program: str) -> None:
     assert {option for option in long if not re.search(rf"{option}\b(?!-)", text)} == set()
 
 
+def test_the_map_has_every_package() -> None:
+    """And the packages that it names are there, which test_named_files_exist sees."""
+    packages = {
+        f"{file.parent.relative_to(ROOT)}/" for top in ("launcher", "sft") for file in ROOT.glob(f"{top}/*/__init__.py")
+    }
+    assert len(packages) > 20
+    text = read(ROOT / "docs" / "explanation" / "structure.md")
+    assert {package for package in packages if f"| `{package}` |" not in text} == set()
+
+
 def test_the_reference_has_every_event() -> None:
     said = re.compile(r'append_event\(\s*[\w.]+,\s*"(\w+)"|\.event\("(\w+)"|(?:^|; )\s*event ([a-z_]+)', re.MULTILINE)
     code = "".join(read(path) for folder in ("launcher", "sft", "templates") for path in sources(folder))
