@@ -86,7 +86,6 @@ def assert_follows(paths: RunPaths, reference: Curve) -> None:
 def test_target_losses_equal_transformers(tensor_parallel: Trained, reference: Curve) -> None:
     """Of the first step: the run has more."""
     _, found = tensor_parallel
-    assert len(found) == SETTINGS["max_steps"] * SETTINGS["global_batch_size"]
     first = found[: SETTINGS["global_batch_size"]]
     for row, losses in zip(first, reference.first_step.values(), strict=True):
         assert row[: len(losses)] == pytest.approx(losses, abs=1e-4)

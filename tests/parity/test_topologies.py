@@ -83,7 +83,7 @@ def test_trap_14_family_follows_reference_under_tp2_pp2(family: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["tp1", "tp2", "pp2"])
-def test_target_losses_of_targets_equal_transformers(
+def test_target_losses_of_first_step_equal_transformers(
     name: str, tmp_path: Path, model: Path, chat: Path, reference: Curve
 ) -> None:
     ranks, topology, _ = LAYOUTS[name]
