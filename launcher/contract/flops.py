@@ -17,17 +17,25 @@ from collections.abc import Iterable
 from launcher.contract.model_shape import ModelShape
 
 
-def layer_matmul_parameters(shape: ModelShape) -> int:
-    """Return the weights of the linear layers in one decoder layer (q, k, v, output projection, MLP) without biases."""
+def layer_matmul_parameters(shape: ModelShape, *, active: bool = False) -> int:
+    """Return the weights of the linear layers in one decoder layer (q, k, v, output projection, MLP) without biases.
+
+    Of a mixture of experts, `active` counts only the experts that one token goes to.
+    """
     queries = shape.num_attention_heads * shape.head_dim
     keys_and_values = 2 * shape.num_query_groups * shape.head_dim
     attention = shape.hidden_size * (2 * queries + keys_and_values)
-    return attention + (3 if shape.gated_mlp else 2) * shape.hidden_size * shape.ffn_hidden_size
+    width = shape.ffn_hidden_size
+    if shape.num_experts:
+        width = shape.active_ffn_size if active else shape.num_experts * shape.expert_ffn_hidden_size
+    router = shape.num_experts * shape.hidden_size
+    return attention + (3 if shape.gated_mlp else 2) * shape.hidden_size * width + router
 
 
-def non_embedding_parameters(shape: ModelShape) -> int:
+def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
     """Return the weights of linear layers and norms, which are all but those of embedding and output layer."""
-    return shape.num_layers * (layer_matmul_parameters(shape) + 2 * shape.hidden_size) + shape.hidden_size
+    layer = layer_matmul_parameters(shape, active=active) + 2 * shape.hidden_size
+    return shape.num_layers * layer + shape.hidden_size
 
 
 def embedding_parameters(shape: ModelShape) -> int:
@@ -51,7 +59,7 @@ def training_flops(shape: ModelShape, lengths: Iterable[int]) -> int:
 
 def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int) -> int:
     """Return the same from sums over the examples: `tokens` is the sum of s_i, `squared_lengths` that of s_i^2."""
-    products = 6 * tokens * (non_embedding_parameters(shape) + embedding_parameters(shape))
+    products = 6 * tokens * (non_embedding_parameters(shape, active=True) + embedding_parameters(shape))
     return products + 6 * shape.num_layers * shape.num_attention_heads * shape.head_dim * squared_lengths
 
 

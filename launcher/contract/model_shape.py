@@ -46,6 +46,16 @@ class ModelShape:
     tied_embeddings: bool
     gated_mlp: bool = True
     """Whether the MLP has a gate beside its up projection."""
+    num_experts: int = 0
+    """Experts of each layer; 0 for a dense model."""
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    """Width of one expert."""
+
+    @property
+    def active_ffn_size(self) -> int:
+        """The feed-forward width that one token meets: of the experts that it goes to, together."""
+        return self.experts_per_token * self.expert_ffn_hidden_size if self.num_experts else self.ffn_hidden_size
 
     @classmethod
     def from_config(cls, config: HfConfig, where: str) -> ModelShape:
@@ -72,7 +82,18 @@ class ModelShape:
             max_position_embeddings=config.get("max_position_embeddings") or 2**31,
             tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
             gated_mlp=model_type != "gpt2",
+            **_expert_sizes(config),
         )
+
+
+def _expert_sizes(config: HfConfig) -> dict[str, int]:
+    """Return the sizes of a mixture of experts; nothing for a dense model."""
+    count = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
+    chosen = config.get("num_experts_per_tok")
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    if not all(isinstance(size, int) for size in (count, chosen, width)):
+        return {}
+    return {"num_experts": count, "experts_per_token": chosen, "expert_ffn_hidden_size": width}
 
 
 def read_model_shape(model_dir: Path) -> ModelShape:

@@ -253,10 +253,12 @@ def _layer_problems(shape: ModelShape, topo: TopologySpec) -> Iterator[str]:
 
 
 def _feed_forward_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
-    if shape.ffn_hidden_size % tensor:
+    what, size = "feed-forward size", shape.ffn_hidden_size
+    if shape.num_experts:
+        what, size = "width of an expert,", shape.expert_ffn_hidden_size
+    if size % tensor:
         yield (
-            f"feed-forward size {shape.ffn_hidden_size} does not divide by tensor_parallel {tensor}; "
-            f"valid here: {shown_numbers(divisors(shape.ffn_hidden_size))}"
+            f"{what} {size} does not divide by tensor_parallel {tensor}; valid here: {shown_numbers(divisors(size))}"
         )
 
 

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 from launcher.contract.spec import LoraSpec
-from sft.models.architecture import Architecture
+from sft.models.architecture import Architecture, Experts
 from sft.models.weight_map import ParameterMap, Piece, checkpoint_key, split_parameter
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -91,8 +91,9 @@ class AdapterTarget:
 def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> list[AdapterTarget]:
     """Return the adapters of one layer, in the order of the files."""
     found = []
+    has_experts = isinstance(architecture.layers[layer].mlp, Experts)
     for parameter, parameter_map in architecture.weights.layers[layer].items():
-        if parameter_map.columns is None:
+        if parameter_map.columns is None or (has_experts and parameter.startswith("mlp.")):
             continue
         for weight in dict.fromkeys(piece.name for piece in parameter_map.pieces):
             module = weight.removesuffix(_WEIGHT)
@@ -124,6 +125,11 @@ def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: i
         kind = architecture.shape.model_type
         return [f"model.lora.rank {lora.rank}: a {kind} model takes no adapters here; unset it to train all weights"]
     every = [target.name for target in adapter_targets(architecture, LoraSpec(rank=lora.rank), 0)]
+    if not lora.targets and any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
+        return [
+            "model.lora.targets: empty means every linear layer, and routers and experts take no adapters yet; set it "
+            f"to [{', '.join(every)}]"
+        ]
     problems = [
         f"model.lora.targets: a {architecture.shape.model_type} model has no linear layer {name}; it has "
         f"{', '.join(every)}"

@@ -11,6 +11,7 @@ or absent.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -111,16 +112,22 @@ def _check_checkpoint(reader: ShardedReader, checkpoint_dir: Path, architecture:
     """Refuse a checkpoint of another model before anything is written."""
     for name, parameter_map in architecture.weights.parameters().items():
         key, index = checkpoint_key(name)
-        found = reader.shape(key)
         layers = () if index is None else (architecture.shape.num_layers,)
         columns = () if parameter_map.columns is None else (parameter_map.columns,)
         expected = (*layers, parameter_map.rows, *columns)
+        found = _with_joined_rows(reader.shape(key), len(layers), len(columns))
         if parameter_map.padded and len(found) == len(expected) and found[0] >= parameter_map.rows:
             found = (parameter_map.rows, *found[1:])
         if found != expected:
             raise CheckpointError(
                 f"checkpoint {checkpoint_dir}: {key} is {list(reader.shape(key))}; config.json says {list(expected)}"
             )
+
+
+def _with_joined_rows(shape: tuple[int, ...], before: int, after: int) -> tuple[int, ...]:
+    """Return the shape with one axis of rows between `before` and `after` axes: experts' weights have several."""
+    rows = shape[before : len(shape) - after]
+    return (*shape[:before], math.prod(rows), *shape[len(shape) - after :])
 
 
 def _export_dtypes(

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
     from megatron.core.distributed import (
@@ -81,6 +81,7 @@ __all__ = [
     "SelfAttentionSubmodules",
     "ShardedObject",
     "ShardedTensor",
+    "ShardedTensorFactory",
     "StaticInferenceContext",
     "TransformerBlockSubmodules",
     "TransformerConfig",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import RunSpec
 from sft.kernels import attention
-from sft.models.architecture import Architecture
+from sft.models.architecture import Architecture, Experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,16 +45,19 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
     fused = spec.train.kernels == "fused"
     if spec.train.kernels == "auto":
         fused = on_gpu and importlib.util.find_spec("triton") is not None
+    precision: str = spec.train.precision
+    if precision == "fp8" and any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
+        precision = "fp8, those of experts in bf16"
     because = _unfused_part(spec, architecture)
     if not fused or because is not None:
-        return Kernels(fused=fused, plain_layers_because=because if fused else None, precision=spec.train.precision)
+        return Kernels(fused=fused, plain_layers_because=because if fused else None, precision=precision)
     kernel = attention_kernel(spec, architecture)
     by_offsets = on_gpu and (spec.data.packing or spec.topology.context_parallel > 1)
     return Kernels(
         fused=True,
         attention=kernel,
         attention_text=kernel if by_offsets else "torch's",
-        precision=spec.train.precision,
+        precision=precision,
     )
 
 

@@ -49,11 +49,27 @@ class DenseMLP:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """A mixture of experts as the feed-forward part of one layer: gated MLPs without biases, a few for each token."""
+
+    count: int
+    chosen: int
+    """Experts of a token."""
+    width: int
+    """Of each expert."""
+    normalized: bool
+    """Whether the router's probabilities of the chosen experts are divided by their sum."""
+    activation: Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderLayer:
     """One pre-norm layer: h = x + m * attention(norm(x)), then h + m * mlp(norm(h))."""
 
     attention: Attention
-    mlp: DenseMLP
+    mlp: DenseMLP | Experts
     residual_multiplier: float = 1.0
     """m above."""
 

@@ -121,6 +121,32 @@ def llama_layer(shape: ModelShape, prefix: str) -> Layer:
     }
 
 
+def attention_part(shape: ModelShape, prefix: str) -> Layer:
+    """Return the maps of a layer of Llama's without its MLP."""
+    return {name: part for name, part in llama_layer(shape, prefix).items() if not name.startswith("mlp.")}
+
+
+def separate_experts(
+    shape: ModelShape, router: str, expert: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> Layer:
+    """Return the maps of a mixture of experts whose files hold three matrices for each expert.
+
+    `router` is the name of the router's weight, `expert` what the names of an expert's tensors begin with, its number
+    in braces; `names` are those of gate, up and down projection.
+    """
+    hidden, width, experts = shape.hidden_size, shape.expert_ffn_hidden_size, range(shape.num_experts)
+    gate, up, down = names
+    halves = tuple(
+        (Piece(f"{expert.format(number)}{half}.weight", 0, width),) for number in experts for half in (gate, up)
+    )
+    columns = tuple(Piece(f"{expert.format(number)}{down}.weight", 0, hidden) for number in experts)
+    return {
+        "mlp.router.weight": whole(router, shape.num_experts, hidden, None),
+        FC1: ParameterMap(blocks=halves, columns=hidden),
+        "mlp.linear_fc2.weight": ParameterMap(blocks=(columns,), columns=width, split=1),
+    }
+
+
 def separate_qkv(shape: ModelShape, prefix: str, kind: str) -> tuple[Piece, ...]:
     """Return the rows of linear_qkv from three tensors: q_proj, k_proj and v_proj behind `prefix`."""
     head = shape.head_dim

@@ -19,9 +19,11 @@ SUPPORTED = (
     "granite",
     "llama",
     "mistral",
+    "mixtral",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "smollm3",
 )
 """The model types that are covered; each is a module of `sft.models.families`."""
@@ -30,9 +32,7 @@ _KNOWN_GAPS = {
     "gemma2": "it caps attention scores and logits by tanh and norms each sublayer's output",
     "gemma3": "it norms each sublayer's output and has another RoPE in its sliding layers",
     "gemma3_text": "it norms each sublayer's output and has another RoPE in its sliding layers",
-    "mixtral": "it is a mixture of experts",
-    "qwen2_moe": "it is a mixture of experts",
-    "qwen3_moe": "it is a mixture of experts",
+    "qwen2_moe": "it has shared experts beside those that are chosen",
 }
 """Families that look covered and are not, and what is missing."""
 

@@ -159,7 +159,12 @@ def rank_pieces(parameter: ParameterMap, rank: int, size: int, rows: int) -> lis
 
 
 def split_parameter(parameter: ParameterMap, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the Hugging Face tensors that a whole Megatron-core parameter consists of, without padding."""
+    """Return the Hugging Face tensors that a whole Megatron-core parameter consists of, without padding.
+
+    Axes in front of the last one are rows: those of experts' weights are several.
+    """
+    if parameter.columns is not None:
+        values = values.flatten(0, -2)
     parts: dict[str, dict[int, torch.Tensor]] = {}
     position = 0
     for piece in parameter.pieces:

@@ -96,7 +96,7 @@ def layer_activation_bytes(workload: Workload, layout: Layout, implementation: I
     whole = (tensor == 1 or workload.precision == "fp8") and workload.lora_rank is None
     if implementation.spares_mlp_output and shape.gated_mlp and whole:
         mlp -= 1
-    per_token += mlp * shape.ffn_hidden_size / tensor
+    per_token += mlp * shape.active_ffn_size / tensor
     return per_token * workload.width * _micro_batch_tokens(workload, topology)
 
 

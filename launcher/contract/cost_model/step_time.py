@@ -112,13 +112,13 @@ def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation
     layers = shape.num_layers // topology.pipeline_parallel
     queries, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     up = 2 if shape.gated_mlp else 1
-    outer = 4 * shape.hidden_size + (2 * queries + 2 * groups + (up + 1) * shape.ffn_hidden_size) / tensor
-    weights = layer_parameters(shape, tensor)
+    outer = 4 * shape.hidden_size + (2 * queries + 2 * groups + (up + 1) * shape.active_ffn_size) / tensor
+    weights = layer_parameters(shape, tensor, active=True)
     # with a causal mask 6 * s operations a token and head dimension, forward and backward together
     attention = 6 * queries / tensor * tokens * workload.attended
     sequence = tensor if topology.sequence_parallel else 1
     moved = implementation.passes_hidden * shape.hidden_size / sequence
-    moved += implementation.passes_ffn * shape.ffn_hidden_size / tensor
+    moved += implementation.passes_ffn * shape.active_ffn_size / tensor
     moved += 0 if workload.lora_rank is None else LORA_PASSES * outer
     collectives = (10 if topology.sequence_parallel else 8) * _ring(tensor) * tokens * shape.hidden_size
     attention_rate = gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, workload.attended)

@@ -65,13 +65,16 @@ class Layout:
         return f"{self.topology.describe()}, micro-batch {self.topology.micro_batch_size}{recompute}"
 
 
-def layer_parameters(shape: ModelShape, tensor_parallel: int) -> int:
-    """Return a decoder layer's weights on one tensor parallel rank. If tp exceeds the KV heads, ranks share them."""
+def layer_parameters(shape: ModelShape, tensor_parallel: int, *, active: bool = False) -> int:
+    """Return a decoder layer's weights on one tensor parallel rank. If tp exceeds the KV heads, ranks share them.
+
+    `active` counts only the experts that one token goes to.
+    """
     queries = shape.num_attention_heads * shape.head_dim
     groups = max(shape.num_query_groups, tensor_parallel)
     repeated = 2 * (groups - shape.num_query_groups) * shape.head_dim * shape.hidden_size
     assert queries % tensor_parallel == 0
-    return (layer_matmul_parameters(shape) + repeated) // tensor_parallel + 2 * shape.hidden_size
+    return (layer_matmul_parameters(shape, active=active) + repeated) // tensor_parallel + 2 * shape.hidden_size
 
 
 def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
@@ -97,5 +100,6 @@ def adapter_parameters(shape: ModelShape, topology: Topology, rank: int) -> int:
     groups = shape.num_query_groups * shape.head_dim
     mlp = 3 if shape.gated_mlp else 2
     inputs_and_outputs = 4 * shape.hidden_size + 2 * queries + 2 * groups
-    inputs_and_outputs += mlp * (shape.hidden_size + shape.ffn_hidden_size)
+    if not shape.num_experts:  # experts take no adapters
+        inputs_and_outputs += mlp * (shape.hidden_size + shape.ffn_hidden_size)
     return shape.num_layers // topology.pipeline_parallel * rank * inputs_and_outputs

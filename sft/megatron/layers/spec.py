@@ -27,6 +27,7 @@ from sft.megatron.core import (
 )
 from sft.megatron.kernel_choice import Kernels
 from sft.megatron.layers.attention import CoreAttention, RotarySelfAttention
+from sft.megatron.layers.experts import ExpertMLP
 from sft.megatron.layers.fused import (
     FusedCoreAttention,
     FusedMLP,
@@ -37,7 +38,7 @@ from sft.megatron.layers.fused import (
 from sft.megatron.layers.linears import Linears, choose_linears
 from sft.megatron.layers.norms import PLAIN_NORMS
 from sft.megatron.layers.residual import residual_addition
-from sft.models.architecture import Architecture, Attention
+from sft.models.architecture import Architecture, Attention, Experts
 
 _CHECKPOINT_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -77,8 +78,8 @@ def layer_spec(architecture: Architecture, options: LayerOptions, layer_number: 
         self_attention=_attention_spec(architecture, layer.attention, options.kernels, linears),
         # Fused layers add residuals themselves.
         self_attn_bda=residual_addition(layer.residual_multiplier),
-        pre_mlp_layernorm=_norm_before_product(architecture, options),
-        mlp=_mlp_spec(linears, fused=fused),
+        pre_mlp_layernorm=_norm_before_product(architecture, options, experts=isinstance(layer.mlp, Experts)),
+        mlp=_experts_spec(layer.mlp) if isinstance(layer.mlp, Experts) else _mlp_spec(linears, fused=fused),
         mlp_bda=residual_addition(layer.residual_multiplier),
         sharded_state_dict_keys_map=dict(_CHECKPOINT_NAMES),
     )
@@ -93,14 +94,16 @@ class _MLPSpec:
     """What Megatron-core before 0.18 builds an MLP from. About a ModuleSpec with our MLP it would warn."""
 
     module: type[nn.Module]
-    submodules: MLPSubmodules
+    submodules: MLPSubmodules | None
     params: dict[str, object] = field(default_factory=dict)
 
 
-def _norm_before_product(architecture: Architecture, options: LayerOptions) -> ModuleSpec | type[nn.Module]:
-    """Return the norm whose output goes into linear_qkv or linear_fc1."""
+def _norm_before_product(
+    architecture: Architecture, options: LayerOptions, *, experts: bool = False
+) -> ModuleSpec | type[nn.Module]:
+    """Return the norm whose output goes into linear_qkv, linear_fc1 or to experts, whose products are not in fp8."""
     if options.kernels.fused_layers:
-        spec: ModuleSpec = ModuleSpec(module=FusedRMSNorm, params={"in_fp8": options.fp8})
+        spec: ModuleSpec = ModuleSpec(module=FusedRMSNorm, params={"in_fp8": options.fp8 and not experts})
         return spec
     return PLAIN_NORMS[architecture.norm]
 
@@ -134,3 +137,9 @@ def _mlp_spec(linears: Linears, *, fused: bool) -> object:
     if hasattr(MLP, "as_mlp_submodule"):  # Megatron-core 0.18 and later call it with arguments that MLP has not
         return partial(module.as_mlp_submodule, submodules=submodules)
     return _MLPSpec(module=module, submodules=submodules)
+
+
+def _experts_spec(experts: Experts) -> object:
+    if hasattr(MLP, "as_mlp_submodule"):
+        return partial(ExpertMLP, experts=experts)
+    return _MLPSpec(module=ExpertMLP, submodules=None, params={"experts": experts})

@@ -29,11 +29,15 @@ def _read(config: ConfigReader) -> Architecture:
 
 
 def _layer(shape: ModelShape, prefix: str) -> Layer:
-    norms = {
+    return llama_layer(shape, prefix) | head_norms(shape, prefix)
+
+
+def head_norms(shape: ModelShape, prefix: str) -> Layer:
+    """Return the maps of the norms on the heads of queries and keys."""
+    return {
         f"self_attention.{which}_layernorm.weight": vector(f"{prefix}self_attn.{which}_norm.weight", shape.head_dim)
         for which in ("q", "k")
     }
-    return llama_layer(shape, prefix) | norms
 
 
 FAMILY = Family(

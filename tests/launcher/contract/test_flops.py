@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.contract.errors import ModelError
-from launcher.contract.flops import mfu, parameters, training_flops, training_flops_of
+from launcher.contract.flops import mfu, non_embedding_parameters, parameters, training_flops, training_flops_of
 from launcher.contract.model_shape import named_model_shape
 
 
@@ -22,6 +22,15 @@ from launcher.contract.model_shape import named_model_shape
 )
 def test_parameters_are_the_published_ones(name: str, published: int) -> None:
     assert parameters(named_model_shape(name)) == published
+
+
+def test_a_token_meets_a_few_of_many_experts() -> None:
+    """Qwen3-30B-A3B: 30.5 billion weights, of which 3.3 billion work for a token."""
+    shape = named_model_shape("30b-a3b")
+    assert parameters(shape) == pytest.approx(30.53e9, rel=1e-3)
+    active = non_embedding_parameters(shape, active=True)
+    assert active + 2 * shape.vocab_size * shape.hidden_size == pytest.approx(3.35e9, rel=1e-2)
+    assert training_flops(shape, [1]) == pytest.approx(6 * (active + shape.vocab_size * shape.hidden_size), rel=1e-3)
 
 
 @pytest.mark.parametrize(("tokens_per_second", "tflops"), [(46_277, 380), (51_430, 423), (57_642, 474), (62_705, 515)])

@@ -26,7 +26,10 @@ from sft.models.weight_map import (
 
 
 def architecture(family: str = "qwen2", heads: int = 6, groups: int = 3, tied: bool = False) -> Architecture:
-    """A model of two layers: llama is plain, qwen2 has biases, qwen3 norms, phi3 joined tensors."""
+    """A model of two layers: llama is plain, qwen2 has biases, qwen3 norms, phi3 joined tensors.
+
+    Dense families read nothing of experts.
+    """
     shape = ModelShape(
         model_type=family,
         num_layers=2,
@@ -38,6 +41,9 @@ def architecture(family: str = "qwen2", heads: int = 6, groups: int = 3, tied: b
         vocab_size=11,
         max_position_embeddings=64,
         tied_embeddings=tied,
+        num_experts=4,
+        experts_per_token=2,
+        expert_ffn_hidden_size=6,
     )
     return families(family).read(ConfigReader({}, shape))
 

@@ -1,0 +1,71 @@
+"""Qwen 3 with experts (30B-A3B, 235B-A22B, Coder): Qwen 3's attention, and experts in place of every MLP."""
+
+from __future__ import annotations
+
+from launcher.contract.model_shape import ModelShape
+from sft.models.architecture import Architecture, Attention, DecoderLayer, Experts
+from sft.models.config_reader import ConfigReader
+from sft.models.families.qwen3 import head_norms
+from sft.models.family import Family
+from sft.models.llama_like import (
+    SILU,
+    SMALL,
+    Layer,
+    attention_part,
+    rope_of,
+    separate_experts,
+    weight_map,
+    windows_by_layer,
+)
+
+
+def _read(config: ConfigReader) -> Architecture:
+    shape = config.shape
+    # transformers' default of norm_topk_prob is false, and the published models have true.
+    config.require("num_key_value_heads", "head_dim", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size")
+    if not shape.num_experts:
+        config.refuse(
+            "no num_experts (transformers 5 also writes num_local_experts), which a qwen3_moe config must state"
+        )
+    activation = config.choice("hidden_act", SILU)
+    config.refuse_true("attention_bias", "mlp_bias")
+    if config.values.get("mlp_only_layers") or config.number("decoder_sparse_step", 1) != 1:
+        config.refuse("layers without experts (mlp_only_layers, decoder_sparse_step) are not supported")
+    experts = Experts(
+        count=shape.num_experts,
+        chosen=shape.experts_per_token,
+        width=shape.expert_ffn_hidden_size,
+        normalized=config.flag("norm_topk_prob", default=False),
+        activation=activation,
+    )
+    layers = [
+        DecoderLayer(attention=Attention(window=window, qk_norm=True), mlp=experts)
+        for window in windows_by_layer(config)
+    ]
+    return Architecture(
+        shape=shape,
+        layers=tuple(layers),
+        weights=weight_map(shape, _layer),
+        layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
+        rope=rope_of(config),
+    )
+
+
+def _layer(shape: ModelShape, prefix: str) -> Layer:
+    experts = separate_experts(shape, f"{prefix}mlp.gate.weight", f"{prefix}mlp.experts.{{}}.")
+    return attention_part(shape, prefix) | head_norms(shape, prefix) | experts
+
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    read=_read,
+    small_config={
+        **SMALL,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    variants={"tied": {"tie_word_embeddings": True}, "unnormalized": {"norm_topk_prob": False}},
+)
