@@ -205,6 +205,9 @@ def _build_chunk(
     )
     if rope is not None:
         use_whole_table(chunk, rope, shape.head_dim)
+    elif chunk.pre_process:
+        # Megatron-core makes this table in fp32, and its sum with bf16 embeddings would be fp32.
+        chunk.embedding.position_embeddings.to(config.params_dtype)
     if chunk.pre_process and architecture.embedding_multiplier != 1.0:
         multiply_embedding(
             chunk, architecture.embedding_multiplier, rounded=architecture.embedding_multiplier_is_rounded

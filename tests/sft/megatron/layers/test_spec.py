@@ -15,7 +15,7 @@ import pytest
 from launcher.contract.spec import LoraSpec, RunSpec
 from sft.megatron.kernel_choice import Kernels
 from sft.megatron.layers.spec import LayerOptions, decoder_spec
-from sft.models.registry import read_architecture
+from sft.models.registry import SUPPORTED, read_architecture
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import run_spec, save_config
 
@@ -67,6 +67,38 @@ def types_of_layers(spec: RunSpec) -> dict[Choice, list[dict[str, str]]]:
             {part: type(layer.get_submodule(part)).__name__ for part in PARTS} for layer in chunk.decoder.layers
         ]
     return found
+
+
+def types_of_parameters(specs: dict[str, RunSpec]) -> dict[str, set[str]]:
+    """Runs on a rank: by family the number types of its parameters."""
+    from launcher.contract.topology import build_topology
+    from sft.megatron.config import transformer_config
+    from sft.megatron.kernel_choice import choose_kernels
+    from sft.megatron.model import build_chunks
+    from sft.megatron.parallel.groups import init_model_parallel
+
+    found = {}
+    for index, (name, spec) in enumerate(specs.items()):
+        architecture = read_architecture(Path(spec.model.path))
+        topology = build_topology(spec, architecture.shape)
+        if index == 0:
+            init_model_parallel(topology, seed=1)
+        kernels = choose_kernels(spec, architecture, on_gpu=False)
+        config = transformer_config(spec, architecture, topology, kernels, on_gpu=False)
+        (chunk,) = build_chunks(spec, architecture, topology, config, kernels)
+        found[name] = {str(parameter.dtype) for parameter in chunk.parameters()}
+    return found
+
+
+@pytest.mark.parity
+def test_every_parameter_has_the_precision_of_the_run(tmp_path: Path) -> None:
+    """Seen to fail for GPT-2, whose table of positions stayed fp32, so that its first norm raised an error on a GPU."""
+    specs = {}
+    for name in SUPPORTED:
+        (tmp_path / name).mkdir()
+        specs[name] = run_spec(save_config(name, tmp_path / name), 1, "bf16")
+    (found,) = run_ranks(1, types_of_parameters, specs, init=True)
+    assert found == {name: {"torch.bfloat16"} for name in SUPPORTED}
 
 
 @pytest.mark.parity
