@@ -87,7 +87,7 @@ class ModelShape:
 
 
 def _expert_sizes(config: HfConfig) -> dict[str, int]:
-    """Return the sizes of a mixture of experts; nothing for a dense model."""
+    """Return the sizes of a mixture of experts, or nothing for a dense model."""
     count = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
     chosen = config.get("num_experts_per_tok")
     width = config.get("moe_intermediate_size") or config["intermediate_size"]

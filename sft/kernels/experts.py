@@ -48,7 +48,7 @@ def to_experts(tokens: Tensor, assignment: Assignment) -> Tensor:
 
 
 def from_experts(rows: Tensor, weights: Tensor, assignment: Assignment) -> Tensor:
-    """Return the weighted sum of each token's rows in fp32, [tokens, hidden]; `weights` are [tokens, chosen]."""
+    """Return the sum of each token's rows, [tokens, hidden] in fp32, weighted by `weights`, [tokens, chosen]."""
     unsorted: Tensor = _Unsort.apply(rows, assignment)
     by_token = unsorted.view(-1, assignment.chosen, rows.size(-1))
     return (by_token.float() * weights.float().unsqueeze(-1)).sum(1)
@@ -63,7 +63,7 @@ def expert_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def looped_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`expert_products` by one product after another, in any number type; its sizes are read on the host."""
+    """Return `expert_products`, one product after another, in any number type. The host reads the sizes."""
     bounds = [0, *ends.tolist()]
     sizes = [end - begin for begin, end in itertools.pairwise(bounds)]
     parts = [F.linear(part, weight) for part, weight in zip(rows.split(sizes), weights, strict=True)]

@@ -88,7 +88,7 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         return self._reduced(output), None
 
     def _shared(self, own: Tensor) -> Tensor:
-        """Return the values of all tokens on every rank of the group; their gradients are summed over its ranks."""
+        """Return the values of all tokens on every rank of the group, whose gradients are summed over its ranks."""
         if self.sequence_parallel:
             gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(own, group=self.tp_group)
             return gathered
