@@ -85,11 +85,10 @@ def collect(runs: Sequence[RunPaths], *, fresh: bool = False) -> tuple[list[RunS
 def _ask(snapshots: Sequence[Snapshot], fresh: bool) -> dict[SchedulerName, Answer]:
     """Ask each scheduler once, for all jobs that may still change."""
     jobs: dict[SchedulerName, list[Job]] = {}
-    open_runs = [item for item in snapshots if item.job is not None and not _is_over(item)]
-    for item in open_runs:
-        if item.job is not None:
-            jobs.setdefault(item.job.id.scheduler, []).append(item.job)
-    owners = _owners(open_runs)
+    going_on = [(item, item.job) for item in snapshots if item.job is not None and not _is_over(item)]
+    for _, job in going_on:
+        jobs.setdefault(job.id.scheduler, []).append(job)
+    owners = _owners([item for item, _ in going_on])
     return {name: scheduler_of(name).states(asked, owners, fresh=fresh) for name, asked in jobs.items()}
 
 
