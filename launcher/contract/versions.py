@@ -47,7 +47,7 @@ _NEEDS_TRITON = (0, 18)
 BOUNDS: dict[str, Bounds] = {
     "python": Bounds("3.11", "the code uses its syntax and library"),
     "torch": Bounds("2.8", "matrix products of bf16 factors with fp32 results came with it"),
-    "megatron-core": Bounds("0.16.1", "the patches in sft/megatron/patches are written for it", before="0.17"),
+    "megatron-core": Bounds("0.16.1", "the patches in sft/megatron/patches are written for it", before="0.20"),
     "pytorch-lightning": Bounds("2.6.6", "earlier ones resume at another step"),
     "transformers": Bounds("5", "it writes configs and tokenizers in another form"),
 }

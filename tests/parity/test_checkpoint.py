@@ -22,9 +22,11 @@ import sft.checkpoint.files
 import sft.checkpoint.save
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.versions import parse_version
 from sft.__main__ import main
 from sft.checkpoint.files import changed_bytes, damage
 from sft.checkpoint.load import newest_usable
+from sft.megatron.core import __version__ as megatron_version
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
 from tests.tiers import thinned
@@ -130,6 +132,8 @@ def test_disk_full_for_what_rank_0_writes_alone(
     file: str, asynchronous: bool, larger_disk: Path, tmp_path: Path, material: tuple[Path, Path]
 ) -> None:
     """Seen to fail: without `raise_write_error` the other rank waits in a collective of Megatron-core."""
+    if file == "common.pt" and parse_version(megatron_version) >= (0, 19):
+        pytest.skip("from Megatron-core 0.19 on there is no such file")
     paths = make_run(tmp_path, *material, ranks=2, max_steps=4, every=1, keep_last=9, asynchronous=asynchronous)
     paths.checkpoints.symlink_to(larger_disk)
     assert run_ranks(2, exit_code_when_full_before, paths.config, file) == [ExitCode.IO_ERROR] * 2

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
-from launcher.contract.versions import parse_version
+from launcher.contract.versions import BOUNDS, parse_version
 
-FIRST, AFTER_LAST = "0.16.1", "0.20"
+FIRST, AFTER_LAST = BOUNDS["megatron-core"].first, BOUNDS["megatron-core"].before or ""
 """The versions of Megatron-core that setup.cfg allows: from the first, and below the second."""
 
 
