@@ -30,9 +30,6 @@ PATH = re.compile(rf"(?<![\w/.*~-])(?:{FOLDERS})/[\w./*-]*\w/?")
 MODULE = re.compile(r"\b(?:launcher|sft)(?:\.[a-z_]\w*)+")
 KEY = re.compile(rf"(?:{SECTIONS})(?:\.\w+)+")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Written in another step of the restructuring.
-UNDER_WAY = {"docs/testing.md"}
-
 pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
 
@@ -58,8 +55,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         name, _, anchor = target.partition("#")
         linked = (page.parent / name).resolve() if name else page
-        if str(linked.relative_to(ROOT)) not in UNDER_WAY:
-            assert linked.exists(), target
+        assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), target
 
 
@@ -67,7 +63,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     reached, waiting = set(), [ROOT / "README.md"]
     while waiting:
         page = waiting.pop()
-        if page in reached or not page.is_file():
+        if page in reached:
             continue
         reached.add(page)
         targets = (target.partition("#")[0] for target in LINK.findall(read(page)) if "://" not in target)
@@ -79,7 +75,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 def test_named_files_exist(page: Path) -> None:
     """In prose, code spans and blocks; a pattern names at least one file. What an output shows is not ours to name."""
     text = BLOCK.sub(lambda block: "" if block[1] == "text" else block[0], read(page))
-    missing = [name for name in PATH.findall(text) if name not in UNDER_WAY and not any(ROOT.glob(name.rstrip("/")))]
+    missing = [name for name in PATH.findall(text) if not any(ROOT.glob(name.rstrip("/")))]
     assert missing == []
 
 
@@ -111,7 +107,7 @@ def test_pages_that_the_sources_name_exist() -> None:
         for name in re.findall(r"(?<![\w/])docs/[\w/-]+\.md", read(path))
     }
     assert len(named) > 5
-    assert {(name, path) for name, path in named if name not in UNDER_WAY and not (ROOT / name).is_file()} == set()
+    assert {(name, path) for name, path in named if not (ROOT / name).is_file()} == set()
 
 
 PROGRAM = re.compile(r"(?:python -m )?launcher [a-z]|python -m (?:launcher|sft) [a-z]")
