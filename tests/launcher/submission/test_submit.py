@@ -46,13 +46,14 @@ def launch(*words: str) -> int:
 def test_local_run(workdir: Path, fake_python: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(fake_python, "--follow") == 0
     out = capfd.readouterr().out
+    assert "\ntrain 0\n" in out
+    out = out.replace("\ntrain 0\n", "\n", 1)  # a rank's log is followed beside the others: its lines come anywhere
     for line in (
         "topology   pp2 = 2 ranks",
         "batch      4 examples a step = micro-batch 1 x dp 1 x 4 accumulated; at most 512 tokens",
         "  train.max_steps             3  ",
         "next       launcher status first\n",
         "\nprepare \ntrain: pp2 = 2 ranks\n",
-        "\ntrain 0\n",
         "\nexport\nexport \nattempt local-1 ended with exit code 0\n",
     ):
         assert line in out
