@@ -96,7 +96,7 @@ def test_gradients_follow_reference(
 def places_of(batch: MicroBatch) -> list[int]:
     """Where in its row each token of this rank's part is."""
     assert batch.context_share is not None
-    return [place for chunk in batch.context_share.chunks for place in range(chunk.begin, chunk.end)]
+    return [place for part in batch.context_share.slices for place in range(part.begin, part.end)]
 
 
 def losses_by_place(config: Path) -> list[dict[int, float]]:
