@@ -37,7 +37,7 @@ def leave_everything_behind() -> str:
     torch.use_deterministic_algorithms(True)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.filterwarnings("ignore", message="left behind")
-    sft.engine.module._finalize = leave_everything_behind  # type: ignore[assignment]
+    sft.engine.module.reduce_and_divide_gradients = leave_everything_behind  # type: ignore[assignment]
     return what_is_left()
 
 
@@ -50,7 +50,7 @@ def what_is_left() -> str:
         "determinism" if torch.are_deterministic_algorithms_enabled() else "",
         "handler" if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL else "",
         "filter" if any("left behind" in str(entry[1]) for entry in warnings.filters) else "",
-        "patch" if sft.engine.module._finalize is leave_everything_behind else "",
+        "patch" if sft.engine.module.reduce_and_divide_gradients is leave_everything_behind else "",
     ]
     return " ".join(word for word in found if word)
 

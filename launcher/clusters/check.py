@@ -13,7 +13,7 @@ from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import ClusterSpec, RunSpec, TrainSpec
 from launcher.contract.topology import build_topology
 from launcher.scheduler.factory import scheduler_of
-from launcher.submission.render import render, template_name
+from launcher.submission.render_script import render, template_name
 
 
 def cluster_problems(name: str) -> list[str]:

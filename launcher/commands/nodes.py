@@ -32,7 +32,7 @@ def _nodes(options: argparse.Namespace) -> int:
         why = " --why TEXT" if options.action == "add" else ""
         raise ConfigError(f"nodes {options.action} needs a node and its cluster: HOST --cluster NAME{why}")
     from launcher.contract.config.cluster_file import load_cluster
-    from launcher.runs.nodes import by_hand, ledger_of
+    from launcher.runs.excluded_nodes import by_hand, ledger_of
 
     cluster = load_cluster(options.cluster)
     ledger = ledger_of(cluster)
@@ -47,8 +47,8 @@ def _nodes(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from launcher.runs.excluded_nodes import describe, learn, ledger_of
     from launcher.runs.find import all_runs, default_run_root
-    from launcher.runs.nodes import describe, learn, ledger_of
 
     rows: list[dict[str, Any]] = []
     for cluster in _clusters(options.cluster):
@@ -73,7 +73,7 @@ def _list(options: argparse.Namespace) -> int:
 def _clusters(name: str | None) -> list[ClusterSpec]:
     from launcher.contract.config.cluster_file import load_cluster
     from launcher.contract.spec import ClusterSpec
-    from launcher.runs.nodes import ledger_of
+    from launcher.runs.excluded_nodes import ledger_of
 
     if name:
         return [load_cluster(name)]

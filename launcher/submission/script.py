@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from launcher.submission.code_snapshot import has_own_code
-from launcher.submission.render import render
+from launcher.submission.render_script import render
 from launcher.submission.submission import Submission
 
 

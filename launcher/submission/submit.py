@@ -13,7 +13,7 @@ from launcher.contract.manifest import Manifest, describe_run, read_manifest, wr
 from launcher.contract.rundir import RunPaths, append_event, read_lines, write_atomic
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import RunSpec, to_yaml
-from launcher.runs import nodes
+from launcher.runs import excluded_nodes
 from launcher.runs.find import all_runs
 from launcher.scheduler.base import Array, Dependency, Intent, JobRequest
 from launcher.scheduler.factory import scheduler_of
@@ -119,8 +119,8 @@ def _nodes_to_exclude(spec: RunSpec) -> str | None:
     """Return the nodes to keep away from, those of the config included, or None where none are known."""
     if not CAPABILITIES[spec.cluster.scheduler].allocates_nodes:
         return None
-    nodes.learn(all_runs(Path(spec.run_root)), spec.cluster)
-    return nodes.exclude_option(spec.cluster, spec.resources.exclude)
+    excluded_nodes.learn(all_runs(Path(spec.run_root)), spec.cluster)
+    return excluded_nodes.exclude_option(spec.cluster, spec.resources.exclude)
 
 
 def _fill_directory(submission: Submission, manifest: Manifest, diff: str) -> None:

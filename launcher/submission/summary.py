@@ -9,7 +9,7 @@ from launcher.contract.job import Job
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.topology import describe_batch
 from launcher.planning.run_plan import run_cost
-from launcher.runs import nodes
+from launcher.runs import excluded_nodes
 from launcher.runs.find import default_run_root
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission.submission import Submission
@@ -42,7 +42,7 @@ def _excluded(submission: Submission) -> list[str]:
     cluster = submission.spec.cluster
     if not CAPABILITIES[cluster.scheduler].allocates_nodes:
         return []
-    hosts = nodes.excluded(nodes.ledger_of(cluster).entries(), cluster.max_excluded)
+    hosts = excluded_nodes.excluded(excluded_nodes.ledger_of(cluster).entries(), cluster.max_excluded)
     return [f"excluded   {', '.join(hosts)} (see `launcher nodes --cluster {cluster.name}`)"] if hosts else []
 
 

@@ -20,7 +20,7 @@ from launcher.scheduler.factory import scheduler_of
 from launcher.submission import intent
 from launcher.submission.claim import claim
 from launcher.submission.once import submit_once
-from launcher.submission.render import directives_of, render_array
+from launcher.submission.render_script import directives_of, render_array
 from launcher.submission.script import script_of
 from launcher.submission.secret_files import check_secrets, remove_secrets, write_secrets
 from launcher.submission.submission import Submission

@@ -19,8 +19,8 @@ from pathlib import Path
 from launcher.contract.errors import CheckpointError, RunStateError
 from launcher.contract.rundir import RunPaths, checkpoint_step
 from launcher.contract.spec import RunSpec
+from sft.checkpoint.contents import RankedStep, TrainerState
 from sft.checkpoint.files import changed_bytes, damage
-from sft.checkpoint.format import RankedStep, TrainerState
 
 _READERS = 8
 """Number of threads that compute checksums; a single one does not keep a parallel file system busy."""

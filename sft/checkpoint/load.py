@@ -13,8 +13,8 @@ import torch
 from launcher.contract.errors import CheckpointError, ConfigError
 from launcher.contract.rundir import checkpoint_step, complete_checkpoints
 from launcher.contract.versions import parse_version
+from sft.checkpoint.contents import SHARDED, TrainerState
 from sft.checkpoint.files import changed_bytes, damage
-from sft.checkpoint.format import SHARDED, TrainerState
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.parallel.groups import ControlGroup

@@ -33,7 +33,7 @@ from launcher.contract.checksum import crc32
 from launcher.contract.errors import CheckpointError
 from launcher.contract.rundir import sync_path
 from sft.checkpoint import files as checkpoint_files
-from sft.checkpoint.format import SHARDED, TRAINER, TrainerState
+from sft.checkpoint.contents import SHARDED, TRAINER, TrainerState
 from sft.megatron.core import AsyncRequest, CheckpointingException, dist_checkpointing, filesystem_async
 from sft.megatron.parallel.groups import ControlGroup
 from sft.megatron.patches.write_errors import raise_write_error

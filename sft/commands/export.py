@@ -9,7 +9,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, append_event, read_lines
 from launcher.contract.spec import RunSpec, read_resolved
 from sft.checkpoint.choose import Choice, choose
-from sft.checkpoint.format import SHARDED
+from sft.checkpoint.contents import SHARDED
 from sft.hf.adapter_export import export_adapter
 from sft.hf.answer import answers_wanted, record_answers
 from sft.hf.exporter import export_checkpoint

@@ -11,7 +11,7 @@ from launcher.contract.topology import build_topology
 from sft.data.prepared.held_out import open_validation_sets
 from sft.data.prepared.prepare import check_vocabulary, prepare_data
 from sft.data.prepared.report import report
-from sft.generation.prompts import check_prompts
+from sft.generation.evaluation_prompts import check_prompts
 from sft.hf.answer import answers_wanted, record_answers
 from sft.hf.checks import check_model_settings
 from sft.hf.files import check_model_files

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 from sft.data.batches.batch import MicroBatch, StepBatch
+from sft.engine.divide_gradients import reduce_and_divide_gradients
 from sft.engine.objective import weighted_for
 from sft.engine.results import EvalResult, StepResult
 from sft.megatron.config import transformer_config
@@ -32,7 +32,6 @@ from sft.megatron.core import (
     MegatronOptimizer,
     OptimizerParamScheduler,
     TransformerConfig,
-    finalize_model_grads,
     get_forward_backward_func,
     parallel_state,
 )
@@ -130,7 +129,7 @@ class SFTGPT(pl.LightningModule):
         optimizer.zero_grad()  # type: ignore[union-attr]
         batch = weighted_for(self.spec.train.objective, batch, self.topology.data_parallel)
         self.config.finalize_model_grads_func = partial(
-            _finalize, divisor=1.0 if self.kernels.fused else batch.global_weight
+            reduce_and_divide_gradients, divisor=1.0 if self.kernels.fused else batch.global_weight
         )
         loss = _divide(self.forward_backward(batch, forward_only=False), batch.global_weight)
         learning_rate = self._set_learning_rate(batch.step)
@@ -244,20 +243,6 @@ def _weighted_sum(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tens
     supervised = weights != 0
     total = torch.where(supervised, losses.float() * weights, 0.0).sum()
     return total, supervised.sum().int(), total.detach().clone()
-
-
-def _finalize(
-    model_chunks: list[DistributedDataParallel], num_tokens: Tensor | None, *, divisor: float, **kwargs: Any
-) -> None:
-    """Reduce gradients as Megatron-core does, then divide by the global batch's weight.
-
-    Megatron-core would divide by its own count of tokens, an integer that it has to reduce over ranks first;
-    fractional weights do not fit into it, and the sum is known here already.
-    """
-    finalize_model_grads(model_chunks, None, **kwargs)
-    if divisor != 1.0:
-        for model_chunk in model_chunks:
-            model_chunk.scale_gradients(1.0 / divisor if divisor > 0 else 0.0)
 
 
 def _divide(total: Tensor, weight: float) -> Tensor:

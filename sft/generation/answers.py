@@ -14,8 +14,8 @@ from launcher.contract.rundir import append_line
 from launcher.contract.spec import RunSpec
 from sft.data.encoding.tokenizer import load_tokenizer
 from sft.engine.module import SFTGPT
+from sft.generation.evaluation_prompts import Metric, averages, metric_function, read_prompts, stop_tokens, trimmed
 from sft.generation.generate import generate
-from sft.generation.prompts import Metric, averages, metric_function, read_prompts, stop_tokens, trimmed
 from sft.megatron.core import parallel_state
 from sft.megatron.parallel.groups import ControlGroup
 from sft.metrics.run_log import RunLog

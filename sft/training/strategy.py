@@ -15,7 +15,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from launcher.contract.topology import Topology
-from sft.checkpoint.format import TrainerState
+from sft.checkpoint.contents import TrainerState
 from sft.checkpoint.load import load_newest, sharded_state
 from sft.checkpoint.save import CheckpointSaver
 from sft.megatron.core import __version__ as megatron_version

@@ -25,7 +25,7 @@ from sft.checkpoint.load import newest_usable, read_trainer_state
 from sft.data.prepared.prepare import open_or_build
 from sft.engine.module import SFTGPT
 from sft.generation.answers import PromptAnswers
-from sft.generation.prompts import Metric
+from sft.generation.evaluation_prompts import Metric
 from sft.health.watchdog import Watchdog
 from sft.megatron.kernel_choice import choose_kernels
 from sft.metrics.loss_plot import plot_loss

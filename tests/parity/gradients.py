@@ -34,13 +34,13 @@ def train_and_capture(config: Path) -> list[list[Part]]:
     """Runs on a rank: what this rank holds of the gradients of each step, as the optimizer gets them."""
     architecture = read_architecture(Path(read_resolved(config).model.path))
     steps: list[list[Part]] = []
-    finalize = sft.engine.module._finalize
+    finalize = sft.engine.module.reduce_and_divide_gradients
 
     def spy(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize(chunks, *args, **kwargs)
         steps.append(_parts(chunks, architecture))
 
-    sft.engine.module._finalize = spy
+    sft.engine.module.reduce_and_divide_gradients = spy
     train(config)
     return steps
 

@@ -31,7 +31,7 @@ from sft.commands.export import export
 from sft.commands.prepare import prepare
 from sft.compat.trlx.samples import Tokens
 from sft.data.prepared.prepare import WAIT_SECONDS
-from sft.generation.prompts import Metric
+from sft.generation.evaluation_prompts import Metric
 from sft.megatron.core import parallel_state
 from sft.runtime.rank_env import RankEnv
 from sft.training.trainer import train_run

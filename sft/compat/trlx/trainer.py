@@ -28,7 +28,7 @@ from sft.compat.trlx.run import Material, make_spec, refuse_other_run, resume_po
 from sft.compat.trlx.samples import Sample, SampleEncoder, Tokens
 from sft.compat.trlx.settings import run_place, settle
 from sft.data.encoding.tokenizer import load_tokenizer
-from sft.generation.prompts import Metric
+from sft.generation.evaluation_prompts import Metric
 from sft.runtime.rank_env import RankEnv
 from sft.training.trainer import megatron_trainer as our_trainer
 

@@ -27,7 +27,6 @@ from sft.megatron.core import (
 )
 from sft.megatron.kernel_choice import Kernels
 from sft.megatron.layers.attention import CoreAttention, RotarySelfAttention
-from sft.megatron.layers.experts import ExpertMLP
 from sft.megatron.layers.fused import (
     FusedCoreAttention,
     FusedMLP,
@@ -36,6 +35,7 @@ from sft.megatron.layers.fused import (
     FusedTransformerLayer,
 )
 from sft.megatron.layers.linears import Linears, choose_linears
+from sft.megatron.layers.mixture_of_experts import ExpertMLP
 from sft.megatron.layers.norms import PLAIN_NORMS
 from sft.megatron.layers.residual import residual_addition
 from sft.models.architecture import Architecture, Attention, Experts

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from launcher.contract.rundir import append_line, checkpoint_step
 from launcher.contract.spec import TrainSpec
-from sft.checkpoint.format import BadStepState
+from sft.checkpoint.contents import BadStepState
 from sft.engine.module import SFTGPT
 from sft.engine.results import StepResult
 from sft.metrics.run_log import RunLog

@@ -13,7 +13,7 @@ from launcher.contract.lease import Keeper
 from launcher.contract.rundir import checkpoint_step
 from launcher.contract.spec import CheckpointSpec
 from sft.checkpoint import files as checkpoint_files
-from sft.checkpoint.format import BestSteps, RankedStep
+from sft.checkpoint.contents import BestSteps, RankedStep
 from sft.metrics.run_log import RunLog
 from sft.runtime.deadline import Deadline
 from sft.runtime.stop import StopFlag

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from launcher.contract.spec import EarlyStoppingSpec
-from sft.checkpoint.format import EarlyStoppingState
+from sft.checkpoint.contents import EarlyStoppingState
 
 
 def is_better(value: float, than: float, mode: Literal["min", "max"], min_delta: float = 0.0) -> bool:

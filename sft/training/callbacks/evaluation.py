@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
-from sft.checkpoint.format import EarlyStoppingState
+from sft.checkpoint.contents import EarlyStoppingState
 from sft.data.prepared.held_out import open_validation_sets
 from sft.engine.module import SFTGPT
 from sft.megatron.parallel.groups import ControlGroup

@@ -16,7 +16,7 @@ from launcher.contract.spec import ClusterSpec, ResourcesSpec
 from launcher.scheduler.base import Array, Dependency, Intent, JobRequest
 from launcher.scheduler.factory import scheduler_of
 from launcher.scheduler.slurm.scheduler import Slurm, submit_options
-from launcher.submission.render import template_name
+from launcher.submission.render_script import template_name
 
 NAMES: tuple[SchedulerName, ...] = typing.get_args(SchedulerName)
 INTENT = Intent(token="sft-1", scheduler="slurm", written_at=1.0, host="login")

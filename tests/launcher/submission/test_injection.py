@@ -17,9 +17,9 @@ from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import field_types
 from launcher.contract.topology import build_topology
-from launcher.submission.render import render
+from launcher.submission.render_script import render
 from tests.launcher.conftest import Commands
-from tests.launcher.submission.test_render import golden_scripts
+from tests.launcher.submission.test_render_script import golden_scripts
 
 _TEXTS = (str, str | None, list[str], dict[str, str])
 _BASES = ("slurm-everything", "slurm-venv", "slurm-conda", "slurm-apptainer", "local-none", "slurm-pyxis")

@@ -96,7 +96,7 @@ def test_refused_job_leaves_no_secret(workdir: Path, commands: Commands, values:
 
 
 def test_script_names_them_and_asks_for_them(tmp_path: Path) -> None:
-    from tests.launcher.submission.test_render import make_spec, script
+    from tests.launcher.submission.test_render_script import make_spec, script
 
     cluster = ClusterSpec(scheduler="slurm", env_from=["A_TOKEN"], secrets_dir="/private dir")
     text = script(make_spec(cluster=cluster))

@@ -12,8 +12,8 @@ from launcher.contract.errors import CheckpointError, RunStateError
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import CheckpointSpec, EarlyStoppingSpec, RunSpec, TrainSpec
 from sft.checkpoint.choose import choose
+from sft.checkpoint.contents import TrainerState
 from sft.checkpoint.files import seal
-from sft.checkpoint.format import TrainerState
 
 RANKED = [{"step": 2, "value": 1.25}, {"step": 4, "value": 1.5}]
 SPEC = RunSpec(checkpoint=CheckpointSpec(keep_best=2))

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.contract.errors import CheckpointError
 from sft.checkpoint import load
-from sft.checkpoint.format import TrainerState
+from sft.checkpoint.contents import TrainerState
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.contract.spec import EarlyStoppingSpec, RunSpec, TrainSpec
+from sft.checkpoint.contents import TrainerState
 from sft.checkpoint.files import seal
-from sft.checkpoint.format import TrainerState
 from sft.training.trainer import _nothing_to_do
 
 SPEC = RunSpec(train=TrainSpec(early_stopping=EarlyStoppingSpec(patience=2)))

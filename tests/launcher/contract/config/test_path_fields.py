@@ -20,7 +20,7 @@ from launcher.contract.topology import build_topology
 from launcher.remote.hand_over import sent_paths
 from launcher.submission.code_snapshot import take_snapshot
 from launcher.submission.lockfile import fingerprints
-from launcher.submission.render import render
+from launcher.submission.render_script import render
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

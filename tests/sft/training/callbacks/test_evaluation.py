@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.contract.spec import CheckpointSpec, EarlyStoppingSpec
-from sft.checkpoint.format import BestSteps, EarlyStoppingState
+from sft.checkpoint.contents import BestSteps, EarlyStoppingState
 from sft.training.callbacks.checkpoints import BestCheckpoints
 from sft.training.callbacks.early_stopping import EarlyStopping, is_better
 

@@ -30,7 +30,7 @@ from launcher.contract.spec import (
     TrainSpec,
 )
 from launcher.contract.topology import build_topology
-from launcher.submission.render import render, sbatch
+from launcher.submission.render_script import render, sbatch
 from tests.launcher.conftest import Commands
 
 GOLDEN = Path(__file__).parents[2] / "golden"

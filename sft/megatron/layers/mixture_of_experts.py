@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sft.kernels.experts import assign, expert_products, from_experts, to_experts
+from sft.kernels.grouped_experts import assign, expert_products, from_experts, to_experts
 from sft.megatron.core import (
     MegatronModule,
     ShardedTensor,

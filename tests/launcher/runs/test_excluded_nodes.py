@@ -17,14 +17,14 @@ from launcher.contract.errors import LauncherError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, append_event
 from launcher.contract.spec import ClusterSpec, RunSpec, to_yaml
-from launcher.runs import nodes
-from launcher.runs.nodes import Entry, Ledger, by_hand, excluded
+from launcher.runs import excluded_nodes
+from launcher.runs.excluded_nodes import Entry, Ledger, by_hand, excluded
 from tests.launcher.conftest import Commands
 
 CHECKOUT = Path(__file__).parents[3]
 
 
-def entry(host: str, kind: nodes.Kind = "preflight", when: float = 0.0, attempt: str = "1.0") -> Entry:
+def entry(host: str, kind: excluded_nodes.Kind = "preflight", when: float = 0.0, attempt: str = "1.0") -> Entry:
     now = time.time() + when
     return Entry(host=host, kind=kind, why="w", time=now, expires=now + 1000, attempt=attempt)
 
@@ -56,7 +56,7 @@ def test_a_file_that_is_no_ledger_is_left_alone(tmp_path: Path) -> None:
 
 def test_writers_side_by_side_lose_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from launcher.runs.nodes import Ledger, by_hand\n"
+        "import sys; from pathlib import Path; from launcher.runs.excluded_nodes import Ledger, by_hand\n"
         "for n in range(20): Ledger(Path(sys.argv[1])).add([by_hand(f'{sys.argv[2]}-{n}', 'w', 1)])"
     )
     path = tmp_path / "c.json"
@@ -94,14 +94,14 @@ def test_events_of_this_cluster_s_runs_are_evidence(tmp_path: Path) -> None:
         make_run(tmp_path / "r3", "another", PREFLIGHT | {"nodes": [{"host": "n6", "checks": []}]}),
     ]
     for _ in range(2):
-        nodes.learn(runs, cluster)
-        found = nodes.ledger_of(cluster).entries()
+        excluded_nodes.learn(runs, cluster)
+        found = excluded_nodes.ledger_of(cluster).entries()
         assert [(known.host, known.kind, known.why) for known in found] == [
             ("n1", "preflight", "gpus: ECC"),
             ("n2", "hang", "rank 0 hung after step 7"),
         ]
-    assert nodes.exclude_option(cluster, "x[1-3]") == "x[1-3],n1"
-    assert nodes.exclude_option(dataclasses.replace(cluster, max_excluded=0), None) is None
+    assert excluded_nodes.exclude_option(cluster, "x[1-3]") == "x[1-3],n1"
+    assert excluded_nodes.exclude_option(dataclasses.replace(cluster, max_excluded=0), None) is None
 
 
 def test_command(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_command(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_submit_keeps_away_and_says_so(workdir: Path, commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = ClusterSpec(name="slurm-dev")
-    nodes.ledger_of(cluster).add([by_hand("n7", "slow", 1)])
+    excluded_nodes.ledger_of(cluster).add([by_hand("n7", "slow", 1)])
     commands.add("srun", "")
     commands.add("sbatch", "echo 5")
     assert main(["submit", "cfg.yaml", "--cluster=slurm-dev", "resources.exclude=n[1-2]"]) == 0

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.kernels.experts import assign, expert_products, from_experts, looped_products, to_experts
+from sft.kernels.grouped_experts import assign, expert_products, from_experts, looped_products, to_experts
 
 TOKENS, CHOSEN, EXPERTS, HIDDEN, WIDTH = 13, 2, 5, 8, 6
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.contract.errors import CheckpointError
-from sft.checkpoint.format import EarlyStoppingState, RankedStep, TrainerState
+from sft.checkpoint.contents import EarlyStoppingState, RankedStep, TrainerState
 
 WRITTEN = {
     "format": 3,

@@ -11,7 +11,14 @@ import pytest
 
 from launcher.contract.errors import ConfigError, DataError, ModelError
 from launcher.contract.spec import DataSpec, EvaluationSpec, RunSpec
-from sft.generation.prompts import averages, check_prompts, metric_function, read_prompts, stop_tokens, trimmed
+from sft.generation.evaluation_prompts import (
+    averages,
+    check_prompts,
+    metric_function,
+    read_prompts,
+    stop_tokens,
+    trimmed,
+)
 from tests.tiny_model import make_tokenizer, write_jsonl
 
 TOKENIZER = make_tokenizer()
