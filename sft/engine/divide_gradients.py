@@ -16,7 +16,7 @@ from sft.megatron.core import DistributedDataParallel, finalize_model_grads
 def reduce_and_divide_gradients(
     model_chunks: list[DistributedDataParallel], num_tokens: Tensor | None, *, divisor: float, **kwargs: Any
 ) -> None:
-    """Reduce the gradients of all chunks as Megatron-core does, then divide them by `divisor`; 0 makes them 0."""
+    """Reduce the gradients of all chunks as Megatron-core does, then divide them by `divisor`. With 0 they are 0."""
     finalize_model_grads(model_chunks, None, **kwargs)
     if divisor != 1.0:
         for model_chunk in model_chunks:
