@@ -32,6 +32,6 @@ def test_requeued_run_where_squeue_forgets_at_once(
     slurm_with_accounting: SlurmCluster, uninterrupted: RunPaths, tmp_path: Path
 ) -> None:
     """One row of the fault matrix; all of them are run with sacct in the slow tier."""
-    run = killed_rank(make_workbench(tmp_path, slurm_with_accounting))
+    run = killed_rank(make_workbench(tmp_path, slurm_with_accounting), ranks=4)
     assert decided(run) == [("unknown", "requeue"), ("done", "stop")]
     assert loss_curve(run) == loss_curve(uninterrupted)

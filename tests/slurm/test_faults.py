@@ -98,12 +98,12 @@ def undisturbed(bench: Workbench) -> RunPaths:
     return wait_for_end(bench, bench.submit("undisturbed", *TWO_RANKS))
 
 
-def killed_rank(bench: Workbench) -> RunPaths:
-    """Somebody follows the logs."""
-    run = bench.submit("killed-rank", *TWO_RANKS)
+def killed_rank(bench: Workbench, ranks: int = 2) -> RunPaths:
+    """The last of two or four ranks is killed, while somebody follows the logs."""
+    run = bench.submit("killed-rank", *(TWO_RANKS if ranks == 2 else ()))
     follower = start_launcher(bench, run.root / "followed.txt", "logs", "--follow", str(run.root))
     wait_for_checkpoint(run, PATIENCE)
-    os.kill(rank_python(job_of(run), rank=1, ranks=2), signal.SIGKILL)
+    os.kill(rank_python(job_of(run), rank=ranks - 1, ranks=ranks), signal.SIGKILL)
     wait_for_end(bench, run)
     assert follower.wait(timeout=120) == 0
     return run
