@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,6 +263,16 @@ def test_second_job_of_a_run_refuses(run: RunPaths) -> None:
     assert f"attempt {refusal['attempt']} refused to start" in why(run)
 
 
+def fill(disk: Path, left: int) -> None:
+    """Leave `left` bytes, whatever the run writes meanwhile."""
+    for _ in range(100):
+        free = os.statvfs(disk)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - left)
+            return
+    raise AssertionError(f"{disk} could not be filled")
+
+
 def full_disk(bench: Workbench) -> RunPaths:
     """A file system of 100 MB, with 1 MB left after the first checkpoint."""
     disk = bench.root / "disk"
@@ -273,9 +284,7 @@ def full_disk(bench: Workbench) -> RunPaths:
         bench.submit("full", *TWO_RANKS, f"run_root={disk}", cache)
         run = RunPaths(disk / "full")
         wait_for_checkpoint(run, PATIENCE)
-        left = os.statvfs(disk)
-        with (disk / "filler").open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, left.f_bavail * left.f_frsize - 2**20)
+        fill(disk, 2**20)
         wait_for_end(bench, run, "FAILED")
         (disk / "filler").unlink()
         bench.launcher("resubmit", str(run.root))
