@@ -190,7 +190,7 @@ def test_user_comment_is_kept(workdir: Path, jobs: Path) -> None:
 def test_local_run_of_a_killed_launcher_is_adopted(
     workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAKE_TICKS", "1000")
+    monkeypatch.setenv("FAKE_TICKS", "200")
 
     def submit() -> None:
         monkeypatch.setattr(
