@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sft.kernels.autograd import Context
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +72,21 @@ def looped_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class _Context(Context, Protocol):
+    assignment: Assignment
+
+
 class _ToExperts(torch.autograd.Function):
     """A gather whose backward pass gathers, too: indexing's own would add up with atomic additions."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, tokens: Tensor, assignment: Assignment) -> Tensor:
-        ctx.assignment = assignment  # type: ignore[attr-defined]
+    def forward(ctx: _Context, tokens: Tensor, assignment: Assignment) -> Tensor:
+        ctx.assignment = assignment
         return tokens.index_select(0, assignment.source // assignment.chosen)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        assignment: Assignment = ctx.assignment  # type: ignore[attr-defined]
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
+        assignment = ctx.assignment
         (grad,) = grads
         by_token = grad.index_select(0, assignment.place).view(-1, assignment.chosen, grad.size(-1))
         return by_token.sum(1, dtype=torch.float32).to(grad.dtype), None
@@ -90,12 +96,12 @@ class _Unsort(torch.autograd.Function):
     """Put sorted rows back in the order of the tokens; backward by the inverse permutation."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, assignment: Assignment) -> Tensor:
-        ctx.assignment = assignment  # type: ignore[attr-defined]
+    def forward(ctx: _Context, rows: Tensor, assignment: Assignment) -> Tensor:
+        ctx.assignment = assignment
         return rows.index_select(0, assignment.place)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        assignment: Assignment = ctx.assignment  # type: ignore[attr-defined]
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
+        assignment = ctx.assignment
         (grad,) = grads
         return grad.index_select(0, assignment.source), None
