@@ -17,25 +17,28 @@ from collections.abc import Iterable
 from launcher.contract.model_shape import ModelShape
 
 
-def layer_matmul_parameters(shape: ModelShape, *, active: bool = False) -> int:
+def layer_matmul_parameters(shape: ModelShape, *, active: bool = False, dense: bool = False) -> int:
     """Return the weights of the linear layers in one decoder layer (q, k, v, output projection, MLP) without biases.
 
-    Of a mixture of experts, `active` counts only the experts that one token goes to.
+    In a mixture of experts, `active` counts only the experts that one token goes to, and `dense` is for a layer that
+    has an MLP instead.
     """
     queries = shape.num_attention_heads * shape.head_dim
     keys_and_values = 2 * shape.num_query_groups * shape.head_dim
     attention = shape.hidden_size * (2 * queries + keys_and_values)
-    width = shape.ffn_hidden_size
-    if shape.num_experts:
-        width = shape.active_ffn_size if active else shape.num_experts * shape.expert_ffn_hidden_size
-    router = shape.num_experts * shape.hidden_size
+    width, router = shape.ffn_hidden_size, 0
+    if shape.num_experts and not dense:
+        whole = shape.num_experts * shape.expert_ffn_hidden_size + shape.shared_expert_size
+        width, router = shape.active_ffn_size if active else whole, shape.num_experts * shape.hidden_size
     return attention + (3 if shape.gated_mlp else 2) * shape.hidden_size * width + router
 
 
 def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
     """Return the weights of linear layers and norms, which are all but those of embedding and output layer."""
-    layer = layer_matmul_parameters(shape, active=active) + 2 * shape.hidden_size
-    return shape.num_layers * layer + shape.hidden_size
+    dense = len(shape.dense_layers)
+    layers = (shape.num_layers - dense) * layer_matmul_parameters(shape, active=active)
+    layers += dense * layer_matmul_parameters(shape, dense=True)
+    return layers + (2 * shape.num_layers + 1) * shape.hidden_size
 
 
 def embedding_parameters(shape: ModelShape) -> int:

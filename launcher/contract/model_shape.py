@@ -51,11 +51,17 @@ class ModelShape:
     experts_per_token: int = 0
     expert_ffn_hidden_size: int = 0
     """Width of one expert."""
+    shared_expert_size: int = 0
+    """Width of the MLP that every token meets beside its experts; 0 for none."""
+    dense_layers: tuple[int, ...] = ()
+    """Of a mixture of experts the layers, counted from 0, that have a dense MLP all the same."""
 
     @property
     def active_ffn_size(self) -> int:
-        """The feed-forward width that one token meets: of the experts that it goes to, together."""
-        return self.experts_per_token * self.expert_ffn_hidden_size if self.num_experts else self.ffn_hidden_size
+        """The feed-forward width that one token meets in a layer: of its experts and the shared one, together."""
+        if not self.num_experts:
+            return self.ffn_hidden_size
+        return self.experts_per_token * self.expert_ffn_hidden_size + self.shared_expert_size
 
     @classmethod
     def from_config(cls, config: HfConfig, where: str) -> ModelShape:
@@ -83,6 +89,7 @@ class ModelShape:
             tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
             gated_mlp=model_type != "gpt2",
             **_expert_sizes(config),
+            dense_layers=_dense_layers(config),
         )
 
 
@@ -93,7 +100,26 @@ def _expert_sizes(config: HfConfig) -> dict[str, int]:
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
     if not all(isinstance(size, int) for size in (count, chosen, width)):
         return {}
-    return {"num_experts": count, "experts_per_token": chosen, "expert_ffn_hidden_size": width}
+    shared = config.get("shared_expert_intermediate_size") or width * (config.get("n_shared_experts") or 0)
+    return {
+        "num_experts": count,
+        "experts_per_token": chosen,
+        "expert_ffn_hidden_size": width,
+        "shared_expert_size": shared,
+    }
+
+
+def _dense_layers(config: HfConfig) -> tuple[int, ...]:
+    """Return the layers of a mixture of experts that have none, by any of the keys that say so."""
+    if not _expert_sizes(config):
+        return ()
+    first = config.get("first_k_dense_replace")
+    first = first if isinstance(first, int) else 0
+    step = config.get("decoder_sparse_step")
+    step = step if isinstance(step, int) and step > 0 else 1
+    named = config.get("mlp_only_layers") or ()
+    layers = range(config["num_hidden_layers"])
+    return tuple(layer for layer in layers if layer < first or layer in named or (layer + 1) % step)
 
 
 def read_model_shape(model_dir: Path) -> ModelShape:

@@ -21,7 +21,7 @@ import torch
 
 from launcher.contract.spec import LoraSpec
 from sft.models.architecture import Architecture, Experts
-from sft.models.weight_map import ParameterMap, Piece, checkpoint_key, split_parameter
+from sft.models.weight_map import SHARED_EXPERT, ParameterMap, Piece, checkpoint_key, split_parameter
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -52,6 +52,8 @@ class AdapterTarget:
     """The Megatron-core linear that holds its rows, within the layer."""
     parameter_map: ParameterMap
     """Its rows in that linear, in the order in which the linear has them."""
+    stacked: bool
+    """Whether checkpoints stack the layers of this model (`WeightMap.stacked`)."""
 
     @property
     def columns(self) -> int:
@@ -73,6 +75,10 @@ class AdapterTarget:
         """Return the name of the parameter `lora_A` or `lora_B.<block>` in the whole model."""
         return f"decoder.layers.{self.layer}.{self.linear}{MARK}{self.name}.{which}"
 
+    def checkpoint_key(self, which: str) -> tuple[str, int | None]:
+        """Return the key of that parameter in a sharded checkpoint, and its index there."""
+        return checkpoint_key(self.parameter(which), stacked=self.stacked)
+
     def draw_a(self, rank: int, seed: int) -> torch.Tensor:
         """Return the whole initial A: random with PEFT's distribution, from its name and the seed alone."""
         digest = hashlib.sha256(f"{seed} {self.module}.lora_A.weight".encode()).digest()
@@ -83,8 +89,8 @@ class AdapterTarget:
     def read(self, source: CheckpointTensors) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B of a sharded checkpoint, B's rows in the order of the files."""
         blocks = range(len(self.parameter_map.blocks))
-        a = source.tensor(*checkpoint_key(self.parameter("lora_A")))
-        b = torch.cat([source.tensor(*checkpoint_key(self.parameter(f"lora_B.{block}"))) for block in blocks])
+        a = source.tensor(*self.checkpoint_key("lora_A"))
+        b = torch.cat([source.tensor(*self.checkpoint_key(f"lora_B.{block}")) for block in blocks])
         return a, split_parameter(self.parameter_map, b)[f"{self.module}{_WEIGHT}"]
 
 
@@ -93,7 +99,8 @@ def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> l
     found = []
     has_experts = isinstance(architecture.layers[layer].mlp, Experts)
     for parameter, parameter_map in architecture.weights.layers[layer].items():
-        if parameter_map.columns is None or (has_experts and parameter.startswith("mlp.")):
+        of_experts = has_experts and parameter.startswith("mlp.") and not parameter.startswith(SHARED_EXPERT)
+        if parameter_map.columns is None or of_experts:
             continue
         for weight in dict.fromkeys(piece.name for piece in parameter_map.pieces):
             module = weight.removesuffix(_WEIGHT)
@@ -106,6 +113,7 @@ def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> l
                         layer=layer,
                         linear=parameter.removesuffix(_WEIGHT),
                         parameter_map=_rows_of(weight, parameter_map),
+                        stacked=architecture.weights.stacked,
                     )
                 )
     return found
@@ -117,6 +125,11 @@ def all_targets(architecture: Architecture, lora: LoraSpec) -> list[AdapterTarge
     return [target for layer in layers for target in adapter_targets(architecture, lora, layer)]
 
 
+def target_names(architecture: Architecture, lora: LoraSpec) -> list[str]:
+    """Return the names of the layers that have adapters, each once, in the order of the files."""
+    return list(dict.fromkeys(target.name for target in all_targets(architecture, lora)))
+
+
 def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: int) -> list[str]:
     """Return what the model cannot do of these settings."""
     if lora.rank is None:
@@ -124,7 +137,7 @@ def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: i
     if any(part.transposed for part in architecture.weights.layers[0].values()):
         kind = architecture.shape.model_type
         return [f"model.lora.rank {lora.rank}: a {kind} model takes no adapters here; unset it to train all weights"]
-    every = [target.name for target in adapter_targets(architecture, LoraSpec(rank=lora.rank), 0)]
+    every = target_names(architecture, LoraSpec(rank=lora.rank))
     if not lora.targets and any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
         return [
             "model.lora.targets: empty means every linear layer, and routers and experts take no adapters yet; set it "
@@ -157,7 +170,7 @@ def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[
         "r": lora.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": [target.name for target in adapter_targets(architecture, lora, 0)],
+        "target_modules": target_names(architecture, lora),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

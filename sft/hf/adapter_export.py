@@ -26,12 +26,19 @@ from sft.hf.adapter import (
     all_targets,
     peft_config,
 )
-from sft.hf.exporter import copy_settings, file_dtypes, whole_directory, write_config, write_model
+from sft.hf.carried import Carried
+from sft.hf.exporter import (
+    copy_settings,
+    file_dtypes,
+    trained_dtypes,
+    whole_directory,
+    write_config,
+    write_model,
+)
 from sft.hf.files import WeightFiles, check_model_files, write_weights
 from sft.hf.sharded_reader import ShardedReader
 from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
-from sft.models.weight_map import checkpoint_key
 
 MERGED_ADAPTER = "adapter"
 """Where a merged export keeps the adapter that went into it."""
@@ -61,8 +68,8 @@ def export_adapter(
         if merged:
             dtypes = file_dtypes(model_dir, architecture)
             merge = _Merger(reader, model_dir, architecture, targets, lora.scale)
-            write_model(merge.tensors_of, architecture, dtypes, aside)
-            write_config(model_dir, aside, dtypes)
+            write_model(merge.tensors_of, architecture, dtypes, aside, Carried.of(model_dir, architecture))
+            write_config(model_dir, aside, trained_dtypes(architecture, dtypes))
             check_model_files(aside, architecture)
 
 
@@ -132,8 +139,8 @@ def _check_checkpoint(
     """Refuse the checkpoint of another rank, other targets or another model before anything is written."""
     layers = max(target.layer for target in targets) + 1
     for target in targets:
-        key = checkpoint_key(target.parameter("lora_A"))[0]
-        expected = (layers, lora.rank, target.columns)
+        key, index = target.checkpoint_key("lora_A")
+        expected = (*(() if index is None else (layers,)), lora.rank, target.columns)
         if reader.shape(key) != expected:
             raise CheckpointError(
                 f"checkpoint {checkpoint_dir}: {key} is {list(reader.shape(key))}; by model.lora and config.json it "

@@ -22,7 +22,17 @@ from safetensors import SafetensorError
 
 from launcher.contract.errors import CheckpointError
 from launcher.contract.rundir import read_json, sync_path, write_json
-from sft.hf.files import INDEX, SINGLE, check_model_files, read_header, sync_files, weight_map, write_weights
+from sft.hf.carried import Carried
+from sft.hf.files import (
+    INDEX,
+    SINGLE,
+    check_model_files,
+    has_weights,
+    read_header,
+    sync_files,
+    weight_map,
+    write_weights,
+)
 from sft.hf.sharded_reader import ShardedReader
 from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
@@ -64,16 +74,18 @@ def export_checkpoint(
     reader = ShardedReader(checkpoint_dir)
     _check_checkpoint(reader, checkpoint_dir, architecture)
     maps = architecture.weights.parameters()
+    stacked = architecture.weights.stacked
     with whole_directory(out_dir) as aside:
         dtypes = _export_dtypes(reader, model_dir, architecture, dtype)
         write_model(
-            lambda name: split_parameter(maps[name], reader.tensor(*checkpoint_key(name))),
+            lambda name: split_parameter(maps[name], reader.tensor(*checkpoint_key(name, stacked=stacked))),
             architecture,
             dtypes,
             aside,
+            Carried.of(model_dir, architecture),
         )
         copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
-        write_config(model_dir, aside, dtypes)
+        write_config(model_dir, aside, trained_dtypes(architecture, dtypes))
         check_model_files(aside, architecture)
 
 
@@ -93,13 +105,20 @@ def whole_directory(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], most: int) -> list[list[str]]:
-    """Return the parameters of each weight file, in model order. A file has at most `most` bytes, or one parameter."""
+def plan_files(
+    architecture: Architecture, dtypes: Mapping[str, torch.dtype], most: int, carried: Mapping[str, int] | None = None
+) -> list[list[str]]:
+    """Return the parameters of each weight file, in model order, and behind them `carried` tensors, given with sizes.
+
+    A file has at most `most` bytes, or one parameter.
+    """
+    parameters = {
+        name: part.rows * (part.columns or 1) * dtypes[part.pieces[0].name].itemsize
+        for name, part in architecture.weights.parameters().items()
+    }
     files: list[list[str]] = [[]]
     filled = 0
-    for name, parameter_map in architecture.weights.parameters().items():
-        elements = parameter_map.rows * (parameter_map.columns or 1)
-        size = elements * dtypes[parameter_map.pieces[0].name].itemsize
+    for name, size in [*parameters.items(), *(carried or {}).items()]:
         if files[-1] and filled + size > most:
             files.append([])
             filled = 0
@@ -111,7 +130,7 @@ def plan_files(architecture: Architecture, dtypes: Mapping[str, torch.dtype], mo
 def _check_checkpoint(reader: ShardedReader, checkpoint_dir: Path, architecture: Architecture) -> None:
     """Refuse a checkpoint of another model before anything is written."""
     for name, parameter_map in architecture.weights.parameters().items():
-        key, index = checkpoint_key(name)
+        key, index = checkpoint_key(name, stacked=architecture.weights.stacked)
         layers = () if index is None else (architecture.shape.num_layers,)
         columns = () if parameter_map.columns is None else (parameter_map.columns,)
         expected = (*layers, parameter_map.rows, *columns)
@@ -133,16 +152,23 @@ def _with_joined_rows(shape: tuple[int, ...], before: int, after: int) -> tuple[
 def _export_dtypes(
     reader: ShardedReader, model_dir: Path, architecture: Architecture, dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Return the number type of every Hugging Face tensor."""
-    if dtype is not None:
-        return dict.fromkeys(architecture.weights.hf_shapes(), dtype)
-    if (model_dir / SINGLE).is_file() or (model_dir / INDEX).is_file():
-        return file_dtypes(model_dir, architecture)
-    return {
-        piece.name: reader.dtype(checkpoint_key(name)[0])
-        for name, parameter_map in architecture.weights.parameters().items()
-        for piece in parameter_map.pieces
-    }
+    """Return the number type of every Hugging Face tensor. `dtype` is for those that are trained."""
+    if has_weights(model_dir):
+        own = file_dtypes(model_dir, architecture)
+    else:
+        own = {
+            piece.name: reader.dtype(checkpoint_key(name, stacked=architecture.weights.stacked)[0])
+            for name, parameter_map in architecture.weights.parameters().items()
+            for piece in parameter_map.pieces
+        }
+    return own if dtype is None else own | dict.fromkeys(trained_dtypes(architecture, own), dtype)
+
+
+def trained_dtypes(architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Return the number types of the tensors that can be trained: others keep theirs whatever the model has."""
+    parts = architecture.weights.parameters().values()
+    frozen = {piece.name for part in parts if part.frozen for piece in part.pieces}
+    return {name: dtype for name, dtype in dtypes.items() if name not in frozen}
 
 
 def file_dtypes(model_dir: Path, architecture: Architecture) -> dict[str, torch.dtype]:
@@ -157,17 +183,23 @@ def write_model(
     architecture: Architecture,
     dtypes: Mapping[str, torch.dtype],
     directory: Path,
+    carried: Carried | None = None,
 ) -> None:
     """Write all weight files, and their index where there is more than one.
 
     `tensors_of` gives the Hugging Face tensors that make up a parameter.
     """
-    plan = plan_files(architecture, dtypes, MAX_FILE_BYTES)
+    carried = carried or Carried()
+    plan = plan_files(architecture, dtypes, MAX_FILE_BYTES, carried.sizes)
     where: dict[str, str] = {}
     total = 0
     for number, names in enumerate(plan, start=1):
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
+            unchanged = carried.tensor(name)
+            if unchanged is not None:
+                tensors[name] = unchanged
+                continue
             for hf_name, tensor in tensors_of(name).items():
                 tensors[hf_name] = tensor.to(dtypes[hf_name])
         file = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"

@@ -43,6 +43,8 @@ class TensorHeader:
 
     dtype: str
     shape: tuple[int, ...]
+    size: int
+    """Bytes."""
 
 
 class Sliceable(Protocol):
@@ -63,6 +65,8 @@ class _WeightFile(Protocol):
 
     def get_slice(self, name: str) -> _FileTensor: ...
 
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
 
 class WeightFiles:
     """Reads tensors of a model directory by slices; a file is opened when the first tensor in it is needed."""
@@ -81,10 +85,24 @@ class WeightFiles:
             found = self._opened(path).get_slice(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: tensor {name} cannot be read ({error})") from None
-        problem = _problem(path, name, TensorHeader(found.get_dtype(), tuple(found.get_shape())), shape)
+        problem = _problem(path, name, found.get_dtype(), tuple(found.get_shape()), shape)
         if problem:
             raise ModelError(problem)
         return found
+
+    def sizes(self, beginnings: tuple[str, ...]) -> dict[str, int]:
+        """Return the bytes of each tensor whose name begins with one of these."""
+        files = {name: file for name, file in self._files.items() if name.startswith(beginnings)}
+        headers = {file: read_header(self.model_dir / file) for file in set(files.values())}
+        return {name: headers[file][name].size for name, file in files.items()}
+
+    def unchanged(self, name: str) -> torch.Tensor:
+        """Return the whole tensor `name` in whatever number type it has."""
+        path = self.model_dir / self._files[name]
+        try:
+            return self._opened(path).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: tensor {name} cannot be read ({error})") from None
 
     def _opened(self, path: Path) -> _WeightFile:
         if path.name not in self._open:
@@ -131,6 +149,11 @@ def weight_map(model_dir: Path) -> dict[str, str]:
     return named
 
 
+def has_weights(model_dir: Path) -> bool:
+    """Return whether the directory has weights and not a config alone."""
+    return (model_dir / SINGLE).is_file() or (model_dir / INDEX).is_file()
+
+
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """Return the tensors of a safetensors file, or raise ModelError if it is absent, damaged or truncated."""
     try:
@@ -142,7 +165,12 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             header = json.loads(file.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        found = {name: TensorHeader(entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+        found = {
+            name: TensorHeader(
+                entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+            )
+            for name, entry in tensors.items()
+        }
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; {INDEX} names it") from None
     except OSError as error:
@@ -194,13 +222,14 @@ def _tensor_problems(
         elif name not in headers[files[name]]:
             problems.append(f"{model_dir / files[name]}: no tensor {name}, though {INDEX} names it")
         else:
-            problem = _problem(model_dir / files[name], name, headers[files[name]][name], shape)
+            found = headers[files[name]][name]
+            problem = _problem(model_dir / files[name], name, found.dtype, found.shape, shape)
             problems += [problem] if problem else []
     # A weight that no layer takes would be lost without a word, and again at export. Old files keep what is computed,
     # and a tied model's head may be there as a copy of its embedding.
     known = {*wanted, HEAD} if model.shape.tied_embeddings else set(wanted)
     for name in sorted(set(files) - known):
-        if not name.endswith(_COMPUTED):
+        if not name.endswith(_COMPUTED) and not name.startswith(model.weights.carried):
             problems.append(
                 f"{model_dir / files[name]}: tensor {name} has no place in a {model.shape.model_type} model"
             )
@@ -219,10 +248,10 @@ def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture
     return [f"{model_dir}: config.json ties the embeddings, but {HEAD} differs from {model.weights.embedding_name}"]
 
 
-def _problem(path: Path, name: str, found: TensorHeader, shape: tuple[int, ...]) -> str | None:
+def _problem(path: Path, name: str, dtype: str, found: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
     """Return why this tensor is not the one that the config describes, or None."""
-    if found.shape != shape:
-        return f"{path}: tensor {name} is {list(found.shape)}; by config.json it should be {list(shape)}"
-    if found.dtype not in _FLOATS:
-        return f"{path}: tensor {name} is {found.dtype}; supported are {', '.join(_FLOATS)}"
+    if found != shape:
+        return f"{path}: tensor {name} is {list(found)}; by config.json it should be {list(shape)}"
+    if dtype not in _FLOATS:
+        return f"{path}: tensor {name} is {dtype}; supported are {', '.join(_FLOATS)}"
     return None

@@ -64,11 +64,7 @@ def fill_parameters(
     """
     shapes = architecture.weights.hf_shapes()
     for model_chunk, offset in zip(model_chunks, layer_offsets, strict=True):
-        named = {
-            canonical_name(name, offset): parameter
-            for name, parameter in model_chunk.named_parameters()
-            if ADAPTER_MARK not in name
-        }
+        named = _named_weights(model_chunk, offset, architecture)
         _check_layers(named, architecture)
         for name, parameter in named.items():
             parameter_map = architecture.weights.find(name)
@@ -78,9 +74,20 @@ def fill_parameters(
             _fill(parameter, parameter_map, source, shapes, tensor_rank, tensor_size)
 
 
+def _named_weights(model_chunk: nn.Module, offset: int, architecture: Architecture) -> dict[str, torch.Tensor]:
+    """Return the parameters of a chunk by their names in the whole model, and the buffers that files hold."""
+    found: dict[str, torch.Tensor] = {
+        canonical_name(name, offset): parameter
+        for name, parameter in model_chunk.named_parameters()
+        if ADAPTER_MARK not in name
+    }
+    buffers = {canonical_name(name, offset): buffer for name, buffer in model_chunk.named_buffers()}
+    return found | {name: buffer for name, buffer in buffers.items() if architecture.weights.find(name) is not None}
+
+
 @torch.no_grad()
 def _fill(
-    parameter: nn.Parameter,
+    parameter: torch.Tensor,
     parameter_map: ParameterMap,
     source: TensorSource,
     shapes: dict[str, tuple[int, ...]],
@@ -108,7 +115,7 @@ def _fill(
     parameter[position:].zero_()
 
 
-def _check_built(name: str, parameter: nn.Parameter, parameter_map: ParameterMap, size: int) -> None:
+def _check_built(name: str, parameter: torch.Tensor, parameter_map: ParameterMap, size: int) -> None:
     """Raise ValueError for our own bugs: a parameter of another shape, or a split one that is not marked as such.
 
     Megatron-core marks a weight only while it initialises it. Without the mark the gradient norm leaves out what the

@@ -8,7 +8,7 @@ bf16 stays off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 from sft.megatron.core import TransformerConfig
 from sft.megatron.kernel_choice import Kernels
-from sft.models.architecture import Activation, Architecture
+from sft.models.architecture import Activation, Architecture, DecoderLayer, DenseMLP
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def transformer_config(
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        ffn_hidden_size=_same(layer.mlp.width for layer in layers),
+        ffn_hidden_size=_dense_width(layers),
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
@@ -71,6 +71,12 @@ def transformer_config(
         **_parallel_settings(topology, on_gpu),
         **_recompute_settings(spec.train.recompute),
     )
+
+
+def _dense_width(layers: Sequence[DecoderLayer]) -> int:
+    """Return the width of dense MLPs. Where every layer has experts, whose widths are their own, nothing has it."""
+    widths = [layer.mlp.width for layer in layers if isinstance(layer.mlp, DenseMLP)]
+    return _same(widths or [layers[0].mlp.width])
 
 
 def _same(values: Iterable[T]) -> T:

@@ -74,7 +74,7 @@ class RandomWeights:
 
     def _random(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
-            return torch.full(shape, 0.0 if name.endswith(".bias") else self._norm, device="cpu")
+            return torch.full(shape, 0.0 if name.endswith("bias") else self._norm, device="cpu")
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return torch.randn(shape, generator=generator, device="cpu") * INITIAL_STD

@@ -62,6 +62,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._true_vocab_size = architecture.shape.vocab_size
         self._logits_scaling = architecture.logits_scaling
+        self._stacked = architecture.weights.stacked
         self.adapted = False
         """Only adapters are trained, and only they are in checkpoints."""
         self.base_weights = ""
@@ -154,9 +155,15 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         loss: Tensor = super().compute_language_model_loss(labels, logits)
         return loss
 
-    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict[str, object]:
-        """Return Megatron-core's state, for an adapted model only its adapters and what they were trained on."""
-        state: dict[str, object] = super().sharded_state_dict(*args, **kwargs)
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: Mapping[str, object] | None = None
+    ) -> dict[str, object]:
+        """Return Megatron-core's state, for an adapted model only its adapters and what they were trained on.
+
+        Layers that differ have keys of their own; equal ones are stacked.
+        """
+        own = {**(metadata or {}), "non_homogeneous_layers": not self._stacked}
+        state: dict[str, object] = super().sharded_state_dict(prefix, sharded_offsets, own)
         if not self.adapted:
             return state
         return {key: value for key, value in state.items() if MARK in key} | {_BASE: self.base_weights}

@@ -17,6 +17,7 @@ from sft.models.rope import Rope
 from sft.models.weight_map import WeightMap
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
+Scores = Literal["softmax", "sigmoid"]
 Norm = Literal["rms", "zero_centered_rms", "layer"]
 """RMSNorm, RMSNorm that multiplies by 1 + weight, and LayerNorm."""
 
@@ -49,6 +50,15 @@ class DenseMLP:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharedExpert:
+    """A gated MLP that every token meets beside the experts that are chosen for it."""
+
+    width: int
+    weighted: bool
+    """Whether each token's output is multiplied by the sigmoid of a product of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
     """A mixture of experts as the feed-forward part of one layer: gated MLPs without biases, a few for each token."""
 
@@ -58,7 +68,18 @@ class Experts:
     width: int
     """Of each expert."""
     normalized: bool
-    """Whether the router's probabilities of the chosen experts are divided by their sum."""
+    """Whether the scores of the chosen experts are divided by their sum."""
+    scores: Scores = "softmax"
+    """What the router makes of its logits."""
+    selection_bias: bool = False
+    """Whether a bias, which is never trained, is added to the scores by which experts are chosen."""
+    groups: int = 1
+    """Experts are in equal groups ..."""
+    chosen_groups: int = 1
+    """... and a token's are chosen from this many, those with the highest sum of their two best scores."""
+    scaling: float = 1.0
+    """Factor on the weights of a token's experts."""
+    shared: SharedExpert | None = None
     activation: Activation = "silu"
     gated: bool = True
     bias: bool = False

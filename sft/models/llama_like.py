@@ -16,6 +16,7 @@ from sft.models.weight_map import (
     EMBEDDING,
     FINAL_NORM,
     OUTPUT,
+    SHARED_EXPERT,
     ParameterMap,
     Piece,
     WeightMap,
@@ -39,6 +40,8 @@ SILU: Mapping[str, Activation] = {"silu": "silu"}
 
 Layer = dict[str, ParameterMap]
 """Maps of one layer's parameters, by their names within the layer."""
+LayerMap = Callable[[ModelShape, str], Layer]
+"""Maps one layer, given the prefix of its tensors' names."""
 
 QKV = "self_attention.linear_qkv.weight"
 QKV_BIAS = "self_attention.linear_qkv.bias"
@@ -48,13 +51,16 @@ FC1 = "mlp.linear_fc1.weight"
 # Reading a config ----------------------------------------------------------------------------------------------------
 
 
-def rope_of(config: ConfigReader, *, partial: bool = False, default_theta: float = 10000.0) -> Rope | None:
+def rope_of(
+    config: ConfigReader, *, partial: bool = False, default_theta: float = 10000.0, default_fraction: float = 1.0
+) -> Rope | None:
     """Return the RoPE settings. `partial` says that this family reads `partial_rotary_factor`."""
     rope, problems = read_rope(
         config.values,
         max_position_embeddings=config.shape.max_position_embeddings,
         partial=partial,
         default_theta=default_theta,
+        default_fraction=default_fraction,
     )
     for problem in problems:
         config.refuse(problem)
@@ -92,8 +98,14 @@ def windows_of(config: ConfigReader, sliding: list[bool]) -> list[int | None]:
 # Mapping weights -----------------------------------------------------------------------------------------------------
 
 
-def weight_map(shape: ModelShape, layer: Callable[[ModelShape, str], Layer]) -> WeightMap:
-    """Return the map of a model with Llama's names. `layer` maps one layer, given the prefix of its tensors' names."""
+def weight_map(
+    shape: ModelShape, layer: LayerMap, *, dense: LayerMap | None = None, carried: tuple[str, ...] = ()
+) -> WeightMap:
+    """Return the map of a model with Llama's names; `dense` maps those layers of a mixture of experts that have none.
+
+    For `carried` see WeightMap.
+    """
+    kinds = [dense or layer if index in shape.dense_layers else layer for index in range(shape.num_layers)]
     hidden = shape.hidden_size
     embedding = "model.embed_tokens.weight"
     head = embedding if shape.tied_embeddings else "lm_head.weight"
@@ -103,7 +115,8 @@ def weight_map(shape: ModelShape, layer: Callable[[ModelShape, str], Layer]) -> 
             FINAL_NORM: vector("model.norm.weight", hidden),
             OUTPUT: vocabulary(head, shape.vocab_size, hidden),
         },
-        layers=tuple(layer(shape, f"model.layers.{index}.") for index in range(shape.num_layers)),
+        layers=tuple(kind(shape, f"model.layers.{index}.") for index, kind in enumerate(kinds)),
+        carried=carried,
     )
 
 
@@ -145,6 +158,20 @@ def separate_experts(
         FC1: ParameterMap(blocks=halves, columns=hidden),
         "mlp.linear_fc2.weight": ParameterMap(blocks=(columns,), columns=width, split=1),
     }
+
+
+def shared_expert(shape: ModelShape, prefix: str, *, weight: str | None = None) -> Layer:
+    """Return the maps of the MLP that every token meets, and of the vector that weights its output if there is one.
+
+    `prefix` is what the names of its tensors begin with, `weight` the name of the vector.
+    """
+    hidden, width = shape.hidden_size, shape.shared_expert_size
+    halves = tuple((Piece(f"{prefix}{half}_proj.weight", 0, width),) for half in ("gate", "up"))
+    found = {
+        f"{SHARED_EXPERT}linear_fc1.weight": ParameterMap(blocks=halves, columns=hidden),
+        f"{SHARED_EXPERT}linear_fc2.weight": whole(f"{prefix}down_proj.weight", hidden, width, split=1),
+    }
+    return found if weight is None else found | {"mlp.shared_weight.weight": whole(weight, 1, hidden, None)}
 
 
 def separate_qkv(shape: ModelShape, prefix: str, kind: str) -> tuple[Piece, ...]:

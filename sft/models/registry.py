@@ -15,6 +15,7 @@ from sft.models.family import Family
 
 SUPPORTED = (
     "gemma",
+    "glm4_moe",
     "gpt2",
     "granite",
     "llama",

@@ -96,13 +96,19 @@ class Rope:
 
 
 def read_rope(
-    config: Mapping[str, object], *, max_position_embeddings: int, partial: bool, default_theta: float = 10000.0
+    config: Mapping[str, object],
+    *,
+    max_position_embeddings: int,
+    partial: bool,
+    default_theta: float = 10000.0,
+    default_fraction: float = 1.0,
 ) -> tuple[Rope | None, list[str]]:
     """Return the rotary positions of a config, or None and what of them is not covered.
 
-    `partial` says that the family reads `partial_rotary_factor`; `default_theta` is its theta where none is stated.
+    `partial` says that the family reads `partial_rotary_factor`; `default_theta` and
+    `default_fraction` are its theta and the rotated part of its heads where none is stated.
     """
-    settings = _settings(config, default_theta)
+    settings = _settings(config, default_theta, default_fraction)
     problems = _problems(settings, max_position_embeddings, partial)
     if problems:
         return None, problems
@@ -149,13 +155,13 @@ def _attention_factor(settings: Settings) -> float:
     return 0.1 * log + 1.0
 
 
-def _settings(config: Mapping[str, object], default_theta: float) -> Settings:
+def _settings(config: Mapping[str, object], default_theta: float, default_fraction: float) -> Settings:
     """Return RoPE settings in the form of transformers 5, with its precedence. Earlier files have them at top level."""
     stated = config.get("rope_scaling") or config.get("rope_parameters")
     rope: Settings = dict(stated) if isinstance(stated, dict) else {}
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
-    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", default_fraction))
     if "original_max_position_embeddings" in config:
         rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     return rope

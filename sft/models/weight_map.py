@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,6 +30,8 @@ POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 FINAL_NORM_BIAS = "decoder.final_layernorm.bias"
+SHARED_EXPERT = "mlp.shared."
+"""What the names of a shared expert's parameters begin with, within a layer."""
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -67,6 +69,8 @@ class ParameterMap:
     """Rows of zeros may follow."""
     transposed: bool = False
     """The files hold the transposed matrix, [input, output]."""
+    frozen: bool = False
+    """It is never trained: a buffer, which keeps the precision of its files."""
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -88,6 +92,15 @@ class WeightMap:
     because the last pipeline stage then holds a copy of it."""
     layers: tuple[Mapping[str, ParameterMap], ...]
     """For each layer its parameters, by their names within the layer."""
+    carried: tuple[str, ...] = ()
+    """Beginnings of the names of tensors that the files hold and no layer is built of, such as those of heads that
+    predict further tokens. Imports leave them, and exports have them as the source has them."""
+    stacked: bool = field(init=False)
+    """Whether all layers have the same parameters, which checkpoints then hold on one leading axis."""
+
+    def __post_init__(self) -> None:
+        sizes = [{name: (part.rows, part.columns) for name, part in layer.items()} for layer in self.layers]
+        object.__setattr__(self, "stacked", all(layer == sizes[0] for layer in sizes))
 
     @property
     def embedding_name(self) -> str:
@@ -139,12 +152,16 @@ def canonical_name(name: str, layer_offset: int = 0) -> str:
     return f"decoder.layers.{int(match[1]) + layer_offset}.{separate.get(match[2], match[2])}"
 
 
-def checkpoint_key(name: str) -> tuple[str, int | None]:
-    """Return a parameter's key in a sharded checkpoint and its index there: layers are stacked on a leading axis."""
+def checkpoint_key(name: str, *, stacked: bool) -> tuple[str, int | None]:
+    """Return a parameter's key in a sharded checkpoint and its index there.
+
+    Equal layers are stacked on a leading axis, and have one key; otherwise each has its own, without an index.
+    """
     match = _LAYER.fullmatch(name)
     if match is None:
         return name, None
-    return f"decoder.layers.{_FUSED_NORMS.get(match[2], match[2])}", int(match[1])
+    own = _FUSED_NORMS.get(match[2], match[2])
+    return (f"decoder.layers.{own}", int(match[1])) if stacked else (f"decoder.layers.{match[1]}.{own}", None)
 
 
 def rank_pieces(parameter: ParameterMap, rank: int, size: int, rows: int) -> list[Piece]:

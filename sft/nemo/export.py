@@ -58,7 +58,7 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
     with whole_directory(out_dir) as aside:
         write_sharded(
             aside / "weights",
-            _file_chunks(maps, architecture.shape.num_layers, dtype),
+            _file_chunks(architecture, dtype),
             lambda name: _parameter(maps[name], files, shapes),
             _extra_states(architecture),
             {"content_metadata": _CONTENT},
@@ -70,13 +70,13 @@ def export_nemo2(model_dir: Path, out_dir: Path) -> None:
         (context / "model.yaml").write_text(yaml.safe_dump(model_yaml(built)), encoding="utf-8")
 
 
-def _file_chunks(maps: Mapping[str, ParameterMap], num_layers: int, dtype: torch.dtype) -> list[FileChunk]:
+def _file_chunks(architecture: Architecture, dtype: torch.dtype) -> list[FileChunk]:
     """Return every parameter under its key, those of layers with their place on the leading axis."""
     found = []
-    for name, parameter_map in maps.items():
-        key, index = checkpoint_key(name)
+    for name, parameter_map in architecture.weights.parameters().items():
+        key, index = checkpoint_key(name, stacked=architecture.weights.stacked)
         own = (parameter_map.rows,) if parameter_map.columns is None else (parameter_map.rows, parameter_map.columns)
-        shape = own if index is None else (num_layers, *own)
+        shape = own if index is None else (architecture.shape.num_layers, *own)
         found.append(FileChunk(key=_PREFIX + key, name=name, shape=shape, dtype=dtype, index=index))
     return found
 

@@ -51,7 +51,10 @@ def join(by_rank: list[list[list[Part]]], architecture: Architecture) -> list[di
 
 
 def _join_step(parts: list[Part], architecture: Architecture) -> dict[str, torch.Tensor]:
-    whole = {name: torch.full(shape, torch.nan) for name, shape in architecture.weights.hf_shapes().items()}
+    maps = architecture.weights.parameters().values()
+    frozen = {piece.name for parameter_map in maps if parameter_map.frozen for piece in parameter_map.pieces}
+    shapes = architecture.weights.hf_shapes()
+    whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items() if name not in frozen}
     for part in parts:
         index = (part.rows, part.columns)[: whole[part.name].ndim]
         place, values = whole[part.name][index], torch.from_numpy(part.values)

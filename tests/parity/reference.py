@@ -67,7 +67,9 @@ def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
                 assert parameter.grad is not None
                 own.copy_(parameter.grad)
             copy.save_pretrained(directory)
-            return dict(load_file(Path(directory) / "model.safetensors"))
+            buffers = {name for name, _ in model.named_buffers()}
+            files = load_file(Path(directory) / "model.safetensors")
+            return {name: gradient for name, gradient in files.items() if name not in buffers}
     found = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

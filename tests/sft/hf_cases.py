@@ -48,6 +48,9 @@ def save_hf_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name or ".ln_" in name else 0.0, 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # by which experts are chosen
+                buffer.normal_(0.0, 0.1)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard)
     return directory
 

@@ -27,26 +27,8 @@ from sft.megatron.core import (
     parallel_state,
     tensor_parallel,
 )
+from sft.megatron.layers.router import Router
 from sft.models.architecture import Experts
-
-
-class Router(nn.Module):
-    """Chooses the experts of each token."""
-
-    def __init__(self, config: TransformerConfig, experts: Experts) -> None:
-        super().__init__()
-        self._experts = experts
-        self.weight = nn.Parameter(torch.empty(experts.count, config.hidden_size, dtype=config.params_dtype))
-        # Each rank then routes its own part of the sequence, and has a partial gradient.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each token's weights in fp32 and its experts, both [..., chosen]."""
-        logits = F.linear(tokens.float(), self.weight.float())
-        weights, chosen = torch.softmax(logits, dim=-1).topk(self._experts.chosen, dim=-1)
-        if self._experts.normalized:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights, chosen
 
 
 class ExpertLinear(nn.Module):

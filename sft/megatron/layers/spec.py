@@ -38,6 +38,7 @@ from sft.megatron.layers.linears import Linears, choose_linears
 from sft.megatron.layers.mixture_of_experts import ExpertMLP
 from sft.megatron.layers.norms import PLAIN_NORMS
 from sft.megatron.layers.residual import residual_addition
+from sft.megatron.layers.shared_expert import SharedExpertMLP
 from sft.models.architecture import Architecture, Attention, Experts
 
 _CHECKPOINT_NAMES = {
@@ -79,7 +80,9 @@ def layer_spec(architecture: Architecture, options: LayerOptions, layer_number: 
         # Fused layers add residuals themselves.
         self_attn_bda=residual_addition(layer.residual_multiplier),
         pre_mlp_layernorm=_norm_before_product(architecture, options, experts=isinstance(layer.mlp, Experts)),
-        mlp=_experts_spec(layer.mlp) if isinstance(layer.mlp, Experts) else _mlp_spec(linears, fused=fused),
+        mlp=_experts_spec(layer.mlp, linears, fused=fused)
+        if isinstance(layer.mlp, Experts)
+        else _mlp_spec(linears, fused=fused),
         mlp_bda=residual_addition(layer.residual_multiplier),
         sharded_state_dict_keys_map=dict(_CHECKPOINT_NAMES),
     )
@@ -139,7 +142,12 @@ def _mlp_spec(linears: Linears, *, fused: bool) -> object:
     return _MLPSpec(module=module, submodules=submodules)
 
 
-def _experts_spec(experts: Experts) -> object:
+def _experts_spec(experts: Experts, linears: Linears, *, fused: bool) -> object:
+    module: type[nn.Module] = ExpertMLP
+    params: dict[str, object] = {"experts": experts}
+    if experts.shared is not None:
+        module = SharedExpertMLP
+        params |= {"mlp": FusedMLP if fused else MLP, "linears": linears}
     if hasattr(MLP, "as_mlp_submodule"):
-        return partial(ExpertMLP, experts=experts)
-    return _MLPSpec(module=ExpertMLP, submodules=None, params={"experts": experts})
+        return partial(module, **params)
+    return _MLPSpec(module=module, submodules=None, params=params)

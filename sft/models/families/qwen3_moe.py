@@ -1,9 +1,9 @@
-"""Qwen 3 with experts (30B-A3B, 235B-A22B, Coder): Qwen 3's attention, and experts in place of every MLP."""
+"""Qwen 3 with experts (30B-A3B, 235B-A22B, Coder): Qwen 3's attention, and experts in place of most or all MLPs."""
 
 from __future__ import annotations
 
 from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Architecture, Attention, DecoderLayer, Experts
+from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts
 from sft.models.config_reader import ConfigReader
 from sft.models.families.qwen3 import head_norms
 from sft.models.family import Family
@@ -12,6 +12,7 @@ from sft.models.llama_like import (
     SMALL,
     Layer,
     attention_part,
+    llama_layer,
     rope_of,
     separate_experts,
     weight_map,
@@ -29,8 +30,6 @@ def _read(config: ConfigReader) -> Architecture:
         )
     activation = config.choice("hidden_act", SILU)
     config.refuse_true("attention_bias", "mlp_bias")
-    if config.values.get("mlp_only_layers") or config.number("decoder_sparse_step", 1) != 1:
-        config.refuse("layers without experts (mlp_only_layers, decoder_sparse_step) are not supported")
     experts = Experts(
         count=shape.num_experts,
         chosen=shape.experts_per_token,
@@ -38,14 +37,17 @@ def _read(config: ConfigReader) -> Architecture:
         normalized=config.flag("norm_topk_prob", default=False),
         activation=activation,
     )
+    dense = DenseMLP(width=shape.ffn_hidden_size, activation=activation)
     layers = [
-        DecoderLayer(attention=Attention(window=window, qk_norm=True), mlp=experts)
-        for window in windows_by_layer(config)
+        DecoderLayer(
+            attention=Attention(window=window, qk_norm=True), mlp=dense if index in shape.dense_layers else experts
+        )
+        for index, window in enumerate(windows_by_layer(config))
     ]
     return Architecture(
         shape=shape,
         layers=tuple(layers),
-        weights=weight_map(shape, _layer),
+        weights=weight_map(shape, _layer, dense=_dense_layer),
         layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
         rope=rope_of(config),
     )
@@ -54,6 +56,10 @@ def _read(config: ConfigReader) -> Architecture:
 def _layer(shape: ModelShape, prefix: str) -> Layer:
     experts = separate_experts(shape, f"{prefix}mlp.gate.weight", f"{prefix}mlp.experts.{{}}.")
     return attention_part(shape, prefix) | head_norms(shape, prefix) | experts
+
+
+def _dense_layer(shape: ModelShape, prefix: str) -> Layer:
+    return llama_layer(shape, prefix) | head_norms(shape, prefix)
 
 
 FAMILY = Family(
@@ -67,5 +73,9 @@ FAMILY = Family(
         "moe_intermediate_size": 24,
         "norm_topk_prob": True,
     },
-    variants={"tied": {"tie_word_embeddings": True}, "unnormalized": {"norm_topk_prob": False}},
+    variants={
+        "tied": {"tie_word_embeddings": True},
+        "unnormalized": {"norm_topk_prob": False},
+        "dense_layers": {"mlp_only_layers": [3], "decoder_sparse_step": 2},
+    },
 )

@@ -93,3 +93,29 @@ def test_package_files() -> None:
     assert package_file("package:json") is None
     assert package_file("package:no_such_package/x") is None
     assert package_file("package:os.path/x") is None
+
+
+GLM = {
+    "model_type": "glm4_moe",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "dense"),
+    [
+        ({"first_k_dense_replace": 1}, (0,)),
+        ({"mlp_only_layers": [2]}, (2,)),
+        ({"decoder_sparse_step": 2}, (0, 2)),
+        ({"mlp_only_layers": [3], "decoder_sparse_step": 2}, (0, 2, 3)),
+        ({"first_k_dense_replace": 0, "mlp_only_layers": None, "decoder_sparse_step": 1}, ()),
+    ],
+)
+def test_layers_without_experts(keys: dict[str, object], dense: tuple[int, ...]) -> None:
+    shape = ModelShape.from_config({**MODEL, **GLM, **keys}, "here")
+    assert (shape.num_layers, shape.dense_layers, shape.shared_expert_size) == (4, dense, 48)
+    assert shape.active_ffn_size == 3 * 24 + 48
+    assert ModelShape.from_config({**MODEL, **keys}, "here").dense_layers == ()

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from launcher.contract.errors import ModelError
+from launcher.contract.flops import parameters
 from sft.models import families
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.registry import SUPPORTED, family, read_architecture
 from sft.models.rope import Llama3Scaling, Rope
-from tests.sft.hf_cases import save_config
+from tests.sft.hf_cases import CASES, save_config
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -273,3 +274,13 @@ def shape_free_of_positions(architecture: Architecture) -> Architecture:
     """Return it without the number of positions, which only learned ones are bounded by."""
     shape = dataclasses.replace(architecture.shape, max_position_embeddings=0)
     return dataclasses.replace(architecture, shape=shape)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("gpt2")])
+def test_the_planner_counts_the_matrices_that_the_files_hold(case: str, tmp_path: Path) -> None:
+    """Those of experts, of shared ones and of dense layers among them. GPT-2's positions are one that it leaves out."""
+    found = read_architecture(save_config(case, tmp_path))
+    shape = found.shape
+    matrices = [size for size in found.weights.hf_shapes().values() if len(size) == 2]
+    norms = (2 * shape.num_layers + 1) * shape.hidden_size
+    assert sum(rows * columns for rows, columns in matrices) == parameters(shape) - norms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -172,13 +173,30 @@ def test_canonical_names(name: str, offset: int, expected: str) -> None:
     assert canonical_name(name, offset) == expected
 
 
-def test_checkpoint_keys_stack_layers() -> None:
-    assert checkpoint_key("decoder.layers.7.input_layernorm.weight") == (
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-        7,
+def test_checkpoint_keys_stack_equal_layers() -> None:
+    norm = "self_attention.linear_qkv.layer_norm_weight"
+    assert checkpoint_key("decoder.layers.7.input_layernorm.weight", stacked=True) == (f"decoder.layers.{norm}", 7)
+    assert checkpoint_key("decoder.layers.7.input_layernorm.weight", stacked=False) == (
+        f"decoder.layers.7.{norm}",
+        None,
     )
-    assert checkpoint_key("decoder.layers.0.mlp.linear_fc2.weight") == ("decoder.layers.mlp.linear_fc2.weight", 0)
-    assert checkpoint_key("decoder.final_layernorm.weight") == ("decoder.final_layernorm.weight", None)
+    linear = "mlp.linear_fc2.weight"
+    assert checkpoint_key(f"decoder.layers.0.{linear}", stacked=True) == (f"decoder.layers.{linear}", 0)
+    for stacked in (True, False):
+        assert checkpoint_key("decoder.final_layernorm.weight", stacked=stacked) == (
+            "decoder.final_layernorm.weight",
+            None,
+        )
+
+
+def test_layers_are_stacked_where_they_have_the_same_parameters() -> None:
+    equal = architecture("qwen3_moe").weights
+    assert equal.stacked
+    first, second = equal.layers
+    router = dataclasses.replace(second["mlp.router.weight"], columns=9)
+    wider = {**second, "mlp.router.weight": router}
+    assert not dataclasses.replace(equal, layers=(first, wider)).stacked
+    assert not dataclasses.replace(equal, layers=(first, {**second, "mlp.router.bias": router})).stacked
 
 
 def test_names_of_no_parameter() -> None:

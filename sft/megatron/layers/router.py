@@ -1,0 +1,54 @@
+"""Choose the experts of each token.
+
+In fp32 and once a token, whatever the precision of the run. A bias by which some families keep their experts equally
+busy takes part in the choice and not in the weights; it is not trained here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sft.megatron.core import TransformerConfig
+from sft.models.architecture import Experts
+
+_TINY = 1e-20
+"""Keeps the sum of sigmoid scores above 0. Beside a sum of probabilities it is lost in rounding."""
+
+
+class Router(nn.Module):
+    """Chooses the experts of each token."""
+
+    def __init__(self, config: TransformerConfig, experts: Experts) -> None:
+        super().__init__()
+        self._experts = experts
+        self.weight = nn.Parameter(torch.empty(experts.count, config.hidden_size, dtype=config.params_dtype))
+        # Each rank then routes its own part of the sequence, and has a partial gradient.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias: Tensor | None
+        # In fp32 always: its steps are smaller than what bf16 can tell apart at its size.
+        self.register_buffer("bias", torch.zeros(experts.count) if experts.selection_bias else None)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each token's weights in fp32 and its experts, both [..., chosen]."""
+        logits = F.linear(tokens.float(), self.weight.float())
+        scores = logits.sigmoid() if self._experts.scores == "sigmoid" else torch.softmax(logits, dim=-1)
+        chosen = choose(scores.detach(), self.bias, self._experts)
+        weights = scores.gather(-1, chosen)
+        if self._experts.normalized:
+            weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
+        if self._experts.scaling != 1.0:
+            weights = weights * self._experts.scaling
+        return weights, chosen
+
+
+def choose(scores: Tensor, bias: Tensor | None, experts: Experts) -> Tensor:
+    """Return the experts of each token, [..., chosen], from its scores, [..., experts]."""
+    preferred = scores if bias is None else scores + bias
+    if experts.chosen_groups < experts.groups:
+        by_group = preferred.view(*preferred.shape[:-1], experts.groups, -1)
+        best = by_group.topk(2, dim=-1).values.sum(-1).topk(experts.chosen_groups, dim=-1).indices
+        is_open = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best, True)
+        preferred = by_group.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(-2)
+    return preferred.topk(experts.chosen, dim=-1).indices

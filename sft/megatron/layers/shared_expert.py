@@ -1,0 +1,65 @@
+"""A mixture of experts beside an MLP that every token meets."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sft.megatron.core import MLP, MLPSubmodules, TransformerConfig, parallel_state
+from sft.megatron.layers.linears import Linears
+from sft.megatron.layers.mixture_of_experts import ExpertMLP
+from sft.models.architecture import Experts
+
+
+class SharedWeight(nn.Module):
+    """Weights the shared expert's output of each token by the sigmoid of a product with the token."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
+        # Each rank then has its own part of the sequence, and a partial gradient.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return each token's weight, [..., 1]."""
+        return torch.sigmoid(F.linear(tokens, self.weight))
+
+
+class SharedExpertMLP(ExpertMLP):
+    """The feed-forward part of a decoder layer whose tokens go to a few of many MLPs, and all of them to one more."""
+
+    def __init__(
+        self, config: TransformerConfig, *, experts: Experts, mlp: type[MLP], linears: Linears, **others: object
+    ) -> None:
+        super().__init__(config, experts=experts, **others)
+        assert experts.shared is not None
+        # Megatron-core's MLP takes its width from the configuration, which has that of dense layers.
+        own = copy.copy(config)
+        own.ffn_hidden_size = experts.shared.width
+        self.shared = mlp(
+            own,
+            MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row),
+            ffn_hidden_size=experts.shared.width,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        self.shared_weight = SharedWeight(config) if experts.shared.weighted else None
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        """Return the output, [s, b, h] as the input is, and no bias."""
+        routed = super().forward(hidden_states)[0]
+        shared: Tensor = self.shared(hidden_states)[0]
+        if self.shared_weight is not None:
+            shared = self.shared_weight(hidden_states) * shared
+        return routed + shared, None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Return the weights as a sharded checkpoint has them."""
+        experts = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        shared: dict[str, Any] = self.shared.sharded_state_dict(f"{prefix}shared.", sharded_offsets, metadata)
+        return experts | shared

@@ -1,0 +1,140 @@
+"""Layers that differ, shared experts and the tensors around them: checkpoints, exports and adapters.
+
+Logits and gradients of each family are in test_families.py, which finds them in the registry.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launcher.contract.spec import LoraSpec
+from sft.commands.export import export_run
+from sft.hf import exporter
+from sft.hf.adapter import target_names
+from sft.hf.sharded_reader import ShardedReader
+from sft.models.registry import read_architecture
+from tests.parity.gradients import join, train_and_capture
+from tests.parity.runs import curve, make_run, reference_curve, run_training
+from tests.parity.test_experts import LAYOUTS
+from tests.parity.test_families import RATE, family_model
+from tests.parity.test_grid import assert_gradients_equal
+from tests.parity.test_lora import STEPS, adapted, expect_curve, expected_curve, lora_run
+from tests.sft.hf.test_exporter import expect_equal, weights
+from tests.tiny_model import make_chat_rows, write_jsonl
+
+pytestmark = pytest.mark.parity
+
+BIAS = "model.layers.2.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", make_chat_rows(36, seed=3))
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a layer that predicts a further token, in number types of its own, as the published files have it."""
+    directory = family_model(tmp_path_factory.mktemp("model") / "glm", "glm4_moe")
+    path = directory / "model.safetensors"
+    further = {
+        "model.layers.4.eh_proj.weight": torch.randn(64, 128).bfloat16(),
+        "model.layers.4.mlp.gate.e_score_correction_bias": torch.randn(8),
+        "model.layers.4.shared_head.head.weight_scale_inv": torch.arange(5, dtype=torch.uint8),
+    }
+    save_file(load_file(path) | further, path, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.slow  # test_families.py trains every case under two layouts by default
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["glm4_moe", "qwen3_moe_dense_layers"])
+def test_layout_follows_reference(case: str, layout: str, tmp_path: Path, chat: Path) -> None:
+    model = family_model(tmp_path / "model", case)
+    expected = reference_curve(tmp_path / "reference", model, chat, steps=2, **RATE)
+    ranks, topology, settings = LAYOUTS[layout]
+    paths = make_run(tmp_path, model, chat, ranks=ranks, topology=topology, max_steps=2, **RATE, **settings)
+    by_rank = run_training(paths, ranks, function=train_and_capture)
+    losses, norms = curve(paths)
+    assert losses == pytest.approx(expected.losses, rel=1e-5)
+    assert norms == pytest.approx(expected.grad_norms, rel=2e-5)
+    assert_gradients_equal(join(by_rank, read_architecture(model))[0], expected.gradients[0])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "topology"),
+    [
+        pytest.param(2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, id="pp2_vpp2"),
+        pytest.param(1, {}, id="tp1", marks=pytest.mark.slow),
+        pytest.param(2, {}, id="dp2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_of_unequal_layers_goes_on_under_another_topology(
+    ranks: int, topology: dict[str, Any], tmp_path: Path, chat: Path, glm: Path
+) -> None:
+    """Each layer has keys of its own, and the optimizer's state follows them."""
+    settings: dict[str, Any] = {"max_steps": 4, "every": 2, "keep_last": 9, **RATE}
+    full = make_run(tmp_path / "full", glm, chat, ranks=2, topology={"tensor_parallel": 2}, **settings)
+    run_training(full, 2)
+    keys = ShardedReader(full.checkpoint(2) / "sharded").keys()
+    assert {"decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.3.mlp.router.bias"} <= keys
+    paths = make_run(tmp_path / "other", glm, chat, ranks=ranks, topology=topology, **settings)
+    shutil.copytree(full.checkpoint(2), paths.checkpoint(2))
+    paths.metrics.write_text("".join(full.metrics.read_text().splitlines(keepends=True)[:2]))
+    run_training(paths, ranks)
+    whole, resumed = curve(full), curve(paths)
+    assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
+    assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
+
+
+def test_what_is_not_trained_comes_out_as_it_was(
+    tmp_path: Path, chat: Path, glm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a bf16 run, which would round the bias, and into several files."""
+    paths = make_run(tmp_path, glm, chat, ranks=1, max_steps=1, precision="bf16")
+    run_training(paths, 1)
+    monkeypatch.setattr(exporter, "MAX_FILE_BYTES", 100_000)
+    export_run(paths.root)
+    found, source = weights(paths.export), weights(glm)
+    assert len(list(paths.export.glob("*.safetensors"))) > 2
+    assert found.keys() == source.keys()
+    kept = {name for name in source if name.startswith("model.layers.4.") or name.endswith("correction_bias")}
+    assert len(kept) == 3 + 3
+    expect_equal({name: found[name] for name in kept}, {name: source[name] for name in kept})
+    assert not torch.equal(found["model.layers.2.mlp.gate.weight"], source["model.layers.2.mlp.gate.weight"])
+
+
+def test_another_number_type_is_for_what_is_trained(tmp_path: Path, chat: Path, glm: Path) -> None:
+    paths = make_run(tmp_path, glm, chat, ranks=1, max_steps=1)
+    run_training(paths, 1)
+    exporter.export_checkpoint(paths.checkpoint(1) / "sharded", glm, tmp_path / "export", dtype=torch.bfloat16)
+    found, source = weights(tmp_path / "export"), weights(glm)
+    assert found["model.layers.2.mlp.gate.weight"].dtype == torch.bfloat16
+    expect_equal({BIAS: found[BIAS]}, {BIAS: source[BIAS]})
+    assert '"dtype": "bfloat16"' in (tmp_path / "export" / "config.json").read_text()
+
+
+def test_adapters_of_attention_and_of_shared_experts(tmp_path: Path, chat: Path, glm: Path) -> None:
+    """Under two stages with layers of either kind; the merged export has what was carried, too."""
+    lora = LoraSpec(rank=2, targets=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    assert target_names(read_architecture(glm), lora) == lora.targets
+    expected = expected_curve(tmp_path / "reference", glm, chat, lambda spec: adapted(glm, lora, spec.train.seed))
+    topology = {"pipeline_parallel": 2}
+    paths = lora_run(tmp_path, glm, chat, lora, ranks=2, topology=topology, max_steps=STEPS, export_merged=True)
+    run_training(paths, 2)
+    expect_curve(paths, expected)
+    export_run(paths.root)
+    found, source = weights(paths.export), weights(glm)
+    assert found.keys() == source.keys()
+    changed = {name for name in source if not torch.equal(found[name], source[name])}
+    assert len(changed) == 4 * len(lora.targets)
+    assert {name for name in changed if ".experts." in name or name.startswith("model.layers.4.")} == set()
+    config = json.loads((paths.export / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == lora.targets

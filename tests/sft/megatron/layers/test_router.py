@@ -1,0 +1,72 @@
+"""The router chooses as transformers' own do, by groups and biases too, and what it is not trained in stays."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import Glm4MoeConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
+
+from sft.megatron.core import TransformerConfig
+from sft.megatron.layers.router import Router
+from sft.models.architecture import Experts
+
+HIDDEN, EXPERTS, CHOSEN = 16, 12, 4
+
+
+def router(**values: Any) -> Router:
+    config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=torch.float32, sequence_parallel=False)
+    torch.manual_seed(1)
+    experts = Experts(**{"count": EXPERTS, "chosen": CHOSEN, "width": 8, "normalized": True, **values})
+    made = Router(cast(TransformerConfig, config), experts)
+    with torch.no_grad():
+        made.weight.normal_(0, 0.3)
+        if made.bias is not None:
+            made.bias.normal_(0, 0.1)
+    return made
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(("groups", "chosen_groups"), [(1, 1), (4, 2), (3, 1), (6, 4)])
+def test_sigmoid_scores_by_groups_and_bias(groups: int, chosen_groups: int, normalized: bool) -> None:
+    """Seen to fail without the bias, with its values in the weights, and with groups ranked by their best expert."""
+    ours = router(
+        scores="sigmoid",
+        selection_bias=True,
+        groups=groups,
+        chosen_groups=chosen_groups,
+        normalized=normalized,
+        scaling=2.5,
+    )
+    config = Glm4MoeConfig(
+        hidden_size=HIDDEN,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        n_group=groups,
+        topk_group=chosen_groups,
+        norm_topk_prob=normalized,
+        routed_scaling_factor=2.5,
+    )
+    theirs = Glm4MoeTopkRouter(config)
+    theirs.load_state_dict({"weight": ours.weight.detach(), "e_score_correction_bias": ours.bias})
+    tokens = torch.randn(50, HIDDEN, requires_grad=True)
+    weights, chosen = ours(tokens)
+    _, expected, expected_chosen = theirs(tokens)
+    order, expected_order = chosen.argsort(-1), expected_chosen.argsort(-1)
+    assert torch.equal(chosen.gather(-1, order), expected_chosen.gather(-1, expected_order))
+    sums = {"rtol": 1e-6, "atol": 1e-8}  # transformers adds up the weights in another order
+    torch.testing.assert_close(weights.gather(-1, order), expected.gather(-1, expected_order), **sums)
+    factors = torch.randn(50, CHOSEN)
+    (gradient,) = torch.autograd.grad((weights.gather(-1, order) * factors).sum(), tokens)
+    (wanted,) = torch.autograd.grad((expected.gather(-1, expected_order) * factors).sum(), tokens)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_the_bias_is_a_buffer_in_fp32() -> None:
+    ours = router(scores="sigmoid", selection_bias=True)
+    assert {name for name, _ in ours.named_parameters()} == {"weight"}
+    assert ours.state_dict()["bias"].dtype == torch.float32
+    assert "bias" not in router().state_dict()
