@@ -19,6 +19,9 @@ _NAMED = Path(__file__).with_name("model_shapes.yaml")
 _TIED_BY_DEFAULT = ("gemma", "gpt2", "smollm3")
 """Model types for which an absent `tie_word_embeddings` means true."""
 
+_LANGUAGE_MODELS = {"mistral3": "mistral"}
+"""Multimodal model types, and the type of the language model inside where its config does not say."""
+
 _GPT2_KEYS = {
     "num_hidden_layers": "n_layer",
     "hidden_size": "n_embd",
@@ -65,7 +68,11 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: HfConfig, where: str) -> ModelShape:
-        """Read the keys that Llama-like configs share, or GPT-2's. `where` names the file in errors."""
+        """Read the keys that Llama-like configs share, or GPT-2's; of a multimodal config, those of its language model.
+
+        `where` names the file in errors.
+        """
+        config = language_model_config(config)
         model_type = str(config.get("model_type", ""))
         if model_type == "gpt2":
             named = {ours: config.get(theirs, config.get(ours)) for ours, theirs in _GPT2_KEYS.items()}
@@ -91,6 +98,16 @@ class ModelShape:
             **_expert_sizes(config),
             dense_layers=_dense_layers(config),
         )
+
+
+def language_model_config(config: HfConfig) -> HfConfig:
+    """Return the config of the language model: `config` itself, or what a multimodal one has in `text_config`."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    above = ("tie_word_embeddings", "quantization_config")
+    found: HfConfig = {"model_type": _LANGUAGE_MODELS.get(str(config.get("model_type")))}
+    return found | text | {key: config[key] for key in above if key in config}
 
 
 def _expert_sizes(config: HfConfig) -> dict[str, int]:

@@ -170,7 +170,7 @@ def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[
         "r": lora.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": target_names(architecture, lora),
+        "target_modules": _target_modules(lora, architecture),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -178,6 +178,17 @@ def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _target_modules(lora: LoraSpec, architecture: Architecture) -> list[str]:
+    """Return the names by which PEFT finds the targets.
+
+    Those of a multimodal model are whole ones: its vision tower has layers of the same last names.
+    """
+    weights = architecture.weights
+    if weights.language_prefix is None:
+        return target_names(architecture, lora)
+    return [weights.module(target.module) for target in all_targets(architecture, lora)]
 
 
 def added_weight(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

@@ -26,7 +26,6 @@ from sft.hf.adapter import (
     all_targets,
     peft_config,
 )
-from sft.hf.carried import Carried
 from sft.hf.exporter import (
     copy_settings,
     file_dtypes,
@@ -63,12 +62,12 @@ def export_adapter(
         copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
         own = aside / MERGED_ADAPTER if merged else aside
         own.mkdir(exist_ok=True)
-        _write_adapter(reader, targets, own)
+        _write_adapter(reader, targets, architecture, own)
         write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir))
         if merged:
             dtypes = file_dtypes(model_dir, architecture)
             merge = _Merger(reader, model_dir, architecture, targets, lora.scale)
-            write_model(merge.tensors_of, architecture, dtypes, aside, Carried.of(model_dir, architecture))
+            write_model(merge.tensors_of, architecture, dtypes, model_dir, aside)
             write_config(model_dir, aside, trained_dtypes(architecture, dtypes))
             check_model_files(aside, architecture)
 
@@ -124,12 +123,15 @@ class _Merger:
         return whole.float() + added_weight(*target.read(self._reader), self._scale)
 
 
-def _write_adapter(reader: ShardedReader, targets: list[AdapterTarget], directory: Path) -> None:
+def _write_adapter(
+    reader: ShardedReader, targets: list[AdapterTarget], architecture: Architecture, directory: Path
+) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for target in targets:
         a, b = target.read(reader)
-        tensors[f"{PEFT_PREFIX}{target.module}.lora_A.weight"] = a.contiguous()
-        tensors[f"{PEFT_PREFIX}{target.module}.lora_B.weight"] = b.contiguous()
+        module = PEFT_PREFIX + architecture.weights.module(target.module)
+        tensors[f"{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{module}.lora_B.weight"] = b.contiguous()
     write_weights(tensors, directory / ADAPTER_WEIGHTS)
 
 

@@ -19,6 +19,7 @@ from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.encoding.prompt import Prompt, PromptWriter
 from sft.data.encoding.tokenizer import chat_template, load_tokenizer
 from sft.hf.adapter_export import adapted_model, add_adapter
+from sft.hf.loaded_model import load_transformers_model
 
 
 def answer(
@@ -34,7 +35,6 @@ def answer(
     Prompts are written as `data` has them written in training. The tokenizer is the model's own unless `tokenizer_dir`
     names another.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     # A bar that is rewritten in place would be one long line of a log.
@@ -44,9 +44,9 @@ def answer(
     tokenizer = load_tokenizer(tokenizer_dir or model_dir)
     has_template = data.chat_template != "tokenizer" or tokenizer.chat_template
     writer = PromptWriter(tokenizer, chat_template(tokenizer, data) if has_template else None, data)
-    dtype = "auto" if device == "cuda" else torch.float32
+    dtype: torch.dtype | Literal["auto"] = "auto" if device == "cuda" else torch.float32
     base = adapted_model(model_dir)
-    model: Any = AutoModelForCausalLM.from_pretrained(base or model_dir, dtype=dtype)
+    model: Any = load_transformers_model(base or model_dir, dtype)
     if base is not None:
         add_adapter(model, model_dir)
     model.to(device).eval()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from sft.hf.files import WeightFiles, has_weights
+from sft.hf.files import WeightFiles
 from sft.models.architecture import Architecture
+from sft.models.stored_tensors import has_weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,21 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
 
 
 def _position_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
-    positions, length = architecture.shape.max_position_embeddings, spec.data.seq_length
-    if architecture.rope is not None or length <= positions:
+    positions, length, rope = architecture.shape.max_position_embeddings, spec.data.seq_length, architecture.rope
+    if rope is None and length > positions:
+        return [
+            f"data.seq_length {length}: this model has learned {positions} positions; set it to at most {positions}"
+        ]
+    if rope is None or rope.longest is None:
         return []
-    return [f"data.seq_length {length}: this model has learned {positions} positions; set it to at most {positions}"]
+    answers = f" + evaluation.max_new_tokens {spec.evaluation.max_new_tokens}" if spec.evaluation.prompts else ""
+    whole = length + (spec.evaluation.max_new_tokens if answers else 0)
+    if whole <= rope.longest:
+        return []
+    return [
+        f"data.seq_length {length}{answers}: beyond {rope.longest} tokens this model's RoPE depends on the length of "
+        f"the batch (rope_type dynamic or longrope), which is not supported; keep to at most {rope.longest}"
+    ]
 
 
 def _window_problems(spec: RunSpec, architecture: Architecture) -> list[str]:

@@ -20,22 +20,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from launcher.contract.errors import CheckpointError
+from launcher.contract.errors import CheckpointError, ModelError
 from launcher.contract.rundir import read_json, sync_path, write_json
 from sft.hf.carried import Carried
-from sft.hf.files import (
-    INDEX,
-    SINGLE,
-    check_model_files,
-    has_weights,
-    read_header,
-    sync_files,
-    weight_map,
-    write_weights,
-)
+from sft.hf.files import check_model_files, sync_files, write_weights
 from sft.hf.sharded_reader import ShardedReader
+from sft.hf.shards_of_source import write_shards_of_source
 from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
+from sft.models.stored_tensors import INDEX, SINGLE, has_weights, read_header, weight_map
 from sft.models.weight_map import checkpoint_key, split_parameter
 
 MAX_FILE_BYTES = 4 * 10**9
@@ -51,8 +44,17 @@ _TOKENIZER_FILES = (
     "additional_chat_templates",
     "*.model",
     "*.tiktoken",
+    "tekken.json",
 )
 """Of a tokenizer's directory, what is the tokenizer: not weights, not notes, not code."""
+
+_MODEL_SETTINGS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Of a model's directory, what is about the model: how it answers, and how images are prepared for it."""
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -71,6 +73,8 @@ def export_checkpoint(
     `dtype` None keeps each tensor's type in `model_dir`, or where that has no weights the checkpoint's.
     """
     architecture = read_architecture(model_dir)
+    if architecture.weights.language_prefix is not None and not has_weights(model_dir):
+        raise ModelError(f"{model_dir}: no weight files; the parts of the model that are not trained come from them")
     reader = ShardedReader(checkpoint_dir)
     _check_checkpoint(reader, checkpoint_dir, architecture)
     maps = architecture.weights.parameters()
@@ -81,8 +85,8 @@ def export_checkpoint(
             lambda name: split_parameter(maps[name], reader.tensor(*checkpoint_key(name, stacked=stacked))),
             architecture,
             dtypes,
+            model_dir,
             aside,
-            Carried.of(model_dir, architecture),
         )
         copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
         write_config(model_dir, aside, trained_dtypes(architecture, dtypes))
@@ -182,14 +186,18 @@ def write_model(
     tensors_of: Callable[[str], Mapping[str, torch.Tensor]],
     architecture: Architecture,
     dtypes: Mapping[str, torch.dtype],
+    model_dir: Path,
     directory: Path,
-    carried: Carried | None = None,
 ) -> None:
     """Write all weight files, and their index where there is more than one.
 
-    `tensors_of` gives the Hugging Face tensors that make up a parameter.
+    `tensors_of` gives the Hugging Face tensors that make up a parameter. Those that are no part of the trained model
+    come from `model_dir`.
     """
-    carried = carried or Carried()
+    if architecture.weights.language_prefix is not None:
+        write_shards_of_source(tensors_of, architecture, dtypes, model_dir, directory)
+        return
+    carried = Carried.of(model_dir, architecture)
     plan = plan_files(architecture, dtypes, MAX_FILE_BYTES, carried.sizes)
     where: dict[str, str] = {}
     total = 0
@@ -211,9 +219,9 @@ def write_model(
 
 
 def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | None, directory: Path) -> None:
-    """Copy tokenizer and generation settings, and the chat template that the run was trained with."""
+    """Copy tokenizer, generation and image settings, and the chat template that the run was trained with."""
     found = {path for pattern in _TOKENIZER_FILES for path in tokenizer_dir.glob(pattern)}
-    for path in [*sorted(found), model_dir / "generation_config.json"]:
+    for path in [*sorted(found), *(model_dir / name for name in _MODEL_SETTINGS)]:
         if path.is_dir():
             shutil.copytree(path, directory / path.name)
         elif path.is_file():
@@ -231,7 +239,9 @@ def write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dt
     if dtype is None or all(config.get(key) == dtype for key in stated):
         shutil.copyfile(model_dir / "config.json", directory / "config.json")
     else:
-        write_json(directory / "config.json", config | dict.fromkeys(stated, dtype))
+        text = config.get("text_config")
+        inner = {"text_config": text | {key: dtype for key in stated if key in text}} if isinstance(text, dict) else {}
+        write_json(directory / "config.json", config | dict.fromkeys(stated, dtype) | inner)
 
 
 def _replace(target: Path, aside: Path) -> None:

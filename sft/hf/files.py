@@ -10,9 +10,7 @@ be read without reading all of it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,28 +21,15 @@ from safetensors.torch import save_file
 from launcher.contract.errors import ModelError
 from launcher.contract.rundir import sync_path
 from sft.models.architecture import Architecture
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from sft.models.stored_tensors import INDEX, TensorHeader, read_header, weight_map
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _SHOWN = 3
 _ROWS_COMPARED = 4096
 _END_BYTES = 2**20
 
-HEAD = "lm_head.weight"
 _COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of the names of RoPE's frequencies and GPT-2's causal masks."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorHeader:
-    """A tensor as its file's header gives it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
-    """Bytes."""
 
 
 class Sliceable(Protocol):
@@ -122,64 +107,12 @@ def check_model_files(model_dir: Path, architecture: Architecture) -> None:
             problems += error.problems
     if not problems:
         problems = _tensor_problems(model_dir, files, headers, architecture)
-    if not problems and architecture.shape.tied_embeddings and HEAD in files:
-        problems = _tied_head_problems(model_dir, headers[files[HEAD]][HEAD], architecture)
+    if not problems and architecture.shape.tied_embeddings and architecture.weights.head in files:
+        head = architecture.weights.head
+        problems = _tied_head_problems(model_dir, headers[files[head]][head], architecture)
     if problems:
         more = [f"{model_dir}: {len(problems) - _SHOWN} more such problems"] if len(problems) > _SHOWN else []
         raise ModelError([*problems[:_SHOWN], *more])
-
-
-def weight_map(model_dir: Path) -> dict[str, str]:
-    """Return the file of each tensor, from the single weight file or else from the index, as transformers does."""
-    if (model_dir / SINGLE).is_file():
-        return dict.fromkeys(read_header(model_dir / SINGLE), SINGLE)
-    path = model_dir / INDEX
-    if not path.is_file():
-        pickled = any(model_dir.glob("pytorch_model*.bin"))
-        hint = "; pickled weights are not read, save the model with safe_serialization" if pickled else ""
-        raise ModelError(f"{model_dir}: neither {SINGLE} nor {INDEX}{hint}")
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        named = {str(name): str(file) for name, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: not an index of weight files ({type(error).__name__}: {error})") from None
-    outside = sorted({file for file in named.values() if Path(file).name != file})
-    if outside:
-        raise ModelError(f"{path}: names {outside[0]!r}, which is not a file of this directory")
-    return named
-
-
-def has_weights(model_dir: Path) -> bool:
-    """Return whether the directory has weights and not a config alone."""
-    return (model_dir / SINGLE).is_file() or (model_dir / INDEX).is_file()
-
-
-def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Return the tensors of a safetensors file, or raise ModelError if it is absent, damaged or truncated."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ModelError(f"{path}: truncated: {size} bytes, too few for its header")
-            header = json.loads(file.read(length))
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        found = {
-            name: TensorHeader(
-                entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
-            )
-            for name, entry in tensors.items()
-        }
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing; {INDEX} names it") from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ModelError(f"{path}: not a safetensors file") from None
-    if size < end:
-        raise ModelError(f"{path}: truncated: {size} bytes, its header says {end}")
-    return found
 
 
 def weights_identity(model_dir: Path) -> str:
@@ -227,12 +160,15 @@ def _tensor_problems(
             problems += [problem] if problem else []
     # A weight that no layer takes would be lost without a word, and again at export. Old files keep what is computed,
     # and a tied model's head may be there as a copy of its embedding.
-    known = {*wanted, HEAD} if model.shape.tied_embeddings else set(wanted)
+    known = {*wanted, model.weights.head} if model.shape.tied_embeddings else set(wanted)
     for name in sorted(set(files) - known):
         if not name.endswith(_COMPUTED) and not name.startswith(model.weights.carried):
             problems.append(
                 f"{model_dir / files[name]}: tensor {name} has no place in a {model.shape.model_type} model"
             )
+    if model.weights.language_prefix is not None:  # those that are carried are known one by one
+        lost = [name for name in model.weights.carried if not any(own.startswith(name) for own in files)]
+        problems += [f"{model_dir}: no tensor {name} in any weight file" for name in lost]
     return problems
 
 
@@ -241,11 +177,12 @@ def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture
     shape = (model.shape.vocab_size, model.shape.hidden_size)
     if head.shape == shape:
         files = WeightFiles(model_dir)
-        copy, original = files.tensor(HEAD, shape), files.tensor(model.weights.embedding_name, shape)
+        copy, original = files.tensor(model.weights.head, shape), files.tensor(model.weights.embedding_name, shape)
         starts = range(0, shape[0], _ROWS_COMPARED)
         if all(torch.equal(copy[row : row + _ROWS_COMPARED], original[row : row + _ROWS_COMPARED]) for row in starts):
             return []
-    return [f"{model_dir}: config.json ties the embeddings, but {HEAD} differs from {model.weights.embedding_name}"]
+    names = model.weights.head, model.weights.embedding_name
+    return [f"{model_dir}: config.json ties the embeddings, but {names[0]} differs from {names[1]}"]
 
 
 def _problem(path: Path, name: str, dtype: str, found: tuple[int, ...], shape: tuple[int, ...]) -> str | None:

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from launcher.contract.errors import ModelError
-from sft.hf.files import SINGLE, check_model_files, write_weights
+from sft.hf.files import check_model_files, write_weights
 from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
+from sft.models.stored_tensors import SINGLE
 
 _COVERED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose tensors a GGUF holds under names of their own, unchanged but for the order of rows. Not so Gemma, to

@@ -49,9 +49,9 @@ def transformer_config(
         gated_linear_unit=_same(layer.mlp.gated for layer in layers),
         activation_func=_ACTIVATIONS[_same(layer.mlp.activation for layer in layers)],
         layernorm_zero_centered_gamma=architecture.norm == "zero_centered_rms",
-        # One switch for linear_proj, linear_fc1 and linear_fc2.
-        add_bias_linear=_same(bias for layer in layers for bias in (layer.mlp.bias, layer.attention.output_bias)),
-        add_qkv_bias=_same(layer.attention.qkv_bias for layer in layers),
+        # One switch each; `drop_absent_biases` takes off what a layer does not have.
+        add_bias_linear=any(layer.mlp.bias or layer.attention.output_bias for layer in layers),
+        add_qkv_bias=any(layer.attention.qkv_bias for layer in layers),
         qk_layernorm=_same(layer.attention.qk_norm for layer in layers),
         attention_dropout=spec.model.attention_dropout,
         hidden_dropout=spec.model.hidden_dropout,

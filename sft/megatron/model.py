@@ -24,6 +24,7 @@ from sft.megatron.core import (
     tensor_parallel,
 )
 from sft.megatron.kernel_choice import Kernels
+from sft.megatron.layers.biases import drop_absent_biases
 from sft.megatron.layers.fused import await_weights
 from sft.megatron.layers.lora import attach_adapters
 from sft.megatron.layers.packed_rows import PackedSequences
@@ -210,6 +211,7 @@ def _build_chunk(
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
     )
+    drop_absent_biases(chunk, architecture)
     if rope is not None:
         use_whole_table(chunk, rope, shape.head_dim)
     elif chunk.pre_process:

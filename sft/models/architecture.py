@@ -23,6 +23,14 @@ Norm = Literal["rms", "zero_centered_rms", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QueryScale:
+    """A factor on rotated queries that grows with the position: 1 + growth * log(1 + floor(position / every))."""
+
+    growth: float
+    every: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
     """Causal self-attention of one layer."""
 
@@ -36,6 +44,7 @@ class Attention:
     output_bias: bool = False
     softmax_scale: float | None = None
     """Factor on the scores; None is 1 / sqrt(head_dim)."""
+    query_scale: QueryScale | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

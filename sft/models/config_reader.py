@@ -21,6 +21,8 @@ class ConfigReader:
         self.values = values
         self.shape = shape
         self.problems: list[str] = []
+        self.asked: set[str] = set()
+        """Keys that the family has asked for by the methods below."""
 
     def refuse(self, problem: str) -> None:
         """Note something that is not covered."""
@@ -34,12 +36,14 @@ class ConfigReader:
 
     def refuse_true(self, *keys: str) -> None:
         """Refuse a config that switches one of `keys` on."""
+        self.asked.update(keys)
         for key in keys:
             if self.values.get(key):
                 self.refuse(f"{key} true is not supported")
 
     def choice(self, key: str, covered: Mapping[str, T]) -> T:
         """Return what the value of `key` means. The first of `covered` is the default."""
+        self.asked.add(key)
         default = next(iter(covered))
         value = self.values.get(key, default)
         if isinstance(value, str) and value in covered:
@@ -49,6 +53,7 @@ class ConfigReader:
 
     def number(self, key: str, default: float) -> float:
         """Return the number under `key`, or the default where it is left out."""
+        self.asked.add(key)
         value = self.values.get(key, default)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
@@ -57,6 +62,7 @@ class ConfigReader:
 
     def flag(self, key: str, *, default: bool) -> bool:
         """Return whether `key` is on."""
+        self.asked.add(key)
         return bool(self.values.get(key, default))
 
     def list_by_layer(self, key: str) -> list[object] | None:

@@ -25,3 +25,7 @@ class Family:
     out the vocabulary and the number of positions, which they set."""
     variants: Mapping[str, Config] = field(default_factory=dict)
     """By name: other settings of `small_config` that lead to another architecture or other files."""
+    multimodal: bool = False
+    """Whether models of this type have other parts beside a language model, whose config is what `read` gets."""
+    tied_by_default: bool = True
+    """Of a multimodal type: what an absent `tie_word_embeddings` at the top of its config means."""

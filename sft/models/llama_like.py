@@ -6,12 +6,13 @@ is made of would have to be read in two files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Activation
 from sft.models.config_reader import ConfigReader
-from sft.models.rope import Rope, read_rope
+from sft.models.rope import KINDS, Rope, read_rope, rope_settings
 from sft.models.weight_map import (
     EMBEDDING,
     FINAL_NORM,
@@ -37,6 +38,14 @@ SMALL: Mapping[str, object] = {
 """Sizes of a tiny model: several query heads for each KV head, and sizes that two and three ranks divide."""
 
 SILU: Mapping[str, Activation] = {"silu": "silu"}
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""Values of `hidden_act`: the one of nearly all models, and those that families take whose code asks for any."""
 
 Layer = dict[str, ParameterMap]
 """Maps of one layer's parameters, by their names within the layer."""
@@ -52,19 +61,54 @@ FC1 = "mlp.linear_fc1.weight"
 
 
 def rope_of(
-    config: ConfigReader, *, partial: bool = False, default_theta: float = 10000.0, default_fraction: float = 1.0
+    config: ConfigReader,
+    *,
+    partial: bool = False,
+    default_theta: float = 10000.0,
+    default_fraction: float = 1.0,
+    kinds: Collection[str] = KINDS,
+    understood: Collection[str] = (),
 ) -> Rope | None:
-    """Return the RoPE settings. `partial` says that this family reads `partial_rotary_factor`."""
+    """Return the RoPE settings.
+
+    `partial` says that this family reads `partial_rotary_factor`, `kinds` which values of `rope_type` it takes, and
+    `understood` which settings of single families it reads by itself.
+    """
+    shape = config.shape
     rope, problems = read_rope(
         config.values,
-        max_position_embeddings=config.shape.max_position_embeddings,
+        max_position_embeddings=shape.max_position_embeddings,
         partial=partial,
         default_theta=default_theta,
         default_fraction=default_fraction,
+        understood=understood,
     )
+    kind = rope_settings(config.values)["rope_type"]
+    if rope is not None and kind not in kinds:
+        problems = [f"rope_type {kind!r} is not supported for {shape.model_type}; only {' or '.join(map(repr, kinds))}"]
+    if rope is not None and rope.pair_factors and len(rope.pair_factors) != rope.pairs(shape.head_dim):
+        found, needed = len(rope.pair_factors), rope.pairs(shape.head_dim)
+        problems = [f"short_factor has {found} numbers; {needed} pairs of each head are rotated"]
     for problem in problems:
         config.refuse(problem)
     return rope
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Biases:
+    """Which linear layers have a bias."""
+
+    attention: bool = False
+    """Those of attention, its output included."""
+    mlp: bool = False
+
+
+NO_BIASES = Biases()
+
+
+def biases_of(config: ConfigReader) -> Biases:
+    """Return what `attention_bias` and `mlp_bias` say, as Llama's code reads them."""
+    return Biases(attention=config.flag("attention_bias", default=False), mlp=config.flag("mlp_bias", default=False))
 
 
 def window_of_every_layer(config: ConfigReader) -> int | None:
@@ -120,11 +164,11 @@ def weight_map(
     )
 
 
-def llama_layer(shape: ModelShape, prefix: str) -> Layer:
+def llama_layer(shape: ModelShape, prefix: str, biases: Biases = NO_BIASES) -> Layer:
     """Return the maps of a layer of Llama's."""
     hidden, heads = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-    return {
+    maps = {
         "input_layernorm.weight": vector(f"{prefix}input_layernorm.weight", hidden),
         QKV: ParameterMap(blocks=(separate_qkv(shape, attention, "weight"),), columns=hidden),
         "self_attention.linear_proj.weight": whole(f"{attention}o_proj.weight", hidden, heads, split=1),
@@ -132,6 +176,17 @@ def llama_layer(shape: ModelShape, prefix: str) -> Layer:
         FC1: ParameterMap(blocks=separate_gate_and_up(shape, mlp), columns=hidden),
         "mlp.linear_fc2.weight": whole(f"{mlp}down_proj.weight", hidden, shape.ffn_hidden_size, split=1),
     }
+    if biases.attention:
+        maps |= {
+            QKV_BIAS: ParameterMap(blocks=(separate_qkv(shape, attention, "bias"),)),
+            "self_attention.linear_proj.bias": vector(f"{attention}o_proj.bias", hidden),
+        }
+    if biases.mlp:
+        maps |= {
+            "mlp.linear_fc1.bias": ParameterMap(blocks=separate_gate_and_up(shape, mlp, "bias")),
+            "mlp.linear_fc2.bias": vector(f"{mlp}down_proj.bias", hidden),
+        }
+    return maps
 
 
 def attention_part(shape: ModelShape, prefix: str) -> Layer:
@@ -200,10 +255,10 @@ def _by_group(shape: ModelShape, parts: list[tuple[str, int, int]]) -> tuple[Pie
     )
 
 
-def separate_gate_and_up(shape: ModelShape, prefix: str) -> tuple[tuple[Piece, ...], ...]:
+def separate_gate_and_up(shape: ModelShape, prefix: str, kind: str = "weight") -> tuple[tuple[Piece, ...], ...]:
     """Return the two blocks of linear_fc1 from gate_proj and up_proj."""
     ffn = shape.ffn_hidden_size
-    return (Piece(f"{prefix}gate_proj.weight", 0, ffn),), (Piece(f"{prefix}up_proj.weight", 0, ffn),)
+    return (Piece(f"{prefix}gate_proj.{kind}", 0, ffn),), (Piece(f"{prefix}up_proj.{kind}", 0, ffn),)
 
 
 def joined_gate_and_up(shape: ModelShape, name: str) -> tuple[tuple[Piece, ...], ...]:

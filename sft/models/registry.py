@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.contract.errors import ModelError
-from launcher.contract.model_shape import read_model_shape
+from launcher.contract.model_shape import language_model_config, read_model_shape
 from sft.models.architecture import Architecture
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
+from sft.models.multimodal import find_language_model, inside
 
 SUPPORTED = (
     "gemma",
@@ -19,7 +21,9 @@ SUPPORTED = (
     "gpt2",
     "granite",
     "llama",
+    "ministral3",
     "mistral",
+    "mistral3",
     "mixtral",
     "phi3",
     "qwen2",
@@ -40,6 +44,20 @@ _KNOWN_GAPS = {
 _NEVER_BUILT = ("use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "add_cross_attention")
 """Settings that change every layer and that no family here builds."""
 
+_OF_SINGLE_FAMILIES = (
+    "attention_chunk_size",
+    "attention_k_eq_v",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "final_logit_softcapping",
+    "num_kv_shared_layers",
+    "qk_layernorm",
+    "router_jitter_noise",
+    "use_double_wide_mlp",
+    "use_qk_norm",
+)
+"""Settings that change numbers in the families that know them. Where the family does not ask for one, it is refused."""
+
 
 @functools.cache
 def family(model_type: str) -> Family:
@@ -57,15 +75,32 @@ def read_architecture(model_dir: Path) -> Architecture:
     """
     shape = read_model_shape(model_dir)
     path = model_dir / "config.json"
-    if shape.model_type not in SUPPORTED:
-        gap = _KNOWN_GAPS.get(shape.model_type)
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    values = language_model_config(whole)
+    model_type = shape.model_type if values is whole else str(whole.get("model_type"))
+    if model_type not in SUPPORTED:
+        gap = _KNOWN_GAPS.get(model_type)
         raise ModelError(
-            f"{path}: model_type {shape.model_type!r} is not supported{f' ({gap})' if gap else ''}; supported are "
+            f"{path}: model_type {model_type!r} is not supported{f' ({gap})' if gap else ''}; supported are "
             f"{', '.join(SUPPORTED)}"
         )
-    config = ConfigReader(json.loads(path.read_text(encoding="utf-8")), shape)
-    architecture = family(shape.model_type).read(config)
+    found = family(model_type)
+    if values is whole:
+        return _read_checked(path, ConfigReader(values, shape), found)
+    if not found.multimodal:
+        raise ModelError(f"{path}: text_config is not supported in a {model_type} config")
+    place = find_language_model(model_dir, ties=bool(whole.get("tie_word_embeddings", found.tied_by_default)))
+    values = {**values, "tie_word_embeddings": place.tied}
+    return inside(_read_checked(path, ConfigReader(values, replace(shape, tied_embeddings=place.tied)), found), place)
+
+
+def _read_checked(path: Path, config: ConfigReader, found: Family) -> Architecture:
+    """Return the architecture, or raise ModelError with everything that is not covered."""
+    architecture = found.read(config)
     config.refuse_true(*_NEVER_BUILT)
+    for key in _OF_SINGLE_FAMILIES:
+        if config.values.get(key) and key not in config.asked:
+            config.refuse(f"{key} {config.values[key]} is not supported for model type {config.shape.model_type}")
     if not config.values.get("scale_attn_weights", True):
         config.refuse("scale_attn_weights false is not supported")
     if config.values.get("quantization_config"):

@@ -1,16 +1,17 @@
 """Rotary positions of a Hugging Face config: read, refused by name, and made into inverse frequencies.
 
-Covered are the scalings that are constants: plain, `linear`, `yarn`, and Llama 3's with any numbers (Megatron-core's
-own has low 1, high 4 and 8192 positions built in). Computed as transformers computes them, in fp32, bit for bit.
+Covered are plain RoPE, `linear`, `yarn`, and Llama 3's with any numbers (Megatron-core's own has low 1, high 4 and 8192
+positions built in). Computed as transformers computes them, in fp32, bit for bit.
 
-Refused are `dynamic` and `longrope`: they choose other frequencies when a batch is long, so that a token's rotation
-would depend on its neighbours in the batch.
+`dynamic` and `longrope` rotate differently once a batch is longer than some length. Up to that length, `Rope.longest`,
+they are constants like the others, and only so far are they covered. Rejected: their frequencies for longer rows. How a
+token is rotated would then depend on its neighbours in the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,24 @@ import torch
 Settings = dict[str, object]
 """RoPE settings of a config, as they were read."""
 
-_LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_YARN_KEYS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-"""What a yarn config may leave out."""
-_SCALED = ("linear", "llama3", "yarn")
+KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
+"""The values of `rope_type` that are covered."""
+
+_NEEDED = {
+    "dynamic": ("factor",),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
+    "yarn": ("factor",),
+}
+"""Numbers without which a kind means nothing."""
+_OPTIONAL = {
+    "longrope": ("factor", "attention_factor"),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+}
+"""Numbers that a kind may leave out."""
+_OF_SINGLE_FAMILIES = ("alpha", "llama_4_scaling_beta", "mrope_section", "xdrope_section")
+"""Settings that change queries and keys in those families whose code reads them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,27 +82,35 @@ class Rope:
     """Part of each head that is rotated."""
     factor: float = 1.0
     """How much slower positions rotate."""
+    pair_factors: tuple[float, ...] = ()
+    """How much slower each pair of a head rotates, where they differ (LongRoPE)."""
     llama3: Llama3Scaling | None = None
     yarn: YarnScaling | None = None
     """Neither this nor llama3: all frequencies are divided by the factor."""
     attention_factor: float = 1.0
     """Sines and cosines are multiplied by it."""
+    longest: int | None = None
+    """Tokens of the longest row for which transformers has these frequencies; None where they hold for any."""
+
+    def pairs(self, head_dim: int) -> int:
+        """Return how many pairs of a head are rotated."""
+        return len(range(0, int(head_dim * self.fraction), 2))
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
         """Return the radians per position of each rotated pair of a head."""
         dim = int(head_dim * self.fraction)
         pairs = self.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+        if self.pair_factors:
+            return 1.0 / (torch.tensor(self.pair_factors, dtype=torch.float32, device="cpu") * pairs)
         plain = 1.0 / pairs
         if self.yarn is not None:
             kept = 1 - self.yarn.ramp(self.theta, dim)
             return 1.0 / (self.factor * pairs) * (1 - kept) + plain * kept
-        if self.llama3 is None:
-            return plain / self.factor
-        low, high, original = (
-            self.llama3.low_freq_factor,
-            self.llama3.high_freq_factor,
-            self.llama3.original_positions,
-        )
+        return plain / self.factor if self.llama3 is None else self._by_wave(plain, self.llama3)
+
+    def _by_wave(self, plain: torch.Tensor, llama3: Llama3Scaling) -> torch.Tensor:
+        """Return frequencies of which Llama 3's scaling slows down those with long waves."""
+        low, high, original = llama3.low_freq_factor, llama3.high_freq_factor, llama3.original_positions
         wave = 2 * math.pi / plain
         scaled = torch.where(wave > original / low, plain / self.factor, plain)
         ramp = (original / wave - low) / (high - low)
@@ -102,14 +125,17 @@ def read_rope(
     partial: bool,
     default_theta: float = 10000.0,
     default_fraction: float = 1.0,
+    understood: Collection[str] = (),
 ) -> tuple[Rope | None, list[str]]:
     """Return the rotary positions of a config, or None and what of them is not covered.
 
-    `partial` says that the family reads `partial_rotary_factor`; `default_theta` and
-    `default_fraction` are its theta and the rotated part of its heads where none is stated.
+    `partial` says that the family reads `partial_rotary_factor`; `default_theta` and `default_fraction` are its theta
+    and the rotated part of its heads where none is stated; `understood` are settings of single families that this one
+    reads by itself.
     """
-    settings = _settings(config, default_theta, default_fraction)
-    problems = _problems(settings, max_position_embeddings, partial)
+    stated = rope_settings(config, default_theta, default_fraction)
+    settings = {"original_max_position_embeddings": max_position_embeddings, **stated}
+    problems = _problems(settings, partial, understood)
     if problems:
         return None, problems
     kind = settings["rope_type"]
@@ -118,13 +144,30 @@ def read_rope(
         Rope(
             theta=_number(settings, "rope_theta"),
             fraction=_number(settings, "partial_rotary_factor"),
-            factor=_number(settings, "factor") if kind in _SCALED else 1.0,
+            # Dynamic scaling begins beyond the longest row that is covered.
+            factor=_number(settings, "factor") if kind in ("linear", "llama3", "yarn") else 1.0,
+            pair_factors=_numbers(settings, "short_factor") if kind == "longrope" else (),
             llama3=_llama3(settings, original) if kind == "llama3" else None,
             yarn=_yarn(settings, original) if kind == "yarn" else None,
-            attention_factor=_attention_factor(settings) if kind == "yarn" else 1.0,
+            attention_factor=_attention_factor(settings, max_position_embeddings / max(original, 1)),
+            longest={"dynamic": max_position_embeddings, "longrope": original}.get(str(kind)),
         ),
         [],
     )
+
+
+def rope_settings(
+    config: Mapping[str, object], default_theta: float = 10000.0, default_fraction: float = 1.0
+) -> Settings:
+    """Return RoPE settings in the form of transformers 5, with its precedence. Earlier files have them at top level."""
+    stated = config.get("rope_scaling") or config.get("rope_parameters")
+    rope: Settings = dict(stated) if isinstance(stated, dict) else {}
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", default_fraction))
+    if "original_max_position_embeddings" in config:
+        rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    return rope
 
 
 def _llama3(settings: Settings, original_positions: int) -> Llama3Scaling:
@@ -144,30 +187,26 @@ def _yarn(settings: Settings, original_positions: int) -> YarnScaling:
     )
 
 
-def _attention_factor(settings: Settings) -> float:
-    """Return it as stated, or by the paper's formula. `mscale` and `mscale_all_dim` count only as a pair."""
+def _attention_factor(settings: Settings, stretch: float) -> float:
+    """Return it as stated, or by the formulas of the papers. `mscale` and `mscale_all_dim` count only as a pair.
+
+    `stretch` is the number of positions over the original one.
+    """
+    kind = settings["rope_type"]
+    if kind not in _OPTIONAL:
+        return 1.0
     if settings.get("attention_factor") is not None:
         return _number(settings, "attention_factor")
+    log = math.log(max(_number(settings, "factor", stretch), 1.0))
+    if kind == "longrope":
+        return math.sqrt(1 + log / math.log(_number(settings, "original_max_position_embeddings")))
     above, below = _number(settings, "mscale"), _number(settings, "mscale_all_dim")
-    log = math.log(max(_number(settings, "factor"), 1.0))
     if above and below:
         return (0.1 * above * log + 1.0) / (0.1 * below * log + 1.0)
     return 0.1 * log + 1.0
 
 
-def _settings(config: Mapping[str, object], default_theta: float, default_fraction: float) -> Settings:
-    """Return RoPE settings in the form of transformers 5, with its precedence. Earlier files have them at top level."""
-    stated = config.get("rope_scaling") or config.get("rope_parameters")
-    rope: Settings = dict(stated) if isinstance(stated, dict) else {}
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
-    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", default_fraction))
-    if "original_max_position_embeddings" in config:
-        rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    return rope
-
-
-def _problems(rope: Settings, max_position_embeddings: int, partial: bool) -> list[str]:
+def _problems(rope: Settings, partial: bool, understood: Collection[str]) -> list[str]:
     """Return what of these settings is not covered."""
     problems = []
     fraction = rope["partial_rotary_factor"]
@@ -175,26 +214,42 @@ def _problems(rope: Settings, max_position_embeddings: int, partial: bool) -> li
         problems.append(f"partial_rotary_factor {fraction} is not supported; only 1.0")
     if not _is_number(rope["rope_theta"]) or any(isinstance(value, dict) for value in rope.values()):
         problems.append("RoPE settings that differ between layers are not supported")
+    for key in _OF_SINGLE_FAMILIES:
+        if rope.get(key) is not None and key not in understood:
+            problems.append(f"the RoPE setting {key} {rope[key]} is not supported for this model type")
     kind = rope["rope_type"]
-    if kind == "default":
-        return problems
-    if kind not in _SCALED:
-        return [*problems, f"rope_type {kind!r} is not supported; supported are 'default', 'linear', 'llama3', 'yarn'"]
-    numbers: Settings = {"original_max_position_embeddings": max_position_embeddings, **rope}
-    needed = ("factor", *(_LLAMA3_KEYS if kind == "llama3" else ()))
-    missing = [key for key in needed if not _is_number(numbers.get(key))]
-    if kind == "yarn":
-        missing += [key for key in _YARN_KEYS if rope.get(key) is not None and not _is_number(rope[key])]
+    if kind not in KINDS:
+        return [*problems, f"rope_type {kind!r} is not supported; supported are {', '.join(map(repr, KINDS))}"]
+    return [*problems, *_problems_of_kind(str(kind), rope)]
+
+
+def _problems_of_kind(kind: str, rope: Settings) -> list[str]:
+    """Return which numbers of a scaling are missing or mean nothing."""
+    missing = [key for key in _NEEDED.get(kind, ()) if not _is_number(rope.get(key))]
+    missing += [key for key in _OPTIONAL.get(kind, ()) if rope.get(key) is not None and not _is_number(rope[key])]
     if missing:
-        problems.append(f"rope_type {kind!r} without a number for {', '.join(missing)}")
-    elif kind == "yarn" and _attention_factor(rope) < 1:
-        problems.append(f"rope_type 'yarn' with an attention factor of {_attention_factor(rope):.4g}, below 1")
-    elif kind == "llama3" and not 0 < _number(numbers, "low_freq_factor") < _number(numbers, "high_freq_factor"):
-        problems.append(
-            f"rope_type 'llama3' with low_freq_factor {numbers['low_freq_factor']} and high_freq_factor "
-            f"{numbers['high_freq_factor']}; the first must be above 0 and below the second"
-        )
-    return problems
+        return [f"rope_type {kind!r} without a number for {', '.join(missing)}"]
+    if kind == "longrope" and not _numbers(rope, "short_factor"):
+        return ["rope_type 'longrope' without a list of numbers for short_factor"]
+    if kind == "longrope" and _number(rope, "original_max_position_embeddings") <= 1:
+        return ["rope_type 'longrope' with original_max_position_embeddings of 1 or less"]
+    if kind == "yarn" and _attention_factor(rope, 1.0) < 1:
+        return [f"rope_type 'yarn' with an attention factor of {_attention_factor(rope, 1.0):.4g}, below 1"]
+    if kind == "llama3" and not 0 < _number(rope, "low_freq_factor") < _number(rope, "high_freq_factor"):
+        return [
+            f"rope_type 'llama3' with low_freq_factor {rope['low_freq_factor']} and high_freq_factor "
+            f"{rope['high_freq_factor']}; the first must be above 0 and below the second"
+        ]
+    return []
+
+
+def _numbers(settings: Settings, key: str) -> tuple[float, ...]:
+    """Return the list of numbers under `key`, empty where there is none."""
+    values = settings.get(key)
+    if not isinstance(values, list):
+        return ()
+    numbers = tuple(float(value) for value in values if isinstance(value, (int, float)))
+    return numbers if len(numbers) == len(values) else ()
 
 
 def _number(settings: Settings, key: str, default: float = 0.0) -> float:

@@ -20,8 +20,8 @@ and the rules twice, once for each direction).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -32,6 +32,9 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 FINAL_NORM_BIAS = "decoder.final_layernorm.bias"
 SHARED_EXPERT = "mlp.shared."
 """What the names of a shared expert's parameters begin with, within a layer."""
+
+LANGUAGE_MODULE = "model.language_model."
+"""The language model's place in transformers' multimodal models."""
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -82,6 +85,11 @@ class ParameterMap:
         """Return the number of rows without padding."""
         return sum(piece.rows for piece in self.pieces)
 
+    def renamed(self, rename: Callable[[str], str]) -> ParameterMap:
+        """Return the map with other Hugging Face names."""
+        blocks = tuple(tuple(replace(piece, name=rename(piece.name)) for piece in block) for block in self.blocks)
+        return replace(self, blocks=blocks)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightMap:
@@ -92,9 +100,13 @@ class WeightMap:
     because the last pipeline stage then holds a copy of it."""
     layers: tuple[Mapping[str, ParameterMap], ...]
     """For each layer its parameters, by their names within the layer."""
+    head: str = "lm_head.weight"
+    """Hugging Face name of the output layer, even where it is tied to the embedding."""
+    language_prefix: str | None = None
+    """What names of the language model's tensors begin with in the files of a multimodal model; None for others."""
     carried: tuple[str, ...] = ()
-    """Beginnings of the names of tensors that the files hold and no layer is built of, such as those of heads that
-    predict further tokens. Imports leave them, and exports have them as the source has them."""
+    """Beginnings of the names of tensors that the files hold and no layer is built of, such as those of vision towers
+    and of heads that predict further tokens. Imports leave them, and exports have them as the source has them."""
     stacked: bool = field(init=False)
     """Whether all layers have the same parameters, which checkpoints then hold on one leading axis."""
 
@@ -106,6 +118,23 @@ class WeightMap:
     def embedding_name(self) -> str:
         """Return the Hugging Face name of the token embedding."""
         return self.outer[EMBEDDING].pieces[0].name
+
+    def module(self, name: str) -> str:
+        """Return what transformers and serving engines call the module `name` of the files.
+
+        Files of multimodal models may have earlier names; those of modules are today's.
+        """
+        if self.language_prefix is None:
+            return name
+        return LANGUAGE_MODULE + name.removeprefix(self.language_prefix)
+
+    def renamed(self, rename: Callable[[str], str]) -> WeightMap:
+        """Return the map with other Hugging Face names."""
+        return replace(
+            self,
+            outer={name: part.renamed(rename) for name, part in self.outer.items()},
+            layers=tuple({name: part.renamed(rename) for name, part in layer.items()} for layer in self.layers),
+        )
 
     def find(self, name: str) -> ParameterMap | None:
         """Return the map of the parameter `name` (global layer index), or None where there is no such parameter."""

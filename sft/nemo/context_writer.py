@@ -57,6 +57,11 @@ def model_object(architecture: Architecture, dtype: str) -> Built:
         raise ModelError(
             f"a {shape.model_type} model cannot be written for NeMo 2; these can: {', '.join(sorted(_CLASSES))}"
         )
+    absent = _absent_in_nemo(architecture)
+    if absent is not None:
+        raise ModelError(
+            f"a {shape.model_type} model with {absent} cannot be written for NeMo 2, whose classes have none"
+        )
     module, model, config = _CLASSES[shape.model_type]
     fields = _sizes(shape, dtype) | {"layernorm_epsilon": architecture.layernorm_epsilon}
     layer = architecture.layers[0]  # NeMo's classes know models of equal layers only
@@ -74,6 +79,24 @@ def model_object(architecture: Architecture, dtype: str) -> Built:
     tokenizer = Built(of=Name(*_TOKENIZER_CLASS), arguments={"pretrained_model_name": TOKENIZER})
     built = Built(of=Name(module, config), arguments=fields)
     return Built(of=Name(module, model), arguments={"config": built, "tokenizer": tokenizer})
+
+
+def _absent_in_nemo(architecture: Architecture) -> str | None:
+    """Return what of a model NeMo's classes do not have, or None."""
+    rope = architecture.rope
+    if architecture.weights.language_prefix is not None:
+        return "parts beside the language model"
+    if rope is None:
+        return None  # GPT-2, whose class has what such a model can have
+    if rope.yarn is not None:
+        return "YaRN positions"
+    if rope.longest is not None:
+        return "positions that depend on the length of a batch"
+    if any(layer.attention.output_bias or layer.mlp.bias for layer in architecture.layers):
+        return "biases on its attention's output or its MLP"
+    if any(layer.mlp.activation != "silu" for layer in architecture.layers):
+        return "an activation other than SiLU"
+    return None
 
 
 def _sizes(shape: ModelShape, dtype: str) -> dict[str, object]:
@@ -109,8 +132,6 @@ def _rope(architecture: Architecture) -> dict[str, object]:
     rope = architecture.rope
     assert rope is not None  # only GPT-2 has none
     fields: dict[str, object] = {"rotary_base": rope.theta}
-    if rope.yarn is not None:
-        raise ModelError("a model with YaRN positions cannot be written for NeMo 2, whose classes have none")
     if rope.llama3 is None:
         return fields | ({"seq_len_interpolation_factor": rope.factor} if rope.factor != 1 else {})
     if architecture.shape.model_type != "llama":

@@ -63,6 +63,7 @@ def convert_nemo(source: Path, directory: Path) -> None:
             architecture,
             _dtypes(weights, maps),
             directory,
+            directory,
         )
         _write_tokenizer(folder, directory)
     check_model_files(directory, architecture)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from launcher.contract.spec import OptimizerSpec, RunSpec
 from sft.data.batches.sampler import EMPTY_SLOT, BatchSchedule
 from sft.data.cache.store import TokenCache
+from sft.hf.loaded_model import load_transformers_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Curve:
 
 def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, schedule: BatchSchedule, steps: int) -> Curve:
     """Train with a constant learning rate by the definition: sum(w * nll) / sum(w) over each global batch."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    model: Any = load_transformers_model(model_dir, torch.float32, attn_implementation="eager")
     # transformers drops the input side of the padding token's embedding gradient. Where padding and end token are one,
     # as in SmolLM2, that is the gradient of a real token.
     model.get_input_embeddings().padding_idx = None
@@ -59,17 +61,20 @@ def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, schedule:
 
 
 def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The gradients by the names that files have; in memory transformers joins the weights of experts."""
-    if any(".experts." in name for name, _ in model.named_parameters()):
+    """The gradients by the names that files have: those in memory may differ, and the weights of experts are joined.
+
+    Parts of a multimodal model that are not trained have none.
+    """
+    if any(".experts." in name or ".language_model." in name for name, _ in model.named_parameters()):
         with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-            copy = AutoModelForCausalLM.from_config(model.config)
+            copy = type(model)(model.config)
             for parameter, own in zip(model.parameters(), copy.parameters(), strict=True):
-                assert parameter.grad is not None
-                own.copy_(parameter.grad)
+                own.copy_(torch.full_like(own, torch.nan) if parameter.grad is None else parameter.grad)
             copy.save_pretrained(directory)
             buffers = {name for name, _ in model.named_buffers()}
-            files = load_file(Path(directory) / "model.safetensors")
-            return {name: gradient for name, gradient in files.items() if name not in buffers}
+            saved = load_file(Path(directory) / "model.safetensors")
+            trained = {name: gradient for name, gradient in saved.items() if not gradient.isnan().all()}
+            return {name: gradient for name, gradient in trained.items() if name not in buffers}
     found = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

@@ -32,11 +32,24 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 """What two tensor parallel ranks divide."""
-MORE: dict[str, dict[str, Any]] = {"gemma_untied": {"num_key_value_heads": 2}}
+MORE: dict[str, dict[str, Any]] = {
+    "gemma_untied": {"num_key_value_heads": 2},
+    "phi3_longrope": {
+        "original_max_position_embeddings": 384,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0],
+            "long_factor": [1.0, 4.0, 8.0, 12.0, 16.0, 20.0],
+        },
+    },
+}
 """Cases whose variant is about a size."""
 VARIANTS = (
     "gpt2_untied",
+    "llama_biased",
     "llama_llama3_rope_other_numbers",
+    "phi3_longrope",
     "phi3_partial_rope",
     "qwen2_yarn",
 )

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import sft.generation.answers
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import read_lines
 from launcher.contract.spec import EvaluationSpec
 from sft.__main__ import main
+from sft.hf.loaded_model import load_transformers_model
 from sft.models.registry import SUPPORTED
 from sft.training.trainer import train
 from tests.parity.runs import make_run, run_training
@@ -62,7 +63,7 @@ def greedy(material: Material) -> dict[str, list[int]]:
 def transformers_answer(model_dir: Path, question: str, stop: int | None = None) -> list[int]:
     """Greedy ids up to and without the token that ends the answer."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model: Any = load_transformers_model(model_dir, torch.float32)
     ends = [tokenizer.eos_token_id, *([stop] if stop is not None else [])]
     ids = prompt_ids(tokenizer, question)
     output = model.generate(

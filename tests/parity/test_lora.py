@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from launcher.contract.errors import CheckpointError, ModelError
 from launcher.contract.exit_codes import ExitCode
@@ -31,6 +31,7 @@ from sft.engine.module import SFTGPT
 from sft.hf.adapter import all_targets
 from sft.hf.answer import answer
 from sft.hf.checks import check_model_settings
+from sft.hf.loaded_model import load_transformers_model
 from sft.hf.sharded_reader import ShardedReader
 from sft.models.registry import SUPPORTED, read_architecture
 from sft.training.datamodule import batch_schedule
@@ -97,12 +98,14 @@ class LoraLinear(nn.Module):
 
 def adapted(directory: Path, lora: LoraSpec, seed: int) -> PreTrainedModel:
     """The model with adapters on its targets, all else frozen."""
-    made = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    made = load_transformers_model(directory, torch.float32, attn_implementation="eager")
     made.requires_grad_(False)
     assert lora.rank is not None
-    for target in all_targets(read_architecture(directory), lora):
-        parent, _, name = target.module.rpartition(".")
-        linear = made.get_submodule(target.module)
+    architecture = read_architecture(directory)
+    for target in all_targets(architecture, lora):
+        module = architecture.weights.module(target.module)
+        parent, _, name = module.rpartition(".")
+        linear = made.get_submodule(module)
         setattr(made.get_submodule(parent), name, LoraLinear(linear, target.draw_a(lora.rank, seed), lora.scale))
     return made
 
@@ -200,7 +203,7 @@ def test_peft_trains_the_same(tmp_path: Path, model: Path, chat: Path, curves: d
     peft = pytest.importorskip("peft")
 
     def build(spec: RunSpec) -> Any:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+        base = load_transformers_model(model, torch.float32, attn_implementation="eager")
         targets = all_targets(read_architecture(model), SOME)
         made = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=3, target_modules=SOME.targets))
         with torch.no_grad():
@@ -303,7 +306,7 @@ def test_adapter_and_merged_model_agree(tmp_path: Path, model: Path, finished: R
 
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert len(tensors) == 4 * 7 * 2
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    base = load_transformers_model(model, torch.float32, attn_implementation="eager").eval()
     ids = example_ids(vocab=331)
     with torch.no_grad():
         before = base(ids).logits
@@ -323,7 +326,7 @@ def test_adapter_and_merged_model_agree(tmp_path: Path, model: Path, finished: R
 def test_peft_loads_the_adapter(tmp_path: Path, model: Path, finished: RunPaths) -> None:
     peft = pytest.importorskip("peft")
     adapter, merged = exported(finished, tmp_path, merged=False), exported(finished, tmp_path, merged=True)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    base = load_transformers_model(model, torch.float32, attn_implementation="eager")
     loaded = peft.PeftModel.from_pretrained(base, adapter).eval()
     ids = example_ids(vocab=331)
     with torch.no_grad():

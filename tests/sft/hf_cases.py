@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 
 from launcher.contract.spec import DataSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+from sft.hf.loaded_model import load_transformers_model
 from sft.models.registry import SUPPORTED, family
 
 VOCAB_SIZE = 97
 OUTER = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 128}
 """What the small configs of families leave to the tests."""
 
-CASES: dict[str, tuple[str, dict[str, object]]] = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "_".join(filter(None, (name, variant))): (name, {**family(name).small_config, **changes})
     for name in SUPPORTED
     for variant, changes in {"": {}, **family(name).variants}.items()
@@ -24,11 +26,22 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def hf_config(case: str, **more: object) -> Any:
-    """The case as transformers' configuration."""
+    """The case as transformers' configuration. Sizes are those of the language model."""
     from transformers import AutoConfig
 
-    model_type, config = CASES[case]
+    model_type, config = copy.deepcopy(CASES[case])  # transformers writes into nested settings
+    if family(model_type).multimodal:
+        text = {**OUTER, **config["text_config"], **more}
+        return AutoConfig.for_model(model_type, **{**config, "text_config": text})
     return AutoConfig.for_model(model_type, **{**OUTER, **config, **more})
+
+
+def auto_class(case: str) -> Any:
+    """The class by which transformers loads the case."""
+    import transformers
+
+    multimodal = family(CASES[case][0]).multimodal
+    return transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
 
 
 def save_config(case: str, directory: Path) -> Path:
@@ -41,10 +54,8 @@ def save_hf_model(
     case: str, directory: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **more: object
 ) -> Path:
     """Write the model of `case` with random weights, biases and norms."""
-    import transformers
-
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(hf_config(case, **more))
+    model = auto_class(case).from_config(hf_config(case, **more))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name or ".ln_" in name else 0.0, 0.1)
@@ -76,9 +87,7 @@ def example_ids(vocab: int = 97, length: int = 24) -> torch.Tensor:
 
 def hf_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     """What vanilla transformers says."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    model = load_transformers_model(directory, torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         logits: torch.Tensor = model(ids).logits
     return logits

@@ -30,7 +30,9 @@ from sft.megatron.core import (
     tensor_parallel,
 )
 from sft.megatron.layers.packed_rows import PackedSequences
+from sft.megatron.layers.query_scale import scaled_by_position
 from sft.megatron.parallel.context import SharedRows, bottom_right, gather_rows
+from sft.models.architecture import QueryScale
 
 
 class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
@@ -40,10 +42,18 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
     rows as the longest sequence has tokens, and not as many as the packed row.
     """
 
-    def __init__(self, *args: object, rotary: bool, magnitude: float = 1.0, **kwargs: object) -> None:
+    def __init__(
+        self,
+        *args: object,
+        rotary: bool,
+        magnitude: float = 1.0,
+        query_scale: QueryScale | None = None,
+        **kwargs: object,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._rotary = rotary
         self._magnitude = magnitude
+        self._query_scale = query_scale
 
     def forward(
         self,
@@ -63,6 +73,9 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         # The angles of shared rows are those of their tokens already, one after the other (`SFTGPTModel`).
         positions = packed.positions if isinstance(packed, PackedSequences) else None
         query, key, value = self._heads(hidden_states, angles, positions)
+        if self._query_scale is not None:
+            own = None if packed is None else packed.positions
+            query = scaled_by_position(query, self._query_scale, own, begin)
         if inference_context is not None:
             key, value = self._with_earlier(key, value, inference_context)
         if isinstance(packed, PackedSequences):

@@ -121,6 +121,7 @@ def _attention_spec(architecture: Architecture, attention: Attention, kernels: K
             "attn_mask_type": AttnMaskType.causal,
             "rotary": attention.rotary,
             "magnitude": 1.0 if architecture.rope is None else architecture.rope.attention_factor,
+            "query_scale": attention.query_scale,
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=linears.column,

@@ -1,22 +1,27 @@
-"""Llama: RMSNorm, RoPE, grouped-query attention and a SwiGLU MLP, without biases."""
+"""Llama: RMSNorm, RoPE, grouped-query attention and a gated MLP, by some configs with biases or another activation."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.llama_like import SILU, SMALL, llama_layer, rope_of, weight_map
+from sft.models.llama_like import ACTIVATIONS, SMALL, biases_of, llama_layer, rope_of, weight_map
 
 
 def _read(config: ConfigReader) -> Architecture:
     shape = config.shape
-    activation = config.choice("hidden_act", SILU)
-    config.refuse_true("attention_bias", "mlp_bias")
-    layer = DecoderLayer(attention=Attention(), mlp=DenseMLP(width=shape.ffn_hidden_size, activation=activation))
+    activation = config.choice("hidden_act", ACTIVATIONS)
+    biases = biases_of(config)
+    layer = DecoderLayer(
+        attention=Attention(qkv_bias=biases.attention, output_bias=biases.attention),
+        mlp=DenseMLP(width=shape.ffn_hidden_size, activation=activation, bias=biases.mlp),
+    )
     return Architecture(
         shape=shape,
         layers=(layer,) * shape.num_layers,
-        weights=weight_map(shape, llama_layer),
+        weights=weight_map(shape, partial(llama_layer, biases=biases)),
         layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
         rope=rope_of(config),
     )
@@ -61,5 +66,9 @@ FAMILY = Family(
         "llama3_rope_other_numbers": {"rope_parameters": {**_LLAMA3_ROPE, **_OTHER_NUMBERS}},
         "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}},
         "yarn_stated": {"rope_parameters": _YARN_STATED},
+        "biased": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+        "biased_attention": {"attention_bias": True, "tie_word_embeddings": True},
+        "biased_mlp": {"mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+        "dynamic_rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     },
 )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.llama_like import SILU, SMALL, llama_layer, rope_of, weight_map, window_of_every_layer
+from sft.models.llama_like import ACTIVATIONS, SMALL, llama_layer, rope_of, weight_map, window_of_every_layer
 
 
 def _read(config: ConfigReader) -> Architecture:
     shape = config.shape
     # Both have defaults (8 KV heads, a window of 4096) that an old file without them did not mean.
     config.require("num_key_value_heads", "sliding_window")
-    activation = config.choice("hidden_act", SILU)
+    activation = config.choice("hidden_act", ACTIVATIONS)
     config.refuse_true("attention_bias", "mlp_bias")
     layer = DecoderLayer(
         attention=Attention(window=window_of_every_layer(config)),

@@ -1,4 +1,7 @@
-"""Phi-3 and Phi-4: Llama with query, key and value in one tensor of the files, and gate and up in another."""
+"""Phi-3 and Phi-4: Llama with query, key and value in one tensor of the files, and gate and up in another.
+
+The small models rotate a part of each head, and those for long contexts have LongRoPE.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from sft.models.architecture import Architecture, Attention, DecoderLayer, Dense
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.llama_like import (
+    ACTIVATIONS,
     FC1,
     QKV,
-    SILU,
     SMALL,
     Layer,
     joined_gate_and_up,
@@ -19,13 +22,17 @@ from sft.models.llama_like import (
     weight_map,
     window_of_every_layer,
 )
+from sft.models.rope import rope_settings
 from sft.models.weight_map import ParameterMap
 
 
 def _read(config: ConfigReader) -> Architecture:
     shape = config.shape
     config.require("rms_norm_eps")
-    activation = config.choice("hidden_act", SILU)
+    if rope_settings(config.values)["rope_type"] == "longrope":
+        # transformers takes 4096 where it is left out, whatever the RoPE settings say.
+        config.require("original_max_position_embeddings")
+    activation = config.choice("hidden_act", ACTIVATIONS)
     config.refuse_true("attention_bias", "mlp_bias")
     layer = DecoderLayer(
         attention=Attention(window=window_of_every_layer(config)),
@@ -36,7 +43,7 @@ def _read(config: ConfigReader) -> Architecture:
         layers=(layer,) * shape.num_layers,
         weights=weight_map(shape, _layer),
         layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
-        rope=rope_of(config, partial=True),
+        rope=rope_of(config, partial=True, kinds=("default", "longrope")),
     )
 
 
@@ -49,10 +56,25 @@ def _layer(shape: ModelShape, prefix: str) -> Layer:
     }
 
 
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.25, 2.5],
+    "long_factor": [1.0, 4.0, 16.0],
+}
+
 FAMILY = Family(
     model_type="phi3",
     read=_read,
     # transformers' default padding token is 32000, beyond a small vocabulary
     small_config={**SMALL, "sliding_window": None, "pad_token_id": 0},
-    variants={"partial_rope": {"partial_rotary_factor": 0.75, "sliding_window": 256, "num_key_value_heads": 6}},
+    variants={
+        "partial_rope": {"partial_rotary_factor": 0.75, "sliding_window": 256, "num_key_value_heads": 6},
+        "longrope": {
+            "partial_rotary_factor": 0.75,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": _LONGROPE,
+        },
+    },
 )

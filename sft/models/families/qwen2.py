@@ -7,8 +7,8 @@ from sft.models.architecture import Architecture, Attention, DecoderLayer, Dense
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.llama_like import (
+    ACTIVATIONS,
     QKV_BIAS,
-    SILU,
     SMALL,
     Layer,
     llama_layer,
@@ -23,7 +23,7 @@ from sft.models.weight_map import ParameterMap
 def _read(config: ConfigReader) -> Architecture:
     shape = config.shape
     config.require("num_key_value_heads")
-    activation = config.choice("hidden_act", SILU)
+    activation = config.choice("hidden_act", ACTIVATIONS)
     # attention_bias is not asked for: this family's code has its QKV bias whatever the config says.
     config.refuse_true("mlp_bias")
     mlp = DenseMLP(width=shape.ffn_hidden_size, activation=activation)

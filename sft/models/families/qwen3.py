@@ -6,14 +6,14 @@ from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.llama_like import SILU, SMALL, Layer, llama_layer, rope_of, weight_map, windows_by_layer
+from sft.models.llama_like import ACTIVATIONS, SMALL, Layer, llama_layer, rope_of, weight_map, windows_by_layer
 from sft.models.weight_map import vector
 
 
 def _read(config: ConfigReader) -> Architecture:
     shape = config.shape
     config.require("num_key_value_heads", "head_dim")
-    activation = config.choice("hidden_act", SILU)
+    activation = config.choice("hidden_act", ACTIVATIONS)
     config.refuse_true("attention_bias", "mlp_bias")
     mlp = DenseMLP(width=shape.ffn_hidden_size, activation=activation)
     layers = [

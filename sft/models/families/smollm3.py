@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.llama_like import SILU, SMALL, llama_layer, rope_of, weight_map, windows_of
+from sft.models.llama_like import ACTIVATIONS, SMALL, biases_of, llama_layer, rope_of, weight_map, windows_of
 
 
 def _read(config: ConfigReader) -> Architecture:
     shape = replace(config.shape, tied_embeddings=config.flag("tie_word_embeddings", default=True))
     config.require("num_key_value_heads")
-    activation = config.choice("hidden_act", SILU)
-    config.refuse_true("attention_bias", "mlp_bias")
-    mlp = DenseMLP(width=shape.ffn_hidden_size, activation=activation)
+    activation = config.choice("hidden_act", ACTIVATIONS)
+    biases = biases_of(config)
+    mlp = DenseMLP(width=shape.ffn_hidden_size, activation=activation, bias=biases.mlp)
     rotating = _rotating_layers(config)
     layers = [
-        DecoderLayer(attention=Attention(rotary=rotary, window=window), mlp=mlp)
+        DecoderLayer(
+            attention=Attention(rotary=rotary, window=window, qkv_bias=biases.attention, output_bias=biases.attention),
+            mlp=mlp,
+        )
         for rotary, window in zip(rotating, _windows(config, rotating), strict=True)
     ]
     return Architecture(
         shape=shape,
         layers=tuple(layers),
-        weights=weight_map(shape, llama_layer),
+        weights=weight_map(shape, partial(llama_layer, biases=biases)),
         layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
         rope=rope_of(config, default_theta=2000000.0),
     )
@@ -63,5 +67,9 @@ FAMILY = Family(
         "eos_token_id": 2,
         "pad_token_id": 0,
     },
-    variants={"by_interval": {"no_rope_layers": None, "no_rope_layer_interval": 2, "tie_word_embeddings": False}},
+    variants={
+        "by_interval": {"no_rope_layers": None, "no_rope_layer_interval": 2, "tie_word_embeddings": False},
+        # All rotate: without a rotation the bias on keys shifts all scores of a query alike, and has no gradient.
+        "biased": {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 1, 1, 1]},
+    },
 )

@@ -17,9 +17,9 @@ from launcher.contract.spec import to_yaml
 from sft.commands.export import export_run
 from sft.hf import exporter as hf_export
 from sft.hf.exporter import export_checkpoint, plan_files
-from sft.hf.files import weight_map
 from sft.hf.sharded_reader import ShardedReader
 from sft.models.registry import SUPPORTED, read_architecture
+from sft.models.stored_tensors import weight_map
 from tests.parity.runs import make_run, run_training
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import example_ids, hf_logits, run_spec, save_hf_model, save_sharded

@@ -22,6 +22,14 @@ LLAMA3 = {
 
 YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 32768}
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.1 * pair for pair in range(64)],
+    "long_factor": [2.0 + 0.5 * pair for pair in range(64)],
+    "original_max_position_embeddings": 512,
+}
+
 
 @pytest.mark.parametrize(
     "settings",
@@ -34,6 +42,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_m
         {**YARN, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False},
         {**YARN, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 0.5},
         {**YARN, "attention_factor": 1.3},
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        LONGROPE,
+        {**LONGROPE, "factor": 4.0},
+        {**LONGROPE, "attention_factor": 1.2},
     ],
     ids=[
         "default",
@@ -44,10 +56,16 @@ YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_m
         "yarn with other numbers",
         "yarn with mscale",
         "yarn with a stated factor",
+        "dynamic",
+        "longrope",
+        "longrope with a stated factor",
+        "longrope with a stated attention factor",
     ],
 )
 def test_frequencies_equal_transformers(settings: dict[str, Any]) -> None:
-    config = LlamaConfig(hidden_size=256, num_attention_heads=2, rope_parameters=dict(settings))
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=2, max_position_embeddings=2048, rope_parameters=dict(settings)
+    )
     rope, problems = read_rope(
         {"rope_parameters": settings}, max_position_embeddings=config.max_position_embeddings, partial=False
     )
@@ -57,6 +75,7 @@ def test_frequencies_equal_transformers(settings: dict[str, Any]) -> None:
     theirs = LlamaRotaryEmbedding(config)
     assert torch.equal(rope.inverse_frequencies(128), theirs.inv_freq)
     assert rope.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    assert rope.longest == {"dynamic": 2048, "longrope": 512}.get(settings["rope_type"])
 
 
 def test_a_part_of_each_head() -> None:
