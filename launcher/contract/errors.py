@@ -5,6 +5,7 @@ LauncherError               exit 1
 |   +-- TopologyError       exit 2   the parallel layout does not fit model, batch or machines
 |   +-- DataError           exit 2   a data file or an example in it cannot be used
 |   +-- ModelError          exit 2   a model directory or tokenizer is incomplete or not supported
+|   +-- HubError            exit 2   a repository of the hub is absent, not for this user, or cannot be reached
 |   +-- TemplateError       exit 2   a template or cluster file is missing or does not render
 |   +-- UserCodeError       exit 2   a function that the config names raised
 +-- SchedulerError          exit 3   Slurm cannot be reached or refused the job
@@ -50,6 +51,10 @@ class DataError(ConfigError):
 
 class ModelError(ConfigError):
     """A model directory, tokenizer or architecture that cannot be used."""
+
+
+class HubError(ConfigError):
+    """A model or data set of the Hugging Face hub that cannot be had."""
 
 
 class TemplateError(ConfigError):

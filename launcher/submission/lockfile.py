@@ -25,6 +25,7 @@ import yaml
 from launcher import __version__
 from launcher.contract.config.text import read_text
 from launcher.contract.errors import ConfigError
+from launcher.contract.hub_cache import portable_name
 from launcher.contract.manifest import Manifest
 from launcher.contract.rundir import RunPaths, write_atomic, write_json
 from launcher.contract.spec import RunSpec, to_yaml
@@ -87,10 +88,13 @@ def submission_of_lockfile(path: Path, overrides: Sequence[str], cluster: str | 
     if not any(word.startswith("name=") for word in overrides) and submission.paths.root.exists():
         submission = make_submission(path, [f"name={free_name(submission.paths)}", *overrides], cluster, resolved=True)
     lock = read_lockfile(path)
+    # What has yet to be fetched is what it was: the hub's commit says so.
+    pending = {f"{wanted.snapshot}/{name}" for wanted in submission.config.fetches for name in wanted.names}
     problems = [
         f"{key}: {name} is not what it was when {path} was made: {difference}; "
         f"restore it, or name other files with {key}=..."
         for key, name, difference in _changes(lock["files"], fingerprints(submission.spec), overrides)
+        if name not in pending
     ]
     if problems:
         raise ConfigError(problems)
@@ -141,7 +145,7 @@ def fingerprints(spec: RunSpec) -> Fingerprints:
         path = field.rule.hashed(field.path)
         if path is not None:
             files = by_key.setdefault(field.mapped_by or field.key, {})
-            files.update((str(file), _fingerprint(file)) for file in _files(path))
+            files.update((portable_name(str(file)), _fingerprint(file)) for file in _files(path))
     return by_key
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from launcher.contract.errors import RunStateError, SchedulerError
+from launcher.contract.errors import HubError, RunStateError, SchedulerError
+from launcher.contract.hub.found import fetch_now
+from launcher.contract.hub.resolve import resolve_hub
+from launcher.contract.hub_cache import cache_root
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.lease import check_free, holder
@@ -68,7 +71,22 @@ def same_run(paths: RunPaths) -> Job:
                 f"`launcher resubmit {paths.name} train.max_steps=...`"
             )
         _check_code(paths)
-        return start(paths, read_resolved(paths.config))
+        spec = read_resolved(paths.config)
+        _fetch_again(spec)
+        return start(paths, spec)
+
+
+def _fetch_again(spec: RunSpec) -> None:
+    """Fetch what was removed from the hub's cache since. HubError where it would be elsewhere now, or cannot be had."""
+    found = resolve_hub(spec)
+    if found.problems:
+        raise HubError([f"{key}: {problem}" for key, problem in found.problems])
+    if found.spec != spec:
+        raise HubError(
+            f"what the run has of the hub is gone from the cache that it used, and the cache is {cache_root()} now; "
+            "set HF_HUB_CACHE to the one it was"
+        )
+    fetch_now(found.fetches)
 
 
 def _check_code(paths: RunPaths) -> None:

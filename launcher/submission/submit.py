@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launcher.contract.errors import RunStateError
+from launcher.contract.hub.found import fetch_now
 from launcher.contract.job import Job
 from launcher.contract.manifest import Manifest, describe_run, read_manifest, write_manifest
 from launcher.contract.rundir import RunPaths, append_event, read_lines, write_atomic
@@ -40,6 +41,7 @@ def submit(
     Killed at any point and called again, it makes one job: the files say how far the first call came.
     """
     check_secrets(submission.spec)
+    fetch_now(submission.config.fetches)
     with claimed_directory(submission.paths):
         if not is_unfinished(submission):
             manifest, diff = describe_run(submission.paths.name, submission.topology, command, parent_run)
@@ -49,6 +51,7 @@ def submit(
 
 def prepare(submission: Submission, command: Sequence[str], group: str) -> None:
     """Make the run's directory, for a job that is submitted together with those of other runs."""
+    fetch_now(submission.config.fetches)
     with claimed_directory(submission.paths):
         if is_unfinished(submission):
             raise RunStateError(

@@ -28,6 +28,7 @@ def summary(submission: Submission) -> str:
         f"batch      {describe_batch(spec, topology)}",
         *_predicted(submission),
         *_excluded(submission),
+        *(f"hub        {note}" for note in submission.config.notes),
         f"directory  {submission.paths.root}",
         "values that are not defaults:",
     ]

@@ -53,8 +53,11 @@ def read_config(path: Path) -> RunSpec:
     except ConfigError:
         # This reader needs OmegaConf, which ranks do not have; a machine that audits a user's config does.
         from launcher.contract.config.load import load_config
+        from launcher.contract.hub.found import fetch_now
 
-        return load_config(path).spec
+        loaded = load_config(path)
+        fetch_now(loaded.fetches)
+        return loaded.spec
 
 
 def coloured(samples: Sequence[Sample], *, colours: bool) -> str:

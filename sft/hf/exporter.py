@@ -228,6 +228,8 @@ def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | No
             shutil.copyfile(path, directory / path.name)
     if chat_template is not None:
         shutil.copyfile(chat_template, directory / "chat_template.jinja")
+        # Those of the tokenizer would be chosen for conversations with tools, which were trained with this one.
+        shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
 
 
 def write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:

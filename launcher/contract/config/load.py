@@ -18,6 +18,8 @@ from launcher.contract.config.cluster_file import host_problems
 from launcher.contract.config.conversion import typed_spec
 from launcher.contract.config.layers import merged_layers, take_auto_topology
 from launcher.contract.errors import ConfigError
+from launcher.contract.hub.found import Fetch
+from launcher.contract.hub.resolve import Resolution, resolve_hub
 from launcher.contract.leaves import Leaves, Source
 from launcher.contract.spec import ClusterSpec, RunSpec, SourceSpec
 from launcher.contract.spec.fields import ANY_NAME, leaf_types, with_absolute_paths
@@ -35,6 +37,10 @@ class LoadedConfig:
     """config.json of the model that a NeMo config spells out; the one in model.path must be like it."""
     auto_topology: bool = False
     """`topology: auto`: the topology is still to be chosen."""
+    notes: tuple[str, ...] = ()
+    """What became of hub ids."""
+    fetches: tuple[Fetch, ...] = ()
+    """Files of the hub that the run needs and the cache lacks."""
 
     def changed(self) -> Iterator[tuple[str, object, Source]]:
         """Yield key, value and source of everything that is not a schema default."""
@@ -56,11 +62,20 @@ def load_config(
     """
     merged = merged_layers(path, overrides, cluster, resolved)
     auto = take_auto_topology(merged)
-    spec = checked_spec(merged, str(path))
+    found = _checked(merged, str(path))
+    spec = found.spec
     sources: dict[str, Source] = {
         key: merged.values[key].source if key in merged.values else "default" for key in _keys(spec)
     }
-    return LoadedConfig(spec=spec, path=path, sources=sources, described=merged.described, auto_topology=auto)
+    return LoadedConfig(
+        spec=spec,
+        path=path,
+        sources=sources,
+        described=merged.described,
+        auto_topology=auto,
+        notes=found.notes,
+        fetches=found.fetches,
+    )
 
 
 def checked_spec(merged: Leaves, shown: str) -> RunSpec:
@@ -68,13 +83,30 @@ def checked_spec(merged: Leaves, shown: str) -> RunSpec:
 
     `shown` is where the leaves come from, for problems of keys that nobody wrote.
     """
-    spec = _dated(with_absolute_paths(_at_its_host(typed_spec(merged))))
+    found = _checked(merged, shown)
+    if found.fetches:
+        raise ConfigError(
+            [
+                f"{it.snapshot} is not in the cache; fetch it first: `hf download {it.snapshot.repository.id}`"
+                for it in found.fetches
+            ]
+        )
+    return found.spec
+
+
+def _checked(merged: Leaves, shown: str) -> Resolution:
+    """Return the checked spec, and what became of the hub ids in it."""
+    found = resolve_hub(_at_its_host(typed_spec(merged)))
+    spec = _dated(with_absolute_paths(found.spec))
+    for key, message in found.problems:
+        merged.problems.append(f"{merged.where(key, shown)}: {key}: {message}")
+    merged.bad |= {key for key, _ in found.problems}
     for key, message in (*spec_problems(spec), *file_problems(spec)):
         if key not in merged.bad:
             merged.problems.append(f"{merged.where(key, shown)}: {key}: {message}")
     if merged.problems:
         raise ConfigError(merged.problems)
-    return spec
+    return dataclasses.replace(found, spec=spec)
 
 
 def _dated(spec: RunSpec) -> RunSpec:

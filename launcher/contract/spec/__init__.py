@@ -10,7 +10,7 @@ all settings (a rank would carry scheduler settings, the launcher would carry op
 
 from launcher.contract.spec.checkpoint import CheckpointSpec
 from launcher.contract.spec.cluster import ClusterSpec, RuntimeSpec
-from launcher.contract.spec.data import DataSpec, SourceSpec
+from launcher.contract.spec.data import DataSpec, HubSpec, SourceSpec
 from launcher.contract.spec.evaluation import EvaluationSpec
 from launcher.contract.spec.logging import LoggingSpec
 from launcher.contract.spec.model import LoraSpec, ModelSpec
@@ -30,6 +30,7 @@ __all__ = [
     "DataSpec",
     "EarlyStoppingSpec",
     "EvaluationSpec",
+    "HubSpec",
     "LoggingSpec",
     "LoraSpec",
     "ModelSpec",

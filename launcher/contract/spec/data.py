@@ -7,8 +7,21 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from launcher.contract.named_templates import TOKENIZER, WORDS
 from launcher.contract.spec.paths import Directory, ExistingFile, Files
-from launcher.contract.spec.rules import SET_NAME, Above, AtLeast, Day, Names, Required
+from launcher.contract.spec.rules import REVISION, SET_NAME, Above, AtLeast, Day, Names, Required
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubSpec:
+    """What is meant by the id of a data set on the hub, where ORG/NAME or ORG/NAME:SPLIT stands in place of files."""
+
+    split: str | None = None
+    """The split of training data without one in its id; default train. Held-out data names its split in the id."""
+    config: str | None = None
+    """The data set's config; default its own default."""
+    revision: Annotated[str | None, REVISION] = None
+    """Branch, tag or commit; default main. The run keeps the commit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +43,8 @@ class SourceSpec:
     """Tokens with loss; unset: data.loss_on."""
     chat_template_kwargs: dict[str, str] = field(default_factory=dict)
     """Variables for the chat template; empty: data.chat_template_kwargs."""
+    hub: HubSpec = field(default_factory=HubSpec)
+    """What is meant by hub ids among the files; all unset: data.hub."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +52,9 @@ class DataSpec:
     """What to train on and which tokens count."""
 
     train: Annotated[list[str], Files()] = field(default_factory=list)
-    """Training files: jsonl, json, csv, tsv, parquet, saved Hugging Face datasets. Globs are allowed, order counts. An
-    epoch is every example once. For several sources with weights use data.sources instead."""
+    """Training files: jsonl, json, csv, tsv, parquet, saved Hugging Face datasets, or a data set of the hub (ORG/NAME
+    or ORG/NAME:SPLIT, see data.hub). Globs are allowed, order counts. An epoch is every example once. For several
+    sources with weights use data.sources instead."""
     sources: dict[str, SourceSpec] = field(default_factory=dict)
     """Several sources of training data, by name."""
     validation: Annotated[list[str], Files()] = field(default_factory=list)
@@ -46,13 +62,16 @@ class DataSpec:
     loss."""
     validation_sets: Annotated[dict[str, str], Names(SET_NAME), Files()] = field(default_factory=dict)
     """Further held-out data sets, name -> file or glob; the loss of each is eval_loss/<name>."""
+    hub: HubSpec = field(default_factory=HubSpec)
+    """Data sets of the hub that are named by id above."""
     format: Literal["auto", "prompt_completion", "messages", "sharegpt", "tokens", "text"] = "auto"
     """How rows are read; auto looks at the first row's keys."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name -> the row's name, e.g. {prompt: question, completion: instances.0.output}; dots lead into nested
     values."""
-    chat_template: Annotated[str, ExistingFile(words=("tokenizer", "none"))] = "tokenizer"
-    """tokenizer: the tokenizer's own; none: prompt and completion are joined without a template; else a Jinja2 file."""
+    chat_template: Annotated[str, ExistingFile(words=WORDS)] = TOKENIZER
+    """tokenizer: the tokenizer's own; none: prompt and completion are joined without a template; alpaca, chatml, gemma,
+    llama3, mistral, vicuna or zephyr: one of ours; else a Jinja2 file."""
     chat_template_kwargs: dict[str, str] = field(default_factory=dict)
     """Variables for the chat template, read as YAML, e.g. {enable_thinking: true}."""
     date: Annotated[str | None, Day()] = None

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from launcher.contract.spec.paths import ExistingDirectory, ModelPath
-from launcher.contract.spec.rules import Above, AtLeast, Fraction, Required
+from launcher.contract.spec.rules import REVISION, Above, AtLeast, Fraction, Required
 
-_MODELS = "a Hugging Face model directory, a NeMo checkpoint, a .gguf file or package:NAME/FILE"
+_MODELS = "a Hugging Face model directory or hub id (ORG/NAME), a NeMo checkpoint, a .gguf file or package:NAME/FILE"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +39,15 @@ class ModelSpec:
         Required(_MODELS),
         ModelPath(),
     ] = ""
-    """A Hugging Face model directory, a NeMo 1.x checkpoint (.nemo, or its folder), a NeMo 2 checkpoint, a
-    Megatron-core sharded checkpoint with a config.json beside it, a .gguf file, or package:NAME/FILE for a file of an
-    installed package."""
+    """A Hugging Face model directory, a model of the hub by its id (ORG/NAME), a NeMo 1.x checkpoint (.nemo, or its
+    folder), a NeMo 2 checkpoint, a Megatron-core sharded checkpoint with a config.json beside it, a .gguf file, or
+    package:NAME/FILE for a file of an installed package."""
+    revision: Annotated[str | None, REVISION] = None
+    """Branch, tag or commit of a model of the hub; default main. The run keeps the commit."""
     init: Literal["pretrained", "random"] = "pretrained"
     """pretrained: load the weights; random: take only the shape, and initialize weights from train.seed."""
     tokenizer: Annotated[str | None, ExistingDirectory()] = None
-    """Tokenizer directory; default model.path."""
+    """Tokenizer directory, or ORG/NAME of the hub; default model.path."""
     attention_dropout: Annotated[float, Fraction()] = 0.0
     """Dropout on attention probabilities."""
     hidden_dropout: Annotated[float, Fraction()] = 0.0

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from launcher.contract.arrival import here
+from launcher.contract.errors import did_you_mean
+from launcher.contract.hub_cache import snapshot_of
 from launcher.contract.package_files import missing_package_file, package_file
 from launcher.contract.rundir import COMPLETE
 
@@ -81,7 +83,7 @@ class ExistingDirectory(PathRule):
         return None if Path(path).is_dir() else f"{path} is not a directory"
 
     def mount(self, path: str) -> Path | None:
-        return Path(path)
+        return _hub_cache(path) or Path(path)
 
     def hashed(self, path: str) -> Path | None:
         return Path(path)
@@ -102,8 +104,10 @@ class ExistingFile(PathRule):
         return absolute_path(here(text))
 
     def problem(self, path: str, section: object) -> str | None:
-        words = f" (nor the word {' or '.join(self.words)})" if self.words else ""
-        return None if Path(path).is_file() else f"{path} is not a file{words}"
+        if Path(path).is_file():
+            return None
+        words = f" (nor one of the words {', '.join(self.words)})" if self.words else ""
+        return f"{path} is not a file{words}{did_you_mean(Path(path).name, self.words)}"
 
     def mount(self, path: str) -> Path | None:
         return Path(path).parent
@@ -126,9 +130,13 @@ class Files(PathRule):
         return [pattern] if Path(pattern).exists() else _matches(pattern) or [pattern]
 
     def problem(self, path: str, section: object) -> str | None:
+        if snapshot_of(path) is not None:
+            return None  # it may have yet to be fetched: launcher.contract.hub sees to it
         return None if Path(path).exists() or _matches(path) else f"no file matches {path}"
 
     def mount(self, path: str) -> Path | None:
+        if (cache := _hub_cache(path)) is not None:
+            return cache
         parts = Path(path).parts
         fixed = next((index for index, part in enumerate(parts) if set(part) & set("*?[")), len(parts) - 1)
         return Path(*parts[: min(fixed, len(parts) - 1)])
@@ -159,6 +167,8 @@ class ModelPath(PathRule):
     def mount(self, path: str) -> Path | None:
         if path.startswith("package:"):
             return None
+        if (cache := _hub_cache(path)) is not None:
+            return cache
         return Path(path).parent if Path(path).suffix in _MODEL_FILES else Path(path)
 
     def hashed(self, path: str) -> Path | None:
@@ -203,6 +213,12 @@ class ContainerImage(PathRule):
 def absolute_path(text: str) -> str:
     """Return the path made absolute against the working directory, `~` and `..` resolved, links left as they are."""
     return os.path.normpath(Path(text).expanduser().absolute())
+
+
+def _hub_cache(path: str) -> Path | None:
+    """Return the whole cache for a path of a snapshot: its files are links to others of the cache."""
+    snapshot = snapshot_of(path)
+    return None if snapshot is None else snapshot.cache
 
 
 def _matches(pattern: str) -> list[str]:

@@ -181,6 +181,7 @@ SHELL_VARIABLE = Pattern(ENVIRONMENT_NAME.regex, "the name of an environment var
 """A variable whose value comes from the shell that submits the run, and is never stored: RunSpec.secret_names."""
 NAME_OF_RUN = Pattern(RUN_NAME, "a run name: letters, digits, '.', '_', '-', first a letter or digit, <= 128")
 SET_NAME = Pattern(RUN_NAME, "a name: letters, digits, '.', '_', '-'")
+REVISION = Pattern(re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*", re.ASCII), "a branch, tag or commit")
 TIME_LIMIT = Pattern(
     re.compile(r"\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE),
     "a time limit: minutes, HH:MM:SS or D-HH:MM:SS",

@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.escape import ControlTokens
+from sft.data.encoding.tokenizer import ChatTemplates
 from sft.data.encoding.written import WrittenParts, describe
 from sft.data.reading.formats import Example
 from sft.data.reading.messages import Message, TemplateMessage, Tool
@@ -70,16 +71,15 @@ class ChatRenderer:
     """Renders conversations with one template and loss policy."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, controls: ControlTokens, spec: DataSpec
+        self, tokenizer: PreTrainedTokenizerBase, templates: ChatTemplates, controls: ControlTokens, spec: DataSpec
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = _dated(template, spec.now)
+        self._templates = {tools: _dated(templates.of(tools), spec.now) for tools in (False, True)}
         self._controls = controls
         self._spec = spec
         self._variables = {name: _variable(name, value) for name, value in spec.chat_template_kwargs.items()}
         self.written = WrittenParts(lambda messages, tools: self.apply(messages, tools, False))
-        self.wants_parts = False
-        self.wants_parts = self._wants_parts()
+        self._wants_parts = {tools: self._takes_parts_only(template) for tools, template in self._templates.items()}
 
     def render(self, example: Example) -> list[Rendered]:
         """Return the texts of a conversation: one, or several where the template rewrites turns.
@@ -121,26 +121,35 @@ class ChatRenderer:
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Tool] | None, generation_prompt: bool
     ) -> str:
         """Return the text that the template writes, or raise DataError if it refuses the messages."""
-        if self.wants_parts:
+        if self._wants_parts[bool(tools)]:
             messages = [_with_parts(message) for message in messages]
+        return self._apply(self._templates[bool(tools)], messages, tools, generation_prompt)
+
+    def _apply(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Tool] | None,
+        generation_prompt: bool,
+    ) -> str:
         # transformers' annotations allow only texts as content, where templates also take lists and None.
         arguments: dict[str, Any] = {"conversation": messages, "tools": tools, **self._variables}
         try:
             text = self._tokenizer.apply_chat_template(
-                chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt, **arguments
+                chat_template=template, tokenize=False, add_generation_prompt=generation_prompt, **arguments
             )
         # Templates are programs: besides jinja2's errors they raise those of their filters and operators.
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise DataError(f"the chat template refuses the first {len(messages)} messages: {error}") from error
         return str(text)
 
-    def _wants_parts(self) -> bool:
-        """Return whether the template writes content only where it is a list of parts, as those of vision models do."""
+    def _takes_parts_only(self, template: str) -> bool:
+        """Return whether a template writes content only where it is a list of parts, as those of vision models do."""
         marker = "zqcontentxk"
         forms = (marker, [{"type": "text", "text": marker}])
         for wants_parts, content in enumerate(forms):
             with contextlib.suppress(DataError):
-                text = self.apply([{"role": "user", "content": content}], None, False)
+                text = self._apply(template, [{"role": "user", "content": content}], None, False)
                 as_code = re.search(r"""["']type["']""", text)  # the list itself, as Python or JSON writes it
                 if marker in text and not as_code:
                     return bool(wants_parts)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.chat import ChatRenderer
 from sft.data.encoding.escape import ControlTokens
-from sft.data.encoding.tokenizer import leading_ids
+from sft.data.encoding.tokenizer import ChatTemplates, leading_ids
 from sft.data.reading.messages import Message, Tool
 
 
@@ -29,7 +29,7 @@ class Prompt:
 class PromptWriter:
     """Writes prompts with one tokenizer and one chat template, or without a template if that is None."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, data: DataSpec) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplates | None, data: DataSpec) -> None:
         self._tokenizer = tokenizer
         self._renderer = None
         if template is not None:

@@ -9,11 +9,14 @@ Rejected: setting `pad_token = eos_token` and masking by id, which takes the end
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.contract.errors import ModelError
+from launcher.contract.named_templates import NAMES, NONE, fit_all, needed_tokens, template_file
 from launcher.contract.spec import DataSpec
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -82,23 +85,66 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id != tokenizer.eos_token_id else []
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> str | None:
-    """Return the Jinja2 template of conversations, None with data.chat_template none.
+@dataclass(frozen=True, slots=True)
+class ChatTemplates:
+    """The Jinja2 templates of conversations."""
 
-    Raise ModelError if the tokenizer has none or the named file cannot be read.
+    default: str
+    tool_use: str | None = None
+    """The one for conversations with tools, where the tokenizer has one of its own for them."""
+
+    def of(self, has_tools: bool) -> str:
+        """Return the template of a conversation, as transformers chooses it."""
+        return self.tool_use if has_tools and self.tool_use is not None else self.default
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> ChatTemplates | None:
+    """Return the templates of conversations, None with data.chat_template none.
+
+    Raise ModelError if the tokenizer has none, the named file cannot be read, or a template of ours needs tokens that
+    the tokenizer does not have.
     """
-    if spec.chat_template == "none":
+    if spec.chat_template == NONE:
         return None
-    if spec.chat_template == "tokenizer":
-        try:
-            template: str = tokenizer.get_chat_template()
-        except ValueError as error:
-            raise ModelError(
-                "data.chat_template: the tokenizer has no chat template; name a Jinja2 file, or none to join prompt "
-                "and completion as they are"
-            ) from error
-        return template
+    file = template_file(spec.chat_template)
+    if file is None:
+        return _own_templates(tokenizer.chat_template)
     try:
-        return Path(spec.chat_template).read_text(encoding="utf-8")
+        template = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"data.chat_template: {spec.chat_template} cannot be read: {error}") from error
+    if spec.chat_template in NAMES:
+        _check_tokens(template, spec.chat_template, tokenizer)
+    return ChatTemplates(template)
+
+
+def _own_templates(templates: str | Mapping[str, str] | None) -> ChatTemplates:
+    """Return the templates of a tokenizer, which has one, several by name, or none."""
+    if isinstance(templates, Mapping):
+        named = dict(templates)
+        default = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
+        if default is not None:
+            return ChatTemplates(default, named.get("tool_use"))
+        raise ModelError(
+            f"data.chat_template: the tokenizer has templates {', '.join(sorted(named))} and none is the default; "
+            "write the one to use into a file of its own and name that"
+        )
+    if not templates:
+        raise ModelError(
+            f"data.chat_template: the tokenizer has no chat template; choose one of ours ({', '.join(NAMES)}), name a "
+            "Jinja2 file, or none to join prompt and completion as they are"
+        )
+    return ChatTemplates(templates)
+
+
+def _check_tokens(template: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError for a template whose turns would not end with a token of the tokenizer."""
+    control = control_tokens(tokenizer)
+    missing = [token for token in needed_tokens(template) if token not in control]
+    if missing:
+        raise ModelError(
+            f"data.chat_template: {name} writes {', '.join(missing)}, which are not special tokens of this tokenizer: "
+            f"the model would not learn to stop. {', '.join(fit_all())} end answers with the tokenizer's own end token"
+        )
+    if not needed_tokens(template):
+        end_of_text(tokenizer)

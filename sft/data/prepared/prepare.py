@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from launcher.contract.errors import DataError
+from launcher.contract.named_templates import NONE, TOKENIZER, template_file
 from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.cache.build import Job, write_parts
 from sft.data.cache.store import FORMAT_VERSION, MANIFEST, TokenCache, assemble, publish
@@ -31,7 +32,7 @@ from sft.data.prepared.sources import DataSet, Sources, held_out_sets, joined, t
 from sft.data.reading.files import digest, expand, file_identity, sha256_of
 from sft.data.reading.formats import check_columns, detect_format
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Increase it with every change that gives the same rows other tokens or weights."""
 
 WAIT_SECONDS = 6 * 3600.0
@@ -143,10 +144,10 @@ def _source(spec: RunSpec, data_set: DataSet, tokenizer_dir: Path, *, write_note
 
 def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir: Path) -> str:
     """Return the SHA-256 of everything that decides the cache's bytes."""
-    template = data.chat_template
-    if template not in ("tokenizer", "none"):
+    template, file = data.chat_template, template_file(data.chat_template)
+    if file is not None:
         try:
-            template = sha256_of(Path(template))
+            template = sha256_of(file)
         except OSError as error:
             raise DataError(f"data.chat_template: {template} cannot be read: {error}") from error
     made_from = {
@@ -165,10 +166,11 @@ def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir
 def _asks_for_the_date(data: DataSpec, tokenizer_dir: Path) -> bool:
     """Return whether the chat template may write the date."""
     # Only then does the date belong to the key: else every cache would be built again each day.
-    if data.chat_template == "none":
+    if data.chat_template == NONE:
         return False
-    templates = [Path(data.chat_template)]
-    if data.chat_template == "tokenizer":
+    file = template_file(data.chat_template)
+    templates = [file] if file is not None else []
+    if data.chat_template == TOKENIZER:
         templates = [
             path for path in tokenizer_files(tokenizer_dir) if path.suffix == ".jinja" or "config" in path.name
         ]

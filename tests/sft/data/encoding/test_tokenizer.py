@@ -9,6 +9,7 @@ import pytest
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.tokenizer import (
+    ChatTemplates,
     chat_template,
     control_tokens,
     end_of_text,
@@ -74,8 +75,8 @@ def test_the_template_is_the_tokenizers_or_a_file_or_none(tmp_path: Path) -> Non
     file = tmp_path / "own.jinja"
     file.write_text("{{ messages }}")
     tokenizer = sentencepiece_like()
-    assert chat_template(tokenizer, DataSpec()) == LLAMA_TEMPLATE
-    assert chat_template(tokenizer, DataSpec(chat_template=str(file))) == "{{ messages }}"
+    assert chat_template(tokenizer, DataSpec()) == ChatTemplates(LLAMA_TEMPLATE)
+    assert chat_template(tokenizer, DataSpec(chat_template=str(file))) == ChatTemplates("{{ messages }}")
     assert chat_template(tokenizer, DataSpec(chat_template="none")) is None
 
 
