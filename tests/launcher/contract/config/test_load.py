@@ -120,8 +120,8 @@ def test_every_problem_at_once(workdir: Path) -> None:
         "override 'foo': expected key=value",
         "cfg.yaml:1: train.max_steps: 'ten' is not an integer",
         "cfg.yaml: name: missing; give the run a name",
-        "cfg.yaml: model.path: missing; a Hugging Face model directory or hub id (ORG/NAME), a NeMo checkpoint, a .gguf file or "
-        "package:NAME/FILE",
+        "cfg.yaml: model.path: missing; a Hugging Face model directory or hub id (ORG/NAME), a NeMo checkpoint, "
+        "a .gguf file or package:NAME/FILE",
         "cfg.yaml: data.train: missing; one or more data files, or several sources with weights in data.sources",
     )
 
