@@ -5,7 +5,8 @@ pass and 4 in the backward pass. An embedding lookup costs nothing, the output l
 
 Attention costs 6 * layers * (heads * head size) * s a token, where s is the length of the token's own example, packed
 or not. That is half of 12 * layers * hidden * s (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, appendix),
-because with a causal mask a token attends to half of its example on average.
+because with a causal mask a token attends to half of its example on average. In layers with a sliding window w it
+attends to w - w^2 / 2s, where s is longer than w; s is then the mean over all tokens.
 
 Only useful work counts: neither padding nor what is recomputed.
 """
@@ -38,7 +39,12 @@ def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
     dense = len(shape.dense_layers)
     layers = (shape.num_layers - dense) * layer_matmul_parameters(shape, active=active)
     layers += dense * layer_matmul_parameters(shape, dense=True)
-    return layers + (2 * shape.num_layers + 1) * shape.hidden_size
+    return layers + shape.num_layers * layer_norm_parameters(shape) + shape.hidden_size
+
+
+def layer_norm_parameters(shape: ModelShape) -> int:
+    """Return the weights of the norms in one decoder layer."""
+    return shape.layer_norms * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
 
 
 def embedding_parameters(shape: ModelShape) -> int:
@@ -63,7 +69,21 @@ def training_flops(shape: ModelShape, lengths: Iterable[int]) -> int:
 def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int) -> int:
     """Return the same from sums over the examples: `tokens` is the sum of s_i, `squared_lengths` that of s_i^2."""
     products = 6 * tokens * (non_embedding_parameters(shape, active=True) + embedding_parameters(shape))
-    return products + 6 * shape.num_layers * shape.num_attention_heads * shape.head_dim * squared_lengths
+    in_window = min(squared_lengths, round(tokens * _in_window(shape, squared_lengths / tokens))) if tokens else 0
+    squares = (shape.num_layers - shape.windowed_layers) * squared_lengths + shape.windowed_layers * in_window
+    return products + 6 * shape.num_attention_heads * shape.head_dim * squares
+
+
+def mean_attended(shape: ModelShape, length: float) -> float:
+    """Return twice the positions that a token of an example of `length` attends to, on average over layers."""
+    return length + (_in_window(shape, length) - length) * shape.windowed_layers / shape.num_layers
+
+
+def _in_window(shape: ModelShape, length: float) -> float:
+    """Return what `mean_attended` does, for a layer with a window."""
+    if shape.window is None or length <= shape.window:
+        return length
+    return 2 * shape.window - shape.window**2 / length
 
 
 def mfu(flops: float, seconds: float, peak_tflops: float, gpus: int = 1) -> float:

@@ -16,11 +16,18 @@ HfConfig = dict[str, Any]
 
 _NAMED = Path(__file__).with_name("model_shapes.yaml")
 
-_TIED_BY_DEFAULT = ("gemma", "gpt2", "smollm3")
+_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "smollm3")
 """Model types for which an absent `tie_word_embeddings` means true."""
 
 _LANGUAGE_MODELS = {"mistral3": "mistral"}
 """Multimodal model types, and the type of the language model inside where its config does not say."""
+
+_FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text")
+_QK_NORM = ("gemma3", "gemma3_text", "qwen3", "qwen3_moe")
+_WINDOW_IN_ALL = ("mistral", "mixtral", "phi3")
+"""Model types whose `sliding_window`, where there is one, is that of every layer."""
+_WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}
+"""Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second or sixth layer."""
 
 _GPT2_KEYS = {
     "num_hidden_layers": "n_layer",
@@ -58,6 +65,14 @@ class ModelShape:
     """Width of the MLP that every token meets beside its experts; 0 for none."""
     dense_layers: tuple[int, ...] = ()
     """Of a mixture of experts the layers, counted from 0, that have a dense MLP all the same."""
+    layer_norms: int = 2
+    """Norms of the hidden size in each layer."""
+    qk_norm: bool = False
+    """Whether each layer norms heads of queries and keys, with a weight of head_dim for each."""
+    window: int | None = None
+    """Positions that a token sees in layers with a sliding window, itself included."""
+    windowed_layers: int = 0
+    """Layers that have the window."""
 
     @property
     def active_ffn_size(self) -> int:
@@ -95,6 +110,9 @@ class ModelShape:
             max_position_embeddings=config.get("max_position_embeddings") or 2**31,
             tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
             gated_mlp=model_type != "gpt2",
+            layer_norms=4 if model_type in _FOUR_NORMS else 2,
+            qk_norm=model_type in _QK_NORM,
+            **_windows(config, model_type),
             **_expert_sizes(config),
             dense_layers=_dense_layers(config),
         )
@@ -108,6 +126,25 @@ def language_model_config(config: HfConfig) -> HfConfig:
     above = ("tie_word_embeddings", "quantization_config")
     found: HfConfig = {"model_type": _LANGUAGE_MODELS.get(str(config.get("model_type")))}
     return found | text | {key: config[key] for key in above if key in config}
+
+
+def _windows(config: HfConfig, model_type: str) -> dict[str, Any]:
+    """Return the window and how many layers have it, or nothing."""
+    layers: int = config["num_hidden_layers"]
+    interval = _WINDOW_IN_ALL_BUT_EACH.get(model_type)
+    window = config.get("sliding_window", 4096 if interval else None)
+    if not isinstance(window, int):
+        return {}
+    kinds = config.get("layer_types")
+    if model_type in _WINDOW_IN_ALL:
+        count = layers
+    elif isinstance(kinds, list):
+        count = kinds[:layers].count("sliding_attention")
+    elif interval:
+        count = layers - layers // (config.get("sliding_window_pattern") or interval)
+    else:
+        count = max(layers - config.get("max_window_layers", 28), 0) if config.get("use_sliding_window") else 0
+    return {"window": window, "windowed_layers": count} if count else {}
 
 
 def _expert_sizes(config: HfConfig) -> dict[str, int]:

@@ -88,6 +88,7 @@ def layer_activation_bytes(workload: Workload, layout: Layout, implementation: I
     groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
     outputs = 1 if layout.recompute == "selective" else 2  # the kernel's own, and the projection's input
     norms = 2 if layout.recompute == "norms" else 4  # inputs and outputs of two norms
+    norms += shape.layer_norms - 2  # inputs of norms behind attention and MLP, whose outputs are only added
     per_token = norms * shape.hidden_size / sequence
     # With context parallelism attention keeps keys and values of the whole row, unless it gathers them again.
     shared_rows = 1 if layout.recompute == "selective" else topology.context_parallel

@@ -19,6 +19,7 @@ from launcher.contract.cost_model.workload import (
     layer_parameters,
     stage_parameters,
 )
+from launcher.contract.flops import mean_attended
 from launcher.contract.hardware import GpuKind
 from launcher.contract.topology import Topology
 
@@ -115,13 +116,14 @@ def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation
     outer = 4 * shape.hidden_size + (2 * queries + 2 * groups + (up + 1) * shape.active_ffn_size) / tensor
     weights = layer_parameters(shape, tensor, active=True)
     # with a causal mask 6 * s operations a token and head dimension, forward and backward together
-    attention = 6 * queries / tensor * tokens * workload.attended
+    attended = mean_attended(shape, workload.attended)
+    attention = 6 * queries / tensor * tokens * attended
     sequence = tensor if topology.sequence_parallel else 1
     moved = implementation.passes_hidden * shape.hidden_size / sequence
     moved += implementation.passes_ffn * shape.active_ffn_size / tensor
     moved += 0 if workload.lora_rank is None else LORA_PASSES * outer
     collectives = (10 if topology.sequence_parallel else 8) * _ring(tensor) * tokens * shape.hidden_size
-    attention_rate = gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, workload.attended)
+    attention_rate = gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, attended)
     return _Pass(
         matmul=layers * _products(workload, gpu, implementation, weights, tokens, outer),
         attention=layers * attention / attention_rate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.contract.flops import layer_matmul_parameters, training_flops_of
+from launcher.contract.flops import layer_matmul_parameters, layer_norm_parameters, training_flops_of
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.topology import Topology
 
@@ -74,7 +74,7 @@ def layer_parameters(shape: ModelShape, tensor_parallel: int, *, active: bool = 
     groups = max(shape.num_query_groups, tensor_parallel)
     repeated = 2 * (groups - shape.num_query_groups) * shape.head_dim * shape.hidden_size
     assert queries % tensor_parallel == 0
-    return (layer_matmul_parameters(shape, active=active) + repeated) // tensor_parallel + 2 * shape.hidden_size
+    return (layer_matmul_parameters(shape, active=active) + repeated) // tensor_parallel + layer_norm_parameters(shape)
 
 
 def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:

@@ -18,6 +18,10 @@ from launcher.contract.model_shape import named_model_shape
         ("70b", 70_553_706_496),
         ("llama2-7b", 6_738_415_616),
         ("llama2-13b", 13_015_864_320),
+        ("gemma3-270m", 268_098_176),
+        ("gemma3-1b", 999_885_952),
+        ("gemma2-2b", 2_614_341_888),
+        ("gemma2-9b", 9_241_705_984),
     ],
 )
 def test_parameters_are_the_published_ones(name: str, published: int) -> None:
@@ -45,6 +49,17 @@ def test_packing_costs_each_example_its_own_square() -> None:
     apart = training_flops(shape, [1000]) + training_flops(shape, [3096])
     assert training_flops(shape, [1000, 3096]) == apart < training_flops(shape, [4096])
     assert training_flops_of(shape, 4096, 1000**2 + 3096**2) == apart
+
+
+def test_layers_with_a_window_attend_to_it_alone() -> None:
+    """Gemma 3 1B: 22 of 26 layers see 512 positions. Counted token by token, with twice what each attends to."""
+    shape = named_model_shape("gemma3-1b")
+    length, width = 4096, shape.num_attention_heads * shape.head_dim
+    products = training_flops(shape, [1]) - 6 * shape.num_layers * width
+    pairs = sum(4 * place + 22 * min(place, 512) for place in range(1, length + 1))
+    found = training_flops(shape, [length]) - length * products
+    assert found == pytest.approx(6 * width * 2 * pairs, rel=1e-3)
+    assert training_flops(shape, [512]) - 512 * products == 6 * 26 * width * 512**2
 
 
 def test_mfu() -> None:
