@@ -24,7 +24,7 @@ _LANGUAGE_MODELS = {"mistral3": "mistral"}
 
 _FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text")
 _QK_NORM = ("gemma3", "gemma3_text", "qwen3", "qwen3_moe")
-_WINDOW_IN_ALL = ("mistral", "mixtral", "phi3")
+_WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}
 """Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second or sixth layer."""
@@ -111,7 +111,7 @@ class ModelShape:
             tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
             gated_mlp=model_type != "gpt2",
             layer_norms=4 if model_type in _FOUR_NORMS else 2,
-            qk_norm=model_type in _QK_NORM,
+            qk_norm=model_type in _QK_NORM or bool(config.get("use_qk_norm")),
             **_windows(config, model_type),
             **_expert_sizes(config),
             dense_layers=_dense_layers(config),

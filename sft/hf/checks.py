@@ -11,7 +11,6 @@ from sft.models.architecture import Architecture
 def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
     """Raise ModelError with every setting that this model cannot follow."""
     problems = [
-        *_window_problems(spec, architecture),
         *_position_problems(spec, architecture),
         *lora_problems(spec.model.lora, architecture, spec.topology.tensor_parallel),
     ]
@@ -34,14 +33,4 @@ def _position_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
     return [
         f"data.seq_length {length}{answers}: beyond {rope.longest} tokens this model's RoPE depends on the length of "
         f"the batch (rope_type dynamic or longrope), which is not supported; keep to at most {rope.longest}"
-    ]
-
-
-def _window_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
-    window, length = architecture.narrowest_window, spec.data.seq_length
-    if window is None or length <= window:
-        return []
-    return [
-        f"data.seq_length {length}: this model's layers see the last {window} tokens only, which is not supported; "
-        f"set it to at most {window}, where that changes nothing"
     ]

@@ -64,20 +64,21 @@ def flash(
     scale: float | None,
     kernel: Kernel = "flash2",
     *,
+    window: int | None = None,
     key_offsets: Tensor | None = None,
     longest_key: int | None = None,
 ) -> Tensor:
     """Return the causal attention of each packed sequence, [t, heads, dim], in the inputs' type (bf16 or fp16).
 
     query [t, heads, dim]; key and value [u, groups, dim]. Sequence i is the rows offsets[i] to offsets[i + 1] (int32,
-    [sequences + 1]), `longest` the length of the longest; `scale` None means 1 / sqrt(dim). With `key_offsets` and
-    `longest_key` a sequence may have more keys than queries (context parallelism): its queries are then the last of
-    its positions.
+    [sequences + 1]), `longest` the length of the longest; `scale` None means 1 / sqrt(dim). With a `window` a query
+    sees that many positions at most, its own included. With `key_offsets` and `longest_key` a sequence may have more
+    keys than queries (context parallelism): its queries are then the last of its positions.
     """
     keys = (offsets, longest) if key_offsets is None or longest_key is None else (key_offsets, longest_key)
     if kernel == "flash4":
-        return _flash4()(query, key, value, offsets, longest, *keys, scale)
-    context: Tensor = _Flash.apply(query, key, value, offsets, longest, *keys, scale)
+        return _flash4()(query, key, value, offsets, longest, *keys, scale, window)
+    context: Tensor = _Flash.apply(query, key, value, offsets, longest, *keys, scale, window)
     return context
 
 
@@ -97,11 +98,12 @@ def _flash4() -> Callable[..., Tensor]:
         key_offsets: Tensor,
         longest_key: int,
         scale: float | None,
+        window: int | None,
     ) -> Tensor:
         context: Tensor = flash_attn_varlen_func(
             query, key, value,
             cu_seqlens_q=offsets, cu_seqlens_k=key_offsets, max_seqlen_q=longest, max_seqlen_k=longest_key,
-            softmax_scale=scale, causal=True,
+            softmax_scale=scale, causal=True, window_size=(None if window is None else window - 1, None),
         )[0]  # fmt: skip
         return context
 
@@ -111,7 +113,10 @@ def _flash4() -> Callable[..., Tensor]:
 class _FlashContext(Context, Protocol):
     longest: int
     longest_key: int
-    scale: float | None
+    causal: bool
+    """Whether the kernel masks what comes after a query; with a window that is part of the options."""
+    options: dict[str, float | int | None]
+    """The scale, and what a query sees to its left and right beside its own position, if not everything."""
 
 
 class _Flash(torch.autograd.Function):
@@ -128,14 +133,19 @@ class _Flash(torch.autograd.Function):
         key_offsets: Tensor,
         longest_key: int,
         scale: float | None,
+        window: int | None,
     ) -> Tensor:
         context: Tensor
-        # The literals: no dropout, causal, no debug mask. `state` and `unused` belong to dropout's random numbers.
+        ctx.options = {"scale": scale}
+        if window is not None:
+            ctx.options |= {"window_size_left": window - 1, "window_size_right": 0}
+        ctx.causal = window is None
+        # The literals: no dropout, no debug mask. `state` and `unused` belong to dropout's random numbers.
         context, log_sum, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, offsets, key_offsets, longest, longest_key, 0.0, True, False, scale=scale
+            query, key, value, offsets, key_offsets, longest, longest_key, 0.0, ctx.causal, False, **ctx.options
         )
         ctx.save_for_backward(query, key, value, context, log_sum, state, unused, offsets, key_offsets)
-        ctx.longest, ctx.longest_key, ctx.scale = longest, longest_key, scale
+        ctx.longest, ctx.longest_key = longest, longest_key
         return context
 
     @staticmethod
@@ -143,6 +153,6 @@ class _Flash(torch.autograd.Function):
         query, key, value, context, log_sum, state, unused, offsets, key_offsets = ctx.saved_tensors
         grads = torch.ops.aten._flash_attention_backward(
             grad.contiguous(), query, key, value, context, log_sum, offsets, key_offsets, ctx.longest, ctx.longest_key,
-            0.0, True, state, unused, scale=ctx.scale,
+            0.0, ctx.causal, state, unused, **ctx.options,
         )  # fmt: skip
-        return *grads[:3], None, None, None, None, None
+        return *grads[:3], None, None, None, None, None, None

@@ -22,6 +22,10 @@ class Context(Protocol):
         """Keep inputs and outputs of `forward`. Autograd raises an error if they were changed in place since."""
         ...
 
+    def set_materialize_grads(self, value: bool) -> None:
+        """Say whether `backward` gets zeros, or else None, for an output that nothing used."""
+        ...
+
     def mark_non_differentiable(self, *outputs: Tensor) -> None:
         """Give these outputs no gradient."""
         ...

@@ -47,16 +47,22 @@ class VocabPart:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, part: VocabPart
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    part: VocabPart,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return sum(loss_weights * cross-entropy) over n positions, an fp32 scalar.
 
     hidden [n, h]; weight [rows, h], this rank's part; labels [n], token ids of the whole vocabulary; loss_weights [n],
-    fp32. Where gradients are disabled, none are computed.
+    fp32. With a `softcap` c the logits are c * tanh(hidden weight^T / c). Where gradients are disabled, none are
+    computed.
     """
     # Asked here: inside a torch.autograd.Function gradients are always disabled.
     keep_gradients = torch.is_grad_enabled()
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, part, keep_gradients)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, part, softcap, keep_gradients)
     return total
 
 
@@ -74,6 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         loss_weights: Tensor,
         part: VocabPart,
+        softcap: float | None,
         grads: bool,
     ) -> Tensor:
         hidden_grad = torch.empty_like(hidden) if grads and ctx.needs_input_grad[0] else None
@@ -85,10 +92,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + size)
             logits = hidden[rows] @ weight.t()
             own = labels[rows] - part.first
-            losses[rows], log_sum = _losses(logits, own, part)
+            losses[rows], log_sum = _losses(logits, own, part, softcap)
             if hidden_grad is None and weight_grad is None:
                 continue
-            grad = _gradient_in_place(logits, own, log_sum, loss_weights[rows], part.width)
+            grad = _gradient_in_place(logits, own, log_sum, loss_weights[rows], part.width, softcap)
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[rows])
             if weight_grad is not None:
@@ -106,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
             None if weight_grad is None else weight_grad.finish(scale, tied=ctx.tied),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -153,9 +160,9 @@ class _WeightGradient:
         return torch.zeros_like(self._weight, dtype=torch.float32) if self._sum is None else self._sum
 
 
-def _losses(logits: Tensor, labels: Tensor, part: VocabPart) -> tuple[Tensor, Tensor]:
+def _losses(logits: Tensor, labels: Tensor, part: VocabPart, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy and the log of the sum of exponentials of each row, over the whole vocabulary."""
-    peak, total, label_logit = _statistics(logits, labels, part.width)
+    peak, total, label_logit = _statistics(logits, labels, part.width, softcap)
     if part.group is not None:
         # Each rank summed exp(logit - its own maximum): bring the sums to the common maximum, then add them.
         highest = peak.clone()
@@ -167,34 +174,44 @@ def _losses(logits: Tensor, labels: Tensor, part: VocabPart) -> tuple[Tensor, Te
     return log_sum - label_logit, log_sum
 
 
-def _statistics(logits: Tensor, labels: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(logits: Tensor, labels: Tensor, width: int, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return maximum, sum of exp(logit - maximum), and the label's logit of each row's first `width` columns, in fp32.
 
-    The label's logit is 0 where another rank has the label.
+    `logits` are those before the cap. The label's logit is 0 where another rank has the label.
     """
     if logits.is_cuda:
         from sft.kernels.triton import cross_entropy as triton_cross_entropy
 
-        return triton_cross_entropy.statistics(logits, labels, width)
-    wide = logits.float() if logits.dtype != torch.float64 else logits
-    wide = wide[:, :width]
+        return triton_cross_entropy.statistics(logits, labels, width, softcap)
+    wide = _capped(logits[:, :width], softcap)
     # A rank may have no tokens at all, only padding; a maximum over nothing is an error.
     peak = wide.amax(dim=1) if width else wide.new_full((len(wide),), -torch.inf)
     total = (wide - peak[:, None]).exp().sum(dim=1)
     here = (labels >= 0) & (labels < width)
-    picked = logits.gather(1, torch.where(here, labels, 0)[:, None])[:, 0].to(wide.dtype)
+    picked = _capped(logits.gather(1, torch.where(here, labels, 0)[:, None])[:, 0], softcap)
     return peak, total, torch.where(here, picked, 0.0)
 
 
-def _gradient_in_place(logits: Tensor, labels: Tensor, log_sum: Tensor, loss_weights: Tensor, width: int) -> Tensor:
-    """Overwrite `logits` with loss_weight * (softmax - onehot(label)), their gradient, and return them."""
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return logits after the cap, in fp32 or wider."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide if softcap is None else softcap * torch.tanh(wide / softcap)
+
+
+def _gradient_in_place(
+    logits: Tensor, labels: Tensor, log_sum: Tensor, loss_weights: Tensor, width: int, softcap: float | None
+) -> Tensor:
+    """Overwrite and return `logits`, as their gradient: loss_weight * (softmax - onehot(label)) * the cap's slope."""
     if logits.is_cuda:
         from sft.kernels.triton import cross_entropy as triton_cross_entropy
 
-        return triton_cross_entropy.gradient_in_place(logits, labels, log_sum, loss_weights, width)
-    logits[:, :width] = (logits[:, :width].to(log_sum.dtype) - log_sum[:, None]).exp().to(logits.dtype)
+        return triton_cross_entropy.gradient_in_place(logits, labels, log_sum, loss_weights, width, softcap)
+    capped = _capped(logits[:, :width], softcap)
+    logits[:, :width] = (capped - log_sum[:, None]).exp().to(logits.dtype)
     logits[:, width:] = 0
     here = (labels >= 0) & (labels < width)
     row = torch.arange(len(labels), device=labels.device)[here]
     logits[row, labels[here]] -= 1
+    if softcap is not None:
+        logits[:, :width] *= (1 - (capped / softcap).square()).to(logits.dtype)
     return logits.mul_(loss_weights[:, None].to(logits.dtype))

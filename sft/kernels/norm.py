@@ -17,39 +17,48 @@ from sft.kernels.autograd import Context
 from sft.kernels.fp8 import Rows, WithRows, unquantized
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return the RMSNorm of `x` over its last dimension."""
-    return unquantized(fork(x, weight, eps)[0]) if x.is_cuda else F.rms_norm(x, weight.shape, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -> Tensor:
+    """Return the RMSNorm of `x` over its last dimension.
+
+    A `centered` weight is one around 0: 1 + weight is what multiplies, in fp32 up to the end.
+    """
+    if x.is_cuda:
+        return unquantized(fork(x, weight, eps, centered=centered)[0])
+    if not centered:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), eps).to(x.dtype)
 
 
-def fork(x: Tensor, weight: Tensor, eps: float, *, in_fp8: bool = False) -> tuple[Tensor | WithRows, Tensor]:
+def fork(
+    x: Tensor, weight: Tensor, eps: float, *, centered: bool = False, in_fp8: bool = False
+) -> tuple[Tensor | WithRows, Tensor]:
     """Return the norm of `x` for a branch of the layer, and `x` itself as the residual that goes past it.
 
     Use the returned residual, not `x`: the gradients of both results are then added in the norm's backward kernel.
     With `in_fp8` the norm, on a GPU, also carries its rows in fp8 for the matrix product it goes into.
     """
     if not x.is_cuda:
-        return F.rms_norm(x, weight.shape, weight, eps), x
-    return _forked(x, None, weight, eps, in_fp8)
+        return rms_norm(x, weight, eps, centered=centered), x
+    return _forked(x, None, weight, eps, centered, in_fp8)
 
 
 def add_and_fork(
-    branch: Tensor, residual: Tensor, weight: Tensor, eps: float, *, in_fp8: bool = False
+    branch: Tensor, residual: Tensor, weight: Tensor, eps: float, *, centered: bool = False, in_fp8: bool = False
 ) -> tuple[Tensor | WithRows, Tensor]:
     """Return `fork` of branch + residual."""
     if not branch.is_cuda:
-        return fork(residual + branch, weight, eps)
-    return _forked(residual, branch, weight, eps, in_fp8)
+        return fork(residual + branch, weight, eps, centered=centered)
+    return _forked(residual, branch, weight, eps, centered, in_fp8)
 
 
 def _forked(
-    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, in_fp8: bool
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, centered: bool, in_fp8: bool
 ) -> tuple[Tensor | WithRows, Tensor]:
-    normed, past, *low = _Norm.apply(x, branch, weight, eps, in_fp8)
+    normed, past, *low = _Norm.apply(x, branch, weight, eps, centered, in_fp8)
     return (WithRows(normed, Rows(*low)) if low else normed), past
 
 
-def forget(normed: Tensor, past: Tensor, weight: Tensor, eps: float, result: Tensor) -> None:
+def forget(normed: Tensor, past: Tensor, weight: Tensor, eps: float, result: Tensor, *, centered: bool = False) -> None:
     """Free the memory of `normed` until backward needs it, and then compute it again from `past`.
 
     `normed` and `past` are the two results of a fork, `result` what was computed from `normed`. Once the gradient of
@@ -67,9 +76,9 @@ def forget(normed: Tensor, past: Tensor, weight: Tensor, eps: float, result: Ten
         if memory.is_cuda:
             from sft.kernels.triton import norm as triton_norm
 
-            triton_norm.forward_into(memory, source, weight.detach(), eps)
+            triton_norm.forward_into(memory, source, weight.detach(), eps, centered=centered)
         else:
-            memory.copy_(F.rms_norm(source, weight.shape, weight.detach(), eps))
+            memory.copy_(rms_norm(source, weight.detach(), eps, centered=centered))
 
     result.register_hook(renew)
     normed.untyped_storage().resize_(0)
@@ -77,20 +86,22 @@ def forget(normed: Tensor, past: Tensor, weight: Tensor, eps: float, result: Ten
 
 class _NormContext(Context, Protocol):
     has_branch: bool
+    centered: bool
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _NormContext, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, in_fp8: bool
+        ctx: _NormContext, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, centered: bool, in_fp8: bool
     ) -> tuple[Tensor, ...]:
         from sft.kernels.triton import norm as triton_norm  # installed with CUDA builds of torch only
 
+        ctx.set_materialize_grads(False)  # a norm that is no fork has no second gradient to read
         rows = x.contiguous().view(-1, x.shape[-1])
         added = None if branch is None else branch.contiguous().view_as(rows)
-        normed, total, rstd, low = triton_norm.forward(rows, added, weight, eps, quantize=in_fp8)
+        normed, total, rstd, low = triton_norm.forward(rows, added, weight, eps, centered=centered, quantize=in_fp8)
         ctx.save_for_backward(total, weight, rstd)
-        ctx.has_branch = branch is not None
+        ctx.has_branch, ctx.centered = branch is not None, centered
         past = x if branch is None else total
         if low is None:
             return normed.view_as(x), past.view_as(x)
@@ -99,13 +110,14 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: _NormContext, grad: Tensor, past_grad: Tensor, *_: object
-    ) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
+        ctx: _NormContext, grad: Tensor, past_grad: Tensor | None, *_: object
+    ) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
         from sft.kernels.triton import norm as triton_norm
 
         total, weight, rstd = ctx.saved_tensors
-        parts = (grad.contiguous().view_as(total), past_grad.contiguous().view_as(total))
-        x_grad, weight_grad = triton_norm.backward(*parts, total, weight, rstd)
+        past = None if past_grad is None else past_grad.contiguous().view_as(total)
+        own = grad.contiguous().view_as(total)
+        x_grad, weight_grad = triton_norm.backward(own, past, total, weight, rstd, centered=ctx.centered)
         x_grad = x_grad.view_as(grad)
         # A sum passes its gradient on unchanged to both of its terms.
-        return x_grad, x_grad if ctx.has_branch else None, weight_grad, None, None
+        return x_grad, x_grad if ctx.has_branch else None, weight_grad, None, None, None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import RunSpec
 from sft.kernels import attention
-from sft.models.architecture import Architecture, Experts
+from sft.models.architecture import Architecture, DenseMLP, Experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,12 +76,19 @@ def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Ker
 
 def _unfused_part(spec: RunSpec, architecture: Architecture) -> str | None:
     """Return what of the layers no fused kernel computes, or None."""
-    if architecture.norm != "rms":
+    if architecture.norm not in ("rms", "zero_centered_rms"):
         return "norms other than RMSNorm"
     if architecture.rope is None:
         return "learned positions"
-    if any(layer.mlp.activation != "silu" or not layer.mlp.gated or layer.mlp.bias for layer in architecture.layers):
-        return "MLPs other than SwiGLU without biases"
+    if not all(layer.norm_before for layer in architecture.layers):
+        return "no norms before attention and MLP"
+    if not all(_has_fused_mlp(layer.mlp) for layer in architecture.layers):
+        return "MLPs other than SwiGLU and GeGLU without biases"
     if any(layer.attention.output_bias for layer in architecture.layers):
         return "a bias on the attention's output"
     return None if spec.model.hidden_dropout == 0 else "model.hidden_dropout"
+
+
+def _has_fused_mlp(mlp: DenseMLP | Experts) -> bool:
+    known = ("silu",) if isinstance(mlp, Experts) else ("silu", "gelu_tanh")
+    return mlp.gated and not mlp.bias and mlp.activation in known

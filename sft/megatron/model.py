@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         self._true_vocab_size = architecture.shape.vocab_size
         self._logits_scaling = architecture.logits_scaling
         self._stacked = architecture.weights.stacked
+        self._softcap = architecture.logits_softcap
+        if self.post_process and self._softcap is not None:
+            self.output_layer.register_forward_hook(partial(_cap_logits, self._softcap))
         self.adapted = False
         """Only adapters are trained, and only they are in checkpoints."""
         self.base_weights = ""
@@ -140,7 +144,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         group = layer.tp_group if layer.tp_group.size() > 1 else None
         part = VocabPart(first, width, group, tied=tied and self.pre_process)
         chosen = hidden_states.flatten(0, 1).index_select(0, targets.places)
-        return linear_cross_entropy(chosen, weight, targets.labels, targets.weights, part)
+        return linear_cross_entropy(chosen, weight, targets.labels, targets.weights, part, self._softcap)
 
     def _own_vocabulary(self, rows: int) -> tuple[int, int]:
         """Return the first token and the number of true tokens among this rank's `rows` of the vocabulary."""
@@ -184,6 +188,13 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         return super().load_state_dict(adapters, False, assign)
 
 
+def _cap_logits(
+    cap: float, module: torch.nn.Module, inputs: object, output: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    logits, bias = output
+    return cap * torch.tanh(logits / cap), bias
+
+
 def build_chunks(
     spec: RunSpec, architecture: Architecture, topology: Topology, config: TransformerConfig, kernels: Kernels
 ) -> list[SFTGPTModel]:
@@ -213,7 +224,7 @@ def _build_chunk(
     )
     drop_absent_biases(chunk, architecture)
     if rope is not None:
-        use_whole_table(chunk, rope, shape.head_dim)
+        use_whole_table(chunk, architecture.ropes, shape.head_dim)
     elif chunk.pre_process:
         # Megatron-core makes this table in fp32, and its sum with bf16 embeddings would be fp32.
         chunk.embedding.position_embeddings.to(config.params_dtype)

@@ -36,6 +36,8 @@ class Attention:
 
     rotary: bool = True
     """Whether queries and keys are rotated by their positions."""
+    rope: Rope | None = None
+    """Rotary positions of this layer; None is those of the model."""
     window: int | None = None
     """Number of positions that a token sees, itself included; None is all before it."""
     qk_norm: bool = False
@@ -45,6 +47,8 @@ class Attention:
     softmax_scale: float | None = None
     """Factor on the scores; None is 1 / sqrt(head_dim)."""
     query_scale: QueryScale | None = None
+    score_softcap: float | None = None
+    """c: scores s become c * tanh(s / c) before the mask; None leaves them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,10 +100,14 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderLayer:
-    """One pre-norm layer: h = x + m * attention(norm(x)), then h + m * mlp(norm(h))."""
+    """One layer: h = x + m * after(attention(before(x))), then h + m * after(mlp(before(h)))."""
 
     attention: Attention
     mlp: DenseMLP | Experts
+    norm_before: bool = True
+    """Whether `before` is a norm."""
+    norm_after: bool = False
+    """Whether `after` is a norm."""
     residual_multiplier: float = 1.0
     """m above."""
 
@@ -113,7 +121,8 @@ class Architecture:
     weights: WeightMap
     layernorm_epsilon: float
     rope: Rope | None
-    """Rotary positions of the layers that have them; None means learned positions, added to the embedding."""
+    """Rotary positions of the layers that have them and none of their own; None means learned positions, added to the
+    embedding."""
     norm: Norm = "rms"
     """The kind of all norms."""
     embedding_multiplier: float = 1.0
@@ -121,9 +130,15 @@ class Architecture:
     """Whether the multiplier is rounded to the embedding's number type first."""
     logits_scaling: float = 1.0
     """Logits are divided by it."""
+    logits_softcap: float | None = None
+    """c: logits z become c * tanh(z / c); None leaves them."""
 
     @property
-    def narrowest_window(self) -> int | None:
-        """The smallest attention window of any layer, None if every layer sees all positions."""
-        windows = [layer.attention.window for layer in self.layers if layer.attention.window is not None]
-        return min(windows, default=None)
+    def ropes(self) -> tuple[Rope, ...]:
+        """Return the different rotary positions of the layers, the model's first."""
+        own = [layer.attention.rope for layer in self.layers]
+        return tuple(dict.fromkeys(rope for rope in (self.rope, *own) if rope is not None))
+
+    def rope_of(self, attention: Attention) -> Rope | None:
+        """Return the rotary positions of a layer."""
+        return attention.rope or self.rope

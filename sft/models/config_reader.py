@@ -60,6 +60,28 @@ class ConfigReader:
         self.refuse(f"{key} {value!r} is not a number")
         return default
 
+    def positive(self, key: str, default: float) -> float:
+        """Return the number under `key`, which must be above 0."""
+        value = self.number(key, default)
+        if value > 0:
+            return value
+        self.refuse(f"{key} {value:g} is not above 0")
+        return default
+
+    def count(self, key: str, default: int) -> int:
+        """Return the whole number under `key`, which must be above 0."""
+        value = self.positive(key, default)
+        if value.is_integer():
+            return int(value)
+        self.refuse(f"{key} {value:g} is not a whole number")
+        return default
+
+    def softcap(self, key: str, default: float | None) -> float | None:
+        """Return the bound under `key` that a tanh keeps numbers within, None where there is none."""
+        if self.values.get(key, default) is None:
+            return None
+        return self.positive(key, 1.0 if default is None else default)
+
     def flag(self, key: str, *, default: bool) -> bool:
         """Return whether `key` is on."""
         self.asked.add(key)

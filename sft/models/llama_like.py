@@ -68,22 +68,24 @@ def rope_of(
     default_fraction: float = 1.0,
     kinds: Collection[str] = KINDS,
     understood: Collection[str] = (),
+    values: Mapping[str, object] | None = None,
 ) -> Rope | None:
     """Return the RoPE settings.
 
     `partial` says that this family reads `partial_rotary_factor`, `kinds` which values of `rope_type` it takes, and
-    `understood` which settings of single families it reads by itself.
+    `understood` which settings of single families it reads by itself. `values` are where to look if not in the config:
+    families keep settings of some layers apart.
     """
-    shape = config.shape
+    shape, values = config.shape, config.values if values is None else values
     rope, problems = read_rope(
-        config.values,
+        values,
         max_position_embeddings=shape.max_position_embeddings,
         partial=partial,
         default_theta=default_theta,
         default_fraction=default_fraction,
         understood=understood,
     )
-    kind = rope_settings(config.values)["rope_type"]
+    kind = rope_settings(values)["rope_type"]
     if rope is not None and kind not in kinds:
         problems = [f"rope_type {kind!r} is not supported for {shape.model_type}; only {' or '.join(map(repr, kinds))}"]
     if rope is not None and rope.pair_factors and len(rope.pair_factors) != rope.pairs(shape.head_dim):
@@ -121,19 +123,29 @@ def window_of_every_layer(config: ConfigReader) -> int | None:
 def windows_by_layer(config: ConfigReader) -> list[int | None]:
     """Return each layer's window, by `layer_types` or else by `use_sliding_window` and `max_window_layers`."""
     layers = range(config.shape.num_layers)
-    kinds = config.list_by_layer("layer_types")
-    if kinds is not None:
-        return windows_of(config, [kind != "full_attention" for kind in kinds])
+    sliding = sliding_layers(config)
+    if sliding is not None:
+        return windows_of(config, sliding)
     if not config.values.get("use_sliding_window") or config.values.get("sliding_window") is None:
         return [None for _ in layers]
     first = config.number("max_window_layers", 28)
     return windows_of(config, [layer >= first for layer in layers])
 
 
-def windows_of(config: ConfigReader, sliding: list[bool]) -> list[int | None]:
+def sliding_layers(config: ConfigReader) -> list[bool] | None:
+    """Return which layers have a window by `layer_types`, or None without that list."""
+    kinds = config.list_by_layer("layer_types")
+    if kinds is None:
+        return None
+    for kind in sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}):
+        config.refuse(f"layer_types has {kind!r}; only full_attention and sliding_attention are supported")
+    return [kind != "full_attention" for kind in kinds]
+
+
+def windows_of(config: ConfigReader, sliding: list[bool], default: int | None = None) -> list[int | None]:
     """Return `sliding_window` for the layers that slide, and None for the others."""
-    window = config.values.get("sliding_window")
-    if any(sliding) and not isinstance(window, int):
+    window = config.values.get("sliding_window", default)
+    if any(sliding) and not (isinstance(window, int) and window > 0):
         count = f"{sum(sliding)} of {len(sliding)}"
         config.refuse(f"{count} layers have a sliding window, and sliding_window is {window}")
     return [window if slides and isinstance(window, int) else None for slides in sliding]

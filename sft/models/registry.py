@@ -17,6 +17,8 @@ from sft.models.multimodal import find_language_model, inside
 
 SUPPORTED = (
     "gemma",
+    "gemma2",
+    "gemma3_text",
     "glm4_moe",
     "gpt2",
     "granite",
@@ -34,9 +36,7 @@ SUPPORTED = (
 """The model types that are covered; each is a module of `sft.models.families`."""
 
 _KNOWN_GAPS = {
-    "gemma2": "it caps attention scores and logits by tanh and norms each sublayer's output",
-    "gemma3": "it norms each sublayer's output and has another RoPE in its sliding layers",
-    "gemma3_text": "it norms each sublayer's output and has another RoPE in its sliding layers",
+    "gemma3": "its weights are those of a text model and of an image tower; text models are called gemma3_text",
     "qwen2_moe": "it has shared experts beside those that are chosen",
 }
 """Families that look covered and are not, and what is missing."""

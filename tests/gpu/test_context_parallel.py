@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import sft.megatron.layers.attention
+import sft.megatron.layers.core_attention
 from sft.data.batches.context_slice import ContextShare, share_rows
 from sft.kernels.attention import Kernel, fastest_kernel
 from sft.megatron.parallel.context import shared_rows
@@ -44,9 +44,9 @@ def shares(rows: int, lengths: tuple[int, ...] | None) -> list[ContextShare]:
     return [share_rows(weights, lengths, rank, 2).to(DEVICE) for rank in range(2)]
 
 
-def in_two_parts(tensors: Inputs, parts: list[ContextShare], kernel: Kernel) -> Tensor:
+def in_two_parts(tensors: Inputs, parts: list[ContextShare], kernel: Kernel, window: int | None = None) -> Tensor:
     """[s, b, heads * dim] of whole rows, computed as two ranks would."""
-    layer = attention()
+    layer = attention(window=window)
     layer._kernel = kernel
     query, key, value = tensors
     chunks: dict[int, Tensor] = {}
@@ -57,9 +57,9 @@ def in_two_parts(tensors: Inputs, parts: list[ContextShare], kernel: Kernel) -> 
     return torch.cat([chunks[begin] for begin in sorted(chunks)])
 
 
-def whole(tensors: Inputs, lengths: tuple[int, ...] | None) -> Tensor:
+def whole(tensors: Inputs, lengths: tuple[int, ...] | None, window: int | None) -> Tensor:
     """The same in fp32, sequence by sequence."""
-    layer, rows = attention(), sum(LENGTHS)
+    layer, rows = attention(window=window), sum(LENGTHS)
     cut = (rows,) if lengths is None else lengths
     query, key, value = tensors
     return layer._one_by_one(query, key, value, cut, cut).flatten(2)
@@ -68,7 +68,7 @@ def whole(tensors: Inputs, lengths: tuple[int, ...] | None) -> Tensor:
 @pytest.fixture(autouse=True)
 def keys_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda key, value: (key, value)  # noqa: E731
-    monkeypatch.setattr(sft.megatron.layers.attention, "gather_rows", both)
+    monkeypatch.setattr(sft.megatron.layers.core_attention, "gather_rows", both)
 
 
 def kernels() -> list[Kernel]:
@@ -78,12 +78,13 @@ def kernels() -> list[Kernel]:
 
 @pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("form", ROWS)
-def test_parts_agree_with_whole_rows(form: str, kernel: Kernel) -> None:
+@pytest.mark.parametrize("window", [None, 2, 50])
+def test_parts_agree_with_whole_rows(window: int | None, form: str, kernel: Kernel) -> None:
     """Output and gradients, against fp32."""
     rows, lengths = ROWS[form]
     found = inputs(rows)
     exact = [tensor.detach().float().requires_grad_() for tensor in found]
-    outputs = [in_two_parts(found, shares(rows, lengths), kernel), whole(exact, lengths)]
+    outputs = [in_two_parts(found, shares(rows, lengths), kernel, window), whole(exact, lengths, window)]
     for output in outputs:
         output.float().square().sum().backward()
     torch.testing.assert_close(outputs[0].float(), outputs[1], atol=2e-2, rtol=2e-2)

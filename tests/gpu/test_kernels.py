@@ -12,8 +12,10 @@ from torch import Tensor
 
 from sft.kernels import adamw, attention, fp8, norm
 from sft.kernels.embedding import lookup
+from sft.kernels.geglu import geglu
 from sft.kernels.linear import fp8_linear, swiglu_mlp
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
+from sft.kernels.masked_attention import causal_mask
 from sft.kernels.products import add_product
 from sft.kernels.rope import split_and_rotate
 from sft.kernels.swiglu import swiglu
@@ -53,21 +55,27 @@ def results(operation: Operation, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("width", [96, 2048, 3072])
 @pytest.mark.parametrize("rows", [1, 37, 3000])
-def test_norm(rows: int, width: int) -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_norm(centered: bool, rows: int, width: int) -> None:
     x, branch, weight = drawn(rows, 1, width), drawn(rows, 1, width, seed=1), drawn(width)
+    one = 1 if centered else 0
 
     def plain(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return F.rms_norm(x + branch, (width,), weight, 1e-5), x + branch
+        return F.rms_norm(x + branch, (width,), weight + one, 1e-5), x + branch
 
     def kernel(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return norm.add_and_fork(branch, x, weight, 1e-5)
+        return norm.add_and_fork(branch, x, weight, 1e-5, centered=centered)
 
     assert_equal(kernel, plain, [x, branch, weight])
 
     def alone(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return F.rms_norm(x, (width,), weight, 1e-5), x * 1
+        return F.rms_norm(x, (width,), weight + one, 1e-5), x * 1
 
-    assert_equal(lambda x, weight: norm.fork(x, weight, 1e-5), alone, [x, weight])
+    assert_equal(lambda x, weight: norm.fork(x, weight, 1e-5, centered=centered), alone, [x, weight])
+    # A norm that is no fork: there is no gradient past it.
+    assert_equal(
+        lambda x, weight: norm.rms_norm(x, weight, 1e-5, centered=centered), lambda *both: alone(*both)[0], [x, weight]
+    )
 
 
 @pytest.mark.parametrize("width", [40, 1024, 8200])
@@ -77,6 +85,15 @@ def test_swiglu(width: int) -> None:
         return F.silu(gate) * up
 
     assert_equal(lambda x: swiglu(x * 1), plain, [drawn(33, 2, 2 * width)])
+
+
+@pytest.mark.parametrize("width", [40, 1024, 8200])
+def test_geglu(width: int) -> None:
+    def plain(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
+    assert_equal(lambda x: geglu(x * 1), plain, [drawn(33, 2, 2 * width)])
 
 
 @pytest.mark.parametrize(
@@ -101,12 +118,16 @@ def test_rope(heads: tuple[int, int], dim: int, turned: int, packed: bool) -> No
 
 
 @pytest.mark.parametrize("forked", [False, True])
-def test_a_norm_computed_again_has_the_same_bits(forked: bool) -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_norm_computed_again_has_the_same_bits(centered: bool, forked: bool) -> None:
     x, branch, weight = (drawn(*shape).requires_grad_() for shape in ((300, 1, 2048), (300, 1, 2048), (2048,)))
-    normed, past = norm.add_and_fork(branch, x, weight, 1e-5) if forked else norm.fork(x, weight, 1e-5)
+    if forked:
+        normed, past = norm.add_and_fork(branch, x, weight, 1e-5, centered=centered)
+    else:
+        normed, past = norm.fork(x, weight, 1e-5, centered=centered)
     kept = normed.detach().clone()
     result = normed * 2
-    norm.forget(normed, past, weight, 1e-5, result)
+    norm.forget(normed, past, weight, 1e-5, result, centered=centered)
     assert normed.untyped_storage().nbytes() == 0
     result.sum().backward()
     assert torch.equal(normed, kept)
@@ -174,25 +195,30 @@ def test_adamw(shift: int) -> None:
 
 
 @pytest.mark.parametrize("vocab", [1000, 32003])
-def test_linear_cross_entropy(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_linear_cross_entropy(softcap: float | None, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sft.kernels.linear_cross_entropy.BLOCK_BYTES", 2 * vocab * 100)
     labels = torch.randint(0, vocab - 3, (257,), device="cuda")
     weights = torch.rand(257, device="cuda")
 
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = (hidden @ weight.t())[:, :-3]  # the last three rows only fill up
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
     def kernel(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels, weights, VocabPart(0, vocab - 3))
+        return linear_cross_entropy(hidden, weight, labels, weights, VocabPart(0, vocab - 3), softcap)
 
     assert_equal(kernel, plain, [drawn(257, 128), drawn(vocab, 128) * 0.2])
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # from within flash-attn-4's compiler
 @pytest.mark.parametrize("kernel_name", ["flash2", "flash4"])
-@pytest.mark.parametrize(("heads", "dim"), [((8, 2), 64), ((24, 8), 128), ((6, 2), 96), ((4, 4), 32), ((4, 4), 80)])
-def test_packed_attention(heads: tuple[int, int], dim: int, kernel_name: attention.Kernel) -> None:
+@pytest.mark.parametrize("window", [None, 2, 100, 5000])
+@pytest.mark.parametrize(
+    ("heads", "dim"), [((8, 2), 64), ((24, 8), 128), ((6, 2), 96), ((4, 4), 32), ((4, 4), 80), ((4, 1), 256)]
+)
+def test_packed_attention(heads: tuple[int, int], dim: int, window: int | None, kernel_name: attention.Kernel) -> None:
     if kernel_name == "flash4" and not attention.has_flash4():
         pytest.skip("flash-attn-4 is not installed")
     if kernel_name == "flash4" and not attention.flash4_takes(dim):
@@ -202,13 +228,15 @@ def test_packed_attention(heads: tuple[int, int], dim: int, kernel_name: attenti
 
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         parts = [tensor.transpose(0, 1)[None].split(lengths, dim=2) for tensor in (query, key, value)]
+        masks = [causal_mask(length, length, window, query.device) for length in lengths]
         attended = [
-            F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in zip(*parts, strict=True)
+            F.scaled_dot_product_attention(*part, attn_mask=mask, enable_gqa=True)
+            for mask, *part in zip(masks, *parts, strict=True)
         ]
         return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attention.flash(query, key, value, offsets, max(lengths), None, kernel_name)
+        return attention.flash(query, key, value, offsets, max(lengths), None, kernel_name, window=window)
 
     shapes = [(sum(lengths), count, dim) for count in (heads[0], heads[1], heads[1])]
     assert_equal(kernel, plain, [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sft.megatron.layers.attention import CoreAttention
+from sft.megatron.layers.core_attention import CoreAttention
 from sft.megatron.layers.packed_rows import packed_sequences
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
@@ -24,10 +24,10 @@ ROW = sum(LENGTHS)
 HALF = [torch.bfloat16, torch.float16]
 
 
-def attention(dropout: float = 0.0) -> CoreAttention:
+def attention(dropout: float = 0.0, **own: Any) -> CoreAttention:
     # With sequence parallel, dropout draws from the generator that is set: no stream of Megatron-core is needed.
     config: Any = SimpleNamespace(attention_dropout=dropout, sequence_parallel=True)
-    return CoreAttention(config, 1, None, "self")
+    return CoreAttention(config, 1, None, "self", **own)
 
 
 def inputs(dtype: torch.dtype, heads: int = 8, groups: int = 2) -> list[torch.Tensor]:
@@ -43,13 +43,14 @@ def packed() -> Any:
 
 @pytest.mark.parametrize("groups", [2, 8])
 @pytest.mark.parametrize("dtype", HALF)
-def test_kernel_agrees_with_sequences_one_by_one(dtype: torch.dtype, groups: int) -> None:
+@pytest.mark.parametrize("own", [{}, {"window": 50}, {"softcap": 1.5}, {"window": 50, "softcap": 1.5}], ids=str)
+def test_kernel_agrees_with_sequences_one_by_one(own: dict[str, Any], dtype: torch.dtype, groups: int) -> None:
     """Output and gradients, against fp32, with KV heads that are shared and with one for each query head."""
     found, exact = inputs(dtype, groups=groups), inputs(torch.float32, groups=groups)
     with torch.no_grad():
         for wide, half in zip(exact, found, strict=True):
             wide.copy_(half)
-    outputs = [attention()(*tensors, None, packed_seq_params=packed()) for tensors in (found, exact)]
+    outputs = [attention(**own)(*tensors, None, packed_seq_params=packed()) for tensors in (found, exact)]
     for output in outputs:
         output.float().square().sum().backward()
     torch.testing.assert_close(outputs[0].float(), outputs[1], atol=2e-2, rtol=2e-2)
@@ -59,10 +60,27 @@ def test_kernel_agrees_with_sequences_one_by_one(dtype: torch.dtype, groups: int
         assert error < 1e-2
 
 
-def test_trap_4_no_gradient_reaches_a_neighbour_in_the_kernel() -> None:
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_padded_rows_agree_with_fp32(rows: int, window: int | None) -> None:
+    """Rows longer than the window go through the kernel for many sequences."""
+    found = [tensor.detach().unsqueeze(1).repeat(1, rows, 1, 1) for tensor in inputs(torch.bfloat16)]
+    found = [(tensor * torch.arange(1, rows + 1, device="cuda")[:, None, None]).requires_grad_() for tensor in found]
+    exact = [tensor.detach().float().requires_grad_() for tensor in found]
+    outputs = [attention(window=window)(*tensors, None) for tensors in (found, exact)]
+    for output in outputs:
+        output.float().square().sum().backward()
+    torch.testing.assert_close(outputs[0].float(), outputs[1], atol=5e-2, rtol=2e-2)
+    for half, wide in zip(found, exact, strict=True):
+        assert half.grad is not None and wide.grad is not None
+        assert (half.grad.float() - wide.grad).norm() / wide.grad.norm() < 1e-2
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_trap_4_no_gradient_reaches_a_neighbour_in_the_kernel(window: int | None) -> None:
     """Exactly 0, as on a CPU (tests/parity/test_packing.py)."""
     tensors = inputs(torch.bfloat16)
-    output = attention()(*tensors, None, packed_seq_params=packed())
+    output = attention(window=window)(*tensors, None, packed_seq_params=packed())
     first, second = sum(LENGTHS[:2]), sum(LENGTHS[:3])
     output[first:second].float().sum().backward()
     for tensor in tensors:
@@ -81,14 +99,15 @@ def test_dropout_takes_sequences_one_by_one() -> None:
     assert torch.equal(*(layer.eval()(*tensors, None, packed_seq_params=packed()) for _ in range(2)))
 
 
-def test_attention_waits_for_nothing() -> None:
+@pytest.mark.parametrize("window", [None, 50])
+def test_attention_waits_for_nothing(window: int | None) -> None:
     """No number goes from the device to the host: the step would stop at each layer."""
     tensors, where = inputs(torch.bfloat16), packed()
-    attention()(*tensors, None, packed_seq_params=where)
+    attention(window=window)(*tensors, None, packed_seq_params=where)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attention()(*tensors, None, packed_seq_params=where).float().sum().backward()
+        attention(window=window)(*tensors, None, packed_seq_params=where).float().sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

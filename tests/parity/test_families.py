@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 
-from launcher.contract.exit_codes import ExitCode
-from sft.__main__ import main
 from sft.models.registry import SUPPORTED, read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_grid import assert_gradients_equal
-from tests.ranks import run_ranks
 from tests.sft.hf_cases import CASES, save_hf_model
 from tests.tiers import thinned
 from tests.tiny_model import VOCAB_SIZE, make_chat_rows, make_tokenizer, write_jsonl
@@ -89,16 +86,3 @@ def test_every_gradient_follows_reference(case: str, layout: str, tmp_path: Path
     assert losses == pytest.approx(expected.losses, rel=1e-5)
     assert norms == pytest.approx(expected.grad_norms, rel=2e-5)
     assert_gradients_equal(join(by_rank, read_architecture(model))[0], expected.gradients[0])
-
-
-def test_a_window_that_hides_tokens_is_refused(tmp_path: Path, chat: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model = family_model(tmp_path / "model", "mistral", sliding_window=255)
-    paths = make_run(tmp_path, model, chat, ranks=1)
-    assert main(["prepare", str(paths.config)]) == ExitCode.BAD_INPUT
-    assert "data.seq_length 256: this model's layers see the last 255 tokens only" in capfd.readouterr().err
-    assert run_ranks(1, exit_code, paths.config) == [ExitCode.BAD_INPUT]
-
-
-def exit_code(config: Path) -> int:
-    """Runs on a rank: the exit code of the rank main."""
-    return main(["train", str(config)])

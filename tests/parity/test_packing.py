@@ -21,7 +21,7 @@ import sft.engine.module
 from launcher.contract.errors import ConfigError
 from launcher.contract.rundir import RunPaths, read_lines
 from sft.data.batches.batch import MicroBatch
-from sft.megatron.layers.attention import CoreAttention
+from sft.megatron.layers.core_attention import CoreAttention
 from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl

@@ -58,7 +58,9 @@ def save_hf_model(
     model = auto_class(case).from_config(hf_config(case, **more))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name or ".ln_" in name else 0.0, 0.1)
+            is_norm = "norm" in name or ".ln_" in name
+            from_zero = name.endswith("norm.weight") and not parameter.any()  # multiplies as 1 + weight
+            parameter.normal_(1.0 if is_norm and not from_zero else 0.0, 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):  # by which experts are chosen
                 buffer.normal_(0.0, 0.1)

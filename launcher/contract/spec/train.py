@@ -80,13 +80,13 @@ class TrainSpec:
     linears, forward and for gradients of inputs, which are in fp8 (E4M3, a scale for each token and each output
     channel); it needs GPUs from Ada and Hopper on."""
     kernels: Literal["auto", "plain", "fused"] = "auto"
-    """plain: torch's own operations; fused: RMSNorm with the residual addition, RoPE, SwiGLU, LM head with
+    """plain: torch's own operations; fused: RMSNorm with the residual addition, RoPE, SwiGLU and GeGLU, LM head with
     cross-entropy at supervised positions only, and weight gradients added to the buffer by the product itself, in
     Triton on a GPU; auto: fused on a GPU where Triton is installed."""
     attention: Literal["auto", "flash2", "flash4"] = "auto"
-    """Attention kernel of fused layers for packed rows on a GPU. flash2: the one in torch; flash4: the package
-    flash-attn-4, for Hopper and Blackwell and heads of 32, 64, 96 or 128; auto: flash4 where it is installed and works,
-    and `deterministic` is off."""
+    """Attention kernel of fused layers on a GPU, for packed rows and rows longer than a sliding window. flash2: the one
+    in torch; flash4: the package flash-attn-4, for Hopper and Blackwell and heads of 32, 64, 96 or 128; auto: flash4
+    where it is installed and works, and `deterministic` is off. Capped scores (Gemma 2) are computed without either."""
     recompute: Literal["none", "norms", "selective", "full", "offload"] = "none"
     """Activations that are computed again in the backward pass. norms: outputs of norms, a sixth of what layers keep,
     for under 1 % of the time; selective: attention's core; full: whole layers, which keep their inputs; offload: whole

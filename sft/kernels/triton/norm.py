@@ -20,7 +20,7 @@ _PROGRAMS_PER_PROCESSOR = 4
 @triton.jit
 def _forward(
     x_ptr, branch_ptr, weight_ptr, normed_ptr, sum_ptr, rstd_ptr, low_ptr, scale_ptr, columns, eps,
-    HAS_BRANCH: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, CENTERED: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -35,6 +35,8 @@ def _forward(
     rstd = tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if CENTERED:
+        weight += 1
     normed = (wide * rstd * weight).to(normed_ptr.dtype.element_ty)
     tl.store(normed_ptr + row * columns + column, normed, mask=inside)
     if QUANTIZE:
@@ -45,13 +47,15 @@ def _forward(
 @triton.jit
 def _backward(
     grad_ptr, residual_grad_ptr, x_ptr, weight_ptr, rstd_ptr, x_grad_ptr, partial_ptr, rows, columns, share,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, CENTERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # With u = x * rstd, y = u * w and g = dL/dy: dL/dw = sum over rows of g * u, and
     # dL/dx = rstd * (g * w - u * mean(g * w * u)), the mean over columns.
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if CENTERED:
+        weight += 1
     weight_grad = tl.zeros((BLOCK,), dtype=tl.float32)
     for index in range(share):
         row = program * share + index
@@ -71,42 +75,43 @@ def _backward(
 
 
 def forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, quantize: bool = False
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, centered: bool = False, quantize: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Return the norm of x + branch, x + branch, 1 / root mean square of each row, and the norm in fp8.
 
-    x and branch are contiguous [rows, columns]. The fp8 form is what `triton.fp8.rows` makes of the norm; None unless
-    `quantize` is set.
+    x and branch are contiguous [rows, columns]. A `centered` weight multiplies as 1 + weight. The fp8 form is what
+    `triton.fp8.rows` makes of the norm; None unless `quantize` is set.
     """
     rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
     normed = torch.empty_like(x)
     total = x if branch is None else torch.empty_like(x)
     low = empty_rows(x, *x.shape) if quantize else None
-    _launch(x, branch, weight, normed, total, rstd, low, eps)
+    _launch(x, branch, weight, normed, total, rstd, low, eps, centered)
     return normed, total, rstd, low
 
 
-def forward_into(normed: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+def forward_into(normed: Tensor, x: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -> None:
     """Write the norm of contiguous `x` [..., columns] to `normed`: the same bits as `forward` returns."""
     rows = x.view(-1, x.shape[-1])
-    _launch(rows, None, weight, normed, rows, torch.empty(len(rows), device=x.device), None, eps)
+    _launch(rows, None, weight, normed, rows, torch.empty(len(rows), device=x.device), None, eps, centered)
 
 
 def _launch(
     x: Tensor, branch: Tensor | None, weight: Tensor, normed: Tensor, total: Tensor, rstd: Tensor,
-    low: tuple[Tensor, Tensor] | None, eps: float,
+    low: tuple[Tensor, Tensor] | None, eps: float, centered: bool,
 ) -> None:  # fmt: skip
     rows, columns = x.shape
     block = triton.next_power_of_2(columns)
     # A kernel takes no None: what it does not use gets any tensor.
     _forward[(rows,)](
         x, x if branch is None else branch, weight, normed, total, rstd, *((x, rstd) if low is None else low),
-        columns, eps, HAS_BRANCH=branch is not None, QUANTIZE=low is not None, BLOCK=block, num_warps=_warps(block),
+        columns, eps, HAS_BRANCH=branch is not None, CENTERED=centered, QUANTIZE=low is not None, BLOCK=block,
+        num_warps=_warps(block),
     )  # fmt: skip
 
 
 def backward(
-    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, *, centered: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the weight.
 
@@ -123,7 +128,7 @@ def backward(
     _backward[(programs,)](
         grad, grad if residual_grad is None else residual_grad, x, weight, rstd, x_grad, partial, rows, columns,
         triton.cdiv(rows, programs),
-        HAS_RESIDUAL=residual_grad is not None, BLOCK=block, num_warps=_warps(block),
+        HAS_RESIDUAL=residual_grad is not None, CENTERED=centered, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return x_grad, partial.sum(dim=0).to(weight.dtype)
 

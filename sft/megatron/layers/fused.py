@@ -16,11 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sft.kernels import attention, norm
 from sft.kernels.fp8 import WithRows, unquantized
+from sft.kernels.geglu import geglu
 from sft.kernels.linear import swiglu_mlp
 from sft.kernels.rope import rotate, split_and_rotate
 from sft.kernels.swiglu import swiglu
 from sft.megatron.core import MLP, IdentityOp, TransformerConfig, TransformerLayer, tensor_parallel
-from sft.megatron.layers.attention import CoreAttention, RotarySelfAttention
+from sft.megatron.layers.attention import RotarySelfAttention
+from sft.megatron.layers.core_attention import CoreAttention
 from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear
 from sft.megatron.layers.norms import RMSNorm
 from sft.megatron.layers.packed_rows import PackedSequences
@@ -51,25 +53,29 @@ class FusedRMSNorm(RMSNorm):
         super().__init__(config, hidden_size, eps, **others)
         # With sequence parallel the output is gathered before the product, in bf16: rows in fp8 would be made in vain.
         self._in_fp8 = in_fp8 and not config.sequence_parallel
+        self._centered: bool = config.layernorm_zero_centered_gamma
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm over the last dimension."""
-        return norm.rms_norm(x, self.weight, self._epsilon)
+        return norm.rms_norm(x, self.weight, self._epsilon, centered=self._centered)
 
     def fork(self, x: Tensor) -> tuple[Tensor | WithRows, Tensor]:
         """Return (norm of x, x)."""
         await_weights(self)  # the layer calls this method and not the module
-        return norm.fork(x, self.weight, self._epsilon, in_fp8=self._in_fp8)
+        return norm.fork(x, self.weight, self._epsilon, centered=self._centered, in_fp8=self._in_fp8)
 
     def add_and_fork(self, branch: Tensor, residual: Tensor) -> tuple[Tensor | WithRows, Tensor]:
         """Return the `fork` of branch + residual."""
         await_weights(self)
-        return norm.add_and_fork(branch, residual, self.weight, self._epsilon, in_fp8=self._in_fp8)
+        return norm.add_and_fork(
+            branch, residual, self.weight, self._epsilon, centered=self._centered, in_fp8=self._in_fp8
+        )
 
     def forget(self, normed: Tensor | WithRows, residual: Tensor, branch: Tensor) -> None:
         """Free `normed` of a fork until the gradient of `branch`, which was made of it, is there."""
         if branch.requires_grad:
-            norm.forget(unquantized(normed), residual, self.weight, self._epsilon, branch)
+            values = unquantized(normed)
+            norm.forget(values, residual, self.weight, self._epsilon, branch, centered=self._centered)
 
     @property
     def _epsilon(self) -> float:
@@ -101,6 +107,15 @@ class FusedMLP(MLP):  # type: ignore[misc]
         return output
 
 
+class FusedGeGLUMLP(MLP):  # type: ignore[misc]
+    """GeGLU MLP without biases."""
+
+    def forward(self, hidden_states: Tensor | WithRows, *_: object, **__: object) -> tuple[Tensor, Tensor | None]:
+        """Return the output and no bias."""
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(geglu(self.linear_fc1(hidden_states)[0]))
+        return output
+
+
 class FusedCoreAttention(CoreAttention):
     """Core attention by the fastest kernel for what the row holds."""
 
@@ -112,12 +127,15 @@ class FusedCoreAttention(CoreAttention):
 
     def _packed_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Return the context, [t, heads, dim], of tensors of that shape."""
-        lengths = packed.seq_lengths
-        if self._kernel == "flash2" and lengths.count(lengths[0]) == len(lengths):
+        lengths, longest = packed.seq_lengths, packed.max_seqlen_q
+        window = self._window if self._window is not None and self._window < longest else None
+        if self._kernel == "flash2" and window is None and lengths.count(lengths[0]) == len(lengths):
             # Sequences of equal length are rows of a dense batch, for which cuDNN's kernel is the fastest.
             rows = [tensor.view(len(lengths), -1, *tensor.shape[1:]).transpose(1, 2) for tensor in (query, key, value)]
             return self._causal(*rows).transpose(1, 2).flatten(0, 1)
-        return attention.flash(query, key, value, packed.cu_seqlens_q, packed.max_seqlen_q, self._scale, self._kernel)
+        return attention.flash(
+            query, key, value, packed.cu_seqlens_q, longest, self._scale, self._kernel, window=window
+        )
 
 
 class FusedSelfAttention(RotarySelfAttention):
@@ -146,11 +164,24 @@ class FusedSelfAttention(RotarySelfAttention):
 
 
 class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
-    """A pre-norm layer in which each residual addition happens inside the norm after it, and backward likewise."""
+    """A pre-norm layer in which each residual addition happens inside the norm after it, and backward likewise.
 
-    def __init__(self, *args: object, residual_multiplier: float = 1.0, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
+    With `norm_after` attention and MLP are followed by norms of their own.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: object,
+        residual_multiplier: float = 1.0,
+        norm_after: bool = False,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(config, *args, **kwargs)
         self._multiplier = residual_multiplier
+        self.post_attention_layernorm, self.post_mlp_layernorm = (
+            FusedRMSNorm(config, config.hidden_size, config.layernorm_epsilon) if norm_after else None for _ in range(2)
+        )
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the output, [s, b, h], and no context."""
@@ -164,11 +195,15 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
         )
         if self.recompute_input_layernorm:
             self.input_layernorm.forget(normed, residual, branch)
-        normed, residual = self.pre_mlp_layernorm.add_and_fork(self._scaled(branch), residual)
+        normed, residual = self.pre_mlp_layernorm.add_and_fork(
+            self._before_addition(branch, self.post_attention_layernorm), residual
+        )
         branch, _ = self.mlp(normed)
         if self.recompute_pre_mlp_layernorm:
             self.pre_mlp_layernorm.forget(normed, residual, branch)
-        return residual + self._scaled(branch), None
+        return residual + self._before_addition(branch, self.post_mlp_layernorm), None
 
-    def _scaled(self, branch: Tensor) -> Tensor:
+    def _before_addition(self, branch: Tensor, after: FusedRMSNorm | None) -> Tensor:
+        if after is not None:
+            branch = after(branch)
         return branch if self._multiplier == 1.0 else branch * self._multiplier

@@ -18,6 +18,7 @@ from torch import nn
 from sft.megatron.core import (
     MLP,
     AttnMaskType,
+    IdentityOp,
     MLPSubmodules,
     ModuleSpec,
     SelfAttentionSubmodules,
@@ -26,9 +27,11 @@ from sft.megatron.core import (
     TransformerLayerSubmodules,
 )
 from sft.megatron.kernel_choice import Kernels
-from sft.megatron.layers.attention import CoreAttention, RotarySelfAttention
+from sft.megatron.layers.attention import RotarySelfAttention
+from sft.megatron.layers.core_attention import CoreAttention
 from sft.megatron.layers.fused import (
     FusedCoreAttention,
+    FusedGeGLUMLP,
     FusedMLP,
     FusedRMSNorm,
     FusedSelfAttention,
@@ -37,9 +40,11 @@ from sft.megatron.layers.fused import (
 from sft.megatron.layers.linears import Linears, choose_linears
 from sft.megatron.layers.mixture_of_experts import ExpertMLP
 from sft.megatron.layers.norms import PLAIN_NORMS
+from sft.megatron.layers.post_norms import PostNormTransformerLayer
 from sft.megatron.layers.residual import residual_addition
 from sft.megatron.layers.shared_expert import SharedExpertMLP
-from sft.models.architecture import Architecture, Attention, Experts
+from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts
+from sft.models.rope import Rope
 
 _CHECKPOINT_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -74,22 +79,33 @@ def layer_spec(architecture: Architecture, options: LayerOptions, layer_number: 
     layer = architecture.layers[layer_number - 1]
     fused = options.kernels.fused_layers
     linears = choose_linears(fp8=options.fp8, adapted=options.adapted)
+    before_attention, before_mlp = _norms_before(architecture, layer, options)
     submodules = TransformerLayerSubmodules(
-        input_layernorm=_norm_before_product(architecture, options),
+        input_layernorm=before_attention,
         self_attention=_attention_spec(architecture, layer.attention, options.kernels, linears),
         # Fused layers add residuals themselves.
         self_attn_bda=residual_addition(layer.residual_multiplier),
-        pre_mlp_layernorm=_norm_before_product(architecture, options, experts=isinstance(layer.mlp, Experts)),
+        pre_mlp_layernorm=before_mlp,
         mlp=_experts_spec(layer.mlp, linears, fused=fused)
         if isinstance(layer.mlp, Experts)
-        else _mlp_spec(linears, fused=fused),
+        else _mlp_spec(layer.mlp, linears, fused=fused),
         mlp_bda=residual_addition(layer.residual_multiplier),
         sharded_state_dict_keys_map=dict(_CHECKPOINT_NAMES),
     )
-    if not fused:
-        return ModuleSpec(module=TransformerLayer, submodules=submodules)
-    own = {"residual_multiplier": layer.residual_multiplier}
-    return ModuleSpec(module=FusedTransformerLayer, params=own, submodules=submodules)
+    module, params = _layer_class(architecture, layer, fused=fused)
+    return ModuleSpec(module=module, params=params, submodules=submodules)
+
+
+def _layer_class(
+    architecture: Architecture, layer: DecoderLayer, *, fused: bool
+) -> tuple[type[TransformerLayer], dict[str, object]]:
+    """Return the class of a layer and its own arguments."""
+    if fused:
+        own: dict[str, object] = {"residual_multiplier": layer.residual_multiplier, "norm_after": layer.norm_after}
+        return FusedTransformerLayer, own
+    if layer.norm_after:
+        return PostNormTransformerLayer, {"norm": PLAIN_NORMS[architecture.norm]}
+    return TransformerLayer, {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +115,14 @@ class _MLPSpec:
     module: type[nn.Module]
     submodules: MLPSubmodules | None
     params: dict[str, object] = field(default_factory=dict)
+
+
+def _norms_before(architecture: Architecture, layer: DecoderLayer, options: LayerOptions) -> tuple[object, object]:
+    """Return the norms before attention and before the MLP."""
+    if not layer.norm_before:
+        return IdentityOp, IdentityOp
+    experts = isinstance(layer.mlp, Experts)
+    return _norm_before_product(architecture, options), _norm_before_product(architecture, options, experts=experts)
 
 
 def _norm_before_product(
@@ -114,13 +138,15 @@ def _norm_before_product(
 def _attention_spec(architecture: Architecture, attention: Attention, kernels: Kernels, linears: Linears) -> ModuleSpec:
     fused = kernels.fused_layers
     head_norm = (FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]) if attention.qk_norm else None
-    core = {"scale": attention.softmax_scale}
+    core = {"scale": attention.softmax_scale, "window": attention.window, "softcap": attention.score_softcap}
+    rope = architecture.rope_of(attention)
     return ModuleSpec(
         module=FusedSelfAttention if fused else RotarySelfAttention,
         params={
             "attn_mask_type": AttnMaskType.causal,
             "rotary": attention.rotary,
-            "magnitude": 1.0 if architecture.rope is None else architecture.rope.attention_factor,
+            "magnitude": 1.0 if rope is None else rope.attention_factor,
+            "angles": _columns_of_angles(architecture, rope),
             "query_scale": attention.query_scale,
         },
         submodules=SelfAttentionSubmodules(
@@ -135,8 +161,21 @@ def _attention_spec(architecture: Architecture, attention: Attention, kernels: K
     )
 
 
-def _mlp_spec(linears: Linears, *, fused: bool) -> object:
-    module = FusedMLP if fused else MLP
+def _columns_of_angles(architecture: Architecture, rope: Rope | None) -> slice:
+    """Return where the angles of `rope` are in the table that has those of all kinds of layers, side by side."""
+    begin = 0
+    for kind in architecture.ropes:
+        end = begin + kind.pairs(architecture.shape.head_dim)
+        if kind == rope:
+            return slice(begin, end)
+        begin = end
+    return slice(0)
+
+
+def _mlp_spec(mlp: DenseMLP, linears: Linears, *, fused: bool) -> object:
+    module = MLP
+    if fused:
+        module = FusedMLP if mlp.activation == "silu" else FusedGeGLUMLP
     submodules = MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
     if hasattr(MLP, "as_mlp_submodule"):  # Megatron-core 0.18 and later call it with arguments that MLP has not
         return partial(module.as_mlp_submodule, submodules=submodules)

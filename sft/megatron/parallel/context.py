@@ -76,8 +76,3 @@ class _GatherRows(torch.autograd.Function):
 def _as_sent(size: int) -> list[tuple[int, int]]:
     """(0 for keys and 1 for values, number of the slice) in the order in which the ranks of a group have them."""
     return [(which, number) for rank in range(size) for which in (0, 1) for number in slice_numbers(rank, size)]
-
-
-def bottom_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Which of the keys each query sees where the queries are the last of the positions, [queries, keys]."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

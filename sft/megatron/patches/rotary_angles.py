@@ -8,17 +8,21 @@ angles of its tokens by their positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from megatron.core.models.gpt import GPTModel
 
 from sft.megatron.patches.patch import Patch
 from sft.models.rope import Rope
 
 
-def use_whole_table(model: GPTModel, rope: Rope, head_dim: int) -> None:
-    """Let the model's RoPE give the angles of all positions on every rank."""
+def use_whole_table(model: GPTModel, ropes: Sequence[Rope], head_dim: int) -> None:
+    """Let the model's RoPE give the angles of all positions on every rank: those of each of `ropes`, side by side."""
     rotary = model.rotary_pos_emb
     rotary.cp_group = None
-    rotary.inv_freq = rope.inverse_frequencies(head_dim).to(rotary.inv_freq.device)
+    frequencies = torch.cat([rope.inverse_frequencies(head_dim) for rope in ropes])
+    rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
 
 
 PATCH = Patch(

@@ -30,6 +30,6 @@ def _read(config: ConfigReader) -> Architecture:
 FAMILY = Family(
     model_type="mistral",
     read=_read,
-    small_config={**SMALL, "sliding_window": 256, "rope_theta": 1000000.0},
+    small_config={**SMALL, "sliding_window": 24, "rope_theta": 1000000.0},
     variants={"full": {"sliding_window": None}},
 )

@@ -8,7 +8,16 @@ from functools import partial
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.llama_like import ACTIVATIONS, SMALL, biases_of, llama_layer, rope_of, weight_map, windows_of
+from sft.models.llama_like import (
+    ACTIVATIONS,
+    SMALL,
+    biases_of,
+    llama_layer,
+    rope_of,
+    sliding_layers,
+    weight_map,
+    windows_of,
+)
 
 
 def _read(config: ConfigReader) -> Architecture:
@@ -48,9 +57,9 @@ def _rotating_layers(config: ConfigReader) -> list[bool]:
 
 def _windows(config: ConfigReader, rotating: list[bool]) -> list[int | None]:
     """Return each layer's window: by `layer_types`, or else, where switched on, in the layers that do not rotate."""
-    kinds = config.list_by_layer("layer_types")
-    if kinds is not None:
-        return windows_of(config, [kind != "full_attention" for kind in kinds])
+    sliding = sliding_layers(config)
+    if sliding is not None:
+        return windows_of(config, sliding)
     slides = config.flag("use_sliding_window", default=False) and config.values.get("sliding_window") is not None
     return windows_of(config, [slides and not rotary for rotary in rotating])
 

@@ -52,6 +52,8 @@ def test_logits_of_one_rank(case: str, tmp_path: Path) -> None:
         ("mistral", 3, {"tensor_parallel": 3}),
         ("gemma", 3, {"tensor_parallel": 3}),
         ("gemma_untied", 2, {"tensor_parallel": 2}),
+        ("gemma2", 3, {"tensor_parallel": 3}),
+        ("gemma3_text_capped", 2, {"tensor_parallel": 2}),
         ("phi3", 3, {"tensor_parallel": 3}),
         ("phi3_partial_rope", 2, {"tensor_parallel": 2}),
         ("llama_llama3_rope_other_numbers", 2, {"pipeline_parallel": 2}),

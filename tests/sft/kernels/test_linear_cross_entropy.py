@@ -24,10 +24,13 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     return hidden.requires_grad_(), weight.requires_grad_(), labels, torch.rand(ROWS, generator=draw)
 
 
-def expected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def expected(softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return torch's loss and gradients of hidden states and weight, times 3."""
     hidden, weight, labels, loss_weights = inputs()
-    total = (F.cross_entropy(hidden @ weight.t(), labels, reduction="none") * loss_weights).sum()
+    logits = hidden @ weight.t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    total = (F.cross_entropy(logits, labels, reduction="none") * loss_weights).sum()
     (3 * total).backward()
     assert hidden.grad is not None and weight.grad is not None
     return total.detach(), hidden.grad, weight.grad
@@ -35,13 +38,16 @@ def expected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, ROWS])
 @pytest.mark.parametrize("padding", [0, 3])
-def test_equals_torch(rows_at_a_time: int, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_equals_torch(
+    softcap: float | None, rows_at_a_time: int, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Padding rows of the vocabulary have no share in the sum and get no gradient."""
-    total, hidden_grad, weight_grad = expected()
+    total, hidden_grad, weight_grad = expected(softcap)
     hidden, weight, labels, loss_weights = inputs()
     wide = F.pad(weight.detach(), (0, 0, 0, padding), value=9.0).requires_grad_()
     monkeypatch.setattr(module, "BLOCK_BYTES", rows_at_a_time * (VOCAB + padding) * 8)
-    found = linear_cross_entropy(hidden, wide, labels, loss_weights, VocabPart(0, VOCAB))
+    found = linear_cross_entropy(hidden, wide, labels, loss_weights, VocabPart(0, VOCAB), softcap)
     (3 * found).backward()
     assert wide.grad is not None
     torch.testing.assert_close(found.double(), total, rtol=1e-6, atol=0)
@@ -122,14 +128,14 @@ def test_frozen_weight_and_evaluation_compute_no_gradients() -> None:
     torch.testing.assert_close(total.double(), expected()[0], rtol=1e-6, atol=0)
 
 
-def over_ranks() -> tuple[Any, Any, Any]:
+def over_ranks(softcap: float | None) -> tuple[Any, Any, Any]:
     """Return, on a rank, the loss, the summed gradient of the hidden states, and that of this rank's weight rows."""
     rank, size = dist.get_rank(), dist.get_world_size()
     hidden, weight, labels, loss_weights = inputs()
     rows = -(-VOCAB // size)
     own = F.pad(weight.detach(), (0, 0, 0, rows * size - VOCAB))[rank * rows : (rank + 1) * rows].requires_grad_()
     part = VocabPart(rank * rows, min(VOCAB - rank * rows, rows), dist.group.WORLD)
-    total = linear_cross_entropy(hidden, own, labels, loss_weights, part)
+    total = linear_cross_entropy(hidden, own, labels, loss_weights, part, softcap)
     (3 * total).backward()
     assert hidden.grad is not None and own.grad is not None
     dist.all_reduce(hidden.grad)
@@ -137,9 +143,10 @@ def over_ranks() -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parity
-def test_vocabulary_over_ranks() -> None:
-    total, hidden_grad, weight_grad = expected()
-    found = run_ranks(2, over_ranks, init=True)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_vocabulary_over_ranks(softcap: float | None) -> None:
+    total, hidden_grad, weight_grad = expected(softcap)
+    found = run_ranks(2, over_ranks, softcap, init=True)
     for own, hidden, _ in found:
         assert own == pytest.approx(float(total), rel=1e-6)
         torch.testing.assert_close(torch.from_numpy(hidden), hidden_grad, rtol=1e-6, atol=1e-7)
