@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from launcher import __version__
 from launcher.commands import cluster, import_nemo, logs, nodes, plan, prepare, report, resubmit, status, submit, sweep
 from launcher.commands.arguments import Handler, command
-from launcher.contract.errors import LauncherError
+from launcher.contract.errors import LauncherError, is_storage_fault
 from launcher.contract.exit_codes import ExitCode, exit_code_reference
 
 _EPILOG = "\n".join(
@@ -44,11 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.OK)
+    except OSError as error:
+        if options.debug or not (is_storage_fault(error) or error.errno == errno.ENAMETOOLONG):
+            return _unforeseen(error, options)
+        print(f"error: {error}", file=sys.stderr)
+        return int(ExitCode.IO_ERROR if is_storage_fault(error) else ExitCode.BAD_INPUT)
     except Exception as error:
-        if options.debug:
-            raise
-        print(f"error: {type(error).__name__}: {error} (a bug; --debug shows the traceback)", file=sys.stderr)
-        return int(ExitCode.FAILURE)
+        return _unforeseen(error, options)
+
+
+def _unforeseen(error: Exception, options: argparse.Namespace) -> int:
+    if options.debug:
+        raise error
+    print(f"error: {type(error).__name__}: {error} (a bug; --debug shows the traceback)", file=sys.stderr)
+    return int(ExitCode.FAILURE)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from launcher.contract.errors import LauncherError
+from launcher.contract.errors import LauncherError, is_storage_fault
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.versions import check_versions
 from sft.commands.bench import add_arguments
@@ -36,9 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     except Exception as error:  # whatever it is must get into the log, and other ranks must not wait for this one
-        traceback.print_exc()
+        if isinstance(error, OSError) and is_storage_fault(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = ExitCode.IO_ERROR
+        else:
+            traceback.print_exc()
+            code = ExitCode.FAILURE
         _record(options, error)
-        code = ExitCode.FAILURE
     return int(code)
 
 

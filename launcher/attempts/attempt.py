@@ -23,7 +23,8 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.job import AttemptName
 from launcher.contract.job_state import JobState
 from launcher.contract.lease import Owner, release, take
-from launcher.contract.rundir import RunPaths, append_event, checkpoint_step, read_lines
+from launcher.contract.records import is_number, read_events
+from launcher.contract.rundir import RunPaths, append_event, checkpoint_step
 from launcher.contract.spec import read_resolved
 from launcher.scheduler.base import JobView, Scheduler
 from launcher.scheduler.factory import scheduler_of
@@ -87,7 +88,7 @@ def end(options: argparse.Namespace) -> int:
     paths = RunPaths(options.run.absolute())
     scheduler = _scheduler(paths)
     job = scheduler.read_view(options.job)
-    events = list(read_lines(paths.events))
+    events = read_events(paths)
     evidence = gather(paths, scheduler, options.attempt, options.exit_code, job, options.job_id, events)
     diagnosis = classify(evidence)
     requeued = job is not None and job.restarts > (AttemptName(options.attempt).restart or 0)
@@ -119,13 +120,13 @@ def _avoided(diagnosis: Diagnosis, job: JobView | None) -> str:
 
 def _judge_predecessor(paths: RunPaths, options: argparse.Namespace) -> Decision | None:
     """Decide on the attempt before this one if it belongs to the same job and did not record how it ended."""
-    events = list(read_lines(paths.events))
-    started = [event for event in events if event.get("event") == "attempt_started"]
+    events = read_events(paths)
+    started = [event for event in events if event["event"] == "attempt_started" and "attempt" in event]
     last = started[-1] if started else {}
     if last.get("job_id") != options.job_id or last.get("attempt") == options.attempt:
         return None
     name = str(last["attempt"])
-    if any(event.get("event") == "restart_decided" and event.get("attempt") == name for event in events):
+    if any(event["event"] == "restart_decided" and event.get("attempt") == name for event in events):
         return None
     if options.nodes_down:
         diagnosis = Diagnosis(cause=Cause.NODE_FAILURE, detail=f"{options.nodes_down} went down while it ran")
@@ -148,7 +149,7 @@ def _decide(
     spec = read_resolved(paths.config)
     decided = _since_submitted(events)
     step = max(map(checkpoint_step, paths.complete_checkpoints()), default=0)
-    before = next((int(event["step"]) for event in reversed(events) if event.get("event") == "restart_decided"), 0)
+    before = next((event["step"] for event in reversed(events) if _is_decision(event)), 0)
     decision = decide(
         diagnosis,
         exit_code,
@@ -176,9 +177,15 @@ def _decide(
     return decision
 
 
+def _is_decision(event: Mapping[str, Any]) -> bool:
+    """Return whether an event is a decision with all that a later one looks at."""
+    known = event.get("cause") in list(Cause) and event.get("decision") in list(Action)
+    return event.get("event") == "restart_decided" and known and is_number(event.get("step"))
+
+
 def _past(event: Mapping[str, Any]) -> Past:
     action = Action(event["decision"])
-    return Past(cause=Cause(event["cause"]), goes_on=action.goes_on, progressed=bool(event["progressed"]))
+    return Past(cause=Cause(event["cause"]), goes_on=action.goes_on, progressed=bool(event.get("progressed")))
 
 
 def _since_submitted(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -187,7 +194,7 @@ def _since_submitted(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
     for event in events:
         if event.get("event") == "submitted" and not event.get("by"):
             decisions = []
-        elif event.get("event") == "restart_decided":
+        elif _is_decision(event):
             decisions.append(event)
     return decisions
 

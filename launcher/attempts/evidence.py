@@ -45,7 +45,9 @@ def gather(
         cancelled=any(event.get("event") == "cancelled" and event.get("job_id") == job_id for event in events),
         stop_signal=str(stop.get("signal") or ""),
         stop_deadline=bool(stop.get("deadline")),
-        bad_nodes=tuple(str(node["host"]) for node in preflight.get("nodes", [])),
+        bad_nodes=tuple(
+            str(node["host"]) for node in preflight.get("nodes", []) if isinstance(node, Mapping) and "host" in node
+        ),
         host=host,
         job=job,
         ended_as=scheduler.read_log(log),

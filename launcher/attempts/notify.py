@@ -24,7 +24,8 @@ from pathlib import Path
 
 from launcher.contract.errors import LauncherError
 from launcher.contract.exit_codes import ExitCode
-from launcher.contract.rundir import RunPaths, read_json
+from launcher.contract.records import read_progress
+from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import NotifySpec, read_resolved
 
 _SECONDS = 10.0
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def message_of(paths: RunPaths, attempt: str, exit_code: int) -> dict[str, object]:
     """Return the message in the form in which a webhook and a command get it."""
-    progress = read_json(paths.progress) or {}
+    progress = read_progress(paths)
     outcome = _OUTCOMES.get(exit_code, "failed")
     message: dict[str, object] = {
         "run": paths.name,

@@ -20,9 +20,15 @@ collected, then one error is raised.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 
 from launcher.contract.exit_codes import ExitCode
+
+_STORAGE_FAULTS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ESTALE", "ENOTDIR", "EISDIR")
+}
 
 
 class LauncherError(Exception):
@@ -91,3 +97,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a hint at the closest known word, to be put behind a message, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def is_storage_fault(error: OSError) -> bool:
+    """Return whether a file could not be read or written for the disk's or its permissions' sake: exit code 74."""
+    return error.errno in _STORAGE_FAULTS

@@ -206,11 +206,15 @@ def _is_held(paths: RunPaths, current: Owner) -> RunStateError:
 
 def _read(file: Path) -> Owner | None:
     try:
-        return Owner(**json.loads(file.read_text(encoding="utf-8")))
+        owner = Owner(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return Owner(attempt="unknown")
+    texts = (owner.attempt, owner.job_id, owner.host)
+    start_is_known = owner.process_start is None or type(owner.process_start) is int
+    is_whole = all(isinstance(text, str) for text in texts) and type(owner.pid) is int and start_is_known
+    return owner if is_whole else Owner(attempt="unknown")
 
 
 def _create(paths: RunPaths, owner: Owner) -> bool:

@@ -30,6 +30,7 @@ Whole files are written to a temporary file, synced and renamed, so that a reade
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -185,10 +186,14 @@ COMPLETE = "COMPLETE"
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Return the complete checkpoints in `directory`, oldest first."""
+    return [path for path in step_folders(directory) if (path / COMPLETE).is_file()]
+
+
+def step_folders(directory: Path) -> list[Path]:
+    """Return the checkpoints in `directory`, oldest first, those without a marker as well: damage has taken it."""
     if not directory.is_dir():
         return []
-    complete = [path for path in directory.iterdir() if _STEP_DIR.fullmatch(path.name) and (path / COMPLETE).is_file()]
-    return sorted(complete, key=checkpoint_step)
+    return sorted((path for path in directory.iterdir() if _STEP_DIR.fullmatch(path.name)), key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -225,11 +230,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """Return the content of a JSON file, or None if it is absent."""
+    """Return the content of a JSON file, or None if it is absent. ValueError where it holds something else."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def append_event(paths: RunPaths, event: str, **fields: object) -> None:
@@ -238,25 +245,43 @@ def append_event(paths: RunPaths, event: str, **fields: object) -> None:
 
 
 def append_line(path: Path, record: JsonObject) -> None:
-    """Append `record` as one JSON line, by a single write, so that lines of several writers do not mix."""
-    line = json.dumps(record, ensure_ascii=False) + "\n"
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    """Append `record` as one JSON line, by a single write, so that lines of several writers do not mix.
+
+    A torn line that a crash or a full disk left at the end is closed first, or it would swallow this one.
+    """
+    # A file name or an error can hold half a surrogate pair, which UTF-8 has no bytes for; JSON has an escape.
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(handle, line.encode())
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(handle, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(handle)
 
 
 def read_lines(path: Path) -> Iterator[JsonObject]:
-    """Yield the records of a JSON-lines file, without lines that a crash cut short."""
+    """Yield the records of a JSON-lines file, without lines that are no JSON objects, as a crash leaves them."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    yield record
+            record = _record(line)
+            if record is not None:
+                yield record
+
+
+def _record(line: str) -> JsonObject | None:
+    """Return the JSON object in a line, or the last one where it was glued to torn ones, or None."""
+    begins = (0, line.rfind('{"time"'), line.rfind('{"step"'))  # as lines of events and metrics begin
+    for begin in (place for place in begins if place >= 0):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line[begin:])
+            if isinstance(record, dict):
+                return record
+    return None
 
 
 def sync_path(path: Path) -> None:

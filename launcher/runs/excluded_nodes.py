@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.contract.errors import ConfigError, LauncherError
-from launcher.contract.rundir import RunPaths, read_json, read_lines, write_json
+from launcher.contract.records import read_events
+from launcher.contract.rundir import RunPaths, read_json, write_json
 from launcher.contract.spec import ClusterSpec, read_resolved
 
 Kind = Literal["preflight", "hang", "by hand"]
 
 _NEEDED = {"hang": 2}
 """How many entries of a kind exclude a node; one of any other kind does."""
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+"""What an event whose fields are not those that were written leads to."""
 _DAY = 24 * 3600.0
 
 
@@ -120,7 +123,9 @@ def learn(runs: Iterable[RunPaths], cluster: ClusterSpec) -> None:
     since = time.time() - cluster.node_days * _DAY
     new: list[Entry] = []
     for paths in runs:
-        with contextlib.suppress(OSError, ConfigError):  # a directory that is being removed, or of another version
+        with contextlib.suppress(
+            OSError, ConfigError, *_DAMAGE
+        ):  # a directory that is being removed, or of another version
             telling = list(_telling(paths)) if paths.events.stat().st_mtime > since else []
             if telling and read_resolved(paths.config).cluster.name == cluster.name:
                 new += [entry for event in telling for entry in _evidence(event, paths, cluster.node_days)]
@@ -140,7 +145,7 @@ def _key(entry: Entry) -> tuple[str, str, str, str]:
 
 
 def _telling(paths: RunPaths) -> Iterator[dict[str, Any]]:
-    return (event for event in read_lines(paths.events) if event.get("event") in ("hang_detected", "preflight_failed"))
+    return (event for event in read_events(paths) if event.get("event") in ("hang_detected", "preflight_failed"))
 
 
 def _evidence(event: dict[str, Any], paths: RunPaths, days: float) -> Iterator[Entry]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.contract.errors import RunStateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.job import AttemptName, Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.manifest import Manifest, read_manifest
-from launcher.contract.rundir import RunPaths, read_json, read_lines
+from launcher.contract.records import read_events, read_progress
+from launcher.contract.rundir import RunPaths
 from launcher.contract.schedulers import SchedulerName, scheduler_name
 from launcher.runs.first_failure import first_failure
 
@@ -64,47 +66,63 @@ class Snapshot:
 
 
 def snapshot(paths: RunPaths) -> Snapshot:
-    """Read the manifest, events and progress of a run. RunStateError, ValueError or KeyError where one is damaged."""
+    """Read the manifest, events and progress of a run. RunStateError where the manifest or an event's job cannot be."""
     manifest = read_manifest(paths)
-    events = list(read_lines(paths.events))
+    events = read_events(paths)
     job = _newest_job(manifest, events)
     job_id = job.id.text if job else None
-    starts = [event for event in events if event.get("event") == "attempt_started" and event.get("job_id") == job_id]
+    starts = [event for event in events if _starts_attempt(event) and event.get("job_id") == job_id]
     attempt = str(starts[-1]["attempt"]) if starts else None
     since = events[events.index(starts[-1]) :] if starts else []
     own = [event for event in since if event.get("attempt", attempt) == attempt]
     ends = [event for event in own if event.get("event") == "attempt_ended"]
     if any(event.get("event") == "restart_decided" and event.get("decision") in _GOES_ON for event in own):
         ends = []  # another attempt of the same job follows
-    progress = read_json(paths.progress)
     return Snapshot(
         paths=paths,
         manifest=manifest,
         job=job,
         attempt=attempt,
         phase=next((_PHASES[event["event"]] for event in reversed(own) if event.get("event") in _PHASES), ""),
-        exit_code=int(ends[-1].get("exit_code", ExitCode.FAILURE)) if ends else None,
+        exit_code=_exit_code(ends[-1]) if ends else None,
         cancelled=any(event.get("event") == "cancelled" and event.get("job_id") == job_id for event in events),
-        progress=progress if isinstance(progress, dict) else {},
+        progress=read_progress(paths),
     )
+
+
+def _starts_attempt(event: Mapping[str, Any]) -> bool:
+    return event.get("event") == "attempt_started" and isinstance(event.get("attempt"), str)
+
+
+def _exit_code(end: Mapping[str, Any]) -> int:
+    code = end.get("exit_code")
+    return code if type(code) is int else ExitCode.FAILURE
 
 
 def _newest_job(manifest: Manifest, events: Sequence[Mapping[str, Any]]) -> Job | None:
     """Return the last job that the manifest or the events name."""
     recorded = {job.id.text for job in manifest.jobs}
     last = manifest.jobs[-1] if manifest.jobs else None
-    for event in reversed(events):
-        if event.get("event") in ("attempt_started", "submitted") and str(event.get("job_id")) not in recorded:
+    named = [
+        event
+        for event in events
+        if event.get("event") in ("attempt_started", "submitted") and isinstance(event.get("job_id"), str)
+    ]
+    for event in reversed(named):
+        if event["job_id"] not in recorded:
             if last is None or event["time"] >= last.submitted_at:
-                return Job(id=JobId(str(event["job_id"]), _scheduler_of(event)), submitted_at=event["time"])
+                return Job(id=JobId(event["job_id"], _scheduler_of(event)), submitted_at=event["time"])
             break
     return last
 
 
 def _scheduler_of(event: Mapping[str, Any]) -> SchedulerName:
-    """Return the scheduler of an event's job. Raise ValueError where it is none of ours."""
+    """Return the scheduler of an event's job. Raise RunStateError where it is none of ours."""
     if "scheduler" in event:
-        return scheduler_name(event["scheduler"])
+        try:
+            return scheduler_name(event["scheduler"])
+        except ValueError as error:
+            raise RunStateError(f"events name job {event['job_id']}, and {error}") from None
     return AttemptName(str(event.get("attempt"))).scheduler
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
+from launcher.contract.manifest import read_manifest
 from launcher.contract.rundir import RunPaths, append_event
 from launcher.contract.spec import read_resolved
 from launcher.runs.snapshot import snapshot
 from launcher.runs.state import collect
 from launcher.scheduler.factory import scheduler_of
+from launcher.submission import intent
+from launcher.submission.claim import claim
 from launcher.submission.secret_files import remove_secrets
+from launcher.submission.submit import record
 
 
 def active_of(runs: Sequence[RunPaths]) -> list[RunPaths]:
@@ -24,6 +28,8 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
 
     RunStateError where one of them has no job or its job has ended, SchedulerError where a scheduler does not answer.
     """
+    for paths in runs:
+        _settle(paths)
     rows, problem = collect(runs, fresh=True)
     idle = [f"run {row.run} is {row.state.value}: nothing to cancel" for row in rows if row.state.terminal]
     if idle:
@@ -45,3 +51,18 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
         except (ConfigError, OSError) as error:  # which must not keep the other runs alive
             done.append(f"left a file of secrets behind, if run {row.run} had one: {error}")
     return done
+
+
+def _settle(paths: RunPaths) -> None:
+    """Record the job of a submission that a launcher began and was killed before it could record it."""
+    # Without its record the job has no process that could be told from another one, and could not be ended.
+    if not paths.manifest.is_file() or intent.pending(paths) is None:
+        return
+    with claim(paths.root):
+        begun, manifest = intent.pending(paths), read_manifest(paths)
+        if begun is None:
+            return
+        job = intent.find_job(paths, manifest.name, manifest.jobs, begun)
+        if job is not None:
+            record(paths, job)
+        intent.end(paths)

@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher.contract.errors import LauncherError, RunStateError
 from launcher.contract.manifest import read_manifest
 from launcher.contract.rundir import RunPaths
-from launcher.contract.spec import to_yaml
+from launcher.contract.spec import is_config_of
 from launcher.submission import intent
 from launcher.submission.claim import LOCK_FILE, claim
 from launcher.submission.submission import Submission
@@ -57,7 +57,7 @@ def is_unfinished(submission: Submission) -> bool:
             if entry.name != LOCK_FILE:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return False
-    if paths.config.read_text(encoding="utf-8") != to_yaml(submission.spec):
+    if not is_config_of(paths.config, submission.spec):
         raise RunStateError(
             f"the submission of run {paths.name} was interrupted, and this config is not the one it had; "
             f"finish it with `launcher resubmit {paths.name}`, or choose another name (name=...)"

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from launcher.contract import processes
 from launcher.contract.errors import RunStateError
 from launcher.contract.job import Job
-from launcher.contract.rundir import RunPaths, read_json, read_lines, write_json
+from launcher.contract.records import read_events
+from launcher.contract.rundir import RunPaths, read_json, write_json
 from launcher.contract.schedulers import SchedulerName, scheduler_name
 from launcher.scheduler.base import Intent, Scheduler
 from launcher.scheduler.factory import scheduler_of
@@ -89,7 +90,7 @@ def _may_be_at_work(intent: Intent) -> bool:
 def _started(paths: RunPaths, recorded: Sequence[Job], intent: Intent) -> str | None:
     """Return the id of a job that has reported its start since the intent: nobody else submits to this run."""
     known = {job.id.text for job in recorded}
-    for event in read_lines(paths.events):
+    for event in read_events(paths):
         late_enough = float(event.get("time", 0)) >= intent.written_at - _CLOCK_SKEW
         if event.get("event") == "attempt_started" and late_enough and str(event.get("job_id")) not in known:
             return str(event["job_id"])

@@ -102,13 +102,14 @@ def _check_code(paths: RunPaths) -> None:
 def child_submission(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -> Submission:
     """Return the submission of a child run with `overrides`, resuming from the parent's newest complete checkpoint."""
     status = check_idle(paths)
+    before = read_resolved(paths.config)  # which looks for damage
     words = {word.partition("=")[0] for word in overrides}
     added = [] if "name" in words else [f"name={free_name(paths)}"]
     checkpoints = paths.complete_checkpoints()
     if checkpoints and "checkpoint.resume_from" not in words:
         added.append(f"checkpoint.resume_from={checkpoints[-1]}")
     submission = make_submission(paths.config, [*added, *overrides], cluster, resolved=True)
-    if status.state is JobState.COMPLETED and not _trains_on(read_resolved(paths.config), submission.spec):
+    if status.state is JobState.COMPLETED and not _trains_on(before, submission.spec):
         raise RunStateError(
             f"run {paths.name} has finished, and these settings do not train longer; "
             "raise train.max_steps or train.epochs"

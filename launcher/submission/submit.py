@@ -11,9 +11,10 @@ from launcher.contract.errors import RunStateError
 from launcher.contract.hub.found import fetch_now
 from launcher.contract.job import Job
 from launcher.contract.manifest import Manifest, describe_run, read_manifest, write_manifest
-from launcher.contract.rundir import RunPaths, append_event, read_lines, write_atomic
+from launcher.contract.records import read_events
+from launcher.contract.rundir import RunPaths, append_event, write_atomic
 from launcher.contract.schedulers import CAPABILITIES
-from launcher.contract.spec import RunSpec, to_yaml
+from launcher.contract.spec import RunSpec, sealed
 from launcher.runs import excluded_nodes
 from launcher.runs.find import all_runs
 from launcher.scheduler.base import Array, Dependency, Intent, JobRequest
@@ -113,7 +114,7 @@ def record(paths: RunPaths, job: Job) -> None:
     manifest = read_manifest(paths)
     if job.id not in [known.id for known in manifest.jobs]:
         write_manifest(paths, manifest.with_job(job))
-    submitted = (event for event in read_lines(paths.events) if event.get("event") == "submitted")
+    submitted = (event for event in read_events(paths) if event.get("event") == "submitted")
     if not any(event.get("job_id") == job.id.text for event in submitted):
         append_event(paths, "submitted", job_id=job.id.text, scheduler=job.id.scheduler)
 
@@ -129,7 +130,7 @@ def _nodes_to_exclude(spec: RunSpec) -> str | None:
 def _fill_directory(submission: Submission, manifest: Manifest, diff: str) -> None:
     """Write the files of a new run. The manifest comes last: it says that all of them are there."""
     script = script_of(submission)
-    write_atomic(submission.paths.config, to_yaml(submission.spec))
+    write_atomic(submission.paths.config, sealed(submission.spec))
     write_atomic(submission.paths.script, script, mode=0o755)
     submission.paths.logs.mkdir()
     if diff:

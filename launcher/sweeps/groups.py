@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from launcher.contract.errors import ConfigError, did_you_mean
-from launcher.contract.rundir import RunPaths, read_json, read_lines
+from launcher.contract.errors import ConfigError, RunStateError, did_you_mean
+from launcher.contract.records import read_metrics
+from launcher.contract.rundir import RunPaths, read_json
 from launcher.runs.find import find_run
 
 
@@ -41,9 +42,13 @@ def _file(root: Path, name: str) -> Path:
 
 
 def read_group(name: str, root: Path) -> Group | None:
-    """Return the group of this name in `root`, if there is one."""
-    values = read_json(_file(root, name)) if "/" not in name else None
-    return None if values is None else Group(name=name, root=root.absolute(), points=values["points"])
+    """Return the group of this name in `root`, if there is one, or raise RunStateError where its file is damaged."""
+    try:
+        values = read_json(_file(root, name)) if "/" not in name else None
+        points = None if values is None else {str(run): dict(given) for run, given in values["points"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunStateError(f"{_file(root, name)} is no list of a sweep's runs: {error}") from None
+    return None if points is None else Group(name=name, root=root.absolute(), points=points)
 
 
 def find_runs(word: str, root: Path) -> list[RunPaths]:
@@ -65,8 +70,8 @@ def results(runs: Sequence[RunPaths], points: dict[str, dict[str, str]]) -> list
     rows: list[RunResult] = []
     for paths in runs:
         last: dict[str, float] = {}
-        for line in read_lines(paths.metrics):
-            last |= {name: value for name, value in line.items() if isinstance(value, int | float)}
+        for line in read_metrics(paths):
+            last |= line
         rows.append({"run": paths.name, "set": points.get(paths.name, {}), "metrics": last})
     return rows
 

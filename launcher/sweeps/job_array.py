@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.contract.errors import ConfigError, RunStateError
 from launcher.contract.job import Job
 from launcher.contract.rundir import RunPaths, read_json, write_atomic, write_json
-from launcher.contract.spec import to_yaml
+from launcher.contract.spec import is_config_of
 from launcher.scheduler.base import Array, Dependency, Scheduler
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission import intent
@@ -97,7 +97,7 @@ class _Array:
         if job is None and begun is not None:
             job = intent.find_job(self.paths, self.name, (), begun)
         if job is not None and any(
-            submission.paths.config.read_text() != to_yaml(submission.spec) for submission in self.submissions
+            not is_config_of(submission.paths.config, submission.spec) for submission in self.submissions
         ):
             raise RunStateError(f"sweep {self.name} is submitted with another config; choose another name (name=...)")
         return job

@@ -17,7 +17,7 @@ from launcher.contract.job import Job
 from launcher.contract.manifest import read_manifest
 from launcher.contract.rundir import RunPaths, write_json
 from launcher.contract.schedulers import CAPABILITIES
-from launcher.contract.spec import to_yaml
+from launcher.contract.spec import is_config_of
 from launcher.scheduler.base import Dependency, Scheduler
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission import intent
@@ -99,9 +99,7 @@ def _check_new(group: Group, submissions: Sequence[Submission]) -> None:
     if before is None and taken:
         raise RunStateError(f"run {taken[0].paths.name} exists in {group.root}; choose another name (name=...)")
     changed = [
-        submission.paths.name
-        for submission in taken
-        if submission.paths.config.read_text(encoding="utf-8") != to_yaml(submission.spec)
+        submission.paths.name for submission in taken if not is_config_of(submission.paths.config, submission.spec)
     ]
     if before is not None and (before.points != group.points or changed or len(taken) == len(submissions)):
         raise RunStateError(

@@ -10,7 +10,8 @@ from pathlib import Path
 from launcher.contract import resources
 from launcher.contract.errors import RunStateError
 from launcher.contract.manifest import Manifest, read_manifest
-from launcher.contract.rundir import JsonObject, RunPaths, read_lines, write_atomic
+from launcher.contract.records import read_events, read_metrics
+from launcher.contract.rundir import JsonObject, RunPaths, write_atomic
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.runs.state import RunStatus, collect
 from launcher.views.charts import charts
@@ -42,7 +43,7 @@ def write_report(paths: RunPaths, target: Path) -> None:
 
 def _page_values(paths: RunPaths) -> dict[str, object]:
     manifest, spec = read_manifest(paths), read_resolved(paths.config)
-    events, metrics = list(read_lines(paths.events)), list(read_lines(paths.metrics))
+    events, metrics = read_events(paths), read_metrics(paths)
     (status,), _ = collect([paths])
     against, changes = _changes(spec, manifest)
     return {
@@ -67,7 +68,7 @@ def _tiles(status: RunStatus, metrics: Sequence[JsonObject]) -> list[tuple[str, 
     """Return names and values of the numbers at the top of the page."""
     held_out = [line["eval_loss"] for line in metrics if "eval_loss" in line]
     tiles = [
-        ("step", None if status.step is None else f"{status.step:,} of {status.max_steps:,}"),
+        ("step", _steps(status)),
         ("loss", None if status.loss is None else f"{status.loss:.4f}"),
         ("held-out loss", f"{held_out[0]:.4f} → {held_out[-1]:.4f}" if held_out else None),
         ("tokens/s", None if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}"),
@@ -76,6 +77,10 @@ def _tiles(status: RunStatus, metrics: Sequence[JsonObject]) -> list[tuple[str, 
         ("checkpoint", status.checkpoint),
     ]
     return [(name, value) for name, value in tiles if value is not None]
+
+
+def _steps(status: RunStatus) -> str | None:
+    return None if status.step is None or status.max_steps is None else f"{status.step:,} of {status.max_steps:,}"
 
 
 def _changes(spec: RunSpec, manifest: Manifest) -> tuple[str, list[tuple[str, str, str]]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.records import is_number
 from launcher.contract.rundir import JsonObject
 from launcher.views.text import duration, local_time
 
@@ -32,7 +33,7 @@ class Bar:
 def bars(events: Sequence[JsonObject], created_at: float) -> list[Bar]:
     """Return one bar for every attempt that has started."""
     last = max([created_at, *(event["time"] for event in events)])
-    attempts = dict.fromkeys(str(event["attempt"]) for event in events if event.get("event") == "attempt_started")
+    attempts = dict.fromkeys(str(event.get("attempt")) for event in events if event["event"] == "attempt_started")
     return [
         _bar(attempt, [event for event in events if str(event.get("attempt")) == attempt], created_at, last)
         for attempt in attempts
@@ -43,7 +44,7 @@ def _bar(attempt: str, events: Sequence[JsonObject], created_at: float, last: fl
     end = next((event for event in reversed(events) if event.get("event") == "attempt_ended"), None)
     began, until = events[0]["time"], (end or events[-1])["time"]
     code = end.get("exit_code") if end else None
-    steps = [event["step"] for event in events if "step" in event]
+    steps = [event["step"] for event in events if is_number(event.get("step"))]
     span = max(last - created_at, 1.0)
     return Bar(
         attempt=attempt,
@@ -60,7 +61,8 @@ def _bar(attempt: str, events: Sequence[JsonObject], created_at: float, last: fl
 
 def resumed_at(events: Sequence[JsonObject]) -> list[float]:
     """Return the steps after which a later attempt resumed training."""
-    return [float(event["step"]) for event in events if event.get("event") == "training_started" and event.get("step")]
+    begun = [event.get("step") for event in events if event["event"] == "training_started"]
+    return [float(step) for step in begun if is_number(step) and step]
 
 
 def event_row(event: JsonObject) -> tuple[str, str, str, bool]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from launcher.contract.rundir import JsonObject, RunPaths, read_lines
+from launcher.contract.records import read_events
+from launcher.contract.rundir import JsonObject, RunPaths
 from launcher.views.text import local_time
 
 _TOLD: dict[str, Callable[[JsonObject], str]] = {
@@ -13,6 +14,9 @@ _TOLD: dict[str, Callable[[JsonObject], str]] = {
     ),
     "attempt_started": lambda event: f"attempt {event['attempt']} started on {event.get('nodes') or event['host']}",
     "training_started": lambda event: f"training began after step {event['step']} of {event['max_steps']}",
+    "metrics_lost": lambda event: (
+        "metrics.jsonl has no line for steps " + ", ".join(f"{first + 1} to {last}" for first, last in event["steps"])
+    ),
     "stop_requested": lambda event: f"stopped after step {event['step']}: {_stop(event)}",
     "hang_detected": lambda event: f"no rank finished a step in time; behind: {_behind(event)}",
     "preflight_failed": lambda event: (
@@ -30,7 +34,7 @@ _TOLD: dict[str, Callable[[JsonObject], str]] = {
 
 def explain(paths: RunPaths) -> str:
     """Return the run's history: one line, with its local time, for every event that matters."""
-    events = list(read_lines(paths.events))
+    events = read_events(paths)
     decided = {event.get("attempt") for event in events if event.get("event") == "restart_decided"}
     lines = [f"run {paths.name}"]
     for event in events:
@@ -44,7 +48,7 @@ def explain(paths: RunPaths) -> str:
 
 def decisions(paths: RunPaths) -> list[JsonObject]:
     """Return the decisions alone, for --json."""
-    return [event for event in read_lines(paths.events) if event.get("event") == "restart_decided"]
+    return [event for event in read_events(paths) if event.get("event") == "restart_decided"]
 
 
 def _decision(event: JsonObject) -> str:
@@ -77,5 +81,5 @@ def _clock(event: JsonObject) -> str:
 def _safely(tell: Callable[[JsonObject], str], event: JsonObject) -> str:
     try:
         return tell(event)
-    except (KeyError, TypeError):  # written by another version
+    except (KeyError, TypeError, ValueError, AttributeError):  # written by another version, or damaged
         return str(event.get("event"))

@@ -78,6 +78,8 @@ def _by_rank(complete: list[Path], spec: RunSpec) -> Iterator[Choice]:
 def _ranked(complete: list[Path]) -> tuple[RankedStep, ...]:
     """Return the best evaluations as the newest checkpoint that can be read knows them, best first."""
     for path in reversed(complete):
+        if damage(path) is not None:
+            continue
         with contextlib.suppress(CheckpointError, ValueError):  # the checksums tell, if this one is to be exported
             return TrainerState.read(path).best
     return ()

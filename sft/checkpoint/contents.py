@@ -119,13 +119,19 @@ class TrainerState:
     @classmethod
     def from_json(cls, text: str) -> TrainerState:
         """Read the content of trainer.json. ValueError says what is wrong with it."""
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
         if values.get("format") != FORMAT:
             raise ValueError(f"format {values.get('format')}, and this version reads {FORMAT}")
         lightning, topology, key = (_checked(values, name, dict) for name in ("lightning", "topology", "data_key"))
-        return cls(lightning=lightning, topology=topology, data_key=key, versions=values.get("versions") or {})
+        versions = values.get("versions") or {}
+        if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+            raise ValueError(f"versions is {versions!r}")
+        return cls(lightning=lightning, topology=topology, data_key=key, versions=versions)
 
     @classmethod
     def read(cls, checkpoint: Path) -> TrainerState:

@@ -11,11 +11,21 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from launcher.contract.checksum import crc32
 from launcher.contract.rundir import COMPLETE, read_json, sync_path
+from sft.checkpoint.contents import TRAINER
+
+
+class _Sealed(TypedDict):
+    """What COMPLETE holds of one file."""
+
+    bytes: int
+    crc32: str
+
 
 _SPACE_MARGIN = 1.02
 """File headers and metadata beside the tensors."""
@@ -36,23 +46,40 @@ def seal(directory: Path, known: Mapping[str, str]) -> None:
 
 
 def damage(source: Path) -> str | None:
-    """Return what is wrong with a checkpoint directory, or None if every file is there in the size it was written."""
+    """Return what is wrong with a checkpoint directory, or None if every file is there in the size it was written.
+
+    Of trainer.json, which is small and read before the tensors, the checksum is compared as well.
+    """
+    files = _sealed_files(source)
+    if isinstance(files, str):
+        return files
+    for name, written in files.items():
+        try:
+            found = (source / name).stat().st_size
+        except (OSError, ValueError) as error:
+            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read: {error}"
+        if found != written["bytes"]:
+            return f"{name} has {found} bytes, written were {written['bytes']}"
+    return _changed(source, TRAINER, files[TRAINER]["crc32"]) if TRAINER in files else None
+
+
+def _sealed_files(source: Path) -> dict[str, _Sealed] | str:
+    """Return the files that COMPLETE names, or what is wrong with it."""
     try:
         marker = read_json(source / COMPLETE)
-    except json.JSONDecodeError:
+    except (OSError, ValueError):
         return f"{COMPLETE} is not readable"
     if marker is None:
         return f"no {COMPLETE}: it was not finished"
-    for name, written in marker["files"].items():
+    files = marker.get("files") if isinstance(marker, dict) else None
+    if not isinstance(files, dict) or not files:
+        return f"{COMPLETE} does not name the files of a checkpoint"
+    for written in files.values():
         if not isinstance(written, dict):
             return f"its {COMPLETE} is from another version, without checksums"
-        try:
-            found = (source / name).stat().st_size
-        except FileNotFoundError:
-            return f"{name} is missing"
-        if found != written["bytes"]:
-            return f"{name} has {found} bytes, written were {written['bytes']}"
-    return None
+        if type(written.get("bytes")) is not int or not isinstance(written.get("crc32"), str):
+            return f"{COMPLETE} has no size and checksum for each file"
+    return files
 
 
 def changed_bytes(source: Path, *, share: int = 0, shares: int = 1) -> str | None:
@@ -60,16 +87,22 @@ def changed_bytes(source: Path, *, share: int = 0, shares: int = 1) -> str | Non
 
     Reads every `shares`-th file, beginning with number `share`, so that ranks can divide the work.
     """
-    marker: dict[str, dict[str, dict[str, str]]] = read_json(source / COMPLETE) or {"files": {}}
-    for name in sorted(marker["files"])[share::shares]:
-        expected = marker["files"][name]["crc32"]
-        try:
-            found = crc32(source / name)
-        except OSError as error:
-            return f"{name} cannot be read: {error}"
-        if found != expected:
-            return f"{name} has changed: its CRC-32 is {found}, written was {expected}"
+    files = _sealed_files(source)
+    if isinstance(files, str):
+        return files
+    for name in sorted(files)[share::shares]:
+        problem = _changed(source, name, files[name]["crc32"])
+        if problem is not None:
+            return problem
     return None
+
+
+def _changed(source: Path, name: str, expected: str) -> str | None:
+    try:
+        found = crc32(source / name)
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read: {error}"
+    return None if found == expected else f"{name} has changed: its CRC-32 is {found}, written was {expected}"
 
 
 def remove(directory: Path) -> None:
@@ -81,6 +114,13 @@ def remove(directory: Path) -> None:
     except OSError:  # already removed, or the disk refuses: the next save tries again
         return
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Remove what processes that were killed while they wrote or removed a checkpoint left in this directory."""
+    for kind in ("removed", "partial"):
+        for path in checkpoints.glob(f".step-*.{kind}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_all_but(checkpoints: list[Path], keep: Iterable[Path]) -> None:

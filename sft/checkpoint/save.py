@@ -126,7 +126,8 @@ class CheckpointSaver:
 
     def _make_room(self, save: _Save, needed: int) -> None:
         if self._leader:
-            shutil.rmtree(save.aside, ignore_errors=True)
+            checkpoint_files.remove_leftovers(save.aside.parent)
+            shutil.rmtree(save.aside, ignore_errors=True)  # whatever it is named
             (save.aside / SHARDED).mkdir(parents=True)
             checkpoint_files.check_space(save.aside, needed)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from launcher.contract.errors import ConfigError, RunStateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.named_templates import template_file
-from launcher.contract.rundir import RunPaths, append_event, read_lines
+from launcher.contract.records import read_metrics
+from launcher.contract.rundir import RunPaths, append_event
 from launcher.contract.spec import RunSpec, read_resolved
 from sft.checkpoint.choose import Choice, choose
 from sft.checkpoint.contents import SHARDED
@@ -76,7 +77,7 @@ def _write(sharded: Path, spec: RunSpec, out_dir: Path) -> None:
 
 def _held_out_change(paths: RunPaths, step: int) -> list[str]:
     """Return a line with the held-out loss before training and at the last evaluation up to `step`, or no line."""
-    records = [record for record in read_lines(paths.metrics) if "eval_loss" in record and record["step"] <= step]
+    records = [record for record in read_metrics(paths) if "eval_loss" in record and record["step"] <= step]
     if len(records) < 2:
         return []
     return [f"held-out loss: {records[0]['eval_loss']:.4f} before, {records[-1]['eval_loss']:.4f} after training"]

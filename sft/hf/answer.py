@@ -61,7 +61,11 @@ def record_answers(paths: RunPaths, spec: RunSpec, model_dir: Path, label: Liter
     prompts = spec.logging.prompts
     named = spec.model.tokenizer if label == "before" else None  # an export has the tokenizer with it
     tokenizer_dir = Path(named) if named else model_dir
-    known = {line["prompt"]: line["answer"] for line in read_lines(paths.samples) if line.get("label") == label}
+    known = {
+        line["prompt"]: line["answer"]
+        for line in read_lines(paths.samples)
+        if line.get("label") == label and isinstance(line.get("prompt"), str) and isinstance(line.get("answer"), str)
+    }
     missing = [prompt for prompt in prompts if label == "after" or prompt not in known]
     fresh = (
         dict(zip(missing, answer(model_dir, missing, data=spec.data, tokenizer_dir=tokenizer_dir), strict=True))

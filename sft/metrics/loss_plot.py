@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.records import read_metrics
+from launcher.contract.rundir import RunPaths
 
 
 def plot_loss(paths: RunPaths) -> None:
@@ -12,7 +13,7 @@ def plot_loss(paths: RunPaths) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = list(read_lines(paths.metrics))
+    records = read_metrics(paths)
     training = [(record["step"], record["loss"]) for record in records if "loss" in record]
     held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")

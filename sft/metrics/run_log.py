@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from itertools import pairwise
 from typing import NotRequired, TypedDict
 
-from launcher.contract.rundir import RunPaths, append_event, append_line, read_lines, write_atomic, write_json
+from launcher.contract.records import read_events, read_metrics
+from launcher.contract.rundir import JsonObject, RunPaths, append_event, append_line, write_atomic, write_json
 from launcher.contract.spec import RunSpec
 from sft.engine.results import StepResult
 from sft.metrics.loggers import MetricLoggers
@@ -21,6 +23,8 @@ from sft.metrics.mfu import Utilization
 _PROGRESS_INTERVAL_SECONDS = 2.0
 """progress.json goes to a shared file system, where each write costs something and nobody reads more often."""
 _BAR_WIDTH = 20
+_NAMED_GAPS = 3
+"""Number of gaps in metrics.jsonl that a line names; one is the rule, and a garbled file can have hundreds."""
 
 
 class _Speed(TypedDict):
@@ -77,12 +81,26 @@ class RunLog:
         self._began = time.monotonic()
         if self.is_writer:
             # An earlier attempt may have gone further than its last checkpoint: those steps are done again now.
-            kept = [record for record in read_lines(self.paths.metrics) if record["step"] <= step]
+            kept = [record for record in read_metrics(self.paths) if record["step"] <= step]
+            self._tell_of_lost_metrics(kept, step)
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
             write_atomic(self.paths.metrics, "".join(lines))
             self._loggers = MetricLoggers(self._spec, self.paths, step, self.say)
         self.say(f"resuming after step {step} from {source}" if step else f"starting from {source}")
         self.event("training_started", step=step, max_steps=self.max_steps)
+
+    def _tell_of_lost_metrics(self, kept: list[JsonObject], step: int) -> None:
+        """Say where metrics.jsonl has no lines for steps before `step`, which curves will lack from now on."""
+        every = self._spec.logging.every
+        begun = (event.get("step") for event in read_events(self.paths) if event["event"] == "training_started")
+        first_step = next((at for at in begun if type(at) is int), step)  # not 0 in a run that goes on with another one
+        logged = [first_step, *sorted({record["step"] for record in kept if "loss" in record}), step]
+        gaps = [(first, last) for first, last in pairwise(logged) if last - first > every]
+        if gaps:
+            where = ", ".join(f"{first + 1} to {last}" for first, last in gaps[:_NAMED_GAPS])
+            more = f" and {len(gaps) - _NAMED_GAPS} more gaps" if len(gaps) > _NAMED_GAPS else ""
+            self.say(f"{self.paths.metrics} has no line for steps {where}{more}: it was damaged, emptied or removed")
+            self.event("metrics_lost", steps=[list(gap) for gap in gaps[:_NAMED_GAPS]], gaps=len(gaps))
 
     def say(self, text: str) -> None:
         """Print a line on rank 0."""

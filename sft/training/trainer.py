@@ -18,9 +18,10 @@ import torch
 from launcher.contract.errors import CheckpointError, ConfigError, TrainingError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.lease import Keeper, held
-from launcher.contract.rundir import RunPaths, checkpoint_step, complete_checkpoints
+from launcher.contract.rundir import RunPaths, checkpoint_step, complete_checkpoints, step_folders
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.topology import Topology, build_topology, describe_batch
+from sft.checkpoint.files import damage
 from sft.checkpoint.load import newest_usable, read_trainer_state
 from sft.data.prepared.prepare import open_or_build
 from sft.engine.module import SFTGPT
@@ -185,6 +186,11 @@ def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | 
 def _resume_point(spec: RunSpec, paths: RunPaths) -> Path | None:
     """Return this run's newest usable checkpoint, else the one that checkpoint.resume_from names."""
     own = newest_usable(paths.complete_checkpoints())
+    if own is None and (there := step_folders(paths.checkpoints)):
+        raise CheckpointError(
+            f"none of the {len(there)} checkpoints in {paths.checkpoints} can be used; of the newest, "
+            f"{damage(there[-1])}. Remove them to start again"
+        )
     if own is not None or spec.checkpoint.resume_from is None:
         return own
     given = Path(spec.checkpoint.resume_from)

@@ -16,7 +16,7 @@ from launcher.contract.spec.logging import LoggingSpec
 from launcher.contract.spec.model import LoraSpec, ModelSpec
 from launcher.contract.spec.notify import NotifySpec
 from launcher.contract.spec.preflight import PreflightSpec
-from launcher.contract.spec.resolved import read_resolved, to_yaml
+from launcher.contract.spec.resolved import is_config_of, read_resolved, sealed, to_yaml
 from launcher.contract.spec.resources import ResourcesSpec
 from launcher.contract.spec.restart import RestartSpec
 from launcher.contract.spec.run import RunSpec
@@ -45,6 +45,8 @@ __all__ = [
     "TopologySpec",
     "TrainSpec",
     "WatchdogSpec",
+    "is_config_of",
     "read_resolved",
+    "sealed",
     "to_yaml",
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from launcher.contract.named_templates import TOKENIZER, WORDS
 from launcher.contract.spec.paths import Directory, ExistingFile, Files
-from launcher.contract.spec.rules import REVISION, SET_NAME, Above, AtLeast, Day, Names, Required
+from launcher.contract.spec.rules import REVISION, SET_NAME, SHARE_OF_ROWS, Above, AtLeast, Day, Names, Required
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,14 +52,17 @@ class DataSpec:
     """What to train on and which tokens count."""
 
     train: Annotated[list[str], Files()] = field(default_factory=list)
-    """Training files: jsonl, json, csv, tsv, parquet, saved Hugging Face datasets, or a data set of the hub (ORG/NAME
-    or ORG/NAME:SPLIT, see data.hub). Globs are allowed, order counts. An epoch is every example once. For several
-    sources with weights use data.sources instead."""
+    """Training files: jsonl, json, csv, tsv, parquet, arrow, feather, compressed or not; directories of them; saved
+    Hugging Face datasets; or a data set of the hub (ORG/NAME or ORG/NAME:SPLIT, see data.hub). Globs are allowed, order
+    counts. An epoch is every example once. For several sources with weights use data.sources instead."""
     sources: dict[str, SourceSpec] = field(default_factory=dict)
     """Several sources of training data, by name."""
     validation: Annotated[list[str], Files()] = field(default_factory=list)
-    """Held-out files that form one data set, whose loss is eval_loss. Empty, and without validation_sets: no held-out
-    loss."""
+    """Held-out files that form one data set, whose loss is eval_loss. Empty, and without validation_split and
+    validation_sets: no held-out loss."""
+    validation_split: Annotated[str | None, SHARE_OF_ROWS] = None
+    """Hold out a part of the rows of data.train in place of data.validation: a percentage (1%) or a number of rows. A
+    hash of each row decides, so equal rows are on one side."""
     validation_sets: Annotated[dict[str, str], Names(SET_NAME), Files()] = field(default_factory=dict)
     """Further held-out data sets, name -> file or glob; the loss of each is eval_loss/<name>."""
     hub: HubSpec = field(default_factory=HubSpec)
@@ -69,6 +72,9 @@ class DataSpec:
     columns: dict[str, str] = field(default_factory=dict)
     """Our name -> the row's name, e.g. {prompt: question, completion: instances.0.output}; dots lead into nested
     values."""
+    ignore_keys: list[str] = field(default_factory=list)
+    """Keys of rows and messages that would change the training and that nothing reads, and that are left out all the
+    same. Without it they are refused; keys that change nothing are only named."""
     chat_template: Annotated[str, ExistingFile(words=WORDS)] = TOKENIZER
     """tokenizer: the tokenizer's own; none: prompt and completion are joined without a template; alpaca, chatml, gemma,
     llama3, mistral, vicuna or zephyr: one of ours; else a Jinja2 file."""
@@ -88,6 +94,8 @@ class DataSpec:
     """What happens to longer examples (split: pieces of seq_length). What is lost is counted and printed."""
     max_lost_percent: float = 100.0
     """Refuse data of which the length policy removes a larger percentage of the tokens to train than this."""
+    require_end_tokens: bool = True
+    """Refuse data in which no answer ends with a trained end token, from which a model would never learn to stop."""
     packing: bool = False
     """Put several examples into one row of up to seq_length tokens, without attention between them. A micro-batch is
     train.micro_batch_size such rows, joined. Steps hold the same examples with and without it."""

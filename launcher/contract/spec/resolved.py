@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -15,9 +16,13 @@ from launcher.contract.spec.run import RunSpec
 
 _YAML_LINE_BREAKS = "\x85\u2028\u2029"
 
+_SEAL = "# sha256 of what follows: "
+"""How the first line of config.yaml begins. A file that lost its end would else be read as a shorter config, whose
+other values are defaults. If the number sign itself is damaged, the line is a key that no config has."""
+
 
 def to_yaml(spec: RunSpec) -> str:
-    """Return the spec as YAML, keys in schema order: the content of config.yaml."""
+    """Return the spec as YAML, keys in schema order: without the digest of config.yaml."""
     values = dataclasses.asdict(spec)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     if any(character in text for character in _YAML_LINE_BREAKS):  # the writer would leave them bare, and fold them
@@ -25,16 +30,43 @@ def to_yaml(spec: RunSpec) -> str:
     return text
 
 
-def read_resolved(path: Path) -> RunSpec:
-    """Read a config that `to_yaml` wrote, here or in an earlier version, without interpolation or conversion.
+def sealed(spec: RunSpec) -> str:
+    """Return the content of config.yaml: the spec as YAML behind a line with its digest."""
+    text = to_yaml(spec)
+    return f"{_SEAL}{_digest(text)}\n{text}"
 
-    Raise ConfigError for a file that was edited into something else: a resolved config is not an input form.
+
+def read_resolved(path: Path) -> RunSpec:
+    """Read a config that `sealed` wrote, or an earlier version, without interpolation or conversion.
+
+    Raise ConfigError for a file that was damaged or edited: a resolved config is not an input form.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_seal(text, path)
+        values = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from None
     return cast(RunSpec, _build(RunSpec, values, f"{path}: "))
+
+
+def is_config_of(path: Path, spec: RunSpec) -> bool:
+    """Return whether the file holds this very config, as this version or an earlier one wrote it."""
+    return path.read_text(encoding="utf-8") in (sealed(spec), to_yaml(spec))
+
+
+def _check_seal(text: str, path: Path) -> None:
+    """Raise ConfigError where the text is not what its first line was written for. Earlier versions wrote no line."""
+    head, _, rest = text.partition("\n")
+    if head.startswith("#") and head != f"{_SEAL}{_digest(rest)}":
+        raise ConfigError(
+            f"{path} is damaged or was edited: its SHA-256 is not the one in its first line. Settings are changed with "
+            f"`launcher resubmit {path.absolute().parent.name} key=value`; submit run.lock.yaml to make the run anew"
+        )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _build(section: type, values: object, where: str) -> object:

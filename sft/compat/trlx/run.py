@@ -25,7 +25,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.leaves import Leaf, Leaves
 from launcher.contract.manifest import describe_run, write_manifest
 from launcher.contract.rundir import RunPaths, append_event, complete_checkpoints, write_atomic
-from launcher.contract.spec import RunSpec, to_yaml
+from launcher.contract.spec import RunSpec, sealed, to_yaml
 from launcher.contract.topology import build_topology
 from sft.commands.export import export
 from sft.commands.prepare import prepare
@@ -122,7 +122,7 @@ def refuse_other_run(paths: RunPaths, *, resumes: bool) -> None:
 
 def _begin(spec: RunSpec, paths: RunPaths, env: RankEnv) -> None:
     """Do what `launcher submit` and the first step of the batch script do."""
-    write_atomic(paths.config, to_yaml(spec))
+    write_atomic(paths.config, sealed(spec))
     if not paths.manifest.is_file():
         manifest, _ = describe_run(paths.name, build_topology(spec, None), sys.argv, None)
         write_manifest(paths, manifest)

@@ -29,8 +29,9 @@ from sft.data.prepared.prepare import open_or_build
 from sft.data.prepared.report import epoch_shares
 from sft.data.prepared.sources import DataSet, Sources, held_out_sets, training_sets
 from sft.data.reading.files import cut, expand, read_lines
-from sft.data.reading.formats import Example, detect_format, parse_row
+from sft.data.reading.formats import Example, parse_row, with_detected_form
 from sft.data.reading.row import Row
+from sft.data.reading.split import split_of
 from sft.data.reading.tables import as_json, holds_lines, place, read_rows
 
 SAMPLED_ROWS = 200
@@ -166,15 +167,19 @@ def _runs(roles: Sequence[str], weights: Sequence[float]) -> Iterator[tuple[str,
 
 def _sampled(data_set: DataSet) -> list[Example]:
     """Return about SAMPLED_ROWS examples from all over the files, the same ones each time."""
-    data = data_set.data
-    files = expand(data.train, data_set.key)
-    row_format = detect_format(files, data, data_set.key)
+    files = expand(data_set.data.train, data_set.key)
+    data = with_detected_form(files, data_set.data, data_set.key)
+    split = split_of(files, data.validation_split or "", data_set.side, data_set.key) if data_set.side else None
     total = max(sum(path.stat().st_size for path in files), 1)
     lines: list[tuple[str, bytes]] = []
     for path in files:
         wanted = max(1, SAMPLED_ROWS * path.stat().st_size // total)
         lines += _some_lines(path, wanted)
-    return [parse_row(line, where, row_format, data.columns) for where, line in lines]
+    return [
+        parse_row(line, where, data.format, data.columns, data.ignore_keys)
+        for where, line in lines
+        if split is None or split.takes(line)
+    ]
 
 
 def _some_lines(path: Path, wanted: int) -> Iterator[tuple[str, bytes]]:

@@ -21,12 +21,13 @@ from pathlib import Path
 from launcher.contract.errors import DataError, LauncherError
 from launcher.contract.spec import DataSpec
 from sft.data.cache.progress import Progress
-from sft.data.cache.store import Counts, Part, TokenPair, write_part
+from sft.data.cache.store import Counts, Part, Tallies, TokenPair, write_part
 from sft.data.encoding.length_policy import fit
 from sft.data.encoding.masking import Encoded, Encoder
 from sft.data.encoding.tokenizer import load_tokenizer
 from sft.data.reading.files import ByteRange, cut, read_lines
 from sft.data.reading.formats import parse_row
+from sft.data.reading.split import Split
 from sft.data.reading.tables import holds_lines, write_lines
 
 MAX_PROBLEMS = 5
@@ -40,7 +41,9 @@ class Job:
 
     tokenizer_dir: Path
     data: DataSpec
-    row_format: str
+    """With the format and the columns of the rows."""
+    split: Split | None = None
+    """Which rows are taken; None takes all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +65,34 @@ class Worker:
         """Tokenize one range and write its part, empty if a row has a problem."""
         rows, prefix = work
         tally: Counter[str] = Counter()
-        ends: Counter[int] = Counter()
+        tallies = Tallies()
         pairs: list[TokenPair] = []
         problems: list[str] = []
+        split = self._job.split
         for number, line in read_lines(rows):
+            if split is not None and not split.takes(line):
+                continue
             try:
-                encoded = self._encode(line, rows.where(number), tally, ends)
+                encoded = self._encode(line, rows.where(number), tally, tallies)
             except DataError as error:
                 problems += error.problems
                 if len(problems) >= MAX_PROBLEMS:
                     break
             else:
                 pairs += encoded
-        part = write_part(prefix, [] if problems else pairs, Counts(**tally), ends)
+        part = write_part(prefix, [] if problems else pairs, Counts(**tally), tallies)
         return Result(part, tuple(problems[:MAX_PROBLEMS]))
 
-    def _encode(self, line: bytes, where: str, tally: Counter[str], ends: Counter[int]) -> list[TokenPair]:
+    def _encode(self, line: bytes, where: str, tally: Counter[str], tallies: Tallies) -> list[TokenPair]:
         """Return what is trained of one row.
 
-        Add to `tally`, whose keys are the fields of `Counts`, and to `ends` the tokens that end its answers.
+        Add to `tally`, whose keys are the fields of `Counts`, and to `tallies`.
         """
-        examples = self._encoder.encode(parse_row(line, where, self._job.row_format, self._job.data.columns))
+        data = self._job.data
+        example = parse_row(line, where, data.format, data.columns, data.ignore_keys)
+        examples = self._encoder.encode(example)
+        tallies.unread.update(example.unread)
+        tallies.columns.update(example.columns)
         tally["rows"] += 1
         tally["rewritten"] += len(examples) > 1
         tally["escaped"] += any(encoded.escaped for encoded in examples)
@@ -99,7 +109,7 @@ class Worker:
         for piece in kept:
             terminators = piece.ids[piece.ends & (piece.weights != 0)]
             tally["terminators"] += len(terminators)
-            ends.update(terminators.tolist())
+            tallies.answer_ends.update(terminators.tolist())
         return [(piece.ids, piece.weights) for piece in kept]
 
 

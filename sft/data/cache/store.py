@@ -6,7 +6,7 @@
       offsets.npy         int64    example i is ids[offsets[i]:offsets[i + 1]]
       target_weights.npy  float64  sum of an example's target weights
       supervised.npy      int64    number of an example's targets with a weight other than 0
-      manifest.json       key, format version, counts and the checksum of each array; written last
+      manifest.json       key, format version, counts, and the checksums of each array and of itself; written last
 
 Workers write parts, `assemble` joins them in a temporary directory, `publish` renames that. Several jobs may build the
 same key at once: the first rename wins, and the others use that cache, which holds the same bytes.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -36,9 +37,11 @@ from launcher.contract.checksum import crc32
 from launcher.contract.errors import DataError
 from launcher.contract.rundir import sync_path, write_json
 
-FORMAT_VERSION = 2
-"""2 has checksums and the ends of answers in the manifest."""
+FORMAT_VERSION = 3
+"""2 has checksums and the ends of answers in the manifest; 3 has the keys that nothing reads, and its own digest."""
 MANIFEST = "manifest.json"
+_MOST_UNREAD = 50
+"""How many of the keys that nothing reads are kept; a file can have a key of its own in each row."""
 _ARRAYS = {"ids": "<i4", "weights": "<f4", "offsets": "<i8", "target_weights": "<f8", "supervised": "<i8"}
 _PART_ARRAYS = ("ids", "weights", "lengths", "target_weights", "supervised")
 
@@ -138,26 +141,37 @@ class TokenCache:
     """CRC-32 of each array's file, in hexadecimal."""
     answer_ends: Mapping[int, int]
     """How often each token ends an answer that is trained."""
+    unread: Mapping[str, int]
+    """Number of rows with each key that nothing reads, the most frequent ones."""
 
     @classmethod
     def open(cls, directory: Path) -> TokenCache:
         """Open the cache in `directory`, or raise DataError if it is incomplete or damaged."""
         try:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+            if isinstance(manifest, dict) and manifest.get("version") != FORMAT_VERSION:
+                raise DataError(f"data cache {directory} was made by an earlier version; prepare again")
+            if manifest["sha256"] != _digest(manifest):
+                raise ValueError(f"the bytes of {MANIFEST} have changed")
             counts = Counts(**manifest["counts"])
             arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
             expected = _shapes(counts)
             wrong = [name for name, array in arrays.items() if array.shape != (expected[name],)]
             wrong += [name for name, array in arrays.items() if array.dtype != np.dtype(_ARRAYS[name])]
-            if wrong or manifest["version"] != FORMAT_VERSION:
-                raise ValueError(f"{', '.join(wrong) or MANIFEST} does not fit the manifest")
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} does not fit the manifest")
             checksums = {name: str(manifest["crc32"][name]) for name in _ARRAYS}
-            if "answer_ends" not in manifest:
-                raise DataError(f"data cache {directory} was made by an earlier version; prepare again")
             ends = {int(token): int(count) for token, count in manifest["answer_ends"].items()}
-            key = str(manifest["key"])
-            return cls(directory=directory, key=key, counts=counts, checksums=checksums, answer_ends=ends, **arrays)
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls(
+                directory=directory,
+                key=str(manifest["key"]),
+                counts=counts,
+                checksums=checksums,
+                answer_ends=ends,
+                unread=dict(manifest["unread"]),
+                **arrays,
+            )
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"data cache {directory} is damaged ({error}); delete it and prepare again") from error
 
     def verify(self) -> None:
@@ -181,18 +195,30 @@ class TokenCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Tallies:
+    """What is counted by name while rows are tokenized."""
+
+    answer_ends: Counter[int] = field(default_factory=Counter)
+    """How often each token ends an answer."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Rows that have each key that nothing reads."""
+    columns: Counter[str] = field(default_factory=Counter)
+    """Rows that have the key of each name in data.columns."""
+
+    def __add__(self, other: Tallies) -> Tallies:
+        return Tallies(self.answer_ends + other.answer_ends, self.unread + other.unread, self.columns + other.columns)
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """Examples that a worker wrote to raw files `<prefix>.<array>`, and their counts."""
 
     prefix: Path
     counts: Counts
-    answer_ends: Counter[int] = field(default_factory=Counter)
-    """How often each token ends an answer."""
+    tallies: Tallies = field(default_factory=Tallies)
 
 
-def write_part(
-    prefix: Path, pairs: Sequence[TokenPair], counts: Counts, answer_ends: Counter[int] | None = None
-) -> Part:
+def write_part(prefix: Path, pairs: Sequence[TokenPair], counts: Counts, tallies: Tallies | None = None) -> Part:
     """Write `pairs` as raw arrays and return the part, `counts` completed with what follows from the pairs."""
     lengths = np.array([len(ids) for ids, _ in pairs], dtype="<i8")
     # The first token is never a target, so its weight counts nowhere.
@@ -211,7 +237,7 @@ def write_part(
         longest=int(lengths.max(initial=0)),
         largest_id=int(ids.max(initial=0)),
     )
-    return Part(prefix, measured, answer_ends or Counter())
+    return Part(prefix, measured, tallies or Tallies())
 
 
 def assemble(directory: Path, key: str, parts: Sequence[Part], **details: object) -> Counts:
@@ -233,20 +259,19 @@ def assemble(directory: Path, key: str, parts: Sequence[Part], **details: object
             os.fsync(file.fileno())
         for part in parts:
             Path(f"{part.prefix}.{name}").unlink()
-    ends = sum((part.answer_ends for part in parts), Counter[int]())
-    checksums = {name: crc32(directory / f"{name}.npy") for name in _ARRAYS}
+    tallies = sum((part.tallies for part in parts), Tallies())
+    manifest = {
+        "version": FORMAT_VERSION,
+        "key": key,
+        "counts": dataclasses.asdict(counts),
+        "crc32": {name: crc32(directory / f"{name}.npy") for name in _ARRAYS},
+        "answer_ends": {str(token): count for token, count in sorted(tallies.answer_ends.items())},
+        # Sorted by name first: rows of one count would else come in the order of the workers.
+        "unread": dict(Counter(dict(sorted(tallies.unread.items()))).most_common(_MOST_UNREAD)),
+        **details,
+    }
     # Last: a directory with a manifest is complete.
-    write_json(
-        directory / MANIFEST,
-        {
-            "version": FORMAT_VERSION,
-            "key": key,
-            "counts": dataclasses.asdict(counts),
-            "crc32": checksums,
-            "answer_ends": {str(token): count for token, count in sorted(ends.items())},
-            **details,
-        },
-    )
+    write_json(directory / MANIFEST, {**manifest, "sha256": _digest(manifest)})
     return counts
 
 
@@ -255,13 +280,21 @@ def publish(aside: Path, final: Path) -> bool:
     try:
         aside.rename(final)
     except OSError:  # a directory that is not empty cannot be replaced
-        if not (final / MANIFEST).is_file():
-            raise
+        if not (final / MANIFEST).is_file():  # a damaged one: caches appear with their manifest
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            return True
         shutil.rmtree(aside, ignore_errors=True)
         return False
     with contextlib.suppress(OSError):  # some network file systems cannot sync a directory
         sync_path(final.parent)
     return True
+
+
+def _digest(manifest: Mapping[str, object]) -> str:
+    """Return the SHA-256 of a manifest, its own digest left out."""
+    values = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _shapes(counts: Counts) -> dict[str, int]:

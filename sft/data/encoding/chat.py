@@ -168,8 +168,8 @@ class ChatRenderer:
         chosen = set(answers[-1:] if self._spec.loss_on == "last_assistant" else answers)
         weights: list[float | None] = []
         for turn, message in enumerate(messages):
-            # A weight in the row trains turns of other roles too, but among answers only those that loss_on chooses.
-            asked = message.role != "assistant" and message.weight is not None
+            # A row may ask for turns of other roles too, but among answers only for those that loss_on chooses.
+            asked = message.role != "assistant" and message.train
             default = 1.0 if message.weight is None else message.weight
             weights.append(default if turn in chosen or asked else 0.0)
         return weights

@@ -25,12 +25,13 @@ from launcher.contract.errors import DataError
 from launcher.contract.named_templates import NONE, TOKENIZER, template_file
 from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.cache.build import Job, write_parts
-from sft.data.cache.store import FORMAT_VERSION, MANIFEST, TokenCache, assemble, publish
+from sft.data.cache.store import FORMAT_VERSION, TokenCache, assemble, publish
 from sft.data.encoding.tokenizer import tokenizer_files
-from sft.data.prepared.report import check_counts, check_lost, epoch_report, report
+from sft.data.prepared.report import check_columns_found, check_counts, check_lost, epoch_report, report
 from sft.data.prepared.sources import DataSet, Sources, held_out_sets, joined, training_sets
 from sft.data.reading.files import digest, expand, file_identity, sha256_of
-from sft.data.reading.formats import check_columns, detect_format
+from sft.data.reading.formats import check_columns, with_detected_form
+from sft.data.reading.split import Side, split_of
 
 CODE_VERSION = 5
 """Increase it with every change that gives the same rows other tokens or weights."""
@@ -38,7 +39,10 @@ CODE_VERSION = 5
 WAIT_SECONDS = 6 * 3600.0
 _POLL_SECONDS = 1.0
 _STALE_SECONDS = 2 * 86400.0
-_POLICIES = ("columns", "chat_template_kwargs", "loss_on", "on_mismatch", "seq_length", "length_policy")
+_POLICIES = (
+    *("columns", "chat_template_kwargs", "loss_on", "on_mismatch", "seq_length", "length_policy"),
+    *("ignore_keys", "require_end_tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,8 @@ class _Source:
 
     of: DataSet
     files: tuple[Path, ...]
-    row_format: str
+    data: DataSpec
+    """With the format and the columns of the rows."""
     key: str
     directory: Path
 
@@ -134,15 +139,15 @@ def _named_caches(prepared: PreparedData) -> list[tuple[str, str, TokenCache]]:
 
 def _source(spec: RunSpec, data_set: DataSet, tokenizer_dir: Path, *, write_notes: bool) -> _Source:
     files = tuple(expand(data_set.data.train, data_set.key))
-    row_format = detect_format(files, data_set.data, data_set.key)
+    data = with_detected_form(files, data_set.data, data_set.key)
     notes = spec.cache_dir / "digests"
     content = [digest(path, notes, write=write_notes) for path in files]
-    key = cache_key(data_set.data, row_format, content, tokenizer_dir)
+    key = cache_key(data, content, tokenizer_dir, data_set.side)
     directory = spec.cache_dir / "tokens" / key[:40]
-    return _Source(of=data_set, files=files, row_format=row_format, key=key, directory=directory)
+    return _Source(of=data_set, files=files, data=data, key=key, directory=directory)
 
 
-def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir: Path) -> str:
+def cache_key(data: DataSpec, content: list[str], tokenizer_dir: Path, side: Side | None) -> str:
     """Return the SHA-256 of everything that decides the cache's bytes."""
     template, file = data.chat_template, template_file(data.chat_template)
     if file is not None:
@@ -153,11 +158,13 @@ def cache_key(data: DataSpec, row_format: str, content: list[str], tokenizer_dir
     made_from = {
         "code": [CODE_VERSION, FORMAT_VERSION, version("transformers"), version("tokenizers")],
         "data": content,
-        "format": row_format,
+        "format": data.format,
         "tokenizer": {str(path.relative_to(tokenizer_dir)): sha256_of(path) for path in tokenizer_files(tokenizer_dir)},
         "template": template,
         "policies": {name: getattr(data, name) for name in _POLICIES},
     }
+    if side is not None:
+        made_from["split"] = [data.validation_split, side]
     if _asks_for_the_date(data, tokenizer_dir):
         made_from["date"] = data.now.date().isoformat()
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
@@ -178,7 +185,7 @@ def _asks_for_the_date(data: DataSpec, tokenizer_dir: Path) -> bool:
 
 
 def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path, verify: bool) -> TokenCache:
-    if (source.directory / MANIFEST).is_file():
+    if source.directory.is_dir():  # without its manifest it is a damaged one
         try:
             cache = TokenCache.open(source.directory)
             if verify:
@@ -203,7 +210,10 @@ def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path, verify: b
 
 def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> None:
     before = [file_identity(path) for path in source.files]
-    job = Job(tokenizer_dir=tokenizer_dir, data=source.of.data, row_format=source.row_format)
+    split = None
+    if source.of.side is not None:
+        split = split_of(source.files, source.data.validation_split or "", source.of.side, "data.validation_split")
+    job = Job(tokenizer_dir=tokenizer_dir, data=source.data, split=split)
     title = f"tokenizing {source.of.name}"
     parts = write_parts(job, source.files, aside, show_progress=spec.logging.progress_bar, title=title)
     changed = [
@@ -211,8 +221,10 @@ def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> 
     ]
     if changed:
         raise DataError(f"{source.of.key}: {', '.join(changed)} changed while being read; start again")
-    counts = assemble(aside, source.key, parts, files=[str(path) for path in source.files], format=source.row_format)
-    check_counts(counts, source.of.key, source.files)
+    check_columns_found(parts, source.of)
+    files = [str(path) for path in source.files]
+    counts = assemble(aside, source.key, parts, files=files, format=source.data.format)
+    check_counts(counts, source.of.key, source.files, source.data)
 
 
 def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:

@@ -5,13 +5,17 @@ No data is dropped silently: a run that would lose half its data, or never learn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
-from sft.data.cache.store import Counts, TokenCache
-from sft.data.prepared.sources import Sources
+from sft.data.cache.store import Counts, Part, TokenCache
+from sft.data.prepared.sources import DataSet, Sources
+from sft.data.reading.formats import OPTIONAL_COLUMNS
+
+_SHOWN_KEYS, _LONGEST_KEY = 8, 40
+_TEMPLATE_WRITES_ENDS = "the chat template must write one after each assistant turn"
 
 
 def report(name: str, cache: TokenCache) -> str:
@@ -47,7 +51,17 @@ def report(name: str, cache: TokenCache) -> str:
         lines.append(f"  edges: {c.straddling:,} trained tokens hold text of both prompt and answer")
     if c.escaped:
         lines.append(f"  escaped: special tokens spelled in {c.escaped:,} rows are trained as plain text")
+    if cache.unread:
+        lines.append(f"  not read: {_named(cache.unread)}; data.columns gives keys a meaning")
     return "\n".join(lines)
+
+
+def _named(unread: Mapping[str, int]) -> str:
+    """Return keys that nothing reads with the number of their rows, the most frequent first."""
+    by_rows = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{key[:_LONGEST_KEY]!r} in {rows:,} rows" for key, rows in by_rows[:_SHOWN_KEYS])
+    more = len(by_rows) - _SHOWN_KEYS
+    return f"{shown} and {more:,} more keys" if more > 0 else shown
 
 
 def epoch_report(sources: Sources) -> str:
@@ -81,7 +95,20 @@ def lost_percent(counts: Counts) -> float:
     return 100.0 * counts.supervised_lost / wanted if wanted else 0.0
 
 
-def check_counts(counts: Counts, key: str, files: Sequence[Path]) -> None:
+def check_columns_found(parts: Sequence[Part], data_set: DataSet) -> None:
+    """Raise DataError for a column that data.columns names and that no row has: it is misspelt."""
+    found: set[str] = {name for part in parts for name in part.tallies.columns}
+    rows = sum(part.counts.rows for part in parts)
+    problems = [
+        f"{data_set.key}: data.columns reads {name} from {column!r}, which none of {rows:,} rows has"
+        for name, column in data_set.own_columns.items()
+        if rows and name in OPTIONAL_COLUMNS and name not in found
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def check_counts(counts: Counts, key: str, files: Sequence[Path], data: DataSpec) -> None:
     """Raise DataError, naming `key` and `files`, for data that nothing can be learnt from."""
     names = ", ".join(map(str, files))
     if counts.rows == 0:
@@ -92,10 +119,11 @@ def check_counts(counts: Counts, key: str, files: Sequence[Path]) -> None:
             f"({counts.unsupervised:,} without an assistant turn or cut before one, {counts.too_long:,} too long); "
             "see data.loss_on, data.seq_length and data.length_policy"
         )
-    if counts.terminators == 0:
+    if counts.terminators == 0 and data.require_end_tokens:
+        what = "token rows must hold one after each answer" if data.format == "tokens" else _TEMPLATE_WRITES_ENDS
         raise DataError(
-            f"{key}: no answer in {names} ends with a trained end token, so the model would "
-            "never learn to stop; the chat template must write one after each assistant turn"
+            f"{key}: no answer in {names} ends with a trained end token, so the model would never learn to stop; "
+            f"{what}. If it is not to stop by itself, set data.require_end_tokens: false"
         )
 
 

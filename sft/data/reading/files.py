@@ -10,18 +10,22 @@ of a file, and errors still name file and line.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.contract.errors import DataError
-from launcher.contract.rundir import read_json, write_json
-from sft.data.reading.tables import dataset_files, place
+from launcher.contract.rundir import JsonObject, read_json, write_json
+from sft.data.reading.compressed import kind_of
+from sft.data.reading.tables import DATA_FILES, dataset_files, place
 
 _BLOCK = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SETTLED_SECONDS = 2.0
 """The digest of a file changed less than this long ago is not stored: file systems with coarse clocks could give a
 later change the same time."""
@@ -67,11 +71,29 @@ def expand(patterns: Sequence[str], key: str) -> list[Path]:
 
 
 def _files_of(path: Path, key: str, *, alone: bool) -> list[Path]:
-    """Return the file itself, or the files of a directory that `datasets` saved."""
+    """Return the file itself, the files of a directory that `datasets` saved, or the data files in any other one."""
     if not path.is_dir():
         return [path]
-    # Among several matches of a pattern, directories that are no data set are skipped; one named alone is an error.
-    return dataset_files(path, key) if alone or (path / "state.json").is_file() else []
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return dataset_files(path, key)
+    # Among several matches of a pattern, other directories are skipped; one named alone is meant.
+    return _data_files_in(path, key) if alone else []
+
+
+def _data_files_in(directory: Path, key: str) -> list[Path]:
+    """Return the data files in a directory, sorted, or raise DataError where there are none or of several kinds."""
+    files = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    found = [path for path in files if kind_of(path) in DATA_FILES]
+    kinds = sorted({kind_of(path) for path in found})
+    if not found:
+        raise DataError(
+            f"{key}: {str(directory)!r} is no data set that `datasets` saved, and holds no data file "
+            f"({', '.join(DATA_FILES)}); for files in folders below it name {directory!s}/**/*.jsonl, say"
+        )
+    if len(kinds) > 1:  # which may be the same rows twice, or a description of the others
+        choice = ", ".join(f"{directory}/*{ending}" for ending in kinds)
+        raise DataError(f"{key}: {str(directory)!r} holds files of several kinds; name one of {choice}")
+    return found
 
 
 def digest(path: Path, notes: Path, *, write: bool) -> str:
@@ -81,13 +103,23 @@ def digest(path: Path, notes: Path, *, write: bool) -> str:
     """
     identity = file_identity(path)
     note = notes / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
-    known = read_json(note)
-    if isinstance(known, dict) and known.get("identity") == identity:
+    known = _noted(note)
+    if known.get("identity") == identity and _SHA256.fullmatch(str(known.get("sha256"))):
         return str(known["sha256"])
     value = sha256_of(path)
     if write and time.time() - max(identity[1:]) / 1e9 > _SETTLED_SECONDS:
-        write_json(note, {"path": str(path), "identity": identity, "sha256": value})
+        with contextlib.suppress(OSError):  # a shared cache may be read-only: the digest is computed again then
+            write_json(note, {"path": str(path), "identity": identity, "sha256": value})
     return value
+
+
+def _noted(note: Path) -> JsonObject:
+    """Return what a note holds, nothing where there is none that can be read."""
+    try:
+        known = read_json(note)
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def file_identity(path: Path) -> list[int]:

@@ -14,8 +14,8 @@ read raise DataError with file, line and key. The turns of conversations are rea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.contract.errors import DataError, did_you_mean
@@ -23,29 +23,20 @@ from launcher.contract.spec import DataSpec
 from sft.data.reading.files import ByteRange, read_lines
 from sft.data.reading.messages import (
     MESSAGE_COLUMNS,
-    NOT_READ_IN_ROWS,
     TURN_COLUMNS,
     Message,
     Tool,
     read_messages,
     read_sharegpt,
     read_tools,
-    refuse_unread,
 )
-from sft.data.reading.row import MISSING, Row, find, get, get_text, load, names, parse_json
+from sft.data.reading.row import MISSING, Row, find, get, get_text, load, parse_json
+from sft.data.reading.row_forms import COLUMNS, with_form_of
 from sft.data.reading.tables import holds_lines, place, read_rows
 from sft.data.reading.token_rows import read_tokens
+from sft.data.reading.unread import unread_keys
 
-COLUMNS = {
-    "prompt_completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "tokens": ("input_ids",),
-    "text": ("text",),
-}
-"""Keys that a row of each format must have. The first format that fits is taken."""
-
-_OPTIONAL_COLUMNS = ("input", "system", "tools", "labels", "loss_mask")
+OPTIONAL_COLUMNS = ("input", "system", "tools", "labels", "loss_mask")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +53,16 @@ class Example:
     ids: tuple[int, ...] | None = None
     weights: tuple[float, ...] = ()
     """Loss weight of each of `ids`."""
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of the row that nothing reads."""
+    columns: tuple[str, ...] = field(default=(), compare=False)
+    """Names in data.columns whose key the row has."""
 
 
 def check_columns(columns: Mapping[str, str], key: str) -> None:
     """Raise DataError, beginning with `key`, if data.columns maps a name that no format has."""
     known = {name for needed in COLUMNS.values() for name in needed}
-    known |= {*MESSAGE_COLUMNS, *TURN_COLUMNS, *_OPTIONAL_COLUMNS}
+    known |= {*MESSAGE_COLUMNS, *TURN_COLUMNS, *OPTIONAL_COLUMNS}
     problems = [
         f"{key}: unknown name {name!r}{did_you_mean(name, known)}; known: {', '.join(sorted(known))}"
         for name in columns
@@ -77,16 +72,18 @@ def check_columns(columns: Mapping[str, str], key: str) -> None:
         raise DataError(problems)
 
 
-def detect_format(files: Sequence[Path], spec: DataSpec, key: str) -> str:
-    """Return data.format or, where that is `auto`, the format of the first row.
+def with_detected_form(files: Sequence[Path], data: DataSpec, key: str) -> DataSpec:
+    """Return `data` with the format and the columns of the first row, as far as it leaves them open.
 
     Raise DataError, beginning with `key`, if there are no rows.
     """
-    if spec.format != "auto":
-        return spec.format
+    if data.format != "auto" and (data.columns or data.format != "prompt_completion"):
+        return data
     for path in files:
         for where, row in _rows(path):
-            return format_of(row, where, spec.columns)
+            return with_form_of(row, where, data)
+    if data.format != "auto":
+        return data
     raise DataError(f"{key}: no rows in {', '.join(map(str, files))}")
 
 
@@ -99,22 +96,21 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
         yield from ((place(path, number), row) for number, row in read_rows(path))
 
 
-def format_of(row: Row, where: str, columns: Mapping[str, str]) -> str:
-    """Return the format whose keys a row has, or raise DataError."""
-    for name, wanted in COLUMNS.items():
-        if all(find(row, columns.get(column, column)) is not MISSING for column in wanted):
-            return name
-    known = "; ".join(" and ".join(wanted) for wanted in COLUMNS.values())
-    raise DataError(
-        f"{where}: no format fits the keys {names(row)}; a row needs {known}; "
-        "map the names with data.columns, e.g. {prompt: question}"
-    )
+def parse_row(
+    line: bytes, where: str, row_format: str, columns: Mapping[str, str], ignored: Collection[str] = ()
+) -> Example:
+    """Return the example in one line, or raise DataError with `where` and the key.
 
-
-def parse_row(line: bytes, where: str, row_format: str, columns: Mapping[str, str]) -> Example:
-    """Return the example in one line, or raise DataError with `where` and the key."""
+    `ignored` are keys that may be left out although they change what should be trained.
+    """
     row = load(line, where)
-    refuse_unread(row, where, [name for name in NOT_READ_IN_ROWS if name not in columns.values()])
+    example = _example(row, where, row_format, columns, ignored)
+    found = tuple(name for name, key in columns.items() if find(row, key) is not MISSING)
+    unread = unread_keys(row, where, row_format, columns, ignored)
+    return dataclasses.replace(example, unread=unread, columns=found)
+
+
+def _example(row: Row, where: str, row_format: str, columns: Mapping[str, str], ignored: Collection[str]) -> Example:
     if row_format == "text":
         return Example(where=where, text=get_text(row, columns.get("text", "text"), where))
     if row_format == "tokens":
@@ -123,35 +119,36 @@ def parse_row(line: bytes, where: str, row_format: str, columns: Mapping[str, st
     tools_key = columns.get("tools", "tools")
     tools = read_tools(row.get(tools_key), f"{where}: {tools_key!r}")
     if row_format == "prompt_completion":
-        return _pair(row, where, columns, tools)
-    (name,) = COLUMNS[row_format]
+        return _pair(row, where, columns, tools, ignored)
+    name = "messages" if row_format == "messages" else "conversations"
     key = columns.get(name, name)
-    read = read_messages if row_format == "messages" else read_sharegpt
     value = get(row, key, where)
     if isinstance(value, str) and value.lstrip().startswith("["):  # CSV has no lists
         value = parse_json(value, f"{where}: {key!r}")
-    turns = read(value, f"{where}: {key}", columns)
+    read = read_messages if row_format == "messages" else read_sharegpt
+    turns = read(value, f"{where}: {key}", columns, ignored)
     return Example(where=where, messages=after_system(row, turns, where, columns), tools=tools)
 
 
-def _pair(row: Row, where: str, columns: Mapping[str, str], tools: tuple[Tool, ...]) -> Example:
+def _pair(
+    row: Row, where: str, columns: Mapping[str, str], tools: tuple[Tool, ...], ignored: Collection[str]
+) -> Example:
     """Return the example of a prompt and its completion: two texts, or two lists of messages."""
     prompt_key, completion_key = (columns.get(name, name) for name in COLUMNS["prompt_completion"])
     prompt, completion = get(row, prompt_key, where), get(row, completion_key, where)
+    more = find(row, columns["input"]) if "input" in columns else None
+    has_more = more not in (MISSING, None, "")  # many rows of instruction data have none
     if isinstance(prompt, list) and isinstance(completion, list):
-        questions = read_messages(prompt, f"{where}: {prompt_key}", columns)
-        answers = read_messages(completion, f"{where}: {completion_key}", columns)
+        if has_more:
+            raise DataError(f"{where}: {columns['input']!r} cannot be added to a prompt that is a list of messages")
+        questions = read_messages(prompt, f"{where}: {prompt_key}", columns, ignored)
+        answers = read_messages(completion, f"{where}: {completion_key}", columns, ignored)
         untrained = tuple(dataclasses.replace(message, weight=message.weight or 0.0) for message in questions)
         turns = after_system(row, (*untrained, *answers), where, columns)
         return Example(where=where, messages=turns, tools=tools)
     question = get_text(row, prompt_key, where)
-    if "input" not in (*columns, *columns.values()) and row.get("input") not in (None, ""):
-        raise DataError(
-            f"{where}: 'input' would be left out, but the answer may depend on it; add it to the prompt with "
-            "data.columns: {input: input}, or remove it from the data"
-        )
-    if "input" in columns and (more := get_text(row, columns["input"], where)):
-        question = f"{question}\n\n{more}"
+    if has_more:
+        question = f"{question}\n\n{get_text(row, columns['input'], where)}"
     answer = get_text(row, completion_key, where)
     turns = after_system(row, (Message("user", question), Message("assistant", answer)), where, columns)
     if len(turns) > 2 or tools:  # only a conversation can hold them

@@ -10,12 +10,13 @@ train on something else than the user wrote.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, Required, TypedDict, cast
 
 from launcher.contract.errors import DataError
 from sft.data.reading.row import MISSING, Row, check_texts, find, get_text, kind, loss_weight, names, parse_json, text
+from sft.data.reading.unread import refuse_in_turn
 
 MESSAGE_COLUMNS = ("role", "content")
 TURN_COLUMNS = ("from", "value")
@@ -29,10 +30,6 @@ _TEXT_KEYS: tuple[Literal["reasoning_content", "reasoning", "thinking", "tool_ca
 )
 """Keys of a message, all texts, that templates look for beside role and content."""
 
-_NOT_READ = ("function_call", "functions", "audio", "images", "videos")
-"""Keys that change what should be trained, and that no template could be given."""
-NOT_READ_IN_ROWS = (*_NOT_READ, "history")
-"""The same beside the turns: LLaMA-Factory's files have earlier turns under `history`."""
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -46,6 +43,7 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
 }
 _CALL_ROLES = ("function_call", "tool_call")
+_ONLY_SHAREGPT = ("human", "gpt", "chatgpt", "observation", "function_response", *_CALL_ROLES)
 
 
 class Call(TypedDict):
@@ -104,18 +102,22 @@ class Message:
     weight: float | None = None
     """Loss weight that the row asks for; None leaves it to data.loss_on."""
     extra: Extra = field(default_factory=Extra)
+    train: bool = False
+    """Whether the row asks to train this turn, whatever its role."""
 
     def for_template(self) -> TemplateMessage:
         """Return the message as templates read it."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 
-def read_messages(value: object, where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
+def read_messages(
+    value: object, where: str, columns: Mapping[str, str], ignored: Collection[str] = ()
+) -> tuple[Message, ...]:
     """Return the turns of a `messages` list, or raise DataError."""
     role_key, content_key = (columns.get(name, name) for name in MESSAGE_COLUMNS)
     messages = []
     for item, at in _items(value, where, "messages", "role and content"):
-        refuse_unread(item, at)
+        refuse_in_turn(item, at, ignored)
         role = get_text(item, role_key, at)
         extra: Extra = {}
         for name in _TEXT_KEYS:
@@ -124,22 +126,32 @@ def read_messages(value: object, where: str, columns: Mapping[str, str]) -> tupl
         if item.get("tool_calls") not in (None, []):
             extra["tool_calls"] = _tool_calls(item["tool_calls"], f"{at}: tool_calls")
         content = _content(item, content_key, at, "tool_calls" in extra)
-        messages.append(Message(role, content, _weight(item, at), extra))
+        messages.append(Message(role, content, _weight(item, at), extra, item.get("train") is True))
     return tuple(messages)
 
 
-def read_sharegpt(value: object, where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
-    """Return the turns of a ShareGPT `conversations` list, or raise DataError."""
+def read_sharegpt(
+    value: object, where: str, columns: Mapping[str, str], ignored: Collection[str] = ()
+) -> tuple[Message, ...]:
+    """Return the turns of a ShareGPT `conversations` list, or raise DataError.
+
+    Turns may have `role` and `content` in place of `from` and `value`, with the roles of either form.
+    """
+    if not columns.keys() & set(TURN_COLUMNS) and _has_messages(value):
+        if not _has_sharegpt_roles(value):
+            return read_messages(value, where, columns, ignored)
+        columns = {**columns, "from": "role", "value": "content"}
     role_key, value_key = (columns.get(name, name) for name in TURN_COLUMNS)
     messages = []
     for item, at in _items(value, where, "turns", "from and value"):
-        refuse_unread(item, at)
+        refuse_in_turn(item, at, ignored, sharegpt=True)
         role, said = get_text(item, role_key, at), get_text(item, value_key, at)
         if role in _CALL_ROLES:
             calls = _tool_calls(parse_json(said, f"{at}: {value_key!r}"), f"{at}: {value_key!r}")
             messages.append(Message("assistant", "", _weight(item, at), {"tool_calls": calls}))
         elif role in _SHAREGPT_ROLES:
-            messages.append(Message(_SHAREGPT_ROLES[role], said, _weight(item, at)))
+            train = item.get("train") is True
+            messages.append(Message(_SHAREGPT_ROLES[role], said, _weight(item, at), train=train))
         else:
             known = ", ".join([*_SHAREGPT_ROLES, *_CALL_ROLES])
             raise DataError(f"{at}: unknown role {role!r}; known are {known}")
@@ -167,11 +179,16 @@ def read_tools(value: object, where: str) -> tuple[Tool, ...]:
     )
 
 
-def refuse_unread(row: Row, where: str, names: Sequence[str] = _NOT_READ) -> None:
-    """Raise DataError where `row` has a value under one of the keys `names`, which nothing would read."""
-    unread = [key for key in names if row.get(key) not in (None, [], {}, "", "[]")]
-    if unread:
-        raise DataError(f"{where}: {', '.join(unread)} would be left out of training; remove it from the data")
+def _has_messages(value: object) -> bool:
+    """Return whether the first of a list of turns has role and content."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and "from" not in first and "role" in first
+
+
+def _has_sharegpt_roles(value: object) -> bool:
+    """Return whether turns have roles that only ShareGPT knows."""
+    turns = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    return any(item.get("role") in _ONLY_SHAREGPT for item in turns)
 
 
 def _items(value: object, where: str, what: str, keys: str) -> list[tuple[Row, str]]:

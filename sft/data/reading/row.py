@@ -7,13 +7,21 @@ item of `instances`. A key that is present as written comes first, because names
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 
 from launcher.contract.errors import DataError, did_you_mean
 
 Row = Mapping[str, object]
 """A JSON object, as it was read."""
+
+MOST_NESTED = 100
+"""Levels of objects and arrays in a row. Templates and this package walk values by recursion, which Python limits."""
+
+LARGEST_WEIGHT = 1e6
+"""Loss weights are float32; sums of larger ones lose what small ones add, and far larger ones are infinite."""
+_SMALLEST_WEIGHT = 1e-30
+
+TOO_DEEP = f"JSON is nested too deeply, in more than {MOST_NESTED} levels"
 
 MISSING = object()
 """What `find` returns for a key that is not present; None is a value that a row may have."""
@@ -30,9 +38,12 @@ def load(line: bytes, where: str) -> dict[str, object]:
         hint = "; a data file holds one object a line" if line.strip() in (b"[", b"{") else ""
         raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}{hint}") from None
     except RecursionError:
-        raise DataError(f"{where}: JSON is nested too deeply") from None
+        raise DataError(f"{where}: {TOO_DEEP}") from None
+    except ValueError as error:  # a number of more digits than Python converts
+        raise DataError(f"{where}: malformed JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: {kind(row)}, where a JSON object is needed; a data file holds one object a line")
+    check_depth(row, line.count(b"[") + line.count(b"{"), where)
     return row
 
 
@@ -89,17 +100,43 @@ def parse_json(value: str, where: str) -> object:
     """Return the value of JSON that a column holds as text, or raise DataError."""
     try:
         parsed: object = json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise DataError(f"{where}: {TOO_DEEP}") from None
+    except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}): {value[:60]!r}") from None
+    check_depth(parsed, value.count("[") + value.count("{"), where)
     return parsed
 
 
 def loss_weight(value: object, where: str) -> float:
-    """Return `value` if it is a finite number of at least 0, or raise DataError."""
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not math.isfinite(number) or number < 0:
-        raise DataError(f"{where} must be a number of at least 0, found {kind(value)}")
-    return float(number)
+    """Return `value` if it is a number that can weigh a loss, or raise DataError."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+    if number == 0 or _SMALLEST_WEIGHT <= number <= LARGEST_WEIGHT:
+        return float(number)
+    raise DataError(f"{where} must be a number from 0 to {LARGEST_WEIGHT:,.0f}, found {kind(value)}")
+
+
+def check_depth(value: object, brackets: int, where: str) -> None:
+    """Raise DataError for a value of more than MOST_NESTED levels. `brackets` is how many its text opens."""
+    if brackets <= MOST_NESTED:
+        return
+    level, depth = [value], 0
+    while level := [item for each in level for item in _items(each)]:
+        depth += 1
+        if depth > MOST_NESTED:
+            raise DataError(f"{where}: {TOO_DEEP}")
+
+
+def _items(value: object) -> list[object]:
+    """Return the objects and arrays in an object or array."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [item for item in inner if isinstance(item, dict | list)]
+
+
+def _shortened(number: float) -> str:
+    if isinstance(number, int) and number.bit_length() > 200:  # Python refuses to write out one of 4,300 digits
+        return f"of {int(number.bit_length() * 0.30103):,} digits"
+    return str(number)
 
 
 def names(row: Iterable[str]) -> str:
@@ -114,7 +151,7 @@ def kind(value: object) -> str:
     if isinstance(value, bool):
         return f"the boolean {str(value).lower()}"
     if isinstance(value, (int, float)):
-        return f"the number {value}"
+        return f"the number {_shortened(value)}"
     if isinstance(value, str):
         return f"the text {value[:40]!r}"
     if isinstance(value, list):

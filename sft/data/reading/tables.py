@@ -1,13 +1,12 @@
-"""Read data files that do not hold one JSON object a line: JSON arrays, CSV, TSV, Parquet and Arrow.
+"""Read data files that do not hold one JSON object a line: JSON arrays, CSV, TSV, and what is compressed.
 
 Their rows are written out as lines once, beside the parts that workers write, and removed when the workers have read
 them. So there is one way to cut work into ranges, memory stays flat, and a row is the same thing everywhere. Each line
-begins with the number that errors name: the line of a JSON or CSV file, the row of the others.
+begins with the number that errors name: the line of a text, the row of a table.
 
-Parquet and Arrow are read with pyarrow alone; a directory that `datasets` saved holds Arrow files.
+Parquet, Arrow and Feather are read by sft/data/reading/arrow.py.
 
-Rejected: loading with `datasets` (a second cache of every row, and one more library on every node), and reading
-Parquet by row groups in the workers (a row group can have any size).
+Rejected: loading with `datasets` (a second cache of every row, and one more library on every node).
 """
 
 from __future__ import annotations
@@ -15,30 +14,34 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import io
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from launcher.contract.errors import DataError
-from sft.data.reading.row import Row, kind
+from sft.data.reading.arrow import ARROW_FILES, read_arrow
+from sft.data.reading.compressed import compression_of, kind_of, opened
+from sft.data.reading.row import TOO_DEEP, Row, check_depth, kind, load
 
-_TABLES = (".csv", ".tsv", ".parquet", ".arrow")
-_BATCH_ROWS = 1024
-_INSTALL = "pip install 'slurm-sft-launcher[data]'"
+_SEPARATED = {".csv": ",", ".tsv": "\t"}
+_BOM = b"\xef\xbb\xbf"
+
+DATA_FILES = (".jsonl", ".json", *_SEPARATED, *ARROW_FILES)
+"""Endings of the files that are read from a directory."""
 
 
 def holds_lines(path: Path) -> bool:
-    """Return whether the file holds one JSON object a line."""
-    if path.suffix == ".json":  # used for both: an array begins with a bracket, perhaps after a byte order mark
-        with path.open("rb") as file:
-            return file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"["
-    return path.suffix not in _TABLES
+    """Return whether the file holds one JSON object a line, as it is on disk."""
+    if kind_of(path) in (*_SEPARATED, *ARROW_FILES) or compression_of(path) is not None:
+        return False
+    return kind_of(path) != ".json" or not _is_array(path)  # used for both
 
 
 def place(path: Path, number: int) -> str:
     """Return how errors name a row: file and line, or file and row where there are no lines."""
-    return f"{path} row {number}" if path.suffix in (".parquet", ".arrow") else f"{path}:{number}"
+    return f"{path} row {number}" if kind_of(path) in ARROW_FILES else f"{path}:{number}"
 
 
 def write_lines(path: Path, target: Path) -> None:
@@ -54,12 +57,13 @@ def as_json(row: Row) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a file that does not hold lines with their numbers, or raise DataError if it is damaged."""
-    if path.suffix == ".json":
-        return _json_array(path)
-    if path.suffix in (".csv", ".tsv"):
-        return _separated(path, "," if path.suffix == ".csv" else "\t")
-    return _arrow(path)
+    """Yield the rows of a file with their numbers, or raise DataError if it is damaged."""
+    ending = kind_of(path)
+    if ending in ARROW_FILES:
+        return read_arrow(path)
+    if ending in _SEPARATED:
+        return _separated(path, _SEPARATED[ending])
+    return _json_array(path) if ending == ".json" and _is_array(path) else _lines(path)
 
 
 def dataset_files(directory: Path, key: str) -> list[Path]:
@@ -71,10 +75,21 @@ def dataset_files(directory: Path, key: str) -> list[Path]:
             raise DataError(f"{key}: {str(directory)!r} holds several data sets; name one of {choice}")
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         return [directory / entry["filename"] for entry in state["_data_files"]]
-    except FileNotFoundError:
-        raise DataError(f"{key}: {str(directory)!r} is neither a file nor a data set that `datasets` saved") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{key}: {directory} cannot be read as a saved data set: {error}") from error
+
+
+def _is_array(path: Path) -> bool:
+    """Return whether the first thing in the file is a bracket, perhaps after a byte order mark."""
+    with opened(path) as file:
+        return file.read(256).removeprefix(_BOM).lstrip()[:1] == b"["
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Row]]:
+    with opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, load(line, f"{path}:{number}")
 
 
 def _json_array(path: Path) -> Iterator[tuple[int, Row]]:
@@ -88,21 +103,31 @@ def _json_array(path: Path) -> Iterator[tuple[int, Row]]:
         line, counted = line + text.count("\n", counted, position), position
         if text.startswith("]", position):
             break
+        row, begin = None, position
         try:
             row, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}") from None
         except RecursionError:
-            raise DataError(f"{path}:{line}: JSON is nested too deeply") from None
+            raise DataError(f"{path}:{line}: {TOO_DEEP}") from None
+        except ValueError as error:  # a number of more digits than Python converts
+            raise DataError(f"{path}:{line}: malformed JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}:{line}: {kind(row)}, where a JSON object is needed")
+        check_depth(row, text.count("[", begin, position) + text.count("{", begin, position), f"{path}:{line}")
         yield line, row
         position = _spaces(text, position)
         closed = text.startswith("]", position)
         if not closed and not text.startswith(",", position):
-            number = 1 + text.count("\n", 0, position)
-            raise DataError(f"{path}:{number}: malformed JSON: ',' or ']' is missing after an object")
-        position += 1
+            raise DataError(f"{path}:{_line_at(text, position)}: malformed JSON: ',' or ']' is missing after an object")
+        position += 0 if closed else 1
+    rest = _spaces(text, position + 1)
+    if rest < len(text):
+        raise DataError(f"{path}:{_line_at(text, rest)}: malformed JSON: something follows the end of the array")
+
+
+def _line_at(text: str, position: int) -> int:
+    return 1 + text.count("\n", 0, position)
 
 
 def _spaces(text: str, position: int) -> int:
@@ -114,8 +139,10 @@ def _spaces(text: str, position: int) -> int:
 
 def _separated(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+    with opened(path) as file:
+        # Bytes that are no UTF-8 are escaped, and found with their line afterwards: a decoder knows no lines.
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(_checked(text, path), delimiter=delimiter, strict=True)
         header: list[str] = []
         line = 1
         try:
@@ -129,8 +156,17 @@ def _separated(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise DataError(f"{path}:{line}: {error}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+
+
+def _checked(lines: Iterable[str], path: Path) -> Iterator[str]:
+    """Yield the lines, or raise DataError with the first that is not UTF-8."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            byte = len(line[: error.start].encode()) + 1
+            raise DataError(f"{path}:{number}: not UTF-8 (byte {byte} of the line)") from None
+        yield line
 
 
 def _header(fields: list[str], where: str) -> list[str]:
@@ -138,35 +174,6 @@ def _header(fields: list[str], where: str) -> list[str]:
     if doubled:
         raise DataError(f"{where}: the header names {', '.join(map(repr, doubled))} more than once")
     return fields
-
-
-def _arrow(path: Path) -> Iterator[tuple[int, Row]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise DataError(f"{path}: reading it needs pyarrow: {_INSTALL}") from None
-    number = 0
-    try:
-        with pa.memory_map(str(path)) as source:
-            if path.suffix == ".parquet":
-                batches = pq.ParquetFile(source).iter_batches(_BATCH_ROWS)
-            else:
-                batches = iter(pa.ipc.open_stream(source))
-            for batch in batches:  # of any size in an Arrow file: taken in parts, to keep few Python objects at a time
-                for start in range(0, batch.num_rows, _BATCH_ROWS):
-                    for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                        number += 1
-                        yield number, {name: _without_nulls(value) for name, value in row.items()}
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: damaged after row {number}: {error}") from error
-
-
-def _without_nulls(value: object) -> object:
-    """Leave out null keys of nested objects: Arrow gives every object every key that any of them has."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _plain(value: object) -> str | None:
@@ -177,7 +184,12 @@ def _plain(value: object) -> str | None:
 
 
 def _utf8(path: Path) -> str:
+    with opened(path) as file:
+        content = file.read()
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1})") from None
+        start = error.start + (len(_BOM) if content.startswith(_BOM) else 0)
+        before = content[:start]
+        line, byte = before.count(b"\n") + 1, start - before.rfind(b"\n")
+        raise DataError(f"{path}:{line}: not UTF-8 (byte {byte} of the line)") from None

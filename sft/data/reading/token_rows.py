@@ -39,6 +39,10 @@ def read_tokens(row: Row, where: str, columns: Mapping[str, str]) -> tuple[tuple
         )
     if mask is not None:
         weights = [loss_weight(float(w) if isinstance(w, bool) else w, f"{where}: {mask_key!r}") for w in values]
+        if isinstance(labels, list) and [label != _NOT_A_LABEL for label in labels] != [
+            weight > 0 for weight in weights
+        ]:
+            raise DataError(f"{where}: {label_key!r} and {mask_key!r} do not train the same tokens; keep one of them")
     else:
         for index, (token, label) in enumerate(zip(ids, values, strict=True)):
             if label not in (token, _NOT_A_LABEL):

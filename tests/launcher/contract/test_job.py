@@ -86,5 +86,5 @@ def test_an_event_says_which_scheduler_its_job_has(tmp_path: Path) -> None:
         assert job is not None
         assert job.id == JobId(fields["job_id"], scheduler)  # type: ignore[arg-type]
     append_event(paths, "attempt_started", attempt="12.0", job_id="12", scheduler="pbs")
-    with pytest.raises(ValueError, match="'pbs' is no scheduler; known: slurm, local"):
+    with pytest.raises(RunStateError, match="'pbs' is no scheduler; known: slurm, local"):
         snapshot(paths)

@@ -16,7 +16,9 @@ from launcher.contract.spec import (
     RunSpec,
     SourceSpec,
     TrainSpec,
+    is_config_of,
     read_resolved,
+    sealed,
     to_yaml,
 )
 
@@ -59,3 +61,30 @@ def test_config_of_an_earlier_version_has_todays_defaults(tmp_path: Path) -> Non
     path.write_text("\n".join(line for line in lines if not line.startswith(("after:", "  kernels:"))))
     assert len(path.read_text().splitlines()) == len(lines) - 2
     assert read_resolved(path) == spec
+
+
+def test_a_resolved_config_that_lost_or_changed_a_byte_is_refused(tmp_path: Path) -> None:
+    """One that was cut short was seen to be read as a shorter config, its other values defaults."""
+    spec = RunSpec(name="x", train=TrainSpec(max_steps=7))
+    file = tmp_path / "config.yaml"
+    whole = sealed(spec)
+    file.write_text(whole)
+    assert read_resolved(file) == spec
+    assert is_config_of(file, spec)
+    for cut in [*range(0, len(whole) - 1, 97), len(whole) - 1]:
+        file.write_text(whole[:cut])
+        with pytest.raises(ConfigError, match=r"config\.yaml"):
+            read_resolved(file)
+    content = whole.encode()
+    for at in [*range(90), *range(90, len(content), 41)]:
+        file.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        with pytest.raises(ConfigError, match=r"config\.yaml"):
+            read_resolved(file)
+
+
+def test_a_resolved_config_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    spec = RunSpec(name="x")
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(spec))
+    assert read_resolved(file) == spec
+    assert is_config_of(file, spec)

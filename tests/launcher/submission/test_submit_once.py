@@ -208,6 +208,26 @@ def test_local_run_of_a_killed_launcher_is_adopted(
     assert processes.start_ticks(int(job.id.text)) is None
 
 
+def test_local_run_of_a_killed_launcher_is_cancelled(
+    workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cancel` was seen to point at another machine, and the run to go on."""
+    monkeypatch.setenv("FAKE_TICKS", "200")
+
+    def submit() -> None:
+        monkeypatch.setattr(
+            "launcher.submission.submit.write_manifest", _killed_when(lambda *given: bool(given[1].jobs))
+        )
+        main(["submit", "cfg.yaml", fake_python])
+
+    assert os.WIFSIGNALED(in_child(submit))
+    RUN.progress.write_text("[")  # which was seen to be unforeseen
+    assert main(["cancel", "first"]) == 0
+    (job,) = read_manifest(RUN).jobs
+    assert job.process_start is not None
+    assert processes.start_ticks(int(job.id.text)) is None
+
+
 def _killed_when(condition: Callable[..., bool]) -> Callable[..., None]:
     from launcher.contract.manifest import write_manifest
 

@@ -11,7 +11,7 @@ import pytest
 from launcher.contract.checksum import crc32
 from launcher.contract.rundir import COMPLETE, RunPaths, complete_checkpoints
 from launcher.contract.spec import CheckpointSpec, RunSpec
-from sft.checkpoint.files import changed_bytes, check_space, damage, remove_all_but, seal
+from sft.checkpoint.files import changed_bytes, check_space, damage, remove_all_but, remove_leftovers, seal
 
 
 @pytest.fixture
@@ -103,3 +103,31 @@ def test_folder_of_checkpoints_gives_its_newest_whole_one(tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="damaged and skipped"):
         found = _resume_point(spec, RunPaths(tmp_path / "behind"))
     assert found == tmp_path / "before" / "checkpoints" / "step-00000009"
+
+
+MARKERS = ["", "{}", "[]", "5", "null", '{"files": {}}', '{"files": [1]}', '{"files": {"a": 5}}', "\x00", "[" * 100_000]
+MARKERS += ['{"files": {"a": {"bytes": 1}}}', '{"files": {"a\\u0000": {"bytes": 1, "crc32": ""}}}']
+
+
+@pytest.mark.parametrize("text", MARKERS)
+def test_a_marker_of_any_damage_is_told(sealed: Path, text: str) -> None:
+    """Each was seen to be a traceback, and the older checkpoint not to be tried."""
+    (sealed / COMPLETE).write_text(text)
+    assert damage(sealed) is not None
+    assert changed_bytes(sealed) is not None
+    (sealed / COMPLETE).write_bytes(b"\xff\xfe")
+    assert damage(sealed) == f"{COMPLETE} is not readable"
+
+
+def test_a_changed_trainer_state_is_told_before_it_is_used(sealed: Path) -> None:
+    """With a flipped byte a run was said to have ended early."""
+    (sealed / "trainer.json").write_text("[]")
+    assert str(damage(sealed)).startswith("trainer.json has changed: its CRC-32 is ")
+
+
+def test_what_killed_processes_left_is_removed(sealed: Path) -> None:
+    for name in (".step-00000001.removed", ".step-00000002.partial"):
+        (sealed.parent / name / "sharded").mkdir(parents=True)
+    (sealed.parent / ".other").mkdir()
+    remove_leftovers(sealed.parent)
+    assert sorted(path.name for path in sealed.parent.iterdir()) == [".other", "step-00000003"]

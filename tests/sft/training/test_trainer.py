@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import pytest
+
+from launcher.contract.errors import CheckpointError
+from launcher.contract.rundir import COMPLETE, RunPaths
 from launcher.contract.spec import EarlyStoppingSpec, RunSpec, TrainSpec
 from sft.checkpoint.contents import TrainerState
 from sft.checkpoint.files import seal
-from sft.training.trainer import _nothing_to_do
+from sft.training.trainer import _nothing_to_do, _resume_point
+
+
+@contextmanager
+def nowarn() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
 
 SPEC = RunSpec(train=TrainSpec(early_stopping=EarlyStoppingSpec(patience=2)))
 
@@ -36,3 +51,23 @@ def test_a_damaged_file_of_the_right_size_is_left_to_the_checksums(tmp_path: Pat
     file = checkpoint / "trainer.json"
     file.write_text(file.read_text().replace("{", "[", 1))
     assert _nothing_to_do(SPEC, checkpoint, 9) is None
+
+
+@pytest.mark.parametrize("marker", ["", "{}", None])
+def test_damage_of_every_checkpoint_starts_nothing_anew(tmp_path: Path, marker: str | None) -> None:
+    """A run was seen to begin again at step 0, with warnings and exit code 0."""
+    paths = RunPaths(tmp_path)
+    checkpoint = sealed(paths.checkpoints, 0)
+    older = checkpoint.rename(paths.checkpoint(2))
+    checkpoint = sealed(paths.checkpoints, 0)
+    assert _resume_point(SPEC, paths) == checkpoint
+    for folder, left in ((checkpoint, older), (older, None)):
+        if marker is None:
+            (folder / COMPLETE).unlink()
+        else:
+            (folder / COMPLETE).write_text(marker)
+        if left is not None:
+            with pytest.warns(UserWarning, match="is damaged and skipped") if marker is not None else nullcontext():
+                assert _resume_point(SPEC, paths) == left
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be used.*Remove them"), nowarn():
+        _resume_point(SPEC, paths)

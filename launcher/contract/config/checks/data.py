@@ -13,6 +13,11 @@ def source_problems(spec: RunSpec) -> Iterator[Problem]:
     """Yield where training data is missing, or given in two ways."""
     if not spec.data.train and not spec.data.sources:
         yield "data.train", "missing; one or more data files, or several sources with weights in data.sources"
+    if spec.data.validation_split:
+        yield from _excluded(
+            "data.validation_split",
+            {"data.validation": bool(spec.data.validation), "data.sources": bool(spec.data.sources)},
+        )
     if spec.data.train and spec.data.sources:
         yield "data.train", "excludes data.sources; give these files a name and a weight among the sources"
 

@@ -14,7 +14,8 @@ def evaluation_problems(spec: RunSpec) -> Iterator[Problem]:
     if train.eval_every is not None and not _held_out_metrics(spec) and not evaluation.prompts:
         yield (
             "train.eval_every",
-            f"{train.eval_every} needs data.validation, data.validation_sets or evaluation.prompts, and all are empty",
+            f"{train.eval_every} needs data.validation, data.validation_split, data.validation_sets or "
+            "evaluation.prompts, and all are empty",
         )
     if evaluation.metric and not evaluation.prompts:
         yield "evaluation.metric", f"{evaluation.metric} needs evaluation.prompts, which is unset"
@@ -39,6 +40,6 @@ def _unknown_metric(spec: RunSpec, key: str, metric: str) -> Iterator[Problem]:
 def _held_out_metrics(spec: RunSpec) -> set[str]:
     """Return the names that evaluations give to the results of held-out data."""
     sets = [f"/{name}" for name in spec.data.validation_sets]
-    if spec.data.validation:
+    if spec.data.validation or spec.data.validation_split:
         sets.append("")
     return {f"{kind}{name}" for kind in ("eval_loss", "perplexity") for name in sets}

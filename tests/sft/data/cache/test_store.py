@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,22 @@ def test_a_missing_or_cut_array_is_refused(tmp_path: Path) -> None:
 
 def test_arrays_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", ragged_pairs(5))
-    manifest = json.loads((cache.directory / MANIFEST).read_text())
-    manifest["counts"]["tokens"] += 1
-    (cache.directory / MANIFEST).write_text(json.dumps(manifest))
+    other = make_cache(tmp_path / "other", ragged_pairs(5, seed=1))
+    for name in ("ids", "weights"):
+        shutil.copy(other.directory / f"{name}.npy", cache.directory)
     with pytest.raises(DataError, match="ids, weights does not fit the manifest"):
         TokenCache.open(cache.directory)
+
+
+@pytest.mark.parametrize("key", ["counts", "answer_ends", "unread", "crc32", "key"])
+def test_a_changed_manifest_is_refused(tmp_path: Path, key: str) -> None:
+    """Seen to be read: another token would be what the model is said to stop with."""
+    file = make_cache(tmp_path / "cache", ragged_pairs(5)).directory / MANIFEST
+    manifest = json.loads(file.read_text())
+    manifest[key] = {"7": 1}
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"the bytes of manifest\.json have changed"):
+        TokenCache.open(file.parent)
 
 
 def test_the_first_to_publish_wins_and_the_other_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -92,7 +104,7 @@ def test_a_cache_of_an_earlier_version_is_not_called_damaged(tmp_path: Path) -> 
     cache = make_cache(tmp_path / "cache", ragged_pairs(5))
     file = cache.directory / MANIFEST
     manifest = json.loads(file.read_text())
-    del manifest["answer_ends"]
+    manifest["version"] = 2
     file.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"data cache .*cache was made by an earlier version; prepare again"):
         TokenCache.open(cache.directory)

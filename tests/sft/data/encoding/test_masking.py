@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -215,7 +216,12 @@ def test_messages_weigh_what_the_row_says() -> None:
 def test_other_turns_are_trained_only_if_a_row_asks() -> None:
     """Seen to fail with a default weight of 1 for every role."""
     tokenizer = make_tokenizer()
-    asked = encode(weighted(None, 1.0, 0.0, None, None), tokenizer, DataSpec(loss_on="last_assistant"))
+    row = weighted(None, 1.0, 0.0, None, None)
+    weighed = encode(row, tokenizer, DataSpec(loss_on="last_assistant"))
+    assert trained_texts(tokenizer, weighed) == ["an answer<|im_end|>\n"], "a weight alone does not ask"
+    turns = [dataclasses.replace(turn, train=turn.weight == 1.0) for turn in row.messages]
+    row = dataclasses.replace(row, messages=tuple(turns))
+    asked = encode(row, tokenizer, DataSpec(loss_on="last_assistant"))
     assert trained_texts(tokenizer, asked) == ["hi<|im_end|>\n", "an answer<|im_end|>\n"]
     everything = encode(weighted(None, None, 0.0, None, 0.5), tokenizer, DataSpec(loss_on="all"))
     assert [w for w, _ in itertools.groupby(everything.weights)] == [0.0, 1.0, 0.0, 1.0, 0.5]
@@ -226,7 +232,7 @@ def test_a_system_turn_that_a_template_inserts_is_not_trained_with_the_first_tur
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "<|im_start|>system\nYou are hi-tech.<|im_end|>\n" + CHAT_TEMPLATE
     for said in ("hi", "end", "hi-tech"):
-        turns = (Message("user", said, 1.0), Message("assistant", "yo"))
+        turns = (Message("user", said, 1.0, train=True), Message("assistant", "yo"))
         encoded = encode(Example(where="", messages=turns), tokenizer, DataSpec())
         assert trained_texts(tokenizer, encoded) == [f"{said}<|im_end|>\n", "yo<|im_end|>\n"]
 

@@ -28,7 +28,8 @@ def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
         expand([f"{tmp_path}/x.jsonl", str(tmp_path), f"{tmp_path}/*.json"], "data.train")
     assert caught.value.problems == (
         f"data.train: no file '{tmp_path}/x.jsonl'",
-        f"data.train: '{tmp_path}' is neither a file nor a data set that `datasets` saved",
+        f"data.train: '{tmp_path}' is no data set that `datasets` saved, and holds no data file (.jsonl, .json, .csv, "
+        f".tsv, .parquet, .arrow, .feather); for files in folders below it name {tmp_path}/**/*.jsonl, say",
         f"data.train: no file '{tmp_path}/*.json'",
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
-from sft.data.reading.formats import Example, check_columns, detect_format, parse_row
+from sft.data.reading.formats import Example, check_columns, parse_row, with_detected_form
 from sft.data.reading.messages import Message
 
 
@@ -47,7 +47,7 @@ def test_a_byte_order_mark_and_carriage_returns_are_harmless() -> None:
         ),
         (b"\xff", "a.jsonl:3: not UTF-8 (byte 1 of the line)"),
         (b"[1]", "a.jsonl:3: an array, where a JSON object is needed; a data file holds one object a line"),
-        (b"[" * 100_000, "a.jsonl:3: JSON is nested too deeply"),
+        (b"[" * 100_000, "a.jsonl:3: JSON is nested too deeply, in more than 100 levels"),
         ({"message": []}, "a.jsonl:3: no key 'messages'; found 'message'; did you mean 'message'?"),
         ({"messages": "hi"}, "a.jsonl:3: messages must be a list of messages, found the text 'hi'"),
         ({"messages": []}, "a.jsonl:3: messages must be a list of messages, found an empty array"),
@@ -118,7 +118,7 @@ def test_keys_that_change_the_meaning_of_a_row_are_refused_where_nobody_reads_th
     with pytest.raises(DataError, match="history would be left out of training"):
         parse({"history": [["a", "b"]], "messages": CHAT})
     row = {"prompt": "Translate.", "input": "hello", "completion": "bonjour"}
-    with pytest.raises(DataError, match="'input' would be left out, but the answer may depend on it"):
+    with pytest.raises(DataError, match="input would be left out of training, and the answer may depend on it"):
         parse(row, "prompt_completion")
     assert parse(row, "prompt_completion", {"input": "input"}).prompt == "Translate.\n\nhello"
     assert parse({**row, "input": ""}, "prompt_completion").prompt == "Translate."
@@ -222,7 +222,7 @@ def test_ids_come_with_labels_or_a_mask() -> None:
         ({"input_ids": [1, 2], "labels": [1]}, "2 'input_ids' need as many 'labels' or 'loss_mask', found 1"),
         (
             {"input_ids": [1, 2], "loss_mask": [1, -1]},
-            "'loss_mask' must be a number of at least 0, found the number -1",
+            "'loss_mask' must be a number from 0 to 1,000,000, found the number -1",
         ),
         (
             {"input_ids": [1, 2, 3], "labels": [2, 3, -100]},
@@ -304,18 +304,18 @@ def test_the_format_is_told_from_the_first_row(tmp_path: Path) -> None:
         ({"a": {"b": ""}}, {"text": "a.b"}, "text"),
     ):
         file.write_text("\n  \n" + json.dumps(row) + "\n")
-        assert detect_format([file], DataSpec(columns=columns), "data.train") == expected
-    assert detect_format([file], DataSpec(format="messages"), "data.train") == "messages"
+        assert with_detected_form([file], DataSpec(columns=columns), "data.train").format == expected
+    assert with_detected_form([file], DataSpec(format="messages"), "data.train").format == "messages"
 
 
 def test_an_unknown_format_names_the_keys(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('\n{"question": "", "answer": ""}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: no format fits the keys 'question', 'answer'"):
-        detect_format([file], DataSpec(), "data.train")
+        with_detected_form([file], DataSpec(), "data.train")
     file.write_text("\n\n")
     with pytest.raises(DataError, match=r"data\.train: no rows in .*a\.jsonl"):
-        detect_format([file], DataSpec(), "data.train")
+        with_detected_form([file], DataSpec(), "data.train")
 
 
 def test_an_unknown_column_is_refused_with_the_nearest_name() -> None:

@@ -1,0 +1,71 @@
+"""What a run that goes on says of metrics that are gone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.contract.records import read_events, read_metrics
+from launcher.contract.rundir import RunPaths, append_event
+from launcher.contract.spec import LoggingSpec, RunSpec
+from launcher.views.why import explain
+from sft.metrics.run_log import RunLog
+
+SPEC = RunSpec(logging=LoggingSpec(every=5, tensorboard=False))
+
+
+def lines(*steps: int) -> str:
+    return "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps)
+
+
+def resumed(paths: RunPaths, step: int) -> None:
+    log = RunLog(paths, SPEC, attempt="a.1", max_steps=50, is_writer=True)
+    log.begin(step, "a checkpoint")
+    log.close()
+
+
+def lost(paths: RunPaths) -> list[list[list[int]]]:
+    return [event["steps"] for event in read_events(paths) if event["event"] == "metrics_lost"]
+
+
+@pytest.mark.parametrize(
+    ("text", "gaps"),
+    [
+        (lines(5, 10, 15, 20), []),
+        (lines(5, 10, 15, 20, 25, 30), []),
+        ("", [[0, 22]]),
+        (None, [[0, 22]]),
+        (lines(5, 10), [[10, 22]]),
+        (lines(5) + '{"step": 10, "lo\n[]\n5\nnull\n{"step": "15"}\n' + lines(20), [[5, 20]]),
+        (lines(5, 10, 15, 20).replace("5", "x"), [[0, 10], [10, 20]]),
+    ],
+)
+def test_lines_that_are_gone_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, gaps: list[list[int]]
+) -> None:
+    """Emptied, deleted or garbled metrics were seen to be lost without a word, or to end in a traceback."""
+    paths = RunPaths(tmp_path)
+    append_event(paths, "training_started", step=0, max_steps=50)
+    if text is not None:
+        paths.metrics.write_text(text)
+    resumed(paths, 22)
+    assert lost(paths) == ([gaps] if gaps else [])
+    said = capsys.readouterr().out
+    assert ("has no line for steps" in said) == bool(gaps)
+    assert ("metrics.jsonl has no line for steps" in explain(paths)) == bool(gaps)
+    assert all(line["step"] <= 22 for line in read_metrics(paths))
+
+
+def test_a_run_that_begins_with_another_ones_checkpoint_has_lost_nothing(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    resumed(paths, 22)  # its first attempt
+    assert lost(paths) == []
+    resumed(paths, 22)
+    paths.metrics.write_text(lines(25, 30))
+    resumed(paths, 30)
+    assert lost(paths) == []
+    paths.metrics.write_text("")
+    resumed(paths, 30)
+    assert lost(paths) == [[[22, 30]]]
