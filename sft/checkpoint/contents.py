@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
@@ -111,10 +111,15 @@ class TrainerState:
     data_key: Mapping[str, object]
     """Identifies the data and their order."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    rate_groups: Sequence[str] = ()
+    """What gave parameters learning rates of their own: the optimizer's states are in groups by it."""
 
     def to_json(self) -> str:
         """Return the content of trainer.json."""
-        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1)
+        values = dataclasses.asdict(self)
+        if not self.rate_groups:
+            del values["rate_groups"]
+        return json.dumps({"format": FORMAT} | values, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> TrainerState:
@@ -131,7 +136,10 @@ class TrainerState:
         versions = values.get("versions") or {}
         if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
             raise ValueError(f"versions is {versions!r}")
-        return cls(lightning=lightning, topology=topology, data_key=key, versions=versions)
+        groups = values.get("rate_groups") or []
+        if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
+            raise ValueError(f"rate_groups is {groups!r}")
+        return cls(lightning=lightning, topology=topology, data_key=key, versions=versions, rate_groups=groups)
 
     @classmethod
     def read(cls, checkpoint: Path) -> TrainerState:

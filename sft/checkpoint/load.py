@@ -15,6 +15,7 @@ from launcher.contract.rundir import checkpoint_step, complete_checkpoints
 from launcher.contract.versions import parse_version
 from sft.checkpoint.contents import SHARDED, TrainerState
 from sft.checkpoint.files import changed_bytes, damage
+from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.parallel.groups import ControlGroup
@@ -70,6 +71,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
             "model"
         )
     _check_version(source, trainer)
+    _check_rate_groups(source, trainer, rate_groups(module.spec.train.optimizer))
     same_topology = trainer.is_of(module.topology)
     hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]
     wanted = sharded_state(module, loading=True, with_rng=same_topology)
@@ -91,6 +93,18 @@ def _check_version(source: Path, trainer: TrainerState) -> None:
         raise CheckpointError(
             f"{source} was written with Megatron-core {writer}, and {megatron_version} cannot read it: the "
             f"files changed in {_COMMON_MOVED_IN}; install megatron-core>={_COMMON_MOVED_IN} for the ranks"
+        )
+
+
+def _check_rate_groups(source: Path, trainer: TrainerState, groups: list[str]) -> None:
+    """Raise ConfigError where the optimizer's states in a checkpoint are grouped in another way than in this run."""
+    before = list(trainer.rate_groups)
+    if before != groups:
+        was, now = (", ".join(names) or "no parameters" for names in (before, groups))
+        raise ConfigError(
+            f"{source} has learning rates of their own for {was}, and this run for {now} (train.optimizer.lr_by_name, "
+            "loraplus_ratio); the optimizer's states are stored by that. Rates may change on resume, these may not: "
+            "put them back, or start a new run with model.path set to the exported model"
         )
 
 

@@ -25,21 +25,24 @@ from sft.data.batches.batch import MicroBatch, StepBatch
 from sft.engine.divide_gradients import reduce_and_divide_gradients
 from sft.engine.objective import weighted_for
 from sft.engine.results import EvalResult, StepResult
+from sft.hf.learning_rates import rates
 from sft.megatron.config import transformer_config
 from sft.megatron.core import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     MegatronOptimizer,
-    OptimizerParamScheduler,
     TransformerConfig,
     get_forward_backward_func,
     parallel_state,
 )
 from sft.megatron.initial_weights import load_initial_weights
 from sft.megatron.kernel_choice import Kernels, choose_kernels
+from sft.megatron.layers.noisy_embedding import TokenSeeds
 from sft.megatron.layers.packed_rows import PackedSequences, packed_sequences
 from sft.megatron.model import SFTGPTModel, Targets, build_chunks
-from sft.megatron.optim.optimizer import LightningOptimizerShell, build_optimizer, build_scheduler
+from sft.megatron.optim.multipliers import of_parameters
+from sft.megatron.optim.optimizer import LightningOptimizerShell, build_optimizer
+from sft.megatron.optim.schedule import Schedule
 from sft.megatron.optim.step_check import StepJudge
 from sft.megatron.parallel.context import SharedRows, shared_rows
 from sft.megatron.parallel.groups import sum_over
@@ -68,7 +71,7 @@ class SFTGPT(pl.LightningModule):
         self.config: TransformerConfig
         self.kernels: Kernels
         self.megatron_optimizer: MegatronOptimizer
-        self.schedule: OptimizerParamScheduler
+        self.schedule: Schedule
 
     # Building, in the order in which Lightning calls ------------------------------------------------------------
 
@@ -106,10 +109,15 @@ class SFTGPT(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.spec.train.optimizer
+        by_name = rates(optimizer, self.spec.model.lora, self.architecture)
         self.megatron_optimizer = build_optimizer(
-            optimizer, self.model_chunks, self.config.params_dtype, one_pass=self.kernels.fused
+            optimizer,
+            self.model_chunks,
+            self.config.params_dtype,
+            of_parameters(by_name, self.model_chunks, self.config),
+            one_pass=self.kernels.fused,
         )
-        self.schedule = build_scheduler(optimizer, self.megatron_optimizer, self.max_steps)
+        self.schedule = Schedule(optimizer, self.megatron_optimizer, self.max_steps)
         self.config.grad_scale_func = self.megatron_optimizer.scale_loss
         return LightningOptimizerShell(self.megatron_optimizer, self.judge)
 
@@ -156,8 +164,8 @@ class SFTGPT(pl.LightningModule):
 
     @property
     def learning_rate(self) -> float:
-        """Return the current learning rate."""
-        return float(self.megatron_optimizer.param_groups[0]["lr"])
+        """Return the current learning rate, of parameters that have no other one."""
+        return self.schedule.rate
 
     def forward_backward(self, batch: StepBatch, *, forward_only: bool) -> Tensor:
         """Run the schedule and return the summed weighted loss of the global batch, on every rank."""
@@ -202,7 +210,14 @@ class SFTGPT(pl.LightningModule):
 def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, LossFunction]:
     """Run Megatron-core's forward step, which on the last stage returns the loss of each target, [b, s]."""
     batch = next(iterator)
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=_packed(batch))
+    output = model(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        packed_seq_params=_packed(batch),
+        noise_of=_token_seeds(batch),
+    )
     return output, partial(_weighted_sum, batch.loss_weights)
 
 
@@ -219,7 +234,14 @@ def _fused_step(
     weights, labels = (rows.t().reshape(-1)[places] for rows in (batch.loss_weights, batch.labels))
     divisor = divisor or 1.0
     targets = Targets(places, labels, weights / divisor)
-    output = model(batch.tokens, batch.position_ids, None, packed_seq_params=_packed(batch), targets=targets)
+    output = model(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        packed_seq_params=_packed(batch),
+        targets=targets,
+        noise_of=_token_seeds(batch),
+    )
     return output, partial(_as_sum, len(places), divisor)
 
 
@@ -229,13 +251,19 @@ def _packed(batch: MicroBatch) -> PackedSequences | SharedRows | None:
     return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids.flatten())
 
 
+def _token_seeds(batch: MicroBatch) -> TokenSeeds | None:
+    if batch.example_seeds is None or batch.example_lengths is None:
+        return None
+    return TokenSeeds(batch.example_seeds, batch.position_ids, batch.example_lengths)
+
+
 def _as_sum(count: int, divisor: float, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `_weighted_sum` does, except for the first, which stays divided because gradients come from it."""
     return mean, torch.full((), count, dtype=torch.int32, device=mean.device), mean.detach() * divisor
 
 
 def _weighted_sum(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (sum(w * nll), number of targets, the sum again for the log).
+    """Return (sum(w * loss), number of targets, the sum again for the log).
 
     Unsupervised positions are selected away, not multiplied by 0: 0 * NaN is NaN. The logged copy must be a copy,
     because the schedule scales the loss in place.

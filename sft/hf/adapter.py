@@ -13,6 +13,7 @@ Rejected: one adapter a fused linear (q, k and v would share an A, which no PEFT
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,12 +21,15 @@ from typing import Protocol
 import torch
 
 from launcher.contract.spec import LoraSpec
+from launcher.contract.spec.model import ALL_LINEAR
 from sft.models.architecture import Architecture, Experts
 from sft.models.weight_map import SHARED_EXPERT, ParameterMap, Piece, checkpoint_key, split_parameter
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+"""PEFT's name of DoRA's magnitudes, in files."""
 MARK = ".lora."
 """In the name of every adapter parameter, and of no other."""
 
@@ -37,6 +41,22 @@ class CheckpointTensors(Protocol):
 
     def tensor(self, key: str, index: int | None = None) -> torch.Tensor:
         """Return a whole tensor, or one layer of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTensors:
+    """The adapter of one layer."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    magnitudes: torch.Tensor | None = None
+    """The lengths of the rows of the adapted weight (DoRA); None without DoRA."""
+
+    def named(self, module: str) -> dict[str, torch.Tensor]:
+        """Return the tensors by the names that PEFT's files have, for the layer `module`."""
+        prefix = f"{PEFT_PREFIX}{module}."
+        tensors = {f"{prefix}lora_A.weight": self.a, f"{prefix}lora_B.weight": self.b}
+        return tensors if self.magnitudes is None else tensors | {f"{prefix}{MAGNITUDE}": self.magnitudes}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +99,14 @@ class AdapterTarget:
         """Return the key of that parameter in a sharded checkpoint, and its index there."""
         return checkpoint_key(self.parameter(which), stacked=self.stacked)
 
+    def parts(self, lora: LoraSpec) -> Iterator[tuple[str, str]]:
+        """Yield the adapter's parameters as `parameter` takes them, each with its name in PEFT below the layer's."""
+        yield "lora_A", "lora_A.weight"
+        for block in range(len(self.parameter_map.blocks)):
+            yield f"lora_B.{block}", "lora_B.weight"
+            if lora.dora:
+                yield f"magnitude.{block}", MAGNITUDE
+
     def draw_a(self, rank: int, seed: int) -> torch.Tensor:
         """Return the whole initial A: random with PEFT's distribution, from its name and the seed alone."""
         digest = hashlib.sha256(f"{seed} {self.module}.lora_A.weight".encode()).digest()
@@ -86,12 +114,17 @@ class AdapterTarget:
         bound = float(self.columns**-0.5)
         return torch.empty((rank, self.columns), device="cpu").uniform_(-bound, bound, generator=generator)
 
-    def read(self, source: CheckpointTensors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B of a sharded checkpoint, B's rows in the order of the files."""
-        blocks = range(len(self.parameter_map.blocks))
+    def read(self, source: CheckpointTensors, *, dora: bool = False) -> AdapterTensors:
+        """Return the adapter of a sharded checkpoint, rows in the order of the files."""
         a = source.tensor(*self.checkpoint_key("lora_A"))
-        b = torch.cat([source.tensor(*self.checkpoint_key(f"lora_B.{block}")) for block in blocks])
-        return a, split_parameter(self.parameter_map, b)[f"{self.module}{_WEIGHT}"]
+        magnitudes = self._rows(source, "magnitude")[:, 0] if dora else None
+        return AdapterTensors(a, self._rows(source, "lora_B"), magnitudes)
+
+    def _rows(self, source: CheckpointTensors, which: str) -> torch.Tensor:
+        """Return B or, as one column, the magnitudes. Their blocks are parameters of their own."""
+        blocks = range(len(self.parameter_map.blocks))
+        rows = torch.cat([source.tensor(*self.checkpoint_key(f"{which}.{block}")) for block in blocks])
+        return split_parameter(self.parameter_map, rows.view(len(rows), -1))[f"{self.module}{_WEIGHT}"]
 
 
 def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> list[AdapterTarget]:
@@ -105,7 +138,7 @@ def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> l
         for weight in dict.fromkeys(piece.name for piece in parameter_map.pieces):
             module = weight.removesuffix(_WEIGHT)
             name = module.rpartition(".")[2]
-            if not lora.targets or name in lora.targets:
+            if not lora.names or name in lora.names:
                 found.append(
                     AdapterTarget(
                         name=name,
@@ -138,19 +171,19 @@ def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: i
         kind = architecture.shape.model_type
         return [f"model.lora.rank {lora.rank}: a {kind} model takes no adapters here; unset it to train all weights"]
     every = target_names(architecture, LoraSpec(rank=lora.rank))
-    if not lora.targets and any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
+    if not lora.names and any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
         return [
-            "model.lora.targets: empty means every linear layer, and routers and experts take no adapters yet; set it "
-            f"to [{', '.join(every)}]"
+            f"model.lora.targets: {ALL_LINEAR if lora.targets else 'empty'} means every linear layer, and routers and "
+            f"experts take no adapters yet; set it to [{', '.join(every)}]"
         ]
     problems = [
         f"model.lora.targets: a {architecture.shape.model_type} model has no linear layer {name}; it has "
         f"{', '.join(every)}"
-        for name in lora.targets
+        for name in lora.names
         if name not in every
     ]
     groups = architecture.shape.num_query_groups
-    uneven = [name for name in (lora.targets or every) if name in ("q_proj", "k_proj", "v_proj")]
+    uneven = [name for name in (lora.names or every) if name in ("q_proj", "k_proj", "v_proj")]
     if tensor_parallel > groups and uneven:
         problems.append(
             f"model.lora.targets: adapters of {', '.join(uneven)} need topology.tensor_parallel {tensor_parallel} to "
@@ -175,8 +208,8 @@ def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": lora.dora,
+        "use_rslora": lora.rslora,
     }
 
 
@@ -191,9 +224,15 @@ def _target_modules(lora: LoraSpec, architecture: Architecture) -> list[str]:
     return [weights.module(target.module) for target in all_targets(architecture, lora)]
 
 
-def added_weight(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return the change of its layer's weight that an adapter is equal to, in fp32."""
-    return scale * (b.float() @ a.float())
+def merged_weight(weight: torch.Tensor, adapter: AdapterTensors, scale: float) -> torch.Tensor:
+    """Return the layer's weight with the adapter in it, in fp32."""
+    whole: torch.Tensor = weight.float() + scale * (adapter.b.float() @ adapter.a.float())
+    if adapter.magnitudes is None:
+        return whole
+    # Norms in the number type of the magnitudes, as in training.
+    norms = torch.linalg.vector_norm(whole, dim=1).to(adapter.magnitudes.dtype).float()
+    rows: torch.Tensor = whole * (adapter.magnitudes.float() / norms)[:, None]
+    return rows
 
 
 def _rows_of(weight: str, parameter_map: ParameterMap) -> ParameterMap:

@@ -1,7 +1,8 @@
 """Adapters of a sharded checkpoint -> a PEFT adapter directory, or the model with the adapter added to its weights.
 
 The directory holds what `peft` and vLLM load: adapter_config.json, adapter_model.safetensors, and the tokenizer with
-the chat template the run was trained with. Merging adds scale * B A in fp32 and rounds once, to the type the file has.
+the chat template the run was trained with. Merging adds scale * B A, and with DoRA gives each row its length, in fp32
+and rounds once, to the type the file has.
 
 Rejected: to write it with `peft`. It would build the whole model to save a few matrices, and be one more dependency.
 """
@@ -20,10 +21,12 @@ from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    MAGNITUDE,
     PEFT_PREFIX,
     AdapterTarget,
-    added_weight,
+    AdapterTensors,
     all_targets,
+    merged_weight,
     peft_config,
 )
 from sft.hf.exporter import (
@@ -62,11 +65,11 @@ def export_adapter(
         copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
         own = aside / MERGED_ADAPTER if merged else aside
         own.mkdir(exist_ok=True)
-        _write_adapter(reader, targets, architecture, own)
+        _write_adapter(reader, targets, architecture, own, dora=lora.dora)
         write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir))
         if merged:
             dtypes = file_dtypes(model_dir, architecture)
-            merge = _Merger(reader, model_dir, architecture, targets, lora.scale)
+            merge = _Merger(reader, model_dir, architecture, targets, lora)
             write_model(merge.tensors_of, architecture, dtypes, model_dir, aside)
             write_config(model_dir, aside, trained_dtypes(architecture, dtypes))
             check_model_files(aside, architecture)
@@ -83,13 +86,14 @@ def adapted_model(directory: Path) -> Path | None:
 def add_adapter(model: torch.nn.Module, directory: Path) -> None:
     """Add the adapter in `directory` to the weights of a transformers model."""
     config = read_json(directory / ADAPTER_CONFIG) or {}
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     tensors = load_file(directory / ADAPTER_WEIGHTS)
     for name, a in tensors.items():
-        module, found, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")
+        prefix, found, _ = name.partition(".lora_A.")
         if found:
-            weight = model.get_parameter(f"{module}.weight")
-            b = tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"]
-            weight.copy_(weight.float() + added_weight(a, b, config["lora_alpha"] / config["r"]))
+            weight = model.get_parameter(f"{prefix.removeprefix(PEFT_PREFIX)}.weight")
+            adapter = AdapterTensors(a, tensors[f"{prefix}.lora_B.weight"], tensors.get(f"{prefix}.{MAGNITUDE}"))
+            weight.copy_(merged_weight(weight, adapter, scale))
 
 
 class _Merger:
@@ -101,14 +105,14 @@ class _Merger:
         model_dir: Path,
         architecture: Architecture,
         targets: list[AdapterTarget],
-        scale: float,
+        lora: LoraSpec,
     ) -> None:
         self._reader = reader
         self._files = WeightFiles(model_dir)
         self._architecture = architecture
         self._shapes = architecture.weights.hf_shapes()
         self._targets = {f"{target.module}.weight": target for target in targets}
-        self._scale = scale
+        self._lora = lora
 
     def tensors_of(self, parameter: str) -> Mapping[str, torch.Tensor]:
         """Return the tensors that make up one parameter."""
@@ -120,19 +124,16 @@ class _Merger:
         target = self._targets.get(name)
         if target is None:
             return whole
-        return whole.float() + added_weight(*target.read(self._reader), self._scale)
+        return merged_weight(whole, target.read(self._reader, dora=self._lora.dora), self._lora.scale)
 
 
 def _write_adapter(
-    reader: ShardedReader, targets: list[AdapterTarget], architecture: Architecture, directory: Path
+    reader: ShardedReader, targets: list[AdapterTarget], architecture: Architecture, directory: Path, *, dora: bool
 ) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for target in targets:
-        a, b = target.read(reader)
-        module = PEFT_PREFIX + architecture.weights.module(target.module)
-        tensors[f"{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"{module}.lora_B.weight"] = b.contiguous()
-    write_weights(tensors, directory / ADAPTER_WEIGHTS)
+        tensors |= target.read(reader, dora=dora).named(architecture.weights.module(target.module))
+    write_weights({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / ADAPTER_WEIGHTS)
 
 
 def _check_checkpoint(

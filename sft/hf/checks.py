@@ -5,6 +5,7 @@ from __future__ import annotations
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import RunSpec
 from sft.hf.adapter import lora_problems
+from sft.hf.learning_rates import rate_problems
 from sft.models.architecture import Architecture
 
 
@@ -14,6 +15,8 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
         *_position_problems(spec, architecture),
         *lora_problems(spec.model.lora, architecture, spec.topology.tensor_parallel),
     ]
+    if not problems:  # the names of adapters come from targets that exist
+        problems += rate_problems(spec.train.optimizer, spec.model.lora, architecture)
     if problems:
         raise ModelError(problems)
 

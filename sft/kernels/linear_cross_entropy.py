@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sft.kernels.autograd import Context
 from sft.kernels.gradient_buffer import buffer_of
+from sft.kernels.loss_form import PLAIN, LossForm
 from sft.kernels.products import add_product, set_product
 
 BLOCK_BYTES = 2 << 30
@@ -52,7 +53,7 @@ def linear_cross_entropy(
     labels: Tensor,
     loss_weights: Tensor,
     part: VocabPart,
-    softcap: float | None = None,
+    form: LossForm = PLAIN,
 ) -> Tensor:
     """Return sum(loss_weights * cross-entropy) over n positions, an fp32 scalar.
 
@@ -62,7 +63,7 @@ def linear_cross_entropy(
     """
     # Asked here: inside a torch.autograd.Function gradients are always disabled.
     keep_gradients = torch.is_grad_enabled()
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, part, softcap, keep_gradients)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, part, form, keep_gradients)
     return total
 
 
@@ -80,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         loss_weights: Tensor,
         part: VocabPart,
-        softcap: float | None,
+        form: LossForm,
         grads: bool,
     ) -> Tensor:
         hidden_grad = torch.empty_like(hidden) if grads and ctx.needs_input_grad[0] else None
@@ -92,10 +93,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + size)
             logits = hidden[rows] @ weight.t()
             own = labels[rows] - part.first
-            losses[rows], log_sum = _losses(logits, own, part, softcap)
+            losses[rows], log_sum = _losses(logits, own, part, form)
             if hidden_grad is None and weight_grad is None:
                 continue
-            grad = _gradient_in_place(logits, own, log_sum, loss_weights[rows], part.width, softcap)
+            grad = _gradient_in_place(logits, own, log_sum, loss_weights[rows], part.width, form)
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[rows])
             if weight_grad is not None:
@@ -160,24 +161,29 @@ class _WeightGradient:
         return torch.zeros_like(self._weight, dtype=torch.float32) if self._sum is None else self._sum
 
 
-def _losses(logits: Tensor, labels: Tensor, part: VocabPart, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _losses(logits: Tensor, labels: Tensor, part: VocabPart, form: LossForm) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy and the log of the sum of exponentials of each row, over the whole vocabulary."""
-    peak, total, label_logit = _statistics(logits, labels, part.width, softcap)
+    peak, total, label_logit, logit_sum = _statistics(logits, labels, part.width, form.softcap)
     if part.group is not None:
         # Each rank summed exp(logit - its own maximum): bring the sums to the common maximum, then add them.
         highest = peak.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=part.group)
-        sums = torch.stack([total * (peak - highest).exp(), label_logit])
+        sums = torch.stack([total * (peak - highest).exp(), label_logit, logit_sum])
         dist.all_reduce(sums, group=part.group)
-        peak, (total, label_logit) = highest, sums.unbind()
+        peak, (total, label_logit, logit_sum) = highest, sums.unbind()
     log_sum = peak + total.log()
-    return log_sum - label_logit, log_sum
+    if form.smoothing == 0:
+        return log_sum - label_logit, log_sum
+    return log_sum - (1 - form.smoothing) * label_logit - form.each * logit_sum, log_sum
 
 
-def _statistics(logits: Tensor, labels: Tensor, width: int, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return maximum, sum of exp(logit - maximum), and the label's logit of each row's first `width` columns, in fp32.
+def _statistics(
+    logits: Tensor, labels: Tensor, width: int, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return statistics of each row's first `width` columns, in fp32, from logits before the cap.
 
-    `logits` are those before the cap. The label's logit is 0 where another rank has the label.
+    They are the maximum, the sum of exp(logit - maximum), the label's logit (0 where another rank has the label), and
+    the sum of the logits.
     """
     if logits.is_cuda:
         from sft.kernels.triton import cross_entropy as triton_cross_entropy
@@ -189,7 +195,7 @@ def _statistics(logits: Tensor, labels: Tensor, width: int, softcap: float | Non
     total = (wide - peak[:, None]).exp().sum(dim=1)
     here = (labels >= 0) & (labels < width)
     picked = _capped(logits.gather(1, torch.where(here, labels, 0)[:, None])[:, 0], softcap)
-    return peak, total, torch.where(here, picked, 0.0)
+    return peak, total, torch.where(here, picked, 0.0), wide.sum(dim=1)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -199,19 +205,22 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def _gradient_in_place(
-    logits: Tensor, labels: Tensor, log_sum: Tensor, loss_weights: Tensor, width: int, softcap: float | None
+    logits: Tensor, labels: Tensor, log_sum: Tensor, loss_weights: Tensor, width: int, form: LossForm
 ) -> Tensor:
-    """Overwrite and return `logits`, as their gradient: loss_weight * (softmax - onehot(label)) * the cap's slope."""
+    """Overwrite and return `logits`, as their gradient: loss_weight * (softmax - target) * the cap's slope.
+
+    The target is onehot(label) or, with smoothing, what is left of it and `form.each` for all.
+    """
     if logits.is_cuda:
         from sft.kernels.triton import cross_entropy as triton_cross_entropy
 
-        return triton_cross_entropy.gradient_in_place(logits, labels, log_sum, loss_weights, width, softcap)
-    capped = _capped(logits[:, :width], softcap)
-    logits[:, :width] = (capped - log_sum[:, None]).exp().to(logits.dtype)
+        return triton_cross_entropy.gradient_in_place(logits, labels, log_sum, loss_weights, width, form)
+    capped = _capped(logits[:, :width], form.softcap)
+    logits[:, :width] = ((capped - log_sum[:, None]).exp() - form.each).to(logits.dtype)
     logits[:, width:] = 0
     here = (labels >= 0) & (labels < width)
     row = torch.arange(len(labels), device=labels.device)[here]
-    logits[row, labels[here]] -= 1
-    if softcap is not None:
-        logits[:, :width] *= (1 - (capped / softcap).square()).to(logits.dtype)
+    logits[row, labels[here]] -= 1 - form.smoothing
+    if form.softcap is not None:
+        logits[:, :width] *= (1 - (capped / form.softcap).square()).to(logits.dtype)
     return logits.mul_(loss_weights[:, None].to(logits.dtype))

@@ -33,9 +33,16 @@ with warnings.catch_warnings():
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import (
+        MegatronOptimizer,
+        OptimizerConfig,
+        ParamKey,
+        ParamWithNamePredicate,
+        get_megatron_optimizer,
+        get_standard_config_overrides,
+    )
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -76,6 +83,9 @@ __all__ = [
     "OptimizerConfig",
     "OptimizerParamScheduler",
     "PackedSeqParams",
+    "ParamGroupOverride",
+    "ParamKey",
+    "ParamWithNamePredicate",
     "ProcessGroupCollection",
     "SelfAttention",
     "SelfAttentionSubmodules",
@@ -95,6 +105,7 @@ __all__ = [
     "get_bias_dropout_add",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
+    "get_standard_config_overrides",
     "get_transformer_layer_offset",
     "make_sharded_tensors_for_checkpoint",
     "parallel_state",

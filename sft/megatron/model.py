@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from launcher.contract.topology import Topology
 from sft.hf.adapter import MARK
 from sft.hf.checks import check_model_settings
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
+from sft.kernels.loss_form import LossForm
 from sft.megatron.core import (
     GPTModel,
     TransformerConfig,
@@ -28,6 +30,7 @@ from sft.megatron.kernel_choice import Kernels
 from sft.megatron.layers.biases import drop_absent_biases
 from sft.megatron.layers.fused import await_weights
 from sft.megatron.layers.lora import attach_adapters
+from sft.megatron.layers.noisy_embedding import NoisyEmbedding, TokenSeeds
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.spec import LayerOptions, decoder_spec
 from sft.megatron.parallel.context import SharedRows
@@ -68,6 +71,10 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         self._softcap = architecture.logits_softcap
         if self.post_process and self._softcap is not None:
             self.output_layer.register_forward_hook(partial(_cap_logits, self._softcap))
+        self.label_smoothing = 0.0
+        """In training, the share of each target's probability that goes to the whole vocabulary."""
+        self.noise: NoisyEmbedding | None = None
+        """Of the first stage in a run with noise on embeddings."""
         self.adapted = False
         """Only adapters are trained, and only they are in checkpoints."""
         self.base_weights = ""
@@ -81,18 +88,20 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         *args: object,
         targets: Targets | None = None,
         packed_seq_params: PackedSequences | SharedRows | None = None,
+        noise_of: TokenSeeds | None = None,
         **kwargs: object,
     ) -> Tensor:
         """Return what Megatron-core's forward pass returns or, with `targets`, what `loss_at` returns.
 
         Data parallelism wraps `forward` alone, so that this is the way to `loss_at`.
         """
-        if targets is not None:
-            return self.loss_at(targets, input_ids, position_ids, packed_seq_params)
-        output: Tensor = super().forward(
-            input_ids, position_ids, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
-        )
-        return output
+        with nullcontext() if self.noise is None else self.noise.of(noise_of):
+            if targets is not None:
+                return self.loss_at(targets, input_ids, position_ids, packed_seq_params)
+            output: Tensor = super().forward(
+                input_ids, position_ids, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+            return output
 
     def loss_at(
         self,
@@ -144,7 +153,9 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         group = layer.tp_group if layer.tp_group.size() > 1 else None
         part = VocabPart(first, width, group, tied=tied and self.pre_process)
         chosen = hidden_states.flatten(0, 1).index_select(0, targets.places)
-        return linear_cross_entropy(chosen, weight, targets.labels, targets.weights, part, self._softcap)
+        smoothing = self.label_smoothing if self.training else 0.0
+        form = LossForm(self._softcap, smoothing, self._true_vocab_size)
+        return linear_cross_entropy(chosen, weight, targets.labels, targets.weights, part, form)
 
     def _own_vocabulary(self, rows: int) -> tuple[int, int]:
         """Return the first token and the number of true tokens among this rank's `rows` of the vocabulary."""
@@ -157,8 +168,28 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         _, true_rows = self._own_vocabulary(local_rows)
         if true_rows < local_rows:
             logits.narrow(-1, true_rows, local_rows - true_rows).fill_(torch.finfo(logits.dtype).min)
+        smoothed = self.training and self.label_smoothing > 0
+        # Before the loss, which overwrites the logits.
+        lead = self._lead(labels, logits) if smoothed else None
         loss: Tensor = super().compute_language_model_loss(labels, logits)
-        return loss
+        return loss if lead is None else loss + self.label_smoothing * lead
+
+    def _lead(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return how far each label's logit is above the mean of the vocabulary's, fp32 [b, s].
+
+        With label smoothing e the loss is (1 - e) * nll + e * mean(-log p), which is nll + e * this: the logarithm of
+        the softmax's denominator is in both. Megatron-core's own smoothing takes each rank's part of the vocabulary for
+        the whole.
+        """
+        first, width = self._own_vocabulary(logits.size(-1))
+        own, places = logits[..., :width].float(), labels.t() - first
+        here = (places >= 0) & (places < width)
+        rows = torch.arange(places.numel(), device=places.device)
+        # By indices: `gather` keeps the logits for its backward.
+        picked = logits.flatten(0, 1)[rows, torch.where(here, places, 0).flatten()].view(places.shape).float()
+        part = torch.where(here, picked, 0.0) - own.sum(-1) / self._true_vocab_size
+        whole: Tensor = tensor_parallel.reduce_from_tensor_model_parallel_region(part, group=self.pg_collection.tp)
+        return whole.t()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: Mapping[str, object] | None = None
@@ -232,8 +263,11 @@ def _build_chunk(
         multiply_embedding(
             chunk, architecture.embedding_multiplier, rounded=architecture.embedding_multiplier_is_rounded
         )
+    chunk.label_smoothing = spec.train.label_smoothing
     if kernels.fused:
         use_direct_lookup(chunk)
+    if chunk.pre_process and spec.train.neftune_alpha is not None:
+        chunk.noise = NoisyEmbedding(chunk.embedding.word_embeddings, spec.train.neftune_alpha, architecture)
     if spec.train.recompute == "offload":
         offload_inputs(chunk)
     if lora.rank is not None:

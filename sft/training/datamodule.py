@@ -51,6 +51,7 @@ class StepBatches(Dataset[StepBatch]):
             row_length=self._spec.data.seq_length if self._spec.data.packing else None,
             cp_rank=parallel_state.get_context_parallel_rank() if self._topology.context_parallel > 1 else 0,
             cp_size=self._topology.context_parallel,
+            noise_seed=None if self._spec.train.neftune_alpha is None else self._spec.train.seed,
         )
         return collate(self._cache, self._schedule, step, share)
 
@@ -92,7 +93,7 @@ class SFTDataModule(pl.LightningDataModule):
     def max_steps(self) -> int:
         """Optimizer steps of the whole run."""
         train = self._spec.train
-        return train.max_steps if train.max_steps is not None else self.schedule.steps_in(train.epochs or 1)
+        return train.max_steps if train.max_steps is not None else self.schedule.steps_in(train.epochs or 1.0)
 
     @property
     def data_key(self) -> dict[str, object]:

@@ -18,6 +18,7 @@ from launcher.contract.topology import Topology
 from sft.checkpoint.contents import TrainerState
 from sft.checkpoint.load import load_newest, sharded_state
 from sft.checkpoint.save import CheckpointSaver
+from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.core import parallel_state
 from sft.megatron.parallel.groups import ControlGroup, init_model_parallel
@@ -88,6 +89,7 @@ class MegatronStrategy(DDPStrategy):
             topology=dataclasses.asdict(self.topology),
             data_key=self.data_key,
             versions={"torch": torch.__version__, "megatron_core": megatron_version},
+            rate_groups=rate_groups(module.spec.train.optimizer),
         )
         state = sharded_state(module, loading=False)
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)

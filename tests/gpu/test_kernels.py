@@ -15,6 +15,7 @@ from sft.kernels.embedding import lookup
 from sft.kernels.geglu import geglu
 from sft.kernels.linear import fp8_linear, swiglu_mlp
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
+from sft.kernels.loss_form import LossForm
 from sft.kernels.masked_attention import causal_mask
 from sft.kernels.products import add_product
 from sft.kernels.rope import split_and_rotate
@@ -196,7 +197,10 @@ def test_adamw(shift: int) -> None:
 
 @pytest.mark.parametrize("vocab", [1000, 32003])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_linear_cross_entropy(softcap: float | None, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_linear_cross_entropy(
+    smoothing: float, softcap: float | None, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sft.kernels.linear_cross_entropy.BLOCK_BYTES", 2 * vocab * 100)
     labels = torch.randint(0, vocab - 3, (257,), device="cuda")
     weights = torch.rand(257, device="cuda")
@@ -204,10 +208,11 @@ def test_linear_cross_entropy(softcap: float | None, vocab: int, monkeypatch: py
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = (hidden @ weight.t())[:, :-3]  # the last three rows only fill up
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+        return (F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing) * weights).sum()
 
     def kernel(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels, weights, VocabPart(0, vocab - 3), softcap)
+        form = LossForm(softcap, smoothing, vocab - 3)
+        return linear_cross_entropy(hidden, weight, labels, weights, VocabPart(0, vocab - 3), form)
 
     assert_equal(kernel, plain, [drawn(257, 128), drawn(vocab, 128) * 0.2])
 

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 from launcher.contract.spec.paths import ExistingDirectory, ModelPath
 from launcher.contract.spec.rules import REVISION, Above, AtLeast, Fraction, Required
 
+ALL_LINEAR = "all-linear"
+"""Stands for every linear layer in the list of LoRA targets, as in PEFT."""
+
 _MODELS = "a Hugging Face model directory or hub id (ORG/NAME), a NeMo checkpoint, a .gguf file or package:NAME/FILE"
 
 
@@ -19,15 +22,26 @@ class LoraSpec:
     """Rank of each adapter; unset trains all weights."""
     alpha: Annotated[float | None, Above(0)] = None
     """Adapters are scaled by alpha / rank; default alpha = rank, a scale of 1."""
+    rslora: bool = False
+    """rsLoRA: scale adapters by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """DoRA: train the length of each row of an adapted layer's weight, too; the adapter then changes its direction."""
     targets: list[str] = field(default_factory=list)
-    """Linear layers to adapt, by their Hugging Face names, e.g. [q_proj, v_proj]; empty: all of them."""
+    """Linear layers to adapt, by their Hugging Face names, e.g. [q_proj, v_proj]; empty or all-linear: all of them."""
     dropout: Annotated[float, Fraction()] = 0.0
     """Dropout on each adapter's input."""
 
     @property
     def scale(self) -> float:
         """What an adapter's output is multiplied by."""
-        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+        if self.rank is None:
+            return 1.0
+        return (self.rank if self.alpha is None else self.alpha) / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers to adapt by name, empty for all of them."""
+        return [] if self.targets == [ALL_LINEAR] else self.targets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

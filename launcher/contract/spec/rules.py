@@ -157,6 +157,23 @@ class Names(Rule):
 
 
 @dataclass(frozen=True, slots=True)
+class NumberText(Rule):
+    """A text that is a number which follows `rule`: the values of mappings are texts."""
+
+    rule: Rule
+
+    @property
+    def description(self) -> str:
+        return f"a number, {self.rule.description}"
+
+    def allows(self, value: object) -> bool:
+        try:
+            return self.rule.allows(float(str(value)))
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
 class Required(Rule):
     """A field that must not be empty; `what` says what to give."""
 

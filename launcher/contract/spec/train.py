@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from launcher.contract.spec.rules import Above, AtLeast, Fraction
+from launcher.contract.spec.rules import Above, AtLeast, Fraction, NumberText
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,16 +16,36 @@ class OptimizerSpec:
     """Peak learning rate."""
     min_lr: Annotated[float, AtLeast(0)] = 0.0
     """Learning rate at the end of the decay."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt", "cosine_with_restarts"] = (
+        "cosine"
+    )
+    """Shape of the decay after the warm-up. wsd: constant until the last wsd_steps; polynomial: (1 - part done) to the
+    power of `power`; inverse_sqrt: sqrt(warm-up / step), not below min_lr; cosine_with_restarts: `cycles` cosines, each
+    from lr."""
+    wsd_steps: Annotated[int | None, AtLeast(1)] = None
+    """For wsd: steps of the decay at the end; default a tenth of all steps, rounded up."""
+    wsd_decay: Literal["cosine", "linear", "1-sqrt"] | None = None
+    """For wsd: shape of that decay; default cosine."""
+    power: Annotated[float | None, Above(0)] = None
+    """For polynomial: its exponent."""
+    cycles: Annotated[int | None, AtLeast(1)] = None
+    """For cosine_with_restarts: how many cosines."""
     warmup_steps: Annotated[int, AtLeast(0)] = 0
     """Steps of linear warm-up from initial_lr."""
+    warmup_ratio: Annotated[float | None, Fraction()] = None
+    """Instead of warmup_steps: the warm-up's share of all steps, rounded up to a step."""
     initial_lr: Annotated[float, AtLeast(0)] = 0.0
     """Learning rate of the first warm-up step."""
     decay_steps: int | None = None
     """The step, warm-up included, at which the learning rate reaches min_lr; default the last one."""
+    lr_by_name: Annotated[dict[str, str], NumberText(AtLeast(0))] = field(default_factory=dict)
+    """Other peak learning rates for some parameters: pattern of their Hugging Face name -> rate, e.g.
+    {"*.embed_tokens.*": 1e-6, "*.lora_B.*": 1e-4}. The first pattern that matches counts; the whole schedule of these
+    parameters is scaled by rate / lr. 0 leaves them as they are."""
+    loraplus_ratio: Annotated[float | None, Above(0)] = None
+    """LoRA+: B of each adapter (and DoRA's magnitudes) learns at this many times the learning rate of A."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
-    """Decoupled weight decay; never on norms and biases."""
+    """Decoupled weight decay; never on norms, biases and DoRA's magnitudes."""
     beta1: Annotated[float, Fraction()] = 0.9
     """Adam's first moment decay."""
     beta2: Annotated[float, Fraction()] = 0.95
@@ -64,8 +84,9 @@ class TrainSpec:
 
     max_steps: Annotated[int | None, AtLeast(1)] = None
     """Optimizer steps. Give either this or epochs."""
-    epochs: Annotated[int | None, AtLeast(1)] = None
-    """Passes over the training data; with data.sources one pass takes from each source what its weight says."""
+    epochs: Annotated[float | None, Above(0)] = None
+    """Passes over the training data; with data.sources one pass takes from each source what its weight says. Of a part
+    of a pass, e.g. of the last half of 2.5, the steps are rounded up."""
     global_batch_size: Annotated[int, AtLeast(1)] = 8
     """Examples (or tokens, see global_batch_unit) in one optimizer step, over all ranks."""
     global_batch_unit: Literal["examples", "tokens"] = "examples"
@@ -98,6 +119,13 @@ class TrainSpec:
     """What is minimized. token_mean: the mean over all trained tokens of the global batch; example_mean: the mean over
     examples of each one's mean; microbatch_mean: the mean of micro-batch means, which depends on micro_batch_size and
     is there for comparison with trainers that minimize it. Evaluation always uses the token mean."""
+    label_smoothing: Annotated[float, Fraction()] = 0.0
+    """Share of each target's probability that is spread evenly over the whole vocabulary. Training alone: the loss of
+    an evaluation stays the cross-entropy, and its perplexity one."""
+    neftune_alpha: Annotated[float | None, Above(0)] = None
+    """NEFTune: uniform noise on the token embeddings in training, of at most alpha / sqrt(tokens x hidden size) for an
+    example of so many tokens (each one of a packed row by itself). It depends on train.seed, step, example and position
+    alone, so that every layout adds the same."""
     on_bad_step: Literal["skip", "stop", "rewind"] = "stop"
     """What follows a step whose loss or gradient norm is NaN, infinite or a spike. Its update is never applied, and the
     ids of its examples go to bad_steps.jsonl. skip: go on; stop: save, and end with exit code 1; rewind: restore

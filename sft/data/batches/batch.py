@@ -14,6 +14,7 @@ All micro-batches of a rank in a step have the same shape, because pipeline stag
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -52,6 +53,8 @@ class RankShare:
     cp_rank: int = 0
     cp_size: int = 1
     """Context parallel ranks, which share each row."""
+    noise_seed: int | None = None
+    """Seed of the noise on embeddings (train.neftune_alpha). None: nothing says which example is where."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +77,10 @@ class MicroBatch:
     """Lengths of the same sequences, padding last; on the host for the same reason."""
     context_share: ContextShare | None = None
     """The part of the rows that this context parallel rank computes. None: all."""
+    example_seeds: torch.Tensor | None = None
+    """int64 [rows, row length]: a number of the example, the step and the seed, for noise. None: there is none."""
+    example_lengths: torch.Tensor | None = None
+    """int64 of the same shape: tokens of the example, its last target included; 0 on padding."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MicroBatch:
         """Return this micro-batch on `device`."""
@@ -94,7 +101,8 @@ class MicroBatch:
         share = self.context_share
         if share is None:
             return self
-        whole = {name: getattr(self, name) for name in ("tokens", "labels", "loss_weights", "position_ids")}
+        names = ("tokens", "labels", "loss_weights", "position_ids", "example_seeds", "example_lengths")
+        whole = {name: rows for name in names if (rows := getattr(self, name)) is not None}
         parts: dict[str, Any] = {name: share.part_of(rows) for name, rows in whole.items()}
         return replace(self, **parts, supervised=share.supervised)
 
@@ -137,7 +145,7 @@ def collate(cache: Examples, schedule: BatchSchedule, step: int, share: RankShar
     multiple = math.lcm(share.pad_to_multiple, share.sequence_multiple)
     padded = -(-max(longest, 1) // multiple) * multiple
     return StepBatch(
-        micro_batches=tuple(_micro_batch(cache, batch, padded, share) for batch in rows),
+        micro_batches=tuple(_micro_batch(cache, batch, padded, share, step) for batch in rows),
         step=step,
         global_weight=float(cache.target_weights[examples].sum()),
         examples=len(examples),
@@ -188,8 +196,8 @@ def _joined(rows: Sequence[ExampleIds], lengths: NDArray[np.int64]) -> ExampleId
     return examples[np.argsort(-lengths[examples], kind="stable")]
 
 
-def _micro_batch(cache: Examples, rows: Sequence[ExampleIds], padded: int, share: RankShare) -> MicroBatch:
-    """Return a micro-batch of `rows`, each of `padded` tokens.
+def _micro_batch(cache: Examples, rows: Sequence[ExampleIds], padded: int, share: RankShare, step: int) -> MicroBatch:
+    """Return a micro-batch of `rows`, each of `padded` tokens, of this step.
 
     An example of n tokens has n - 1 inputs and n - 1 targets: its last token is only a target, its first only an input.
     """
@@ -198,6 +206,8 @@ def _micro_batch(cache: Examples, rows: Sequence[ExampleIds], padded: int, share
     labels = np.zeros(shape, dtype=np.int64)
     loss_weights = np.zeros(shape, dtype=np.float32)
     positions = np.zeros(shape, dtype=np.int64)  # 0 on padding, which may be longer than the positions of the model
+    seeds = np.zeros(shape, dtype=np.int64)
+    lengths = np.zeros(shape, dtype=np.int64)
     seq_lengths: list[int] = []
     for row, examples in enumerate(rows):
         start = 0
@@ -209,6 +219,9 @@ def _micro_batch(cache: Examples, rows: Sequence[ExampleIds], padded: int, share
             labels[row, place] = ids[1:]
             loss_weights[row, place] = weights[1:]
             positions[row, place] = np.arange(count)
+            if share.noise_seed is not None:
+                seeds[row, place] = example_seed(share.noise_seed, step, example)
+                lengths[row, place] = len(ids)
             seq_lengths.append(count)
             start += count
     packed = share.row_length is not None
@@ -226,7 +239,15 @@ def _micro_batch(cache: Examples, rows: Sequence[ExampleIds], padded: int, share
         cu_seqlens=torch.tensor(np.cumsum([0, *seq_lengths]), dtype=torch.int32) if packed else None,
         seq_lengths=tuple(seq_lengths) if packed else None,
         context_share=own,
+        example_seeds=None if share.noise_seed is None else torch.from_numpy(seeds),
+        example_lengths=None if share.noise_seed is None else torch.from_numpy(lengths),
     )
+
+
+def example_seed(seed: int, step: int, example: int) -> int:
+    """Return a number of 64 bits that belongs to this example in this step of a run with this seed."""
+    digest = hashlib.blake2b(f"{seed} {step} {example}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def _padding(count: int) -> list[int]:

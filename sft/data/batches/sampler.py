@@ -14,6 +14,7 @@ twice).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from launcher.contract.steps import share_of_steps
 from sft.data.batches.mixture import Mixture, permutation
 from sft.data.batches.packing import Rows, best_fit_decreasing
 
@@ -48,8 +50,8 @@ class BatchSchedule(Protocol):
         """
         ...
 
-    def steps_in(self, epochs: int) -> int:
-        """Return the number of steps of the first `epochs` epochs."""
+    def steps_in(self, epochs: float) -> int:
+        """Return the number of steps of the first `epochs` epochs, those of a part of an epoch rounded up."""
         ...
 
     def examples_at(self, step: int) -> NDArray[np.int64]:
@@ -103,8 +105,8 @@ class ExampleSchedule:
             **_mixed(self.mixture),
         }
 
-    def steps_in(self, epochs: int) -> int:
-        return epochs * self.steps_per_epoch
+    def steps_in(self, epochs: float) -> int:
+        return share_of_steps(epochs, self.steps_per_epoch)
 
     def examples_at(self, step: int) -> NDArray[np.int64]:
         if step < 0:
@@ -172,8 +174,12 @@ class TokenSchedule:
             **_mixed(self.mixture),
         }
 
-    def steps_in(self, epochs: int) -> int:
-        return sum(map(self._steps_of, range(epochs))) if self._varies else epochs * self.steps_per_epoch
+    def steps_in(self, epochs: float) -> int:
+        if not self._varies:
+            return share_of_steps(epochs, self.steps_per_epoch)
+        whole = math.floor(epochs)
+        last = share_of_steps(epochs, self._steps_of(whole)) - whole * self._steps_of(whole)
+        return sum(map(self._steps_of, range(whole))) + last
 
     def examples_at(self, step: int) -> NDArray[np.int64]:
         return self.rows_at(step).items
@@ -241,8 +247,8 @@ class CyclicSchedule:
             "data.cyclic_seed": self.seed,
         }
 
-    def steps_in(self, epochs: int) -> int:
-        return epochs * self.max_steps
+    def steps_in(self, epochs: float) -> int:
+        return share_of_steps(epochs, self.max_steps)
 
     def examples_at(self, step: int) -> NDArray[np.int64]:
         if not 0 <= step < self.max_steps:

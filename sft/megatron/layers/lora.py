@@ -7,6 +7,9 @@ Between A and B there are only `rank` numbers a token, so that is where ranks ex
 then gets a whole gradient on each without sequence parallel, and a partial one with it; those carry the mark by which
 Megatron-core adds them up.
 
+DoRA gives each row of the adapted weight W + scale * B A a length of its own: the output is multiplied by magnitude /
+norm of the row, and no gradient goes through the norm (sft.megatron.layers.dora).
+
 The fused linears take one B for all their targets: its rows in the linear's order, each zero outside the columns of
 its own target's A. That is done on weights, which are small, and not on activations.
 
@@ -35,6 +38,7 @@ from sft.megatron.core import (
     parallel_state,
     tensor_parallel,
 )
+from sft.megatron.layers.dora import RowNorms
 from sft.models.architecture import Architecture
 from sft.models.weight_map import rank_pieces
 
@@ -42,8 +46,10 @@ from sft.models.weight_map import rank_pieces
 class Adapter(nn.Module):
     """This rank's A and B of one target."""
 
-    def __init__(self, target: AdapterTarget, rank: int, weight: Tensor, *, sequence_parallel: bool) -> None:
+    def __init__(self, target: AdapterTarget, lora: LoraSpec, weight: Tensor, *, sequence_parallel: bool) -> None:
         super().__init__()
+        assert lora.rank is not None
+        rank = lora.rank
         self.target = target
         size = parallel_state.get_tensor_model_parallel_world_size()
         columns, shares = (target.columns // size, 1) if target.split_input else (target.columns, size)
@@ -51,7 +57,12 @@ class Adapter(nn.Module):
         self.lora_B = nn.ParameterList(
             nn.Parameter(weight.new_zeros(rows // shares, rank)) for rows in target.block_rows
         )
-        split, whole = ([self.lora_A], self.lora_B) if target.split_input else (self.lora_B, [self.lora_A])
+        self.magnitude = nn.ParameterList(
+            nn.Parameter(weight.new_ones(len(block))) for block in self.lora_B if lora.dora
+        )
+        """Of each row, in the blocks of B; empty without DoRA."""
+        by_row = [*self.lora_B, *self.magnitude]
+        split, whole = ([self.lora_A], by_row) if target.split_input else (by_row, [self.lora_A])
         for parameter in split:
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, int(target.split_input), 1)
         for parameter in whole:
@@ -71,7 +82,14 @@ class Adapter(nn.Module):
         """Return the parameters that are split over tensor-parallel ranks, each with its axis."""
         if self.target.split_input:
             return {"lora_A": 1}
-        return {f"lora_B.{block}": 0 for block in range(len(self.lora_B))}
+        own = {"lora_B": self.lora_B, "magnitude": self.magnitude}
+        return {f"{name}.{block}": 0 for name, blocks in own.items() for block in range(len(blocks))}
+
+    @torch.no_grad()
+    def set_magnitudes(self, norms: Tensor) -> None:
+        """Set the magnitudes to these norms of the rows, block after block: the model starts unchanged."""
+        for block, values in zip(self.magnitude, torch.split(norms, list(map(len, self.magnitude))), strict=True):
+            block.copy_(values)
 
 
 class Adapters(nn.ModuleDict):
@@ -80,15 +98,27 @@ class Adapters(nn.ModuleDict):
     def __init__(
         self, targets: Sequence[AdapterTarget], lora: LoraSpec, linear: Any, architecture: Architecture
     ) -> None:
-        assert lora.rank is not None
-        made = [
-            Adapter(target, lora.rank, linear.weight, sequence_parallel=linear.sequence_parallel) for target in targets
-        ]
+        made = [Adapter(target, lora, linear.weight, sequence_parallel=linear.sequence_parallel) for target in targets]
         super().__init__({adapter.target.name: adapter for adapter in made})
         self.scale = lora.scale
         self.dropout = lora.dropout
-        order = _row_order(targets, architecture, linear.weight.shape[0])
+        order = _rows_of_targets(targets, architecture, linear.weight.shape[0])
         self.register_buffer("_order", order.to(linear.weight.device), persistent=False)
+        by_parts = linear.tp_group if targets[0].split_input else None
+        self.norms = RowNorms(lora.scale, by_parts) if lora.dora else None
+
+    def reset(self, weight: Tensor, seed: int) -> None:
+        """Set all adapters of the linear with this weight to their initial values."""
+        for part in self._parts():
+            part.reset(seed)
+        if self.norms is None:
+            return
+        norms = self.norms(weight, self.up_weight(), self._down_weight())
+        sizes = [sum(map(len, part.lora_B)) for part in self._parts()]
+        # One place more, for all rows without a target.
+        by_target = norms.new_empty(sum(sizes) + 1).index_copy(0, self._row_order(), norms)
+        for part, own in zip(self._parts(), torch.split(by_target[:-1], sizes), strict=True):
+            part.set_magnitudes(own)
 
     def down(self, x: Tensor, *, own_part: bool) -> Tensor:
         """Return scaled A(x) of all targets, side by side. `own_part` says that no other tensor rank has this input."""
@@ -97,8 +127,21 @@ class Adapters(nn.ModuleDict):
     def up_weight(self) -> Tensor:
         """Return B of all targets in the order of the linear's rows, [rows, targets * rank]."""
         blocks = torch.block_diag(*(torch.cat(list(part.lora_B)) for part in self._parts()))  # type: ignore[no-untyped-call]
-        order: Tensor = self._order  # type: ignore[assignment]
-        return F.pad(blocks, (0, 0, 0, 1)).index_select(0, order)
+        return F.pad(blocks, (0, 0, 0, 1)).index_select(0, self._row_order())
+
+    def added(self, output: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the linear's `output` with what the adapters make of `hidden`, which is `down` over all ranks.
+
+        `weight` is the linear's, and `bias` what is in its output already.
+        """
+        up = self.up_weight()
+        whole = output + F.linear(hidden, up)
+        if self.norms is None:
+            return whole
+        norms = self.norms(weight, up, self._down_weight()).to(weight.dtype)  # as the magnitudes: both start equal
+        factor = torch.where(self._row_order() < self._targeted, self._magnitudes() / norms.float(), 1.0)
+        scaled = ((whole if bias is None else whole - bias) * factor).to(output.dtype)
+        return scaled if bias is None else scaled + bias
 
     def sharded_state_dict(
         self, prefix: str, sharded_offsets: object, metadata: Mapping[str, object], tp_group: dist.ProcessGroup
@@ -110,6 +153,24 @@ class Adapters(nn.ModuleDict):
             state, prefix, axes, sharded_offsets, tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
         )
         return made
+
+    @property
+    def _targeted(self) -> int:
+        """How many of this rank's rows have a target."""
+        return sum(len(block) for part in self._parts() for block in part.lora_B)
+
+    def _row_order(self) -> Tensor:
+        order: Tensor = self._order  # type: ignore[assignment]
+        return order
+
+    def _down_weight(self) -> Tensor:
+        """Return A of all targets, [targets * rank, columns]."""
+        return torch.cat([part.lora_A for part in self._parts()])
+
+    def _magnitudes(self) -> Tensor:
+        """Return the magnitudes in the order of the linear's rows, fp32 [rows]; 1 where a row has no target."""
+        blocks = torch.cat([block for part in self._parts() for block in part.magnitude])
+        return F.pad(blocks, (0, 1), value=1.0).index_select(0, self._row_order()).float()
 
     def _named(self) -> Iterator[tuple[str, Adapter]]:
         for name, part in self.items():
@@ -130,9 +191,18 @@ class Adapters(nn.ModuleDict):
 class _Adapted:
     """What both mixins below have: a place for adapters, and their part of a checkpoint."""
 
+    weight: Tensor
+    bias: Tensor | None
+    skip_bias_add: bool
+
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.lora: Adapters | None = None
+
+    @property
+    def _added_bias(self) -> Tensor | None:
+        """The bias that is in the output, and not returned beside it."""
+        return None if self.skip_bias_add else self.bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: object = (), metadata: Mapping[str, object] | None = None
@@ -164,7 +234,7 @@ class AdaptedColumn(_Adapted):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return output + F.linear(hidden, self.lora.up_weight()), bias
+        return self.lora.added(output, hidden, self.weight, self._added_bias), bias
 
 
 class AdaptedRow(_Adapted):
@@ -183,7 +253,7 @@ class AdaptedRow(_Adapted):
             hidden = tensor_parallel.reduce_scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
         else:
             hidden = tensor_parallel.reduce_from_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return output + F.linear(hidden, self.lora.up_weight()), bias
+        return self.lora.added(output, hidden, self.weight, self._added_bias), bias
 
 
 def attach_adapters(
@@ -205,8 +275,8 @@ def reset_adapters(model_chunks: Sequence[nn.Module], seed: int) -> None:
     """Fill all adapters with their initial values."""
     for model_chunk in model_chunks:
         for module in model_chunk.modules():
-            if isinstance(module, Adapter):
-                module.reset(seed)
+            if isinstance(module, _Adapted) and module.lora is not None:
+                module.lora.reset(module.weight, seed)
 
 
 def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
@@ -214,7 +284,7 @@ def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
-def _row_order(targets: Sequence[AdapterTarget], architecture: Architecture, rows: int) -> Tensor:
+def _rows_of_targets(targets: Sequence[AdapterTarget], architecture: Architecture, rows: int) -> Tensor:
     """Return for each of this rank's rows its index among the targets' rows, or their number where it has no target."""
     target = targets[0]
     parameter_map = architecture.weights.layers[target.layer][f"{target.linear}.weight"]

@@ -1,8 +1,5 @@
 """Megatron-core's AdamW (master weights, sharding, clipping), with the interface that Lightning expects.
 
-The schedule is Megatron-core's, too: linear warm-up, then cosine, linear or no decay to `min_lr`. Step k, counted from
-0, uses the schedule's value for k.
-
 The step never waits for the device: norm, clipping and the check of the step are tensors. Torch's fused AdamW itself
 skips a bad step by the flag of mixed precision scalers (`found_inf`), and leaves weights, moments and step count alone.
 Rejected: Megatron-core's own step, which fetches the gradient norm to the host and can refuse a step only there; and
@@ -22,18 +19,26 @@ from sft.megatron.core import (
     DistributedDataParallel,
     MegatronOptimizer,
     OptimizerConfig,
-    OptimizerParamScheduler,
     get_megatron_optimizer,
 )
+from sft.megatron.optim.multipliers import Multipliers, overrides_of
 from sft.megatron.parallel.groups import sum_over
 from sft.megatron.patches.gradient_norm import total_norm
 from sft.megatron.patches.master_step import use_one_pass
 
 
 def build_optimizer(
-    spec: OptimizerSpec, model_chunks: Sequence[DistributedDataParallel], dtype: torch.dtype, *, one_pass: bool
+    spec: OptimizerSpec,
+    model_chunks: Sequence[DistributedDataParallel],
+    dtype: torch.dtype,
+    multipliers: Multipliers,
+    *,
+    one_pass: bool,
 ) -> MegatronOptimizer:
-    """Return Megatron-core's optimizer of wrapped chunks. With `one_pass` one kernel updates all weights."""
+    """Return Megatron-core's optimizer of wrapped chunks. With `one_pass` one kernel updates all weights.
+
+    `multipliers` are those of parameters whose learning rate is a multiple of the others'.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=spec.lr,
@@ -49,7 +54,7 @@ def build_optimizer(
         use_distributed_optimizer=spec.distributed,
         overlap_param_gather=any(model_chunk.ddp_config.overlap_param_gather for model_chunk in model_chunks),
     )
-    optimizer = get_megatron_optimizer(config, list(model_chunks))
+    optimizer = get_megatron_optimizer(config, list(model_chunks), overrides_of(config, multipliers))
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             group.update(fused=True, foreach=False)  # only the fused one skips a step on the device
@@ -57,25 +62,6 @@ def build_optimizer(
         for part in _parts(optimizer):
             use_one_pass(part)
     return optimizer
-
-
-def build_scheduler(spec: OptimizerSpec, optimizer: MegatronOptimizer, max_steps: int) -> OptimizerParamScheduler:
-    """Return the learning rate schedule over `max_steps` optimizer steps."""
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=spec.initial_lr,
-        max_lr=spec.lr,
-        min_lr=spec.lr if spec.schedule == "constant" else spec.min_lr,
-        lr_warmup_steps=spec.warmup_steps,
-        lr_decay_steps=max(spec.decay_steps or max_steps, spec.warmup_steps + 1),
-        lr_decay_style=spec.schedule,
-        start_wd=spec.weight_decay,
-        end_wd=spec.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # the config decides, also where it was changed on resubmit
-    )
 
 
 StepCheck = Callable[[Tensor, Tensor], Tensor]

@@ -10,7 +10,7 @@ import torch
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import LoraSpec
 from sft.hf import gguf
-from sft.hf.adapter import AdapterTarget, adapter_targets, added_weight, all_targets, peft_config
+from sft.hf.adapter import AdapterTarget, AdapterTensors, adapter_targets, all_targets, merged_weight, peft_config
 from tests.sft.models.test_architecture import write_config
 from tests.sft.models.test_weight_map import architecture
 
@@ -58,9 +58,16 @@ def test_b_comes_back_in_the_order_of_the_files() -> None:
             assert index == 1
             return torch.ones(2, 8) if key.endswith("lora_A") else torch.tensor(rows)[:, None].expand(-1, 2)
 
-    a, b = target.read(Checkpoint())
-    assert b[:, 0].tolist() == list(range(48))
-    assert torch.equal(added_weight(a, b, 0.5), torch.arange(48.0)[:, None].expand(-1, 8))
+    adapter = target.read(Checkpoint())
+    assert adapter.b[:, 0].tolist() == list(range(48))
+    merged = merged_weight(torch.zeros(48, 8), adapter, 0.5)
+    assert torch.equal(merged, torch.arange(48.0)[:, None].expand(-1, 8))
+
+
+def test_rows_have_the_length_that_dora_gives_them() -> None:
+    adapter = AdapterTensors(torch.ones(1, 4), torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 8.0]))
+    merged = merged_weight(torch.tensor([[0.0, 0, 0, 0], [2, 2, 2, 2]]), adapter, 1.0)
+    assert merged.tolist() == [[1.5] * 4, [4.0] * 4]
 
 
 def test_first_values_depend_on_name_and_seed_alone() -> None:
@@ -77,6 +84,20 @@ def test_settings_for_peft() -> None:
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ["o_proj"])
     assert config["base_model_name_or_path"] == "/models/base"
     assert peft_config(LoraSpec(rank=4), architecture(), Path("/models/base"))["lora_alpha"] == 4
+    assert (config["use_rslora"], config["use_dora"]) == (False, False)
+    both = peft_config(LoraSpec(rank=4, rslora=True, dora=True), architecture(), Path("/models/base"))
+    assert (both["use_rslora"], both["use_dora"]) == (True, True)
+
+
+def test_all_linear_is_every_layer() -> None:
+    assert list(by_name(targets=["all-linear"])) == list(by_name())
+
+
+def test_scales() -> None:
+    assert LoraSpec(rank=16, alpha=8.0).scale == 0.5
+    assert LoraSpec(rank=16, alpha=8.0, rslora=True).scale == 2.0
+    assert LoraSpec(rank=16).scale == LoraSpec().scale == 1.0
+    assert LoraSpec(rank=16, rslora=True).scale == 4.0
 
 
 def test_a_gguf_of_a_family_that_is_stored_otherwise_is_refused(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.contract.hardware import gpu_kinds
-from launcher.contract.spec import RunSpec
+from launcher.contract.spec import OptimizerSpec, RunSpec, TrainSpec
 from launcher.contract.spec.fields import Problem
+from launcher.contract.spec.model import ALL_LINEAR
 from launcher.contract.spec.rules import shown
+from launcher.contract.steps import share_of_steps
 
 
 def length_problems(spec: RunSpec) -> Iterator[Problem]:
@@ -16,7 +18,7 @@ def length_problems(spec: RunSpec) -> Iterator[Problem]:
     if steps is None and epochs is None:
         yield "train.max_steps", "missing; set train.max_steps or train.epochs"
     if steps is not None and epochs is not None:
-        yield "train.max_steps", f"{steps} and train.epochs {epochs} exclude each other; drop one"
+        yield "train.max_steps", f"{steps} and train.epochs {shown(epochs)} exclude each other; drop one"
 
 
 def optimizer_problems(spec: RunSpec) -> Iterator[Problem]:
@@ -31,6 +33,56 @@ def optimizer_problems(spec: RunSpec) -> Iterator[Problem]:
             f"{optimizer.decay_steps} is not above train.optimizer.warmup_steps {optimizer.warmup_steps}, "
             "which it includes",
         )
+    yield from _warmup_problems(spec.train)
+    yield from _shape_problems(optimizer)
+    end = optimizer.decay_steps or spec.train.max_steps
+    if optimizer.wsd_steps and end and optimizer.wsd_steps > end - optimizer.warmup_steps:
+        yield (
+            "train.optimizer.wsd_steps",
+            f"{optimizer.wsd_steps} is more than the {end - optimizer.warmup_steps} steps after the warm-up",
+        )
+
+
+def _warmup_problems(train: TrainSpec) -> Iterator[Problem]:
+    """Yield what is wrong with a warm-up that is given as a share of the run."""
+    optimizer = train.optimizer
+    if optimizer.warmup_ratio is None:
+        return
+    key, ratio = "train.optimizer.warmup_ratio", shown(optimizer.warmup_ratio)
+    if optimizer.warmup_steps:
+        yield key, f"{ratio} and train.optimizer.warmup_steps {optimizer.warmup_steps} exclude each other; drop one"
+    if optimizer.decay_steps is None:
+        return
+    if train.max_steps is None:
+        yield key, f"{ratio} with train.optimizer.decay_steps needs train.max_steps; give train.optimizer.warmup_steps"
+    elif (steps := share_of_steps(optimizer.warmup_ratio, train.max_steps)) >= optimizer.decay_steps:
+        yield (
+            key,
+            f"{ratio} of {train.max_steps} steps is a warm-up of {steps}, which train.optimizer.decay_steps "
+            f"{optimizer.decay_steps} includes and must be above",
+        )
+
+
+def _shape_problems(optimizer: OptimizerSpec) -> Iterator[Problem]:
+    """Yield settings of another schedule than the chosen one, and those that the chosen one lacks."""
+    schedule = optimizer.schedule
+    settings: dict[str, tuple[str, object]] = {
+        "wsd_steps": ("wsd", optimizer.wsd_steps),
+        "wsd_decay": ("wsd", optimizer.wsd_decay),
+        "power": ("polynomial", optimizer.power),
+        "cycles": ("cosine_with_restarts", optimizer.cycles),
+    }
+    for name, (owner, value) in settings.items():
+        if value is not None and schedule != owner:
+            yield f"train.optimizer.{name}", f"{shown(value)} belongs to schedule {owner}, and schedule is {schedule}"
+        if value is None and schedule == owner and name in ("power", "cycles"):
+            yield f"train.optimizer.{name}", f"missing; schedule {schedule} needs it"
+    if schedule != "inverse_sqrt":
+        return
+    if not (optimizer.warmup_steps or optimizer.warmup_ratio):
+        yield "train.optimizer.schedule", "inverse_sqrt is measured by the warm-up; give train.optimizer.warmup_steps"
+    if optimizer.decay_steps is not None:
+        yield "train.optimizer.decay_steps", f"{optimizer.decay_steps}: inverse_sqrt has no end; drop it"
 
 
 def fp8_problems(spec: RunSpec) -> Iterator[Problem]:
@@ -50,6 +102,9 @@ def lora_problems(spec: RunSpec) -> Iterator[Problem]:
             "model.lora.alpha": lora.alpha,
             "model.lora.targets": lora.targets,
             "model.lora.dropout": lora.dropout,
+            "model.lora.rslora": lora.rslora,
+            "model.lora.dora": lora.dora,
+            "train.optimizer.loraplus_ratio": spec.train.optimizer.loraplus_ratio,
             "checkpoint.export_merged": spec.checkpoint.export_merged,
         }
         for key, value in given.items():
@@ -58,6 +113,14 @@ def lora_problems(spec: RunSpec) -> Iterator[Problem]:
         return
     if len(set(lora.targets)) < len(lora.targets):
         yield "model.lora.targets", f"{lora.targets} names a layer twice"
+    if ALL_LINEAR in lora.targets and lora.targets != [ALL_LINEAR]:
+        yield "model.lora.targets", f"{ALL_LINEAR} stands for every linear layer; drop it or the other names"
+    if lora.dora and lora.dropout:
+        yield (
+            "model.lora.dora",
+            f"with model.lora.dropout {shown(lora.dropout)} each layer's own product would have to be computed a "
+            "second time, of dropped inputs; set model.lora.dropout to 0",
+        )
     if spec.model.init == "random":
         yield "model.init", "random with model.lora.rank: adapters need weights to adapt, and only they are saved"
     if spec.checkpoint.export_merged and not spec.checkpoint.export:

@@ -20,6 +20,7 @@ def problems(lora: LoraSpec, init: str = "pretrained", **checkpoint: bool) -> li
 
 def test_none_and_all() -> None:
     assert problems(LoraSpec()) == []
+    assert problems(LoraSpec(rank=8, targets=["all-linear"], rslora=True, dora=True)) == []
     assert problems(LoraSpec(rank=8, alpha=16.0, targets=["q_proj"], dropout=0.1), export_merged=True) == []
 
 
@@ -30,6 +31,22 @@ def test_none_and_all() -> None:
         (LoraSpec(alpha=8.0), {}, ("model.lora.alpha", "8.0 needs model.lora.rank, which is unset")),
         (LoraSpec(targets=["q_proj"]), {}, ("model.lora.targets", "['q_proj'] needs model.lora.rank, which is unset")),
         (LoraSpec(dropout=0.1), {}, ("model.lora.dropout", "0.1 needs model.lora.rank, which is unset")),
+        (LoraSpec(rslora=True), {}, ("model.lora.rslora", "True needs model.lora.rank, which is unset")),
+        (LoraSpec(dora=True), {}, ("model.lora.dora", "True needs model.lora.rank, which is unset")),
+        (
+            LoraSpec(rank=4, dora=True, dropout=0.1),
+            {},
+            (
+                "model.lora.dora",
+                "with model.lora.dropout 0.1 each layer's own product would have to be computed a second time, of "
+                "dropped inputs; set model.lora.dropout to 0",
+            ),
+        ),
+        (
+            LoraSpec(rank=4, targets=["all-linear", "q_proj"]),
+            {},
+            ("model.lora.targets", "all-linear stands for every linear layer; drop it or the other names"),
+        ),
         (LoraSpec(rank=4, dropout=1.0), {}, ("model.lora.dropout", "1 is not in [0, 1)")),
         (LoraSpec(rank=4, alpha=0.0), {}, ("model.lora.alpha", "0 is not above 0")),
         (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sft.data.batches.packing
-from sft.data.batches.batch import MicroBatch, RankShare, StepBatch, collate
+from sft.data.batches.batch import MicroBatch, RankShare, StepBatch, collate, example_seed
 from sft.data.batches.sampler import BatchSchedule, ExampleSchedule, TokenSchedule, rank_slice
 from sft.data.cache.store import TokenCache
 from tests.sft.caches_for_tests import make_cache, ragged_pairs
@@ -330,3 +330,33 @@ def test_supervised_places_are_in_the_order_of_hidden_states(tmp_path: Path, row
         weights = micro.loss_weights.t().reshape(-1)
         assert weights.any()
         assert torch.equal(micro.supervised, weights.nonzero().flatten())
+
+
+@pytest.mark.parametrize("row_length", [None, 64])
+def test_noise_knows_the_example_of_each_token_under_every_layout(tmp_path: Path, row_length: int | None) -> None:
+    """Of a run with noise alone. The seed changes with the step, and lengths are those of whole examples."""
+    cache = make_cache(tmp_path / "cache", ragged_pairs(16, vocab=50))
+    schedule = schedule_of(cache)
+    plain = batch_of(cache, schedule, 0, row_length=row_length).micro_batches[0]
+    assert plain.example_seeds is plain.example_lengths is None
+
+    def found(step: int, dp: int, **sizes: int | None) -> set[tuple[int, int]]:
+        batches = [batch_of(cache, schedule, step, rank, dp, noise_seed=5, **sizes) for rank in range(dp)]
+        parts = [micro for batch in batches for micro in batch.micro_batches]
+        pairs: set[tuple[int, int]] = set()
+        for part in parts:
+            assert part.example_seeds is not None and part.example_lengths is not None
+            pairs |= set(
+                zip(part.example_seeds.flatten().tolist(), part.example_lengths.flatten().tolist(), strict=True)
+            )
+        return pairs - {(0, 0)}  # padding
+
+    def wanted(step: int) -> set[tuple[int, int]]:
+        examples = [int(example) for example in schedule.examples_at(step)]
+        return {(example_seed(5, step, example), len(cache.tokens(example)[0])) for example in examples}
+
+    assert found(0, 1, row_length=row_length) == found(0, 2, row_length=row_length) == wanted(0)
+    assert found(1, 1, row_length=row_length) == wanted(1)
+    assert not {seed for seed, _ in wanted(0)} & {
+        example_seed(5, 1, int(example)) for example in schedule.examples_at(0)
+    }

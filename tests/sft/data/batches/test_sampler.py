@@ -224,3 +224,12 @@ def test_the_cyclic_order_is_that_of_trlx() -> None:
     with pytest.raises(ValueError, match="step 5 is not in a run of 5 steps"):
         cyclic.examples_at(5)
     assert cyclic.identity != CyclicSchedule(num_examples=7, global_batch_size=4, max_steps=6, seed=1000).identity
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2.5, 8), (0.5, 2), (0.01, 1), (1.1, 4), (3.0, 9)])
+def test_a_part_of_an_epoch_is_rounded_up_to_steps(epochs: float, steps: int) -> None:
+    """As transformers does: ceil(epochs * steps of an epoch). 1.1 * 30 is above 33 in floats."""
+    assert schedule(21).steps_per_epoch == 3
+    assert schedule(21).steps_in(epochs) == steps
+    assert schedule(8 * 30).steps_in(1.1) == 33
+    assert CyclicSchedule(num_examples=5, global_batch_size=2, max_steps=3, seed=0).steps_in(epochs) == steps

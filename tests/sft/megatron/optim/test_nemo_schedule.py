@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from launcher.contract.nemo.convert import convert
 from launcher.contract.spec import OptimizerSpec
-from sft.megatron.optim.optimizer import build_scheduler
+from sft.megatron.optim.schedule import Schedule
 
 
 @given(
@@ -41,8 +42,9 @@ def imported_rates(steps: int, warmup: int, hold: int, rate: float, lowest: floa
         if key.startswith(prefix)
     }
     spec = OptimizerSpec(**found)  # type: ignore[arg-type]
-    group = {"max_lr": spec.lr, "min_lr": spec.lr if spec.schedule == "constant" else spec.min_lr}
-    scheduler = build_scheduler(spec, SimpleNamespace(param_groups=[group]), steps)
+    group: dict[str, float] = {}
+    optimizer: Any = SimpleNamespace(param_groups=[group])
+    scheduler = Schedule(spec, optimizer, steps)
     rates = []
     for step in range(steps):
         scheduler.num_steps = step

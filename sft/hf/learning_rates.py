@@ -1,0 +1,81 @@
+"""Learning rates of some parameters by their Hugging Face names, as multiples of the schedule's.
+
+`train.optimizer.lr_by_name` gives rates by pattern, `train.optimizer.loraplus_ratio` gives B of each adapter another
+rate than A. Megatron-core's parameters hold several tensors of the files (q, k and v are one matrix), which can only
+learn at one rate: patterns that divide them are refused.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+from launcher.contract.spec import LoraSpec, OptimizerSpec
+from sft.hf.adapter import all_targets
+from sft.models.architecture import Architecture
+
+_KEY = "train.optimizer.lr_by_name"
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """The learning rate of some parameters."""
+
+    group: int
+    """Number of the setting that gives it: what a checkpoint knows these parameters by, whatever the rate."""
+    multiplier: float
+    """Times the schedule's."""
+
+
+def rates(optimizer: OptimizerSpec, lora: LoraSpec, architecture: Architecture) -> dict[str, Rate]:
+    """Return the rate of each trained parameter by its name in the whole model, where it has one of its own."""
+    found = {}
+    for parameter, names in _trained(lora, architecture).items():
+        pattern = _pattern(optimizer, names[0])
+        if pattern is not None:
+            number = list(optimizer.lr_by_name).index(pattern)
+            found[parameter] = Rate(number + 1, float(optimizer.lr_by_name[pattern]) / optimizer.lr)
+        elif optimizer.loraplus_ratio is not None and ".lora_A." not in names[0]:
+            found[parameter] = Rate(0, optimizer.loraplus_ratio)
+    return found
+
+
+def rate_groups(optimizer: OptimizerSpec) -> list[str]:
+    """Return what gives parameters rates of their own, for people and for comparison with a checkpoint's."""
+    return [*(["LoRA+"] if optimizer.loraplus_ratio is not None else []), *optimizer.lr_by_name]
+
+
+def rate_problems(optimizer: OptimizerSpec, lora: LoraSpec, architecture: Architecture) -> list[str]:
+    """Return patterns that name nothing that is trained, and those that divide a parameter."""
+    trained = _trained(lora, architecture)
+    every = [name for names in trained.values() for name in names]
+    problems = [
+        f"{_KEY}: {pattern!r} matches no trained parameter; their names are like {every[0]}"
+        for pattern in optimizer.lr_by_name
+        if not fnmatch.filter(every, pattern)
+    ]
+    for names in trained.values():
+        patterns = {name: _pattern(optimizer, name) for name in names}
+        if len(set(patterns.values())) > 1:
+            shown = ", ".join(
+                f"{name} {optimizer.lr_by_name.get(found or '', 'lr')}" for name, found in patterns.items()
+            )
+            return [*problems, f"{_KEY}: one matrix here has one learning rate, and it holds {shown}; name all of them"]
+    return problems
+
+
+def _pattern(optimizer: OptimizerSpec, name: str) -> str | None:
+    """Return the first pattern that matches, or None."""
+    return next((pattern for pattern in optimizer.lr_by_name if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def _trained(lora: LoraSpec, architecture: Architecture) -> dict[str, list[str]]:
+    """Return the Hugging Face names of what each trained parameter holds."""
+    if lora.rank is not None:
+        return {
+            target.parameter(own): [f"{architecture.weights.module(target.module)}.{name}"]
+            for target in all_targets(architecture, lora)
+            for own, name in target.parts(lora)
+        }
+    maps = architecture.weights.parameters() | dict(architecture.weights.outer)  # a stage may have a tied copy
+    return {name: list(dict.fromkeys(piece.name for piece in part.pieces)) for name, part in maps.items()}

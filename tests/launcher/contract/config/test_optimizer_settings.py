@@ -1,0 +1,85 @@
+"""Rules about the learning rate: what has no effect or cannot be is refused, with the key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launcher.contract.config.checks import spec_problems
+from launcher.contract.spec import DataSpec, OptimizerSpec, RunSpec, TrainSpec
+
+PREFIX = "train.optimizer."
+
+
+def problems(steps: int | None = 100, **optimizer: Any) -> list[tuple[str, str]]:
+    length: dict[str, Any] = {"epochs": 1.5} if steps is None else {"max_steps": steps}
+    train = TrainSpec(**length, optimizer=OptimizerSpec(**optimizer))
+    spec = RunSpec(name="run", data=DataSpec(train=["chat.jsonl"]), train=train)
+    return [(key.removeprefix(PREFIX), text) for key, text in spec_problems(spec) if key.startswith(PREFIX)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"warmup_ratio": 0.1},
+        {"warmup_ratio": 0.1, "decay_steps": 11},
+        {"schedule": "wsd"},
+        {"schedule": "wsd", "wsd_steps": 95, "wsd_decay": "1-sqrt", "warmup_steps": 5},
+        {"schedule": "polynomial", "power": 2.0},
+        {"schedule": "inverse_sqrt", "warmup_steps": 5},
+        {"schedule": "inverse_sqrt", "warmup_ratio": 0.1},
+        {"schedule": "cosine_with_restarts", "cycles": 1},
+        {"lr_by_name": {"*.embed_tokens.*": "1e-6", "lm_head.*": "0"}},
+    ],
+)
+def test_what_can_be(settings: dict[str, Any]) -> None:
+    assert problems(**settings) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        (
+            {"warmup_ratio": 0.1, "warmup_steps": 3},
+            "warmup_ratio",
+            "0.1 and train.optimizer.warmup_steps 3 exclude each other; drop one",
+        ),
+        (
+            {"warmup_ratio": 0.1, "decay_steps": 10},
+            "warmup_ratio",
+            "0.1 of 100 steps is a warm-up of 10, which train.optimizer.decay_steps 10 includes and must be above",
+        ),
+        (
+            {"warmup_ratio": 0.1, "decay_steps": 50, "steps": None},
+            "warmup_ratio",
+            "0.1 with train.optimizer.decay_steps needs train.max_steps; give train.optimizer.warmup_steps",
+        ),
+        ({"warmup_ratio": 1.0}, "warmup_ratio", "1 is not in [0, 1)"),
+        ({"wsd_steps": 5}, "wsd_steps", "5 belongs to schedule wsd, and schedule is cosine"),
+        ({"wsd_decay": "linear"}, "wsd_decay", "'linear' belongs to schedule wsd, and schedule is cosine"),
+        ({"power": 2.0}, "power", "2 belongs to schedule polynomial, and schedule is cosine"),
+        ({"schedule": "polynomial"}, "power", "missing; schedule polynomial needs it"),
+        ({"schedule": "cosine_with_restarts"}, "cycles", "missing; schedule cosine_with_restarts needs it"),
+        (
+            {"schedule": "wsd", "wsd_steps": 96, "warmup_steps": 5},
+            "wsd_steps",
+            "96 is more than the 95 steps after the warm-up",
+        ),
+        (
+            {"schedule": "inverse_sqrt"},
+            "schedule",
+            "inverse_sqrt is measured by the warm-up; give train.optimizer.warmup_steps",
+        ),
+        (
+            {"schedule": "inverse_sqrt", "warmup_steps": 5, "decay_steps": 50},
+            "decay_steps",
+            "50: inverse_sqrt has no end; drop it",
+        ),
+        ({"lr_by_name": {"*": "fast"}}, "lr_by_name", "'fast' is not a number, at least 0"),
+        ({"lr_by_name": {"*": "-1"}}, "lr_by_name", "'-1' is not a number, at least 0"),
+        ({"loraplus_ratio": 16.0}, "loraplus_ratio", "16.0 needs model.lora.rank, which is unset"),
+    ],
+)
+def test_what_cannot(settings: dict[str, Any], key: str, message: str) -> None:
+    assert problems(**settings) == [(key, message)]
