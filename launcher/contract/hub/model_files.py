@@ -27,7 +27,7 @@ def settings_files(listing: Listing) -> list[str]:
 
 
 def weight_files(listing: Listing) -> list[str]:
-    """Return the safetensors files of a model; the index of several is fetched for that.
+    """Return the safetensors files of a model. Where there are several, their index is fetched for that.
 
     Raise HubError for a repository that has none.
     """

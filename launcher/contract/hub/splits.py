@@ -42,8 +42,9 @@ class Wanted:
 
 
 def split_files(names: Iterable[str], card: str | None, wanted: Wanted) -> list[str]:
-    """Return the files of a split among a repository's `names`; `card` is the text of its README.md.
+    """Return the files of a split among a repository's `names`.
 
+    `card` is the text of its README.md.
     Raise HubError, with what there is, where the config or split does not exist or its files are of several kinds.
     """
     files = sorted(name for name in names if _is_data(name))

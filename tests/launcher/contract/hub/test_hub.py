@@ -340,3 +340,18 @@ def test_a_container_sees_the_whole_cache(hub: HubServer, tmp_path: Path) -> Non
     spec = load()
     mounts = {field.rule.mount(field.path) for field in path_fields(spec) if field.key in ("model.path", "data.train")}
     assert mounts == {tmp_path / "hf" / "hub"}
+
+
+def test_init_looks_at_what_the_hub_has(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = json.dumps({"added_tokens_decoder": {"1": {"content": "<|im_start|>"}, "2": {"content": "<|im_end|>"}}})
+    hub.model("org/base", {**MODEL_FILES, "tokenizer_config.json": settings.encode()})
+    words = ["init", "--model", "org/base", "--data", "org/rows", "--cluster", "local", "--gpus", "0"]
+    assert main([*words, "--output", "new.yaml"]) == 0
+    values = yaml.safe_load(Path("new.yaml").read_text())
+    assert values["model"]["path"] == "org/base"
+    assert values["data"]["train"] == ["org/rows"]
+    assert values["data"]["chat_template"] == "chatml"
+    assert "about 3 rows" in capsys.readouterr().out
+    assert "model.safetensors" not in hub.fetched()
+    listing_of.cache_clear()
+    assert main(["submit", "new.yaml", "--dry-run"]) == 0
