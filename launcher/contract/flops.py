@@ -44,7 +44,8 @@ def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
 
 def layer_norm_parameters(shape: ModelShape) -> int:
     """Return the weights of the norms in one decoder layer."""
-    return shape.layer_norms * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
+    heads = 2 * shape.qk_norm + (shape.num_attention_heads + shape.num_query_groups) * shape.width_norm
+    return shape.layer_norms * shape.hidden_size + heads * shape.head_dim
 
 
 def embedding_parameters(shape: ModelShape) -> int:

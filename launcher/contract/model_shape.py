@@ -26,8 +26,9 @@ _FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text")
 _QK_NORM = ("gemma3", "gemma3_text", "qwen3", "qwen3_moe")
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
-_WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}
-"""Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second or sixth layer."""
+_WIDTH_NORM = ("olmo2", "olmo3")
+_WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "olmo3": 4}
+"""Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""
 
 _GPT2_KEYS = {
     "num_hidden_layers": "n_layer",
@@ -69,6 +70,8 @@ class ModelShape:
     """Norms of the hidden size in each layer."""
     qk_norm: bool = False
     """Whether each layer norms heads of queries and keys, with a weight of head_dim for each."""
+    width_norm: bool = False
+    """Whether each layer norms all query heads together, and all key heads, with a weight of all their sizes."""
     window: int | None = None
     """Positions that a token sees in layers with a sliding window, itself included."""
     windowed_layers: int = 0
@@ -83,7 +86,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: HfConfig, where: str) -> ModelShape:
-        """Read the keys that Llama-like configs share, or GPT-2's; of a multimodal config, those of its language model.
+        """Read the keys that Llama-like configs share, or GPT-2's. A multimodal config has those of its language model.
 
         `where` names the file in errors.
         """
@@ -112,6 +115,7 @@ class ModelShape:
             gated_mlp=model_type != "gpt2",
             layer_norms=4 if model_type in _FOUR_NORMS else 2,
             qk_norm=model_type in _QK_NORM or bool(config.get("use_qk_norm")),
+            width_norm=model_type in _WIDTH_NORM,
             **_windows(config, model_type),
             **_expert_sizes(config),
             dense_layers=_dense_layers(config),

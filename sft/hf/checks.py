@@ -13,6 +13,7 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
     """Raise ModelError with every setting that this model cannot follow."""
     problems = [
         *_position_problems(spec, architecture),
+        *_head_problems(spec, architecture),
         *lora_problems(spec.model.lora, architecture, spec.topology.tensor_parallel),
     ]
     if not problems:  # the names of adapters come from targets that exist
@@ -22,18 +23,28 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
 
 
 def _position_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
-    positions, length, rope = architecture.shape.max_position_embeddings, spec.data.seq_length, architecture.rope
-    if rope is None and length > positions:
+    positions, length = architecture.shape.max_position_embeddings, spec.data.seq_length
+    if not architecture.ropes and length > positions:
         return [
             f"data.seq_length {length}: this model has learned {positions} positions; set it to at most {positions}"
         ]
-    if rope is None or rope.longest is None:
-        return []
+    longest = min((rope.longest for rope in architecture.ropes if rope.longest is not None), default=None)
     answers = f" + evaluation.max_new_tokens {spec.evaluation.max_new_tokens}" if spec.evaluation.prompts else ""
     whole = length + (spec.evaluation.max_new_tokens if answers else 0)
-    if whole <= rope.longest:
+    if longest is None or whole <= longest:
         return []
     return [
-        f"data.seq_length {length}{answers}: beyond {rope.longest} tokens this model's RoPE depends on the length of "
-        f"the batch (rope_type dynamic or longrope), which is not supported; keep to at most {rope.longest}"
+        f"data.seq_length {length}{answers}: beyond {longest} tokens this model's RoPE depends on the length of "
+        f"the batch (rope_type dynamic or longrope), which is not supported; keep to at most {longest}"
+    ]
+
+
+def _head_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
+    """Return whether ranks would share a key head that is normed together with the others."""
+    ranks, groups = spec.topology.tensor_parallel, architecture.shape.num_query_groups
+    if ranks <= groups or not any(layer.attention.width_norm for layer in architecture.layers):
+        return []
+    return [
+        f"topology.tensor_parallel {ranks}: this model norms its {groups} key heads together, which more ranks than "
+        f"heads cannot; set it to at most {groups}"
     ]

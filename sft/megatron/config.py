@@ -52,6 +52,7 @@ def transformer_config(
         # One switch each; `drop_absent_biases` takes off what a layer does not have.
         add_bias_linear=any(layer.mlp.bias or layer.attention.output_bias for layer in layers),
         add_qkv_bias=any(layer.attention.qkv_bias for layer in layers),
+        # Of norms that each rank has whole; it adds up their gradients. Those over all heads are split.
         qk_layernorm=_same(layer.attention.qk_norm for layer in layers),
         attention_dropout=spec.model.attention_dropout,
         hidden_dropout=spec.model.hidden_dropout,

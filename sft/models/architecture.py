@@ -18,8 +18,9 @@ from sft.models.weight_map import WeightMap
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 Scores = Literal["softmax", "sigmoid"]
-Norm = Literal["rms", "zero_centered_rms", "layer"]
-"""RMSNorm, RMSNorm that multiplies by 1 + weight, and LayerNorm."""
+Norm = Literal["rms", "late_rounded_rms", "zero_centered_rms", "layer"]
+"""RMSNorm, RMSNorm that is rounded after its product with the weight, RMSNorm that multiplies by 1 + weight, and
+LayerNorm."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,8 @@ class Attention:
     """Number of positions that a token sees, itself included; None is all before it."""
     qk_norm: bool = False
     """Whether each head of queries and keys is normed before RoPE."""
+    width_norm: bool = False
+    """Whether all query heads are normed together before RoPE, and so are all key heads."""
     qkv_bias: bool = False
     output_bias: bool = False
     softmax_scale: float | None = None

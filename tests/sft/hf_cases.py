@@ -44,9 +44,9 @@ def auto_class(case: str) -> Any:
     return transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
 
 
-def save_config(case: str, directory: Path) -> Path:
+def save_config(case: str, directory: Path, **more: object) -> Path:
     """Write config.json of `case` alone."""
-    hf_config(case).save_pretrained(directory)
+    hf_config(case, **more).save_pretrained(directory)
     return directory
 
 

@@ -22,6 +22,14 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class LateRoundedRMSNorm(RMSNorm):
+    """Olmo's: multiplies by the weight in fp32, and rounds to the type of the input at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm over the last dimension, in the type of `x`."""
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
 class LayerNorm(torch.nn.LayerNorm):
     """GPT-2's: mean and variance, with a weight and a bias."""
 
@@ -45,6 +53,7 @@ class ZeroCenteredRMSNorm(RMSNorm):
 
 PLAIN_NORMS: dict[Norm, type[torch.nn.Module]] = {
     "rms": RMSNorm,
+    "late_rounded_rms": LateRoundedRMSNorm,
     "zero_centered_rms": ZeroCenteredRMSNorm,
     "layer": LayerNorm,
 }

@@ -43,6 +43,7 @@ from sft.megatron.layers.norms import PLAIN_NORMS
 from sft.megatron.layers.post_norms import PostNormTransformerLayer
 from sft.megatron.layers.residual import residual_addition
 from sft.megatron.layers.shared_expert import SharedExpertMLP
+from sft.megatron.layers.width_norms import WidthRMSNorm
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts
 from sft.models.rope import Rope
 
@@ -137,7 +138,7 @@ def _norm_before_product(
 
 def _attention_spec(architecture: Architecture, attention: Attention, kernels: Kernels, linears: Linears) -> ModuleSpec:
     fused = kernels.fused_layers
-    head_norm = (FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]) if attention.qk_norm else None
+    query_norm, key_norm = _norms_of_heads(architecture, attention, fused=fused)
     core = {"scale": attention.softmax_scale, "window": attention.window, "softcap": attention.score_softcap}
     rope = architecture.rope_of(attention)
     return ModuleSpec(
@@ -155,10 +156,20 @@ def _attention_spec(architecture: Architecture, attention: Attention, kernels: K
             if fused
             else ModuleSpec(module=CoreAttention, params=core),
             linear_proj=linears.row,
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
+            q_layernorm=query_norm,
+            k_layernorm=key_norm,
         ),
     )
+
+
+def _norms_of_heads(architecture: Architecture, attention: Attention, *, fused: bool) -> tuple[object, object]:
+    """Return the norms of queries and of keys."""
+    if attention.width_norm:
+        heads = architecture.shape.num_attention_heads, architecture.shape.num_query_groups
+        queries, keys = (ModuleSpec(module=WidthRMSNorm, params={"heads": count}) for count in heads)
+        return queries, keys
+    norm = (FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]) if attention.qk_norm else None
+    return norm, norm
 
 
 def _columns_of_angles(architecture: Architecture, rope: Rope | None) -> slice:

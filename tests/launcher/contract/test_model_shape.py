@@ -49,6 +49,24 @@ def test_layers_with_a_window(config: dict[str, object], windowed: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("above", "inside", "tied"),
+    [
+        ({}, {}, False),
+        ({}, {"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, True),
+    ],
+)
+def test_a_multimodal_config_has_the_sizes_of_its_language_model(
+    above: dict[str, object], inside: dict[str, object], tied: bool
+) -> None:
+    text = {key: value for key, value in MODEL.items() if key not in ("model_type", "tie_word_embeddings")}
+    config = {"model_type": "mistral3", "text_config": text | inside, "vision_config": {"hidden_size": 7}} | above
+    shape = ModelShape.from_config(config, "here")
+    assert (shape.model_type, shape.num_layers, shape.hidden_size) == ("mistral", 4, 64)
+    assert shape.tied_embeddings is tied
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, r"^model\.path: no config\.json in .*; it must be a Hugging Face model directory$"),
