@@ -27,6 +27,7 @@ SUPPORTED = (
     "mistral",
     "mistral3",
     "mixtral",
+    "olmo2",
     "phi3",
     "qwen2",
     "qwen3",
