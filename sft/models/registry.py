@@ -28,6 +28,7 @@ SUPPORTED = (
     "mistral3",
     "mixtral",
     "olmo2",
+    "olmo3",
     "phi3",
     "qwen2",
     "qwen3",
