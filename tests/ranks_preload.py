@@ -12,9 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import pytest  # noqa: F401
-import pytorch_lightning  # noqa: F401
 import torch.distributed.algorithms.ddp_comm_hooks  # noqa: F401
 import transformers
+
+import sft.runtime.lightning
 
 import sft.megatron.core  # isort: skip  (before anything else of Megatron-core: it prepares it for a CPU)
 import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from torch._C._autograd import DeviceType
@@ -28,6 +27,7 @@ from sft.data.cache.store import TokenPair
 from sft.engine.module import SFTGPT
 from sft.megatron.initial_weights import INITIAL_STD
 from sft.models.registry import read_architecture
+from sft.runtime import lightning as pl
 from sft.runtime.rank_env import RankEnv
 from sft.training.datamodule import StepBatches, StepLoader, batch_schedule
 from sft.training.trainer import megatron_trainer

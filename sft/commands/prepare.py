@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from launcher.contract.errors import ConfigError
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.logger_packages import missing_loggers
 from launcher.contract.rundir import RunPaths, append_event
-from launcher.contract.spec import read_resolved
+from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.topology import build_topology
 from sft.data.prepared.held_out import open_validation_sets
 from sft.data.prepared.prepare import check_vocabulary, prepare_data
@@ -16,7 +18,6 @@ from sft.hf.answer import answers_wanted, record_answers
 from sft.hf.checks import check_model_settings
 from sft.hf.files import check_model_files
 from sft.hf.stop_tokens import record_stop_tokens
-from sft.metrics.loggers import check_loggers
 from sft.model_source import resolve_model_dir
 from sft.models.registry import read_architecture
 from sft.runtime.rank_env import RankEnv
@@ -48,3 +49,10 @@ def prepare(config: Path) -> ExitCode:
         record_answers(paths, spec, model_dir, "before")
     append_event(paths, "prepared", attempt=RankEnv.from_environ().attempt)
     return ExitCode.OK
+
+
+def check_loggers(spec: RunSpec) -> None:
+    """Raise ConfigError if a package is missing that a logger needs."""
+    problems = [f"{key}: {message}" for key, message in missing_loggers(spec)]
+    if problems:
+        raise ConfigError(problems)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,6 +46,7 @@ from sft.megatron.optim.step_check import StepJudge
 from sft.megatron.parallel.context import SharedRows, shared_rows
 from sft.megatron.parallel.groups import sum_over
 from sft.models.architecture import Architecture
+from sft.runtime import lightning as pl
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """From the last stage's output to (loss to differentiate, number of targets, sum for the log)."""

@@ -10,9 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
-
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, cast
 
 from launcher.contract.errors import ConfigError, DataError, ModelError
 from launcher.contract.spec import RunSpec
@@ -22,6 +20,9 @@ from sft.data.reading.formats import after_system
 from sft.data.reading.messages import Message, read_messages, read_tools
 from sft.data.reading.row import load
 from sft.data.reading.token_rows import parse_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Metric = Callable[..., Mapping[str, object]]
 """The function that evaluation.metric names; called with samples=, prompts= and outputs=."""
@@ -77,6 +78,8 @@ def stop_tokens(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, model_dir: Pa
     """Return the tokens that end an answer: the end tokens of tokenizer and model, and evaluation.stop_tokens."""
     stops = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
     if (model_dir / "generation_config.json").is_file():
+        from transformers import GenerationConfig  # slow to import, for ranks that answer no prompts
+
         ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
         stops |= set(ends) if isinstance(ends, list) else {ends} if isinstance(ends, int) else set()
     vocabulary = tokenizer.get_vocab()

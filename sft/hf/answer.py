@@ -9,17 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from launcher.contract.rundir import RunPaths, append_line, read_lines
 from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.encoding.prompt import Prompt, PromptWriter
 from sft.data.encoding.tokenizer import chat_template, load_tokenizer
-from sft.hf.adapter_export import adapted_model, add_adapter
 from sft.hf.loaded_model import load_transformers_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def answer(
@@ -35,7 +36,10 @@ def answer(
     Prompts are written as `data` has them written in training. The tokenizer is the model's own unless `tokenizer_dir`
     names another.
     """
+    # Slow to import, and few runs ask for answers.
     from transformers.utils import logging
+
+    from sft.hf.adapter_export import adapted_model, add_adapter
 
     # A bar that is rewritten in place would be one long line of a log.
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

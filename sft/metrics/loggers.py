@@ -11,19 +11,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-
-from launcher.contract.errors import ConfigError
-from launcher.contract.logger_packages import missing_loggers
 from launcher.contract.rundir import RunPaths, write_atomic
 from launcher.contract.spec import RunSpec
-
-
-def check_loggers(spec: RunSpec) -> None:
-    """Raise ConfigError if a package is missing that a logger needs."""
-    problems = [f"{key}: {message}" for key, message in missing_loggers(spec)]
-    if problems:
-        raise ConfigError(problems)
+from sft.runtime.lightning import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 
 class MetricLoggers:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeVar
 
-import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -23,6 +22,7 @@ from sft.data.cache.store import Examples
 from sft.data.prepared.prepare import PreparedData
 from sft.data.prepared.sources import Sources
 from sft.megatron.core import parallel_state
+from sft.runtime import lightning as pl
 
 T = TypeVar("T")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from launcher.contract.topology import Topology
@@ -22,6 +21,7 @@ from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.core import parallel_state
 from sft.megatron.parallel.groups import ControlGroup, init_model_parallel
+from sft.runtime.lightning import DDPStrategy
 
 if TYPE_CHECKING:
     from sft.engine.module import SFTGPT

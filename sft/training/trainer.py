@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-import pytorch_lightning as pl
 import torch
 
 from launcher.contract.errors import CheckpointError, ConfigError, TrainingError
@@ -34,8 +33,9 @@ from sft.metrics.mfu import utilization
 from sft.metrics.run_log import RunLog
 from sft.model_source import resolve_model_dir
 from sft.models.registry import read_architecture
+from sft.runtime import lightning as pl
 from sft.runtime.deadline import Deadline
-from sft.runtime.rank_env import RankClusterEnvironment, RankEnv
+from sft.runtime.rank_env import RankEnv
 from sft.runtime.stop import StopFlag
 from sft.training.callbacks.bad_steps import GuardCallback
 from sft.training.callbacks.checkpoints import CheckpointCallback
@@ -43,6 +43,7 @@ from sft.training.callbacks.early_stopping import EarlyStopping
 from sft.training.callbacks.evaluation import EvaluationCallback, held_out_batches
 from sft.training.callbacks.progress import ProgressCallback
 from sft.training.callbacks.watchdog_marks import watched
+from sft.training.cluster_environment import RankClusterEnvironment
 from sft.training.datamodule import SFTDataModule
 from sft.training.strategy import MegatronStrategy
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, cast
 
-import pytorch_lightning as pl
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +28,7 @@ from sft.compat.trlx.samples import Sample, SampleEncoder, Tokens
 from sft.compat.trlx.settings import run_place, settle
 from sft.data.encoding.tokenizer import load_tokenizer
 from sft.generation.evaluation_prompts import Metric
+from sft.runtime import lightning as pl
 from sft.runtime.rank_env import RankEnv
 from sft.training.trainer import megatron_trainer as our_trainer
 

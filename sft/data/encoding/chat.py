@@ -26,11 +26,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
@@ -39,6 +38,9 @@ from sft.data.encoding.tokenizer import ChatTemplates
 from sft.data.encoding.written import WrittenParts, describe
 from sft.data.reading.formats import Example
 from sft.data.reading.messages import Message, TemplateMessage, Tool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int, float]
 """First character, the one after the last, and the loss weight."""

@@ -17,10 +17,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from launcher.contract.errors import DataError, ModelError
 from launcher.contract.spec import DataSpec
@@ -29,6 +29,9 @@ from sft.data.encoding.escape import ControlTokens, Tokenized
 from sft.data.encoding.tokenizer import chat_template, control_tokens, end_of_text, leading_ids
 from sft.data.reading.formats import Example
 from sft.data.reading.messages import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)

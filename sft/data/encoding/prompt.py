@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.chat import ChatRenderer
 from sft.data.encoding.escape import ControlTokens
 from sft.data.encoding.tokenizer import ChatTemplates, leading_ids
 from sft.data.reading.messages import Message, Tool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)

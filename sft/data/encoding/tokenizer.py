@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from launcher.contract.errors import ModelError
 from launcher.contract.named_templates import NAMES, NONE, fit_all, needed_tokens, template_file
 from launcher.contract.spec import DataSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """A tokenizer has at least one of these."""
@@ -41,6 +43,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"model.tokenizer: {path} is not a directory")
     if not any((path / name).is_file() for name in VOCABULARY_FILES):
         raise ModelError(f"model.tokenizer: no tokenizer in {path}: it holds none of {', '.join(VOCABULARY_FILES)}")
+    from transformers import AutoTokenizer  # most ranks read tokens only, and transformers is slow to import
+
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False

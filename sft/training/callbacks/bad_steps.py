@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from sft.checkpoint.contents import BadStepState
 from sft.engine.module import SFTGPT
 from sft.engine.results import StepResult
 from sft.metrics.run_log import RunLog
+from sft.runtime import lightning as pl
 from sft.training.strategy import MegatronStrategy
 
 MAX_IN_A_ROW = 10

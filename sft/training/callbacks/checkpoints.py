@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
-import pytorch_lightning as pl
-
 from launcher.contract.errors import RunStateError
 from launcher.contract.lease import Keeper
 from launcher.contract.rundir import checkpoint_step
@@ -15,6 +13,7 @@ from launcher.contract.spec import CheckpointSpec
 from sft.checkpoint import files as checkpoint_files
 from sft.checkpoint.contents import BestSteps, RankedStep
 from sft.metrics.run_log import RunLog
+from sft.runtime import lightning as pl
 from sft.runtime.deadline import Deadline
 from sft.runtime.stop import StopFlag
 from sft.training.callbacks.bad_steps import GuardCallback

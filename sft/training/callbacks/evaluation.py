@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
-import pytorch_lightning as pl
-
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 from sft.checkpoint.contents import EarlyStoppingState
@@ -23,6 +21,7 @@ from sft.data.prepared.held_out import open_validation_sets
 from sft.engine.module import SFTGPT
 from sft.megatron.parallel.groups import ControlGroup
 from sft.metrics.run_log import RunLog
+from sft.runtime import lightning as pl
 from sft.training.callbacks.early_stopping import EarlyStopping
 from sft.training.datamodule import SFTDataModule, StepBatches
 from sft.training.strategy import MegatronStrategy

@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from typing import cast
 
-import pytorch_lightning as pl
-
 from sft.engine.module import SFTGPT
 from sft.metrics.run_log import RunLog
+from sft.runtime import lightning as pl
 from sft.training.strategy import MegatronStrategy
 
 

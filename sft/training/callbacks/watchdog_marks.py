@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytorch_lightning as pl
-
 from sft.health.rank_positions import Phase
 from sft.health.watchdog import Watchdog
+from sft.runtime import lightning as pl
 from sft.training.callbacks.checkpoints import CheckpointCallback
 from sft.training.callbacks.evaluation import EvaluationCallback
 

@@ -16,7 +16,8 @@ from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import read_model_shape
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import LoggingSpec, RunSpec
-from sft.metrics.loggers import MetricLoggers, check_loggers
+from sft.commands.prepare import check_loggers
+from sft.metrics.loggers import MetricLoggers
 from sft.metrics.mfu import Utilization, utilization
 from tests.tiny_model import make_tiny_model
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from launcher.contract.errors import ConfigError
-from sft.runtime.rank_env import RankClusterEnvironment, RankEnv
+from sft.runtime.rank_env import RankEnv
+from sft.training.cluster_environment import RankClusterEnvironment
 
 RENDEZVOUS = {"MASTER_ADDR": "node1", "MASTER_PORT": "20123"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4"}
