@@ -52,11 +52,13 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
     if not fused or because is not None:
         return Kernels(fused=fused, plain_layers_because=because if fused else None, precision=precision)
     kernel = attention_kernel(spec, architecture)
-    by_offsets = on_gpu and (spec.data.packing or spec.topology.context_parallel > 1)
+    by_offsets = on_gpu and (
+        spec.data.packing or spec.topology.context_parallel > 1 or _is_windowed(architecture, spec.data.seq_length)
+    )
     return Kernels(
         fused=True,
         attention=kernel,
-        attention_text=kernel if by_offsets else "torch's",
+        attention_text=kernel if by_offsets and not _is_capped(architecture) else "torch's",
         precision=precision,
     )
 
@@ -71,7 +73,22 @@ def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Ker
             f"train.attention flash4 takes heads of 32, 64, 96 or 128; this model's are {head_dim}, whose gradients it "
             "gets wrong on Hopper; set it to auto"
         )
+    if chosen == "flash4" and _is_capped(architecture):
+        raise ModelError(
+            "train.attention flash4 is not used for scores that are capped by tanh, as all of this model's are; set "
+            "it to auto"
+        )
     return attention.fastest_kernel(head_dim) if chosen == "auto" else chosen
+
+
+def _is_capped(architecture: Architecture) -> bool:
+    return all(layer.attention.score_softcap is not None for layer in architecture.layers)
+
+
+def _is_windowed(architecture: Architecture, length: int) -> bool:
+    """Return whether some layer hides positions of rows of this length."""
+    windows = (layer.attention.window for layer in architecture.layers)
+    return any(window is not None and window < length for window in windows)
 
 
 def _unfused_part(spec: RunSpec, architecture: Architecture) -> str | None:

@@ -10,9 +10,9 @@ import torch
 
 from launcher.contract.errors import ModelError
 from sft.kernels import attention
-from sft.megatron.kernel_choice import attention_kernel
+from sft.megatron.kernel_choice import attention_kernel, choose_kernels
 from sft.models.registry import read_architecture
-from tests.sft.hf_cases import run_spec
+from tests.sft.hf_cases import run_spec, save_config
 from tests.tiny_model import make_tiny_model
 
 
@@ -59,3 +59,33 @@ def test_asked_for_by_name_it_is_refused(tmp_path: Path) -> None:
     assert kernel(64) == "flash4"
     with pytest.raises(ModelError, match="takes heads of 32, 64, 96 or 128; this model's are 80"):
         kernel(80)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_capped_scores_go_to_no_kernel(tmp_path: Path) -> None:
+    """Where one is asked for by name, that is said; else the run's log does not name one."""
+    spec = run_spec(save_config("gemma2", tmp_path), 1)
+    spec = dataclasses.replace(
+        spec,
+        train=dataclasses.replace(spec.train, kernels="fused"),
+        data=dataclasses.replace(spec.data, packing=True),
+    )
+    architecture = read_architecture(tmp_path)
+    shape = dataclasses.replace(architecture.shape, head_dim=128)
+    architecture = dataclasses.replace(architecture, shape=shape)
+    assert "attention torch's" in choose_kernels(spec, architecture, on_gpu=True).describe()
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, attention="flash4"))
+    with pytest.raises(ModelError, match="flash4 is not used for scores that are capped by tanh"):
+        attention_kernel(spec, architecture)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("length", "text"), [(25, "attention flash2"), (24, "attention torch's")])
+def test_padded_rows_longer_than_a_window_go_to_the_kernel(length: int, text: str, tmp_path: Path) -> None:
+    spec = run_spec(save_config("mistral", tmp_path), 1)
+    spec = dataclasses.replace(
+        spec,
+        train=dataclasses.replace(spec.train, kernels="fused"),
+        data=dataclasses.replace(spec.data, seq_length=length),
+    )
+    assert text in choose_kernels(spec, read_architecture(tmp_path), on_gpu=True).describe()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.contract.model_shape import named_model_config, named_model_shape
 from sft.models.architecture import Attention
 from sft.models.registry import read_architecture
 from sft.models.rope import Rope
@@ -104,3 +106,11 @@ def test_an_earlier_files_pattern(tmp_path: Path) -> None:
 )
 def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     assert refusal(tmp_path, **{**GEMMA3, **changes}) == [message]
+
+
+@pytest.mark.parametrize("name", ["gemma2-2b", "gemma2-9b", "gemma3-270m", "gemma3-1b", "gemma3-4b"])
+def test_named_sizes_are_models_that_are_covered(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(named_model_config(name)))
+    architecture = read_architecture(tmp_path)
+    assert architecture.shape == named_model_shape(name)
+    assert sum(window is not None for window in windows(architecture)) == architecture.shape.windowed_layers > 0
