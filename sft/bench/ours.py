@@ -44,7 +44,7 @@ _KERNELS = {
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitK|cublas",
     "optimizer": r"adam|multi_tensor|lpnorm",
     "cross-entropy": r"^_statistics|^_gradient",
-    "norm, RoPE, SwiGLU": r"^_forward|^_backward|^_rotate|^_swiglu",
+    "norm, RoPE, SwiGLU": r"^_forward|^_backward|^_rotate|^_gated",
     "copies": r"memcpy|memset|copy|cat",
 }
 """Kinds of GPU kernels, with the patterns of their names. The first that matches counts."""

@@ -1,10 +1,10 @@
-"""Linear layers and the SwiGLU MLP as single operations, in the input's precision or with products in fp8.
+"""Linear layers and the gated MLP as single operations, in the input's precision or with products in fp8.
 
 In fp8, forward and the gradient of the input are fp8 products (sft.kernels.fp8). The gradient of a weight is not: it
 is a sum over tokens whose rounding errors would stay in the weights, so it is computed from the unrounded factors.
 
-The MLP saves its input and the projection [gate; up] for backward, but not silu(gate) * up: the backward kernel reads
-both halves anyway and writes the product again. That saves a fifth of a layer's activations for one write.
+The MLP saves its input and the projection [gate; up] for backward, but not activation(gate) * up: the backward kernel
+reads both halves anyway and writes the product again. That saves a fifth of a layer's activations for one write.
 
 Nothing here communicates: with tensor parallelism the caller gathers inputs before and reduces outputs after.
 """
@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sft.kernels import fp8
 from sft.kernels.autograd import Context
+from sft.kernels.gated import Gate, activate
 from sft.kernels.weight_gradient import weight_gradient
 
 
@@ -28,12 +28,14 @@ def fp8_linear(x: Tensor | fp8.WithRows, weight: Tensor) -> Tensor:
     return output
 
 
-def swiglu_mlp(x: Tensor | fp8.WithRows, up: Tensor, down: Tensor, *, in_fp8: bool = False) -> Tensor:
-    """Return (silu(g) * u) @ down^T, [..., hidden], where [g, u] = x @ up^T.
+def gated_mlp(
+    x: Tensor | fp8.WithRows, up: Tensor, down: Tensor, gate: Gate = "silu", *, in_fp8: bool = False
+) -> Tensor:
+    """Return (activation(g) * u) @ down^T, [..., hidden], where [g, u] = x @ up^T.
 
     x is [..., hidden], up [2 * width, hidden] with the gate's rows first, down [hidden, width].
     """
-    output: Tensor = _SwiGLUMLP.apply(fp8.unquantized(x), fp8.rows_of(x) if in_fp8 else None, up, down)
+    output: Tensor = _GatedMLP.apply(fp8.unquantized(x), fp8.rows_of(x) if in_fp8 else None, up, down, gate)
     return output
 
 
@@ -59,20 +61,21 @@ class _Fp8Linear(torch.autograd.Function):
 
 class _MLPContext(Context, Protocol):
     in_fp8: bool
+    gate: Gate
 
 
-class _SwiGLUMLP(torch.autograd.Function):
+class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _MLPContext, x: Tensor, low: fp8.Rows | None, up: Tensor, down: Tensor) -> Tensor:
+    def forward(ctx: _MLPContext, x: Tensor, low: fp8.Rows | None, up: Tensor, down: Tensor, gate: Gate) -> Tensor:
         rows = _as_rows(x)
         if low is not None:
             mixed = fp8.product(low, fp8.quantize(up), x.dtype)
-            output = fp8.product(_gated_rows(mixed), fp8.quantize(down), x.dtype)
+            output = fp8.product(_gated_rows(mixed, gate), fp8.quantize(down), x.dtype)
         else:
             mixed = rows @ up.t()
-            output = _gated(mixed) @ down.t()
+            output = _gated(mixed, gate) @ down.t()
         ctx.save_for_backward(rows, mixed, up, down)
-        ctx.in_fp8 = low is not None
+        ctx.in_fp8, ctx.gate = low is not None, gate
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -83,48 +86,50 @@ class _SwiGLUMLP(torch.autograd.Function):
             gated_grad = fp8.product(fp8.quantize(own), fp8.quantize_transposed(down), grad.dtype)
         else:
             gated_grad = own @ down
-        gated, mixed_grad, low = _gated_backward(gated_grad, mixed, quantize=ctx.in_fp8)
+        gated, mixed_grad, low = _gated_backward(gated_grad, mixed, ctx.gate, quantize=ctx.in_fp8)
         del gated_grad  # these are the largest tensors of a layer: each is freed before the next is made
         down_grad = weight_gradient(down, own, gated) if ctx.needs_input_grad[3] else None
         del gated
         x_grad = mixed_grad @ up if low is None else fp8.product(low, fp8.quantize_transposed(up), grad.dtype)
         up_grad = weight_gradient(up, mixed_grad, rows) if ctx.needs_input_grad[2] else None
-        return x_grad.view(*grad.shape[:-1], -1), None, up_grad, down_grad
+        return x_grad.view(*grad.shape[:-1], -1), None, up_grad, down_grad, None
 
 
 def _as_rows(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, x.shape[-1])
 
 
-def _gated(mixed: Tensor) -> Tensor:
+def _gated(mixed: Tensor, gate: Gate) -> Tensor:
     if mixed.is_cuda:
-        from sft.kernels.triton import swiglu as triton_swiglu  # installed with CUDA builds of torch only
+        from sft.kernels.triton import gated as triton_gated  # installed with CUDA builds of torch only
 
-        return triton_swiglu.forward(mixed)
-    gate, up = mixed.chunk(2, dim=-1)
-    return F.silu(gate) * up
+        return triton_gated.forward(mixed, gate)
+    values, up = mixed.chunk(2, dim=-1)
+    return activate(values, gate) * up
 
 
-def _gated_rows(mixed: Tensor) -> fp8.Rows:
+def _gated_rows(mixed: Tensor, gate: Gate) -> fp8.Rows:
     if mixed.is_cuda:
         from sft.kernels.triton import fp8 as triton_fp8
 
-        return fp8.Rows(*triton_fp8.swiglu(mixed))
-    return fp8.quantize(_gated(mixed))
+        return fp8.Rows(*triton_fp8.gated(mixed, gate))
+    return fp8.quantize(_gated(mixed, gate))
 
 
-def _gated_backward(grad: Tensor, mixed: Tensor, *, quantize: bool) -> tuple[Tensor, Tensor, fp8.Rows | None]:
-    """Return silu(gate) * up, the gradient of `mixed`, and that gradient in fp8 (None unless `quantize` is set).
+def _gated_backward(
+    grad: Tensor, mixed: Tensor, gate: Gate, *, quantize: bool
+) -> tuple[Tensor, Tensor, fp8.Rows | None]:
+    """Return activation(gate) * up, the gradient of `mixed`, and that gradient in fp8 (None unless `quantize` is set).
 
     On a GPU the gradient is written over `mixed`.
     """
     if mixed.is_cuda:
         from sft.kernels.triton import fp8 as triton_fp8
 
-        gated, low = triton_fp8.swiglu_backward(grad, mixed, quantize=quantize)
+        gated, low = triton_fp8.gated_backward(grad, mixed, gate, quantize=quantize)
         return gated, mixed, None if low is None else fp8.Rows(*low)
-    gate, up = mixed.chunk(2, dim=-1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    own = torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], dim=-1)
-    return silu * up, own, fp8.quantize(own) if quantize else None
+    with torch.enable_grad():
+        mixed = mixed.detach().requires_grad_()
+        product = _gated(mixed, gate)
+    (own,) = torch.autograd.grad(product, mixed, grad)
+    return product.detach(), own, fp8.quantize(own) if quantize else None

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from sft.kernels import adamw, attention, fp8, norm
 from sft.kernels.embedding import lookup
-from sft.kernels.geglu import geglu
-from sft.kernels.linear import fp8_linear, swiglu_mlp
+from sft.kernels.gated import Gate, gated
+from sft.kernels.linear import fp8_linear, gated_mlp
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
 from sft.kernels.loss_form import LossForm
 from sft.kernels.masked_attention import causal_mask
 from sft.kernels.products import add_product
 from sft.kernels.rope import split_and_rotate
-from sft.kernels.swiglu import swiglu
 from tests.sft.kernels.test_adamw import adamw_rows
 
 pytestmark = [
@@ -79,22 +78,18 @@ def test_norm(centered: bool, rows: int, width: int) -> None:
     )
 
 
-@pytest.mark.parametrize("width", [40, 1024, 8200])
-def test_swiglu(width: int) -> None:
-    def plain(x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    assert_equal(lambda x: swiglu(x * 1), plain, [drawn(33, 2, 2 * width)])
+def activated(values: Tensor, gate: Gate) -> Tensor:
+    return F.silu(values) if gate == "silu" else F.gelu(values, approximate="tanh")
 
 
 @pytest.mark.parametrize("width", [40, 1024, 8200])
-def test_geglu(width: int) -> None:
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_gated(gate: Gate, width: int) -> None:
     def plain(x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return F.gelu(gate, approximate="tanh") * up
+        values, up = x.chunk(2, dim=-1)
+        return activated(values, gate) * up
 
-    assert_equal(lambda x: geglu(x * 1), plain, [drawn(33, 2, 2 * width)])
+    assert_equal(lambda x: gated(x * 1, gate), plain, [drawn(33, 2, 2 * width)])
 
 
 @pytest.mark.parametrize(
@@ -263,15 +258,20 @@ def test_weight_gradients_go_to_a_buffer_of_half_precision_too() -> None:
     assert (out.double() - exact).norm() / exact.norm() < TOLERANCE
 
 
-def plain_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    gate, linear = (x @ up.t()).chunk(2, dim=-1)
-    return (F.silu(gate) * linear) @ down.t()
+def plain_mlp(gate: Gate) -> Operation:
+    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        values, linear = (x @ up.t()).chunk(2, dim=-1)
+        return (activated(values, gate) * linear) @ down.t()
+
+    return mlp
 
 
 @pytest.mark.parametrize("width", [48, 1024, 8192])
-def test_mlp_as_one_operation(width: int) -> None:
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_mlp_as_one_operation(gate: Gate, width: int) -> None:
     weights = [drawn(2 * width, 96) * 0.1, drawn(96, width) * 0.1]
-    assert_equal(lambda *inputs: swiglu_mlp(*inputs), plain_mlp, [drawn(33, 2, 96), *weights], tolerance=1e-2)
+    inputs = [drawn(33, 2, 96), *weights]
+    assert_equal(lambda x, up, down: gated_mlp(x, up, down, gate), plain_mlp(gate), inputs, tolerance=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (37, 96), (300, 5000)])
@@ -295,6 +295,7 @@ def test_linear_in_fp8() -> None:
 
 
 @pytest.mark.parametrize("width", [48, 8192])
-def test_mlp_in_fp8(width: int) -> None:
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_mlp_in_fp8(gate: Gate, width: int) -> None:
     inputs = [drawn(33, 2, 96), drawn(2 * width, 96) * 0.1, drawn(96, width) * 0.1]
-    assert_equal(lambda *tensors: swiglu_mlp(*tensors, in_fp8=True), plain_mlp, inputs, tolerance=1e-1)
+    assert_equal(lambda x, up, down: gated_mlp(x, up, down, gate, in_fp8=True), plain_mlp(gate), inputs, tolerance=1e-1)

@@ -19,6 +19,7 @@ from tests.parity.test_context_parallel import losses_by_place
 from tests.parity.test_families import family_model
 from tests.parity.test_grid import RATE, STEPS, assert_gradients_equal
 from tests.parity.test_packing import first_steps, trace, trace_perturbed
+from tests.tiers import thinned
 from tests.tiny_model import make_chat_rows, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -69,6 +70,12 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     return {}
 
 
+def reference_of(family: str, root: Path, models: dict[str, Path], chat: Path, known: dict[str, Curve]) -> Curve:
+    if family not in known:
+        known[family] = reference_curve(root / "reference", models[family], chat, steps=STEPS, **RATE)
+    return known[family]
+
+
 @pytest.mark.parametrize(("family", "layout"), CELLS)
 def test_gradients_follow_reference(
     family: str, layout: str, tmp_path: Path, models: dict[str, Path], chat: Path, references: dict[str, Curve]
@@ -76,9 +83,7 @@ def test_gradients_follow_reference(
     """Seen to fail with windows of one position more."""
     ranks, topology, settings = LAYOUTS[layout]
     model = models[family]
-    if family not in references:
-        references[family] = reference_curve(tmp_path / "reference", model, chat, steps=STEPS, **RATE)
-    expected = references[family]
+    expected = reference_of(family, tmp_path, models, chat, references)
     paths = make_run(tmp_path, model, chat, ranks=ranks, topology=topology, max_steps=STEPS, **RATE, **settings)
     by_rank = run_training(paths, ranks, function=train_and_capture)
     losses, norms = curve(paths)
@@ -115,3 +120,25 @@ def test_losses_of_rows_that_ranks_share(family: str, tmp_path: Path, models: di
             assert [losses[number] for number in range(place.start, place.stop)] == pytest.approx(
                 row.losses[place], abs=1e-5
             )
+
+
+@pytest.mark.parametrize("tensor_parallel", thinned(["1", "2"], "1"))
+def test_gemma_in_fp8_stays_near_fp32(
+    tensor_parallel: str, tmp_path: Path, models: dict[str, Path], chat: Path, references: dict[str, Curve]
+) -> None:
+    """Products of GeGLU MLPs in fp8, as one operation, behind norms that multiply by 1 + weight."""
+    size = int(tensor_parallel)
+    expected = reference_of("gemma3_text", tmp_path, models, chat, references)
+    settings = {"precision": "fp8", "kernels": "fused", "packing": True, **RATE}
+    paths = make_run(
+        tmp_path,
+        models["gemma3_text"],
+        chat,
+        ranks=size,
+        topology={"tensor_parallel": size},
+        max_steps=STEPS,
+        **settings,
+    )
+    run_training(paths, size)
+    assert curve(paths)[0] != pytest.approx(expected.losses, rel=1e-6)  # fp8 was there
+    assert curve(paths)[0] == pytest.approx(expected.losses, rel=2e-2)

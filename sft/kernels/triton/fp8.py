@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sft.kernels.triton.gated import activated
+
 DTYPE = torch.float8_e4m3fn
 _LARGEST = tl.constexpr(448.0)  # of E4M3
 _SMALLEST = tl.constexpr(1e-12)  # keeps the scale of a row of zeros above 0
@@ -65,19 +67,22 @@ def _transposed(x_ptr, peak_ptr, y_ptr, scale_ptr, rows, columns, TILE: tl.const
 
 
 @triton.jit
-def _swiglu(x_ptr, y_ptr, scale_ptr, width, BLOCK: tl.constexpr):
+def _gated(x_ptr, y_ptr, scale_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
     # Rounded as the bf16 version stores it, so that both versions quantize the same values.
-    y = (gate * tl.sigmoid(gate) * up).to(x_ptr.dtype.element_ty).to(tl.float32)
+    value, _ = activated(gate, GELU)
+    y = (value * up).to(x_ptr.dtype.element_ty).to(tl.float32)
     store_row(y, y_ptr, scale_ptr, row, width, column, inside)
 
 
 @triton.jit
-def _swiglu_backward(grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_backward(
+    grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width, GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -85,12 +90,10 @@ def _swiglu_backward(grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width, QUANTIZE
     grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(x_ptr + first, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + second, mask=inside, other=0.0).to(tl.float32)
-    # silu(g) = g * sigmoid(g), so silu'(g) = sigmoid(g) + silu(g) * (1 - sigmoid(g)).
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    tl.store(y_ptr + row * width + column, (silu * up).to(y_ptr.dtype.element_ty), mask=inside)
-    gate_grad = grad * up * (sigmoid + silu * (1 - sigmoid))
-    up_grad = grad * silu
+    value, slope = activated(gate, GELU)
+    tl.store(y_ptr + row * width + column, (value * up).to(y_ptr.dtype.element_ty), mask=inside)
+    gate_grad = grad * up * slope
+    up_grad = grad * value
     tl.store(x_ptr + first, gate_grad.to(x_ptr.dtype.element_ty), mask=inside)
     tl.store(x_ptr + second, up_grad.to(x_ptr.dtype.element_ty), mask=inside)
     if QUANTIZE:
@@ -134,17 +137,19 @@ def transposed(x: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
     return y, scale
 
 
-def swiglu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return silu(gate) * up, of x = [gate, up] contiguous [rows, 2 * width], as fp8 values and scales."""
+def gated(x: Tensor, gate: str) -> tuple[Tensor, Tensor]:
+    """Return activation(gate) * up, of x = [gate, up] contiguous [rows, 2 * width], as fp8 values and scales."""
     count, width = x.shape[0], x.shape[1] // 2
     y, scale = empty_rows(x, count, width)
     block = triton.next_power_of_2(width)
-    _swiglu[(count,)](x, y, scale, width, BLOCK=block, num_warps=_warps(block))
+    _gated[(count,)](x, y, scale, width, GELU=gate == "gelu_tanh", BLOCK=block, num_warps=_warps(block))
     return y, scale
 
 
-def swiglu_backward(grad: Tensor, x: Tensor, *, quantize: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Overwrite `x` = [gate, up] with its gradient, and return silu(gate) * up.
+def gated_backward(
+    grad: Tensor, x: Tensor, gate: str, *, quantize: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Overwrite `x` = [gate, up] with its gradient, and return activation(gate) * up.
 
     With `quantize` also return the gradient of `x` as fp8 values and scales.
     """
@@ -152,9 +157,9 @@ def swiglu_backward(grad: Tensor, x: Tensor, *, quantize: bool) -> tuple[Tensor,
     y = torch.empty_like(grad)
     low = empty_rows(x, *x.shape) if quantize else None
     block = triton.next_power_of_2(width)
-    _swiglu_backward[(count,)](
+    _gated_backward[(count,)](
         grad, x, y, x if low is None else low[0], x if low is None else low[1], width,
-        QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
+        GELU=gate == "gelu_tanh", QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return y, low
 

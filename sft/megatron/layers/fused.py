@@ -16,10 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sft.kernels import attention, norm
 from sft.kernels.fp8 import WithRows, unquantized
-from sft.kernels.geglu import geglu
-from sft.kernels.linear import swiglu_mlp
+from sft.kernels.gated import Gate, gated
+from sft.kernels.linear import gated_mlp
 from sft.kernels.rope import rotate, split_and_rotate
-from sft.kernels.swiglu import swiglu
 from sft.megatron.core import MLP, IdentityOp, TransformerConfig, TransformerLayer, tensor_parallel
 from sft.megatron.layers.attention import RotarySelfAttention
 from sft.megatron.layers.core_attention import CoreAttention
@@ -90,6 +89,8 @@ class FusedMLP(MLP):  # type: ignore[misc]
     the linears themselves, which send gradients while they compute those of weights, or have adapters.
     """
 
+    gate: Gate = "silu"
+
     def forward(self, hidden_states: Tensor | WithRows, *_: object, **__: object) -> tuple[Tensor, Tensor | None]:
         """Return the output and no bias."""
         up, down = self.linear_fc1, self.linear_fc2
@@ -98,22 +99,19 @@ class FusedMLP(MLP):  # type: ignore[misc]
             await_weights(up)
             await_weights(down)
             inputs = up.whole_input(hidden_states)
-            return down.reduced(swiglu_mlp(inputs, up.weight, down.weight, in_fp8=True)), None
+            return down.reduced(gated_mlp(inputs, up.weight, down.weight, self.gate, in_fp8=True)), None
         if type(up) is tensor_parallel.ColumnParallelLinear and up.tp_group.size() == 1:
             await_weights(up)
             await_weights(down)
-            return swiglu_mlp(hidden_states, up.weight, down.weight), None
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))
+            return gated_mlp(hidden_states, up.weight, down.weight, self.gate), None
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(gated(self.linear_fc1(hidden_states)[0], self.gate))
         return output
 
 
-class FusedGeGLUMLP(MLP):  # type: ignore[misc]
+class FusedGeGLUMLP(FusedMLP):
     """GeGLU MLP without biases."""
 
-    def forward(self, hidden_states: Tensor | WithRows, *_: object, **__: object) -> tuple[Tensor, Tensor | None]:
-        """Return the output and no bias."""
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(geglu(self.linear_fc1(hidden_states)[0]))
-        return output
+    gate = "gelu_tanh"
 
 
 class FusedCoreAttention(CoreAttention):

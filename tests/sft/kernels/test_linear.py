@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sft.kernels import fp8
-from sft.kernels.linear import fp8_linear, swiglu_mlp
+from sft.kernels.gated import Gate
+from sft.kernels.linear import fp8_linear, gated_mlp
 from sft.kernels.weight_gradient import weight_gradient
 
 HIDDEN, WIDTH = 16, 48
@@ -18,15 +19,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype).requires_grad_()
 
 
-def plain(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    gate, linear = (x @ up.t()).chunk(2, dim=-1)
-    return (F.silu(gate) * linear) @ down.t()
+def plain(x: Tensor, up: Tensor, down: Tensor, gate: Gate) -> Tensor:
+    values, linear = (x @ up.t()).chunk(2, dim=-1)
+    return ((F.silu(values) if gate == "silu" else F.gelu(values, approximate="tanh")) * linear) @ down.t()
 
 
-def test_mlp_equals_torch() -> None:
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_mlp_equals_torch(gate: Gate) -> None:
     own = [random(5, 2, HIDDEN), random(2 * WIDTH, HIDDEN), random(HIDDEN, WIDTH)]
     exact = [tensor.detach().clone().requires_grad_() for tensor in own]
-    results = [operation(*tensors) for operation, tensors in ((swiglu_mlp, own), (plain, exact))]
+    results = [operation(*tensors, gate) for operation, tensors in ((gated_mlp, own), (plain, exact))]
     for result in results:
         result.square().sum().backward()
     torch.testing.assert_close(results[0], results[1])
@@ -36,7 +38,7 @@ def test_mlp_equals_torch() -> None:
 
 def test_frozen_weights_have_no_gradient() -> None:
     x, up, down = random(5, HIDDEN), random(2 * WIDTH, HIDDEN).detach(), random(HIDDEN, WIDTH).detach()
-    swiglu_mlp(x, up, down).sum().backward()
+    gated_mlp(x, up, down).sum().backward()
     fp8_linear(x, up).sum().backward()
     assert x.grad is not None and up.grad is None and down.grad is None
 
