@@ -42,6 +42,16 @@ def charts(metrics: Sequence[JsonObject], resumed: Sequence[float]) -> list[Char
         "tokens/s": [_Curve("tokens_per_second", "tokens/s", _GREEN)],
         "gradient norm": [_Curve("grad_norm", "gradient norm", _BLUE)],
         "MFU": [_Curve("mfu", "MFU", _GREEN)],
+        "largest load over the mean": [
+            _Curve("router/expert_load", "experts", _BLUE),
+            _Curve("router/rank_load", "ranks", _ORANGE),
+        ],
+        "routers": [
+            _Curve("router/entropy", "entropy, 1 if even", _GREEN),
+            _Curve("router/aux_loss", "loss for even loads", _PURPLE),
+        ],
+        "experts without tokens": [_Curve("router/dead_experts", "experts", _BLUE)],
+        "largest router logit": [_Curve("router/max_logit", "logit", _ORANGE)],
     }
     drawn = []
     for title, curves in wanted.items():

@@ -24,6 +24,7 @@ from sft.data.batches.batch import MicroBatch, StepBatch
 from sft.engine.divide_gradients import reduce_and_divide_gradients
 from sft.engine.objective import weighted_for
 from sft.engine.results import EvalResult, StepResult
+from sft.engine.routing import routing_numbers
 from sft.hf.learning_rates import rates
 from sft.megatron.config import transformer_config
 from sft.megatron.core import (
@@ -37,13 +38,14 @@ from sft.megatron.core import (
 from sft.megatron.initial_weights import load_initial_weights
 from sft.megatron.kernel_choice import Kernels, choose_kernels
 from sft.megatron.layers.noisy_embedding import TokenSeeds
-from sft.megatron.layers.packed_rows import PackedSequences, packed_sequences
+from sft.megatron.layers.packed_rows import packed_sequences, padded_rows
 from sft.megatron.model import SFTGPTModel, Targets, build_chunks
 from sft.megatron.optim.multipliers import of_parameters
 from sft.megatron.optim.optimizer import LightningOptimizerShell, build_optimizer
 from sft.megatron.optim.schedule import Schedule
 from sft.megatron.optim.step_check import StepJudge
-from sft.megatron.parallel.context import SharedRows, shared_rows
+from sft.megatron.parallel.context import shared_rows
+from sft.megatron.parallel.documents import RouterStep, Rows
 from sft.megatron.parallel.groups import sum_over
 from sft.models.architecture import Architecture
 from sft.runtime import lightning as pl
@@ -154,7 +156,15 @@ class SFTGPT(pl.LightningModule):
             tokens=batch.tokens,
             squared_lengths=batch.squared_lengths,
             supervised_tokens=batch.supervised_tokens,
+            routing=self._routing_numbers(batch),
         )
+
+    def _routing_numbers(self, batch: StepBatch) -> Tensor | None:
+        """Return the numbers of `routing.NUMBERS`, of a step that is logged and in a model with experts."""
+        if not (self.architecture.has_experts and self._is_logged(batch)):
+            return None
+        chunks = [model_chunk.module for model_chunk in self.model_chunks]
+        return routing_numbers(chunks, self.architecture, self.topology, batch.examples, self.device)
 
     def _set_learning_rate(self, step: int) -> float:
         """Set and return the schedule's learning rate. It depends on `step` alone: there is nothing to resume."""
@@ -172,10 +182,12 @@ class SFTGPT(pl.LightningModule):
         parts = [micro_batch.own_part() for micro_batch in batch.micro_batches]
         iterators: list[Iterator[MicroBatch]] = [iter(parts) for _ in self.model_chunks]
         rows, seq_length = batch.micro_batches[0].tokens.shape
+        routers = self._router_step(batch)
+        forward_step = partial(_forward_step, routers=routers)
+        if self.kernels.fused:
+            forward_step = partial(_fused_step, routers=routers, divisor=batch.global_weight)
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(_fused_step, divisor=batch.global_weight)
-            if self.kernels.fused
-            else _forward_step,
+            forward_step_func=forward_step,
             data_iterator=iterators if len(self.model_chunks) > 1 else iterators[0],
             model=self.model_chunks if len(self.model_chunks) > 1 else self.model_chunks[0],
             num_microbatches=len(batch.micro_batches),
@@ -189,6 +201,20 @@ class SFTGPT(pl.LightningModule):
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
         return total
+
+    def _router_step(self, batch: StepBatch) -> RouterStep | None:
+        """Return what routers do in this step; None for a model without any."""
+        if not self.architecture.has_experts:
+            return None
+        # Gradients are divided by the weight afterwards, unless fused kernels have done so.
+        divided = 1.0 if self.kernels.fused else batch.global_weight
+        scale = self.spec.train.router_aux_loss / batch.examples * divided if batch.global_weight > 0 else 0.0
+        return RouterStep(
+            aux_scale=scale, recorded=self._is_logged(batch), sequence_parallel=self.topology.sequence_parallel
+        )
+
+    def _is_logged(self, batch: StepBatch) -> bool:
+        return self.spec.logging.is_due(batch.step + 1, self.max_steps)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch]) -> EvalResult:
@@ -207,22 +233,25 @@ class SFTGPT(pl.LightningModule):
         return EvalResult(loss=float(loss_sum) / weight, examples=examples, supervised_tokens=supervised)
 
 
-def _forward_step(iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, LossFunction]:
+def _forward_step(
+    iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, routers: RouterStep | None
+) -> tuple[Tensor, LossFunction]:
     """Run Megatron-core's forward step, which on the last stage returns the loss of each target, [b, s]."""
     batch = next(iterator)
+    rows = _rows(batch, routers)
     output = model(
         batch.tokens,
         batch.position_ids,
         None,
         labels=batch.labels,
-        packed_seq_params=_packed(batch),
+        packed_seq_params=rows,
         noise_of=_token_seeds(batch),
     )
     return output, partial(_weighted_sum, batch.loss_weights)
 
 
 def _fused_step(
-    iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, divisor: float
+    iterator: Iterator[MicroBatch], model: DistributedDataParallel, *, routers: RouterStep | None, divisor: float
 ) -> tuple[Tensor, LossFunction]:
     """Run the forward step with fused kernels, which on the last stage returns the divided sum of weighted losses.
 
@@ -234,21 +263,26 @@ def _fused_step(
     weights, labels = (rows.t().reshape(-1)[places] for rows in (batch.loss_weights, batch.labels))
     divisor = divisor or 1.0
     targets = Targets(places, labels, weights / divisor)
+    rows = _rows(batch, routers)
     output = model(
         batch.tokens,
         batch.position_ids,
         None,
-        packed_seq_params=_packed(batch),
+        packed_seq_params=rows,
         targets=targets,
         noise_of=_token_seeds(batch),
     )
     return output, partial(_as_sum, len(places), divisor)
 
 
-def _packed(batch: MicroBatch) -> PackedSequences | SharedRows | None:
+def _rows(batch: MicroBatch, routers: RouterStep | None) -> Rows | None:
+    """Return what the layers must know of the rows of a micro-batch; `routers` is None in a model without experts."""
+    documents = None if routers is None else routers.documents(batch)
     if batch.context_share is not None:
-        return shared_rows(batch.context_share)
-    return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids.flatten())
+        return shared_rows(batch.context_share, documents)
+    if batch.cu_seqlens is None or batch.seq_lengths is None:
+        return padded_rows(batch.tokens.size(1), documents)
+    return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids.flatten(), documents)
 
 
 def _token_seeds(batch: MicroBatch) -> TokenSeeds | None:

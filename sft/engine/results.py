@@ -23,6 +23,8 @@ class StepResult:
     tokens: int
     squared_lengths: int
     supervised_tokens: int
+    routing: Tensor | None = None
+    """How experts were used (`sft.engine.routing.NUMBERS`), in a step that is logged of a model that has some."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

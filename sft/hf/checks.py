@@ -15,11 +15,20 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
         *_position_problems(spec, architecture),
         *_head_problems(spec, architecture),
         *lora_problems(spec.model.lora, architecture, spec.topology.tensor_parallel),
+        *_router_problems(spec, architecture),
     ]
     if not problems:  # the names of adapters come from targets that exist
         problems += rate_problems(spec.train.optimizer, spec.model.lora, architecture)
     if problems:
         raise ModelError(problems)
+
+
+def _router_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
+    coefficient = spec.train.router_aux_loss
+    if not coefficient or architecture.has_experts:
+        return []
+    kind = architecture.shape.model_type
+    return [f"train.router_aux_loss {coefficient:g}: a {kind} model has no experts to use more evenly; set it to 0"]
 
 
 def _position_problems(spec: RunSpec, architecture: Architecture) -> list[str]:

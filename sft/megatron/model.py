@@ -31,9 +31,10 @@ from sft.megatron.layers.biases import drop_absent_biases
 from sft.megatron.layers.fused import await_weights
 from sft.megatron.layers.lora import attach_adapters
 from sft.megatron.layers.noisy_embedding import NoisyEmbedding, TokenSeeds
-from sft.megatron.layers.packed_rows import PackedSequences
+from sft.megatron.layers.router import tell_documents
 from sft.megatron.layers.spec import LayerOptions, decoder_spec
 from sft.megatron.parallel.context import SharedRows
+from sft.megatron.parallel.documents import Rows
 from sft.megatron.patches.embedding import multiply_embedding, use_direct_lookup
 from sft.megatron.patches.offloaded_inputs import offload_inputs
 from sft.megatron.patches.rotary_angles import use_whole_table
@@ -87,7 +88,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         attention_mask: Tensor | None,
         *args: object,
         targets: Targets | None = None,
-        packed_seq_params: PackedSequences | SharedRows | None = None,
+        packed_seq_params: Rows | None = None,
         noise_of: TokenSeeds | None = None,
         **kwargs: object,
     ) -> Tensor:
@@ -108,7 +109,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         targets: Targets,
         input_ids: Tensor,
         position_ids: Tensor,
-        rows: PackedSequences | SharedRows | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         """Return the weighted sum of the losses at `targets`, computed without the logits of other positions.
 
@@ -123,7 +124,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the decoder's inputs, with the angles of this rank's tokens where ranks share rows."""
         embedded, angles, *others = super()._preprocess(*args, **kwargs)
-        rows: PackedSequences | SharedRows | None = kwargs.get("packed_seq_params")
+        rows: Rows | None = kwargs.get("packed_seq_params")
         if angles is not None and isinstance(rows, SharedRows):
             angles = angles[rows.positions]
         return embedded, angles, *others
@@ -266,6 +267,7 @@ def _build_chunk(
     chunk.label_smoothing = spec.train.label_smoothing
     if kernels.fused:
         use_direct_lookup(chunk)
+    tell_documents(chunk)
     if chunk.pre_process and spec.train.neftune_alpha is not None:
         chunk.noise = NoisyEmbedding(chunk.embedding.word_embeddings, spec.train.neftune_alpha, architecture)
     if spec.train.recompute == "offload":

@@ -13,10 +13,13 @@ from collections import deque
 from itertools import pairwise
 from typing import NotRequired, TypedDict
 
+import torch
+
 from launcher.contract.records import read_events, read_metrics
 from launcher.contract.rundir import JsonObject, RunPaths, append_event, append_line, write_atomic, write_json
 from launcher.contract.spec import RunSpec
 from sft.engine.results import StepResult
+from sft.engine.routing import AUX_LOSS, NUMBERS
 from sft.metrics.loggers import MetricLoggers
 from sft.metrics.mfu import Utilization
 
@@ -132,7 +135,7 @@ class RunLog:
 
     def is_due(self, step: int) -> bool:
         """Return whether the step gets a log line."""
-        return step % self._spec.logging.every == 0 or step == self.max_steps
+        return self._spec.logging.is_due(step, self.max_steps)
 
     def step(self, result: StepResult, seconds: float, consumed_examples: int) -> None:
         """Log one optimizer step that took `seconds`."""
@@ -142,10 +145,11 @@ class RunLog:
         self._seconds += seconds
         if not self.is_writer or not self.is_due(result.step):
             return
+        loss, grad_norm, routing = _read(result)
         record: _Record = {
             "step": result.step,
-            "loss": float(result.loss),
-            "grad_norm": float(result.grad_norm),
+            "loss": loss,
+            "grad_norm": grad_norm,
             "lr": result.lr,
             **self._speed(),
             "consumed_examples": consumed_examples,
@@ -155,7 +159,9 @@ class RunLog:
             "tokens": result.tokens,
             "supervised_tokens": result.supervised_tokens,
         }
-        self.metrics(**record, **counts)
+        if not self._spec.train.router_aux_loss:
+            routing.pop(AUX_LOSS, None)
+        self.metrics(**record, **counts, **routing)
         # By the median of the last steps: one step that saved a checkpoint should not change the estimate.
         eta = (self.max_steps - result.step) * sorted(self._step_seconds)[len(self._step_seconds) // 2]
         self._record = {**record, "eta_seconds": round(eta, 1)}
@@ -178,6 +184,15 @@ class RunLog:
         head = {"attempt": self._attempt, "max_steps": self.max_steps}
         tail = {"checkpoint": self._checkpoint, "time": self._last_written}
         write_json(self.paths.progress, {**head, **self._record, **tail})
+
+
+def _read(result: StepResult) -> tuple[float, float, dict[str, float]]:
+    """Return the loss, the gradient norm and how experts were used, by one transfer from the device."""
+    routing = [] if result.routing is None else list(result.routing.unbind())
+    loss, grad_norm, *numbers = torch.stack(
+        [number.double() for number in (result.loss, result.grad_norm, *routing)]
+    ).tolist()
+    return loss, grad_norm, dict(zip(NUMBERS, numbers, strict=bool(routing)))
 
 
 def _progress_line(record: _Record, max_steps: int, eta: float) -> str:

@@ -145,3 +145,8 @@ class Architecture:
     def rope_of(self, attention: Attention) -> Rope | None:
         """Return the rotary positions of a layer."""
         return attention.rope or self.rope
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return any(isinstance(layer.mlp, Experts) for layer in self.layers)

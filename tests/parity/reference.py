@@ -31,33 +31,72 @@ class Curve:
     first_step: dict[int, list[float]]
     """By example."""
     gradients: list[dict[str, torch.Tensor]]
+    balance: list[float]
+    """Mean over examples and layers of the loss that evens out the use of experts."""
 
 
 def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, schedule: BatchSchedule, steps: int) -> Curve:
-    """Train with a constant learning rate by the definition: sum(w * nll) / sum(w) over each global batch."""
+    """Train with a constant learning rate by the definition: sum(w * nll) / sum(w) over each global batch.
+
+    With `train.router_aux_loss` that is a loss by example and layer, averaged over examples and summed over layers.
+    """
     model: Any = load_transformers_model(model_dir, torch.float32, attn_implementation="eager")
     # transformers drops the input side of the padding token's embedding gradient. Where padding and end token are one,
     # as in SmolLM2, that is the gradient of a real token.
     model.get_input_embeddings().padding_idx = None
     model.train()
     optimizer = torch.optim.AdamW(_groups(model, spec.train.optimizer), **_adamw(spec.train.optimizer))
-    losses, norms, first_step, gradients = [], [], {}, []
+    losses, norms, first_step, gradients, balance = [], [], {}, [], []
+    routers = RouterWatch(model)
     for step in range(steps):
         examples = [int(example) for example in schedule.examples_at(step) if example != EMPTY_SLOT]
-        total, weight = torch.zeros(()), 0.0
+        total, weight, uneven = torch.zeros(()), 0.0, torch.zeros(())
         for example in examples:
             nll, weights = target_losses(model, cache, example)
             total = total + (nll * weights).sum()
             weight += float(weights.sum())
+            uneven = uneven + routers.loss()
             if step == 0:
                 first_step[example] = nll.tolist()
         optimizer.zero_grad()
-        (total / weight).backward()  # type: ignore[no-untyped-call]
+        loss = total / weight + spec.train.router_aux_loss * uneven / len(examples)
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients.append(_gradients(model))
         norms.append(clip_gradients(model, spec.train.optimizer.clip_grad))
         optimizer.step()
         losses.append(float(total.detach() / weight))
-    return Curve(losses, norms, first_step, gradients)
+        balance.append(float(uneven.detach()) / (len(examples) * max(1, routers.layers)))
+    return Curve(losses, norms, first_step, gradients, balance)
+
+
+class RouterWatch:
+    """Sees what the routers of a model choose. An example's last token is a target alone, and left out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._sigmoid = model.config.model_type.startswith("glm4")
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]
+        self.layers = len(routers)
+        for router in routers:
+            router.register_forward_hook(lambda _, __, output: self._seen.append((output[0][:-1], output[2][:-1])))
+
+    def take(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """By layer, of the example that was last computed: logits, probabilities, chosen experts."""
+        seen, self._seen[:] = list(self._seen), []
+        scores = [logits.sigmoid() if self._sigmoid else logits.softmax(-1) for logits, _ in seen]
+        return [
+            (logits, score / score.sum(-1, keepdim=True), chosen)
+            for (logits, chosen), score in zip(seen, scores, strict=True)
+        ]
+
+    def loss(self) -> torch.Tensor:
+        """Summed over layers, of the example that was last computed: E * sum of f * P, share and mean probability."""
+        found = torch.zeros(())
+        for _, probabilities, chosen in self.take():
+            count, mean = probabilities.size(-1), probabilities.mean(0)
+            share = torch.bincount(chosen.flatten(), minlength=count) / chosen.numel()
+            found = found + count * (share * mean).sum()
+        return found
 
 
 def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:

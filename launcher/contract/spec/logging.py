@@ -31,3 +31,7 @@ class LoggingSpec:
     prompts: list[str] = field(default_factory=list)
     """Questions that are answered greedily before and after training, and printed side by side (needs
     checkpoint.export)."""
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Return whether the step gets a log line, where `last` is the last one of the run."""
+        return step % self.every == 0 or step == last

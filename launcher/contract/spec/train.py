@@ -126,6 +126,10 @@ class TrainSpec:
     """NEFTune: uniform noise on the token embeddings in training, of at most alpha / sqrt(tokens x hidden size) for an
     example of so many tokens (each one of a packed row by itself). It depends on train.seed, step, example and position
     alone, so that every layout adds the same."""
+    router_aux_loss: Annotated[float, AtLeast(0)] = 0.0
+    """Of models with experts, the coefficient of a loss that evens out how much each is used; 0, whatever the model's
+    config says, leaves it out. It is added up over layers and averaged over examples, so that it does not depend on the
+    layout: docs/explanation/experts.md."""
     on_bad_step: Literal["skip", "stop", "rewind"] = "stop"
     """What follows a step whose loss or gradient norm is NaN, infinite or a spike. Its update is never applied, and the
     ids of its examples go to bad_steps.jsonl. skip: go on; stop: save, and end with exit code 1; rewind: restore

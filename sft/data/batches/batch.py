@@ -57,9 +57,21 @@ class RankShare:
     """Seed of the noise on embeddings (train.neftune_alpha). None: nothing says which example is where."""
 
 
+_BY_TOKEN = (
+    "tokens",
+    "labels",
+    "loss_weights",
+    "position_ids",
+    "documents",
+    "example_seeds",
+    "example_lengths",
+)
+"""The fields of a micro-batch that have a number for each token."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Input of one forward pass. The first four tensors are [rows, row length], one row if packed."""
+    """Input of one forward pass. The first five tensors are [rows, row length], one row if packed."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -68,6 +80,10 @@ class MicroBatch:
     """Weight of each label in the loss, 0 on padding and in empty slots."""
     position_ids: torch.Tensor
     """Position of each token in its own sequence."""
+    documents: torch.Tensor | None = None
+    """Which example of the micro-batch each token belongs to, counted from 1; 0 on padding."""
+    document_lengths: torch.Tensor | None = None
+    """Tokens of each example of the micro-batch; the first entry stands for padding and is 0."""
     supervised: torch.Tensor | None = None
     """Where loss_weights is not 0, as indices into hidden states [row length * rows]: position * rows + row. Computed
     on the host, because finding them on the device would make each step wait for it."""
@@ -101,9 +117,8 @@ class MicroBatch:
         share = self.context_share
         if share is None:
             return self
-        names = ("tokens", "labels", "loss_weights", "position_ids", "example_seeds", "example_lengths")
-        whole = {name: rows for name in names if (rows := getattr(self, name)) is not None}
-        parts: dict[str, Any] = {name: share.part_of(rows) for name, rows in whole.items()}
+        whole = {name: getattr(self, name) for name in _BY_TOKEN}
+        parts: dict[str, Any] = {name: share.part_of(rows) for name, rows in whole.items() if rows is not None}
         return replace(self, **parts, supervised=share.supervised)
 
 
@@ -208,6 +223,8 @@ def _micro_batch(cache: Examples, rows: Sequence[ExampleIds], padded: int, share
     positions = np.zeros(shape, dtype=np.int64)  # 0 on padding, which may be longer than the positions of the model
     seeds = np.zeros(shape, dtype=np.int64)
     lengths = np.zeros(shape, dtype=np.int64)
+    documents = np.zeros(shape, dtype=np.int64)
+    document_lengths = [0]
     seq_lengths: list[int] = []
     for row, examples in enumerate(rows):
         start = 0
@@ -222,6 +239,8 @@ def _micro_batch(cache: Examples, rows: Sequence[ExampleIds], padded: int, share
             if share.noise_seed is not None:
                 seeds[row, place] = example_seed(share.noise_seed, step, example)
                 lengths[row, place] = len(ids)
+            documents[row, place] = len(document_lengths)
+            document_lengths.append(count)
             seq_lengths.append(count)
             start += count
     packed = share.row_length is not None
@@ -235,6 +254,8 @@ def _micro_batch(cache: Examples, rows: Sequence[ExampleIds], padded: int, share
         labels=torch.from_numpy(labels),
         loss_weights=torch.from_numpy(loss_weights),
         position_ids=torch.from_numpy(positions),
+        documents=torch.from_numpy(documents),
+        document_lengths=torch.tensor(document_lengths),
         supervised=torch.from_numpy(np.flatnonzero(loss_weights.T)),
         cu_seqlens=torch.tensor(np.cumsum([0, *seq_lengths]), dtype=torch.int32) if packed else None,
         seq_lengths=tuple(seq_lengths) if packed else None,

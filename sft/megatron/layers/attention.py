@@ -12,7 +12,7 @@ from sft.kernels.rope import rotate
 from sft.megatron.core import SelfAttention, StaticInferenceContext
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.query_scale import scaled_by_position
-from sft.megatron.parallel.context import SharedRows
+from sft.megatron.parallel.documents import Rows
 from sft.models.architecture import QueryScale
 
 
@@ -45,7 +45,7 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         *,
         rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: PackedSequences | SharedRows | None = None,
+        packed_seq_params: Rows | None = None,
         inference_context: StaticInferenceContext | None = None,
         **_: object,
     ) -> tuple[Tensor, Tensor | None]:

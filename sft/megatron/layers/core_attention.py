@@ -22,6 +22,7 @@ from sft.kernels.masked_attention import capped_attention, causal_mask, last_key
 from sft.megatron.core import MegatronModule, ProcessGroupCollection, TransformerConfig, tensor_parallel
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.parallel.context import SharedRows, gather_rows
+from sft.megatron.parallel.documents import Rows
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
@@ -71,7 +72,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         attention_mask: Tensor | None,
         attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSequences | SharedRows | None = None,
+        packed_seq_params: Rows | None = None,
     ) -> Tensor:
         """Return the context, [s, b, heads * dim], of query [s, b, heads, dim] and key and value [s, b, groups, dim].
 
@@ -79,7 +80,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         """
         if isinstance(packed_seq_params, SharedRows):
             return self._shared(query, key, value, packed_seq_params.slices).flatten(2)
-        if packed_seq_params is None:
+        if not isinstance(packed_seq_params, PackedSequences):
             return self._rows(query, key, value).flatten(2)
         if self._has_kernel(query):
             return self._packed_kernel(query, key, value, packed_seq_params).flatten(1)

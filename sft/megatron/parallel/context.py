@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sft.data.batches.context_slice import ContextShare, ContextSlice, slice_numbers
-from sft.megatron.core import PackedSeqParams, parallel_state
+from sft.megatron.core import parallel_state
+from sft.megatron.parallel.documents import Documents, Rows
 
 
 @dataclass
-class SharedRows(PackedSeqParams):  # type: ignore[misc]
+class SharedRows(Rows):
     """This rank's part of rows that a context parallel group shares, for RoPE and attention of every layer."""
 
     slices: tuple[ContextSlice, ...] = ()
@@ -29,7 +30,7 @@ class SharedRows(PackedSeqParams):  # type: ignore[misc]
     """Place of each token of the part in its own sequence, [s]."""
 
 
-def shared_rows(share: ContextShare) -> SharedRows:
+def shared_rows(share: ContextShare, documents: Documents | None = None) -> SharedRows:
     """What the layers must know of this rank's part.
 
     The format says that tensors keep the dimension of rows: with `thd`, packed rows', Megatron-core would turn queries
@@ -41,6 +42,7 @@ def shared_rows(share: ContextShare) -> SharedRows:
         max_seqlen_kv=share.longest,
         slices=share.slices,
         positions=share.positions,
+        documents=documents,
     )
 
 

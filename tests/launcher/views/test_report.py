@@ -98,6 +98,19 @@ def test_page_holds_everything_and_asks_for_nothing(run: RunPaths, capsys: pytes
         assert words in shown, words
 
 
+def test_curves_of_experts(run: RunPaths) -> None:
+    """Only of models that have some: the page above has none of them."""
+    names = ("expert_load", "rank_load", "entropy", "aux_loss", "dead_experts", "max_logit")
+    for step in (11, 12):
+        append_line(run.metrics, {"step": step, "loss": 1.0} | {f"router/{name}": step * 1.5 for name in names})
+    write_report(run, run.root / "report.html")
+    page = _Page((run.root / "report.html").read_text())
+    assert page.tags.count("svg") == 4 + 4
+    shown = " ".join(" ".join(page.words).split())
+    for words in ("largest load over the mean experts ranks", "entropy, 1 if even", "largest router logit"):
+        assert words in shown, words
+
+
 def test_text_stays_text(run: RunPaths) -> None:
     write_report(run, run.root / "report.html")
     text = (run.root / "report.html").read_text()

@@ -360,3 +360,18 @@ def test_noise_knows_the_example_of_each_token_under_every_layout(tmp_path: Path
     assert not {seed for seed, _ in wanted(0)} & {
         example_seed(5, 1, int(example)) for example in schedule.examples_at(0)
     }
+
+
+@pytest.mark.parametrize("form", [{"micro_batch_size": 3}, PACKED, {**PACKED, "micro_batch_size": 2}])
+def test_tokens_know_their_document(form: dict[str, int | None], tmp_path: Path) -> None:
+    """Counted from 1 within a micro-batch; padding has none, wherever it is."""
+    cache = make_cache(tmp_path / "cache", ragged_pairs(17, vocab=1000))
+    seen = []
+    for micro in batch_of(cache, schedule_of(cache, 17), 0, **form).micro_batches:
+        assert micro.documents is not None and micro.document_lengths is not None
+        counts = torch.bincount(micro.documents.flatten(), minlength=len(micro.document_lengths))
+        assert micro.document_lengths[0] == 0
+        assert torch.equal(counts[1:], micro.document_lengths[1:])
+        seen += [micro.tokens[micro.documents == number + 1].tolist() for number in range(len(counts) - 1)]
+        assert not micro.loss_weights[micro.documents == 0].any()
+    assert sorted(seen) == sorted(ids[:-1] for ids, _ in ragged_pairs(17, vocab=1000))

@@ -7,14 +7,17 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
 from sft.megatron.core import TransformerConfig
 from sft.megatron.layers.router import Router
+from sft.megatron.parallel.documents import Documents, RouterStep
 from sft.models.architecture import Experts
 
 HIDDEN, EXPERTS, CHOSEN = 16, 12, 4
+READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
 
 def router(**values: Any) -> Router:
@@ -70,3 +73,29 @@ def test_the_bias_is_a_buffer_in_fp32() -> None:
     assert {name for name, _ in ours.named_parameters()} == {"weight"}
     assert ours.state_dict()["bias"].dtype == torch.float32
     assert "bias" not in router().state_dict()
+
+
+class _NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in READS, f"read on the host: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_routers_record_stays_on_the_device() -> None:
+    """Padding is left out, and whatever a pass without gradients chose: its layer is computed once more."""
+    ours = router()
+    numbers = torch.tensor([1, 1, 2, 0, 0])
+    step = RouterStep(aux_scale=0.0, recorded=True, sequence_parallel=False)
+    ours.documents = Documents(numbers, torch.tensor([0, 2, 1]), step)
+    tokens = torch.randn(5, HIDDEN)
+    with _NoReads():
+        with torch.no_grad():
+            ours(tokens)
+        _, chosen = ours(tokens)
+        ours.eval()(tokens)
+        sums, peak = ours.record.take(tokens.device)
+    logits = (tokens[:3] @ ours.weight.T).detach()
+    assert torch.equal(sums[:EXPERTS], torch.bincount(chosen[:3].flatten(), minlength=EXPERTS).double())
+    assert float(sums[EXPERTS]) == pytest.approx(float(torch.distributions.Categorical(logits=logits).entropy().sum()))
+    assert float(peak) == pytest.approx(float(logits.max()))
+    assert not ours.record.take(tokens.device)[0].any()
