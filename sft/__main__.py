@@ -84,7 +84,27 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help=what, description=what)
     add_arguments(command)
     command.set_defaults(run=_bench)
+    what = "talk to an exported model, or to a checkpoint of a run"
+    command = commands.add_parser("chat", help=what, description=what)
+    _add_chat_arguments(command)
+    command.set_defaults(run=_chat)
     return parser
+
+
+def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="RUN|DIR", help="a run, or the directory of a model or adapter")
+    parser.add_argument("--step", type=int, help="of a run, the checkpoint of this step instead of its export")
+    parser.add_argument("--system", help="instructions: the system turn")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of sampling")
+
+
+def _chat(options: argparse.Namespace) -> ExitCode:
+    from sft.commands.chat import chat
+
+    return chat(options)
 
 
 def _bench(options: argparse.Namespace) -> ExitCode:

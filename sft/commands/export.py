@@ -48,8 +48,11 @@ def export(run: Path, step: int | None = None, *, nemo2: bool = False) -> ExitCo
     return ExitCode.OK
 
 
-def export_run(run_root: Path, step: int | None = None) -> Choice:
-    """Write RUN/export from the checkpoint of `step`, by default that of the config, and return the choice."""
+def export_run(run_root: Path, step: int | None = None, *, out_dir: Path | None = None) -> Choice:
+    """Write RUN/export, or `out_dir`, from the checkpoint of `step`, and return the choice.
+
+    By default it is the checkpoint that the config says.
+    """
     paths = RunPaths(run_root)
     if not paths.config.is_file():
         raise RunStateError(f"{run_root}: no {paths.config.name}; it is not a run directory")
@@ -57,8 +60,8 @@ def export_run(run_root: Path, step: int | None = None) -> Choice:
     choice = choose(paths, spec, step)
     stop_tokens = recorded_stop_tokens(paths)
     print(f"exporting {choice.path.name}: {choice.why}", flush=True)
-    _write(choice.path / SHARDED, spec, paths.export)
-    add_stop_tokens(paths.export, stop_tokens)
+    _write(choice.path / SHARDED, spec, out_dir or paths.export)
+    add_stop_tokens(out_dir or paths.export, stop_tokens)
     return choice
 
 

@@ -36,6 +36,16 @@ def answer(
     Prompts are written as `data` has them written in training. The tokenizer is the model's own unless `tokenizer_dir`
     names another.
     """
+    data = data or DataSpec()
+    tokenizer = load_tokenizer(tokenizer_dir or model_dir)
+    has_template = data.chat_template != "tokenizer" or tokenizer.chat_template
+    writer = PromptWriter(tokenizer, chat_template(tokenizer, data) if has_template else None, data)
+    model = load_for_answers(model_dir)
+    return [_answer_one(model, tokenizer, writer.question(prompt), max_new_tokens) for prompt in prompts]
+
+
+def load_for_answers(model_dir: Path) -> Any:
+    """Return the model in a directory, or the one that its adapter belongs to with the adapter added."""
     # Slow to import, and few runs ask for answers.
     from transformers.utils import logging
 
@@ -44,17 +54,12 @@ def answer(
     # A bar that is rewritten in place would be one long line of a log.
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = data or DataSpec()
-    tokenizer = load_tokenizer(tokenizer_dir or model_dir)
-    has_template = data.chat_template != "tokenizer" or tokenizer.chat_template
-    writer = PromptWriter(tokenizer, chat_template(tokenizer, data) if has_template else None, data)
     dtype: torch.dtype | Literal["auto"] = "auto" if device == "cuda" else torch.float32
     base = adapted_model(model_dir)
     model: Any = load_transformers_model(base or model_dir, dtype)
     if base is not None:
         add_adapter(model, model_dir)
-    model.to(device).eval()
-    return [_answer_one(model, tokenizer, writer.question(prompt), max_new_tokens) for prompt in prompts]
+    return model.to(device).eval()
 
 
 def record_answers(paths: RunPaths, spec: RunSpec, model_dir: Path, label: Literal["before", "after"]) -> list[str]:
