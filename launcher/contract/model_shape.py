@@ -16,18 +16,28 @@ HfConfig = dict[str, Any]
 
 _NAMED = Path(__file__).with_name("model_shapes.yaml")
 
-_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "smollm3")
+_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "smollm3")
 """Model types for which an absent `tie_word_embeddings` means true."""
 
-_LANGUAGE_MODELS = {"mistral3": "mistral"}
-"""Multimodal model types, and the type of the language model inside where its config does not say."""
+_LANGUAGE_MODELS: dict[str, HfConfig] = {
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+    },
+    "mistral3": {"model_type": "mistral"},
+}
+"""Multimodal model types, and what their `text_config` means where it leaves out the language model's type or sizes."""
 
-_FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text")
-_QK_NORM = ("gemma3", "gemma3_text", "qwen3", "qwen3_moe")
+_FOUR_NORMS = ("gemma2", "gemma3_text")
+_QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe")
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WIDTH_NORM = ("olmo2", "olmo3")
-_WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "olmo3": 4}
+_WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}
 """Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""
 
 _GPT2_KEYS = {
@@ -127,9 +137,8 @@ def language_model_config(config: HfConfig) -> HfConfig:
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
-    above = ("tie_word_embeddings", "quantization_config")
-    found: HfConfig = {"model_type": _LANGUAGE_MODELS.get(str(config.get("model_type")))}
-    return found | text | {key: config[key] for key in above if key in config}
+    above = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
+    return {**_LANGUAGE_MODELS.get(str(config.get("model_type")), {}), **text, **above}
 
 
 def _windows(config: HfConfig, model_type: str) -> dict[str, Any]:

@@ -19,18 +19,19 @@ from sft.hf.answer import answer
 from sft.hf.exporter import export_checkpoint
 from sft.hf.files import check_model_files
 from sft.hf.loaded_model import load_transformers_model
-from sft.models.registry import read_architecture
+from sft.models.registry import SUPPORTED, family, read_architecture
 from sft.models.stored_tensors import weight_map
 from tests.parity.runs import make_run, run_training
 from tests.parity.test_families import family_model
 from tests.ranks import run_ranks
 from tests.sft.hf.test_exporter import expect_equal, weights
 from tests.sft.hf.test_importer import expect_same_logits
-from tests.sft.hf_cases import example_ids, hf_logits, run_spec, save_hf_model, save_sharded
+from tests.sft.hf_cases import auto_class, example_ids, hf_logits, run_spec, save_hf_model, save_sharded
 from tests.tiny_model import make_chat_rows, write_jsonl
 
 pytestmark = pytest.mark.parity
 
+MULTIMODAL = [name for name in SUPPORTED if family(name).multimodal]
 TODAY, EARLIER = "model.language_model.", "language_model.model."
 
 
@@ -66,13 +67,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["today", "earlier"])
-def test_names_are_those_of_the_files(earlier: bool, tmp_path: Path) -> None:
-    named(save_hf_model("mistral3", tmp_path), earlier=earlier)
+@pytest.mark.parametrize("case", MULTIMODAL)
+def test_names_are_those_of_the_files(case: str, earlier: bool, tmp_path: Path) -> None:
+    named(save_hf_model(case, tmp_path), earlier=earlier)
     architecture = read_architecture(tmp_path)
 
     assert architecture.weights.language_prefix == (EARLIER if earlier else TODAY)
     assert architecture.weights.embedding_name == (EARLIER if earlier else TODAY) + "embed_tokens.weight"
-    assert architecture.weights.head == ("language_model.lm_head.weight" if earlier else "lm_head.weight")
+    if not architecture.shape.tied_embeddings:
+        assert architecture.weights.head == ("language_model.lm_head.weight" if earlier else "lm_head.weight")
     assert all("vision_tower." in name or "multi_modal_projector." in name for name in architecture.weights.carried)
     assert len(architecture.weights.carried) > 10
     check_model_files(tmp_path, architecture)
@@ -80,11 +83,10 @@ def test_names_are_those_of_the_files(earlier: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["today", "earlier"])
-def test_an_export_is_the_source_with_other_text(earlier: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", MULTIMODAL)
+def test_an_export_is_the_source_with_other_text(case: str, earlier: bool, tmp_path: Path) -> None:
     """Trained weights come from another model; vision tower and projector must be the source's, byte for byte."""
-    from transformers import Mistral3ForConditionalGeneration
-
-    model = named(save_hf_model("mistral3", tmp_path / "model"), earlier=earlier)
+    model = named(save_hf_model(case, tmp_path / "model"), earlier=earlier)
     tensors = load_file(model / "model.safetensors")
     half = len(tensors) // 2
     (model / "model.safetensors").unlink()
@@ -99,7 +101,7 @@ def test_an_export_is_the_source_with_other_text(earlier: bool, tmp_path: Path) 
     (model / "processor_config.json").write_text("{}")
 
     trained = tmp_path / "trained"
-    save_hf_model("mistral3", trained)
+    save_hf_model(case, trained)
     rewritten = {name: tensor + 1.0 for name, tensor in load_file(trained / "model.safetensors").items()}
     save_file(rewritten, trained / "model.safetensors", {"format": "pt"})
     run_ranks(2, save_sharded, run_spec(trained, 2, pipeline_parallel=2), tmp_path / "sharded", init=True)
@@ -114,7 +116,7 @@ def test_an_export_is_the_source_with_other_text(earlier: bool, tmp_path: Path) 
     assert written["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
     assert (export / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert (export / "processor_config.json").is_file()
-    _, found = Mistral3ForConditionalGeneration.from_pretrained(export, output_loading_info=True)
+    _, found = auto_class(case).from_pretrained(export, output_loading_info=True)
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
