@@ -18,6 +18,7 @@ from sft.models.multimodal import find_language_model, inside
 SUPPORTED = (
     "gemma",
     "gemma2",
+    "gemma3",
     "gemma3_text",
     "glm4_moe",
     "gpt2",
@@ -38,7 +39,6 @@ SUPPORTED = (
 """The model types that are covered; each is a module of `sft.models.families`."""
 
 _KNOWN_GAPS = {
-    "gemma3": "its weights are those of a text model and of an image tower; text models are called gemma3_text",
     "qwen2_moe": "it has shared experts beside those that are chosen",
 }
 """Families that look covered and are not, and what is missing."""
