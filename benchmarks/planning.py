@@ -179,6 +179,8 @@ def _case(row: dict[str, Any]) -> tuple[Workload, Layout]:
         pipeline_parallel=pipeline,
         virtual_pipeline=row.get("vpp", 1),
         context_parallel=context,
+        expert_parallel=1,
+        expert_tensor_parallel=tensor,
         data_parallel=gpus // (tensor * pipeline * context),
         sequence_parallel=tensor > 1,
         micro_batch_size=row.get("micro_batch", 1),

@@ -18,6 +18,16 @@ from collections.abc import Iterable
 from launcher.contract.model_shape import ModelShape
 
 
+def expert_parameters(shape: ModelShape) -> int:
+    """Return the weights of all routed experts of one decoder layer."""
+    return shape.num_experts * (3 if shape.gated_mlp else 2) * shape.hidden_size * shape.expert_ffn_hidden_size
+
+
+def active_expert_parameters(shape: ModelShape) -> int:
+    """Return the weights of the routed experts of one decoder layer that one token goes to."""
+    return expert_parameters(shape) // shape.num_experts * shape.experts_per_token
+
+
 def layer_matmul_parameters(shape: ModelShape, *, active: bool = False, dense: bool = False) -> int:
     """Return the weights of the linear layers in one decoder layer (q, k, v, output projection, MLP) without biases.
 

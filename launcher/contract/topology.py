@@ -32,6 +32,9 @@ class Topology:
     sequence_parallel: bool
     micro_batch_size: int
     global_batch_size: int
+    expert_parallel: int
+    expert_tensor_parallel: int
+    """Ranks that share an expert's matrices: tensor_parallel unless the run says otherwise."""
 
     @property
     def micro_batches(self) -> int:
@@ -42,6 +45,11 @@ class Topology:
     def reducing_ranks(self) -> int:
         """Ranks with the same parameters: over them gradients are summed, and the distributed optimizer is spread."""
         return self.data_parallel * self.context_parallel
+
+    @property
+    def expert_reducing_ranks(self) -> int:
+        """Ranks with the same part of the same experts."""
+        return self.world_size // (self.pipeline_parallel * self.expert_parallel * self.expert_tensor_parallel)
 
     @property
     def sequence_multiple(self) -> int:
@@ -63,6 +71,9 @@ class Topology:
         }
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1] or ["dp1"]
         extras = " + sequence parallel" if self.sequence_parallel else ""
+        extras += f" + expert parallel {self.expert_parallel}" if self.expert_parallel > 1 else ""
+        if self.expert_tensor_parallel != self.tensor_parallel:
+            extras += f" + expert tensor parallel {self.expert_tensor_parallel}"
         extras += f" + virtual pipeline {self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
         return f"{' x '.join(parts)} = {self.world_size} ranks{extras}"
 
@@ -75,7 +86,7 @@ def build_topology(spec: RunSpec, shape: ModelShape | None) -> Topology:
     """
     problems = list(_size_problems(spec))
     if not problems:
-        for rule in (_rank_problems, _batch_problems, _sequence_problems, _pipeline_problems):
+        for rule in (_rank_problems, _batch_problems, _sequence_problems, _pipeline_problems, _expert_problems):
             problems += rule(spec)
         problems += _model_problems(spec, shape) if shape is not None else []
     if problems:
@@ -92,7 +103,14 @@ def build_topology(spec: RunSpec, shape: ModelShape | None) -> Topology:
         sequence_parallel=topo.sequence_parallel,
         micro_batch_size=spec.train.micro_batch_size,
         global_batch_size=spec.train.global_batch_size,
+        expert_parallel=topo.expert_parallel,
+        expert_tensor_parallel=expert_tensor_parallel(topo),
     )
+
+
+def expert_tensor_parallel(topo: TopologySpec) -> int:
+    """Return how many ranks share each expert's matrices."""
+    return topo.tensor_parallel if topo.expert_tensor_parallel is None else topo.expert_tensor_parallel
 
 
 def steps_vary(spec: RunSpec) -> bool:
@@ -215,11 +233,39 @@ def _pipeline_problems(spec: RunSpec) -> Iterator[str]:
         )
 
 
+def _expert_problems(spec: RunSpec) -> Iterator[str]:
+    """Yield where the ranks of a pipeline stage cannot be cut into those that share experts."""
+    topo, tensor = spec.topology, expert_tensor_parallel(spec.topology)
+    if topo.tensor_parallel % tensor:
+        yield (
+            f"topology.expert_tensor_parallel {tensor} does not divide tensor_parallel {topo.tensor_parallel}; "
+            f"valid here: {shown_numbers(divisors(topo.tensor_parallel))}"
+        )
+        return
+    if tensor < topo.tensor_parallel and not topo.sequence_parallel:
+        yield (
+            f"topology.expert_tensor_parallel {tensor} is less than tensor_parallel {topo.tensor_parallel}, whose "
+            "ranks then send different tokens to experts; set topology.sequence_parallel to true"
+        )
+    world = spec.resources.world_size
+    if world % _model_parallel(spec):
+        return  # said by another rule
+    stage = world // topo.pipeline_parallel
+    if stage % (topo.expert_parallel * tensor):
+        yield (
+            f"topology.expert_parallel {topo.expert_parallel} x expert_tensor_parallel {tensor} = "
+            f"{topo.expert_parallel * tensor} does not divide the {stage} ranks of a pipeline stage ({world} / "
+            f"pipeline_parallel {topo.pipeline_parallel}); valid expert_parallel here: "
+            f"{shown_numbers(divisors(stage // tensor))}"
+        )
+
+
 def _model_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
     """Yield sizes of the model that the topology cannot cut."""
     yield from _head_problems(shape, spec.topology.tensor_parallel)
     yield from _layer_problems(shape, spec.topology)
     yield from _feed_forward_problems(shape, spec.topology.tensor_parallel)
+    yield from _expert_count_problems(spec, shape)
     if spec.train.precision == "fp8":
         yield from _fp8_problems(shape, spec.topology.tensor_parallel)
     if spec.data.seq_length > shape.max_position_embeddings:
@@ -253,13 +299,38 @@ def _layer_problems(shape: ModelShape, topo: TopologySpec) -> Iterator[str]:
 
 
 def _feed_forward_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
-    what, size = "feed-forward size", shape.ffn_hidden_size
-    if shape.num_experts:
-        what, size = "width of an expert,", shape.expert_ffn_hidden_size
-    if size % tensor:
+    """Yield dense MLPs, and shared experts, whose width the tensor parallel ranks cannot share."""
+    sizes = {"width of the shared expert,": shape.shared_expert_size}
+    if not shape.num_experts or shape.dense_layers:
+        sizes["feed-forward size"] = shape.ffn_hidden_size
+    for what, size in sizes.items():
+        if size % tensor:
+            yield (
+                f"{what} {size} does not divide by tensor_parallel {tensor}; "
+                f"valid here: {shown_numbers(divisors(size))}"
+            )
+
+
+def _expert_count_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
+    """Yield experts that the ranks cannot share, by number or by width."""
+    topo, width = spec.topology, shape.expert_ffn_hidden_size
+    if not shape.num_experts:
+        if topo.expert_parallel > 1 or topo.expert_tensor_parallel is not None:
+            yield (
+                "topology.expert_parallel and expert_tensor_parallel are for models with experts, and this "
+                f"{shape.model_type} model has none; leave them out"
+            )
+        return
+    if shape.num_experts % topo.expert_parallel:
         yield (
-            f"{what} {size} does not divide by tensor_parallel {tensor}; valid here: {shown_numbers(divisors(size))}"
+            f"{shape.num_experts} experts do not divide by topology.expert_parallel {topo.expert_parallel}; "
+            f"valid here: {shown_numbers(divisors(shape.num_experts))}"
         )
+    tensor = expert_tensor_parallel(topo)
+    if width % tensor:
+        key = "tensor_parallel" if topo.expert_tensor_parallel is None else "topology.expert_tensor_parallel"
+        valid = shown_numbers(divisors(width))
+        yield f"width of an expert, {width}, does not divide by {key} {tensor}; valid here: {valid}"
 
 
 def _fp8_problems(shape: ModelShape, tensor: int) -> Iterator[str]:

@@ -18,7 +18,7 @@ from launcher.contract.errors import TopologyError
 from launcher.contract.hardware import GpuKind
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
-from launcher.contract.topology import build_topology, sequence_multiple
+from launcher.contract.topology import build_topology, expert_tensor_parallel, sequence_multiple
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 HEADROOM = 0.92
@@ -75,13 +75,12 @@ def search_layouts(
     too_large: list[Candidate] = []
     broken: list[tuple[str, str]] = []
     for sizes in _sizes(spec, shape):
-        variant = _variant(spec, *sizes)
+        variant = _variant(spec, sizes)
         try:
             topology = build_topology(variant, shape)
         except TopologyError as error:
-            tensor, pipeline, virtual, micro = sizes
-            if virtual == 1 and micro == 1:
-                broken.append((f"tp{tensor} pp{pipeline}", error.problems[0]))
+            if sizes.virtual == 1 and sizes.micro == 1 and sizes.experts == 1:
+                broken.append((f"tp{sizes.tensor} pp{sizes.pipeline}", error.problems[0]))
             continue
         for recompute in RECOMPUTE:
             layout = Layout(
@@ -108,6 +107,8 @@ def nearest_fitting(spec: RunSpec, fitting: Sequence[Candidate]) -> Candidate | 
         "topology.pipeline_parallel": spec.topology.pipeline_parallel,
         "topology.virtual_pipeline": spec.topology.virtual_pipeline,
         "topology.sequence_parallel": spec.topology.sequence_parallel,
+        "topology.expert_parallel": spec.topology.expert_parallel,
+        "topology.expert_tensor_parallel": expert_tensor_parallel(spec.topology),
         "train.micro_batch_size": spec.train.micro_batch_size,
         "train.recompute": spec.train.recompute,
     }
@@ -117,13 +118,15 @@ def nearest_fitting(spec: RunSpec, fitting: Sequence[Candidate]) -> Candidate | 
 def with_layout(spec: RunSpec, candidate: Candidate) -> RunSpec:
     """Return the run with this layout."""
     topology = candidate.layout.topology
-    variant = _variant(
-        spec,
-        topology.tensor_parallel,
-        topology.pipeline_parallel,
-        topology.virtual_pipeline,
-        topology.micro_batch_size,
+    sizes = _Sizes(
+        tensor=topology.tensor_parallel,
+        pipeline=topology.pipeline_parallel,
+        virtual=topology.virtual_pipeline,
+        micro=topology.micro_batch_size,
+        experts=topology.expert_parallel,
+        expert_tensor=topology.expert_tensor_parallel,
     )
+    variant = _variant(spec, sizes)
     train = dataclasses.replace(variant.train, recompute=candidate.layout.recompute)
     return dataclasses.replace(variant, train=train)
 
@@ -139,8 +142,20 @@ def _slowness(candidate: Candidate) -> tuple[float, int, int, int]:
     )
 
 
-def _sizes(spec: RunSpec, shape: ModelShape) -> Iterator[tuple[int, int, int, int]]:
-    """Yield tensor, pipeline and virtual pipeline sizes, and micro-batch sizes, that are worth a check."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sizes:
+    """Parallel sizes that are worth a check."""
+
+    tensor: int
+    pipeline: int
+    virtual: int
+    micro: int
+    experts: int
+    expert_tensor: int
+
+
+def _sizes(spec: RunSpec, shape: ModelShape) -> Iterator[_Sizes]:
+    """Yield the sizes that are worth a check."""
     ranks, world = spec.resources.ranks_per_node, spec.resources.world_size
     micro_batches = (1,) if spec.data.packing else MICRO_BATCH_SIZES
     for tensor in divisors(ranks):
@@ -152,18 +167,40 @@ def _sizes(spec: RunSpec, shape: ModelShape) -> Iterator[tuple[int, int, int, in
                 virtual_sizes = divisors(shape.num_layers // pipeline)
             for virtual in virtual_sizes:
                 for micro in micro_batches:
-                    yield tensor, pipeline, virtual, micro
+                    for experts, expert_tensor in _expert_sizes(shape, tensor, world // pipeline):
+                        yield _Sizes(
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            virtual=virtual,
+                            micro=micro,
+                            experts=experts,
+                            expert_tensor=expert_tensor,
+                        )
 
 
-def _variant(spec: RunSpec, tensor: int, pipeline: int, virtual: int, micro: int) -> RunSpec:
+def _expert_sizes(shape: ModelShape, tensor: int, stage_ranks: int) -> Iterator[tuple[int, int]]:
+    """Yield expert parallel and expert tensor parallel sizes: experts whole on their ranks, or cut as all else is."""
+    if not shape.num_experts:
+        yield 1, tensor
+        return
+    for expert_tensor in {1, tensor}:
+        for experts in divisors(stage_ranks // expert_tensor):
+            if shape.num_experts % experts == 0:
+                yield experts, expert_tensor
+
+
+def _variant(spec: RunSpec, sizes: _Sizes) -> RunSpec:
+    tensor = sizes.tensor
     topology = dataclasses.replace(
         spec.topology,
         tensor_parallel=tensor,
-        pipeline_parallel=pipeline,
-        virtual_pipeline=virtual,
+        pipeline_parallel=sizes.pipeline,
+        virtual_pipeline=sizes.virtual,
+        expert_parallel=sizes.experts,
+        expert_tensor_parallel=None if sizes.expert_tensor == tensor else sizes.expert_tensor,
         # It saves memory and costs nothing wherever rows divide by it.
         sequence_parallel=tensor > 1
         and spec.data.seq_length % sequence_multiple(tensor, spec.topology.context_parallel, True) == 0,
     )
-    train = dataclasses.replace(spec.train, micro_batch_size=micro)
+    train = dataclasses.replace(spec.train, micro_batch_size=sizes.micro)
     return dataclasses.replace(spec, topology=topology, train=train)

@@ -1,4 +1,7 @@
-"""Nodes to keep away from: a ledger for each cluster, of evidence that expires.
+"""Nodes that new submissions keep away from: a ledger for each cluster, of evidence that expires.
+
+Nodes that one run avoids when it is restarted, because an error or a log of its own named them, are another matter
+(launcher.attempts.cause).
 
 An entry is added where a run's own events name a node: it failed the preflight, or the first rank to hang was on it.
 The node list of a failed job is not evidence. A single hang excludes no node, since a program can hang on any: two

@@ -14,7 +14,7 @@ from launcher.planning.run_plan import nothing_fits, override_words, run_cost
 from launcher.planning.search import HEADROOM, SearchResult
 from launcher.views.text import columns
 
-_HEAD = "GPUS TP PP VPP DP MICRO RECOMPUTE GIB S/STEP TOKENS/S MFU GPU-HOURS COST MOST-OF-THE-REST"
+_HEAD = "GPUS TP PP VPP DP EPxETP MICRO RECOMPUTE GIB S/STEP TOKENS/S MFU GPU-HOURS COST MOST-OF-THE-REST"
 _STAGE_HEAD = "STAGE WEIGHTS GRADIENTS OPTIMIZER ACTIVATIONS LOGITS OVERHEAD GIB"
 _NAMES = {
     "matmul": "matrix products",
@@ -22,6 +22,7 @@ _NAMES = {
     "recompute": "recomputation",
     "tensor_parallel": "tensor parallel collectives",
     "context_parallel": "gathering of keys and values",
+    "expert_parallel": "exchange of tokens between experts",
     "pipeline_bubble": "pipeline bubble",
     "pipeline_sends": "pipeline sends",
     "data_parallel": "gradient reduction and weight gathering",
@@ -92,6 +93,7 @@ def _row(spec: RunSpec, candidate: Candidate) -> tuple[str, ...]:
         f"{topology.pipeline_parallel}",
         f"{topology.virtual_pipeline}",
         f"{topology.data_parallel}",
+        f"{topology.expert_parallel}x{topology.expert_tensor_parallel}" if candidate.has_experts else "-",
         f"{topology.micro_batch_size}",
         candidate.layout.recompute,
         f"{candidate.memory.total:.1f}",

@@ -21,11 +21,10 @@ from sft.bench.overlap import Interval, busy, exposed
 from sft.bench.phases import PhaseTimers
 from sft.bench.result import Result, StepClock
 from sft.bench.topology import expected_tokens_per_second, micro_batch_rows, parse_topology
-from sft.bench.workload import Workload
+from sft.bench.workload import INITIAL_STD, Workload
 from sft.data.batches.batch import StepBatch
 from sft.data.cache.store import TokenPair
 from sft.engine.module import SFTGPT
-from sft.megatron.initial_weights import INITIAL_STD
 from sft.models.registry import read_architecture
 from sft.runtime import lightning as pl
 from sft.runtime.rank_env import RankEnv
@@ -41,10 +40,12 @@ _KERNELS = {
     "communication": r"nccl",
     "attention": r"flash|fmha|sdpa|attention",
     "fp8 quantization": r"^_rows$|^_column_peaks|^_transposed$",
+    "experts' products": r"^_weight_gradients|[Gg]rouped",
+    "sorting of tokens": r"^_sum_rows|index|[Ss]ort|gather|scatter|searchsorted|topk|softmax",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitK|cublas",
     "optimizer": r"adam|multi_tensor|lpnorm",
     "cross-entropy": r"^_statistics|^_gradient",
-    "norm, RoPE, SwiGLU": r"^_forward|^_backward|^_rotate|^_gated",
+    "norm, RoPE, SwiGLU": r"^_forward|^_backward|^_rotate|^_gated|^_weighted_swiglu",
     "copies": r"memcpy|memset|copy|cat",
 }
 """Kinds of GPU kernels, with the patterns of their names. The first that matches counts."""
@@ -71,7 +72,7 @@ def run_ours(
     architecture = read_architecture(folder)
     built = build_topology(spec, architecture.shape)
     clock = StepClock(warmup, steps, built.world_size // built.data_parallel)
-    module = BenchModule(spec, architecture, built, folder, max_steps, clock=clock)
+    module = BenchModule(spec, architecture, built, folder, max_steps, clock=clock, router_std=workload.router_std)
     trainer = megatron_trainer(spec, built, env, max_steps=max_steps, data_key={})
     trainer.fit(module, datamodule=BenchData(workload, spec, built, max_steps))
     assert module.result is not None
@@ -108,9 +109,10 @@ def run_spec(
 class BenchModule(SFTGPT):
     """SFTGPT with random weights made on the device, a clock around its steps, and a profiler after them."""
 
-    def __init__(self, *args: Any, clock: StepClock) -> None:
+    def __init__(self, *args: Any, clock: StepClock, router_std: float) -> None:
         super().__init__(*args)
         self.clock = clock
+        self.router_std = router_std
         self.result: Result | None = None
         self.timers = PhaseTimers()
         self._profile: profile | None = None
@@ -124,7 +126,7 @@ class BenchModule(SFTGPT):
         with torch.no_grad():
             for name, parameter in self.gpt.named_parameters():
                 if parameter.ndim > 1:
-                    parameter.normal_(std=INITIAL_STD)
+                    parameter.normal_(std=self.router_std if name.endswith("router.weight") else INITIAL_STD)
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 

@@ -71,6 +71,9 @@ def build_model(workload: Workload, weights: Weights, kernel: attention.Kernel) 
         model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=ATTENTION
         )
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            torch.nn.init.normal_(parameter, std=workload.router_std)
     return model
 
 
@@ -188,9 +191,9 @@ def run_transformers(
     """Train transformers' model with Liger's kernels, fused linear cross-entropy included, in a plain loop."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        from liger_kernel.transformers import monkey_patch
 
-        apply_liger_kernel_to_llama()
+        monkey_patch._apply_liger_kernel(workload.model_shape.model_type)
     device = "cuda" if on_gpu else "cpu"
     kernel = _kernel(attention, workload)
     model = build_model(workload, weights, kernel).train()

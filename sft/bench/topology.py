@@ -16,8 +16,15 @@ from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec, TopologySpec
 from launcher.contract.topology import Topology
 
-_PART = re.compile(r"(dp|tp|pp|vp|cp)(\d*)")
-_KEYS = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "vp": "virtual_pipeline", "cp": "context_parallel"}
+_PART = re.compile(r"(dp|tp|pp|vp|cp|ep|etp)(\d*)")
+_KEYS = {
+    "tp": "tensor_parallel",
+    "pp": "pipeline_parallel",
+    "vp": "virtual_pipeline",
+    "cp": "context_parallel",
+    "ep": "expert_parallel",
+    "etp": "expert_tensor_parallel",
+}
 _FILL = 4
 """Micro-batches for each pipeline stage, so that the bubble is a fifth of a step at most."""
 
@@ -34,7 +41,7 @@ def parse_topology(name: str) -> TopologySpec:
             values["sequence_parallel"] = True
         elif match is None:
             raise TopologyError(
-                [f"--topology {name}: {part!r} is not one of dp, tpN, ppN, vpN, cpN, sp; give e.g. tp2+sp"]
+                [f"--topology {name}: {part!r} is not one of dp, tpN, ppN, vpN, cpN, epN, etpN, sp; give e.g. tp2+sp"]
             )
         elif match[1] != "dp":
             values[_KEYS[match[1]]] = int(match[2] or 1)

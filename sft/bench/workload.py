@@ -8,6 +8,7 @@ tokens are trained. With `full` each row is one example and every token is train
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from launcher.contract.model_shape import ModelShape, named_model_config, named_
 MEDIAN_LENGTH = 375
 LONGEST = 4_000
 TRAINED_SHARE = 0.8
+INITIAL_STD = 0.02
+"""Standard deviation of random matrices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,16 +35,23 @@ class Workload:
     seq_length: int
     rows: int
     """Rows of `seq_length` tokens in a step of one GPU."""
+    layers: int | None = None
+    """Decoder layers in place of all, where all do not fit."""
+    router_std: float = INITIAL_STD
+    """Standard deviation of the weights of routers. With a large one a few experts get most of the tokens."""
     seed: int = 1234
 
     @property
     def model_shape(self) -> ModelShape:
-        return named_model_shape(self.shape)
+        shape = named_model_shape(self.shape)
+        return shape if self.layers is None else dataclasses.replace(shape, num_layers=self.layers)
 
     @property
     def model_config(self) -> dict[str, Any]:
         """The model's config.json, with positions for the whole length of a row."""
         config = named_model_config(self.shape)
+        if self.layers is not None:
+            config["num_hidden_layers"] = self.layers
         config["max_position_embeddings"] = max(int(config["max_position_embeddings"]), self.seq_length)
         return {"rms_norm_eps": 1e-5, "hidden_act": "silu", **config}
 

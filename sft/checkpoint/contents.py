@@ -154,7 +154,9 @@ class TrainerState:
 
     def is_of(self, topology: Topology) -> bool:
         """Return whether it was saved under this topology."""
-        return self.topology == dataclasses.asdict(topology)
+        # Checkpoints from before there were expert parallel ranks do not name these.
+        later = {"expert_parallel": 1, "expert_tensor_parallel": self.topology.get("tensor_parallel")}
+        return {**later, **self.topology} == dataclasses.asdict(topology)
 
     @property
     def early_stopping(self) -> EarlyStoppingState:

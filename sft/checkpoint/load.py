@@ -142,7 +142,8 @@ def newest_usable(checkpoints: list[Path]) -> Path | None:
 def sharded_state(module: SFTGPT, *, loading: bool, with_rng: bool = True) -> dict[str, object]:
     """Return the sharded view of everything in a checkpoint."""
     metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",  # readable under any tp, pp and dp
+        "distrib_optim_sharding_type": "fully_reshardable",  # readable under any tp, pp, dp and ep
+        "chained_optim_avoid_prefix": True,  # the state of experts has names of its own already
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     chunks = module.model_chunks

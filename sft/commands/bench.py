@@ -27,6 +27,7 @@ from launcher.contract.model_shape import named_model_shape
 from launcher.contract.rundir import write_json
 from sft.bench.result import Result
 from sft.bench.topology import parse_topology, replica_size
+from sft.bench.workload import INITIAL_STD
 
 _PACKAGES = (
     "torch",
@@ -48,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+", default=["ragged"], choices=["full", "ragged"], help="kinds of rows")
     parser.add_argument("--seq-length", nargs="+", type=int, default=[4096], help="tokens of a row")
     parser.add_argument("--rows", nargs="+", type=int, default=[8], help="rows of one GPU in a step")
+    parser.add_argument("--layers", type=int, help="decoder layers in place of all that the shape has")
+    parser.add_argument(
+        "--router-std", type=float, default=INITIAL_STD, help="standard deviation of the weights of experts' routers"
+    )
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "plain", "fused"])
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])
@@ -79,6 +84,7 @@ def bench(options: argparse.Namespace) -> ExitCode:
     results, failed = [], False
     for shape, data, length, rows in itertools.product(options.shape, options.data, options.seq_length, options.rows):
         workload = {"shape": shape, "data": data, "seq_length": length, "rows": rows}
+        workload |= {"layers": options.layers, "router_std": options.router_std}
         print(f"{shape}, {data} rows of {length:,}, {rows} a step and GPU; rates a GPU\n{_HEAD}", flush=True)
         first: Result | None = None
         for gpus, (contender, settings) in _runs(options):

@@ -21,7 +21,7 @@ from torch import Tensor
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 from sft.data.batches.batch import MicroBatch, StepBatch
-from sft.engine.divide_gradients import reduce_and_divide_gradients
+from sft.engine.divide_gradients import divide_weights, reduce_and_divide_gradients
 from sft.engine.objective import weighted_for
 from sft.engine.results import EvalResult, StepResult
 from sft.engine.routing import routing_numbers
@@ -261,8 +261,7 @@ def _fused_step(
     places = batch.supervised
     assert places is not None
     weights, labels = (rows.t().reshape(-1)[places] for rows in (batch.loss_weights, batch.labels))
-    divisor = divisor or 1.0
-    targets = Targets(places, labels, weights / divisor)
+    targets = Targets(places, labels, divide_weights(weights, divisor))
     rows = _rows(batch, routers)
     output = model(
         batch.tokens,
@@ -272,7 +271,7 @@ def _fused_step(
         targets=targets,
         noise_of=_token_seeds(batch),
     )
-    return output, partial(_as_sum, len(places), divisor)
+    return output, partial(_as_sum, len(places), divisor or 1.0)
 
 
 def _rows(batch: MicroBatch, routers: RouterStep | None) -> Rows | None:

@@ -7,11 +7,14 @@ answer. Causal attention needs no mask for that, and each row gets the answer th
 Attention uses Megatron-core's cache (StaticInferenceContext). Pipeline stages pass activations by plain sends: with one
 micro-batch at a time there is nothing to overlap, and Megatron-core's schedules do not support virtual stages in
 inference.
+
+Replicas that share experts run their passes together, since each pass exchanges tokens. One that has no passes left
+runs idle ones until the others have none left either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,13 +42,43 @@ def generate(
     numbers among those of all replicas, which seed their random streams.
     """
     answers: list[list[int]] = []
-    module.gather_weights()
-    with inference_mode(module.model_chunks, module.config):
+
+    def passes() -> Iterator[bool]:
+        """Run one forward pass after another, and yield after each whether more follow."""
         for first in range(0, len(prompts), spec.batch_size):
             part = slice(first, first + spec.batch_size)
             streams = [stream(spec.seed, number) for number in numbers[part]]
-            answers += _Batch(module, prompts[part], spec, frozenset(stops), streams).answer()
+            batch = _Batch(module, prompts[part], spec, frozenset(stops), streams)
+            while not batch.is_done():
+                batch.advance()
+                yield not batch.is_done() or part.stop < len(prompts)
+            answers.extend(batch.answers)
+
+    module.gather_weights()
+    with inference_mode(module.model_chunks, module.config):
+        _run_together(passes(), bool(prompts), module)
     return answers
+
+
+def _run_together(passes: Iterator[bool], more: bool, module: SFTGPT) -> None:
+    """Run all passes, and idle ones while other ranks that share this rank's experts run theirs."""
+    group = parallel_state.get_expert_model_parallel_group()
+    while _is_true_on_any(more, group, module.device):
+        if more:
+            more = next(passes)
+        else:
+            context = StaticInferenceContext(1, 1)
+            context.sequence_len_offset = 0
+            _forward(module, torch.zeros(1, 1, dtype=torch.int64), 0, context)
+    next(passes, None)  # runs what follows the last pass
+
+
+def _is_true_on_any(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    if group.size() == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+    return bool(value)
 
 
 class _Batch:
@@ -68,20 +101,23 @@ class _Batch:
         self._tokens = torch.zeros(len(prompts), size, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             self._tokens[row, : len(prompt)] = torch.tensor(prompt)
-        self._answers: list[list[int]] = [[] for _ in prompts]
+        self.answers: list[list[int]] = [[] for _ in prompts]
         self._done = [False] * len(prompts)
         self._context = StaticInferenceContext(len(prompts), size)
+        self._next = (0, min(self._lengths))
+        """First and last position of the next pass, the last excluded."""
 
-    def answer(self) -> list[list[int]]:
-        """Return the answer to each prompt."""
-        begin, end = 0, min(self._lengths)
-        while True:
-            self._context.sequence_len_offset = begin
-            logits = _forward(self._module, self._tokens[:, begin:end], begin, self._context)
-            self._take(end, self._choose(logits, end))
-            if all(self._done):
-                return self._answers
-            begin, end = end, end + 1
+    def is_done(self) -> bool:
+        """Whether all answers are complete."""
+        return all(self._done)
+
+    def advance(self) -> None:
+        """Run one forward pass, and take the tokens that it gives."""
+        begin, end = self._next
+        self._context.sequence_len_offset = begin
+        logits = _forward(self._module, self._tokens[:, begin:end], begin, self._context)
+        self._take(end, self._choose(logits, end))
+        self._next = (end, end + 1)
 
     def _choose(self, logits: Tensor | None, place: int) -> Tensor:
         """Return the token for `place` of each row whose answer has begun, 0 for the others.
@@ -108,9 +144,9 @@ class _Batch:
             if token in self._stops:
                 self._done[row] = True
                 continue
-            self._answers[row].append(token)
+            self.answers[row].append(token)
             self._tokens[row, place : place + 1] = token
-            self._done[row] = len(self._answers[row]) == self._spec.max_new_tokens
+            self._done[row] = len(self.answers[row]) == self._spec.max_new_tokens
 
 
 def _forward(module: SFTGPT, tokens: Tensor, begin: int, context: StaticInferenceContext) -> Tensor | None:

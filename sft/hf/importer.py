@@ -19,7 +19,7 @@ from torch import nn
 from sft.hf.adapter import MARK as ADAPTER_MARK
 from sft.hf.files import Sliceable, WeightFiles
 from sft.models.architecture import Architecture
-from sft.models.weight_map import ParameterMap, canonical_name, rank_pieces
+from sft.models.weight_map import ParameterMap, RankPlace, canonical_name, rank_part
 
 
 class TensorSource(Protocol):
@@ -34,19 +34,11 @@ def load_hf_weights(
     architecture: Architecture,
     model_dir: Path,
     *,
-    tensor_rank: int,
-    tensor_size: int,
+    place: RankPlace,
     layer_offsets: Sequence[int],
 ) -> None:
     """Fill every parameter of `model_chunks` from the files of `model_dir`, or raise ModelError."""
-    fill_parameters(
-        model_chunks,
-        architecture,
-        WeightFiles(model_dir),
-        tensor_rank=tensor_rank,
-        tensor_size=tensor_size,
-        layer_offsets=layer_offsets,
-    )
+    fill_parameters(model_chunks, architecture, WeightFiles(model_dir), place=place, layer_offsets=layer_offsets)
 
 
 def fill_parameters(
@@ -54,13 +46,12 @@ def fill_parameters(
     architecture: Architecture,
     source: TensorSource,
     *,
-    tensor_rank: int,
-    tensor_size: int,
+    place: RankPlace,
     layer_offsets: Sequence[int],
 ) -> None:
     """Fill every parameter of `model_chunks` but adapters, in its own dtype and on its own device.
 
-    `layer_offsets` holds the global index of each chunk's first layer.
+    `place` says which part of each this rank holds, `layer_offsets` the global index of each chunk's first layer.
     """
     shapes = architecture.weights.hf_shapes()
     for model_chunk, offset in zip(model_chunks, layer_offsets, strict=True):
@@ -70,8 +61,8 @@ def fill_parameters(
             parameter_map = architecture.weights.find(name)
             if parameter_map is None:
                 raise ValueError(f"parameter {name} has no counterpart in a {architecture.shape.model_type} model")
-            _check_built(name, parameter, parameter_map, tensor_size)
-            _fill(parameter, parameter_map, source, shapes, tensor_rank, tensor_size)
+            _check_built(name, parameter, parameter_map, place)
+            _fill(parameter, parameter_map, source, shapes, place)
 
 
 def _named_weights(model_chunk: nn.Module, offset: int, architecture: Architecture) -> dict[str, torch.Tensor]:
@@ -91,37 +82,33 @@ def _fill(
     parameter_map: ParameterMap,
     source: TensorSource,
     shapes: dict[str, tuple[int, ...]],
-    rank: int,
-    size: int,
+    place: RankPlace,
 ) -> None:
     """Read this rank's pieces of one parameter into it. Rows that no piece covers become zero."""
-    if parameter_map.split == 1:
-        pieces, columns = list(parameter_map.pieces), slice(rank * parameter.shape[1], (rank + 1) * parameter.shape[1])
-    else:
-        pieces = rank_pieces(
-            parameter_map, *((rank, size) if parameter_map.split == 0 else (0, 1)), rows=parameter.shape[0]
-        )
-        columns = slice(None)
+    pieces, columns = rank_part(parameter_map, place, parameter.shape)
     position = 0
     for piece in pieces:
         tensor = source.tensor(piece.name, shapes[piece.name])
         rows = slice(piece.start, piece.stop)
-        place = parameter[position : position + piece.rows]
+        own = parameter[position : position + piece.rows]
         if parameter_map.transposed:
-            place.copy_(tensor[columns, rows].T)
+            own.copy_(tensor[columns, rows].T)
         else:
-            place.copy_(tensor[rows, columns] if parameter_map.split == 1 else tensor[rows])
+            own.copy_(tensor[rows, columns] if parameter_map.split == 1 else tensor[rows])
         position += piece.rows
     parameter[position:].zero_()
 
 
-def _check_built(name: str, parameter: torch.Tensor, parameter_map: ParameterMap, size: int) -> None:
+def _check_built(name: str, parameter: torch.Tensor, parameter_map: ParameterMap, place: RankPlace) -> None:
     """Raise ValueError for our own bugs: a parameter of another shape, or a split one that is not marked as such.
 
     Megatron-core marks a weight only while it initialises it. Without the mark the gradient norm leaves out what the
     other tensor-parallel ranks hold.
     """
+    _, size = place.of(parameter_map)
     whole = [extent * (size if axis == parameter_map.split else 1) for axis, extent in enumerate(parameter.shape)]
+    if parameter_map.experts:
+        whole[0] *= place.experts[1]
     expected = [parameter_map.rows] if parameter_map.columns is None else [parameter_map.rows, parameter_map.columns]
     fits = whole[0] >= expected[0] if parameter_map.padded else whole[0] == expected[0]
     if len(whole) != len(expected) or whole[1:] != expected[1:] or not fits:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sft.kernels.autograd import Context
+from sft.kernels.gradient_buffer import buffer_of
+from sft.kernels.products import add_product, set_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class Assignment:
     """For each expert the row behind its last one, int32 [experts]."""
     chosen: int
     """Experts of a token."""
+
+    def counts(self) -> Tensor:
+        """Return the number of rows of each expert, int64 [experts]."""
+        return torch.diff(self.ends, prepend=self.ends.new_zeros(1)).long()
 
 
 def assign(experts: Tensor, count: int) -> Assignment:
@@ -49,11 +55,22 @@ def to_experts(tokens: Tensor, assignment: Assignment) -> Tensor:
     return rows
 
 
-def from_experts(rows: Tensor, weights: Tensor, assignment: Assignment) -> Tensor:
-    """Return the sum of each token's rows, [tokens, hidden] in fp32, weighted by `weights`, [tokens, chosen]."""
-    unsorted: Tensor = _Unsort.apply(rows, assignment)
-    by_token = unsorted.view(-1, assignment.chosen, rows.size(-1))
-    return (by_token.float() * weights.float().unsqueeze(-1)).sum(1)
+def sum_of_experts(rows: Tensor, assignment: Assignment) -> Tensor:
+    """Return the sum of each token's rows, [tokens, hidden], added up in fp32."""
+    tokens: Tensor = _SumOfExperts.apply(rows, assignment)
+    return tokens
+
+
+def sort_rows(values: Tensor, assignment: Assignment) -> Tensor:
+    """Return what tokens have for each of their experts, [tokens * chosen, ...], sorted by expert."""
+    rows: Tensor = _Permute.apply(values, assignment.source, assignment.place)
+    return rows
+
+
+def unsort_rows(rows: Tensor, assignment: Assignment) -> Tensor:
+    """Return sorted rows in the order of the tokens, each token's `chosen` rows one after another."""
+    values: Tensor = _Permute.apply(rows, assignment.place, assignment.source)
+    return values
 
 
 def expert_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -66,10 +83,40 @@ def expert_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 def looped_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Return `expert_products`, one product after another, in any number type. The host reads the sizes."""
-    bounds = [0, *ends.tolist()]
-    sizes = [end - begin for begin, end in itertools.pairwise(bounds)]
-    parts = [F.linear(part, weight) for part, weight in zip(rows.split(sizes), weights, strict=True)]
+    parts = [F.linear(part, weight) for part, weight in zip(_by_expert(rows, ends), weights, strict=True)]
     return torch.cat(parts)
+
+
+def expert_weight_gradients(weight: Tensor, count: int, grad_output: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
+    """Return what to give autograd as the gradient of the matrices of `count` experts, one below the other.
+
+    Each is grad_output^T @ inputs over the expert's rows. Where the weight has a gradient buffer, the products are
+    added there and the returned tensor has undefined content (sft.kernels.gradient_buffer).
+    """
+    buffer = buffer_of(weight)
+    if buffer is None:
+        values = torch.zeros_like(weight)
+        _add_by_expert(values.view(count, -1, weight.size(1)), grad_output, inputs, ends, overwrite=True)
+        return values
+    _add_by_expert(buffer.values.view(count, -1, weight.size(1)), grad_output, inputs, ends, overwrite=buffer.is_empty)
+    return buffer.answer()
+
+
+def _add_by_expert(out: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor, *, overwrite: bool) -> None:
+    """Add to out [experts, rows, columns], which holds zeros where `overwrite` is set."""
+    if out.is_cuda and grad_output.dtype == torch.bfloat16:
+        from sft.kernels.triton import experts as triton_experts  # installed with CUDA builds of torch only
+
+        triton_experts.add_weight_gradients(out, grad_output, inputs, ends, overwrite=overwrite)
+        return
+    put = set_product if overwrite else add_product
+    for own, grads, rows in zip(out, _by_expert(grad_output, ends), _by_expert(inputs, ends), strict=True):
+        put(own, grads.t(), rows)
+
+
+def _by_expert(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    bounds = [0, *ends.tolist()]
+    return torch.split(rows, [end - begin for begin, end in itertools.pairwise(bounds)])
 
 
 class _Context(Context, Protocol):
@@ -82,26 +129,51 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, tokens: Tensor, assignment: Assignment) -> Tensor:
         ctx.assignment = assignment
-        return tokens.index_select(0, assignment.source // assignment.chosen)
+        return _gather(tokens, assignment)
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
-        assignment = ctx.assignment
-        (grad,) = grads
-        by_token = grad.index_select(0, assignment.place).view(-1, assignment.chosen, grad.size(-1))
-        return by_token.sum(1, dtype=torch.float32).to(grad.dtype), None
+        return _sum(grads[0], ctx.assignment), None
 
 
-class _Unsort(torch.autograd.Function):
-    """Put sorted rows back in the order of the tokens; backward by the inverse permutation."""
+class _SumOfExperts(torch.autograd.Function):
+    """The transpose of `_ToExperts`."""
 
     @staticmethod
     def forward(ctx: _Context, rows: Tensor, assignment: Assignment) -> Tensor:
         ctx.assignment = assignment
-        return rows.index_select(0, assignment.place)
+        return _sum(rows, assignment)
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
-        assignment = ctx.assignment
-        (grad,) = grads
-        return grad.index_select(0, assignment.source), None
+        return _gather(grads[0], ctx.assignment), None
+
+
+def _gather(tokens: Tensor, assignment: Assignment) -> Tensor:
+    return tokens.index_select(0, assignment.source // assignment.chosen)
+
+
+def _sum(rows: Tensor, assignment: Assignment) -> Tensor:
+    if rows.is_cuda:
+        from sft.kernels.triton import experts as triton_experts
+
+        return triton_experts.sum_rows(rows, assignment.place, assignment.chosen)
+    by_token = rows.index_select(0, assignment.place).view(-1, assignment.chosen, rows.size(-1))
+    return by_token.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
+
+
+class _Order(Context, Protocol):
+    inverse: Tensor
+
+
+class _Permute(torch.autograd.Function):
+    """A permutation of rows, backward by its inverse."""
+
+    @staticmethod
+    def forward(ctx: _Order, values: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return values.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: _Order, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.inverse), None, None

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from launcher.contract.spec import RunSpec
 from sft.hf.files import weights_identity
 from sft.hf.importer import fill_parameters, load_hf_weights
-from sft.megatron.core import TransformerConfig, get_transformer_layer_offset, parallel_state
+from sft.megatron.core import TransformerConfig, get_transformer_layer_offset
 from sft.megatron.layers.lora import reset_adapters
+from sft.megatron.parallel.groups import rank_place
 from sft.models.architecture import Architecture
 
 INITIAL_STD = 0.02
@@ -36,16 +37,12 @@ def load_initial_weights(
     offsets = [
         get_transformer_layer_offset(config, getattr(model_chunk, "vp_stage", None)) for model_chunk in model_chunks
     ]
-    place = {
-        "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
-        "tensor_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "layer_offsets": offsets,
-    }
+    place = rank_place()
     if spec.model.init == "random":
-        norm = 0.0 if architecture.norm == "zero_centered_rms" else 1.0
-        fill_parameters(model_chunks, architecture, RandomWeights(spec.train.seed, norm=norm), **place)
+        source = RandomWeights(spec.train.seed, norm=0.0 if architecture.norm == "zero_centered_rms" else 1.0)
+        fill_parameters(model_chunks, architecture, source, place=place, layer_offsets=offsets)
     else:
-        load_hf_weights(model_chunks, architecture, model_dir, **place)
+        load_hf_weights(model_chunks, architecture, model_dir, place=place, layer_offsets=offsets)
     if spec.model.lora.rank is not None:
         base = weights_identity(model_dir)
         for model_chunk in model_chunks:

@@ -219,11 +219,12 @@ def separate_experts(
     halves = tuple(
         (Piece(f"{expert.format(number)}{half}.weight", 0, width),) for number in experts for half in (gate, up)
     )
-    columns = tuple(Piece(f"{expert.format(number)}{down}.weight", 0, hidden) for number in experts)
+    outputs = tuple((Piece(f"{expert.format(number)}{down}.weight", 0, hidden),) for number in experts)
+    count = shape.num_experts
     return {
-        "mlp.router.weight": whole(router, shape.num_experts, hidden, None),
-        FC1: ParameterMap(blocks=halves, columns=hidden),
-        "mlp.linear_fc2.weight": ParameterMap(blocks=(columns,), columns=width, split=1),
+        "mlp.router.weight": whole(router, count, hidden, None),
+        FC1: ParameterMap(blocks=halves, columns=hidden, experts=count),
+        "mlp.linear_fc2.weight": ParameterMap(blocks=outputs, columns=width, split=1, experts=count),
     }
 
 

@@ -9,6 +9,8 @@ How the parameters are laid out on Megatron-core's side:
 * linear_fc1: all gate rows, then all up rows; a rank holds its part of each half, hence two blocks.
 * embedding and output layer: the vocabulary, then rows of zeros up to Megatron-core's padded size.
 * linear_proj and linear_fc2 are split by columns; norms are whole on every rank.
+* experts: the matrices of all experts, one below the other, in blocks of each expert's rows. An expert parallel rank
+  holds a contiguous part of the experts, whose blocks are split as those of a dense layer are.
 
 RoPE is not interleaved on either side, so that no row inside a head moves. How the files of a family are laid out is
 that family's matter (`sft.models.families`).
@@ -20,7 +22,7 @@ and the rules twice, once for each direction).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -74,6 +76,8 @@ class ParameterMap:
     """The files hold the transposed matrix, [input, output]."""
     frozen: bool = False
     """It is never trained: a buffer, which keeps the precision of its files."""
+    experts: int = 0
+    """Number of experts whose matrices these are, equally many blocks for each; 0 for a parameter without experts."""
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -89,6 +93,21 @@ class ParameterMap:
         """Return the map with other Hugging Face names."""
         blocks = tuple(tuple(replace(piece, name=rename(piece.name)) for piece in block) for block in self.blocks)
         return replace(self, blocks=blocks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPlace:
+    """Which part of parameters a rank holds: its rank in each group that shares them, and the group's size."""
+
+    tensor: tuple[int, int] = (0, 1)
+    experts: tuple[int, int] = (0, 1)
+    """Among the ranks that share the experts of a layer."""
+    expert_tensor: tuple[int, int] = (0, 1)
+    """Among the ranks that share each expert's matrices."""
+
+    def of(self, parameter: ParameterMap) -> tuple[int, int]:
+        """Return rank and size of the group that the parameter's `split` axis is cut over."""
+        return self.expert_tensor if parameter.experts else self.tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +212,17 @@ def checkpoint_key(name: str, *, stacked: bool) -> tuple[str, int | None]:
     return (f"decoder.layers.{own}", int(match[1])) if stacked else (f"decoder.layers.{match[1]}.{own}", None)
 
 
+def rank_part(parameter: ParameterMap, place: RankPlace, shape: Sequence[int]) -> tuple[list[Piece], slice]:
+    """Return the pieces of a rank whose parameter has this shape, and their columns."""
+    rank, size = place.of(parameter)
+    held = _of_own_experts(parameter, place)
+    if parameter.split == 1:
+        return list(held.pieces), slice(rank * shape[1], (rank + 1) * shape[1])
+    if parameter.split is None:
+        rank, size = 0, 1
+    return rank_pieces(held, rank, size, shape[0]), slice(None)
+
+
 def rank_pieces(parameter: ParameterMap, rank: int, size: int, rows: int) -> list[Piece]:
     """Return the pieces held by one of `size` ranks that has `rows` rows. Rows that no piece fills are padding."""
     if parameter.padded:
@@ -202,6 +232,15 @@ def rank_pieces(parameter: ParameterMap, rank: int, size: int, rows: int) -> lis
         share = sum(piece.rows for piece in block) // size
         found += _cut(block, rank * share, (rank + 1) * share)
     return found
+
+
+def _of_own_experts(parameter: ParameterMap, place: RankPlace) -> ParameterMap:
+    """Return the map of the experts that a rank holds, and any other parameter's as it is."""
+    if not parameter.experts:
+        return parameter
+    rank, size = place.experts
+    share = len(parameter.blocks) // size
+    return replace(parameter, blocks=parameter.blocks[rank * share : (rank + 1) * share])
 
 
 def split_parameter(parameter: ParameterMap, values: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 import sft.engine.module
 from launcher.contract.spec import read_resolved
 from sft.megatron.core import get_transformer_layer_offset, parallel_state
+from sft.megatron.parallel.groups import rank_place
 from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
-from sft.models.weight_map import canonical_name, rank_pieces
+from sft.models.weight_map import canonical_name, rank_part
 from sft.training.trainer import train
 
 
@@ -67,20 +68,17 @@ def _join_step(parts: list[Part], architecture: Architecture) -> dict[str, torch
 
 
 def _parts(chunks: list[Any], architecture: Architecture) -> list[Part]:
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    place = rank_place()
     found = []
     for index, chunk in enumerate(chunks):
         _gather_shards(chunk)
         offset = get_transformer_layer_offset(chunk.config, index if len(chunks) > 1 else None)
         for name, parameter in chunk.named_parameters():
             parameter_map = architecture.weights[canonical_name(name, offset)]
-            split_rows = (rank, size) if parameter_map.split == 0 else (0, 1)
             gradient = parameter.main_grad.detach().float().cpu().numpy().copy()
-            width = gradient.shape[-1]
-            columns = slice(rank * width, (rank + 1) * width) if parameter_map.split == 1 else slice(None)
             position = 0
-            for piece in rank_pieces(parameter_map, *split_rows, rows=gradient.shape[0]):
+            pieces, columns = rank_part(parameter_map, place, gradient.shape)
+            for piece in pieces:
                 rows = slice(piece.start, piece.stop)
                 values = gradient[position : position + piece.rows]
                 part = (
@@ -97,9 +95,10 @@ def _gather_shards(chunk: Any) -> None:
     """With the distributed optimizer each data parallel rank has reduced only its own shard of the buffers."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for buffer in chunk.buffers:
-        for bucket in buffer.buckets:
+    dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    experts = parallel_state.get_expert_data_parallel_group()
+    for group, buffers in ((dense, chunk.buffers), (experts, chunk.expert_parallel_buffers)):
+        for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
             whole = bucket.grad_data
             share = whole.numel() // group.size()
             mine = whole[group.rank() * share : (group.rank() + 1) * share].clone()

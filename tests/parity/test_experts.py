@@ -34,12 +34,40 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2_vpp2_packed": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, {"packing": True}),
     "cp2_packed_fused": (2, {"context_parallel": 2}, {"packing": True, "kernels": "fused"}),
     "dp2_distributed": (2, {}, {"distributed": True, "overlap": True}),
+    "ep2": (2, {"expert_parallel": 2}, {"recompute": "full"}),
+    "ep2_packed_distributed": (
+        2,
+        {"expert_parallel": 2},
+        {"packing": True, "distributed": True, "overlap": True, "kernels": "fused"},
+    ),
+    "ep2_tp2_sp_etp1": (
+        2,
+        {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2, "expert_tensor_parallel": 1},
+        {},
+    ),
+    "ep2_cp2": (2, {"context_parallel": 2, "expert_parallel": 2}, {"packing": True}),
+    "tp2_sp_etp1": (
+        2,
+        {"tensor_parallel": 2, "sequence_parallel": True, "expert_tensor_parallel": 1},
+        {"distributed": True},
+    ),
+    "ep2_pp2_dp2": (4, {"pipeline_parallel": 2, "expert_parallel": 2}, {"packing": True, "distributed": True}),
+    "tp2_dp2_ep2": (4, {"tensor_parallel": 2, "expert_parallel": 2}, {}),
+    "ep4_tp2_sp_etp1": (
+        4,
+        {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 4, "expert_tensor_parallel": 1},
+        {"packing": True},
+    ),
+    "ep8": (8, {"expert_parallel": 8}, {}),
     "tp2_pp2_dp2_sp": (
         8,
         {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
         {"distributed": True, "packing": True},
     ),
 }
+
+
+DEFAULT = ("tp2", "cp2_packed_fused", "pp2_vpp2_packed", "ep2_packed_distributed", "ep2_tp2_sp_etp1")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +82,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, material: tuple[Path, Pat
     return reference_curve(tmp_path_factory.mktemp("reference"), *material, steps=STEPS, **RATE)
 
 
-@pytest.mark.parametrize("layout", thinned(LAYOUTS, "tp2", "cp2_packed_fused", "dp2_distributed", "pp2_vpp2_packed"))
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, *DEFAULT))
 def test_layout_follows_reference(layout: str, tmp_path: Path, material: tuple[Path, Path], expected: Curve) -> None:
     ranks, topology, settings = LAYOUTS[layout]
     paths = make_run(tmp_path, *material, ranks=ranks, topology=topology, max_steps=STEPS, **RATE, **settings)
@@ -65,23 +93,37 @@ def test_layout_follows_reference(layout: str, tmp_path: Path, material: tuple[P
     assert_gradients_equal(join(by_rank, read_architecture(material[0]))[0], expected.gradients[0])
 
 
+TP2 = (2, {"tensor_parallel": 2, "sequence_parallel": True})
+EP2 = (2, {"expert_parallel": 2})
+EP2_PP2_DP2 = (8, {"expert_parallel": 2, "pipeline_parallel": 2})
+EP4 = (4, {"expert_parallel": 4})
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])
 @pytest.mark.parametrize(
-    ("ranks", "topology"),
+    ("first", "second"),
     [
-        pytest.param(1, {}, id="tp1"),
-        pytest.param(2, {"pipeline_parallel": 2}, id="pp2"),
-        pytest.param(4, {"tensor_parallel": 2}, id="tp2_dp2", marks=pytest.mark.slow),
+        pytest.param(TP2, (2, {"pipeline_parallel": 2}), id="tp2_to_pp2"),
+        pytest.param(EP2, TP2, id="ep2_to_tp2"),
+        pytest.param(TP2, EP2, id="tp2_to_ep2", marks=pytest.mark.slow),
+        pytest.param(EP2, (1, {}), id="ep2_to_one", marks=pytest.mark.slow),
+        pytest.param(EP2_PP2_DP2, EP4, id="ep2_pp2_dp4_to_ep4", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_goes_on_under_another_topology(
-    ranks: int, topology: dict[str, Any], tmp_path: Path, material: tuple[Path, Path]
+    first: tuple[int, dict[str, Any]],
+    second: tuple[int, dict[str, Any]],
+    distributed: bool,
+    tmp_path: Path,
+    material: tuple[Path, Path],
 ) -> None:
-    """Ranks of tp hold parts of every expert, which the checkpoint has whole."""
-    settings: dict[str, Any] = {"max_steps": 4, "every": 2, "keep_last": 9, **RATE}
-    first = {"tensor_parallel": 2, "sequence_parallel": True}
-    full = make_run(tmp_path / "full", *material, ranks=2, topology=first, **settings)
-    run_training(full, 2)
-    paths = make_run(tmp_path / "other", *material, ranks=ranks, topology=topology, **settings)
+    """Ranks hold parts of every expert, or some of the experts, all of which the checkpoint has whole."""
+    settings: dict[str, Any] = {"max_steps": 4, "every": 2, "keep_last": 9, "packing": True, **RATE}
+    settings |= {"distributed": distributed}
+    (before, topology), (ranks, other) = first, second
+    full = make_run(tmp_path / "full", *material, ranks=before, topology=topology, **settings)
+    run_training(full, before)
+    paths = make_run(tmp_path / "other", *material, ranks=ranks, topology=other, **settings)
     shutil.copytree(full.checkpoint(2), paths.checkpoint(2))
     paths.metrics.write_text("".join(full.metrics.read_text().splitlines(keepends=True)[:2]))
     run_training(paths, ranks)

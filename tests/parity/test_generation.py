@@ -131,6 +131,23 @@ def test_greedy_answers_of_a_family_equal_transformers(family: str, tmp_path: Pa
     assert run_and_collect(tmp_path, own, *LAYOUTS["pp2"]) == expected
 
 
+EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ep2": (2, {"expert_parallel": 2}),
+    "tp2_sp_ep2_etp1": (
+        2,
+        {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2, "expert_tensor_parallel": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_ranks_that_share_experts_answer_together(name: str, tmp_path: Path, material: Material) -> None:
+    """With a batch of one, a rank has three answers to give and the other two, of different lengths."""
+    own = (family_model(tmp_path / "model", "qwen3_moe"), *material[1:])
+    expected = [transformers_answer(own[0], question) for question in QUESTIONS]
+    assert run_and_collect(tmp_path, own, *EXPERTS[name], batch_size=1) == expected
+
+
 def test_an_answer_ends_at_a_stop_token(tmp_path: Path, material: Material, greedy: dict[str, list[int]]) -> None:
     first = greedy[QUESTIONS[0]]
     stop = next(token for token in first[2:] if token not in first[:2])

@@ -112,10 +112,10 @@ def build_and_load(spec: RunSpec) -> list[Any]:
     from launcher.contract.topology import build_topology
     from sft.hf.importer import load_hf_weights
     from sft.megatron.config import transformer_config
-    from sft.megatron.core import get_transformer_layer_offset, parallel_state
+    from sft.megatron.core import get_transformer_layer_offset
     from sft.megatron.kernel_choice import choose_kernels
     from sft.megatron.model import build_chunks
-    from sft.megatron.parallel.groups import init_model_parallel
+    from sft.megatron.parallel.groups import init_model_parallel, rank_place
     from sft.models.registry import read_architecture
 
     architecture = read_architecture(Path(spec.model.path))
@@ -133,8 +133,7 @@ def build_and_load(spec: RunSpec) -> list[Any]:
         chunks,
         architecture,
         Path(spec.model.path),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        place=rank_place(),
         layer_offsets=[get_transformer_layer_offset(config, stage) for stage in stages],
     )
     return chunks

@@ -11,10 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.contract.cost_model.implementation import COMMUNICATOR_GIB, CUDA_CONTEXT_GIB, Implementation
-from launcher.contract.cost_model.workload import Layout, Workload, adapter_parameters, stage_parameters
+from launcher.contract.cost_model.workload import (
+    Layout,
+    Workload,
+    adapter_parameters,
+    stage_expert_parameters,
+    stage_parameters,
+)
 from launcher.contract.topology import Topology
 
 GIB = 2**30
+EXPERT_IMBALANCE = 1.5
+"""Assumed: the busiest expert parallel rank's tokens over the mean. Routers of published models are not balanced on the
+data of fine-tuning; with a few ranks, of many experts each, they rarely exceed this."""
+EXPERT_ROWS_KEPT = 2
+"""Hidden-sized rows kept for each expert of a token: what goes into it and what comes out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,15 +69,19 @@ def largest_stage(workload: Workload, layout: Layout, implementation: Implementa
 def stage_memory(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> StageMemory:
     """Return the memory of one stage."""
     topology = layout.topology
-    held = stage_parameters(workload.shape, topology, stage)
-    trained = held
+    dense, experts = (
+        stage_parameters(workload.shape, topology, stage),
+        stage_expert_parameters(workload.shape, topology),
+    )
+    held = dense + experts
     if workload.lora_rank is not None:
-        trained = adapter_parameters(workload.shape, topology, workload.lora_rank)
-        held += trained
-    # 8 bytes of moments, and 4 of a master copy unless the weights are fp32 themselves
-    state = trained * (8 if workload.precision == "fp32" else 12)
+        dense, experts = adapter_parameters(workload.shape, topology, workload.lora_rank), 0
+        held += dense
+    trained = updated = dense + experts
     if layout.distributed_optimizer:
-        state //= topology.reducing_ranks
+        updated = dense // topology.reducing_ranks + experts // topology.expert_reducing_ranks
+    # 8 bytes of moments, and 4 of a master copy unless the weights are fp32 themselves
+    state = updated * (8 if workload.precision == "fp32" else 12)
     last = stage == topology.pipeline_parallel - 1
     return StageMemory(
         stage=stage,
@@ -97,8 +112,22 @@ def layer_activation_bytes(workload: Workload, layout: Layout, implementation: I
     whole = (tensor == 1 or workload.precision == "fp8") and workload.lora_rank is None
     if implementation.spares_mlp_output and shape.gated_mlp and whole:
         mlp -= 1
-    per_token += mlp * shape.active_ffn_size / tensor
+    if shape.num_experts:
+        # The busiest rank's rows: inputs and outputs of experts, and of the unit between their products.
+        per_token += mlp * shape.shared_expert_size / tensor
+        rows = shape.experts_per_token * (EXPERT_ROWS_KEPT * shape.hidden_size + mlp * shape.expert_ffn_hidden_size)
+        return (
+            (per_token + busiest_rank(topology) * rows / tensor)
+            * workload.width
+            * _micro_batch_tokens(workload, topology)
+        )
+    per_token += mlp * shape.ffn_hidden_size / tensor
     return per_token * workload.width * _micro_batch_tokens(workload, topology)
+
+
+def busiest_rank(topology: Topology) -> float:
+    """Return the tokens for the busiest rank's experts over the mean of the ranks that share experts."""
+    return min(EXPERT_IMBALANCE, topology.expert_parallel)
 
 
 def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:

@@ -24,16 +24,22 @@ class Candidate:
     tokens_per_second: float
     """Real tokens over all GPUs."""
     mfu: float
+    has_experts: bool = False
 
     @property
     def overrides(self) -> dict[str, int | bool | str]:
         """The config keys that give a run this layout."""
         topology = self.layout.topology
+        experts: dict[str, int | bool | str] = {
+            "topology.expert_parallel": topology.expert_parallel,
+            "topology.expert_tensor_parallel": topology.expert_tensor_parallel,
+        }
         return {
             "topology.tensor_parallel": topology.tensor_parallel,
             "topology.pipeline_parallel": topology.pipeline_parallel,
             "topology.virtual_pipeline": topology.virtual_pipeline,
             "topology.sequence_parallel": topology.sequence_parallel,
+            **(experts if self.has_experts else {}),
             "train.micro_batch_size": topology.micro_batch_size,
             "train.recompute": self.layout.recompute,
         }
@@ -51,4 +57,5 @@ def evaluate(workload: Workload, layout: Layout, gpu: GpuKind, implementation: I
         time=time,
         tokens_per_second=workload.tokens / seconds,
         mfu=mfu(workload.flops, seconds, gpu.bf16_tflops, ranks),
+        has_experts=bool(workload.shape.num_experts),
     )

@@ -12,14 +12,16 @@ import dataclasses
 from dataclasses import dataclass
 
 from launcher.contract.cost_model.implementation import LORA_PASSES, MATMUL_EXPOSED_TRAFFIC, Implementation
+from launcher.contract.cost_model.memory import busiest_rank
 from launcher.contract.cost_model.workload import (
     Layout,
     Workload,
     adapter_parameters,
     layer_parameters,
+    stage_expert_parameters,
     stage_parameters,
 )
-from launcher.contract.flops import mean_attended
+from launcher.contract.flops import active_expert_parameters, mean_attended
 from launcher.contract.hardware import GpuKind
 from launcher.contract.topology import Topology
 
@@ -41,6 +43,7 @@ class StepTime:
     pipeline_sends: float = 0.0
     data_parallel: float = 0.0
     optimizer: float = 0.0
+    expert_parallel: float = 0.0
     overhead: float = 0.0
 
     @property
@@ -51,7 +54,8 @@ class StepTime:
     @property
     def communication(self) -> float:
         """All exposed communication, without the bubble."""
-        return self.tensor_parallel + self.context_parallel + self.pipeline_sends + self.data_parallel
+        between_stages = self.pipeline_sends + self.data_parallel
+        return self.tensor_parallel + self.context_parallel + self.expert_parallel + between_stages
 
     def parts(self) -> list[tuple[str, float]]:
         """Return the parts of the step with their seconds, the longest first."""
@@ -74,6 +78,7 @@ class _Pass:
     elementwise: float
     tensor_parallel: float
     context_parallel: float = 0.0
+    expert_parallel: float = 0.0
     norms: float = 0.0
     """The forward pass of the norms alone, which `elementwise` includes."""
 
@@ -84,9 +89,9 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
     count = workload.micro_batches(topology)
     layers = _layers(workload, topology, gpu, implementation)
     head = _head(workload, topology, gpu, implementation)
-    gradients = _trained(workload, topology) * implementation.gradient_bytes / _memory_rate(gpu)
+    gradients = sum(_trained(workload, topology)) * implementation.gradient_bytes / _memory_rate(gpu)
     recompute = _recompute(layout, layers)
-    collectives = layers.tensor_parallel + layers.context_parallel
+    collectives = layers.tensor_parallel + layers.context_parallel + layers.expert_parallel
     compute = layers.matmul + layers.attention + layers.elementwise + collectives + recompute + gradients
     sends = _sends(workload, topology, gpu)
     idle = (topology.pipeline_parallel - 1) / topology.virtual_pipeline
@@ -98,6 +103,7 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
         recompute=count * recompute,
         tensor_parallel=count * (layers.tensor_parallel + head.tensor_parallel),
         context_parallel=count * layers.context_parallel,
+        expert_parallel=count * layers.expert_parallel,
         pipeline_bubble=idle * (compute + (head.matmul + head.elementwise) / topology.pipeline_parallel),
         pipeline_sends=count * sends,
         data_parallel=_data_parallel(workload, layout, gpu, implementation, backward),
@@ -114,7 +120,9 @@ def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation
     queries, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     up = 2 if shape.gated_mlp else 1
     outer = 4 * shape.hidden_size + (2 * queries + 2 * groups + (up + 1) * shape.active_ffn_size) / tensor
-    weights = layer_parameters(shape, tensor, active=True)
+    weights: float = layer_parameters(shape, tensor, active=True)
+    if shape.num_experts:  # the slowest rank counts, and the others wait for it
+        weights += (busiest_rank(topology) - 1) * active_expert_parameters(shape) / tensor
     # with a causal mask 6 * s operations a token and head dimension, forward and backward together
     attended = mean_attended(shape, workload.attended)
     attention = 6 * queries / tensor * tokens * attended
@@ -134,6 +142,7 @@ def _layers(workload: Workload, topology: Topology, gpu: GpuKind, implementation
         * implementation.tensor_parallel_exposed
         / _link_rate(gpu, crosses=False),
         context_parallel=layers * _gathered_rows(workload, topology, gpu),
+        expert_parallel=layers * _exchanged_rows(workload, topology, gpu),
         # two norms a layer, each reads and writes its tensor
         norms=layers * 4 * shape.hidden_size / sequence * workload.width * tokens / _memory_rate(gpu),
     )
@@ -148,6 +157,23 @@ def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> floa
     groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
     size = 2 * groups * topology.micro_batch_size * workload.seq_length * workload.width
     return 2 * _ring(context) * size / _link_rate(gpu, crosses=tensor * context > topology.ranks_per_node)
+
+
+def _exchanged_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
+    """Return the seconds a layer for sending tokens to their experts and back, in the forward and the backward pass.
+
+    None of it is hidden: the experts wait for their tokens.
+    """
+    if topology.expert_parallel == 1:
+        return 0.0
+    shape = workload.shape
+    # Tensor parallel ranks with a part of every expert all send all tokens; others send those of their own part.
+    senders = topology.tensor_parallel // topology.expert_tensor_parallel
+    tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel / senders
+    rows = tokens * shape.experts_per_token * busiest_rank(topology) * _ring(topology.expert_parallel)
+    span = topology.expert_parallel * topology.expert_tensor_parallel
+    rate = _link_rate(gpu, crosses=span > topology.ranks_per_node)
+    return 4 * rows * shape.hidden_size * workload.width / rate
 
 
 def _head(workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation) -> _Pass:
@@ -195,6 +221,7 @@ def _recompute(layout: Layout, layers: _Pass) -> float:
     """
     if layout.recompute in ("full", "offload"):  # copies to the host run beside computation
         computed = layers.matmul + layers.attention + layers.elementwise + layers.tensor_parallel
+        computed += layers.expert_parallel * 3 / 2  # half of it is in the forward pass
         return computed / 3 + layers.context_parallel / 2
     if layout.recompute == "norms":
         return layers.norms
@@ -217,30 +244,32 @@ def _data_parallel(
 ) -> float:
     """Return the exposed seconds a step for reducing fp32 gradients and gathering updated weights."""
     topology = layout.topology
-    if topology.reducing_ranks == 1:
-        return 0.0
-    trained, ring = _trained(workload, topology), _ring(topology.reducing_ranks)
+    dense, experts = _trained(workload, topology)
+    # Each parameter, weighted by the part of it that a rank sends around its ring.
+    sent = dense * _ring(topology.reducing_ranks) + experts * _ring(topology.expert_reducing_ranks)
     rate = _data_parallel_rate(topology, gpu)
-    reduce = (1 if layout.distributed_optimizer else 2) * trained * 4 * ring / rate
+    reduce = (1 if layout.distributed_optimizer else 2) * sent * 4 / rate
     exposed = max(0.0, reduce - backward)
     if layout.distributed_optimizer:
-        gather = trained * workload.width * ring / rate
+        gather = sent * workload.width / rate
         exposed += max(0.0, gather - backward / 2) if implementation.gathers_behind_forward else gather
     return exposed
 
 
 def _optimizer(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> float:
-    updated = _trained(workload, layout.topology)
+    dense, experts = _trained(workload, layout.topology)
+    updated: float = dense + experts
     if layout.distributed_optimizer:
-        updated /= layout.topology.reducing_ranks
+        updated = dense / layout.topology.reducing_ranks + experts / layout.topology.expert_reducing_ranks
     return updated * implementation.optimizer_bytes / _memory_rate(gpu)
 
 
-def _trained(workload: Workload, topology: Topology) -> float:
-    """Return the number of trained parameters on a rank of the largest stage."""
+def _trained(workload: Workload, topology: Topology) -> tuple[int, int]:
+    """Return the numbers of trained parameters on a rank of the largest stage, without experts and of experts."""
     if workload.lora_rank is not None:
-        return adapter_parameters(workload.shape, topology, workload.lora_rank)
-    return stage_parameters(workload.shape, topology, topology.pipeline_parallel - 1)
+        return adapter_parameters(workload.shape, topology, workload.lora_rank), 0
+    last = topology.pipeline_parallel - 1
+    return stage_parameters(workload.shape, topology, last), stage_expert_parameters(workload.shape, topology)
 
 
 def _ring(size: int) -> float:

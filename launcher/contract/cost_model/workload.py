@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.contract.flops import layer_matmul_parameters, layer_norm_parameters, training_flops_of
+from launcher.contract.flops import (
+    expert_parameters,
+    layer_matmul_parameters,
+    layer_norm_parameters,
+    training_flops_of,
+)
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.topology import Topology
 
@@ -65,20 +70,26 @@ class Layout:
         return f"{self.topology.describe()}, micro-batch {self.topology.micro_batch_size}{recompute}"
 
 
+def expert_layer_parameters(shape: ModelShape, topology: Topology) -> int:
+    """Return the weights of a decoder layer's experts on one rank."""
+    return expert_parameters(shape) // (topology.expert_parallel * topology.expert_tensor_parallel)
+
+
 def layer_parameters(shape: ModelShape, tensor_parallel: int, *, active: bool = False) -> int:
     """Return a decoder layer's weights on one tensor parallel rank. If tp exceeds the KV heads, ranks share them.
 
-    `active` counts only the experts that one token goes to.
+    Of experts, `active` counts those that one token goes to, which tensor parallel ranks compute together; else none.
     """
     queries = shape.num_attention_heads * shape.head_dim
     groups = max(shape.num_query_groups, tensor_parallel)
     repeated = 2 * (groups - shape.num_query_groups) * shape.head_dim * shape.hidden_size
     assert queries % tensor_parallel == 0
-    return (layer_matmul_parameters(shape, active=active) + repeated) // tensor_parallel + layer_norm_parameters(shape)
+    products = layer_matmul_parameters(shape, active=active) - (0 if active else expert_parameters(shape))
+    return (products + repeated) // tensor_parallel + layer_norm_parameters(shape)
 
 
 def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
-    """Return the weights on one rank of a pipeline stage. A tied output layer has its own copy on another stage."""
+    """Return the weights on one rank of a stage, without experts. A tied output layer has a copy on another stage."""
     tensor, stages = topology.tensor_parallel, topology.pipeline_parallel
     embedding = -(-shape.vocab_size // tensor) * shape.hidden_size
     count = shape.num_layers // stages * layer_parameters(shape, tensor)
@@ -89,6 +100,11 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
         if stages > 1 or not shape.tied_embeddings:
             count += embedding
     return count
+
+
+def stage_expert_parameters(shape: ModelShape, topology: Topology) -> int:
+    """Return the weights of experts on one rank of a pipeline stage."""
+    return shape.num_layers // topology.pipeline_parallel * expert_layer_parameters(shape, topology)
 
 
 def adapter_parameters(shape: ModelShape, topology: Topology, rank: int) -> int:

@@ -25,6 +25,11 @@ class TopologySpec:
     context_parallel: Annotated[int, AtLeast(1)] = 1
     """Ranks that share each row, for long ones: each holds two slices of it and gathers keys and values for attention.
     data.seq_length must be a multiple of twice this."""
+    expert_parallel: Annotated[int, AtLeast(1)] = 1
+    """Ranks that share the experts of each layer, which each hold whole or, with expert_tensor_parallel, in part. They
+    are taken from the data, context and tensor parallel ranks: the number of ranks does not grow."""
+    expert_tensor_parallel: Annotated[int | None, AtLeast(1)] = None
+    """Ranks that share each expert's matrices; by default tensor_parallel."""
     sequence_parallel: bool = False
     """Spread norms and residuals over the tensor parallel ranks, too."""
     check_memory: bool = True

@@ -1,8 +1,9 @@
 """A mixture of experts in place of the MLP: a router that chooses, experts that compute, and the weighted sum.
 
-Tensor parallel ranks hold a part of each expert's width, as they do of a dense MLP; every data parallel rank holds all
-experts. The router works in fp32, once a token, on the tokens that the rank has: with sequence parallelism those of its
-part, which are then gathered together with what was chosen for them.
+Expert parallel ranks hold some of a layer's experts each, and send each other the tokens; expert tensor parallel ranks
+hold a part of each expert's width, as tensor parallel ranks do of a dense MLP. The router works in fp32, once a token,
+on the tokens that the rank has: with sequence parallelism those of its part, which the expert tensor parallel ranks
+then gather together with what was chosen for them.
 
 Not Megatron-core's own MoE layer: its grouped experts need a package that has to be compiled, its loop over experts is
 slow, its combination adds up with atomics (two runs differ on a GPU), and its gradient norm leaves experts out where
@@ -11,13 +12,23 @@ tensor and expert parallelism meet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sft.kernels.grouped_experts import assign, expert_products, from_experts, to_experts
+from sft.kernels.expert_mlp import swiglu_experts
+from sft.kernels.grouped_experts import (
+    Assignment,
+    assign,
+    expert_products,
+    sort_rows,
+    sum_of_experts,
+    to_experts,
+    unsort_rows,
+)
 from sft.megatron.core import (
     MegatronModule,
     ShardedTensor,
@@ -27,18 +38,23 @@ from sft.megatron.core import (
     parallel_state,
     tensor_parallel,
 )
+from sft.megatron.layers.fused import await_weights
 from sft.megatron.layers.router import Router
+from sft.megatron.parallel.experts import plan_exchange
 from sft.models.architecture import Experts
 
 
 class ExpertLinear(nn.Module):
-    """The matrices of all experts, one below the other, split over tensor parallel ranks like a dense linear's."""
+    """The matrices of this rank's experts, one below the other, split over ranks like a dense linear's."""
 
     def __init__(self, config: TransformerConfig, count: int, rows: int, columns: int, *, split: int) -> None:
         super().__init__()
         self._count = count
         self.weight = nn.Parameter(torch.empty(count * rows, columns, dtype=config.params_dtype))
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, split, 1)
+        # Megatron-core's mark of what is reduced over expert data parallel ranks, in buffers and an optimizer of its
+        # own. Set under every topology, so that checkpoints of all have the same two optimizers.
+        self.weight.allreduce = False  # type: ignore[attr-defined]
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Return the product of each expert's rows, which end where `ends` says, with its matrix."""
@@ -48,14 +64,17 @@ class ExpertLinear(nn.Module):
 class ExpertMLP(MegatronModule):  # type: ignore[misc]
     """The feed-forward part of a decoder layer whose tokens go to a few of many SwiGLU MLPs."""
 
-    def __init__(self, config: TransformerConfig, *, experts: Experts, **_: object) -> None:
+    def __init__(self, config: TransformerConfig, *, experts: Experts, fused: bool = False, **_: object) -> None:
         super().__init__(config=config)
+        self._fused = fused
         self._count = experts.count
-        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self._owners = parallel_state.get_expert_model_parallel_group()
+        self._held = experts.count // self._owners.size()
+        self.tp_group = parallel_state.get_expert_tensor_parallel_group()
         width = experts.width // self.tp_group.size()
         self.router = Router(config, experts)
-        self.linear_fc1 = ExpertLinear(config, experts.count, 2 * width, config.hidden_size, split=0)
-        self.linear_fc2 = ExpertLinear(config, experts.count, config.hidden_size, width, split=1)
+        self.linear_fc1 = ExpertLinear(config, self._held, 2 * width, config.hidden_size, split=0)
+        self.linear_fc2 = ExpertLinear(config, self._held, config.hidden_size, width, split=1)
         self.sequence_parallel: bool = config.sequence_parallel
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
@@ -63,11 +82,29 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         weights, chosen = self.router(hidden_states)
         tokens, weights, chosen = self._shared(hidden_states), self._shared(weights), self._gathered(chosen)
         assignment = assign(chosen.flatten(0, 1), self._count)
-        rows = to_experts(tokens.flatten(0, 1), assignment)
-        gate, up = self.linear_fc1(rows, assignment.ends).chunk(2, dim=-1)
-        rows = self.linear_fc2(F.silu(gate) * up, assignment.ends)
-        output = from_experts(rows, weights.flatten(0, 1), assignment).to(tokens.dtype).view_as(tokens)
-        return self._reduced(output), None
+        rows, weights = to_experts(tokens.flatten(0, 1), assignment), sort_rows(weights.flatten(), assignment)
+        output = sum_of_experts(self._computed(rows, weights, assignment), assignment)
+        return self._reduced(output.view_as(tokens)), None
+
+    def _computed(self, rows: Tensor, weights: Tensor, assignment: Assignment) -> Tensor:
+        """Return what the experts make of rows that are sorted by expert, wherever those are held."""
+        if self._owners.size() == 1:
+            return self._products(rows, weights, assignment.ends)
+        exchange = plan_exchange(assignment.counts(), self._owners)
+        rows, weights = exchange.to_owners(rows), exchange.to_owners(weights)
+        own = assign(exchange.experts.unsqueeze(-1), self._held)
+        computed = self._products(to_experts(rows, own), sort_rows(weights, own), own.ends)
+        return exchange.back(unsort_rows(computed, own))
+
+    def _products(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """Return the weighted outputs of this rank's experts."""
+        if self._fused:
+            await_weights(self.linear_fc1)
+            await_weights(self.linear_fc2)
+            return swiglu_experts(rows, weights, self.linear_fc1.weight, self.linear_fc2.weight, ends)
+        gate, up = self.linear_fc1(rows, ends).chunk(2, dim=-1)
+        product: Tensor = self.linear_fc2(F.silu(gate) * up, ends)
+        return (product * weights.unsqueeze(-1)).to(product.dtype)
 
     def _shared(self, own: Tensor) -> Tensor:
         """Return the values of all tokens on every rank of the group, whose gradients are summed over its ranks."""
@@ -93,32 +130,39 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Return the weights as a sharded checkpoint has them: fc1 as [experts, 2, width, hidden]."""
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True),
+            {name: value for name, value in self.state_dict(keep_vars=True).items() if not name.startswith("linear_")},
             prefix,
-            {"linear_fc1.weight": 0, "linear_fc2.weight": 1},
+            {},
             sharded_offsets,
-            tp_group=self.tp_group,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
-        name = f"{prefix}linear_fc1.weight"
-        state[name] = self._gate_and_up(state[name], sharded_offsets)
+        fc1, fc2 = f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"
+        hidden = self.config.hidden_size
+        # A rank's rows of each expert's gate and up are not one range of the whole matrix, hence four axes.
+        state[fc1] = self._sharded(fc1, self.linear_fc1.weight, (self._held, 2, -1, hidden), 2, sharded_offsets)
+        state[fc2] = self._sharded(fc2, self.linear_fc2.weight, self.linear_fc2.weight.shape, 1, sharded_offsets)
         return state
 
-    def _gate_and_up(self, plain: ShardedTensor, offsets: tuple[tuple[int, int, int], ...]) -> ShardedTensorFactory:
-        """Return fc1 as four axes: a rank's rows of each expert's gate and up are not one range of the whole matrix."""
-        prepended, group, count = len(offsets), self.tp_group, self._count
+    def _sharded(
+        self, key: str, weight: Tensor, shape: Sequence[int], split: int, offsets: tuple[tuple[int, int, int], ...]
+    ) -> ShardedTensorFactory:
+        """Return experts' matrices as a part of those of all experts: axis 0 over owners, axis `split` over width."""
+        prepended, owners, group = len(offsets), self._owners, self.tp_group
 
         def build(key: str, weight: Tensor, replica_id: Any, *_: object) -> ShardedTensor:
             return ShardedTensor.from_rank_offsets(
                 key,
-                weight.view(count, 2, -1, weight.size(-1)),
+                weight.view(*shape),
                 *offsets,
-                (prepended + 2, group.rank(), group.size()),
+                (prepended, owners.rank(), owners.size()),
+                (prepended + split, group.rank(), group.size()),
                 replica_id=replica_id,
                 prepend_axis_num=prepended,
             )
 
         def merge(loaded: Tensor) -> Tensor:
-            return loaded.reshape(-1, loaded.size(-1))
+            return loaded.reshape(weight.shape)
 
-        return ShardedTensorFactory(plain.key, plain.data, build, merge, plain.replica_id)
+        replica = (0, 0, parallel_state.get_expert_data_parallel_rank())
+        return ShardedTensorFactory(key, weight, build, merge, replica)

@@ -195,7 +195,7 @@ def _mlp_spec(mlp: DenseMLP, linears: Linears, *, fused: bool) -> object:
 
 def _experts_spec(experts: Experts, linears: Linears, *, fused: bool) -> object:
     module: type[nn.Module] = ExpertMLP
-    params: dict[str, object] = {"experts": experts}
+    params: dict[str, object] = {"experts": experts, "fused": fused}
     if experts.shared is not None:
         module = SharedExpertMLP
         params |= {"mlp": FusedMLP if fused else MLP, "linears": linears}

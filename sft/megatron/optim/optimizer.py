@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from launcher.contract.spec import OptimizerSpec
@@ -91,12 +92,21 @@ def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, check: StepCheck) -
 
 
 def _gradient_norm(parts: Sequence[MegatronOptimizer], device: torch.device) -> Tensor:
-    """Return the global gradient norm in fp64, on every rank and on the device. Each parameter counts once."""
-    grads = [grad for part in parts for grad in _counted_grads(part)]
-    norm = total_norm(grads) if grads else torch.zeros((), device=device)
-    squared = norm.double().square()
-    sum_over(squared, parts[0].get_grad_stats_parallel_group())
-    return squared.sqrt()
+    """Return the global gradient norm in fp64, on every rank and on the device. Each parameter counts once.
+
+    Experts are in an optimizer of their own, whose ranks differ from those of other parameters' unless both are
+    distributed over all ranks.
+    """
+    by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
+    for part in parts:
+        by_group.setdefault(part.get_grad_stats_parallel_group(), []).extend(_counted_grads(part))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for group, grads in by_group.items():
+        norm = total_norm(grads) if grads else torch.zeros((), device=device)
+        squared = norm.double().square()
+        sum_over(squared, group)
+        total += squared
+    return total.sqrt()
 
 
 def _counted_grads(part: MegatronOptimizer) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from launcher.contract.topology import Topology
 from sft.megatron.core import parallel_state, tensor_parallel
 from sft.megatron.patches.communicators import communicators_on_demand
+from sft.models.weight_map import RankPlace
 
 _DATA_RANK_SEED_STRIDE = 10_007
 _STAGE_SEED_STRIDE = 100
@@ -33,6 +34,8 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
             pipeline_model_parallel_size=topology.pipeline_parallel,
             virtual_pipeline_model_parallel_size=topology.virtual_pipeline if topology.virtual_pipeline > 1 else None,
             context_parallel_size=topology.context_parallel,
+            expert_model_parallel_size=topology.expert_parallel,
+            expert_tensor_parallel_size=topology.expert_tensor_parallel,
         )
     rank_seed = (
         seed
@@ -41,6 +44,17 @@ def init_model_parallel(topology: Topology, seed: int) -> None:
     )
     torch.manual_seed(rank_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed)
+
+
+def rank_place() -> RankPlace:
+    """Return this rank's place in the groups that share parameters."""
+    groups = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_expert_tensor_parallel_group(),
+    )
+    tensor, experts, expert_tensor = ((group.rank(), group.size()) for group in groups)
+    return RankPlace(tensor=tensor, experts=experts, expert_tensor=expert_tensor)
 
 
 def sum_over(values: Tensor, group: dist.ProcessGroup) -> None:

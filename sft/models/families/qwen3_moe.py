@@ -68,7 +68,7 @@ FAMILY = Family(
     small_config={
         **SMALL,
         "head_dim": 16,
-        "num_experts": 6,
+        "num_experts": 8,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
         "norm_topk_prob": True,

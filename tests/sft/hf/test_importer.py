@@ -15,6 +15,7 @@ from launcher.contract.errors import ModelError
 from sft.hf.files import WeightFiles, check_model_files
 from sft.hf.importer import load_hf_weights
 from sft.models.registry import SUPPORTED, read_architecture
+from sft.models.weight_map import RankPlace
 from tests.ranks import run_ranks
 from tests.sft.hf_cases import CASES, VOCAB_SIZE, example_ids, hf_logits, rank_logits, run_spec, save_hf_model
 
@@ -90,7 +91,7 @@ class Chunk(nn.Module):
 
 
 def load(chunk: nn.Module, directory: Path) -> None:
-    load_hf_weights([chunk], read_architecture(directory), directory, tensor_rank=0, tensor_size=1, layer_offsets=[0])
+    load_hf_weights([chunk], read_architecture(directory), directory, place=RankPlace(), layer_offsets=[0])
 
 
 def test_padding_is_zero_and_numbers_take_the_parameters_type(tmp_path: Path) -> None:
@@ -144,11 +145,11 @@ def test_a_split_parameter_must_carry_the_mark(tmp_path: Path) -> None:
     chunk = Chunk(tmp_path, padding=0)
     weight = chunk.get_parameter("embedding.word_embeddings.weight")
     weight.data = weight.data[:49]
-    arguments = {"tensor_rank": 0, "tensor_size": 2, "layer_offsets": [0]}
+    place = RankPlace(tensor=(0, 2))
 
     message = r"embedding\.word_embeddings\.weight is marked as split on axis None, not 0"
     with pytest.raises(ValueError, match=message):
-        load_hf_weights([chunk], read_architecture(tmp_path), tmp_path, **arguments)  # type: ignore[arg-type]
+        load_hf_weights([chunk], read_architecture(tmp_path), tmp_path, place=place, layer_offsets=[0])
 
 
 def problems(directory: Path) -> list[str]:

@@ -1,0 +1,99 @@
+"""A mixture of experts on one CUDA device: in bf16 against fp64, the same bits twice, and without waiting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sft.kernels.expert_mlp import swiglu_experts
+from sft.kernels.grouped_experts import Assignment, assign, looped_products, sort_rows, sum_of_experts, to_experts
+from tests.gpu.test_kernels import assert_equal, drawn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+EXPERTS, CHOSEN, HIDDEN, WIDTH = 16, 4, 512, 384
+
+
+def choice(tokens: int) -> Assignment:
+    """An uneven choice: the first experts get most tokens, and the last none."""
+    draw = torch.Generator("cuda").manual_seed(3)
+    scores = torch.rand(tokens, EXPERTS, device="cuda", generator=draw)
+    scores *= torch.linspace(1, 0.3, EXPERTS, device="cuda")
+    scores[:, -1] = -1
+    return assign(scores.topk(CHOSEN).indices, EXPERTS)
+
+
+def inputs(tokens: int) -> list[Tensor]:
+    """Tokens, weights, and the experts' matrices one below the other, of sizes that keep the outputs near 1."""
+    weights = torch.rand(tokens, CHOSEN, device="cuda", generator=torch.Generator("cuda").manual_seed(4))
+    up = drawn(EXPERTS * 2 * WIDTH, HIDDEN) / HIDDEN**0.5
+    return [drawn(tokens, HIDDEN), weights, up, drawn(EXPERTS * HIDDEN, WIDTH) / WIDTH**0.5]
+
+
+@pytest.mark.parametrize("tokens", [1, 45, 3000])
+def test_experts(tokens: int) -> None:
+    assignment = choice(tokens)
+
+    def ours(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        rows, by_row = to_experts(x, assignment), sort_rows(weights.flatten(), assignment)
+        return sum_of_experts(swiglu_experts(rows, by_row, up, down, assignment.ends), assignment)
+
+    def plain(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        rows = x.repeat_interleave(CHOSEN, 0)[assignment.source]
+        mixed = looped_products(rows, up.view(EXPERTS, -1, HIDDEN), assignment.ends)
+        gate, other = mixed.chunk(2, dim=-1)
+        rows = looped_products(F.silu(gate) * other, down.view(EXPERTS, HIDDEN, -1), assignment.ends)
+        return (rows[assignment.place].view(-1, CHOSEN, HIDDEN) * weights.unsqueeze(-1)).sum(1)
+
+    assert_equal(ours, plain, inputs(tokens), tolerance=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_are_added_to_a_buffer(dtype: torch.dtype) -> None:
+    """Of two micro-batches, the first of which overwrites zeros."""
+    assignment = choice(700)
+    x, weights, up, down = inputs(700)
+    weight = torch.nn.Parameter(up)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(up, dtype=dtype), False  # type: ignore[attr-defined]
+    by_row = sort_rows(weights.flatten(), assignment)
+    for _ in range(2):
+        swiglu_experts(
+            to_experts(x, assignment), by_row, weight, down, assignment.ends
+        ).float().square().sum().backward()
+    exact = up.double().requires_grad_()
+    mixed = looped_products(to_experts(x.double(), assignment), exact.view(EXPERTS, -1, HIDDEN), assignment.ends)
+    gate, other = mixed.chunk(2, dim=-1)
+    outputs = looped_products(F.silu(gate) * other, down.double().view(EXPERTS, HIDDEN, -1), assignment.ends)
+    (outputs * by_row.double().unsqueeze(-1)).square().sum().backward()
+    assert exact.grad is not None
+    error = (weight.main_grad.double() - 2 * exact.grad).norm() / (2 * exact.grad).norm()
+    assert error < 1e-2
+    assert weight.main_grad.view(EXPERTS, -1)[-1].count_nonzero() == 0
+
+
+def test_two_runs_give_the_same_bits_without_waiting_for_the_device() -> None:
+    assignment = choice(3000)
+    x, weights, up, down = inputs(3000)
+
+    def run() -> tuple[Tensor, ...]:
+        own = [tensor.clone().requires_grad_() for tensor in (x, weights, up, down)]
+        again = choice(3000)
+        rows, by_row = to_experts(own[0], again), sort_rows(own[1].flatten(), again)
+        output = sum_of_experts(swiglu_experts(rows, by_row, own[2], own[3], again.ends), again)
+        output.float().square().sum().backward()
+        return output.detach(), *(tensor.grad for tensor in own if tensor.grad is not None)
+
+    first = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(first) == 5
+    assert all(one.equal(other) for one, other in zip(first, second, strict=True))
+    assert assignment.ends.tolist() == choice(3000).ends.tolist()
