@@ -94,6 +94,22 @@ def test_a_checkpoint_of_unequal_layers_goes_on_under_another_topology(
     assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
 
 
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])
+def test_a_stage_without_experts_saves_the_step_of_the_others(distributed: bool, tmp_path: Path, chat: Path) -> None:
+    """Of four layers the first two are dense, so that rank 0, which saves what is no tensor, has no experts."""
+    model = family_model(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0, 1])
+    settings: dict[str, Any] = {"max_steps": 4, "every": 2, "keep_last": 9, "distributed": distributed, **RATE}
+    full = make_run(tmp_path / "full", model, chat, ranks=2, topology={"pipeline_parallel": 2}, **settings)
+    run_training(full, 2)
+    paths = make_run(tmp_path / "other", model, chat, ranks=1, **settings)
+    shutil.copytree(full.checkpoint(2), paths.checkpoint(2))
+    paths.metrics.write_text("".join(full.metrics.read_text().splitlines(keepends=True)[:2]))
+    run_training(paths, 1)
+    whole, resumed = curve(full), curve(paths)
+    assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
+    assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
+
+
 def test_what_is_not_trained_comes_out_as_it_was(
     tmp_path: Path, chat: Path, glm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,9 +33,16 @@ class SharedExpertMLP(ExpertMLP):
     """The feed-forward part of a decoder layer whose tokens go to a few of many MLPs, and all of them to one more."""
 
     def __init__(
-        self, config: TransformerConfig, *, experts: Experts, mlp: type[MLP], linears: Linears, **others: object
+        self,
+        config: TransformerConfig,
+        *,
+        experts: Experts,
+        mlp: type[MLP],
+        linears: Linears,
+        fused: bool = False,
+        **_: object,
     ) -> None:
-        super().__init__(config, experts=experts, **others)
+        super().__init__(config, experts=experts, fused=fused)
         assert experts.shared is not None
         # Megatron-core's MLP takes its width from the configuration, which has that of dense layers.
         own = copy.copy(config)
