@@ -401,8 +401,8 @@ def test_predictions_of_a_config_without_gpus_are_not_made(workdir: Path, capsys
 
 
 def test_topology_of_a_candidate_is_what_the_config_builds() -> None:
-    from launcher.planning.search import with_form_of
+    from launcher.planning.search import with_layout
 
     shape, spec = named_model_shape("8b"), run()
     for found in search_layouts(spec, shape, H100).fitting[::10]:
-        assert build_topology(with_form_of(spec, found), shape) == found.layout.topology
+        assert build_topology(with_layout(spec, found), shape) == found.layout.topology
