@@ -43,7 +43,7 @@ def capped_attention(
     """Return softmax(cap * tanh(scale * query key^T / cap)) value, over the keys that each query sees.
 
     query [..., heads, s, dim], the last positions; key and value [..., groups, u, dim]; `scale` None means
-    1 / sqrt(dim). The result has the query's shape. The softmax is in fp32 or wider.
+    1 / sqrt(dim). The result has the query's shape. Cap and softmax are in fp32 or wider.
     """
     scale = query.size(-1) ** -0.5 if scale is None else scale
     parts, before = [], key.size(-2) - query.size(-2)
@@ -63,10 +63,11 @@ def _capped_block(
     query: Tensor, key: Tensor, value: Tensor, cap: float, window: int | None, scale: float, dropout: float
 ) -> Tensor:
     # Query heads that share keys and values are a dimension of their own.
-    grouped = query.unflatten(-3, (key.size(-3), -1)) * scale
+    grouped = query.unflatten(-3, (key.size(-3), -1))
     scores = grouped @ key.unsqueeze(-3).transpose(-1, -2)
-    scores = cap * torch.tanh(scores / cap)
+    # In bf16 numbers near a cap of 50 would be 0.25 apart.
+    scores = scores.float() if scores.dtype.itemsize < 4 else scores
+    scores = cap * torch.tanh(scores * (scale / cap))
     hidden = ~causal_mask(query.size(-2), key.size(-2), window, query.device)
-    wide = torch.float32 if scores.dtype.itemsize < 4 else scores.dtype
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1, dtype=wide)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
     return (F.dropout(weights.to(value.dtype), dropout) @ value.unsqueeze(-3)).flatten(-4, -3)
