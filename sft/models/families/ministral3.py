@@ -65,5 +65,5 @@ FAMILY = Family(
         # transformers' default padding token is 11, an ordinary one of the tests' vocabulary
         "pad_token_id": 0,
     },
-    variants={"tied": {"tie_word_embeddings": True, "sliding_window": 256}},
+    variants={"tied": {"tie_word_embeddings": True, "sliding_window": 20}},
 )

@@ -51,4 +51,5 @@ FAMILY = Family(
     model_type="mixtral",
     read=_read,
     small_config={**SMALL, "num_local_experts": 6, "num_experts_per_tok": 2},
+    variants={"window": {"sliding_window": 20}},
 )

@@ -69,7 +69,7 @@ FAMILY = Family(
     # transformers' default padding token is 32000, beyond a small vocabulary
     small_config={**SMALL, "sliding_window": None, "pad_token_id": 0},
     variants={
-        "partial_rope": {"partial_rotary_factor": 0.75, "sliding_window": 256, "num_key_value_heads": 6},
+        "partial_rope": {"partial_rotary_factor": 0.75, "sliding_window": 20, "num_key_value_heads": 6},
         "longrope": {
             "partial_rotary_factor": 0.75,
             "tie_word_embeddings": True,

@@ -50,5 +50,9 @@ FAMILY = Family(
     model_type="qwen2",
     read=_read,
     small_config={**SMALL, "rope_theta": 1000000.0},
-    variants={"tied": {"tie_word_embeddings": True}, "yarn": {"rope_parameters": _YARN}},
+    variants={
+        "tied": {"tie_word_embeddings": True},
+        "yarn": {"rope_parameters": _YARN},
+        "windows": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
+    },
 )

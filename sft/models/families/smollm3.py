@@ -77,7 +77,13 @@ FAMILY = Family(
         "pad_token_id": 0,
     },
     variants={
-        "by_interval": {"no_rope_layers": None, "no_rope_layer_interval": 2, "tie_word_embeddings": False},
+        "by_interval": {
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 2,
+            "tie_word_embeddings": False,
+        },
         # All rotate: without a rotation the bias on keys shifts all scores of a query alike, and has no gradient.
         "biased": {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 1, 1, 1]},
     },

@@ -78,3 +78,15 @@ def test_half_precision_keeps_its_type_and_sums_in_fp32() -> None:
     half = capped_attention(query, key, value, cap=CAP)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), capped_attention(*wide, cap=CAP), atol=2e-2, rtol=2e-2)
+
+
+def test_blocks_computed_again_drop_the_same_weights() -> None:
+    """The output is linear in the values, so that their product with their gradient is the output's with its own."""
+    torch.manual_seed(0)
+    query, key, value = drawn()
+    output = capped_attention(query, key, value, cap=CAP, dropout=0.5)
+    weights = torch.randn_like(output)
+    torch.rand(7)  # moves the generator on, as other layers do
+    output.backward(weights)
+    assert value.grad is not None
+    torch.testing.assert_close((value * value.grad).sum(), (output * weights).sum())
