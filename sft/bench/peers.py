@@ -30,6 +30,7 @@ ATTENTION = "packed_offsets"
 """A name with "flash" in it would make transformers look for a package of that name."""
 Weights = Literal["fp32", "bf16"]
 Chosen = Literal["auto", "flash2", "flash4"]
+Experts = Literal["liger", "grouped"]
 
 
 def packed_flash(
@@ -186,14 +187,24 @@ def _trl_tokenizer() -> object:
 
 
 def run_transformers(
-    workload: Workload, *, weights: Weights, attention: Chosen, micro_batches: int, warmup: int, steps: int
+    workload: Workload,
+    *,
+    weights: Weights,
+    attention: Chosen,
+    micro_batches: int,
+    warmup: int,
+    steps: int,
+    experts: Experts = "liger",
 ) -> Result:
-    """Train transformers' model with Liger's kernels, fused linear cross-entropy included, in a plain loop."""
+    """Train transformers' model with Liger's kernels, fused linear cross-entropy included, in a plain loop.
+
+    Experts are Liger's, or transformers' own, which call torch's grouped product.
+    """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         from liger_kernel.transformers import monkey_patch
 
-        monkey_patch._apply_liger_kernel(workload.model_shape.model_type)
+        monkey_patch._apply_liger_kernel(workload.model_shape.model_type, swiglu=experts == "liger")
     device = "cuda" if on_gpu else "cpu"
     kernel = _kernel(attention, workload)
     model = build_model(workload, weights, kernel).train()
@@ -218,7 +229,9 @@ def run_transformers(
         optimizer.zero_grad(set_to_none=True)
         slots = sum(batch["input_ids"].numel() for batch, _, _ in parts)
         clock.after_step([length for _, lengths, _ in parts for length in lengths], slots, targets)
-    return clock.result("transformers", _settings(workload, weights, kernel), workload.model_shape, float(loss))
+    settings = _settings(workload, weights, kernel)
+    settings |= {"experts": experts} if workload.model_shape.num_experts else {}
+    return clock.result("transformers", settings, workload.model_shape, float(loss))
 
 
 def _fsdp() -> dict[str, object]:

@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="precision of their weights"
     )
     parser.add_argument("--vs-attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
+    parser.add_argument(
+        "--vs-experts", nargs="+", default=["liger"], choices=["liger", "grouped"], help="experts of transformers"
+    )
     parser.add_argument("--vs-micro-batches", type=int, help="micro-batches of the others; default: as many as ours")
     parser.add_argument("--vs-parallel", nargs="+", default=["ddp"], choices=["ddp", "fsdp"], help="on several GPUs")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="how many GPUs of this machine to use")
@@ -122,10 +125,18 @@ def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, object
     ]
     cut = options.vs_micro_batches or options.micro_batches
     others: list[tuple[str, dict[str, object]]] = [
-        (name, {"weights": weights, "attention": attention, "micro_batches": cut, **clock})
+        (name, {"weights": weights, "attention": attention, "micro_batches": cut, **experts, **clock})
         for name, weights, attention in itertools.product(options.vs, options.vs_weights, options.vs_attention)
+        for experts in _experts_of(name, options)
     ]
     return own + others
+
+
+def _experts_of(contender: str, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Return the settings of a contender's experts, where it has a choice and the model has some."""
+    if contender != "transformers" or not any(named_model_shape(shape).num_experts for shape in options.shape):
+        return [{}]
+    return [{"experts": experts} for experts in options.vs_experts]
 
 
 def _run(contender: str, workload: Mapping[str, object], settings: Mapping[str, object], gpus: int) -> Result | None:
@@ -150,7 +161,7 @@ def _run(contender: str, workload: Mapping[str, object], settings: Mapping[str, 
 
 def _line(result: Result, gpus: int, first: Result) -> str:
     """Return the lines of the table for a result, compared with the first one."""
-    keys = ("layout", "parallel", "attention", "precision", "recompute", "weights")
+    keys = ("layout", "parallel", "attention", "precision", "recompute", "weights", "experts")
     values = [result.settings.get(key) for key in keys]
     name = " ".join([result.contender, *(str(value) for value in values if value not in (None, "none"))])
     mfu = "-" if result.mfu is None else f"{result.mfu:.1%}"
