@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from launcher import __version__
 from launcher.commands import (
     cluster,
-    import_nemo,
+    import_config,
     init,
     logs,
     nodes,
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"launcher {__version__}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for family in (submit, prepare, init, plan, status, logs, resubmit, sweep, nodes, cluster, import_nemo, report):
+    for family in (submit, prepare, init, plan, status, logs, resubmit, sweep, nodes, cluster, import_config, report):
         family.add(commands)
     completion = command(commands, "completion", _completion, "print a shell completion script")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))

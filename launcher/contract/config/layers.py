@@ -11,6 +11,7 @@ from launcher.contract.config.conversion import literal
 from launcher.contract.config.overrides import read_overrides
 from launcher.contract.config.text import read_text
 from launcher.contract.config.yaml_leaves import read_yaml
+from launcher.contract.errors import ConfigError
 from launcher.contract.leaves import NAMED_SECTIONS, Leaf, Leaves
 from launcher.contract.spec import RunSpec
 
@@ -79,7 +80,17 @@ def _read_file(path: Path, others: Sequence[str]) -> Leaves:
 
         if is_nemo(text):
             return read_leaves(text, str(path))
-    return read_yaml(text, str(path), RunSpec, "file", named=NAMED_SECTIONS, others=others)
+    leaves = read_yaml(text, str(path), RunSpec, "file", named=NAMED_SECTIONS, others=others)
+    if leaves.problems:
+        from launcher.contract.trainers.convert import recognised
+
+        trainer = recognised(text)
+        if trainer is not None:
+            raise ConfigError(
+                f"{path} is a config of {trainer.name}; `launcher import {path} --gpus N` prints it in this launcher's "
+                "keys"
+            )
+    return leaves
 
 
 def _named_cluster(written: Leaves, on_top: Leaves, option: str | None) -> Leaf | None:

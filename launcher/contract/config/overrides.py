@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.contract.config.yaml_leaves import SECTION_NAME, compose, plain_value
-from launcher.contract.errors import ConfigError, did_you_mean
+from launcher.contract.config.yaml_leaves import SECTION_NAME, compose, plain_value, unknown_hint
+from launcher.contract.errors import ConfigError
 from launcher.contract.leaves import NAMED_SECTIONS, Leaf, Leaves, describe, is_dict, is_list
 from launcher.contract.spec.fields import ANY_NAME, FieldType, field_types, leaf_types, mapped_section, section_type
 
@@ -78,7 +78,7 @@ def _unknown(key: str, schema: type) -> str:
     inside = [name for name in types if name.startswith(f"{key}.")]
     if inside:
         return f"'{key}' is a section; set one of {', '.join(inside)}"
-    return f"unknown key '{key}'{did_you_mean(key, types)}"
+    return f"unknown key '{key}'{unknown_hint(key, key, types)}"
 
 
 def _filled(known: str, key: str) -> str:

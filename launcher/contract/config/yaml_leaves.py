@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -103,7 +103,7 @@ class _Walk:
             if dotted in self.others:
                 continue
             if kind is None:
-                self.problem(key, f"unknown key '{dotted}'{did_you_mean(name, types)}")
+                self.problem(key, f"unknown key '{dotted}'{unknown_hint(dotted, name, types)}")
             elif (mapped := mapped_section(kind)) is not None:
                 self.sections(value, mapped, dotted)
             elif (inner := section_type(kind)) and not (dotted in self.named and isinstance(value, yaml.ScalarNode)):
@@ -166,6 +166,14 @@ class _Walk:
             return str(node.value)
         self.problem(node, f"{dotted}: {_kind(node)} is not a string")
         return ""
+
+
+def unknown_hint(dotted: str, word: str, known: Iterable[str]) -> str:
+    """Return what an unknown key may mean: another trainer's word, a key of another section, or a slip of the pen."""
+    from launcher.contract.spec import RunSpec
+    from launcher.contract.trainers.hints import hint, near_hint  # late: most configs need none of its tables
+
+    return hint(dotted, RunSpec) or did_you_mean(word, known) or near_hint(dotted)
 
 
 def plain_value(node: yaml.Node, kind: FieldType) -> tuple[str | list[str] | dict[str, str] | None, bool]:

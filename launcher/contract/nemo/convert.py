@@ -79,7 +79,7 @@ def convert_entries(entries: Entries, shown: str) -> Conversion:
             model = model_config(entries)
         except ConfigError as error:
             problems += error.problems
-    problems += _contradictions(outcomes)
+    problems += contradictions(outcomes)
     if problems:
         raise ConfigError(problems)
     return Conversion(outcomes=tuple(outcomes), model=model)
@@ -108,7 +108,7 @@ def _absent(entries: Entries, shown: str) -> list[Outcome]:
     ]
 
 
-def _contradictions(outcomes: list[Outcome]) -> Iterator[str]:
+def contradictions(outcomes: list[Outcome]) -> Iterator[str]:
     """Yield the keys that set one of ours to different values."""
     first: dict[str, tuple[object, Outcome]] = {}
     for outcome in outcomes:

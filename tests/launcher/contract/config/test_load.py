@@ -115,7 +115,7 @@ def test_bad_override(workdir: Path, override: str, message: str) -> None:
 def test_every_problem_at_once(workdir: Path) -> None:
     CFG.write_text("train: {max_steps: ten, lr: 1}\ntopology: {tensor_paralel: 2}\n")
     assert problems("foo") == (
-        "cfg.yaml:1: unknown key 'train.lr'",
+        "cfg.yaml:1: unknown key 'train.lr'; here it is train.optimizer.lr",
         "cfg.yaml:2: unknown key 'topology.tensor_paralel'; did you mean 'tensor_parallel'?",
         "override 'foo': expected key=value",
         "cfg.yaml:1: train.max_steps: 'ten' is not an integer",
