@@ -40,7 +40,8 @@ def layer_matmul_parameters(shape: ModelShape, *, active: bool = False, dense: b
     width, router = shape.ffn_hidden_size, 0
     if shape.num_experts and not dense:
         whole = shape.num_experts * shape.expert_ffn_hidden_size + shape.shared_expert_size
-        width, router = shape.active_ffn_size if active else whole, shape.num_experts * shape.hidden_size
+        width = shape.active_ffn_size if active else whole
+        router = (shape.num_experts + shape.weighted_shared_expert) * shape.hidden_size
     return attention + (3 if shape.gated_mlp else 2) * shape.hidden_size * width + router
 
 

@@ -36,7 +36,7 @@ _FOUR_NORMS = ("gemma2", "gemma3_text")
 _QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe")
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
-_WIDTH_NORM = ("olmo2", "olmo3")
+_WIDTH_NORM = ("olmo2", "olmo3", "olmoe")
 _WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}
 """Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""
 
@@ -74,6 +74,8 @@ class ModelShape:
     """Width of one expert."""
     shared_expert_size: int = 0
     """Width of the MLP that every token meets beside its experts; 0 for none."""
+    weighted_shared_expert: bool = False
+    """Whether each token weights the output of that MLP."""
     dense_layers: tuple[int, ...] = ()
     """Of a mixture of experts the layers, counted from 0, that have a dense MLP all the same."""
     layer_norms: int = 2
@@ -128,6 +130,7 @@ class ModelShape:
             width_norm=model_type in _WIDTH_NORM,
             **_windows(config, model_type),
             **_expert_sizes(config),
+            weighted_shared_expert="shared_expert_intermediate_size" in config,
             dense_layers=_dense_layers(config),
         )
 
@@ -153,6 +156,9 @@ def _windows(config: HfConfig, model_type: str) -> dict[str, Any]:
         count = layers
     elif isinstance(kinds, list):
         count = kinds[:layers].count("sliding_attention")
+    elif model_type == "qwen2_moe":
+        below = min(layers, config.get("max_window_layers", 28))
+        count = -(-below // 2) if config.get("use_sliding_window") else 0
     elif interval:
         count = layers - layers // (config.get("sliding_window_pattern") or interval)
     else:

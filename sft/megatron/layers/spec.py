@@ -166,7 +166,8 @@ def _norms_of_heads(architecture: Architecture, attention: Attention, *, fused: 
     """Return the norms of queries and of keys."""
     if attention.width_norm:
         heads = architecture.shape.num_attention_heads, architecture.shape.num_query_groups
-        queries, keys = (ModuleSpec(module=WidthRMSNorm, params={"heads": count}) for count in heads)
+        late = architecture.norm == "late_rounded_rms"
+        queries, keys = (ModuleSpec(module=WidthRMSNorm, params={"heads": count, "late": late}) for count in heads)
         return queries, keys
     norm = (FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]) if attention.qk_norm else None
     return norm, norm

@@ -1,4 +1,4 @@
-"""The norm of all query heads together, or of all key heads, as Olmo 2 has it: one mean over the whole projection.
+"""The norm of all query heads together, or of all key heads, as Olmo 2 and OLMoE have it: a mean over the whole width.
 
 Tensor parallel ranks have some of the heads each. They add up their squares, and the weight is split like the heads,
 so that each rank has the whole gradient of its part.
@@ -20,12 +20,13 @@ from sft.megatron.core import (
 
 
 class WidthRMSNorm(nn.Module):
-    """RMSNorm over `heads` heads of all ranks; multiplies by the weight in fp32 and rounds last."""
+    """RMSNorm over `heads` heads of all ranks. Rounds before the product with the weight, or with `late` after it."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int, **_: object
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int, late: bool, **_: object
     ) -> None:
         super().__init__()
+        self._late = late
         self._group = parallel_state.get_tensor_model_parallel_group()
         self._width = heads * hidden_size
         self._eps = eps
@@ -42,7 +43,8 @@ class WidthRMSNorm(nn.Module):
             squares = tensor_parallel.reduce_from_tensor_model_parallel_region(squares, group=self._group)
             squares = tensor_parallel.copy_to_tensor_model_parallel_region(squares, group=self._group)
         normed = wide * torch.rsqrt(squares / self._width + self._eps)
-        return (normed * self.weight.float()).to(x.dtype).view_as(x)
+        weighted = normed * self.weight.float() if self._late else normed.to(x.dtype) * self.weight
+        return weighted.to(x.dtype).view_as(x)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: object = (), metadata: Mapping[str, object] | None = None

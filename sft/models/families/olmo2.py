@@ -39,10 +39,18 @@ def olmo_layer(shape: ModelShape, prefix: str, *, attention_bias: bool) -> Layer
         del maps[name]
     for ours, theirs in (("attention", "attention"), ("mlp", "feedforward")):
         maps[f"post_{ours}_layernorm.weight"] = vector(f"{prefix}post_{theirs}_layernorm.weight", shape.hidden_size)
-    for which, heads in (("q", shape.num_attention_heads), ("k", shape.num_query_groups)):
-        name = f"{prefix}self_attn.{which}_norm.weight"
-        maps[f"self_attention.{which}_layernorm.weight"] = whole(name, heads * shape.head_dim, None, 0)
-    return maps
+    return maps | width_norms(shape, prefix)
+
+
+def width_norms(shape: ModelShape, prefix: str) -> Layer:
+    """Return the maps of the norms over all heads of queries and of keys."""
+    heads = {"q": shape.num_attention_heads, "k": shape.num_query_groups}
+    return {
+        f"self_attention.{which}_layernorm.weight": whole(
+            f"{prefix}self_attn.{which}_norm.weight", count * shape.head_dim, None, 0
+        )
+        for which, count in heads.items()
+    }
 
 
 FAMILY = Family(

@@ -134,9 +134,9 @@ def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) -> None:
-    assert refusal(tmp_path, model_type="qwen2_moe") == [
-        "model_type 'qwen2_moe' is not supported (it has shared experts beside those that are chosen); supported are "
-        + ", ".join(SUPPORTED)
+    assert refusal(tmp_path, model_type="glm4_moe_lite") == [
+        "model_type 'glm4_moe_lite' is not supported (its keys and values are made of one small vector a token); "
+        "supported are " + ", ".join(SUPPORTED)
     ]
 
 
@@ -338,3 +338,61 @@ def shape_free_of_positions(architecture: Architecture) -> Architecture:
     """Return it without the number of positions, which only learned ones are bounded by."""
     shape = dataclasses.replace(architecture.shape, max_position_embeddings=0)
     return dataclasses.replace(architecture, shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}, [9, None, 9, None]),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, [9, None, None, None]),
+        ({"use_sliding_window": False, "sliding_window": 9}, [None] * 4),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
+            },
+            [None, None, None, 9],
+        ),
+    ],
+)
+def test_windows_of_qwen2_moe_are_in_other_layers_than_qwen2s(
+    changes: dict[str, Any], windows: list[int | None], tmp_path: Path
+) -> None:
+    small = family("qwen2_moe").small_config
+    found = read_architecture(write_config(tmp_path, **{**small, "model_type": "qwen2_moe", **changes}))
+    assert [layer.attention.window for layer in found.layers] == windows
+    assert found.shape.windowed_layers == sum(window is not None for window in windows)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("glm4_moe", {"n_group": 3}, "n_group 3: 8 experts are no such number of equal groups"),
+        (
+            "glm4_moe",
+            {"topk_group": 1},
+            "topk_group 1: the 3 experts of a token must fit into that many of 4 groups of 2",
+        ),
+        (
+            "glm4_moe",
+            {"n_shared_experts": 0},
+            "n_shared_experts 0 is not supported: layers with experts have a shared one",
+        ),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported for model type olmoe"),
+        ("olmoe", {"attention_bias": True}, "attention_bias true is not supported"),
+        ("qwen2_moe", {"qkv_bias": False}, "qkv_bias false is not supported"),
+        (
+            "qwen2_moe",
+            {"sliding_window": 9, "layer_types": ["sliding_attention"] * 4},
+            "layer_types has sliding layers, and use_sliding_window is false",
+        ),
+        (
+            "mixtral",
+            {"router_jitter_noise": 0.1},
+            "router_jitter_noise is not supported: a token's experts must not be random; set it to 0",
+        ),
+    ],
+)
+def test_refusals_of_models_with_experts(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, **{**family(name).small_config, "model_type": name, **changes}) == [message]
