@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, run the command, and return its exit code. Errors become exit codes too."""
     options = _parser().parse_args(arguments)
     _quieten_libraries()
+    if options.command != "audit":  # which may look at data of the hub, before there is a job
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         if options.command != "preflight":  # which looks at the versions of all nodes, and says what is wrong with them
             check_versions()
@@ -152,7 +154,6 @@ def _quieten_libraries() -> None:
     for name in ("megatron", "torch.distributed", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

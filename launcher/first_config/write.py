@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.contract.config.load import LoadedConfig, load_config
 from launcher.contract.errors import ConfigError, RunStateError
-from launcher.contract.hub.found import Fetch, fetch_now
+from launcher.contract.hub.found import Fetch, fetch_now, without_weights
 from launcher.first_config.answers import Answers
 from launcher.first_config.survey import Survey, survey_data, template_for
 from launcher.first_config.text import config_text
@@ -65,12 +65,11 @@ def _survey(config: LoadedConfig) -> Survey:
 
 
 def _small(fetches: Sequence[Fetch]) -> list[Fetch]:
-    chosen = []
-    for wanted in fetches:
-        names = tuple(name for name in wanted.names if not name.endswith(".safetensors"))
-        if names and (wanted.snapshot.repository.kind == "model" or wanted.size <= _MOST_DATA):
-            chosen.append(Fetch(snapshot=wanted.snapshot, names=names, size=wanted.size))
-    return chosen
+    return [
+        wanted
+        for wanted in without_weights(fetches)
+        if wanted.snapshot.repository.kind == "model" or wanted.size <= _MOST_DATA
+    ]
 
 
 def _layout(answers: Answers, survey: Survey, config: LoadedConfig, draft: Path) -> tuple[Mapping[str, object], str]:

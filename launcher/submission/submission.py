@@ -22,6 +22,7 @@ from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.topology import Topology, build_topology
 from launcher.planning.run_plan import check_fit, estimate, gpu_of, nothing_fits, unknown_gpu
 from launcher.planning.search import search_layouts, with_layout
+from launcher.submission.early_refusal import check_early
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,7 @@ def make_submission(
         config = with_best_topology(config, shape, gpu)
     spec = config.spec
     topology = build_topology(spec, shape)
+    check_early(spec)
     prediction = None
     if gpu is not None:
         prediction = estimate(spec, topology, shape, gpu)

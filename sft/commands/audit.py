@@ -12,7 +12,9 @@ from pathlib import Path
 
 from launcher.contract.errors import ConfigError
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.hub_cache import is_id
 from launcher.contract.spec import RunSpec, read_resolved
+from launcher.contract.spec.fields import path_fields
 from sft.data.audit.audit import Sample, audit_data, summary
 from sft.data.audit.html import write_report
 from sft.data.prepared.report import check_lost, report
@@ -47,17 +49,29 @@ def audit(config: Path, output: Path | None = None) -> ExitCode:
 def read_config(path: Path) -> RunSpec:
     """Return the spec of a run directory's config.yaml, or of a config as a user writes it."""
     try:
-        return read_resolved(path)
+        spec = read_resolved(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ConfigError:
-        # This reader needs OmegaConf, which ranks do not have; a machine that audits a user's config does.
-        from launcher.contract.config.load import load_config
-        from launcher.contract.hub.found import fetch_now
+        return _as_written(path)
+    return _as_written(path) if _names_hub(spec) else spec
 
-        loaded = load_config(path)
-        fetch_now(loaded.fetches)
-        return loaded.spec
+
+def _as_written(path: Path) -> RunSpec:
+    """Return the spec of a config as a user writes it, what it names of the hub fetched."""
+    # This reader needs OmegaConf, which ranks do not have; a machine that audits a user's config does.
+    from launcher.contract.config.load import load_config
+    from launcher.contract.hub.found import fetch_now, without_weights
+
+    loaded = load_config(path)
+    fetch_now(without_weights(loaded.fetches))
+    return loaded.spec
+
+
+def _names_hub(spec: RunSpec) -> bool:
+    """Return whether a path in a config may be the id of a model or data set on the hub."""
+    texts = [field.path for field in path_fields(spec)]
+    return any(is_id(text.partition(":")[0]) and not Path(text).exists() for text in texts)
 
 
 def coloured(samples: Sequence[Sample], *, colours: bool) -> str:

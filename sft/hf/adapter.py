@@ -16,14 +16,15 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from launcher.contract.spec import LoraSpec
 from launcher.contract.spec.model import ALL_LINEAR
 from sft.models.architecture import Architecture, Experts
 from sft.models.weight_map import SHARED_EXPERT, ParameterMap, Piece, checkpoint_key, split_parameter
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -109,6 +110,8 @@ class AdapterTarget:
 
     def draw_a(self, rank: int, seed: int) -> torch.Tensor:
         """Return the whole initial A: random with PEFT's distribution, from its name and the seed alone."""
+        import torch
+
         digest = hashlib.sha256(f"{seed} {self.module}.lora_A.weight".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         bound = float(self.columns**-0.5)
@@ -122,6 +125,8 @@ class AdapterTarget:
 
     def _rows(self, source: CheckpointTensors, which: str) -> torch.Tensor:
         """Return B or, as one column, the magnitudes. Their blocks are parameters of their own."""
+        import torch
+
         blocks = range(len(self.parameter_map.blocks))
         rows = torch.cat([source.tensor(*self.checkpoint_key(f"{which}.{block}")) for block in blocks])
         return split_parameter(self.parameter_map, rows.view(len(rows), -1))[f"{self.module}{_WEIGHT}"]
@@ -226,6 +231,8 @@ def _target_modules(lora: LoraSpec, architecture: Architecture) -> list[str]:
 
 def merged_weight(weight: torch.Tensor, adapter: AdapterTensors, scale: float) -> torch.Tensor:
     """Return the layer's weight with the adapter in it, in fp32."""
+    import torch
+
     whole: torch.Tensor = weight.float() + scale * (adapter.b.float() @ adapter.a.float())
     if adapter.magnitudes is None:
         return whole

@@ -12,9 +12,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
 from launcher.contract.errors import ModelError
 from sft.models.architecture import Architecture
 from sft.models.config_reader import ConfigReader
@@ -91,6 +88,9 @@ def inside(architecture: Architecture, place: LanguageModel) -> Architecture:
 
 def _begin_alike(model_dir: Path, files: Mapping[str, str], *names: str) -> bool:
     """Return whether the first rows of two tensors are the same. That all rows are is checked before training."""
+    import torch
+    from safetensors import safe_open
+
     rows = []
     for name in names:
         with safe_open(model_dir / files[name], framework="pt") as file:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the launcher reads architectures where torch is not installed
+    import torch
 
 Settings = dict[str, object]
 """RoPE settings of a config, as they were read."""
@@ -62,6 +64,8 @@ class YarnScaling:
 
     def ramp(self, theta: float, dim: int) -> torch.Tensor:
         """Return how much each pair is slowed: 0 not at all, 1 by the whole factor."""
+        import torch
+
         low, high = (self._pair_with(turns, theta, dim) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -98,6 +102,8 @@ class Rope:
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
         """Return the radians per position of each rotated pair of a head."""
+        import torch
+
         dim = int(head_dim * self.fraction)
         pairs = self.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
         if self.pair_factors:
@@ -110,6 +116,8 @@ class Rope:
 
     def _by_wave(self, plain: torch.Tensor, llama3: Llama3Scaling) -> torch.Tensor:
         """Return frequencies of which Llama 3's scaling slows down those with long waves."""
+        import torch
+
         low, high, original = llama3.low_freq_factor, llama3.high_freq_factor, llama3.original_positions
         wave = 2 * math.pi / plain
         scaled = torch.where(wave > original / low, plain / self.factor, plain)

@@ -24,8 +24,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
@@ -248,6 +250,8 @@ def split_parameter(parameter: ParameterMap, values: torch.Tensor) -> dict[str, 
 
     Axes in front of the last one are rows: those of experts' weights are several.
     """
+    import torch  # late: the launcher reads maps where torch is not installed
+
     if parameter.columns is not None:
         values = values.flatten(0, -2)
     parts: dict[str, dict[int, torch.Tensor]] = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from launcher.contract.errors import HubError
 from launcher.contract.hub.client import fetch
@@ -77,6 +77,14 @@ def fetch_now(fetches: Iterable[Fetch]) -> None:
     """Fetch the files into the cache, or raise HubError."""
     for wanted in fetches:
         fetch(wanted.snapshot, wanted.names)
+
+
+def without_weights(fetches: Iterable[Fetch]) -> Iterator[Fetch]:
+    """Yield what there is to fetch except for the weights of models, for those who look at settings and data only."""
+    for wanted in fetches:
+        names = tuple(name for name in wanted.names if not name.endswith(".safetensors"))
+        if names:
+            yield replace(wanted, names=names)
 
 
 def shown_size(size: int) -> str:

@@ -80,14 +80,14 @@ def with_detected_form(files: Sequence[Path], data: DataSpec, key: str) -> DataS
     if data.format != "auto" and (data.columns or data.format != "prompt_completion"):
         return data
     for path in files:
-        for where, row in _rows(path):
+        for where, row in rows_of(path):
             return with_form_of(row, where, data)
     if data.format != "auto":
         return data
     raise DataError(f"{key}: no rows in {', '.join(map(str, files))}")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a file, each with its place for errors."""
     if holds_lines(path):
         lines = ByteRange(path, 0, path.stat().st_size, 1)

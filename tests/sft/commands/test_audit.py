@@ -20,6 +20,7 @@ from sft.data.audit import audit as measures
 from sft.data.audit.audit import Sample, Segment, audit_data, summary
 from sft.data.audit.html import write_report
 from sft.data.prepared.sources import training_sets
+from tests.hub_server import serve
 from tests.tiny_model import make_chat_rows, make_tiny_model, make_tokenizer, write_jsonl
 
 EVIL = '<script>alert(1)</script>\x1b[31m & "quotes"'
@@ -201,3 +202,24 @@ def test_data_without_terminators_are_refused(tmp_path: Path, tokenizer_dir: Pat
     template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
     with pytest.raises(DataError, match="would never learn to stop"):
         audit_data(spec_of(tmp_path, make_chat_rows(3, 1), chat_template=str(template)), tokenizer_dir)
+
+
+def test_data_and_model_of_the_hub_are_looked_at_without_the_weights(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.chdir(tmp_path)
+    model = make_tiny_model(tmp_path / "model")
+    rows = write_jsonl(tmp_path / "train.jsonl", make_chat_rows(8, 1))
+    Path("cfg.yaml").write_text(
+        "name: x\nmodel: {path: org/model}\ndata: {train: ['org/rows:train']}\ntrain: {max_steps: 1}\n"
+    )
+    with serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.model("org/model", {path.name: path.read_bytes() for path in model.iterdir()})
+        hub.data_set("org/rows", {"train.jsonl": rows.read_bytes()})
+        assert main(["audit", "cfg.yaml"]) == 0
+        assert "model.safetensors" not in hub.fetched()
+    assert "train: 8 examples" in capsys.readouterr().out

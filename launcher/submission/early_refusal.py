@@ -1,0 +1,38 @@
+"""Refuse before submission what `prepare` would refuse at the beginning of the job, as far as heads of files tell it.
+
+This is the one place where the launcher uses modules of `sft`: those that read models' configs and data files, which
+need neither torch nor transformers. So both refuse the same, in the same words.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.contract.errors import ConfigError, ModelError
+from launcher.contract.nemo.checkpoint import is_checkpoint
+from launcher.contract.spec import RunSpec
+
+
+def check_early(spec: RunSpec) -> None:
+    """Raise ConfigError with everything that the model's config.json and the first rows of the data already tell."""
+    from sft.data.reading.head import head_problems
+
+    problems = [*_model_problems(spec), *head_problems(spec.data)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _model_problems(spec: RunSpec) -> tuple[str, ...]:
+    from sft.hf.checks import check_model_settings
+    from sft.models.registry import read_architecture
+
+    directory = Path(spec.model.path)
+    if not (directory / "config.json").is_file() or is_checkpoint(directory):
+        return ()  # it comes later, or is converted first
+    try:
+        check_model_settings(spec, read_architecture(directory))
+    except ModelError as error:
+        return error.problems
+    except ImportError:  # torch, which compares tensors of some multimodal checkpoints: left to prepare
+        return ()
+    return ()

@@ -1,0 +1,79 @@
+"""Read the first rows of data files, for what `prepare` would refuse at the beginning of a job to be refused before it.
+
+Without torch, numpy and transformers: the launcher calls this on a login node. What cannot be read there (a table
+without pyarrow, a file that is not fetched yet, a large one that has to be read as a whole) is left to `prepare`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.contract.errors import DataError
+from launcher.contract.spec import DataSpec
+from sft.data.reading.arrow import ARROW_FILES
+from sft.data.reading.compressed import compression_of, kind_of
+from sft.data.reading.files import expand
+from sft.data.reading.formats import check_columns, parse_row, rows_of, with_detected_form
+from sft.data.reading.tables import as_json, holds_lines
+
+_FILES = 16
+_ROWS = 20
+_WHOLE = 16 << 20
+"""Bytes of the largest file that is read as a whole for its first rows."""
+
+
+def head_problems(data: DataSpec) -> list[str]:
+    """Return what is wrong with the first rows of the first files of each data set, one problem a file."""
+    problems: dict[str, None] = {}
+    columns = {f"data.sources.{name}.columns": source.columns for name, source in data.sources.items()}
+    for key, names in {"data.columns": data.columns, **columns}.items():
+        try:
+            check_columns(names, key)
+        except DataError as error:
+            problems |= dict.fromkeys(error.problems)
+    for key, part in _data_sets(data):
+        problems |= dict.fromkeys(_set_problems(part, key))
+    return list(problems)
+
+
+def _data_sets(data: DataSpec) -> Iterator[tuple[str, DataSpec]]:
+    """Yield key and settings of each data set, its files as `train`."""
+    for name in data.sources:
+        yield f"data.sources.{name}", data.of_source(name)
+    if data.train:
+        yield "data.train", data
+    alone = dataclasses.replace(data, sources={})
+    if data.validation:
+        yield "data.validation", dataclasses.replace(alone, train=data.validation)
+    for name, pattern in data.validation_sets.items():
+        yield f"data.validation_sets.{name}", dataclasses.replace(alone, train=[pattern])
+
+
+def _set_problems(data: DataSpec, key: str) -> Iterator[str]:
+    if not all(Path(pattern).exists() for pattern in data.train):
+        return  # a glob of held-out files, or what is still on the hub
+    try:
+        files = [path for path in expand(data.train, key)[:_FILES] if _is_readable(path)]
+        data = with_detected_form(files, data, key) if files else data
+    except DataError as error:
+        yield from error.problems
+        return
+    for path in files:
+        try:
+            for where, row in itertools.islice(rows_of(path), _ROWS):
+                parse_row(as_json(row).encode(), where, data.format, data.columns, data.ignore_keys)
+        except DataError as error:
+            yield error.problems[0]
+
+
+def _is_readable(path: Path) -> bool:
+    """Return whether the first rows can be had here, and at once."""
+    kind, compression = kind_of(path), compression_of(path)
+    if (kind in ARROW_FILES or compression == "zstd") and importlib.util.find_spec("pyarrow") is None:
+        return False
+    in_order = kind in (*ARROW_FILES, ".jsonl") or holds_lines(path)
+    return in_order or path.stat().st_size <= (_WHOLE if compression is None else _WHOLE // 8)

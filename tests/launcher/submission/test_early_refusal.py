@@ -1,0 +1,89 @@
+"""What prepare would refuse is refused by validate, without torch, where heads of files tell it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.contract.errors import ConfigError
+from launcher.submission.submission import make_submission
+from tests.launcher.conftest import MODEL
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "numpy", "safetensors", "megatron", "pytorch_lightning"):
+    sys.modules[name] = None
+from launcher.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_submission(Path("cfg.yaml"), overrides)
+    return str(caught.value)
+
+
+def write_rows(*rows: object, name: str = "a.jsonl") -> None:
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_misspelled_targets_of_adapters(workdir: Path) -> None:
+    said = problems("model.lora.rank=4", "model.lora.targets=[q_prj,v_proj]")
+    assert "model.lora.targets: a llama model has no linear layer q_prj; it has q_proj" in said
+    make_submission(Path("cfg.yaml"), ["model.lora.rank=4", "model.lora.targets=[q_proj,v_proj]"])
+
+
+def test_an_architecture_that_is_not_covered(workdir: Path) -> None:
+    Path("model/config.json").write_text(json.dumps({**MODEL, "model_type": "bloom"}))
+    assert "model_type 'bloom' is not supported" in problems()
+    Path("model/config.json").write_text(json.dumps({**MODEL, "quantization_config": {"bits": 4}}))
+    assert "quantized weights are not supported" in problems()
+
+
+def test_rows_that_no_format_fits(workdir: Path) -> None:
+    write_rows({"question": "a", "answer": "b"})
+    assert "a.jsonl:1: no format fits the keys" in problems()
+
+
+def test_token_rows_of_several_sequences(workdir: Path) -> None:
+    write_rows({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "position_ids": [0, 1, 0]})
+    assert "position_ids" in problems()
+
+
+def test_each_file_and_each_set_says_its_first_problem(workdir: Path) -> None:
+    good = {"prompt": "a", "completion": "b"}
+    write_rows(good, {"prompt": "a"})
+    write_rows(good, {"prompt": 1, "completion": "b"}, {"prompt": 2}, name="b.jsonl")
+    write_rows({"prompt": "a", "completion": None}, name="held.json")
+    said = problems("data.train=[a.jsonl,b.jsonl]", "data.validation_sets={held: held.json}")
+    assert [line.partition(": ")[0].rpartition("/")[2] for line in said.splitlines()] == [
+        "a.jsonl:2",
+        "b.jsonl:2",
+        "held.json:1",
+    ]
+
+
+def test_columns_that_nobody_reads(workdir: Path) -> None:
+    assert "data.columns: unknown name 'promt'" in problems("data.columns={promt: question}")
+
+
+def test_only_the_heads_are_read(workdir: Path) -> None:
+    good = {"prompt": "a", "completion": "b"}
+    write_rows(*[good] * 30, {"prompt": 1})
+    make_submission(Path("cfg.yaml"))
+
+
+def test_none_of_it_needs_torch(workdir: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-c", WITHOUT_TORCH, "validate", "cfg.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bad = [*command, "model.lora.rank=4", "model.lora.targets=q_prj"]
+    done = subprocess.run(bad, env=environment, capture_output=True, text=True, check=False)
+    assert "has no linear layer q_prj" in done.stderr
