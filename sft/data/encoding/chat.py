@@ -34,6 +34,7 @@ import yaml
 from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.escape import ControlTokens
+from sft.data.encoding.long_chat import LONG, Place, chained_places
 from sft.data.encoding.tokenizer import ChatTemplates
 from sft.data.encoding.written import WrittenParts, describe
 from sft.data.reading.formats import Example
@@ -51,6 +52,8 @@ _REASONING: tuple[Literal["reasoning_content", "reasoning", "thinking"], ...] = 
     "reasoning",
     "thinking",
 )
+_LONGEST_END = 64
+"""Characters in which the end token behind a content is looked for."""
 _SPLIT_HINT = "; the mask would be wrong. data.on_mismatch split trains each such turn in a text of its own"
 
 
@@ -107,6 +110,8 @@ class ChatRenderer:
 
         Two renderings are compared only as far as they agree, so a turn that is rewritten ends early.
         """
+        if len(example.messages) > LONG:
+            return self._content_ends(example, text)
         conversation = _Conversation(self, example)
         ends: list[tuple[str, int]] = []
         for turn, message in enumerate(example.messages):
@@ -117,6 +122,19 @@ class ChatRenderer:
             end = len(os.path.commonprefix([written, text]))  # noqa: RUF071 (characters are what is compared)
             if end > (ends[-1][1] if ends else 0):
                 ends.append((message.role, end))
+        return ends
+
+    def _content_ends(self, example: Example, text: str) -> list[tuple[str, int]]:
+        """Return what `turn_ends` does for a long conversation, by where contents are, each with its end token."""
+        ends: list[tuple[str, int]] = []
+        at = 0
+        for message in example.messages:
+            content = self._controls.hide(message.content or "").strip()
+            found = text.find(content, at)
+            if content and found >= 0:
+                at = found + len(content)
+                at += self._controls.leading(text[at : at + _LONGEST_END])
+                ends.append((message.role, at))
         return ends
 
     def apply(
@@ -141,8 +159,10 @@ class ChatRenderer:
                 chat_template=template, tokenize=False, add_generation_prompt=generation_prompt, **arguments
             )
         # Templates are programs: besides jinja2's errors they raise those of their filters and operators.
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise DataError(f"the chat template refuses the first {len(messages)} messages: {error}") from error
+        except RecursionError:
+            raise DataError(f"the chat template calls itself too often on the first {len(messages)} messages") from None
         return str(text)
 
     def _takes_parts_only(self, template: str) -> bool:
@@ -206,10 +226,12 @@ class _Conversation:
         while left:
             last, rest = left[-1], list[int]()
             text = self.answered(last) + self._closing(last)
+            known = self._located_at_once(left, text)
             spans: list[Span] = []
             for turn in left:
                 try:
-                    spans.append((*self._locate(turn, text), trained[turn]))
+                    place = known.get(turn) or self._locate(turn, text)
+                    spans.append((*place, trained[turn]))
                 except Rewritten:
                     if not may_split:
                         raise
@@ -219,6 +241,20 @@ class _Conversation:
             texts.append(Rendered(text, tuple(spans), unused))
             left = rest
         return texts[::-1]
+
+    def _located_at_once(self, turns: Sequence[int], text: str) -> Mapping[int, Place]:
+        """Return where the turns of a long conversation are in `text`, nothing if each is to be located by itself."""
+        if len(turns) < LONG or any(self._messages[turn]["role"] != "assistant" for turn in turns):
+            return {}
+        try:
+            places = chained_places(
+                self._messages, turns, text, locate=self._locate, render=self._apply, end_of=self._end
+            )
+        except Rewritten:
+            return {}
+        for turn, (begin, end) in (places or {}).items():
+            self._require_answer(turn, text[begin:end], self._name(turn))
+        return places or {}
 
     def prompt(self) -> str:
         """Return the whole conversation and the generation prompt."""
@@ -236,7 +272,7 @@ class _Conversation:
         Raise Rewritten if `text` does not hold the turn as it is when it is the last, DataError if the template does
         not write it after the prompt, or leaves out a part of it.
         """
-        name = f"message {turn + 1} ({self._messages[turn]['role']})"
+        name = self._name(turn)
         is_answer = self._messages[turn]["role"] == "assistant"
         if turn == 0 and is_answer:
             raise DataError(f"{name}: an answer cannot come first; put the message that it answers before it")
@@ -258,6 +294,9 @@ class _Conversation:
         # a turn is trained from its content on, which is the last thing before its end token.
         content = (self._messages[turn]["content"] or "").strip()
         return max(text.rfind(content, len(prompt), self._controls.trailing(text[:end])[-1]), len(prompt)), end
+
+    def _name(self, turn: int) -> str:
+        return f"message {turn + 1} ({self._messages[turn]['role']})"
 
     def _context(self, turn: int, text: str) -> str:
         """Return what is before a turn that is no answer, as it is in `text`."""

@@ -15,7 +15,7 @@ is before it), and tokenizing turn by turn (generation sees other ids).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from launcher.contract.errors import DataError, ModelError
 from launcher.contract.spec import DataSpec
-from sft.data.encoding.chat import ChatRenderer, Rendered
+from sft.data.encoding.chat import ChatRenderer, Rendered, Span
 from sft.data.encoding.escape import ControlTokens, Tokenized
 from sft.data.encoding.tokenizer import chat_template, control_tokens, end_of_text, leading_ids
 from sft.data.reading.formats import Example
@@ -167,13 +167,13 @@ class Encoder:
         ends = np.zeros(len(tokens.ids), dtype=np.bool_)
         is_control = np.isin(tokens.ids, controls.ids)
         crossing = 0
-        for first, last, weight in rendered.spans:
-            # Spans count characters of the rendered text; tokens count those of the text with spellings restored.
-            begin, end = (len(controls.reveal(rendered.text[:at])) for at in (first, last))
-            inside = _tokens_of(tokens, begin, end, is_control)
-            weights[inside] = weight
-            ends |= _end_of(inside, is_control, tokens)
-            across = [(tokens.begins < edge) & (edge < tokens.ends) for edge in (begin, end)]
+        for begin, end, weight in _revealed(rendered, controls):
+            near = _between(tokens, begin, end)
+            part, plain = _part(tokens, near), ~is_control[near]
+            inside = _tokens_of(part, begin, end, ~plain)
+            weights[near][inside] = weight
+            ends[near] |= _end_of(inside, ~plain, part)
+            across = [(part.begins < edge) & (edge < part.ends) for edge in (begin, end)]
             crossing += int(np.count_nonzero(inside & np.logical_or(*across))) if weight else 0
         return Encoded(
             ids=tokens.ids,
@@ -192,6 +192,25 @@ def _as_turns(example: Example) -> Example:
         return example
     turns = (Message("user", example.prompt), Message("assistant", example.completion))
     return Example(where=example.where, messages=turns)
+
+
+def _revealed(rendered: Rendered, controls: ControlTokens) -> Iterator[Span]:
+    """Yield the spans in characters of the text with spellings restored, which tokens count; `Rendered` hides them."""
+    plain = not controls.hides_in(rendered.text)
+    for first, last, weight in rendered.spans:
+        edges = (first, last) if plain else tuple(len(controls.reveal(rendered.text[:at])) for at in (first, last))
+        yield edges[0], edges[1], weight
+
+
+def _between(tokens: Tokenized, first: int, last: int) -> slice:
+    """Return which tokens have a character between two places, or begin there."""
+    return slice(
+        int(np.searchsorted(tokens.ends, first, side="left")), int(np.searchsorted(tokens.begins, last, side="left"))
+    )
+
+
+def _part(tokens: Tokenized, which: slice) -> Tokenized:
+    return Tokenized(tokens.text, tokens.ids[which], tokens.begins[which], tokens.ends[which])
 
 
 def _tokens_of(tokens: Tokenized, first: int, last: int, is_control: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -49,7 +49,7 @@ class WrittenParts:
         Reasoning, and the content of assistant turns with calls, are not among them: templates drop both from turns
         that others follow. The renderer checks them in each turn that is trained.
         """
-        shape = _shape([list(messages), list(tools or [])])
+        shape = shape_of([list(messages), list(tools or [])])
         if shape not in self._known:
             self._known[shape] = self._prove(messages, tools)
         return self._known[shape]
@@ -122,14 +122,14 @@ class _Marking:
         return f"zq{next(self._numbers):06d}xk"
 
 
-def _shape(value: object, key: str = "") -> object:
+def shape_of(value: object, key: str = "") -> object:
     """Return what decides which parts of a conversation are written: everything but its words."""
     if isinstance(value, str):
         return value if key == "role" else bool(value.strip())
     if isinstance(value, Mapping):
-        return tuple((name, _shape(item, name)) for name, item in value.items())
+        return tuple((name, shape_of(item, name)) for name, item in value.items())
     if isinstance(value, list):
-        return tuple(_shape(item, key) for item in value)
+        return tuple(shape_of(item, key) for item in value)
     return type(value)
 
 
