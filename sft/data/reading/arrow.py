@@ -71,6 +71,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[Row]:
     names = batch.schema.names
     if len(set(names)) < len(names):
         raise ValueError(f"columns of one name among {', '.join(names)}")
+    batch.validate(full=True)  # what a damaged one holds would be read from anywhere in memory
     columns = [_values(column) for column in batch.columns]
     for values in zip(*columns, strict=True):
         yield {name: _without_nulls(value) for name, value in zip(names, values, strict=True)}
