@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from launcher import __version__
 from launcher.commands import (
@@ -40,6 +41,11 @@ _EPILOG = "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        print("error: the working directory was deleted; change to one that exists", file=sys.stderr)
+        return int(ExitCode.BAD_INPUT)
     options = _parse(words)
     options.command_line = ["launcher", *words]
     handler: Handler = options.handler

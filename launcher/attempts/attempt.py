@@ -17,7 +17,7 @@ from typing import Any
 
 from launcher.attempts.cause import Cause, Diagnosis, classify
 from launcher.attempts.evidence import gather
-from launcher.attempts.restart import Action, Decision, Past, decide
+from launcher.attempts.restart import LEAST_STEPS, Action, Decision, Past, decide
 from launcher.contract.errors import LauncherError, RunStateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.job import AttemptName
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--attempt", required=True, help="name of this attempt")
         command.add_argument("--job-id", required=True, help="job of this attempt")
         command.add_argument("--pid", type=int, required=True, help="process of the batch script")
+        command.add_argument("--cluster", default="", help="the Slurm cluster of that job")
         command.set_defaults(run_command=run)
         if name == "begin":
             command.add_argument("--holder-state", default="", help="state of the job that holds the lease")
@@ -100,7 +101,7 @@ def end(options: argparse.Namespace) -> int:
 
 
 def _owner(options: argparse.Namespace) -> Owner:
-    return Owner.of_process(options.attempt, options.job_id, options.pid)
+    return Owner.of_process(options.attempt, options.job_id, options.pid, options.cluster)
 
 
 def _scheduler(paths: RunPaths) -> Scheduler:
@@ -150,12 +151,13 @@ def _decide(
     decided = _since_submitted(events)
     step = max(map(checkpoint_step, paths.complete_checkpoints()), default=0)
     before = next((event["step"] for event in reversed(events) if _is_decision(event)), 0)
+    progressed = step >= before + LEAST_STEPS
     decision = decide(
         diagnosis,
         exit_code,
         [_past(event) for event in decided],
         spec.restart,
-        progressed=step > before,
+        progressed=progressed,
         requeued=requeued,
         requeues=scheduler_of(spec.cluster.scheduler).capabilities.requeues,
     )
@@ -171,7 +173,7 @@ def _decide(
         budget=decision.budget,
         budget_left=decision.left,
         step=step,
-        progressed=step > before,
+        progressed=progressed,
         **({"avoid": list(diagnosis.nodes)} if diagnosis.nodes else {}),
     )
     return decision

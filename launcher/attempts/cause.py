@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.job_state import JobState
+from launcher.contract.rank_error import RankError
 from launcher.scheduler.base import JobView
 
 
@@ -35,17 +36,6 @@ class Cause(StrEnum):
     CONFIG = "config"
     DISK_FULL = "disk_full"
     UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankError:
-    """The first error that a rank recorded (logs/<attempt>/error.json)."""
-
-    kinds: tuple[str, ...]
-    """Names of the exception's classes, its own first."""
-    message: str
-    rank: int = 0
-    host: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +142,8 @@ def _by_scheduler(seen: Evidence) -> Diagnosis | None:
 
 def _by_exit_code(seen: Evidence) -> Diagnosis | None:
     code = seen.exit_code
+    if code == ExitCode.SCHEDULER:
+        return Diagnosis(cause=Cause.COMMUNICATION, detail="the scheduler's controller did not answer")
     if code == ExitCode.HANG:
         return Diagnosis(cause=Cause.HANG, detail="no rank finished a step in time")
     if code == ExitCode.BAD_NODE:

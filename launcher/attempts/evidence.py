@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.attempts.cause import Evidence, RankError
+from launcher.attempts.cause import Evidence
 from launcher.contract.job import AttemptName
+from launcher.contract.rank_error import read_error
 from launcher.contract.rundir import RunPaths
 from launcher.scheduler.base import JobView, Scheduler
 
@@ -54,16 +54,6 @@ def gather(
         error=error,
         log=log,
     )
-
-
-def read_error(file: Path) -> RankError | None:
-    """Return the first error that a rank recorded, or None where there is none that can be read."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        kinds = tuple(str(kind) for kind in values["kinds"])
-        return RankError(kinds=kinds, message=values["message"], rank=values["rank"], host=values["host"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _first_failure(file: Path) -> tuple[int | None, str]:

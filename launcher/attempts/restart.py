@@ -2,7 +2,7 @@
 
 Each cause has a budget of its own: restarts in a row without a new complete checkpoint. A restart after progress costs
 nothing, and progress restores all budgets; so a run that makes progress is never given up for bad luck, and one that
-makes none is not repeated for ever.
+makes none is not repeated for ever. A single step an attempt is no progress: something stops each attempt at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from enum import StrEnum
 from launcher.attempts.cause import Cause, Diagnosis
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.spec import RestartSpec
+
+LEAST_STEPS = 2
+"""Steps by which the newest checkpoint must have grown for a restart to be free."""
 
 _FINAL = {
     Cause.DONE: "nothing is left to do",
@@ -93,7 +96,7 @@ def decide(
         return Decision(action=stop, reason=_exhausted(diagnosis.cause, budget), budget=budget, left=0)
     left = budget if progressed else budget - used - 1
     why = "it wrote a checkpoint, so this restart is free" if progressed else f"restart {used + 1} of {budget} without"
-    reason = why if progressed else f"{why} a new checkpoint"
+    reason = why if progressed else f"{why} progress"
     action = Action.LEAVE if requeued else Action(policy.how)
     return Decision(action=action, reason=reason, budget=budget, left=left)
 
@@ -125,5 +128,5 @@ def _refusal(cause: Cause, exit_code: int, policy: RestartSpec, *, requeues: boo
 
 def _exhausted(cause: Cause, budget: int) -> str:
     remedy = f" Try {_REMEDY[cause]}." if cause in _REMEDY else ""
-    spent_all = f"all {budget} restarts without a new checkpoint are used up" if budget else "it is not restarted"
+    spent_all = f"all {budget} restarts without progress are used up" if budget else "it is not restarted"
     return f"{spent_all} (restart.{cause.value}: {budget}).{remedy} `launcher resubmit` goes on"

@@ -41,7 +41,7 @@ def survey() -> Survey:
         raise SchedulerError("sinfo shows no partition; is this account allowed to use the cluster?")
     return Survey(
         partitions=partitions,
-        names_resolve=_resolves(commands.first_node()),
+        names_resolve=_resolves((commands.node_names() or [""])[0]),
         has_pyxis="--container-image" in commands.srun_help(),
         has_apptainer=shutil.which("apptainer") is not None,
         modules=_modules(),

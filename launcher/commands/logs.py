@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from launcher.commands.arguments import (
@@ -17,7 +18,9 @@ from launcher.commands.arguments import (
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
+    from launcher.contract.rundir import RunPaths
     from launcher.runs.state import RunStatus
+    from launcher.views.log_files import Choice
 
 
 def add(commands: Subcommands) -> None:
@@ -51,9 +54,25 @@ def _logs(options: argparse.Namespace) -> int:
     )
     paths = chosen_run(options)
     if options.follow and not options.failed:
-        return exit_with(logs.follow(paths, choice))
+        return follow_run(paths, choice)
     logs.show(paths, choice)
     return int(ExitCode.OK)
+
+
+def follow_run(paths: RunPaths, choice: Choice) -> int:
+    """Show a run's logs until it has ended and return its exit code. Ctrl-C ends the showing only."""
+    from launcher.submission.summary import run_root_words
+    from launcher.views.logs import follow
+
+    try:
+        return exit_with(follow(paths, choice))
+    except KeyboardInterrupt:
+        where = f"{paths.name}{run_root_words(paths.root.parent)}"
+        print(
+            f"\nrun {paths.name} goes on; `launcher logs -f {where}` shows it again, `launcher cancel {where}` ends it",
+            file=sys.stderr,
+        )
+        return int(ExitCode.INTERRUPTED)
 
 
 def _wait(options: argparse.Namespace) -> int:

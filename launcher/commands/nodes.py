@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands.arguments import Subcommands, command, json_option, print_json, run_root_option
-from launcher.contract.errors import ConfigError, RunStateError
+from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -37,13 +39,42 @@ def _nodes(options: argparse.Namespace) -> int:
     cluster = load_cluster(options.cluster)
     ledger = ledger_of(cluster)
     if options.action == "add":
-        ledger.add([by_hand(options.host, options.why, cluster.node_days)])
-        print(f"{options.host} is kept away from for {cluster.node_days:g} days")
-    elif not ledger.clear(options.host):
+        hosts = _existing(options.host, cluster)
+        ledger.add([by_hand(host, options.why, cluster.node_days) for host in hosts])
+        print(f"kept away from for {cluster.node_days:g} days: {', '.join(hosts)}")
+        return int(ExitCode.OK)
+    known = {entry.host for entry in ledger.entries()}
+    hosts = [options.host] if options.host in known else _hosts(options.host, cluster)
+    if not known & set(hosts):
         raise RunStateError(f"{ledger.path} has nothing on {options.host}")
-    else:
-        print(f"{options.host} may be used again")
+    for host in hosts:
+        ledger.clear(host)
+    print(f"may be used again: {', '.join(hosts)}")
     return int(ExitCode.OK)
+
+
+def _hosts(words: str, cluster: ClusterSpec) -> list[str]:
+    """Return the hosts in a host list, or the words as they are where no scheduler is here that could tell."""
+    from launcher.scheduler.factory import scheduler_of
+
+    with contextlib.suppress(SchedulerError):
+        return scheduler_of(cluster.scheduler).host_names(words)
+    return [words]
+
+
+def _existing(words: str, cluster: ClusterSpec) -> list[str]:
+    """Return the hosts in a host list, or raise ConfigError for one that the cluster has no node of."""
+    from launcher.scheduler.factory import scheduler_of
+
+    hosts = _hosts(words, cluster)
+    try:
+        unknown = scheduler_of(cluster.scheduler).unknown_nodes(hosts)
+    except SchedulerError as error:
+        print(f"whether the cluster has such a node is not checked: {error}", file=sys.stderr)
+        return hosts
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)}: no node of cluster {cluster.name}; `sinfo -N` shows their names")
+    return hosts
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -34,9 +34,10 @@ def add(commands: Subcommands) -> None:
 
 def _resubmit(options: argparse.Namespace) -> int:
     from launcher.contract.arrival import other_cluster
+    from launcher.contract.spec import read_resolved
     from launcher.submission.resubmit import child_submission, same_run
     from launcher.submission.submit import submit
-    from launcher.submission.summary import next_steps, summary
+    from launcher.submission.summary import changes, next_steps, outline
 
     if options.failed:
         return _resubmit_failed(options)
@@ -44,7 +45,8 @@ def _resubmit(options: argparse.Namespace) -> int:
     if options.overrides or cluster:
         submission = child_submission(paths, options.overrides, cluster)
         job = submit(submission, options.command_line, parent_run=str(paths.root))
-        run, text = submission.paths, f"{summary(submission)}\n{next_steps(submission, job)}"
+        changed = changes(read_resolved(paths.config), submission)
+        run, text = submission.paths, f"{outline(submission)}\n{changed}\n{next_steps(submission, job)}"
     else:
         job = same_run(paths)
         run, text = paths, f"submitted  run {paths.name} again as job {job.id}"

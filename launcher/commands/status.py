@@ -105,11 +105,12 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         print_json(rows)
     else:
-        head = ("RUN", "STATE", "CREATED", "TOPOLOGY", "PARENT")
+        head = ("RUN", "STATE", "PHASE", "CREATED", "TOPOLOGY", "PARENT")
         body = [
             (
                 row["run"],
                 row["state"] or "-",
+                row["phase"] or "-",
                 time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created_at"])),
                 row["topology"],
                 Path(row["parent_run"]).name if row["parent_run"] else "-",

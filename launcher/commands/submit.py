@@ -16,7 +16,7 @@ from launcher.commands.arguments import (
     print_json,
     run_root_option,
 )
-from launcher.commands.logs import exit_with
+from launcher.commands.logs import follow_run
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _points(group: Group, jobs: Sequence[str] = ()) -> str:
 def _submit_run(options: argparse.Namespace) -> int:
     from launcher.submission.script import script_of
     from launcher.submission.submit import submit
-    from launcher.submission.summary import next_steps, summary
+    from launcher.submission.summary import next_steps, outline, summary
 
     submission, parent = _submission(options)
     if options.dry_run:
@@ -110,7 +110,7 @@ def _submit_run(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"run": submission.paths.name, "directory": str(submission.paths.root), "job": job.id.text})
     else:
-        print(f"{summary(submission)}\n{next_steps(submission, job)}", flush=True)
+        print(f"{outline(submission)}\n{next_steps(submission, job)}", flush=True)
     return _follow(submission.paths) if options.follow else int(ExitCode.OK)
 
 
@@ -166,7 +166,9 @@ def _expected_start(submission: Submission) -> str:
     from launcher.scheduler.factory import scheduler_of
     from launcher.submission.script import script_of
 
-    return f"start      {scheduler_of(submission.spec.cluster.scheduler).expected_start(script_of(submission))}"
+    scheduler = scheduler_of(submission.spec.cluster.scheduler)
+    clusters = scheduler.clusters_of(submission.spec.resources)
+    return f"start      {scheduler.expected_start(script_of(submission), clusters)}"
 
 
 def _render(options: argparse.Namespace) -> int:
@@ -226,6 +228,5 @@ def _validate(options: argparse.Namespace) -> int:
 
 def _follow(paths: RunPaths) -> int:
     from launcher.views.log_files import Choice
-    from launcher.views.logs import follow
 
-    return exit_with(follow(paths, Choice()))
+    return follow_run(paths, Choice())

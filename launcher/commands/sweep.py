@@ -14,7 +14,7 @@ def add(commands: Subcommands) -> None:
     run_root_option(results)
     cluster_option(results)
     results.add_argument("group", metavar="GROUP", help="the name in the sweep's config; a run's name works too")
-    results.add_argument("--sort", metavar="METRIC", default="loss", help="e.g. eval_loss; default loss")
+    results.add_argument("--sort", metavar="METRIC", help="e.g. eval_loss; default loss")
     results.add_argument("--descending", action="store_true", help="highest first")
     json_option(results)
 
@@ -25,6 +25,7 @@ def _results(options: argparse.Namespace) -> int:
     from launcher.sweeps.groups import find_runs, read_group, results, sort_results
     from launcher.views.text import columns
 
+    sort = options.sort or "loss"
     root = options.run_root or default_run_root()
     group, runs = read_group(options.group, root), find_runs(options.group, root)
     rows = sort_results(results(runs, group.points if group else {}), options.sort, options.descending)
@@ -33,11 +34,11 @@ def _results(options: argparse.Namespace) -> int:
         return int(ExitCode.OK)
     states = {row.run: row.state.value for row in collect(runs)[0]}
     swept = list(dict.fromkeys(key for row in rows for key in row["set"]))
-    shown = [name for name in ("step", "loss") if name != options.sort]
-    head = ["RUN", "STATE", *swept, options.sort, *shown]
+    shown = [name for name in ("step", "loss") if name != sort]
+    head = ["RUN", "STATE", *swept, sort, *shown]
     body = [
         [row["run"], states[row["run"]], *(row["set"].get(key, "-") for key in swept)]
-        + [_number(row["metrics"].get(name)) for name in (options.sort, *shown)]
+        + [_number(row["metrics"].get(name)) for name in (sort, *shown)]
         for row in rows
     ]
     print(columns([head, *body]))

@@ -17,7 +17,7 @@ _RESTART = re.compile(r"(?P<job>.+)\.(?P<restart>[0-9]+)")
 
 @dataclass(frozen=True, slots=True)
 class JobId:
-    """The identity of a job: the scheduler's own id, which scheduler gave it, and the token it was submitted with."""
+    """The identity of a job: the scheduler's own id, who gave it, and the token it was submitted with."""
 
     text: str
     """The id as the scheduler writes it: `123`, `123_4` for an element of a Slurm array, a process id."""
@@ -25,9 +25,16 @@ class JobId:
     """The scheduler's name in cluster files."""
     token: str = ""
     """Random mark of the submission, by which a job is found again; empty for a job that nobody recorded."""
+    cluster: str = ""
+    """The cluster of a multi-cluster Slurm that the job was sent to; empty for that of the login node. Ids of different
+    clusters may be the same."""
 
     def __str__(self) -> str:
-        return self.text
+        return f"{self.text};{self.cluster}" if self.cluster else self.text  # as `sbatch --parsable` writes it
+
+    def is_job(self, text: object, cluster: object) -> bool:
+        """Return whether `text` and `cluster` name this job. A cluster that is not known may be any."""
+        return text == self.text and (not cluster or not self.cluster or cluster == self.cluster)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +58,7 @@ class Job:
             "host": self.host,
             "process_start": self.process_start,
             "token": self.id.token,
+            **({"cluster": self.id.cluster} if self.id.cluster else {}),
         }
 
     @classmethod
@@ -61,11 +69,21 @@ class Job:
         """
         start = values.get("process_start")
         return cls(
-            id=JobId(str(values["job_id"]), scheduler_name(values["scheduler"]), str(values.get("token", ""))),
+            id=JobId(
+                str(values["job_id"]),
+                scheduler_name(values["scheduler"]),
+                str(values.get("token", "")),
+                str(values.get("cluster", "")),
+            ),
             submitted_at=_number(values["submitted_at"]),
             host=str(values.get("host", "")),
             process_start=None if start is None else int(_number(start)),
         )
+
+
+def job_fields(job: JobId) -> dict[str, str]:
+    """Return how events name a job."""
+    return {"job_id": job.text, **({"cluster": job.cluster} if job.cluster else {})}
 
 
 def _number(value: object) -> float:

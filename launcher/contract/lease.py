@@ -49,6 +49,8 @@ class Owner:
 
     attempt: str
     job_id: str = ""
+    cluster: str = ""
+    """The Slurm cluster whose id it is, as the batch script knows it."""
     host: str = ""
     pid: int = 0
     """Process of the batch script, or of rank 0 where there is none."""
@@ -56,11 +58,12 @@ class Owner:
     """Its start time in clock ticks since boot: process ids are reused, the pair is not."""
 
     @classmethod
-    def of_process(cls, attempt: str, job_id: str = "", pid: int | None = None) -> Owner:
+    def of_process(cls, attempt: str, job_id: str = "", pid: int | None = None, cluster: str = "") -> Owner:
         """Return the owner for a process of this machine, by default this one."""
         number = os.getpid() if pid is None else pid
         start = processes.start_ticks(number)
-        return cls(attempt=attempt, job_id=job_id, host=socket.gethostname(), pid=number, process_start=start)
+        host = socket.gethostname()
+        return cls(attempt=attempt, job_id=job_id, cluster=cluster, host=host, pid=number, process_start=start)
 
     @property
     def restart(self) -> int | None:
@@ -73,6 +76,10 @@ class Owner:
         if self.attempt != other.attempt:
             return False
         return self.attempt != BY_HAND or (self.host, self.pid) == (other.host, other.pid)
+
+    def is_of_job(self, text: str, cluster: str) -> bool:
+        """Return whether its job is the one with this id. A cluster that is not known may be any."""
+        return self.job_id == text and (not cluster or not self.cluster or self.cluster == cluster)
 
     def describe(self) -> str:
         """Return a phrase for messages."""
@@ -136,7 +143,8 @@ def why_void(current: Owner, claimant: Owner, age: float, state: JobState = JobS
     `age` is the time since its last renewal in seconds, `state` that of its job.
     """
     before, now = current.restart, claimant.restart
-    if current.job_id == claimant.job_id and before is not None and now is not None and now > before:
+    same_job = current.is_of_job(claimant.job_id, claimant.cluster)
+    if same_job and before is not None and now is not None and now > before:
         return "its job was started again"
     if state.terminal:
         return f"its job is {state.value}"

@@ -180,6 +180,17 @@ class RunPaths:
         return complete_checkpoints(self.checkpoints)
 
 
+def group_file(run_root: Path, name: str) -> Path:
+    """Return where the sweep `name` lists its runs and what was set in each."""
+    return run_root / ".groups" / f"{name}.json"
+
+
+def runs_of_group(run_root: Path, name: str) -> list[str]:
+    """Return the names of the runs of a sweep, or none where `name` is no sweep."""
+    values = None if "/" in name else read_json(group_file(run_root, name))
+    return list(values["points"]) if values else []
+
+
 COMPLETE = "COMPLETE"
 """Marker file that is written last into a checkpoint directory."""
 

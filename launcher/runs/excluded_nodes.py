@@ -17,7 +17,7 @@ import dataclasses
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,12 +112,18 @@ def excluded(entries: Sequence[Entry], most: int) -> list[str]:
     return sorted(sorted(newest, key=lambda host: -newest[host])[:most])
 
 
-def exclude_option(cluster: ClusterSpec, given: str | None) -> str | None:
+def hosts_to_exclude(cluster: ClusterSpec) -> list[str]:
+    """Return the hosts that the cluster's ledger has enough evidence against."""
+    return excluded(ledger_of(cluster).entries(), cluster.max_excluded)
+
+
+def exclude_option(cluster: ClusterSpec, given: str | None, unknown: Collection[str] = ()) -> str | None:
     """Return the nodes to exclude as a host list, the config's own first, or None where there are none.
 
+    Hosts in `unknown` are left out: Slurm refuses a job for a name that is no node of it.
     Slurm accepts host lists joined by commas, brackets included.
     """
-    hosts = excluded(ledger_of(cluster).entries(), cluster.max_excluded)
+    hosts = [host for host in hosts_to_exclude(cluster) if host not in unknown]
     return ",".join([*([given] if given else []), *hosts]) or None
 
 

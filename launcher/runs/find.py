@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from launcher.contract.errors import RunStateError, did_you_mean
-from launcher.contract.rundir import RunPaths
+from launcher.contract.rundir import RunPaths, runs_of_group
 
 
 def default_run_root() -> Path:
@@ -27,5 +27,8 @@ def find_run(word: str, root: Path) -> RunPaths:
     for path in (root / word, Path(word)):
         if RunPaths(path).manifest.is_file():
             return RunPaths(path.absolute())
+    of_sweep = runs_of_group(root, word)
+    if of_sweep:
+        raise RunStateError(f"{word} is a sweep, and one run is needed: {', '.join(of_sweep)}")
     near = did_you_mean(word, [paths.name for paths in all_runs(root)])
     raise RunStateError(f"no run {word!r} in {root.absolute()}{near} (--run-root or SFT_RUN_ROOT says where runs are)")

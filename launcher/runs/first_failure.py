@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.contract.rank_error import RankError, read_error
 from launcher.contract.rundir import RunPaths
 
 _TAIL_BYTES = 256 * 1024
 _TAIL_LINES = 20
+_SIGNAL = 128
+"""Exit codes above it belong to processes that a signal ended."""
 _TRACEBACK = "Traceback (most recent call last):"
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
 
@@ -53,3 +56,11 @@ def last_words(log: Path) -> str:
     while first > 0 and any(line.startswith(_CHAINED) for line in lines[starts[first] - 3 : starts[first]]):
         first -= 1
     return "\n".join(lines[starts[first] :])
+
+
+def first_error(paths: RunPaths, attempt: str) -> RankError | None:
+    """Return the error that the attempt's first failing rank recorded, or None where none is known to be the first."""
+    error, failure = read_error(paths.error(attempt)), first_failure(paths, attempt)
+    if error is not None and failure is not None and failure.exit_code > _SIGNAL and failure.rank != error.rank:
+        return None  # a killed rank records no error, so this one is of a rank that failed after it
+    return error

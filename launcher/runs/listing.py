@@ -17,6 +17,9 @@ class ListedRun(TypedDict):
     run: str
     directory: str
     state: str | None
+    """By the run's own files; None while it is not known to have ended."""
+    phase: str
+    """How far its newest attempt has come."""
     created_at: float
     """Seconds since the epoch."""
     topology: str
@@ -37,7 +40,8 @@ def listing(runs: Sequence[RunPaths]) -> list[ListedRun]:
             {
                 "run": item.paths.name,
                 "directory": str(item.paths.root),
-                "state": state.value if state else (item.phase or None),
+                "state": state.value if state else None,
+                "phase": item.phase,
                 "created_at": item.manifest.created_at,
                 "topology": item.manifest.topology.get("summary", ""),
                 "parent_run": item.manifest.parent_run,
@@ -52,6 +56,7 @@ def _unreadable(paths: RunPaths, error: Exception) -> ListedRun:
         "run": paths.name,
         "directory": str(paths.root),
         "state": JobState.UNKNOWN.value,
+        "phase": "",
         "created_at": paths.root.stat().st_mtime,
         "topology": f"unreadable: {error}",
         "parent_run": None,

@@ -14,7 +14,7 @@ from launcher.contract.manifest import Manifest, read_manifest
 from launcher.contract.records import read_events, read_progress
 from launcher.contract.rundir import RunPaths
 from launcher.contract.schedulers import SchedulerName, scheduler_name
-from launcher.runs.first_failure import first_failure
+from launcher.runs.first_failure import first_error, first_failure
 
 _PHASES = {
     "attempt_started": "preparing",
@@ -44,6 +44,8 @@ class Snapshot:
     """How that attempt ended; None if it has not, or if another one follows by itself."""
     cancelled: bool
     progress: dict[str, Any]
+    detail: str = ""
+    """Why the attempt ended before it had the run, in the batch script's words."""
 
     @property
     def own_state(self) -> JobState | None:
@@ -56,13 +58,21 @@ class Snapshot:
             return JobState.CANCELLED
         return JobState.INTERRUPTED if self.exit_code == ExitCode.REQUEUE else JobState.FAILED
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The newest numbers, if they are of the newest attempt: an earlier one's say nothing of this one."""
+        return self.progress if self.progress.get("attempt", self.attempt) == self.attempt else {}
+
     def failure(self) -> str:
         """Return why the attempt failed, as far as the files tell."""
         if self.cancelled:
             return "by `launcher cancel`"
-        first = first_failure(self.paths, self.attempt or "")
-        who = f"{first} ended with" if first else "ended with"
-        return f"{who} exit code {self.exit_code}{_meaning(self.exit_code)}"
+        code = f"exit code {self.exit_code}{_meaning(self.exit_code)}"
+        first, error = first_failure(self.paths, self.attempt or ""), first_error(self.paths, self.attempt or "")
+        if self.detail or error is not None:
+            said = self.detail or (error.sentence if error is not None else "")
+            return f"{first}: {said} ({code})" if first else f"{said} ({code})"
+        return f"{first} ended with {code}" if first else f"ended with {code}"
 
 
 def snapshot(paths: RunPaths) -> Snapshot:
@@ -70,8 +80,8 @@ def snapshot(paths: RunPaths) -> Snapshot:
     manifest = read_manifest(paths)
     events = read_events(paths)
     job = _newest_job(manifest, events)
-    job_id = job.id.text if job else None
-    starts = [event for event in events if _starts_attempt(event) and event.get("job_id") == job_id]
+    of_job = [event for event in events if job is not None and job.id.is_job(event.get("job_id"), event.get("cluster"))]
+    starts = [event for event in of_job if _starts_attempt(event)]
     attempt = str(starts[-1]["attempt"]) if starts else None
     since = events[events.index(starts[-1]) :] if starts else []
     own = [event for event in since if event.get("attempt", attempt) == attempt]
@@ -85,8 +95,9 @@ def snapshot(paths: RunPaths) -> Snapshot:
         attempt=attempt,
         phase=next((_PHASES[event["event"]] for event in reversed(own) if event.get("event") in _PHASES), ""),
         exit_code=_exit_code(ends[-1]) if ends else None,
-        cancelled=any(event.get("event") == "cancelled" and event.get("job_id") == job_id for event in events),
+        cancelled=any(event.get("event") == "cancelled" for event in of_job),
         progress=read_progress(paths),
+        detail=str(ends[-1].get("detail", "")) if ends else "",
     )
 
 
@@ -101,19 +112,24 @@ def _exit_code(end: Mapping[str, Any]) -> int:
 
 def _newest_job(manifest: Manifest, events: Sequence[Mapping[str, Any]]) -> Job | None:
     """Return the last job that the manifest or the events name."""
-    recorded = {job.id.text for job in manifest.jobs}
     last = manifest.jobs[-1] if manifest.jobs else None
-    named = [
-        event
-        for event in events
-        if event.get("event") in ("attempt_started", "submitted") and isinstance(event.get("job_id"), str)
-    ]
-    for event in reversed(named):
-        if event["job_id"] not in recorded:
-            if last is None or event["time"] >= last.submitted_at:
-                return Job(id=JobId(event["job_id"], _scheduler_of(event)), submitted_at=event["time"])
+    for event in reversed(events):
+        if event.get("event") not in ("attempt_started", "submitted") or not isinstance(event.get("job_id"), str):
+            continue
+        number, cluster = event["job_id"], str(event.get("cluster") or "")
+        if any(job.id.is_job(number, cluster) for job in manifest.jobs):
+            continue
+        if last is not None and event["time"] < last.submitted_at:
             break
+        token = _token_of(events, number, cluster)
+        return Job(id=JobId(number, _scheduler_of(event), token, cluster), submitted_at=event["time"])
     return last
+
+
+def _token_of(events: Sequence[Mapping[str, Any]], number: str, cluster: str) -> str:
+    """Return the token of a job that the run has submitted itself, or an empty text."""
+    own = (event for event in events if event.get("event") == "submitted" and event.get("job_id") == number)
+    return next((str(event.get("token", "")) for event in own if event.get("cluster", cluster) == cluster), "")
 
 
 def _scheduler_of(event: Mapping[str, Any]) -> SchedulerName:

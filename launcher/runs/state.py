@@ -17,7 +17,7 @@ from typing import Any
 from launcher.contract.errors import LauncherError
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
-from launcher.contract.rundir import RunPaths
+from launcher.contract.rundir import RunPaths, checkpoint_step
 from launcher.contract.schedulers import CAPABILITIES, SchedulerName
 from launcher.runs.snapshot import Snapshot, snapshot
 from launcher.scheduler.base import Answer, JobRecord
@@ -34,6 +34,8 @@ class RunStatus:
     attempt: str | None = None
     job: str | None = None
     scheduler: SchedulerName | None = None
+    cluster: str = ""
+    """The cluster that the job was sent to, where Slurm has several; empty for the one at hand."""
     step: int | None = None
     max_steps: int | None = None
     loss: float | None = None
@@ -49,7 +51,9 @@ class RunStatus:
     @property
     def job_id(self) -> JobId | None:
         """The newest job of the run."""
-        return JobId(self.job, self.scheduler) if self.job is not None and self.scheduler is not None else None
+        if self.job is None or self.scheduler is None:
+            return None
+        return JobId(self.job, self.scheduler, cluster=self.cluster)
 
     @property
     def may_run_unseen(self) -> bool:
@@ -110,8 +114,15 @@ def _is_over(item: Snapshot) -> bool:
 
 def _record_of(item: Snapshot, answer: Answer) -> JobRecord | None:
     """Return the record of the run's job, but not that of another job to which the scheduler gave the same id."""
-    record = answer.records.get(item.job.id.text) if item.job else None
-    return None if record is not None and record.name not in ("", item.manifest.name, item.manifest.group) else record
+    record = answer.records.get(item.job.id) if item.job else None
+    return record if record is not None and item.job is not None and _is_of(item, item.job.id.token, record) else None
+
+
+def _is_of(item: Snapshot, token: str, record: JobRecord) -> bool:
+    """Return whether a record is of this run's job: its token tells, or the name where no token is known."""
+    if token and record.token:
+        return record.token == token
+    return record.name in ("", item.manifest.name, item.manifest.group)
 
 
 def _judge(item: Snapshot, record: JobRecord | None, answer: Answer) -> tuple[JobState, str]:
@@ -152,8 +163,9 @@ def _row(item: Snapshot, answers: Mapping[SchedulerName, Answer]) -> RunStatus:
     answer = answers.get(item.job.id.scheduler) if item.job else None
     record = _record_of(item, answer) if answer is not None else None
     state, reason = _judge(item, record, answer or Answer(records={}))
-    progress = item.progress
+    numbers = item.numbers
     checkpoints = item.paths.complete_checkpoints()
+    resumed = checkpoint_step(checkpoints[-1]) if checkpoints and not numbers else None
     return RunStatus(
         run=item.paths.name,
         directory=str(item.paths.root),
@@ -161,12 +173,13 @@ def _row(item: Snapshot, answers: Mapping[SchedulerName, Answer]) -> RunStatus:
         attempt=item.attempt,
         job=item.job.id.text if item.job else None,
         scheduler=item.job.id.scheduler if item.job else None,
-        step=progress.get("step"),
-        max_steps=progress.get("max_steps"),
-        loss=progress.get("loss"),
-        tokens_per_second=progress.get("tokens_per_second"),
-        mfu=progress.get("mfu"),
-        eta_seconds=progress.get("eta_seconds") if state is JobState.RUNNING else None,
+        cluster=item.job.id.cluster if item.job else "",
+        step=numbers.get("step", resumed),
+        max_steps=item.progress.get("max_steps"),
+        loss=numbers.get("loss"),
+        tokens_per_second=numbers.get("tokens_per_second"),
+        mfu=numbers.get("mfu"),
+        eta_seconds=numbers.get("eta_seconds") if state is JobState.RUNNING else None,
         checkpoint=checkpoints[-1].name if checkpoints else None,
         exit_code=item.exit_code,
         reason=reason,

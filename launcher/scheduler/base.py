@@ -32,6 +32,8 @@ class Intent:
     """Seconds since the epoch; the job is no older."""
     host: str
     """The machine that submits."""
+    clusters: str = ""
+    """Which of several clusters may get the job, as the scheduler's own option says it; empty for the one at hand."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,10 @@ class JobRecord:
     start: str = ""
     name: str = ""
     """The job's name, where the scheduler may give its id to another job later."""
+    waits_for: str = ""
+    """The jobs that it waits for, in the scheduler's notation."""
+    token: str = ""
+    """The token of its submission, where the scheduler shows it: what has another token is another job."""
 
     @property
     def expected_start(self) -> str | None:
@@ -91,11 +97,11 @@ class JobRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A scheduler's records by job id, and why some may be missing."""
+    """A scheduler's records by the identity that was asked for, and why some may be missing."""
 
-    records: Mapping[str, JobRecord]
+    records: Mapping[JobId, JobRecord]
     problem: str | None = None
-    """Why the scheduler could not be asked: nothing is known then."""
+    """Why the scheduler, or one of its clusters, could not be asked: a job without a record may be any then."""
     doubt: str | None = None
     """Why the accounting could not be asked: it may know a job that has no record here."""
 
@@ -143,10 +149,10 @@ class Scheduler(Protocol):
         """
         ...
 
-    def find(self, name: str, intent: Intent, started: str | None) -> Job | None:
+    def find(self, name: str, intent: Intent, started: JobId | None) -> Job | None:
         """Return the job of a submission that was begun, or None where none can be seen now.
 
-        `name` is the job's name; `started` is the id of a job that has already reported its start in this run.
+        `name` is the job's name; `started` is the job that has already reported its start in this run.
         """
         ...
 
@@ -159,10 +165,26 @@ class Scheduler(Protocol):
         ...
 
     def cancel(self, job: Job) -> None:
-        """End a job. It is no error if the job has ended already."""
+        """End a job. It is no error if the job has ended already; SchedulerError where there is none of this id."""
         ...
 
-    def expected_start(self, script: str) -> str:
+    def clusters_of(self, resources: ResourcesSpec) -> str:
+        """Return which of several clusters a job with these resources is for, as the scheduler's own option says it."""
+        return ""
+
+    def go_on_as(self, old: JobId, new: JobId) -> None:
+        """Have jobs that wait for `old` wait for `new`, which goes on with its run."""
+        return
+
+    def host_names(self, hosts: str) -> list[str]:
+        """Return the hosts in a host list."""
+        return [hosts]
+
+    def unknown_nodes(self, hosts: Sequence[str], clusters: str = "") -> list[str]:
+        """Return those of the hosts that the cluster has no node of."""
+        return []
+
+    def expected_start(self, script: str, clusters: str = "") -> str:
         """Return when and where the scheduler would start this script. Submits nothing."""
         return "not known"
 

@@ -36,7 +36,7 @@ class Local(Scheduler):
         executor = ScriptLocalExecutor(request.folder, resources.time, resources.signal_seconds, token)
         return self._job(int(executor.submit_script(request.script)), token, time.time())
 
-    def find(self, name: str, intent: Intent, started: str | None) -> Job | None:
+    def find(self, name: str, intent: Intent, started: JobId | None) -> Job | None:
         if intent.host != socket.gethostname():
             raise RunStateError(f"run {name} was being started on {intent.host}; run this command there")
         leaders = [pid for pid in processes.with_text(intent.token) if processes.is_session_leader(pid)]
@@ -45,11 +45,11 @@ class Local(Scheduler):
             return self._job(controller, intent.token, intent.written_at)
         if started is None:
             return None
-        gone = JobId(started, self.name, intent.token)  # a process of this id may be another one by now
+        gone = JobId(started.text, self.name, intent.token)  # a process of this id may be another one by now
         return Job(id=gone, submitted_at=intent.written_at, host=intent.host)
 
     def states(self, jobs: Sequence[Job], owners: Sequence[int], *, fresh: bool) -> Answer:
-        return Answer(records={job.id.text: _record(job) for job in jobs})
+        return Answer(records={job.id: _record(job) for job in jobs})
 
     def cancel(self, job: Job) -> None:
         """Send TERM to the controller, which passes it on to the ranks, and after a while KILL to the whole session."""
@@ -66,7 +66,7 @@ class Local(Scheduler):
             while _is_alive(job) and time.monotonic() < deadline:
                 time.sleep(0.05)
 
-    def expected_start(self, script: str) -> str:
+    def expected_start(self, script: str, clusters: str = "") -> str:
         return "at once, on this machine"
 
     def _job(self, pid: int, token: str, submitted_at: float) -> Job:

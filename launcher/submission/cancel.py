@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
+from launcher.contract.job import job_fields
+from launcher.contract.job_state import JobState
 from launcher.contract.manifest import read_manifest
 from launcher.contract.rundir import RunPaths, append_event
 from launcher.contract.spec import read_resolved
@@ -43,7 +45,9 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
             raise RunStateError(f"run {paths.name} has no job")
         if row.may_run_unseen:
             raise RunStateError(f"run {paths.name} cannot be cancelled from here: {row.reason}")
-        append_event(paths, "cancelled", job_id=job.id.text)  # before the job ends, which looks for it
+        if row.state is JobState.UNKNOWN:
+            raise RunStateError(f"run {paths.name} was not cancelled: job {job.id}: {row.reason}")
+        append_event(paths, "cancelled", **job_fields(job.id))  # before the job ends, which looks for it
         scheduler_of(job.id.scheduler).cancel(job)
         done.append(f"cancelled run {row.run} (job {job.id})")
         try:

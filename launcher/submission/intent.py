@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from launcher.contract import processes
 from launcher.contract.errors import RunStateError
-from launcher.contract.job import Job
+from launcher.contract.job import Job, JobId
 from launcher.contract.records import read_events
 from launcher.contract.rundir import RunPaths, read_json, write_json
 from launcher.contract.schedulers import SchedulerName, scheduler_name
@@ -28,10 +28,14 @@ from launcher.scheduler.factory import scheduler_of
 _CLOCK_SKEW = 60.0  # between login and compute nodes
 
 
-def begin(paths: RunPaths, scheduler: SchedulerName) -> Intent:
-    """Write down, durably, that a job is about to be submitted."""
+def begin(paths: RunPaths, scheduler: SchedulerName, clusters: str = "") -> Intent:
+    """Write down, durably, that a job is about to be submitted. `clusters` are those that may get it."""
     intent = Intent(
-        token=f"sft-{secrets.token_hex(16)}", scheduler=scheduler, written_at=time.time(), host=socket.gethostname()
+        token=f"sft-{secrets.token_hex(16)}",
+        scheduler=scheduler,
+        written_at=time.time(),
+        host=socket.gethostname(),
+        clusters=clusters,
     )
     write_json(paths.submission, dataclasses.asdict(intent))
     return intent
@@ -87,11 +91,13 @@ def _may_be_at_work(intent: Intent) -> bool:
     return intent.host != socket.gethostname() or bool(processes.with_text(intent.token))
 
 
-def _started(paths: RunPaths, recorded: Sequence[Job], intent: Intent) -> str | None:
-    """Return the id of a job that has reported its start since the intent: nobody else submits to this run."""
-    known = {job.id.text for job in recorded}
+def _started(paths: RunPaths, recorded: Sequence[Job], intent: Intent) -> JobId | None:
+    """Return the job that has reported its start since the intent: nobody else submits to this run."""
     for event in read_events(paths):
         late_enough = float(event.get("time", 0)) >= intent.written_at - _CLOCK_SKEW
-        if event.get("event") == "attempt_started" and late_enough and str(event.get("job_id")) not in known:
-            return str(event["job_id"])
+        if event.get("event") != "attempt_started" or not late_enough:
+            continue
+        number, cluster = str(event.get("job_id")), str(event.get("cluster") or "")
+        if not any(job.id.is_job(number, cluster) for job in recorded):
+            return JobId(number, intent.scheduler, intent.token, cluster)
     return None

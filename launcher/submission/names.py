@@ -16,6 +16,9 @@ def free_name(paths: RunPaths) -> str:
 
 
 def _is_taken(paths: RunPaths) -> bool:
-    if not paths.root.exists() or paths.submission.exists():
+    if not paths.root.exists():
         return False
-    return not paths.manifest.is_file() or bool(read_manifest(paths).jobs)
+    has_manifest = paths.manifest.is_file()
+    if has_manifest and read_manifest(paths).jobs:
+        return True
+    return not has_manifest and not paths.submission.exists()

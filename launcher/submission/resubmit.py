@@ -7,7 +7,9 @@ keeps two of these commands from asking at the same moment.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from launcher.contract.errors import HubError, RunStateError, SchedulerError
 from launcher.contract.hub.found import fetch_now
@@ -15,7 +17,7 @@ from launcher.contract.hub.resolve import resolve_hub
 from launcher.contract.hub_cache import cache_root
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
-from launcher.contract.lease import check_free, holder
+from launcher.contract.lease import Owner, check_free, holder
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.runs.state import RunStatus, collect
@@ -34,7 +36,7 @@ def check_idle(paths: RunPaths) -> RunStatus:
     status = rows[0]
     if status.state.active:
         raise RunStateError(
-            f"run {paths.name} is {status.state.value} as job {status.job}; "
+            f"run {paths.name} is {status.state.value} as job {status.job_id}; "
             f"wait for it, or end it with `launcher cancel {paths.name}`"
         )
     if status.state is JobState.UNKNOWN and problem is not None:
@@ -48,32 +50,61 @@ def check_idle(paths: RunPaths) -> RunStatus:
 def _check_lease(paths: RunPaths, status: RunStatus) -> None:
     """Raise RunStateError where something other than the run's own job holds it: a job or ranks started by hand."""
     owner = holder(paths)
-    if owner is None or (owner.job_id and owner.job_id == status.job):
+    if owner is None or (owner.job_id and owner.is_of_job(status.job or "", status.cluster)):
         return
-    check_free(paths, _state_of(owner.job_id, status) if owner.job_id else JobState.UNKNOWN)
+    check_free(paths, _state_of(owner, status) if owner.job_id else JobState.UNKNOWN)
 
 
-def _state_of(job_id: str, status: RunStatus) -> JobState:
+def _state_of(owner: Owner, status: RunStatus) -> JobState:
     """Return the state of a job that holds the run of `status`. All jobs of a run have the same scheduler."""
     if status.scheduler is None:
         return JobState.UNKNOWN
-    job = Job(id=JobId(job_id, status.scheduler), submitted_at=0.0)
-    record = scheduler_of(status.scheduler).states([job], [os.getuid()], fresh=True).records.get(job_id)
+    job = Job(id=JobId(owner.job_id, status.scheduler, cluster=owner.cluster), submitted_at=0.0)
+    record = scheduler_of(status.scheduler).states([job], [os.getuid()], fresh=True).records.get(job.id)
     return record.state if record is not None else JobState.UNKNOWN
 
 
 def same_run(paths: RunPaths) -> Job:
     """Submit the same run again and return the job. Training goes on from the newest complete checkpoint."""
     with claim(paths.root):
-        if check_idle(paths).state is JobState.COMPLETED:
+        status = check_idle(paths)
+        if status.state is JobState.COMPLETED:
             raise RunStateError(
                 f"run {paths.name} has finished; to train on, raise its steps: "
                 f"`launcher resubmit {paths.name} train.max_steps=...`"
             )
-        _check_code(paths)
         spec = read_resolved(paths.config)
+        _check_place(paths, spec)
+        _check_code(paths)
         _fetch_again(spec)
-        return start(paths, spec)
+        job = start(paths, spec)
+        if status.job_id is not None and status.job_id.text != job.id.text:
+            _go_on_as(status.job_id, job.id)
+        return job
+
+
+def _check_place(paths: RunPaths, spec: RunSpec) -> None:
+    """Raise RunStateError where the run was moved or copied: its script and config name the place it had."""
+    if _is_in_place(paths, spec):
+        return
+    place = Path(spec.run_root) / spec.name
+    raise RunStateError(
+        f"{paths.root} was {place} when it was submitted, and its script still writes there; move it back, or go on "
+        f"from its checkpoint as a run of its own: `launcher resubmit {paths.root} name={free_name(paths)}`"
+    )
+
+
+def _is_in_place(paths: RunPaths, spec: RunSpec) -> bool:
+    place = Path(spec.run_root) / spec.name
+    return place.exists() and place.samefile(paths.root)
+
+
+def _go_on_as(old: JobId, new: JobId) -> None:
+    """Have jobs that wait for the run's old job wait for the new one, or say that they do not."""
+    try:
+        scheduler_of(new.scheduler).go_on_as(old, new)
+    except SchedulerError as error:
+        print(f"jobs that wait for job {old} were not told that job {new} goes on: {error}", file=sys.stderr)
 
 
 def _fetch_again(spec: RunSpec) -> None:
@@ -106,6 +137,8 @@ def child_submission(paths: RunPaths, overrides: Sequence[str], cluster: str | N
     words = {word.partition("=")[0] for word in overrides}
     added = [] if "name" in words else [f"name={free_name(paths)}"]
     checkpoints = paths.complete_checkpoints()
+    if not words & {"run_root"} and not _is_in_place(paths, read_resolved(paths.config)):
+        added.append(f"run_root={paths.root.parent}")
     if checkpoints and "checkpoint.resume_from" not in words:
         added.append(f"checkpoint.resume_from={checkpoints[-1]}")
     submission = make_submission(paths.config, [*added, *overrides], cluster, resolved=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launcher.contract.errors import RunStateError
+from launcher.contract.errors import RunStateError, SchedulerError
 from launcher.contract.hub.found import fetch_now
-from launcher.contract.job import Job
+from launcher.contract.job import Job, job_fields
 from launcher.contract.manifest import Manifest, describe_run, read_manifest, write_manifest
 from launcher.contract.records import read_events
 from launcher.contract.rundir import RunPaths, append_event, write_atomic
@@ -76,7 +77,8 @@ def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[Dependency] = ()) 
         request_of = decide_request(manifest.name, paths.script, aside, spec, waits_for)
         write_secrets(spec, paths)
         scheduler = scheduler_of(spec.cluster.scheduler)
-        job = submit_once(paths, scheduler, manifest.jobs, request_of, lambda: remove_secrets(spec, paths))
+        clusters = scheduler.clusters_of(spec.resources)
+        job = submit_once(paths, scheduler, manifest.jobs, clusters, request_of, lambda: remove_secrets(spec, paths))
     record(paths, job)
     intent.end(paths)
     return job
@@ -115,8 +117,8 @@ def record(paths: RunPaths, job: Job) -> None:
     if job.id not in [known.id for known in manifest.jobs]:
         write_manifest(paths, manifest.with_job(job))
     submitted = (event for event in read_events(paths) if event.get("event") == "submitted")
-    if not any(event.get("job_id") == job.id.text for event in submitted):
-        append_event(paths, "submitted", job_id=job.id.text, scheduler=job.id.scheduler)
+    if not any(job.id.is_job(event.get("job_id"), event.get("cluster")) for event in submitted):
+        append_event(paths, "submitted", **job_fields(job.id), scheduler=job.id.scheduler)
 
 
 def _nodes_to_exclude(spec: RunSpec) -> str | None:
@@ -124,7 +126,19 @@ def _nodes_to_exclude(spec: RunSpec) -> str | None:
     if not CAPABILITIES[spec.cluster.scheduler].allocates_nodes:
         return None
     excluded_nodes.learn(all_runs(Path(spec.run_root)), spec.cluster)
-    return excluded_nodes.exclude_option(spec.cluster, spec.resources.exclude)
+    unknown = _unknown(excluded_nodes.hosts_to_exclude(spec.cluster), spec)
+    if unknown:
+        forget = f"launcher nodes clear NODE --cluster {spec.cluster.name}"
+        print(f"not excluded, since the cluster has no such node: {', '.join(unknown)} (`{forget}`)", file=sys.stderr)
+    return excluded_nodes.exclude_option(spec.cluster, spec.resources.exclude, unknown)
+
+
+def _unknown(hosts: Sequence[str], spec: RunSpec) -> list[str]:
+    """Return those of the hosts that the scheduler has no node of, as far as it answers."""
+    scheduler = scheduler_of(spec.cluster.scheduler)
+    with contextlib.suppress(SchedulerError):
+        return scheduler.unknown_nodes(hosts, scheduler.clusters_of(spec.resources)) if hosts else []
+    return []
 
 
 def _fill_directory(submission: Submission, manifest: Manifest, diff: str) -> None:

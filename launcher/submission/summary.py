@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
+from launcher.contract.config.load import value_at
 from launcher.contract.job import Job
 from launcher.contract.schedulers import CAPABILITIES
+from launcher.contract.spec import RunSpec
 from launcher.contract.topology import describe_batch
 from launcher.planning.run_plan import run_cost
 from launcher.runs import excluded_nodes
@@ -15,35 +18,61 @@ from launcher.scheduler.factory import scheduler_of
 from launcher.submission.submission import Submission
 
 
-def summary(submission: Submission) -> str:
-    """Return what will run, in numbers, and where each value that is not a default came from."""
+def outline(submission: Submission) -> str:
+    """Return what will run, in numbers."""
     spec, topology = submission.spec, submission.topology
     resources = spec.resources
     device = f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else "CPU"
     chosen = " (topology: auto)" if "plan" in submission.config.sources.values() else ""
-    lines = [
-        f"run        {spec.name} on cluster {spec.cluster.name} ({spec.cluster.scheduler})",
-        f"nodes      {resources.nodes} x {resources.ranks_per_node} ranks ({device})",
-        f"topology   {topology.describe()}{chosen}",
-        f"batch      {describe_batch(spec, topology)}",
-        *_predicted(submission),
-        *_excluded(submission),
-        *(f"hub        {note}" for note in submission.config.notes),
-        f"directory  {submission.paths.root}",
-        "values that are not defaults:",
-    ]
-    rows = [(key, _short(value), source) for key, value, source in submission.config.changed()]
+    return "\n".join(
+        [
+            f"run        {spec.name} on cluster {spec.cluster.name} ({spec.cluster.scheduler})",
+            f"nodes      {resources.nodes} x {resources.ranks_per_node} ranks ({device})",
+            f"topology   {topology.describe()}{chosen}",
+            f"batch      {describe_batch(spec, topology)}",
+            *_predicted(submission),
+            *_excluded(submission),
+            *(f"hub        {note}" for note in submission.config.notes),
+            f"directory  {submission.paths.root}",
+        ]
+    )
+
+
+def summary(submission: Submission) -> str:
+    """Return the outline, and where each value that is not a default came from."""
+    rows = submission.config.changed()
+    return f"{outline(submission)}\nvalues that are not defaults:\n{_table(rows)}"
+
+
+def changes(parent: RunSpec, submission: Submission) -> str:
+    """Return what a child run has that its parent had not."""
+    rows = []
+    for key in submission.config.sources:
+        before, after = _value(parent, key), _value(submission.spec, key)
+        if before != after:
+            rows.append((key, after, f"before: {_short(before)}"))
+    return f"changed:\n{_table(rows)}"
+
+
+def _value(spec: RunSpec, key: str) -> object:
+    try:
+        return value_at(spec, key)
+    except KeyError:  # a data source that only the other one has
+        return None
+
+
+def _table(values: Iterable[tuple[str, object, str]]) -> str:
+    rows = [(key, _short(value), note) for key, value, note in values]
     key_width = max(len(key) for key, _, _ in rows)
     value_width = max(len(value) for _, value, _ in rows)
-    lines += [f"  {key:<{key_width}}  {value:<{value_width}}  ({source})" for key, value, source in rows]
-    return "\n".join(lines)
+    return "\n".join([f"  {key:<{key_width}}  {value:<{value_width}}  ({source})" for key, value, source in rows])
 
 
 def _excluded(submission: Submission) -> list[str]:
     cluster = submission.spec.cluster
     if not CAPABILITIES[cluster.scheduler].allocates_nodes:
         return []
-    hosts = excluded_nodes.excluded(excluded_nodes.ledger_of(cluster).entries(), cluster.max_excluded)
+    hosts = excluded_nodes.hosts_to_exclude(cluster)
     return [f"excluded   {', '.join(hosts)} (see `launcher nodes --cluster {cluster.name}`)"] if hosts else []
 
 

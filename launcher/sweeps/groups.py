@@ -13,7 +13,7 @@ from typing import TypedDict
 
 from launcher.contract.errors import ConfigError, RunStateError, did_you_mean
 from launcher.contract.records import read_metrics
-from launcher.contract.rundir import RunPaths, read_json
+from launcher.contract.rundir import RunPaths, group_file, read_json
 from launcher.runs.find import find_run
 
 
@@ -34,20 +34,16 @@ class Group:
     @property
     def file(self) -> Path:
         """Where the group is written down."""
-        return _file(self.root, self.name)
-
-
-def _file(root: Path, name: str) -> Path:
-    return root / ".groups" / f"{name}.json"
+        return group_file(self.root, self.name)
 
 
 def read_group(name: str, root: Path) -> Group | None:
     """Return the group of this name in `root`, if there is one, or raise RunStateError where its file is damaged."""
     try:
-        values = read_json(_file(root, name)) if "/" not in name else None
+        values = read_json(group_file(root, name)) if "/" not in name else None
         points = None if values is None else {str(run): dict(given) for run, given in values["points"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunStateError(f"{_file(root, name)} is no list of a sweep's runs: {error}") from None
+        raise RunStateError(f"{group_file(root, name)} is no list of a sweep's runs: {error}") from None
     return None if points is None else Group(name=name, root=root.absolute(), points=points)
 
 
@@ -76,10 +72,15 @@ def results(runs: Sequence[RunPaths], points: dict[str, dict[str, str]]) -> list
     return rows
 
 
-def sort_results(rows: list[RunResult], metric: str, descending: bool) -> list[RunResult]:
-    """Return the rows sorted by a metric, those without it last. Raise ConfigError where no run has it."""
+def sort_results(rows: list[RunResult], metric: str | None, descending: bool) -> list[RunResult]:
+    """Return the rows sorted by a metric (default loss), those without it last.
+
+    Raise ConfigError where it was asked for and no run has it.
+    """
     known = sorted({name for row in rows for name in row["metrics"]})
-    if metric not in known:
+    if metric is None:
+        metric = "loss"
+    elif metric not in known:
         have = ", ".join(known) or "none yet"
         raise ConfigError(f"--sort: no run has logged {metric!r}{did_you_mean(metric, known)}; there are: {have}")
     having = [row for row in rows if metric in row["metrics"]]

@@ -111,7 +111,8 @@ class _Array:
         request_of = decide_request(self.name, self.paths.script, self.paths.root, spec, waits_for, array)
         for submission in self.submissions:
             write_secrets(submission.spec, submission.paths)
-        return submit_once(self.paths, self.scheduler, (), request_of, self.remove_secrets)
+        clusters = self.scheduler.clusters_of(spec.resources)
+        return submit_once(self.paths, self.scheduler, (), clusters, request_of, self.remove_secrets)
 
     def remove_secrets(self) -> None:
         for submission in self.submissions:

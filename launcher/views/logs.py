@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher.contract.errors import RunStateError
 from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths
-from launcher.runs.first_failure import first_failure, last_words
+from launcher.runs.first_failure import first_error, first_failure, last_words
 from launcher.runs.snapshot import snapshot
 from launcher.runs.state import RunStatus, collect
 from launcher.views.log_files import Choice, batch_log, chosen_attempt, files_to_follow, files_to_show, main_file
@@ -99,7 +99,7 @@ def _status(paths: RunPaths) -> RunStatus:
 
 def _line(status: RunStatus) -> str:
     reason = f" ({status.reason})" if status.reason else ""
-    return f"run {status.run}: job {status.job} is {status.state.value}{reason}"
+    return f"run {status.run}: job {status.job_id or status.job} is {status.state.value}{reason}"
 
 
 def _explain(paths: RunPaths, attempt: str, shown: dict[Path, _Follower]) -> None:
@@ -112,13 +112,16 @@ def _explain(paths: RunPaths, attempt: str, shown: dict[Path, _Follower]) -> Non
 def _first_failure(paths: RunPaths, attempt: str | None) -> str:
     """Return which rank failed first and its last words, or raise RunStateError if none is known."""
     failure = first_failure(paths, attempt) if attempt is not None else None
-    if attempt is None or failure is None:
-        raise RunStateError(
-            f"no rank of run {paths.name}{f', attempt {attempt},' if attempt else ''} is known to have failed; "
-            f"`launcher logs {paths.name} --batch` shows how the attempt went"
-        )
-    words = last_words(paths.rank_log(attempt, failure.rank))
-    return f"# {failure} failed first, with exit code {failure.exit_code}:\n{words}"
+    error = first_error(paths, attempt) if attempt is not None else None
+    if attempt is not None and failure is not None:
+        words = last_words(paths.rank_log(attempt, failure.rank))
+        return f"# {failure} failed first, with exit code {failure.exit_code}:\n{words}"
+    if error is not None:  # of a single process, as prepare is one
+        return f"# {error.kinds[0]} on {error.host}:\n{error.message}"
+    raise RunStateError(
+        f"no rank of run {paths.name}{f', attempt {attempt},' if attempt else ''} is known to have failed; "
+        f"`launcher logs {paths.name} --batch` shows how the attempt went"
+    )
 
 
 def _awaited(paths: RunPaths, file: Path | None) -> str:

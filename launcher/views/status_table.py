@@ -37,7 +37,7 @@ def _cells(row: RunStatus) -> tuple[str, ...]:
         row.run,
         row.state.value,
         row.attempt or "-",
-        row.job or "-",
+        str(row.job_id or row.job or "-"),
         "-" if row.step is None else f"{row.step}/{row.max_steps or '?'}",
         "-" if row.loss is None else f"{row.loss:.4f}",
         "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",

@@ -47,7 +47,23 @@ def flash4_takes(head_dim: int) -> bool:
 
 
 def has_flash4() -> bool:
-    """Return whether flash-attn-4 is installed."""
+    """Return whether flash-attn-4 is installed and can be imported."""
+    return _is_installed() and broken_flash4() is None
+
+
+@functools.cache
+def broken_flash4() -> str | None:
+    """Return why flash-attn-4, which is installed, cannot be imported, or None. The first call takes seconds."""
+    if not _is_installed():
+        return None
+    try:
+        importlib.import_module("flash_attn.cute")
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # its compiler is a package of its own
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _is_installed() -> bool:
     try:
         # FlashAttention-2 installs a package `flash_attn` as well, but without `cute`.
         return importlib.util.find_spec("flash_attn.cute") is not None

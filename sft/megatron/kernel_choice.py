@@ -55,10 +55,13 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
     by_offsets = on_gpu and (
         spec.data.packing or spec.topology.context_parallel > 1 or _is_windowed(architecture, spec.data.seq_length)
     )
+    by_kernel = by_offsets and not _is_capped(architecture)
+    broken = attention.broken_flash4() if by_kernel and spec.train.attention == "auto" else None
+    text = f"{kernel} (flash-attn-4 cannot be imported: {broken})" if broken else kernel
     return Kernels(
         fused=True,
         attention=kernel,
-        attention_text=kernel if by_offsets and not _is_capped(architecture) else "torch's",
+        attention_text=text if by_kernel else "torch's",
         precision=precision,
     )
 
@@ -67,7 +70,11 @@ def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Ker
     """Return the kernel that train.attention means here, or raise ModelError if it cannot be used."""
     chosen, head_dim = spec.train.attention, architecture.shape.head_dim
     if chosen == "flash4" and not attention.has_flash4():
-        raise ModelError("train.attention flash4 needs the package flash-attn-4 in the ranks' Python; set it to auto")
+        broken = attention.broken_flash4()
+        why = f", which cannot be imported ({broken})" if broken else ""
+        raise ModelError(
+            f"train.attention flash4 needs the package flash-attn-4 in the ranks' Python{why}; set it to auto"
+        )
     if chosen == "flash4" and not attention.flash4_takes(head_dim):
         raise ModelError(
             f"train.attention flash4 takes heads of 32, 64, 96 or 128; this model's are {head_dim}, whose gradients it "

@@ -5,6 +5,7 @@ set -uo pipefail
 
 run_dir=/shared/runs/demo
 config=$run_dir/config.yaml
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK NODE_RANK MASTER_ADDR MASTER_PORT # of a shell inside torchrun
 number=1
 mkdir -p "$run_dir/logs" || exit 74
 until mkdir "$run_dir/logs/local-$number" 2>/dev/null; do
@@ -14,6 +15,7 @@ done
 SFT_ATTEMPT=local-$number
 job_id=${SUBMITIT_LOCAL_JOB_ID:-$$}
 node_list=''
+cluster_name=''
 if [ -n "${SUBMITIT_LOCAL_TIMEOUT_S-}" ]; then
   export SFT_END_TIME=${SFT_END_TIME:-$(($(date +%s) + SUBMITIT_LOCAL_TIMEOUT_S))} # one limit for all restarts together
 fi
@@ -27,17 +29,27 @@ event() { # NAME [,"key":value]...
   printf '{"time":%s,"event":"%s","attempt":"%s"%s}\n' "$(date +%s)" "$1" "$SFT_ATTEMPT" "${2-}" >>"$run_dir/events.jsonl"
 }
 leased=''
-started() { event attempt_started ",\"job_id\":\"$job_id\",\"scheduler\":\"local\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${node_list-}\""; }
+detail=''
+fail() { # CODE TEXT: end for a reason that people read in status and --why
+  echo "$2"
+  detail=$2
+  exit "$1"
+}
+how_ended() {
+  local text=${detail//\\/\\\\}
+  event attempt_ended ",\"exit_code\":$rc${detail:+,\"detail\":\"${text//\"/\\\"}\"}"
+}
+started() { event attempt_started ",\"job_id\":\"$job_id\",\"scheduler\":\"local\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${node_list-}\"${cluster_name:+,\"cluster\":\"$cluster_name\"}"; }
 ended() { # runs at every exit: record how the attempt ended, then do what the restart policy says
   local rc=$1 answer
   if [ -z "$leased" ]; then # it failed before it had the lease of the run
     started
-    event attempt_ended ",\"exit_code\":$rc"
+    how_ended
     return
   fi
-  answer=$(light_process -m launcher.attempts.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+  answer=$(light_process -m launcher.attempts.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" --cluster "${cluster_name-}" \
     --exit-code "$rc" --job "$(job_view)") || answer=''
-  event attempt_ended ",\"exit_code\":$rc"
+  how_ended
   echo "attempt $SFT_ATTEMPT ended with exit code $rc"
   # shellcheck disable=SC2086 # an action and, for some, a list of nodes
   follow "$rc" $answer
@@ -47,17 +59,21 @@ echo "attempt $SFT_ATTEMPT of run demo started on ${HOSTNAME-} at $(date)"
 
 set +u # like activation scripts, modules read variables that may be unset
 if ! type module >/dev/null 2>&1; then
-  for init in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /usr/share/lmod/lmod/init/bash; do
-    [ -r "$init" ] && . "$init" && break
+  for init in "${MODULESHOME:+$MODULESHOME/init/bash}" "${LMOD_PKG:+$LMOD_PKG/init/bash}" \
+    /etc/profile.d/{modules,lmod}.sh /usr/share/{lmod/lmod,modules,Modules}/init/bash; do
+    [ -r "$init" ] || continue
+    . "$init"
+    ! type module >/dev/null 2>&1 || break
   done
 fi
-module load cuda/12.8 || exit
+type module >/dev/null 2>&1 || fail 127 "there is no command module on ${HOSTNAME-}: MODULESHOME, LMOD_PKG and the usual places have no init/bash"
+module load cuda/12.8 || fail "$?" 'module load cuda/12.8 failed; batch.log has its words'
 set -u
 export PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=1
 set +u # activation scripts read variables that may be unset
-eval "$(conda shell.bash hook)" || exit
-conda activate sft || exit
+eval "$(conda shell.bash hook)" || fail "$?" "conda does not start; a module of cluster.runtime.modules may have to provide it"
+conda activate sft || fail "$?" 'conda activate sft failed'
 set -u
 python=(python)
 
@@ -91,8 +107,15 @@ follow() { # CODE [ACTION]: restart in the same process, whose id the launcher h
   trap - EXIT
   exec "$BASH" "$run_dir/job.sh"
 }
-light_process -m launcher.attempts.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
-  --holder-state "$(holder_state)" --nodes-down "$(nodes_down)" || { rc=$?; trap - EXIT; exit "$rc"; }
+light_process -m launcher.attempts.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" --cluster "${cluster_name-}" \
+  --holder-state "$(holder_state)" --nodes-down "$(nodes_down)" || {
+  rc=$?
+  if [ "$rc" -eq 4 ] || [ "$rc" -eq 93 ]; then
+    trap - EXIT # it has recorded why it does not start, and another attempt may be at work
+    exit "$rc"
+  fi
+  fail "$rc" "Python could not take the run (exit code $rc); batch.log has its words"
+}
 leased=1
 started
 

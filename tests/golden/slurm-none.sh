@@ -9,18 +9,27 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=USR2@120
 #SBATCH --requeue
+#SBATCH --propagate=NONE
 # Run demo: prepare, train, export. Generated from config.yaml. It can be run again by hand, unchanged.
 # shellcheck disable=SC1090,SC1091,SC2016,SC2054,SC2064,SC2317 # quoted values are data; traps and sourced files are intended
 set -uo pipefail
 
 run_dir=/shared/runs/demo
 config=$run_dir/config.yaml
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK NODE_RANK MASTER_ADDR MASTER_PORT # of a shell inside torchrun
 job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an element of a sweep's array
 job_id=${job_id:-$SLURM_JOB_ID}
 node_list=${SLURM_JOB_NODELIST-}
 SFT_ATTEMPT=$job_id.${SLURM_RESTART_COUNT:-0}
-SFT_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$job_id" --format=%e 2>/dev/null)" +%s 2>/dev/null)}
-export SFT_END_TIME
+cluster_name=${SLURM_CLUSTER_NAME-}
+export SFT_END_TIME=${SLURM_JOB_END_TIME-} # which some versions of Slurm do not set
+for pause in 1 1 0; do
+  [ -z "$SFT_END_TIME" ] || break
+  end_time=$(squeue --noheader --jobs="$job_id" --format=%e 2>/dev/null) || { sleep "$pause"; continue; }
+  [[ $end_time != [0-9]* ]] || SFT_END_TIME=$(date -d "$end_time" +%s 2>/dev/null)
+  break
+done
+[ -n "$SFT_END_TIME" ] || unset SFT_END_TIME # no deadline is known, so none is assumed
 export SFT_ATTEMPT
 log_dir=$run_dir/logs/$SFT_ATTEMPT
 mkdir -p "$log_dir" /shared/runs/.cache || exit 74
@@ -31,17 +40,27 @@ event() { # NAME [,"key":value]...
   printf '{"time":%s,"event":"%s","attempt":"%s"%s}\n' "$(date +%s)" "$1" "$SFT_ATTEMPT" "${2-}" >>"$run_dir/events.jsonl"
 }
 leased=''
-started() { event attempt_started ",\"job_id\":\"$job_id\",\"scheduler\":\"slurm\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${node_list-}\""; }
+detail=''
+fail() { # CODE TEXT: end for a reason that people read in status and --why
+  echo "$2"
+  detail=$2
+  exit "$1"
+}
+how_ended() {
+  local text=${detail//\\/\\\\}
+  event attempt_ended ",\"exit_code\":$rc${detail:+,\"detail\":\"${text//\"/\\\"}\"}"
+}
+started() { event attempt_started ",\"job_id\":\"$job_id\",\"scheduler\":\"slurm\",\"host\":\"${HOSTNAME-}\",\"nodes\":\"${node_list-}\"${cluster_name:+,\"cluster\":\"$cluster_name\"}"; }
 ended() { # runs at every exit: record how the attempt ended, then do what the restart policy says
   local rc=$1 answer
   if [ -z "$leased" ]; then # it failed before it had the lease of the run
     started
-    event attempt_ended ",\"exit_code\":$rc"
+    how_ended
     return
   fi
-  answer=$(light_process -m launcher.attempts.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
+  answer=$(light_process -m launcher.attempts.attempt end "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" --cluster "${cluster_name-}" \
     --exit-code "$rc" --job "$(job_view)") || answer=''
-  event attempt_ended ",\"exit_code\":$rc"
+  how_ended
   echo "attempt $SFT_ATTEMPT ended with exit code $rc"
   # shellcheck disable=SC2086 # an action and, for some, a list of nodes
   follow "$rc" $answer
@@ -57,11 +76,6 @@ srun_args=()
 
 trap 'echo "asked to stop"' TERM # Slurm signals the ranks itself; this shell stays to record how they ended
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=${hosts[0]}
-MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000)) # below the kernel's range for client ports
-while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
-export MASTER_ADDR MASTER_PORT
-
 one_process() { # one task that may use all of the first node's CPUs
   env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK \
     srun --export=ALL "${srun_args[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "${python[@]}" "$@"
@@ -69,8 +83,16 @@ one_process() { # one task that may use all of the first node's CPUs
 light_process() { "${python[@]}" "$@"; }
 job_view() { scontrol show job -o "$job_id" 2>/dev/null; }
 holder_state() { # state of the job that holds the run's lease, if it is another one
-  [[ "$(cat "$run_dir/lease.json" 2>/dev/null)" =~ \"job_id\":\ \"([0-9]+(_[0-9]+)?)\" ]] || return
-  [ "${BASH_REMATCH[1]}" = "$job_id" ] || squeue --noheader --states=all --jobs="${BASH_REMATCH[1]}" --format=%T 2>/dev/null
+  local lease holder cluster=''
+  lease=$(cat "$run_dir/lease.json" 2>/dev/null)
+  [[ "$lease" =~ \"job_id\":\ \"([0-9]+(_[0-9]+)?)\" ]] || return
+  holder=${BASH_REMATCH[1]}
+  if [[ "$lease" =~ \"cluster\":\ \"([^\"]+)\" ]] && [ "${BASH_REMATCH[1]}" != "${cluster_name-}" ]; then
+    cluster=${BASH_REMATCH[1]}
+  fi
+  if [ "$holder" != "$job_id" ] || [ -n "$cluster" ]; then
+    squeue --noheader ${cluster:+--clusters="$cluster"} --states=all --jobs="$holder" --format=%T 2>/dev/null | grep -v '^CLUSTER:'
+  fi
 }
 nodes_down() { # nodes of the last attempt that Slurm has lost
   local nodes
@@ -107,21 +129,58 @@ follow() { # CODE [ACTION [NODES]]
   esac
 }
 resubmit() { # [NODES TO AVOID]: submit the run's next job, without this job's variables in its environment
-  local name inherited=() new
+  local avoid=${1-} begun=$run_dir/submission.json name inherited=() new token pause excluded=' ExcNodeList=([^ (]+)'
   for name in $(compgen -e); do
     case $name in SLURM_CONF | SLURM_JWT) ;; SLURM* | SBATCH_* | SRUN_* | PMI* | *_VISIBLE_DEVICES | GPU_DEVICE_ORDINAL | SFT_ATTEMPT | SFT_END_TIME) inherited+=(-u "$name") ;; esac
   done
-  new=$(env "${inherited[@]}" sbatch --parsable ${1:+--exclude="$1"} "$run_dir/job.sh") || return
-  event submitted ",\"job_id\":\"${new%%;*}\",\"scheduler\":\"slurm\",\"by\":\"$SFT_ATTEMPT\""
+  if [ -z "$avoid" ] && [[ "$(job_view)" =~ $excluded ]]; then avoid=${BASH_REMATCH[1]}; fi
+  # The new job is found by its token, whatever becomes of sbatch's answer: here, or later by `launcher resubmit`.
+  token=sft-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+  printf '{"token":"%s","scheduler":"slurm","written_at":%s,"host":"%s"}\n' "$token" "$(date +%s)" "${HOSTNAME-}" >"$begun.new" &&
+    mv "$begun.new" "$begun" || return
+  new=$(env "${inherited[@]}" timeout --kill-after=5 60 sbatch --parsable --comment="$token" ${avoid:+--exclude="$avoid"} \
+    "$run_dir/job.sh" | tee /dev/stderr | grep -Ex '[0-9]+(;[^[:space:]]+)?' | tail -n 1)
+  new=${new%%;*}
+  for pause in 0 4 8 12; do
+    [ -z "$new" ] || break
+    sleep "$pause"
+    new=$(squeue --noheader --user="$(id -u)" --states=all --format='%F|%k' | grep -F -- "$token" | head -n 1)
+    new=${new%%|*}
+  done
+  if [ -z "$new" ]; then
+    echo "sbatch named no job, and the queue shows none; launcher resubmit goes on"
+    return
+  fi
+  event submitted ",\"job_id\":\"$new\",\"scheduler\":\"slurm\",\"by\":\"$SFT_ATTEMPT\",\"token\":\"$token\"${cluster_name:+,\"cluster\":\"$cluster_name\"}"
+  rm -f "$begun"
+  wait_for_instead "$new"
 }
-light_process -m launcher.attempts.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" \
-  --holder-state "$(holder_state)" --nodes-down "$(nodes_down)" || { rc=$?; trap - EXIT; exit "$rc"; }
+wait_for_instead() { # JOB: have our jobs that wait for this one wait for that one, which goes on with the run
+  local waiting clauses names=":$job_id(\$|[^0-9_])"
+  squeue --noheader --user="$(id -u)" --states=PENDING --format='%i|%E' | sed 's/([^)]*)//g' | while IFS='|' read -r waiting clauses; do
+    [[ $clauses =~ $names ]] || continue
+    scontrol update JobId="$waiting" Dependency="$(sed -E "s/$names/:$1\\1/g" <<<"$clauses")"
+  done
+}
+light_process -m launcher.attempts.attempt begin "$run_dir" --attempt "$SFT_ATTEMPT" --job-id "$job_id" --pid "$$" --cluster "${cluster_name-}" \
+  --holder-state "$(holder_state)" --nodes-down "$(nodes_down)" || {
+  rc=$?
+  if [ "$rc" -eq 4 ] || [ "$rc" -eq 93 ]; then
+    trap - EXIT # it has recorded why it does not start, and another attempt may be at work
+    exit "$rc"
+  fi
+  fail "$rc" "Python could not take the run (exit code $rc); batch.log has its words"
+}
 leased=1
 started
 
 rc=0
 echo "prepare"
 one_process -m sft prepare "$config" || exit
+MASTER_ADDR=${hosts[0]}
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000)) # below the kernel's range for client ports
+while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
+export MASTER_ADDR MASTER_PORT
 echo "preflight of 2 nodes"
 # One task on each node. Only the exit code of the first counts: it knows what all of them found and which are silent.
 SFT_HOSTS="${hosts[*]}" env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK \

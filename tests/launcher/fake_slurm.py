@@ -81,7 +81,7 @@ class FakeSlurm:
         queue, accounts = [], []
         for number, job in self.jobs.items():
             if job.in_queue:
-                queue.append(f"{number}|{job.state}|{job.reason}|{job.start}|{job.name}\n")
+                queue.append(f"{number}|{job.state}|{job.reason} [(null)]|{job.start}|{job.name}|(null)\n")
             began = job.start.replace("N/A", "Unknown")
             accounts.append(f"{number}|{job.state}|{job.exit_code}|{began}|{job.name}\n")
         (self._commands.folder / "queue").write_text("".join(queue))

@@ -64,7 +64,9 @@ class SlurmCluster:
         gpus_per_node: int = 8,
         cpus_per_node: int = 16,
         accounting: bool = False,
+        beside: SlurmCluster | None = None,
     ) -> None:
+        """`beside` is a cluster with accounting whose slurmdbd and munge this one uses: --clusters reaches both."""
         if len(str(root)) > _LONGEST_ROOT:
             raise ValueError(f"{root} is too long for a socket's path: {len(str(root))} > {_LONGEST_ROOT} characters")
         controller, dbd, database, *node_ports = free_ports(3 + nodes)
@@ -75,10 +77,12 @@ class SlurmCluster:
             cpus_per_node=cpus_per_node,
             controller_port=controller,
             node_ports=tuple(node_ports),
-            accounting_port=dbd,
+            accounting_port=beside.layout.accounting_port if beside else dbd,
             database_port=database,
-            accounting=accounting,
+            accounting=accounting or beside is not None,
+            munge_folder=beside.root if beside else root,
         )
+        self._beside = beside
         self._daemons = DaemonGroup(root)
 
     def __enter__(self) -> SlurmCluster:
@@ -114,8 +118,9 @@ class SlurmCluster:
     def start(self) -> None:
         """Write the configuration, start everything, return when every node is idle."""
         _write_files(self.layout)
-        self._start_munge()
-        if self.layout.accounting:
+        if self._beside is None:
+            self._start_munge()
+        if self.layout.accounting and self._beside is None:
             self._start_accounting()
         self.start_controller()
         for name in self.node_names:
@@ -263,8 +268,9 @@ def _write_files(layout: ClusterLayout) -> None:
     """The scratch folder: configuration, munge key and device nodes."""
     for folder in ("dev", "state", "spool", "database"):
         (layout.root / folder).mkdir(parents=True, exist_ok=True)
-    layout.munge_key.touch(mode=0o600)
-    layout.munge_key.write_bytes(secrets.token_bytes(128))
+    if layout.munge_folder == layout.root:
+        layout.munge_key.touch(mode=0o600)
+        layout.munge_key.write_bytes(secrets.token_bytes(128))
     for device in layout.devices:
         os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # as /dev/null: slurmd only looks that it is there
     layout.slurm_conf.write_text(slurm_conf(layout))

@@ -31,6 +31,12 @@ class ClusterLayout:
     accounting_port: int
     database_port: int
     accounting: bool
+    munge_folder: Path
+    """Where munged's socket and key are: another cluster's folder, if both share an slurmdbd."""
+
+    @property
+    def cluster_name(self) -> str:
+        return f"test{self.controller_port}"
 
     @property
     def slurm_conf(self) -> Path:
@@ -38,11 +44,11 @@ class ClusterLayout:
 
     @property
     def munge_socket(self) -> Path:
-        return self.root / "munge.socket"
+        return self.munge_folder / "munge.socket"
 
     @property
     def munge_key(self) -> Path:
-        return self.root / "munge.key"
+        return self.munge_folder / "munge.key"
 
     @property
     def devices(self) -> list[Path]:
@@ -60,7 +66,7 @@ def slurm_conf(layout: ClusterLayout) -> str:
     # Slurm takes the Nth port of the list for the Nth node; ranges are not needed.
     ports = ",".join(str(port) for port in layout.node_ports)
     return f"""\
-ClusterName=test{layout.controller_port}
+ClusterName={layout.cluster_name}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={layout.controller_port}
 SlurmUser=root

@@ -18,7 +18,7 @@ from tests.slurm.processes import wait_until
 
 pytestmark = pytest.mark.slurm
 
-_QUEUE_LINE = re.compile(r"\d+(_\d+|_\[[\d,:%-]+\])?\|[A-Z_]+\|[\w ]+\|(N/A|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\|.*")
+_QUEUE_LINE = re.compile(r"\d+(_\d+|_\[[\d,:%-]+\])?\|[A-Z_]+\|[\w ]+ \[.+\]\|(N/A|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\|.*")
 _ACCOUNT_LINE = re.compile(
     r"\d+(_\d+|_\[[\d,:%-]+\])?\|[A-Z_]+( by \d+)?\|\d+:\d+\|(Unknown|None|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\|.*"
 )

@@ -7,6 +7,7 @@ one does not fit are they tried one by one, so that every problem is reported wi
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from typing import Literal, TypeVar, cast, get_args, get_origin
@@ -22,6 +23,7 @@ from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import FieldType
 
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^}\s,'\"]*)")
+_BARE_NAME = re.compile(r"\$\{\s*([A-Za-z_]\w*)\s*\}")
 
 Section = TypeVar("Section")
 
@@ -94,8 +96,15 @@ def _fitting(schema: DictConfig, raw: DictConfig, merged: Leaves) -> dict[str, L
             merged.reject(key, _not_a(leaf.value, type_of(RunSpec, key)))
         except OmegaConfBaseException as error:
             reason = str(error).partition("\n")[0]
-            merged.reject(key, f"{leaf.value!r} does not resolve: {reason}")
+            merged.reject(key, f"{leaf.value!r} does not resolve: {reason}{_variable_hint(leaf)}")
     return fitting
+
+
+def _variable_hint(leaf: Leaf) -> str:
+    """Return how to write the environment variable that an interpolation seems to mean, or an empty text."""
+    meant = (name for text in leaf.texts for name in _BARE_NAME.findall(text) if name in os.environ or name.isupper())
+    name = next(meant, None)
+    return "" if name is None else f"; an environment variable is ${{oc.env:{name}}}"
 
 
 def _forbidden(leaf: Leaf) -> str | None:

@@ -12,8 +12,9 @@ from launcher.contract.spec.rules import AtLeast
 class RestartSpec:
     """When a run restarts by itself.
 
-    Each number is a budget: how often in a row the run restarts for this cause without a new checkpoint in between, 0
-    for never. A restart after progress is free. Errors in code, data or settings are never retried.
+    Each number is a budget: how often in a row the run restarts for this cause without progress, 0 for never. Progress
+    is a new checkpoint, two steps or more after the one before; a restart after it is free. Errors in code, data or
+    settings are never retried.
     """
 
     how: Literal["requeue", "resubmit", "none"] = "requeue"

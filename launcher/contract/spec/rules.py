@@ -193,6 +193,59 @@ class Required(Rule):
         return f"missing; {self.what}"
 
 
+@dataclass(frozen=True, slots=True)
+class SbatchOption(Rule):
+    """A further option for sbatch, none that the launcher gives itself: sbatch takes the last one, silently."""
+
+    @property
+    def description(self) -> str:
+        return "an option that starts with --"
+
+    def allows(self, value: object) -> bool:
+        return str(value).startswith("--") and self._owned(value) is None
+
+    def problem(self, value: object) -> str:
+        owned = self._owned(value)
+        if owned is not None:
+            return f"{shown(value)} is the launcher's own: --{owned} comes from {_SBATCH_OPTIONS[owned]}"
+        return f"{shown(value)} is not {self.description}; one option per item, e.g. --mail-type=END"
+
+    def _owned(self, value: object) -> str | None:
+        """Return the option of the launcher's that this is, or None. sbatch takes abbreviations, too."""
+        name = re.split(r"[=\s]", str(value).removeprefix("--"))[0]
+        return next((option for option in _SBATCH_OPTIONS if len(name) > 2 and option.startswith(name)), None)
+
+
+_SBATCH_OPTIONS = {
+    "job-name": "name",
+    "array": "sweep.as: array",
+    "output": "the run directory, whose logs commands read",
+    "error": "the run directory, whose logs commands read",
+    "open-mode": "the run directory, whose logs commands read",
+    "parsable": "submit, which reads the job's id",
+    "wrap": "the template",
+    "wait": "submit --follow",
+    "test-only": "submit --test-only",
+    "nodes": "resources.nodes",
+    "ntasks": "resources.tasks_per_node",
+    "ntasks-per-node": "resources.tasks_per_node",
+    "cpus-per-task": "resources.cpus_per_task",
+    "gpus-per-node": "resources.gpus_per_node",
+    "gpus-per-task": "cluster.gpu_directive",
+    "mem": "resources.memory_per_node",
+    "time": "resources.time",
+    "partition": "resources.partition",
+    "account": "resources.account",
+    "qos": "resources.qos",
+    "constraint": "resources.constraint",
+    "reservation": "resources.reservation",
+    "nodelist": "resources.nodelist",
+    "exclude": "resources.exclude",
+    "exclusive": "resources.exclusive",
+}
+"""Options that the launcher gives itself -> where their values come from."""
+
+
 ENVIRONMENT_NAME = Pattern(re.compile(r"[A-Za-z_][A-Za-z0-9_]*"), "the name of an environment variable")
 SHELL_VARIABLE = Pattern(ENVIRONMENT_NAME.regex, "the name of an environment variable")
 """A variable whose value comes from the shell that submits the run, and is never stored: RunSpec.secret_names."""
@@ -212,9 +265,7 @@ HOST = Pattern(re.compile(r"[A-Za-z0-9_.@:%\[\]][A-Za-z0-9_.@:%\[\]-]*"), "a hos
 FUNCTION = Pattern(re.compile(r"[\w.]+:\w+"), "package.module:function")
 """A function of the user's; its code goes into the run's snapshot."""
 BIND_MOUNT = Pattern(re.compile(r"[^:,]+:[^:,]+(:[^:,]+)?"), "SOURCE:TARGET[:OPTIONS]")
-SBATCH_OPTION = Pattern(
-    re.compile(r"--.*", re.DOTALL), "an option that starts with --", "one option per item, e.g. --mail-type=END"
-)
+SBATCH_OPTION = SbatchOption()
 SRUN_OPTION = Pattern(
     re.compile(r"-.*", re.DOTALL), "an option that starts with -", "one option per item, e.g. --mpi=none"
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from launcher.scheduler.slurm.environment import clean_environment
 SBATCH_TIMEOUT = 60
 """Seconds for sbatch to answer; a loaded controller takes some."""
 
+_ANSWER = re.compile(r"(?P<id>[0-9]+)(;(?P<cluster>\S+))?")
+"""What `sbatch --parsable` prints; with the cluster where one of several was asked for."""
 _TIMED_OUT = 124  # what coreutils `timeout` exits with
 _LOST = ("timed out", "zero bytes", "send/recv", "transport endpoint", "connection reset", "unexpected message")
 """In the message of an sbatch that has sent the job and lost the answer; one that cannot connect has sent nothing."""
@@ -40,6 +43,8 @@ class ScriptSlurmExecutor(SlurmExecutor):
         self.script = script
         self.options = tuple(options)
         self.hidden = frozenset(hidden)
+        self.cluster = ""
+        """Which of several clusters has taken the job, once it is submitted; empty for the one at hand."""
 
     def submit_script(self) -> str:
         """Submit the script and return the job id."""
@@ -70,14 +75,13 @@ class ScriptSlurmExecutor(SlurmExecutor):
         bounded = ["timeout", "--kill-after=5", str(SBATCH_TIMEOUT)]
         return [*bounded, "sbatch", "--parsable", *self.options, str(submission_file_path)]
 
-    @staticmethod
-    def _get_job_id_from_submission_command(string: bytes | str) -> str:
+    def _get_job_id_from_submission_command(self, string: bytes | str) -> str:  # type: ignore[override]
         text = string.decode() if isinstance(string, bytes) else string
-        lines = text.strip().splitlines()
-        job_id = lines[-1].partition(";")[0] if lines else ""  # JOBID;CLUSTER on a federation
-        if not job_id.isdigit():
+        answers = list(filter(None, map(_ANSWER.fullmatch, map(str.strip, text.splitlines()))))
+        if not answers:
             raise FailedSubmissionError(repr(text))
-        return job_id
+        self.cluster = answers[-1]["cluster"] or ""  # sites wrap sbatch in scripts that print more
+        return answers[-1]["id"]
 
 
 @contextlib.contextmanager

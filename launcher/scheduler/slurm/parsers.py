@@ -25,16 +25,20 @@ _LOG_WORDS = (
     (re.compile(r"DUE TO JOB REQUEUE"), JobState.PREEMPTED, "it was requeued from outside"),
 )
 """What slurmstepd and srun write when Slurm ends a job."""
+_TOKEN = re.compile(r"\bsft-[0-9a-f]{32}\b")
+"""What launcher.submission.intent marks a submission with."""
 _FIELD = re.compile(r"(?:^|\s)([A-Z][A-Za-z/:]*)=(\S*)")
 
 
 def parse_squeue(text: str) -> Iterator[JobRecord]:
-    """Yield the records in lines `id|state|reason|start|name`."""
+    """Yield the records in lines `id|state|reason [what it waits for]|start|name|comment`."""
     for line in text.splitlines():
         fields = line.split("|", 4)
         if len(fields) != 5 or not _JOB_ID.fullmatch(fields[0]):
             continue
-        job, state, reason, start, name = fields
+        job, state, reason, start, texts = fields
+        name, bar, comment = texts.rpartition("|")
+        reason, _, waits_for = reason.removesuffix("]").partition(" [")
         known = from_slurm(state)
         for job_id in split_job_id(job):
             yield JobRecord(
@@ -42,7 +46,9 @@ def parse_squeue(text: str) -> Iterator[JobRecord]:
                 state=JobState.HELD if known is JobState.PENDING and reason in _HELD_REASONS else known,
                 reason="" if reason in ("None", "(null)") else reason,
                 start=start,
-                name=name,
+                waits_for="" if waits_for == "(null)" else waits_for,
+                name=name if bar else texts,
+                token=_token(comment),
             )
 
 
@@ -51,7 +57,7 @@ def parse_sacct(text: str, separator: str = "|") -> Iterator[JobRecord]:
     lines = text.splitlines()
     header = lines[0].split(separator) if lines else []
     for line in lines[1:]:
-        fields = line.split(separator)
+        fields = line.split(separator, max(0, len(header) - 1))  # the last is text of users
         row = dict(zip(header, fields, strict=False))
         job = row.get("JobID", "").strip()
         if len(fields) != len(header) or not _JOB_ID.fullmatch(job):
@@ -65,7 +71,13 @@ def parse_sacct(text: str, separator: str = "|") -> Iterator[JobRecord]:
                 signal=int(signal) if signal.isdigit() else None,
                 start=row.get("Start", ""),
                 name=row.get("JobName", "").removeprefix(_NO_NAME_YET),
+                token=_token(row.get("SubmitLine", "")),
             )
+
+
+def _token(text: str) -> str:
+    found = list(_TOKEN.finditer(text))
+    return found[-1].group() if found else ""
 
 
 def newest(records: Iterable[JobRecord]) -> dict[str, JobRecord]:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -26,7 +27,7 @@ from launcher.contract.errors import SchedulerError
 from launcher.contract.job_state import JobState
 from launcher.contract.private_folder import private_folder
 from launcher.contract.rundir import write_atomic
-from launcher.scheduler.base import Answer, JobRecord
+from launcher.scheduler.base import JobRecord
 from launcher.scheduler.slurm import commands
 
 KEPT_SECONDS = 5.0
@@ -34,6 +35,18 @@ KEPT_SECONDS = 5.0
 
 _ACCOUNTS_KEPT_SECONDS = 60.0
 """How long sacct's answer is used: it is about jobs that squeue has dropped, whose state hardly changes."""
+
+_Asking = Callable[[Sequence[str], float], dict[str, JobRecord]]
+"""Asks sacct for the jobs with these ids that were submitted then or later."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """Slurm's records by job id, and why some may be missing; as in an `Answer`, of one cluster."""
+
+    records: Mapping[str, JobRecord]
+    problem: str | None = None
+    doubt: str | None = None
 
 
 class _MemoryFile(TypedDict):
@@ -55,28 +68,34 @@ class _Memory:
     accounts: dict[str, tuple[float, JobRecord | None]] = field(default_factory=dict)
 
 
-def ask(jobs: Mapping[str, float], users: Sequence[int], *, fresh: bool = False) -> Answer:
+def ask(jobs: Mapping[str, float], users: Sequence[int], *, fresh: bool = False, cluster: str = "") -> Found:
     """Return Slurm's records of `jobs` (job id → when it was submitted) of the users with these ids.
 
+    They are all jobs of `cluster`, or of the one at hand if that is empty.
     Calls squeue and sacct at most once, however many jobs there are, and neither where another shell has just asked.
     With `fresh` it always asks: for callers that act on the answer.
     """
     if not jobs:
-        return Answer(records={})
-    with _memory(users) as memory:
+        return Found(records={})
+    with _memory(users, cluster) as memory:
         kept = 0.0 if fresh else _kept_seconds()
+        patience = commands.TIMEOUT_SECONDS if fresh else min(commands.TIMEOUT_SECONDS, commands.GLANCE_SECONDS)
         now = time.time()
         if not (now - kept < memory.asked <= now and memory.asked > max(jobs.values())):
             memory.asked = now
             try:
-                memory.queue, memory.problem = commands.queue(users), None
+                memory.queue, memory.problem = commands.queue(users, cluster, patience), None
             except SchedulerError as error:
                 memory.queue, memory.problem = {}, str(error)
+                memory.asked = time.time()  # shells that waited meanwhile need not wait for the same silence again
         if memory.problem is not None:
-            return Answer(records={}, problem=memory.problem)
-        doubt = _ask_accounts(memory, {job: at for job, at in jobs.items() if job not in memory.queue}, kept > 0)
+            return Found(records={}, problem=memory.problem)
+        forgotten = {job: at for job, at in jobs.items() if job not in memory.queue}
+        doubt = _ask_accounts(
+            memory, forgotten, kept > 0, functools.partial(commands.accounting, clusters=cluster, patience=patience)
+        )
         accounts = {job: record for job, (_, record) in memory.accounts.items() if record is not None}
-        return Answer(records={**accounts, **memory.queue}, doubt=doubt)
+        return Found(records={**accounts, **memory.queue}, doubt=doubt)
 
 
 def forget() -> None:
@@ -86,7 +105,7 @@ def forget() -> None:
         file.unlink(missing_ok=True)
 
 
-def _ask_accounts(memory: _Memory, forgotten: Mapping[str, float], may_be_old: bool) -> str | None:
+def _ask_accounts(memory: _Memory, forgotten: Mapping[str, float], may_be_old: bool, asking: _Asking) -> str | None:
     """Ask sacct for the jobs in `forgotten` that it was not asked for lately, and return its error message, if any."""
     since = time.time() - (_ACCOUNTS_KEPT_SECONDS if may_be_old else 0.0)
     memory.accounts = {job: entry for job, entry in memory.accounts.items() if entry[0] > since}
@@ -94,7 +113,7 @@ def _ask_accounts(memory: _Memory, forgotten: Mapping[str, float], may_be_old: b
     if not wanted:
         return None
     try:
-        answered = commands.accounting(wanted, since=min(forgotten[job] for job in wanted))
+        answered = asking(wanted, min(forgotten[job] for job in wanted))
     except SchedulerError as error:
         return str(error)
     memory.accounts.update({job: (time.time(), answered.get(job)) for job in wanted})
@@ -109,13 +128,13 @@ def _kept_seconds() -> float:
 
 
 @contextlib.contextmanager
-def _memory(users: Sequence[int]) -> Iterator[_Memory]:
+def _memory(users: Sequence[int], cluster: str) -> Iterator[_Memory]:
     """Yield the shared answers, and store them afterwards. Other shells wait meanwhile, to use the new ones."""
     folder = private_folder()
     if folder is None or _kept_seconds() <= 0:
         yield _Memory()
         return
-    file = folder / f"slurm-{_key(users)}.json"
+    file = folder / f"slurm-{_key(users, cluster)}.json"
     with os.fdopen(os.open(file.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o600), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         memory = _read(file)
@@ -124,9 +143,9 @@ def _memory(users: Sequence[int]) -> Iterator[_Memory]:
             write_atomic(file, json.dumps(_as_json(memory)), mode=0o600)
 
 
-def _key(users: Sequence[int]) -> str:
+def _key(users: Sequence[int], cluster: str) -> str:
     """Return a name for the cluster and the question, so that answers of different ones never mix."""
-    asked = [os.environ.get("SLURM_CONF", ""), shutil.which("squeue") or "", *map(str, sorted(users))]
+    asked = [os.environ.get("SLURM_CONF", ""), shutil.which("squeue") or "", cluster, *map(str, sorted(users))]
     return hashlib.sha256("\0".join(asked).encode(errors="surrogateescape")).hexdigest()[:16]
 
 

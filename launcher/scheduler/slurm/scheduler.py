@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from launcher.contract.errors import LauncherError, SchedulerError, did_you_mean
+from launcher.contract.errors import LauncherError, RunStateError, SchedulerError, did_you_mean
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.spec import ClusterSpec, ResourcesSpec
 from launcher.scheduler.base import Answer, Dependency, Intent, JobRecord, JobRequest, JobView, Scheduler
 from launcher.scheduler.slurm import commands, queries
 from launcher.scheduler.slurm.parsers import parse_job_view, parse_log
+from launcher.scheduler.slurm.reasons import explained
 from launcher.scheduler.slurm.states import from_slurm
 from launcher.scheduler.time_limit import time_limit_minutes
 
-_ADVICE = {
-    "DependencyNeverSatisfied": "DependencyNeverSatisfied: it will never start; cancel it",
-    "BeginTime": "BeginTime: Slurm waits a while before it starts a requeued job again",
-}
 _CLAUSES = {"succeeded": "afterok", "ended": "afterany"}
 
 
 class Slurm(Scheduler):
-    """Batch jobs of the cluster whose login node this is."""
+    """Batch jobs of the cluster whose login node this is, and of others of the site that Slurm's commands reach."""
 
     name = "slurm"
     title = "Slurm"
@@ -34,28 +32,62 @@ class Slurm(Scheduler):
     def submit(self, request: JobRequest) -> Job:
         from launcher.scheduler.slurm.executor import ScriptSlurmExecutor  # submitit: only submitting needs it
 
+        _check_same_cluster(request)
         script = request.script.read_text(encoding="utf-8")
         executor = ScriptSlurmExecutor(request.folder, script, submit_options(request), request.hidden)
-        job_id = JobId(executor.submit_script(), self.name, request.intent.token)
+        number = executor.submit_script()
+        job_id = JobId(number, self.name, request.intent.token, executor.cluster)
         return Job(id=job_id, submitted_at=time.time())
 
-    def find(self, name: str, intent: Intent, started: str | None) -> Job | None:
-        job_id = started or commands.find_job(name, intent.token, intent.written_at)
-        if job_id is None:
-            return None
-        return Job(id=JobId(job_id, self.name, intent.token), submitted_at=intent.written_at, host=intent.host)
+    def find(self, name: str, intent: Intent, started: JobId | None) -> Job | None:
+        if started is None:
+            found = commands.find_job(intent.token, intent.written_at, intent.clusters)
+            if found is None:
+                return None
+            started = JobId(found[0], self.name, cluster=found[1])
+        job_id = dataclasses.replace(started, token=intent.token)
+        return Job(id=job_id, submitted_at=intent.written_at, host=intent.host)
 
     def states(self, jobs: Sequence[Job], owners: Sequence[int], *, fresh: bool) -> Answer:
-        answer = queries.ask({job.id.text: job.submitted_at for job in jobs}, owners, fresh=fresh)
-        known = [answer.records[job.id.text] for job in jobs if job.id.text in answer.records]
-        return dataclasses.replace(answer, records={record.job_id: _explained(record) for record in known})
+        records: dict[JobId, JobRecord] = {}
+        problems, doubts = [], []
+        for cluster in dict.fromkeys(job.id.cluster for job in jobs):
+            here = {job.id: job.submitted_at for job in jobs if job.id.cluster == cluster}
+            try:
+                asked = {job_id.text: at for job_id, at in here.items()}
+                found = queries.ask(asked, owners, fresh=fresh, cluster=_option(cluster))
+            except SchedulerError as error:
+                problems.append(str(error))
+                continue
+            known = [job_id for job_id in here if job_id.text in found.records]
+            records |= {job_id: explained(found.records[job_id.text], job_id) for job_id in known}
+            problems += [found.problem] if found.problem else []
+            doubts += [found.doubt] if found.doubt else []
+        return Answer(records=records, problem="\n".join(problems) or None, doubt="\n".join(doubts) or None)
 
     def cancel(self, job: Job) -> None:
-        commands.cancel([job.id.text])
+        commands.cancel(job.id.text, _option(job.id.cluster))
         queries.forget()
 
-    def expected_start(self, script: str) -> str:
-        return commands.expected_start(script)
+    def clusters_of(self, resources: ResourcesSpec) -> str:
+        given = _given(resources, "--clusters=")
+        return given[0] if given else os.environ.get("SBATCH_CLUSTERS") or os.environ.get("SLURM_CLUSTERS") or ""
+
+    def go_on_as(self, old: JobId, new: JobId) -> None:
+        if _option(old.cluster) or _option(new.cluster):
+            return  # scontrol changes jobs of the cluster at hand only
+        for waiting, clauses in commands.dependents(old.text).items():
+            commands.wait_for(waiting, clauses, old.text, new.text)
+
+    def host_names(self, hosts: str) -> list[str]:
+        return commands.host_names(hosts)
+
+    def unknown_nodes(self, hosts: Sequence[str], clusters: str = "") -> list[str]:
+        known = set(commands.node_names(clusters))
+        return [host for host in hosts if host not in known]
+
+    def expected_start(self, script: str, clusters: str = "") -> str:
+        return commands.expected_start(script, clusters)
 
     def array_elements(self, job: Job, size: int) -> list[Job]:
         elements = [dataclasses.replace(job.id, text=f"{job.id}_{number}") for number in range(size)]
@@ -110,6 +142,8 @@ def submit_options(request: JobRequest) -> list[str]:
     comment = [*_given(request.resources, "--comment="), request.intent.token]
     clauses = [_clause(dependency) for dependency in request.waits_for]
     options = [f"--comment={' '.join(comment)}"]
+    if request.intent.clusters:
+        options.append(f"--clusters={request.intent.clusters}")
     if request.exclude:
         options.append(f"--exclude={request.exclude}")
     if clauses:
@@ -126,15 +160,21 @@ def _given(resources: ResourcesSpec, prefix: str) -> list[str]:
 
 
 def _clause(dependency: Dependency) -> str:
-    return f"{_CLAUSES[dependency.when]}:{dependency.job}"
+    return f"{_CLAUSES[dependency.when]}:{dependency.job.text}"
 
 
-def _explained(record: JobRecord) -> JobRecord:
-    """Return the record with what to do about Slurm's reason, where people ask about it."""
-    if record.state is JobState.HELD:
-        reason = f"{record.reason}: waits for `scontrol release {record.job_id}`"
-    elif record.state in (JobState.COMPLETED, JobState.CANCELLED):
-        reason = ""  # squeue goes on showing why the job once waited
-    else:
-        reason = _ADVICE.get(record.reason, record.reason)
-    return dataclasses.replace(record, reason=reason)
+def _option(cluster: str) -> str:
+    """Return the value of --clusters for jobs of a cluster: none for the one at hand, where it would need slurmdbd."""
+    return "" if not cluster or cluster == commands.local_cluster() else cluster
+
+
+def _check_same_cluster(request: JobRequest) -> None:
+    """Raise RunStateError where a job of another cluster is to be waited for, which Slurm cannot."""
+    wanted = _option(request.intent.clusters)
+    for dependency in request.waits_for:
+        if _option(dependency.job.cluster) != wanted:
+            where = dependency.job.cluster or commands.local_cluster()
+            raise RunStateError(
+                f"job {dependency.job.text} is on cluster {where}, and jobs of cluster "
+                f"{wanted or commands.local_cluster()} cannot wait for it; submit to {where} (--clusters), or later"
+            )

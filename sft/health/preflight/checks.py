@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from collections import Counter
@@ -26,6 +27,8 @@ SHARED_FAULTS = ("run directory", "packages")
 
 _NVIDIA_SMI_SECONDS = 15
 _MIB = 2**20
+_LEAST_FILES = 1024  # what Linux gives by default
+_LEAST_LOCKED = 64 * _MIB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,23 @@ def check_shm(least_mib: int, path: Path = Path("/dev/shm")) -> Check:
     except OSError as error:
         return Check(name="shm", ok=False, detail=f"{path}: {error.strerror}")
     return Check(name="shm", ok=free >= least_mib, detail=f"{free} MiB free in {path}, {least_mib} needed")
+
+
+def check_limits(infiniband: Path = Path("/sys/class/infiniband")) -> Check:
+    """Check what the shell that submitted, or the node's Slurm, allows a process: CPU time, files, locked memory."""
+    cpu, _ = resource.getrlimit(resource.RLIMIT_CPU)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = resource.RLIM_INFINITY
+    problems = []
+    if cpu != unlimited:
+        problems.append(f"ulimit -t: {cpu} s of CPU time, after which ranks are killed")
+    if files != unlimited and files < _LEAST_FILES:
+        problems.append(f"ulimit -n: {files} open files, {_LEAST_FILES} needed")
+    if locked != unlimited and locked < _LEAST_LOCKED and infiniband.is_dir() and any(infiniband.iterdir()):
+        problems.append(f"ulimit -l: {locked // 1024} KiB of locked memory, too little for InfiniBand")
+    detail = "; ".join(problems) or "CPU time, open files, locked memory"
+    return Check(name="limits", ok=not problems, detail=detail, fault="run")
 
 
 def check_run_directory(folder: Path, host: str, least_gib: float) -> Check:

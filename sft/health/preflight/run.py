@@ -71,6 +71,7 @@ def _check_node(spec: RunSpec, paths: RunPaths, env: RankEnv, host: str, store: 
     own_checks = [
         checks.check_gpus(spec.resources.gpus_per_node),
         checks.check_shm(wanted.min_shm_mib),
+        checks.check_limits(),
         checks.check_run_directory(paths.checkpoints, host, wanted.min_disk_gib),
         checks.check_packages(versions),
         checks.check_clock(*clock_offset(store, env.rank, 0.2 * limit), wanted.max_clock_skew_seconds),
@@ -120,7 +121,7 @@ def _conclude(paths: RunPaths, attempt: str, results: Mapping[str, list[Check]],
     ]
     of_the_run = {check.name for check in all_checks if not check.ok and check.fault == "run"}
     if of_the_run:
-        return ExitCode.BAD_INPUT if "packages" in of_the_run else ExitCode.IO_ERROR
+        return ExitCode.BAD_INPUT if of_the_run & {"packages", "limits"} else ExitCode.IO_ERROR
     if not bad:
         return ExitCode.OK
     append_event(paths, "preflight_failed", attempt=attempt, nodes=bad)

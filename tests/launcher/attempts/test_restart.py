@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.attempts.cause import Cause, Diagnosis, Evidence, RankError, classify
+from launcher.attempts.cause import Cause, Diagnosis, Evidence, classify
 from launcher.attempts.evidence import gather
 from launcher.attempts.restart import Action, Past, decide, spent
 from launcher.contract.job_state import JobState
+from launcher.contract.rank_error import RankError
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RestartSpec
 from launcher.scheduler.base import JobView
@@ -106,7 +107,7 @@ def test_budget_runs_out_and_progress_is_free() -> None:
     assert left == [1, 0]
     over = decide(diagnosis(Cause.UNKNOWN), 137, before, policy, progressed=False)
     assert (over.action, over.left) == (Action.STOP, 0)
-    assert "all 2 restarts without a new checkpoint are used up (restart.unknown: 2)" in over.reason
+    assert "all 2 restarts without progress are used up (restart.unknown: 2)" in over.reason
     free = decide(diagnosis(Cause.UNKNOWN), 137, before, policy, progressed=True)
     assert (free.action, free.left) == (Action.REQUEUE, 2)
 

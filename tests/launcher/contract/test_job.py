@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.contract.errors import RunStateError
-from launcher.contract.job import AttemptName, Job, JobId
+from launcher.contract.job import AttemptName, Job, JobId, job_fields
 from launcher.contract.manifest import read_manifest, write_manifest
 from launcher.contract.rundir import append_event
 from launcher.runs.listing import listing
@@ -88,3 +88,16 @@ def test_an_event_says_which_scheduler_its_job_has(tmp_path: Path) -> None:
     append_event(paths, "attempt_started", attempt="12.0", job_id="12", scheduler="pbs")
     with pytest.raises(RunStateError, match="'pbs' is no scheduler; known: slurm, local"):
         snapshot(paths)
+
+
+def test_ids_of_two_clusters_may_be_the_same() -> None:
+    far = Job.from_json({**SLURM_JOB, "cluster": "far"})
+    assert Job.from_json(far.as_json()) == far
+    assert f"{far.id}" == "123_4;far"
+    assert far.id != Job.from_json(SLURM_JOB).id
+    assert far.id.is_job("123_4", "far")
+    assert far.id.is_job("123_4", "")  # as events of earlier versions name it
+    assert not far.id.is_job("123_4", "near")
+    assert not far.id.is_job("123_5", "far")
+    assert Job.from_json(SLURM_JOB).id.is_job("123_4", "near")
+    assert job_fields(far.id) == {"job_id": "123_4", "cluster": "far"}

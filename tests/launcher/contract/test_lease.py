@@ -131,3 +131,10 @@ def test_lease_that_was_never_filled_counts_until_it_is_old(run: RunPaths) -> No
         take(run, FIRST)
     os.utime(run.lease, (0, 0))
     assert take(run, FIRST) is not None
+
+
+def test_a_job_of_another_cluster_is_another_job(tmp_path: Path) -> None:
+    """Its restart count says nothing of ours, although the ids are the same."""
+    far = Owner(attempt="7.0", job_id="7", cluster="far", host="n", pid=1)
+    assert why_void(far, Owner(attempt="7.1", job_id="7", cluster="far", host="m", pid=2), 1.0) is not None
+    assert why_void(far, Owner(attempt="7.1", job_id="7", cluster="near", host="m", pid=2), 1.0) is None

@@ -127,3 +127,29 @@ def test_submit_keeps_away_and_says_so(workdir: Path, commands: Commands, capsys
     assert main(["submit", "cfg.yaml", "--cluster=slurm-dev", "resources.exclude=n[1-2]"]) == 0
     assert "--exclude=n[1-2],n7" in commands.calls("sbatch")[0]
     assert "excluded   n7 (see `launcher nodes --cluster slurm-dev`)" in capsys.readouterr().out
+
+
+def test_names_are_compared_with_those_of_the_cluster(
+    workdir: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.add("sinfo", "printf 'n1\\nn2\\nn1\\n'")
+    commands.add("scontrol", 'echo "$3" | sed "s/n\\[1-2\\]/n1\\nn2/"')
+    why = ["--cluster=slurm-dev", "--why=fan"]
+    assert main(["nodes", "add", "node99", *why]) == ExitCode.BAD_INPUT
+    assert "node99: no node of cluster slurm-dev" in capsys.readouterr().err
+    assert main(["nodes", "add", "n[1-2]", *why]) == 0
+    assert main(["nodes", "--json"]) == 0
+    assert [row["host"] for row in json.loads(capsys.readouterr().out.partition("\n")[2])] == ["n1", "n2"]
+    assert main(["nodes", "clear", "n[1-2]", "--cluster=slurm-dev"]) == 0
+    assert excluded_nodes.ledger_of(ClusterSpec(name="slurm-dev")).entries() == []
+
+
+def test_nodes_that_are_gone_are_not_excluded(
+    workdir: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    excluded_nodes.ledger_of(ClusterSpec(name="slurm-dev")).add([by_hand("n1", "slow", 1), by_hand("gone", "old", 1)])
+    for name, body in (("srun", ""), ("sbatch", "echo 5"), ("sinfo", "echo n1")):
+        commands.add(name, body)
+    assert main(["submit", "cfg.yaml", "--cluster=slurm-dev"]) == 0
+    assert "--exclude=n1 " in commands.calls("sbatch")[0]
+    assert "not excluded, since the cluster has no such node: gone" in capsys.readouterr().err

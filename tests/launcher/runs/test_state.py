@@ -278,12 +278,13 @@ def test_listing_asks_nobody(tmp_path: Path) -> None:
     paths = make_run(tmp_path, "a")
     assert listing([paths])[0]["state"] is None
     started(paths)
-    assert listing([paths])[0]["state"] == "preparing"
+    assert (listing([paths])[0]["state"], listing([paths])[0]["phase"]) == (None, "preparing")
     ended(paths, 0)
     assert listing([paths])[0] == {
         "run": "a",
         "directory": str(paths.root),
         "state": "COMPLETED",
+        "phase": "preparing",
         "created_at": 1.0,
         "topology": "tp2 = 2 ranks",
         "parent_run": None,
@@ -296,3 +297,105 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> N
     rows = listing([damaged, whole])
     assert [row["state"] for row in rows] == ["UNKNOWN", None]
     assert rows[0]["topology"].startswith("unreadable: ")
+
+
+TOKEN, OTHER = f"sft-{'a' * 32}", f"sft-{'b' * 32}"
+
+
+@pytest.mark.parametrize(
+    ("name", "comment", "state"),
+    [
+        ("renamed", TOKEN, JobState.HELD),
+        ("renamed", f"mine {TOKEN}", JobState.HELD),
+        ("a", "the comment was changed", JobState.HELD),
+        ("a", OTHER, JobState.UNKNOWN),  # Slurm's ids wrap around: another run's job, although its name is ours
+        ("renamed", "and the comment was changed", JobState.UNKNOWN),
+    ],
+)
+def test_the_token_tells_whose_job_it_is(
+    tmp_path: Path, commands: Commands, name: str, comment: str, state: JobState
+) -> None:
+    commands.add("sacct", "exit 1")
+    commands.add("squeue", f"echo '7|PENDING|JobHeldUser [(null)]|N/A|{name}|{comment}'")
+    assert state_of(make_run(tmp_path, "a", token=TOKEN))[0] is state
+
+
+def test_accounting_tells_by_the_command_line_whose_job_it_is(tmp_path: Path, commands: Commands) -> None:
+    commands.add("squeue", "")
+    head = "JobID|State|ExitCode|Start|JobName|SubmitLine"
+    commands.add("sacct", f"echo '{head}'; echo '7|TIMEOUT|0:0|N/A|renamed|sbatch --comment={TOKEN} /r/job.sh'")
+    assert state_of(make_run(tmp_path, "a", token=TOKEN))[0] is JobState.TIMEOUT
+    assert state_of(make_run(tmp_path, "b", token=OTHER))[0] is JobState.UNKNOWN
+
+
+def test_each_cluster_is_asked_for_its_own_jobs(tmp_path: Path, commands: Commands) -> None:
+    """Job 7 of one cluster runs, job 7 of the other waits, and the third cluster does not answer."""
+    commands.add("sacct", "")
+    commands.add("scontrol", "echo 'ClusterName             = near'")
+    commands.add(
+        "squeue",
+        """case "$*" in
+        --clusters=far*) echo '7|PENDING|Priority [(null)]|N/A|far|(null)' ;;
+        --clusters=lost*) echo 'squeue: error: no such cluster' >&2; exit 1 ;;
+        --clusters=*) exit 1 ;;
+        *) echo '7|RUNNING|None [(null)]|N/A|near|(null)' ;;
+        esac""",
+    )
+    runs = [make_run(tmp_path, name, cluster=name) for name in ("near", "far", "lost")]
+    rows, problem = collect(runs)
+    assert [row.state for row in rows] == [JobState.RUNNING, JobState.PENDING, JobState.UNKNOWN]
+    assert problem == "squeue failed: squeue: error: no such cluster"
+    assert "7;far" in status_table(rows)
+
+
+def test_a_job_that_the_run_submitted_itself_is_known_with_its_cluster(tmp_path: Path, commands: Commands) -> None:
+    commands.add("sacct", "")
+    commands.add("scontrol", "echo 'ClusterName = near'")
+    commands.add("squeue", f"echo '9|RUNNING|None [(null)]|N/A|renamed|{TOKEN}'")
+    paths = make_run(tmp_path, "a")
+    append_event(paths, "submitted", job_id="9", scheduler="slurm", by="7.0", token=TOKEN, cluster="near")
+    assert state_of(paths)[0] is JobState.RUNNING
+    assert all("--clusters" not in call for call in commands.calls("squeue"))  # it is the one at hand
+
+
+def test_numbers_of_an_earlier_attempt_are_not_shown(tmp_path: Path, commands: Commands) -> None:
+    squeue_says(commands, "RUNNING")
+    paths = make_run(tmp_path, "a")
+    paths.checkpoint(40).mkdir(parents=True)
+    (paths.checkpoint(40) / COMPLETE).touch()
+    numbers = {"max_steps": 60, "step": 45, "loss": 1.5, "tokens_per_second": 9.0, "mfu": 0.4, "eta_seconds": 5.0}
+    write_json(paths.progress, {"attempt": "7.0", **numbers})
+    started(paths)
+    ((row,), _) = collect([paths])
+    assert (row.step, row.loss, row.tokens_per_second, row.mfu, row.eta_seconds) == (45, 1.5, 9.0, 0.4, 5.0)
+    started(paths, "7.1")
+    ((row,), _) = collect([paths])
+    assert (row.step, row.max_steps) == (40, 60)  # where it goes on
+    assert (row.loss, row.tokens_per_second, row.mfu, row.eta_seconds) == (None, None, None, None)
+
+
+def test_the_first_errors_sentence_is_the_reason(tmp_path: Path, silent: Commands) -> None:
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    ended(paths, 2)
+    (paths.logs / "7.0").mkdir()
+    error = {
+        "rank": 0,
+        "host": "n",
+        "kinds": ["DataError", "ConfigError", "LauncherError"],
+        "message": "no.jsonl: gone\nx",
+    }
+    write_json(paths.error("7.0"), error)
+    assert state_of(paths) == (JobState.FAILED, "no.jsonl: gone (exit code 2 (bad input))")
+    (paths.logs / "7.0" / "failure").write_text("2 0 node2\n")
+    write_json(paths.error("7.0"), {**error, "kinds": ["ZeroDivisionError"], "message": "division by zero"})
+    assert state_of(paths)[1] == "rank 0 on node2: ZeroDivisionError: division by zero (exit code 2 (bad input))"
+    (paths.logs / "7.0" / "failure").write_text("137 1 node3\n")  # rank 0 failed because rank 1 was killed
+    assert state_of(paths)[1] == "rank 1 on node3 ended with exit code 2 (bad input)"
+
+
+def test_the_batch_scripts_own_words_are_the_reason(tmp_path: Path, silent: Commands) -> None:
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    append_event(paths, "attempt_ended", attempt="7.0", exit_code=1, detail="module load cuda failed")
+    assert state_of(paths) == (JobState.FAILED, "module load cuda failed (exit code 1)")

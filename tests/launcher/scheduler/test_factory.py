@@ -77,5 +77,5 @@ def test_states_of_local_processes() -> None:
         Job(id=JobId("4194305", "local"), submitted_at=0.0, host=here, process_start=1),
     ]
     records = scheduler_of("local").states(jobs, [0], fresh=True).records
-    assert [records[job.id.text].state for job in jobs] == [JobState.UNKNOWN, JobState.UNKNOWN, JobState.FAILED]
-    assert records["2"].reason == "it runs on elsewhere; look there"
+    assert [records[job.id].state for job in jobs] == [JobState.UNKNOWN, JobState.UNKNOWN, JobState.FAILED]
+    assert records[jobs[1].id].reason == "it runs on elsewhere; look there"

@@ -43,14 +43,15 @@ class Paper(Scheduler):
             raise SubmissionUnknown("the paper fell off the table")
         return self._job(number)
 
-    def find(self, name: str, intent: Intent, started: str | None) -> Job | None:
+    def find(self, name: str, intent: Intent, started: JobId | None) -> Job | None:
         written = [number for number, request in self.requests.items() if request.intent == intent]
         return self._job(written[0]) if written else None
 
     def states(self, jobs: Sequence[Job], owners: Sequence[int], *, fresh: bool) -> Answer:
         type(self).questions += 1
+        known = [job for job in jobs if job.id.text in self.states_of]
         return Answer(
-            records={number: JobRecord(job_id=number, state=state) for number, state in self.states_of.items()}
+            records={job.id: JobRecord(job_id=job.id.text, state=self.states_of[job.id.text]) for job in known}
         )
 
     def cancel(self, job: Job) -> None:

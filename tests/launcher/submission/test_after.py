@@ -76,3 +76,36 @@ def test_only_what_the_run_before_will_write_may_be_missing(
     stages = ["topology.pipeline_parallel=3", "resources.tasks_per_node=3"]
     assert submit(workdir, "RUNNING", f"model.path={parent.export}", *stages) == ExitCode.BAD_INPUT
     assert "4 layers do not divide by pipeline_parallel 3" in capsys.readouterr().err
+
+
+def test_what_the_run_before_does_not_write_is_refused_at_once(
+    workdir: Path, parent: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(workdir, "RUNNING", f"model.path={parent.root}/exprot") == ExitCode.BAD_INPUT
+    assert "run first will not write it: it writes export and checkpoints" in capsys.readouterr().err
+    config = parent.config.read_text()
+    assert "  export: true\n" in config
+    (workdir / "state").write_text("RUNNING")
+    assert main(["submit", "cfg.yaml", SLURM, "name=bare", "checkpoint.export=false"]) == 0
+    capsys.readouterr()
+    words = ["name=second", "after=bare", f"model.path={workdir}/runs/bare/export"]
+    assert main(["submit", "cfg.yaml", SLURM, *words]) == ExitCode.BAD_INPUT
+    assert "run bare will not write it: its checkpoint.export is false" in capsys.readouterr().err
+
+
+def test_a_sweep_is_no_run_but_has_some(
+    workdir: Path, parent: RunPaths, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.add("scontrol", "echo 'MaxJobCount = 10000'")
+    config = Path("cfg.yaml").read_text()
+    Path("cfg.yaml").write_text(f"{config}sweep: {{product: {{train.seed: [1, 2]}}}}\n")
+    assert main(["submit", "cfg.yaml", SLURM, "name=swept"]) == 0
+    Path("cfg.yaml").write_text(config)
+    capsys.readouterr()
+    assert main(["submit", "cfg.yaml", SLURM, "name=second", "after=swept"]) == ExitCode.BAD_INPUT
+    assert "after: swept is a sweep; name one of its runs: swept-0, swept-1" in capsys.readouterr().err
+    assert main(["report", "swept"]) == ExitCode.CONFLICT
+    assert "swept is a sweep, and one run is needed: swept-0, swept-1" in capsys.readouterr().err
+    assert main(["results", "swept"]) == 0
+    assert "swept-1" in capsys.readouterr().out
+    assert main(["results", "swept", "--sort=loss"]) == ExitCode.BAD_INPUT

@@ -68,6 +68,7 @@ def run_script(script: str, folder: Path) -> None:
     checked = subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "HOSTNAME": "node1"}
+    job["SLURM_JOB_END_TIME"] = "4102444800"
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), **job}
     subprocess.run(["bash", str(file)], cwd=folder, env=environment, capture_output=True, timeout=60)
 

@@ -281,7 +281,7 @@ def test_values_stay_data_when_the_script_runs(
         cluster=ClusterSpec(scheduler="slurm", env={"A": value}, runtime=RuntimeSpec(python=str(python))),
     )
     (root / "job.sh").write_text(script(spec, root))
-    job = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+    job = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_END_TIME": "4102444800"}
     done = subprocess.run(["bash", str(root / "job.sh")], cwd=workdir, env=job, capture_output=True, text=True)
     log = (root / "logs" / "7.0" / "batch.log").read_text()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), log

@@ -51,12 +51,13 @@ def test_local_run(workdir: Path, fake_python: str, capfd: pytest.CaptureFixture
     for line in (
         "topology   pp2 = 2 ranks",
         "batch      4 examples a step = micro-batch 1 x dp 1 x 4 accumulated; at most 512 tokens",
-        "  train.max_steps             3  ",
         "next       launcher status first\n",
         "\nprepare \ntrain: pp2 = 2 ranks\n",
         "\nexport\nexport \nattempt local-1 ended with exit code 0\n",
     ):
         assert line in out
+    assert len(out[: out.index("submitted  process")].splitlines()) < 10  # the values are for validate and --dry-run
+    assert "values that are not defaults" not in out
     assert RUN.rank_log("local-1", 1).read_text() == "train 1\n"
     manifest = read_manifest(RUN)
     assert (manifest.name, manifest.parent_run, manifest.topology["summary"]) == ("first", None, "pp2 = 2 ranks")
@@ -199,9 +200,9 @@ def test_local_run_is_started_again(workdir: Path, commands: Commands, capfd: py
     assert launch(f"cluster.runtime.python={python}", "--follow") == 0
     out = capfd.readouterr().out
     for line in (
-        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 1 of 2 without a new checkpoint",
+        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 1 of 2 without progress",
         "attempt local-1 ended with exit code 137",
-        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 2 of 2 without a new checkpoint",
+        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 2 of 2 without progress",
         "attempt local-2 ended with exit code 137",
         "attempt local-3 ended with exit code 0",
     ):

@@ -156,9 +156,18 @@ def test_interrupted_sweep_goes_on(jobs: Path, commands: Commands, capsys: pytes
 
 def test_limits_are_asked_first(jobs: Path, commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
     commands.add("sacctmgr", "echo; echo 3")
+    commands.add("scontrol", "echo 'AccountingStorageEnforce = associations,limits,qos'; echo 'MaxJobCount = 10000'")
     assert main(["submit", "cfg.yaml", SLURM]) == ExitCode.SCHEDULER
     assert "the sweep has 4 runs, and Slurm's MaxSubmitJobs is 3" in capsys.readouterr().err
     assert jobs.read_text() == ""
+
+
+def test_limits_that_nobody_enforces_are_none(jobs: Path, commands: Commands) -> None:
+    """sacctmgr shows 0 where no limit was ever set."""
+    commands.add("sacctmgr", "echo 0")
+    commands.add("scontrol", "echo 'AccountingStorageEnforce = none'; echo 'MaxJobCount = 10000'")
+    assert main(["submit", "cfg.yaml", SLURM]) == 0
+    assert len(jobs.read_text().splitlines()) == 4
 
 
 def test_group_is_cancelled_resubmitted_and_compared(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,25 @@ def test_padded_rows_longer_than_a_window_go_to_the_kernel(length: int, text: st
         data=dataclasses.replace(spec.data, seq_length=length),
     )
     assert text in choose_kernels(spec, read_architecture(tmp_path), on_gpu=True).describe()
+
+
+def test_half_installed_flash4_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler is another package: where that is missing, the import fails that find_spec does not try."""
+    package = tmp_path / "flash_attn" / "cute"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("import the_compiler_that_is_missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    attention.broken_flash4.cache_clear()
+    try:
+        assert not attention.has_flash4()
+        assert attention.broken_flash4() == "ModuleNotFoundError: No module named 'the_compiler_that_is_missing'"
+        spec = run_spec(make_tiny_model(tmp_path / "model"), 1)
+        spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, attention="flash4"))
+        with pytest.raises(ModelError, match=r"which cannot be imported .*the_compiler_that_is_missing"):
+            attention_kernel(spec, read_architecture(Path(spec.model.path)))
+    finally:
+        attention.broken_flash4.cache_clear()
+        sys.modules.pop("flash_attn", None)

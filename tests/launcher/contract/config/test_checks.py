@@ -39,6 +39,12 @@ CFG = Path("cfg.yaml")
         ("notify.email=me", "notify.email: 'me' is not an address, e.g. me@example.org"),
         ("resources.memory_per_node=lots", "resources.memory_per_node: 'lots' is not a size such as 200G"),
         ("resources.extra_sbatch=-A x", "resources.extra_sbatch: '-A x' is not an option that starts with --; "),
+        ("resources.extra_sbatch=--job-name=x", "resources.extra_sbatch: '--job-name=x' is the launcher's own: "),
+        ("resources.extra_sbatch=--array=0-3", "resources.extra_sbatch: '--array=0-3' is the launcher's own: --array "),
+        ("resources.extra_sbatch=--out=x", "resources.extra_sbatch: '--out=x' is the launcher's own: --output comes "),
+        ("resources.extra_sbatch=--nodes 4", "resources.extra_sbatch: '--nodes 4' is the launcher's own: --nodes "),
+        ("run_root=$SCRATCH/runs", "run_root: "),
+        ("model.path=/$MODELS/a", "model.path: /$MODELS/a: $MODELS is not expanded in a config; write ${oc.env:"),
         ("cluster.srun_args=mpi", "cluster.srun_args: 'mpi' is not an option that starts with -; one"),
         ("cluster.env.A-B=1", "cluster.env: 'A-B' is not the name of an environment variable"),
         ("cluster.env.HF_TOKEN=x", "cluster.env: HF_TOKEN looks like a secret, and would be stored in the run "),
@@ -111,3 +117,9 @@ def test_fp8_where_it_cannot_be() -> None:
         assert "kind a100-80gb, which have no fp8 products" in dict(spec_problems(older))["train.precision"]
     newer = dataclasses.replace(plain, cluster=ClusterSpec(gpu="h100"))
     assert "train.precision" not in dict(spec_problems(newer))
+
+
+def test_an_environment_variable_is_spelled_out(workdir: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CFG, ["model.path=${MODELS}/a"])
+    assert caught.value.problems[0].endswith("not found; an environment variable is ${oc.env:MODELS}")

@@ -159,8 +159,21 @@ def test_squeue_table_of_a_site() -> None:
 
 
 def test_squeue_names_may_hold_the_separator_and_odd_lines_are_passed_over() -> None:
-    records = list(parse_squeue("7|RUNNING|None|N/A|a|b\nslurm says hello\n|||||\n"))
-    assert [(record.job_id, record.name) for record in records] == [("7", "a|b")]
+    records = list(parse_squeue("7|RUNNING|None [(null)]|N/A|a|b|my comment\nCLUSTER: far\n|||||\n"))
+    assert [(record.job_id, record.name, record.reason) for record in records] == [("7", "a|b", "")]
+
+
+TOKEN = f"sft-{'0a' * 16}"
+
+
+def test_tokens_and_what_a_job_waits_for() -> None:
+    (record,) = parse_squeue(f"7|PENDING|Dependency [afterok:5(unfulfilled)]|N/A|a|b|mine {TOKEN}\n")
+    assert (record.name, record.token) == ("a|b", TOKEN)
+    assert (record.reason, record.waits_for) == ("Dependency", "afterok:5(unfulfilled)")
+    head = "JobID|State|ExitCode|Start|JobName|SubmitLine"
+    line = f"7|FAILED|1:0|2026-01-01T00:00:00|a|sbatch --comment=x|y {TOKEN} /r/job.sh"
+    (account,) = parse_sacct(f"{head}\n{line}\nand a second line of the command\n")
+    assert (account.name, account.token, account.exit_code) == ("a", TOKEN, 1)
 
 
 _JOB = st.sampled_from(

@@ -62,6 +62,19 @@ def test_shm(tmp_path: Path) -> None:
     assert checks.check_shm(1, tmp_path / "absent").detail.endswith("No such file or directory")
 
 
+def test_limits_of_a_shell(tmp_path: Path) -> None:
+    """Tried in a child: a soft limit of CPU time cannot be taken back."""
+    code = "from sft.health.preflight.checks import check_limits; print(check_limits())"
+
+    def look(limit: str) -> str:
+        command = ["bash", "-c", f"ulimit {limit}; exec {sys.executable} -c '{code}'"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=CHECKOUT).stdout
+
+    assert "ok=False" in look("-S -t 500") and "ulimit -t: 500 s" in look("-S -t 500")
+    assert "ulimit -n: 100 open files, 1024 needed" in look("-S -n 100")
+    assert "ok=True" in look("-S -c 0")
+
+
 def test_run_directory(tmp_path: Path) -> None:
     assert checks.check_run_directory(tmp_path / "new", "n1", 0).ok
     assert not list((tmp_path / "new").iterdir())
