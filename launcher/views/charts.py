@@ -11,6 +11,14 @@ from launcher.views.svg import Point, Series, line_chart
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#2f6fde", "#e07b28", "#2a9d66", "#8a56c8"
 _OTHERS = ("#c2415d", "#4f9da6", "#7a7a2e", "#555")  # of further held-out data sets
 
+_UNITS = {
+    "loss": "nats per trained token",
+    "tokens/s": "tokens per second, all GPUs together",
+    "gradient norm": "norm before clipping",
+    "MFU": "fraction of the GPUs' peak FLOP/s",
+}
+"""Title of a chart -> the unit of its values, where they have one that the title does not say."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
@@ -58,7 +66,8 @@ def charts(metrics: Sequence[JsonObject], resumed: Sequence[float]) -> list[Char
         series = [Series(curve.name, _points(metrics, curve.key), curve.colour, curve.dots) for curve in curves]
         series = [one for one in series if one.points]
         if series:
-            drawn.append(Chart(title=title, svg=line_chart(series, marks=resumed), series=series))
+            svg = line_chart(series, unit=_UNITS.get(title, ""), marks=resumed)
+            drawn.append(Chart(title=title, svg=svg, series=series))
     return drawn
 
 

@@ -54,7 +54,7 @@ def _page_values(paths: RunPaths) -> dict[str, object]:
         "created": local_time(manifest.created_at),
         "tiles": _tiles(status, metrics),
         "charts": charts(metrics, resumed_at(events)),
-        "bars": bars(events, manifest.created_at),
+        "bars": bars(events, manifest.created_at, _newest_step(metrics)),
         "topology": [(name.replace("_", " "), value) for name, value in manifest.topology.items() if name != "summary"],
         "against": against,
         "changes": changes,
@@ -62,6 +62,11 @@ def _page_values(paths: RunPaths) -> dict[str, object]:
         "events": [event_row(event) for event in events[-_MOST_EVENTS:]],
         "hidden_events": max(0, len(events) - _MOST_EVENTS),
     }
+
+
+def _newest_step(metrics: Sequence[JsonObject]) -> int | None:
+    steps = [line["step"] for line in metrics if isinstance(line.get("step"), int)]
+    return max(steps) if steps else None
 
 
 def _tiles(status: RunStatus, metrics: Sequence[JsonObject]) -> list[tuple[str, str]]:

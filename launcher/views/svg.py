@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 560, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 24, 44
 _MOST_POINTS = 800
 _LARGEST = 1e30
 _SMALLEST = 1e-15
@@ -27,8 +27,11 @@ class Series:
     dots: bool = False
 
 
-def line_chart(series: Sequence[Series], *, marks: Sequence[float] = ()) -> str:
-    """Return an SVG element: curves over steps, a vertical line at each step in `marks`. Without points it is empty."""
+def line_chart(series: Sequence[Series], *, unit: str = "", marks: Sequence[float] = ()) -> str:
+    """Return an SVG element: curves over steps in a unit, a vertical line at each step in `marks`.
+
+    Without points it is empty.
+    """
     shown = [Series(one.name, _thinned(one.points), one.colour, one.dots) for one in series]
     xs = [x for one in shown for x, _ in one.points]
     ys = [y for one in shown for _, y in one.points]
@@ -44,6 +47,8 @@ def line_chart(series: Sequence[Series], *, marks: Sequence[float] = ()) -> str:
         return round(right, 1), round(down, 1)
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
+    parts.append(f'<text x="{_LEFT - 8}" y="11" text-anchor="start">{escape(unit)}</text>')
+    parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">step</text>')
     for tick in y_ticks:
         _, y = place(low_x, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
@@ -51,7 +56,7 @@ def line_chart(series: Sequence[Series], *, marks: Sequence[float] = ()) -> str:
     for tick in x_ticks:
         x, _ = place(tick, low_y)
         if _LEFT <= x <= _WIDTH - _RIGHT:
-            parts.append(f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="middle">{_label(tick)}</text>')
+            parts.append(f'<text x="{x}" y="{_HEIGHT - 24}" text-anchor="middle">{_label(tick)}</text>')
     for mark in marks:
         x, _ = place(mark, low_y)
         if _LEFT < x <= _WIDTH - _RIGHT:
@@ -93,4 +98,4 @@ def _label(value: float) -> str:
         return "0"
     if abs(value) >= 10_000:
         return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
-    return f"{value:.0e}" if abs(value) < 1e-3 else f"{value:g}"
+    return f"{value:.2g}" if abs(value) < 1e-3 else f"{value:g}"

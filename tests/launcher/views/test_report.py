@@ -16,6 +16,7 @@ from launcher.contract.rundir import COMPLETE, RunPaths, append_event, append_li
 from launcher.contract.spec import RunSpec, TrainSpec, to_yaml
 from launcher.views.report import write_report
 from launcher.views.svg import Series, line_chart, ticks
+from launcher.views.timeline import bars
 from tests.launcher.conftest import Commands
 from tests.launcher.fake_slurm import FakeSlurm
 from tests.launcher.runs.test_state import ended, make_run, started
@@ -147,7 +148,7 @@ def test_long_curves_are_thinned_and_keep_their_end() -> None:
     text = line_chart([Series("a", [(float(step), float(step)) for step in range(10_001)], "red")])
     places = text.split('polyline points="')[1].split('"')[0].split()
     assert 500 < len(places) <= 801
-    assert places[-1] == "548.0,12.0"  # the upper right corner
+    assert places[-1] == "548.0,24.0"  # the upper right corner
 
 
 @pytest.mark.parametrize(
@@ -162,3 +163,43 @@ def test_long_curves_are_thinned_and_keep_their_end() -> None:
 )
 def test_ticks(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
+
+
+def attempt_event(name: str, attempt: str, moment: float, **fields: object) -> dict[str, object]:
+    return {"time": moment, "event": name, "attempt": attempt, **fields}
+
+
+def test_attempts_show_the_steps_they_trained_and_why_they_ended() -> None:
+    """With keep_best the export is of step 200, which the attempt that exports it has not trained."""
+    events = [
+        attempt_event("attempt_started", "7.0", 10.0, host="n1", nodes="n[1-2]"),
+        attempt_event("training_started", "7.0", 11.0, step=0),
+        attempt_event("checkpoint_saved", "7.0", 12.0, step=200),
+        attempt_event("stop_requested", "7.0", 13.0, step=445),
+        attempt_event(
+            "restart_decided", "7.0", 14.0, cause="node_failure", detail="n2 is gone", decision="requeue", step=445
+        ),
+        attempt_event("attempt_ended", "7.0", 15.0, exit_code=75),
+        attempt_event("attempt_started", "7.1", 20.0, host="n3", nodes=""),
+        attempt_event("training_started", "7.1", 21.0, step=445),
+        attempt_event("training_finished", "7.1", 22.0, step=600),
+        attempt_event("exported", "7.1", 23.0, step=200),
+        attempt_event("attempt_started", "8.0", 30.0, host="n4"),
+        attempt_event("attempt_ended", "8.0", 31.0, exit_code=1, detail="module load cuda failed"),
+        attempt_event("attempt_started", "9.0", 40.0, host="n4"),
+        attempt_event("training_started", "9.0", 41.0, step=600),
+    ]
+    shown = [(bar.attempt, bar.steps, bar.nodes, bar.why) for bar in bars(events, 0.0, 607)]
+    assert shown == [
+        ("7.0", "0 to 445", "n[1-2]", "node failure: n2 is gone → requeue"),
+        ("7.1", "445 to 600", "n3", ""),
+        ("8.0", "-", "n4", "module load cuda failed"),
+        ("9.0", "600 to 607", "n4", ""),  # under way: by the last step that was logged
+    ]
+
+
+def test_axes_have_units_and_labels_of_their_own() -> None:
+    chart = line_chart([Series("lr", [(1.0, 0.0), (10.0, 2e-5)], "red")], unit="learning rate")
+    assert ">step</text>" in chart
+    assert ">learning rate</text>" in chart
+    assert ">1.5e-05</text>" in chart
