@@ -46,7 +46,12 @@ _KNOWN_GAPS = {
 }
 """Families that look covered and are not, and what is missing."""
 
-_NEVER_BUILT = ("use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "add_cross_attention")
+_NEVER_BUILT = (
+    "add_cross_attention",
+    "lm_head_bias",
+    "scale_attn_by_inverse_layer_idx",
+    "use_bidirectional_attention",
+)
 """Settings that change every layer and that no family here builds."""
 
 _OF_SINGLE_FAMILIES = (

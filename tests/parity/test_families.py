@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sft.models.registry import SUPPORTED, read_architecture
+from sft.models.registry import SUPPORTED, family, read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_grid import assert_gradients_equal
@@ -51,12 +51,23 @@ VARIANTS = (
     "qwen2_yarn",
 )
 """Variants that are trained by default beside the families' own small models."""
-LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+BY_DEFAULT = [name for name in SUPPORTED if not family(name).multimodal]
+"""Multimodal models have the layers of another family."""
+Layout = tuple[int, dict[str, Any], dict[str, Any]]
+LAYOUTS: dict[str, Layout] = {
     "tp2_pp2_plain": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}, {"kernels": "plain"}),
     "tp2_sp_fused_packed": (
         2,
         {"tensor_parallel": 2, "sequence_parallel": True},
         {"kernels": "fused", "packing": True},
+    ),
+}
+FURTHER_LAYOUTS: dict[str, Layout] = {
+    "pp2_vpp2_dp2": (4, {"pipeline_parallel": 2, "virtual_pipeline": 2}, {"packing": True}),
+    "cp2_tp2_sp": (
+        4,
+        {"context_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
+        {"packing": True, "kernels": "fused"},
     ),
 }
 
@@ -74,13 +85,25 @@ def family_model(directory: Path, case: str, **more: Any) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", thinned(CASES, *SUPPORTED, *VARIANTS))
+@pytest.mark.parametrize("case", thinned(CASES, *BY_DEFAULT, *VARIANTS))
 def test_every_gradient_follows_reference(case: str, layout: str, tmp_path: Path, chat: Path) -> None:
     """Every family of the registry, with plain and with fused kernels: a new family is found without being named."""
-    ranks, topology, settings = LAYOUTS[layout]
-    model = family_model(tmp_path / "model", case)
-    expected = reference_curve(tmp_path / "reference", model, chat, steps=STEPS, **RATE)
-    paths = make_run(tmp_path, model, chat, ranks=ranks, topology=topology, max_steps=STEPS, **RATE, **settings)
+    expect_reference(case, LAYOUTS[layout], tmp_path, chat)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FURTHER_LAYOUTS)
+@pytest.mark.parametrize("case", [*SUPPORTED, *VARIANTS])
+def test_further_layouts(case: str, layout: str, tmp_path: Path, chat: Path) -> None:
+    """Virtual stages, data parallel, and rows that ranks share: what they do to a layer, Llama shows by default."""
+    expect_reference(case, FURTHER_LAYOUTS[layout], tmp_path, chat)
+
+
+def expect_reference(case: str, layout: Layout, root: Path, chat: Path) -> None:
+    ranks, topology, settings = layout
+    model = family_model(root / "model", case)
+    expected = reference_curve(root / "reference", model, chat, steps=STEPS, **RATE)
+    paths = make_run(root, model, chat, ranks=ranks, topology=topology, max_steps=STEPS, **RATE, **settings)
     by_rank = run_training(paths, ranks, function=train_and_capture)
     losses, norms = curve(paths)
     assert losses == pytest.approx(expected.losses, rel=1e-5)

@@ -185,7 +185,7 @@ def test_some_targets_of_a_fused_linear(
     expect_curve(paths, curves["some"])
 
 
-@pytest.mark.parametrize("case", thinned(ADAPTABLE, *(set(ADAPTABLE) - SLOW_FAMILIES)))
+@pytest.mark.parametrize("case", thinned([*ADAPTABLE, "llama_biased"], *(set(ADAPTABLE) - SLOW_FAMILIES)))
 def test_family_follows_reference_under_tp2_pp2(case: str, tmp_path: Path, chat: Path) -> None:
     """Phi-3's fused tensors have one adapter each, spread over two blocks of rows."""
     directory = family_model(tmp_path / "model", case)

@@ -1,0 +1,170 @@
+"""Configs as the hub has them: what they leave out means what transformers means, and positions rotate alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sft.models.registry import read_architecture
+from sft.models.rope import Rope
+from tests.sft.models.test_architecture import shape_free_of_positions
+
+GEMMA3_4B = {
+    "model_type": "gemma3",
+    "text_config": {  # heads, their sizes and the vocabulary are transformers' defaults
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+}
+MISTRAL_SMALL = {
+    "model_type": "mistral3",
+    "text_config": {
+        "model_type": "mistral",
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000000.0,
+        "sliding_window": None,
+        "vocab_size": 131072,
+    },
+}
+MINISTRAL3_8B = {
+    "model_type": "ministral3",
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 262144,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 34,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 16.0,
+        "llama_4_scaling_beta": 0.1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 16384,
+        "rope_theta": 1000000.0,
+        "rope_type": "yarn",
+        "type": "yarn",
+    },
+    "sliding_window": None,
+    "vocab_size": 131072,
+}
+PHI4_MINI = {
+    "model_type": "phi3",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "pad_token_id": 199999,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "long_factor": [1.0 + 0.8 * pair for pair in range(48)],
+        "short_factor": [1.0 + 0.01 * pair for pair in range(48)],
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "vocab_size": 200064,
+}
+OLMO3_7B = {
+    "model_type": "olmo3",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "max_position_embeddings": 65536,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500000,
+    "sliding_window": 4096,
+    "vocab_size": 100278,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma3": GEMMA3_4B,
+    "mistral3": MISTRAL_SMALL,
+    "ministral3": MINISTRAL3_8B,
+    "phi3": PHI4_MINI,
+    "olmo3": OLMO3_7B,
+    # transformers gives layers with a window its own theta whatever stands at top level
+    "olmo3 of another theta": {**OLMO3_7B, "rope_theta": 10000.0},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_configs(name: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    written, filled = tmp_path / "written", tmp_path / "filled"
+    for directory in (written, filled):
+        directory.mkdir()
+    (written / "config.json").write_text(json.dumps(CONFIGS[name]))
+    AutoConfig.from_pretrained(written).save_pretrained(filled)
+    found = read_architecture(written)
+    assert shape_free_of_positions(found) == shape_free_of_positions(read_architecture(filled))
+    assert found.shape.hidden_size == CONFIGS[name].get("text_config", CONFIGS[name])["hidden_size"]
+
+
+def expect_rotation(rope: Rope | None, theirs: torch.Tensor, magnitude: float) -> None:
+    assert rope is not None
+    assert torch.equal(rope.inverse_frequencies(128), theirs)
+    assert rope.attention_factor == pytest.approx(magnitude, rel=1e-12)
+
+
+def test_positions_rotate_as_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
+    from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    def read(name: str) -> Any:
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+        return read_architecture(tmp_path), AutoConfig.from_pretrained(tmp_path)
+
+    architecture, config = read("phi3")
+    expect_rotation(architecture.rope, (rotary := Phi3RotaryEmbedding(config)).inv_freq, rotary.attention_scaling)
+    assert architecture.rope.longest == 4096
+    architecture, config = read("ministral3")
+    expect_rotation(architecture.rope, (rotary := Ministral3RotaryEmbedding(config)).inv_freq, rotary.attention_scaling)
+    for name in ("olmo3", "olmo3 of another theta"):
+        architecture, config = read(name)
+        rotary = Olmo3RotaryEmbedding(config)
+        expect_rotation(architecture.rope, rotary.full_attention_inv_freq, rotary.full_attention_attention_scaling)
+        in_window = architecture.layers[0].attention.rope
+        expect_rotation(in_window, rotary.sliding_attention_inv_freq, rotary.sliding_attention_attention_scaling)
