@@ -50,6 +50,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "cp2": (2, {"context_parallel": 2}, {"micro_batch_size": 2}),
     "cp2_packed_fused": (2, {"context_parallel": 2}, {"packing": True, "kernels": "fused"}),
     "dp2_packed": (2, {}, {"packing": True, "distributed": True}),
+    "ep2_packed_fused": (2, {"expert_parallel": 2}, {"packing": True, "kernels": "fused", "recompute": "full"}),
+    "tp2_sp_ep2_etp1": (
+        2,
+        {"tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2, "expert_tensor_parallel": 1},
+        {"micro_batch_size": 2},
+    ),
     "tp2_pp2_dp2_sp": (
         8,
         {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
@@ -88,12 +94,12 @@ def expected(
 @pytest.fixture(scope="module")
 def numbers(
     tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], chat: Path
-) -> dict[str, dict[str, float]]:
-    """By family, those of the first step by their definitions."""
+) -> dict[str, dict[int, dict[str, float]]]:
+    """By family and expert parallel ranks, those of the first step by their definitions."""
     return {name: numbers_of(tmp_path_factory.mktemp("numbers"), model, chat) for name, model in models.items()}
 
 
-def numbers_of(root: Path, directory: Path, chat: Path) -> dict[str, float]:
+def numbers_of(root: Path, directory: Path, chat: Path) -> dict[int, dict[str, float]]:
     spec = read_resolved(make_run(root, directory, chat, ranks=1, **STRONG).config)
     cache = open_or_build(spec, directory, build=True).train
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
@@ -107,12 +113,16 @@ def numbers_of(root: Path, directory: Path, chat: Path) -> dict[str, float]:
     count = by_layer[0][0].size(-1)
     loads = torch.stack([torch.bincount(chosen.flatten(), minlength=count) for _, _, chosen in by_layer]).double()
     entropies = [-(probabilities * probabilities.log()).sum(-1).mean() for _, probabilities, _ in by_layer]
-    return {
+    same = {
         "router/expert_load": float((loads.amax(1) / loads.mean(1)).max()),
-        "router/rank_load": 1.0,
         "router/entropy": float(torch.stack(entropies).mean()) / math.log(count),
         "router/dead_experts": float((loads == 0).sum()),
         "router/max_logit": float(torch.stack([logits.max() for logits, _, _ in by_layer]).max()),
+    }
+    by_rank = {ranks: loads.view(len(loads), ranks, -1).sum(-1) for ranks in (1, 2)}
+    return {
+        ranks: same | {"router/rank_load": float((load.amax(1) / load.mean(1)).max())}
+        for ranks, load in by_rank.items()
     }
 
 
@@ -129,6 +139,7 @@ def lines(paths: RunPaths) -> list[dict[str, Any]]:
         "cp2_packed_fused-glm4_moe",
         "pp2_vpp2_recomputed-glm4_moe",
         "dp2_packed-qwen3_moe",
+        "ep2_packed_fused-qwen3_moe",
     ),
 )
 def test_layout_follows_reference(
@@ -137,7 +148,7 @@ def test_layout_follows_reference(
     models: dict[str, Path],
     chat: Path,
     expected: dict[tuple[str, bool], Curve],
-    numbers: dict[str, dict[str, float]],
+    numbers: dict[str, dict[int, dict[str, float]]],
 ) -> None:
     layout, family = cell.split("-")
     ranks, topology, settings = LAYOUTS[layout]
@@ -150,7 +161,7 @@ def test_layout_follows_reference(
     assert_gradients_equal(join(by_rank, read_architecture(model))[0], wanted.gradients[0])
     assert [line["router/aux_loss"] for line in lines(paths)] == pytest.approx(wanted.balance, rel=1e-5)
     first = {name: lines(paths)[0][name] for name in NUMBERS if name != AUX_LOSS}
-    assert first == pytest.approx(numbers[family], rel=1e-5)
+    assert first == pytest.approx(numbers[family][topology.get("expert_parallel", 1)], rel=1e-5)
 
 
 def test_the_loss_is_part_of_the_gradients(expected: dict[tuple[str, bool], Curve]) -> None:

@@ -60,10 +60,15 @@ def pipeline_memory(workload: Workload, layout: Layout, implementation: Implemen
 
 
 def largest_stage(workload: Workload, layout: Layout, implementation: Implementation) -> StageMemory:
-    """Return the stage with the highest peak: the first, with most micro-batches, or the last, with the logits."""
-    ends = {0, layout.topology.pipeline_parallel - 1}
-    stages = [stage_memory(workload, layout, implementation, stage) for stage in ends]
-    return max(stages, key=lambda memory: memory.total)
+    """Return the stage with the highest peak: the first, with most micro-batches, or the last, with the logits.
+
+    Where some layers have no experts, it may be any.
+    """
+    stages = layout.topology.pipeline_parallel
+    chosen = range(stages) if workload.shape.dense_layers else {0, stages - 1}
+    return max(
+        (stage_memory(workload, layout, implementation, stage) for stage in chosen), key=lambda memory: memory.total
+    )
 
 
 def stage_memory(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> StageMemory:
@@ -71,7 +76,7 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
     topology = layout.topology
     dense, experts = (
         stage_parameters(workload.shape, topology, stage),
-        stage_expert_parameters(workload.shape, topology),
+        stage_expert_parameters(workload.shape, topology, stage),
     )
     held = dense + experts
     if workload.lora_rank is not None:

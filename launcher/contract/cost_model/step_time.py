@@ -269,7 +269,7 @@ def _trained(workload: Workload, topology: Topology) -> tuple[int, int]:
     if workload.lora_rank is not None:
         return adapter_parameters(workload.shape, topology, workload.lora_rank), 0
     last = topology.pipeline_parallel - 1
-    return stage_parameters(workload.shape, topology, last), stage_expert_parameters(workload.shape, topology)
+    return stage_parameters(workload.shape, topology, last), stage_expert_parameters(workload.shape, topology, last)
 
 
 def _ring(size: int) -> float:

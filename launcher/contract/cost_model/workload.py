@@ -75,16 +75,18 @@ def expert_layer_parameters(shape: ModelShape, topology: Topology) -> int:
     return expert_parameters(shape) // (topology.expert_parallel * topology.expert_tensor_parallel)
 
 
-def layer_parameters(shape: ModelShape, tensor_parallel: int, *, active: bool = False) -> int:
+def layer_parameters(shape: ModelShape, tensor_parallel: int, *, active: bool = False, dense: bool = False) -> int:
     """Return a decoder layer's weights on one tensor parallel rank. If tp exceeds the KV heads, ranks share them.
 
     Of experts, `active` counts those that one token goes to, which tensor parallel ranks compute together; else none.
+    `dense` is for a layer of such a model that has an MLP instead.
     """
     queries = shape.num_attention_heads * shape.head_dim
     groups = max(shape.num_query_groups, tensor_parallel)
     repeated = 2 * (groups - shape.num_query_groups) * shape.head_dim * shape.hidden_size
     assert queries % tensor_parallel == 0
-    products = layer_matmul_parameters(shape, active=active) - (0 if active else expert_parameters(shape))
+    products = layer_matmul_parameters(shape, active=active, dense=dense)
+    products -= 0 if active or dense else expert_parameters(shape)
     return (products + repeated) // tensor_parallel + layer_norm_parameters(shape)
 
 
@@ -92,7 +94,9 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     """Return the weights on one rank of a stage, without experts. A tied output layer has a copy on another stage."""
     tensor, stages = topology.tensor_parallel, topology.pipeline_parallel
     embedding = -(-shape.vocab_size // tensor) * shape.hidden_size
-    count = shape.num_layers // stages * layer_parameters(shape, tensor)
+    dense = dense_layers(shape, topology, stage)
+    count = (shape.num_layers // stages - dense) * layer_parameters(shape, tensor)
+    count += dense * layer_parameters(shape, tensor, dense=True)
     if stage == 0:
         count += embedding
     if stage == stages - 1:
@@ -102,9 +106,17 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     return count
 
 
-def stage_expert_parameters(shape: ModelShape, topology: Topology) -> int:
+def stage_expert_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     """Return the weights of experts on one rank of a pipeline stage."""
-    return shape.num_layers // topology.pipeline_parallel * expert_layer_parameters(shape, topology)
+    layers = shape.num_layers // topology.pipeline_parallel - dense_layers(shape, topology, stage)
+    return layers * expert_layer_parameters(shape, topology)
+
+
+def dense_layers(shape: ModelShape, topology: Topology, stage: int) -> int:
+    """Return how many layers of a stage have no experts, in a model that has some."""
+    stages = topology.pipeline_parallel
+    chunk = shape.num_layers // (stages * topology.virtual_pipeline)
+    return sum(layer // chunk % stages == stage for layer in shape.dense_layers)
 
 
 def adapter_parameters(shape: ModelShape, topology: Topology, rank: int) -> int:

@@ -17,7 +17,7 @@ from launcher.__main__ import main
 from launcher.contract.cost_model.implementation import CURRENT, FUSED, PLAIN
 from launcher.contract.cost_model.memory import chunks_in_flight, largest_stage, pipeline_memory
 from launcher.contract.cost_model.predict import Candidate, evaluate
-from launcher.contract.cost_model.workload import Layout, Recompute, Workload, stage_parameters
+from launcher.contract.cost_model.workload import Layout, Recompute, Workload, stage_expert_parameters, stage_parameters
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import named_model_config, named_model_shape
@@ -98,6 +98,20 @@ def test_stages_hold_the_whole_model(tensor: int, pipeline: int, tied: bool, mod
     copies = embedding_parameters(shape) if tied and pipeline > 1 else 0
     norms = (tensor - 1) * shape.hidden_size * (2 * shape.num_layers + 1)  # which every rank holds
     assert held == parameters(shape) + copies + norms
+
+
+@pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (2, 1), (2, 23)])
+def test_stages_whose_layers_differ_hold_the_whole_model(pipeline: int, virtual: int) -> None:
+    """GLM-4.5-Air's first layer has no experts: its stage holds fewer weights than the other."""
+    from launcher.contract.flops import expert_parameters, parameters
+
+    shape = named_model_shape("106b-a12b")
+    topology = layout(pipeline=pipeline, virtual=virtual)
+    experts = [stage_expert_parameters(shape, topology, stage) for stage in range(pipeline)]
+    held = sum(stage_parameters(shape, topology, stage) for stage in range(pipeline)) + sum(experts)
+    assert held == parameters(shape) == pytest.approx(106.9e9, rel=1e-3)
+    assert experts[0] == (46 // pipeline - 1) * expert_parameters(shape)
+    assert experts[1:] == [46 // pipeline * expert_parameters(shape)] * (pipeline - 1)
 
 
 def layout(tensor: int = 1, pipeline: int = 1, virtual: int = 1, data: int = 1, micro: int = 1) -> Topology:
