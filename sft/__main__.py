@@ -17,8 +17,9 @@ from pathlib import Path
 from launcher.contract.errors import LauncherError, is_storage_fault
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.versions import check_versions
-from sft.commands.bench import add_arguments
+from sft.commands.bench_arguments import add_arguments
 from sft.runtime.error_record import record_error
+from sft.runtime.imports import uncollected
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,25 +117,29 @@ def _bench(options: argparse.Namespace) -> ExitCode:
 
 
 def _prepare(options: argparse.Namespace) -> ExitCode:
-    from sft.commands.prepare import prepare
+    with uncollected():
+        from sft.commands.prepare import prepare
 
     return prepare(options.path)
 
 
 def _audit(options: argparse.Namespace) -> ExitCode:
-    from sft.commands.audit import audit
+    with uncollected():
+        from sft.commands.audit import audit
 
     return audit(options.path, options.output)
 
 
 def _preflight(options: argparse.Namespace) -> ExitCode:
-    from sft.health.preflight.run import preflight
+    with uncollected():
+        from sft.health.preflight.run import preflight
 
     return preflight(options.path)
 
 
 def _train(options: argparse.Namespace) -> ExitCode:
-    from sft.training.trainer import train
+    with uncollected():
+        from sft.training.trainer import train
 
     # After the import, because Lightning sets the level of its loggers when it is imported.
     for name in ("pytorch_lightning", "lightning_fabric"):
@@ -143,7 +148,8 @@ def _train(options: argparse.Namespace) -> ExitCode:
 
 
 def _export(options: argparse.Namespace) -> ExitCode:
-    from sft.commands.export import export
+    with uncollected():
+        from sft.commands.export import export
 
     return export(options.path, options.step, nemo2=options.format == "nemo2")
 
