@@ -104,10 +104,10 @@ def losses_by_place(config: Path) -> list[dict[int, float]]:
     found: list[dict[int, float]] = []
     forward_step, weighted_sum = sft.engine.module._forward_step, sft.engine.module._weighted_sum
 
-    def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
+    def step(iterator: Iterator[MicroBatch], model: Any, **more: Any) -> Any:
         batch = next(iterator)
         found.append(dict.fromkeys(places_of(batch), 0.0))
-        return forward_step(iter([batch]), model)
+        return forward_step(iter([batch]), model, **more)
 
     def weigh(weights: torch.Tensor, losses: torch.Tensor) -> Any:
         found[-1] = dict(zip(found[-1], losses.detach().flatten().tolist(), strict=True))
@@ -123,7 +123,7 @@ def gradients_of_second(config: Path) -> list[tuple[tuple[int, ...], dict[int, f
     found: list[tuple[tuple[int, ...], dict[int, float]]] = []
     forward_step = sft.engine.module._forward_step
 
-    def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
+    def step(iterator: Iterator[MicroBatch], model: Any, **more: Any) -> Any:
         batch = next(iterator)
         lengths, places = batch.seq_lengths, places_of(batch)
         assert lengths is not None
@@ -134,7 +134,7 @@ def gradients_of_second(config: Path) -> list[tuple[tuple[int, ...], dict[int, f
             found.append((lengths, dict(zip(places, gradient.abs().sum(dim=(1, 2)).tolist(), strict=True))))
 
         hook = model.module.embedding.register_forward_hook(lambda _, __, output: output.register_hook(keep) and None)
-        output = forward_step(iter([dataclasses.replace(batch, loss_weights=weights)]), model)
+        output = forward_step(iter([dataclasses.replace(batch, loss_weights=weights)]), model, **more)
         hook.remove()
         return output
 

@@ -71,12 +71,12 @@ def trace(config: Path) -> list[Pass]:
         CoreAttention.forward,
     )
 
-    def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
+    def step(iterator: Iterator[MicroBatch], model: Any, **more: Any) -> Any:
         batch = next(iterator)
         used = int(batch.labels.count_nonzero())  # padded rows of one example; no label of a target is 0 in this data
         lengths = batch.seq_lengths or (used, batch.tokens.size(1) - used)
         passes.append(Pass(batch.tokens[0].tolist(), batch.labels[0].tolist(), lengths))
-        return forward_step(iter([batch]), model)
+        return forward_step(iter([batch]), model, **more)
 
     def weigh(weights: torch.Tensor, losses: torch.Tensor) -> Any:
         passes[-1].losses = losses.detach().flatten().tolist()
@@ -95,12 +95,12 @@ def trace_perturbed(config: Path) -> list[Pass]:
     """Runs on a rank: the same with other tokens in the first sequence of each row."""
     forward_step = sft.engine.module._forward_step
 
-    def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
+    def step(iterator: Iterator[MicroBatch], model: Any, **more: Any) -> Any:
         batch = next(iterator)
         assert batch.seq_lengths is not None
         tokens = batch.tokens.clone()
         tokens[0, : batch.seq_lengths[0]] = (tokens[0, : batch.seq_lengths[0]] + 1) % 331
-        return forward_step(iter([dataclasses.replace(batch, tokens=tokens)]), model)
+        return forward_step(iter([dataclasses.replace(batch, tokens=tokens)]), model, **more)
 
     sft.engine.module._forward_step = step
     return trace(config)
@@ -111,7 +111,7 @@ def embedding_gradients(config: Path) -> list[tuple[tuple[int, ...], list[float]
     found: list[tuple[tuple[int, ...], list[float]]] = []
     forward_step = sft.engine.module._forward_step
 
-    def step(iterator: Iterator[MicroBatch], model: Any) -> Any:
+    def step(iterator: Iterator[MicroBatch], model: Any, **more: Any) -> Any:
         batch = next(iterator)
         assert batch.seq_lengths is not None and batch.cu_seqlens is not None
         lengths, (first, second) = batch.seq_lengths, batch.cu_seqlens[1:3].tolist()
@@ -122,7 +122,7 @@ def embedding_gradients(config: Path) -> list[tuple[tuple[int, ...], list[float]
             found.append((lengths, gradient.abs().sum(dim=(1, 2)).tolist()))
 
         hook = model.module.embedding.register_forward_hook(lambda _, __, output: output.register_hook(keep) and None)
-        output = forward_step(iter([dataclasses.replace(batch, loss_weights=weights)]), model)
+        output = forward_step(iter([dataclasses.replace(batch, loss_weights=weights)]), model, **more)
         hook.remove()
         return output
 
