@@ -76,7 +76,7 @@ def same_run(paths: RunPaths) -> Job:
         spec = read_resolved(paths.config)
         _check_place(paths, spec)
         _check_code(paths)
-        _fetch_again(spec)
+        fetch_again(spec)
         job = start(paths, spec)
         if status.job_id is not None and status.job_id.text != job.id.text:
             _go_on_as(status.job_id, job.id)
@@ -107,7 +107,7 @@ def _go_on_as(old: JobId, new: JobId) -> None:
         print(f"jobs that wait for job {old} were not told that job {new} goes on: {error}", file=sys.stderr)
 
 
-def _fetch_again(spec: RunSpec) -> None:
+def fetch_again(spec: RunSpec) -> None:
     """Fetch what was removed from the hub's cache since. HubError where it would be elsewhere now, or cannot be had."""
     found = resolve_hub(spec)
     if found.problems:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from launcher.contract.hub_cache import snapshot_of
 from launcher.contract.spec import LoraSpec
 from launcher.contract.spec.model import ALL_LINEAR
 from sft.models.architecture import Architecture, Experts
@@ -198,13 +199,18 @@ def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: i
 
 
 def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[str, object]:
-    """Return adapter_config.json: what PEFT needs to put the adapter on the model in `base`."""
+    """Return adapter_config.json: what PEFT needs to put the adapter on the model in `base`.
+
+    A model of the hub is named by its id and commit: its path in the cache means nothing elsewhere.
+    """
     assert lora.rank is not None
+    snapshot = snapshot_of(str(base))
     alpha = lora.rank if lora.alpha is None else lora.alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": str(base) if snapshot is None else snapshot.repository.id,
+        "revision": None if snapshot is None else snapshot.commit,
         "r": lora.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.dropout,

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from launcher.contract.errors import CheckpointError
+from launcher.contract.errors import CheckpointError, ModelError
+from launcher.contract.hub_cache import Repository, Snapshot, cache_root, cached_commit, is_id
 from launcher.contract.rundir import read_json, write_json
 from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import (
@@ -79,7 +80,16 @@ def adapted_model(directory: Path) -> Path | None:
     """Return the model that the adapter in `directory` belongs to, or None where the directory holds a model."""
     if (directory / "config.json").is_file() or not (directory / ADAPTER_CONFIG).is_file():
         return None
-    return Path((read_json(directory / ADAPTER_CONFIG) or {})["base_model_name_or_path"])
+    settings = read_json(directory / ADAPTER_CONFIG) or {}
+    base, revision = str(settings["base_model_name_or_path"]), str(settings.get("revision") or "main")
+    if Path(base).exists() or not is_id(base):
+        return Path(base)
+    repository = Repository(kind="model", id=base)
+    commit = cached_commit(repository, revision)
+    snapshot = Snapshot(repository=repository, commit=commit or revision, cache=cache_root())
+    if not snapshot.path.is_dir():
+        raise ModelError(f"{directory} is an adapter of {base} ({revision}), which is not in the cache {cache_root()}")
+    return snapshot.path
 
 
 @torch.no_grad()

@@ -134,7 +134,8 @@ class _Scope:
             pinned = snapshot_of(text)
             if pinned is not None:
                 self.commits[pinned.repository.id] = pinned.commit
-                if not Path(text).exists() and not glob.glob(text):  # noqa: PTH207 (the text is absolute)
+                # A link to a blob that was removed is no file, and glob finds it all the same.
+                if not any(Path(path).exists() for path in (text, *glob.glob(text))):  # noqa: PTH207 (it is absolute)
                     gone.setdefault(pinned, []).append(text)
         moved: dict[str, str] = {}
         for pinned, paths in gone.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from launcher.contract.errors import ModelError
 from launcher.contract.spec import LoraSpec
 from sft.hf import gguf
 from sft.hf.adapter import AdapterTarget, AdapterTensors, adapter_targets, all_targets, merged_weight, peft_config
+from sft.hf.adapter_export import adapted_model
 from tests.sft.models.test_architecture import write_config
 from tests.sft.models.test_weight_map import architecture
 
@@ -82,7 +84,7 @@ def test_first_values_depend_on_name_and_seed_alone() -> None:
 def test_settings_for_peft() -> None:
     config = peft_config(LoraSpec(rank=4, alpha=8.0, targets=["o_proj"]), architecture(), Path("/models/base"))
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ["o_proj"])
-    assert config["base_model_name_or_path"] == "/models/base"
+    assert (config["base_model_name_or_path"], config["revision"]) == ("/models/base", None)
     assert peft_config(LoraSpec(rank=4), architecture(), Path("/models/base"))["lora_alpha"] == 4
     assert (config["use_rslora"], config["use_dora"]) == (False, False)
     both = peft_config(LoraSpec(rank=4, rslora=True, dora=True), architecture(), Path("/models/base"))
@@ -109,3 +111,22 @@ def test_a_gguf_of_a_family_that_is_stored_otherwise_is_refused(
     )
     with pytest.raises(ModelError, match="GGUF files of gemma models are not converted, only those of llama, "):
         gguf.convert_gguf(tmp_path / "model.gguf", tmp_path)
+
+
+def test_an_adapter_of_a_model_of_the_hub_names_it_by_id_and_is_found_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "hub" / "models--org--base" / "snapshots" / commit
+    config = peft_config(LoraSpec(rank=4), architecture(), base)
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", commit)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"is an adapter of org/base .* which is not in the cache"):
+        adapted_model(adapter)
+    base.mkdir(parents=True)
+    assert adapted_model(adapter) == base

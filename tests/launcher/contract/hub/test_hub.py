@@ -14,7 +14,7 @@ import yaml
 
 from launcher.__main__ import main
 from launcher.contract.config.load import load_config
-from launcher.contract.errors import ConfigError
+from launcher.contract.errors import ConfigError, HubError
 from launcher.contract.hub.listing import listing_of
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.spec.fields import path_fields
@@ -355,3 +355,29 @@ def test_init_looks_at_what_the_hub_has(hub: HubServer, capsys: pytest.CaptureFi
     assert "model.safetensors" not in hub.fetched()
     listing_of.cache_clear()
     assert main(["submit", "new.yaml", "--dry-run"]) == 0
+
+
+def test_a_run_that_goes_on_fetches_what_the_cache_has_lost(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.submission.resubmit import fetch_again
+    from launcher.submission.submission import make_submission
+    from launcher.submission.submit import prepare
+
+    submission = make_submission(Path("cfg.yaml"))
+    prepare(submission, ["launcher"], group="g")
+    spec = read_resolved(submission.paths.config)
+    before = len(hub.requests)
+    fetch_again(spec)
+    assert len(hub.requests) == before  # nothing is missing: the hub is not asked
+    (Path(spec.model.path) / "model.safetensors").resolve().unlink()
+    Path(spec.data.train[0]).resolve().unlink()
+    listing_of.cache_clear()
+    fetch_again(spec)
+    assert (Path(spec.model.path) / "model.safetensors").read_bytes() == WEIGHTS
+    assert Path(spec.data.train[0]).read_bytes() == ROW * 3
+    (tmp_path / "hf").rename(tmp_path / "gone")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "other"))
+    listing_of.cache_clear()
+    with pytest.raises(HubError, match="set HF_HUB_CACHE to the one it was"):
+        fetch_again(spec)
