@@ -15,7 +15,7 @@ from sft.models.registry import read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
-from tests.parity.test_context_parallel import losses_by_place
+from tests.parity.test_context_parallel import gradients_of_second, losses_by_place
 from tests.parity.test_families import family_model
 from tests.parity.test_grid import RATE, STEPS, assert_gradients_equal
 from tests.parity.test_packing import first_steps, trace, trace_perturbed
@@ -142,3 +142,16 @@ def test_gemma_in_fp8_stays_near_fp32(
     run_training(paths, size)
     assert curve(paths)[0] != pytest.approx(expected.losses, rel=1e-6)  # fp8 was there
     assert curve(paths)[0] == pytest.approx(expected.losses, rel=2e-2)
+
+
+def test_no_gradient_reaches_a_neighbour_across_ranks(tmp_path: Path, models: dict[str, Path], chat: Path) -> None:
+    """Exactly 0, and in layers that see everything a loss reaches the whole sequence before it."""
+    topology = {"context_parallel": 2}
+    by_rank = first_steps(tmp_path, (models["gemma3_text"], chat), 2, topology, gradients_of_second, packing=True)
+    for parts in zip(*by_rank, strict=True):
+        lengths = parts[0][0]
+        gradients = {place: value for _, part in parts for place, value in part.items()}
+        second = range(lengths[0], lengths[0] + lengths[1])
+        assert sorted(gradients) == list(range(sum(lengths)))
+        assert all(gradients[place] > 0 for place in second[:-1])
+        assert not any(value for place, value in gradients.items() if place not in second)
