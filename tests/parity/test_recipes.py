@@ -204,6 +204,7 @@ def expect(paths: RunPaths, expected: Curve) -> None:
 
 @pytest.mark.parametrize("name", thinned(LAYOUTS, "tp2_pp2", "tp2_sp_packed", "packed_fused"))
 def test_full_recipe_follows_transformers(name: str, tmp_path: Path, model: Path, chat: Path, full: Curve) -> None:
+    """Seen to fail: tp2_sp_packed with the first rank's noise on both."""
     ranks, topology, settings = LAYOUTS[name]
     settings = {**FULL, **settings}
     paths = make_run(tmp_path, model, chat, ranks=ranks, topology=topology, max_steps=STEPS, **settings)
@@ -212,10 +213,11 @@ def test_full_recipe_follows_transformers(name: str, tmp_path: Path, model: Path
 
 
 @pytest.mark.slow  # gpt2 adds positions after the noise, gemma multiplies before it and granite after
-@pytest.mark.parametrize("family", ["gpt2", "gemma", "granite", "qwen2"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma", "gemma2", "granite", "qwen2", "qwen3_moe"])
 def test_families_follow_transformers(family: str, tmp_path: Path, chat: Path) -> None:
     directory = family_model(tmp_path / "model", family)
-    settings = {**FULL, "lr": 1e-3, "lr_by_name": {("*.wte.*" if family == "gpt2" else "*.embed_tokens.*"): "2e-4"}}
+    names = {"gpt2": "*.wte.*", "qwen3_moe": "*.experts.*"}
+    settings = {**FULL, "lr": 1e-3, "lr_by_name": {names.get(family, "*.embed_tokens.*"): "2e-4"}}
     expected = full_curve(make_run(tmp_path, directory, chat, name="plain", ranks=1, max_steps=STEPS, **settings))
     topology = {"tensor_parallel": 2, "pipeline_parallel": 2}
     paths = make_run(tmp_path, directory, chat, ranks=4, topology=topology, max_steps=STEPS, **settings)
@@ -316,6 +318,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, model: Path, chat: Path) 
 def test_dora_rslora_and_loraplus_follow_peft(
     name: str, tmp_path: Path, model: Path, chat: Path, adapters: Curve
 ) -> None:
+    """Seen to fail: tp2_sp_packed without the sum of squares over ranks that hold parts of a row, and without the mark
+    by which the gradients of whole magnitudes are added up."""
     ranks, topology, settings = LAYOUTS[name]
     settings = {**LORA_SETTINGS, **settings}
     paths = lora_run(tmp_path, model, chat, LORA, ranks=ranks, topology=topology, max_steps=STEPS, **settings)

@@ -223,8 +223,12 @@ _TRAINING: dict[str, Word] = {
     "embedding_lr_scale": missing('here it is train.optimizer.lr_by_name: {"*embed_tokens*": ..., "lm_head*": ...}'),
     "noisy_embedding_alpha": number_at("train.neftune_alpha"),
     "gradient_checkpointing": becomes("train.recompute: full", _recompute),
-    "evals_per_epoch": needless("here it is train.eval_every, in steps; `prepare` prints those of an epoch"),
-    "saves_per_epoch": needless("here it is checkpoint.every, in steps; `prepare` prints those of an epoch"),
+    "evals_per_epoch": needless(
+        "here it is train.eval_every, in steps; an epoch has examples / train.global_batch_size"
+    ),
+    "saves_per_epoch": needless(
+        "here it is checkpoint.every, in steps; an epoch has examples / train.global_batch_size"
+    ),
     "early_stopping_patience": at("train.early_stopping.patience"),
     "eval_table_size": missing("here it is evaluation.prompts"),
     "do_bench_eval": missing("here it is evaluation.prompts with evaluation.metric"),

@@ -150,7 +150,7 @@ def strategy(key: str, steps: str) -> Rule:
     def rule(value: object, entries: Entries) -> Translation:
         if value in ("no", "steps", None, False):
             return Translation(note=f"read with {steps}" if value == "steps" else "not between first and last step")
-        return Translation(note=f"{value}: set {key} to the steps of an epoch, which `prepare` prints")
+        return Translation(note=f"{value}: set {key} in steps; an epoch has examples / train.global_batch_size")
 
     return rule
 

@@ -186,16 +186,20 @@ def _lora(config: TRLConfig, problems: list[str]) -> Settings:
     if kind != "LORA":
         problems.append(f"model.peft_config: peft_type {kind} is not supported; LORA is")
         return {}
-    used = ("r", "lora_alpha", "lora_dropout", "target_modules")
-    neutral = {"peft_type", "task_type", "bias", "inference_mode", "base_model_name_or_path", "revision"}
-    if not hasattr(given, "to_dict"):
-        problems += _unknown("model.peft_config", set(values) - neutral, used)
-    rank, where = values.get("r", 8), "model.peft_config"
+    used = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+    neutral = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision"}
+    # PEFT's own object has all of its settings: those that somebody set differ from its defaults.
+    default = type(given)().to_dict() if hasattr(given, "to_dict") else {"bias": "none"}
+    changed = {name for name, value in values.items() if name not in default or value != default[name]}
+    problems += _unknown("model.peft_config", sorted(changed - neutral), used)
+    rank, targets, where = values.get("r", 8), values.get("target_modules") or [], "model.peft_config"
     return {
         "model.lora.rank": (rank, f"{where}.r"),
         "model.lora.alpha": (_number(values.get("lora_alpha", 8)), f"{where}.lora_alpha"),
         "model.lora.dropout": (_number(values.get("lora_dropout", 0.0)), f"{where}.lora_dropout"),
-        "model.lora.targets": (sorted(values.get("target_modules") or []), f"{where}.target_modules"),
+        "model.lora.targets": ([targets] if isinstance(targets, str) else sorted(targets), f"{where}.target_modules"),
+        "model.lora.rslora": (bool(values.get("use_rslora")), f"{where}.use_rslora"),
+        "model.lora.dora": (bool(values.get("use_dora")), f"{where}.use_dora"),
     }
 
 

@@ -47,6 +47,9 @@ ALONE: list[tuple[str, Any, str, Any]] = [
     ("model__peft_config", {"peft_type": "LORA", "r": 4}, "model.lora.rank", 4),
     ("model__peft_config", {"peft_type": "LORA", "lora_alpha": 32}, "model.lora.alpha", 32.0),
     ("model__peft_config", {"peft_type": "LORA", "target_modules": ["q_proj"]}, "model.lora.targets", ["q_proj"]),
+    ("model__peft_config", {"peft_type": "LORA", "target_modules": "all-linear"}, "model.lora.targets", ["all-linear"]),
+    ("model__peft_config", {"peft_type": "LORA", "use_dora": True, "bias": "none"}, "model.lora.dora", True),
+    ("model__peft_config", {"peft_type": "LORA", "use_rslora": True}, "model.lora.rslora", True),
     ("optimizer__kwargs", {"lr": "1e-5"}, "train.optimizer.lr", 1e-5),
     ("optimizer__kwargs", {"betas": [0.8, 0.9]}, "train.optimizer.beta1", 0.8),
     ("optimizer__kwargs", {"betas": [0.8, 0.9]}, "train.optimizer.beta2", 0.9),
@@ -96,7 +99,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("model__num_layers_unfrozen", 2, "model.num_layers_unfrozen: 2; layers cannot be frozen"),
     ("model__model_extra_configs", {"a": 1}, "model.model_extra_configs: not passed on"),
     ("model__peft_config", {"peft_type": "PREFIX_TUNING"}, "model.peft_config: peft_type PREFIX_TUNING"),
-    ("model__peft_config", {"peft_type": "LORA", "use_dora": True}, "model.peft_config.use_dora: not supported"),
+    ("model__peft_config", {"peft_type": "LORA", "use_qalora": True}, "model.peft_config.use_qalora: not supported"),
+    ("model__peft_config", {"peft_type": "LORA", "bias": "all"}, "model.peft_config.bias: not supported"),
     ("tokenizer__truncation_side", "middle", "tokenizer.truncation_side: 'middle'"),
     ("tokenizer__tokenizer_extra_configs", {"a": 1}, "tokenizer.tokenizer_extra_configs: not passed on"),
     ("optimizer__name", "sgd", "optimizer.name: 'sgd' is not supported"),
@@ -265,4 +269,18 @@ def test_the_metric_function_gets_what_it_takes(tmp_path: Path) -> None:
     assert called == [
         {"samples": ["ab"], "prompts": ["a"], "outputs": ["b"], "label": [3]},
         {"texts": ["ab"], "label": [3]},
+    ]
+
+
+def test_pefts_own_object_is_read_and_what_it_sets_beyond_that_refused() -> None:
+    """All that it can hold is in it; what somebody set differs from its defaults."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["v_proj", "q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    assert value("model.lora.targets", model__peft_config=lora) == ["q_proj", "v_proj"]
+    assert value("model.lora.dora", model__peft_config=lora) is True
+    with pytest.raises(ConfigError) as error:
+        settled(model__peft_config=peft.LoraConfig(r=4, bias="all", modules_to_save=["lm_head"]))
+    assert [problem.partition(":")[0] for problem in error.value.problems] == [
+        "model.peft_config.bias",
+        "model.peft_config.modules_to_save",
     ]
