@@ -341,6 +341,18 @@ def test_dora_of_families_follows_peft(family: str, tmp_path: Path, chat: Path) 
     expect(paths, expected)
 
 
+@pytest.mark.slow  # the layouts of a checkpoint are test_lora's; magnitudes and groups of rates are new in it
+def test_adapters_go_on_under_another_layout(tmp_path: Path, model: Path, chat: Path, adapters: Curve) -> None:
+    settings = {**LORA_SETTINGS, "every": 3}
+    topology = {"tensor_parallel": 2, "sequence_parallel": True}
+    paths = lora_run(tmp_path, model, chat, LORA, ranks=2, topology=topology, max_steps=3, **settings)
+    run_training(paths, 2)
+    topology = {"pipeline_parallel": 2}
+    lora_run(tmp_path, model, chat, LORA, ranks=2, topology=topology, max_steps=STEPS, **settings)
+    run_training(paths, 2)
+    expect(paths, adapters)
+
+
 def test_peft_loads_and_merges_what_was_trained(tmp_path: Path, model: Path, chat: Path) -> None:
     peft = pytest.importorskip("peft")
     topology = {"tensor_parallel": 2, "sequence_parallel": True}
