@@ -39,12 +39,12 @@ def ask(repository: Repository, revision: str) -> tuple[str, Mapping[str, int]]:
     return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
-def fetch(snapshot: Snapshot, names: Sequence[str]) -> None:
-    """Fetch files of a snapshot into its cache, with a progress bar.
+def fetch(snapshot: Snapshot, names: Sequence[str], *, quiet: bool = False) -> None:
+    """Fetch files of a snapshot into its cache, with a progress bar unless `quiet`.
 
     A cut connection goes on where it was; files that are there already are not fetched again.
     """
-    with _our_errors(snapshot.repository, snapshot.commit):
+    with _our_errors(snapshot.repository, snapshot.commit), _without_bars() if quiet else contextlib.nullcontext():
         from huggingface_hub import snapshot_download
 
         snapshot_download(
@@ -58,6 +58,21 @@ def fetch(snapshot: Snapshot, names: Sequence[str]) -> None:
     missing = [name for name in names if not (snapshot.path / name).is_file()]
     if missing:
         raise HubError(f"{snapshot}: {', '.join(missing[:3])} did not come; try again")
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Show no progress bars: those of small files would only flash up."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _endpoint() -> str | None:

@@ -165,7 +165,7 @@ def _files_of(listing: Listing, wanted: Wanted) -> list[str]:
         if listing.missing([CARD]) and listing.note:
             raise HubError(f"{listing.snapshot}: {CARD} is not in the cache, and {listing.note}")
         if listing.missing([CARD]):
-            fetch(listing.snapshot, [CARD])
+            fetch(listing.snapshot, [CARD], quiet=True)
         card = (listing.snapshot.path / CARD).read_text(encoding="utf-8", errors="replace")
     return split_files(listing.sizes, card, wanted)
 

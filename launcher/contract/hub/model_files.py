@@ -33,7 +33,7 @@ def weight_files(listing: Listing) -> list[str]:
     """
     if _INDEX in listing.sizes:
         if listing.missing([_INDEX]):
-            fetch(listing.snapshot, [_INDEX])
+            fetch(listing.snapshot, [_INDEX], quiet=True)
         shards = _shards(listing.snapshot.path / _INDEX)
         unknown = [name for name in shards if name not in listing.sizes and listing.is_whole]
         if unknown:

@@ -113,4 +113,4 @@ def _fetch_first(listing: Listing, name: str) -> None:
     if listing.missing([name]):
         if listing.note:
             raise HubError(f"{listing.snapshot}: {name} is not in the cache, and {listing.note}")
-        fetch(listing.snapshot, [name])
+        fetch(listing.snapshot, [name], quiet=True)

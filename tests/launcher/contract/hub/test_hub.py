@@ -94,12 +94,16 @@ def test_prepare_fetches_what_training_needs_and_nothing_that_runs_code(
     assert (snapshot / "model.safetensors").read_bytes() == WEIGHTS
     assert snapshot.is_relative_to(tmp_path / "hf" / "hub")
     assert [Path(path).read_bytes() for path in load().data.train] == [ROW * 3]
-    assert "org/model at commit" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "org/model at commit" in captured.out
+    assert "Fetching" in captured.err  # a progress bar
 
 
 def test_validate_fetches_no_weights(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "cfg.yaml"]) == 0
-    assert "model.path: org/model at commit" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "model.path: org/model at commit" in captured.out
+    assert captured.err == ""  # no bar for a file of some hundred bytes
     assert hub.fetched() == ["config.json"]
 
 
