@@ -8,6 +8,7 @@ a command to another machine. `launcher.contract.spec.fields.path_fields` finds 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -127,7 +128,8 @@ class Files(PathRule):
 
     def expand(self, text: str) -> list[str]:
         pattern = self.absolute(text)
-        return [pattern] if Path(pattern).exists() else _matches(pattern) or [pattern]
+        # os.path.exists, which a name that is too long is only absent for.
+        return [pattern] if os.path.exists(pattern) else _matches(pattern) or [pattern]  # noqa: PTH110
 
     def problem(self, path: str, section: object) -> str | None:
         if snapshot_of(path) is not None:
@@ -207,12 +209,13 @@ class ContainerImage(PathRule):
     description: ClassVar[str] = "a file or a registry reference"
 
     def is_path(self, text: str, section: object) -> bool:
-        return Path(text).expanduser().exists()
+        return Path(os.path.expanduser(text)).exists()  # noqa: PTH111
 
 
 def absolute_path(text: str) -> str:
     """Return the path made absolute against the working directory, `~` and `..` resolved, links left as they are."""
-    return os.path.normpath(Path(text).expanduser().absolute())
+    # Not Path.expanduser, which raises an error for the home of a user that is not known here.
+    return os.path.normpath(Path(os.path.expanduser(text)).absolute())  # noqa: PTH111
 
 
 def _hub_cache(path: str) -> Path | None:
@@ -222,4 +225,9 @@ def _hub_cache(path: str) -> Path | None:
 
 
 def _matches(pattern: str) -> list[str]:
-    return sorted(map(str, Path("/").glob(pattern.removeprefix("/"))))
+    if not set(pattern) & set("*?["):
+        return []
+    try:
+        return sorted(map(str, Path("/").glob(pattern.removeprefix("/"))))
+    except (ValueError, NotImplementedError, re.error):  # no pattern that Python knows, such as a**
+        return []

@@ -37,7 +37,8 @@ class OptimizerSpec:
     initial_lr: Annotated[float, AtLeast(0)] = 0.0
     """Learning rate of the first warm-up step."""
     decay_steps: int | None = None
-    """The step, warm-up included, at which the learning rate reaches min_lr; default the last one."""
+    """The number of steps, warm-up included, after which the learning rate is min_lr; default all of them, so that the
+    last step's rate is still a little above it."""
     lr_by_name: Annotated[dict[str, str], NumberText(AtLeast(0))] = field(default_factory=dict)
     """Other peak learning rates for some parameters: pattern of their Hugging Face name -> rate, e.g.
     {"*.embed_tokens.*": 1e-6, "*.lora_B.*": 1e-4}. The first pattern that matches counts; the whole schedule of these

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from launcher.contract.config.conversion import MOST_ITEMS, WHY_FEW
 from launcher.contract.divisors import nearest_multiples, shown_numbers
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import Problem
 
 
 def source_problems(spec: RunSpec) -> Iterator[Problem]:
-    """Yield where training data is missing, or given in two ways."""
+    """Yield where training data is missing, given in two ways, or in too many files."""
+    for key, files in (("data.train", spec.data.train), ("data.validation", spec.data.validation)):
+        if len(files) > MOST_ITEMS:  # which a pattern stands for
+            yield key, f"{len(files):,} files, and at most {MOST_ITEMS:,} are read, {WHY_FEW}"
     if not spec.data.train and not spec.data.sources:
         yield "data.train", "missing; one or more data files, or several sources with weights in data.sources"
     if spec.data.validation_split:

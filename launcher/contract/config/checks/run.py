@@ -42,6 +42,10 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
         yield "logging.prompts", "answers need checkpoint.export: true"
 
 
+_LONGEST_SHOWN = 200
+"""Characters of a path that a message shows."""
+
+
 def file_problems(spec: RunSpec) -> Iterator[Problem]:
     """Yield the files that are named and absent. Paths must be absolute and globs expanded."""
     for field in path_fields(spec):
@@ -50,7 +54,10 @@ def file_problems(spec: RunSpec) -> Iterator[Problem]:
             name = variable["name"]
             yield field.key, f"{field.path}: ${name} is not expanded in a config; write ${{oc.env:{name}}}"
             continue
-        problem = field.rule.problem(field.path, field.section)
+        try:
+            problem = field.rule.problem(field.path, field.section)
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            problem = f"{field.path[:_LONGEST_SHOWN]} cannot be looked at: {error.strerror}"
         if problem is not None and field.rule.may_come_later and spec.comes_later(field.path):
             problem = _never_written(spec, Path(field.path))
         if problem is not None:
