@@ -23,7 +23,7 @@ import statistics
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, append_event, write_json
@@ -89,6 +89,10 @@ class Watchdog:
         self._now = (Phase.LOADING, 0, time.monotonic())
         """Phase, finished steps, and when the phase began; replaced as a whole, since two threads use it."""
         self._steps_here = 0
+        self._neighbours: list[int] = []
+        """Processes of the other ranks of this host, once all of them are known."""
+        self._stopped_looks: Counter[int] = Counter()
+        """Looks in a row at which each neighbour was stopped. Not the time: a suspended job has all ranks stopped."""
         self._stacks = paths.stacks(env.attempt, env.rank)
 
     def __enter__(self) -> Watchdog:
@@ -152,8 +156,23 @@ class Watchdog:
             alone = self._env.world_size == 1
             with contextlib.suppress(ValueError):  # the file is closed: training has ended
                 faulthandler.dump_traceback_later(max(left, 0) + 3 * self._look, exit=alone, file=self._file)
-            if (left < 0 or self._board.is_requested()) and not self._stopped.is_set():
+            overdue = left < 0 or (phase is not Phase.LOADING and self._has_stopped_neighbour())
+            if (overdue or self._board.is_requested()) and not self._stopped.is_set():
                 self._end(allowed)
+
+    def _has_stopped_neighbour(self) -> bool:
+        """Return whether another rank of this host has been stopped for `floor_seconds`.
+
+        Saves and evaluations may take an hour, and a stopped process is no part of that.
+        """
+        if not self._neighbours and self._env.local_world_size > 1:
+            first = self._env.rank - self._env.local_rank
+            here = self._board.positions(range(first, first + self._env.local_world_size))
+            if len(here) == self._env.local_world_size:
+                self._neighbours = [position.pid for position in here if position.rank != self._env.rank]
+        for pid in self._neighbours:
+            self._stopped_looks[pid] = self._stopped_looks[pid] + 1 if process_state(pid).startswith("T") else 0
+        return max(self._stopped_looks.values(), default=0) * self._look > self._spec.floor_seconds
 
     def _end(self, allowed: float) -> None:
         """Write this rank's stacks, let one rank report the positions of all, and exit."""

@@ -17,7 +17,7 @@ class WatchdogSpec:
     multiple: Annotated[float, Above(0)] = 10.0
     """Limit of a step as a multiple of the median of the steps before it."""
     floor_seconds: Annotated[float, Above(0)] = 600.0
-    """Smallest limit of a step."""
+    """Smallest limit of a step, and how long a rank of the same host may be stopped in a save or an evaluation."""
     first_step_seconds: Annotated[float, Above(0)] = 1800.0
     """Limit of an attempt's first step, which compiles and warms up."""
     loading_seconds: Annotated[float, Above(0)] = 3600.0

@@ -116,6 +116,20 @@ def test_a_rank_that_hangs_is_named(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # the store's calls have to time out
+def test_a_rank_that_is_stopped_in_a_save_is_named_long_before_a_save_is_overdue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save may take an hour by default, and so long did a stopped rank go unnoticed."""
+    monkeypatch.setitem(globals(), "HANGING", HANGING.replace("enter(Phase.STEP, 3)", "enter(Phase.CHECKPOINT, 3)"))
+    began = time.monotonic()
+    code, paths = hang(tmp_path, ACTIONS["is stopped"])
+    assert code == ExitCode.HANG, paths.rank_log("a", 0).read_text()
+    assert time.monotonic() - began < 50, "a save may take 60 seconds here"
+    (event,) = read_lines(paths.events)
+    assert [place["rank"] for place in event["behind"]] == [1]
+    assert "stopped" in event["behind"][0]["process"]
+
+
 def test_a_stopped_rank_0_takes_the_store_with_it(tmp_path: Path) -> None:
     code, paths = hang(tmp_path, "pass\n    if env.rank == 0: os.kill(os.getpid(), 19)")
     assert code == ExitCode.HANG

@@ -10,7 +10,8 @@ from launcher.contract.config import conversion
 from launcher.contract.config.load import load_config
 from launcher.contract.errors import ConfigError
 
-BASE = "name: x\ncluster: local\nmodel: {path: MODEL}\ndata: {train: [DATA], columns: COLUMNS}\ntrain: {max_steps: STEPS}\n"
+BASE = "name: x\ncluster: local\nmodel: {path: MODEL}\n"
+BASE += "data: {train: [DATA], columns: COLUMNS}\ntrain: {max_steps: STEPS}\n"
 WHOLE = {"MODEL": "model", "DATA": "a.jsonl", "COLUMNS": "{}", "STEPS": "1"}
 
 
