@@ -109,11 +109,7 @@ def _attend(processes: Sequence[subprocess.Popen[bytes]], grace: float, failure:
             rank = next((rank for rank, code in enumerate(codes) if code), None)
             if rank is not None:
                 failed, failed_at = _exit_code(codes[rank] or 0), time.monotonic()
-                with contextlib.suppress(FileExistsError), failure.open("x", encoding="utf-8") as file:
-                    file.write(
-                        f"{failed} {rank} {socket.gethostname()}\n"
-                    )  # unless the watchdog recorded another first
-                first = failure.read_text(encoding="utf-8").split()[1]
+                first = _record_first(failure, failed, rank)
                 print(f"rank {first} failed first, with exit code {failed}", flush=True)
         if all(code is not None for code in codes):
             return failed or 0
@@ -123,6 +119,16 @@ def _attend(processes: Sequence[subprocess.Popen[bytes]], grace: float, failure:
             print(f"ending ranks {', '.join(map(str, running))} with {number.name}", flush=True)
             _signal_all(processes, number)
         time.sleep(_POLL_SECONDS)
+
+
+def _record_first(failure: Path, code: int, rank: int) -> str:
+    """Write down which rank failed first, unless the watchdog recorded another one before, and return which it is."""
+    with contextlib.suppress(OSError):  # a full disk, perhaps what the rank failed of, must not hide its exit code
+        with contextlib.suppress(FileExistsError), failure.open("x", encoding="utf-8") as file:
+            file.write(f"{code} {rank} {socket.gethostname()}\n")
+        words = failure.read_text(encoding="utf-8").split()
+        return words[1] if len(words) > 1 else str(rank)
+    return str(rank)
 
 
 def _exit_code(code: int) -> int:

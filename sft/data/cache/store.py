@@ -228,7 +228,8 @@ def write_part(prefix: Path, pairs: Sequence[TokenPair], counts: Counts, tallies
     weights = np.concatenate([np.asarray(weights, dtype="<f4") for _, weights in pairs] or [np.zeros(0, "<f4")])
     arrays = {"ids": ids, "weights": weights, "lengths": lengths, "target_weights": sums, "supervised": supervised}
     for name, array in arrays.items():
-        array.tofile(f"{prefix}.{name}")
+        # Not array.tofile, whose error on a full disk does not say that it is one.
+        Path(f"{prefix}.{name}").write_bytes(array.tobytes())
     measured = dataclasses.replace(
         counts,
         examples=len(pairs),

@@ -109,3 +109,12 @@ def test_the_rendezvous_port_is_rank_0s_alone() -> None:
         assert store.port == port
         with held_port() as second:
             assert second != port
+
+
+def test_a_failure_that_cannot_be_written_down_has_its_code_all_the_same(tmp_path: Path) -> None:
+    """On a full disk the file that says which rank failed cannot be written: the code was seen to become 1."""
+    (tmp_path / "failure").mkdir()
+    assert ranks(RANK + "import sys\nif rank == 1: sys.exit(74)\n" + NEVER, tmp_path) == 74
+    (tmp_path / "failure").rmdir()
+    (tmp_path / "failure").touch()  # created, and then there was no room for a byte
+    assert ranks(RANK + "import sys\nif rank == 1: sys.exit(74)\n" + NEVER, tmp_path) == 74

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import html.parser
+import os
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +226,21 @@ def test_data_and_model_of_the_hub_are_looked_at_without_the_weights(
         assert main(["audit", "cfg.yaml"]) == 0
         assert "model.safetensors" not in hub.fetched()
     assert "train: 8 examples" in capsys.readouterr().out
+
+
+def test_a_disk_without_room_for_the_cache_ends_with_the_code_of_a_disk(tmp_path: Path) -> None:
+    """It was 1, which is for bugs, with a traceback."""
+    config, errors = written_config(tmp_path), tmp_path / "errors"
+    errors.touch()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            sys.stderr = errors.open("a", encoding="utf-8")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+            code = main(["audit", str(config)])
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ExitCode.IO_ERROR
+    assert errors.read_text().startswith("error: [Errno 27] File too large")
+    assert "Traceback" not in errors.read_text()
