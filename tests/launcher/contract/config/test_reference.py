@@ -15,7 +15,7 @@ def test_page_is_up_to_date() -> None:
 
 
 def test_a_section_is_described_in_full() -> None:
-    assert "Errors in code, data or settings are never retried." in config_reference()
+    assert "Errors in code, data or\nsettings are never retried." in config_reference()
 
 
 def test_every_key_is_there_with_a_meaning() -> None:
