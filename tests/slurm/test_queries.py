@@ -40,8 +40,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     printed: list[str] = []
     run = queries._run
 
-    def listening(command: list[str]) -> str:
-        text = run(command)
+    def listening(command: list[str], patience: float | None = None) -> str:
+        text = run(command, patience)
         printed.extend(text.splitlines())
         return text
 

@@ -8,6 +8,7 @@ submitit is pinned to the minor version in which they were read.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -50,7 +51,8 @@ class ScriptSlurmExecutor(SlurmExecutor):
         """Submit the script and return the job id."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with _environment(clean_environment(self.hidden)):
+            # submitit prints what sbatch said and raises it as well
+            with _environment(clean_environment(self.hidden)), contextlib.redirect_stderr(io.StringIO()):
                 return str(self._submit_command("").job_id)
         except FailedJobError as error:
             code = getattr(error.__cause__, "returncode", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 import launcher
 from launcher.__main__ import main
+from launcher.commands.arguments import print_json
 from launcher.contract.exit_codes import ExitCode
 
 CHECKOUT = Path(__file__).parents[3]
@@ -112,3 +115,30 @@ def test_no_runs_yet(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--json"]) == 0
     assert capsys.readouterr().out == "[]\n"
     assert main(["status", "first"]) == ExitCode.CONFLICT
+
+
+def test_config_on_standard_input(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(Path("cfg.yaml").read_text()))
+    assert main(["validate", "-", "train.max_steps=9"]) == 0
+    assert capsys.readouterr().out.endswith("valid\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("name: a\nnode: 3\n"))
+    assert main(["validate", "-"]) == ExitCode.BAD_INPUT
+    assert "-:2: unknown key 'node'" in capsys.readouterr().err
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json([{"loss": float("nan"), "deep": [(float("inf"), 1.5)], "text": "NaN"}])
+    shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert shown == [{"loss": None, "deep": [[None, 1.5]], "text": "NaN"}]
+
+
+def test_deleted_working_directory(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    command = f"cd {folder} && rmdir {folder} && exec {sys.executable} -m launcher status"
+    environment = {"PYTHONPATH": str(CHECKOUT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == ExitCode.BAD_INPUT
+    assert done.stderr == "error: the working directory was deleted; change to one that exists\n"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from launcher.contract.config.load import load_config
 from launcher.contract.errors import TemplateError
 from launcher.contract.lease import Owner, take
-from launcher.contract.rundir import RunPaths
+from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.spec import (
     CheckpointSpec,
     ClusterSpec,
@@ -298,3 +298,44 @@ def test_values_stay_data_when_the_script_runs(
         )
     ]
     assert not list(tmp_path.rglob("pwned"))
+
+
+def run_modules(tmp_path: Path, *modules: str, **environment: str) -> tuple[int, list[dict[str, Any]]]:
+    """Run a script up to its ranks and return its exit code and events."""
+    root = tmp_path / "run"
+    root.mkdir(exist_ok=True)
+    runtime = RuntimeSpec(modules=list(modules), python="/bin/false")
+    spec = make_spec(run_root=str(tmp_path), cluster=ClusterSpec(runtime=runtime), resources=ResourcesSpec())
+    spec = dataclasses.replace(
+        spec, topology=TopologySpec(), data=dataclasses.replace(spec.data, cache_dir=str(tmp_path))
+    )
+    program = script(spec, root)
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environment}
+    done = subprocess.run(["bash", "-c", program], env=clean, capture_output=True, text=True)
+    return done.returncode, list(read_lines(root / "events.jsonl"))
+
+
+MODULE = 'module() { [ "$2" != missing ] || return 3; echo "loaded $2"; }\n'
+
+
+@pytest.mark.parametrize("variable", ["MODULESHOME", "LMOD_PKG"])
+def test_modules_are_found_where_the_site_says(tmp_path: Path, variable: str) -> None:
+    init = tmp_path / "modules" / "init"
+    init.mkdir(parents=True)
+    (init / "bash").write_text(MODULE)
+    place = {variable: str(tmp_path / "modules")}
+    code, told = run_modules(tmp_path, "cuda", **place)
+    log = next((tmp_path / "run" / "logs").rglob("batch.log")).read_text()
+    assert "loaded cuda\n" in log
+    assert told[-1]["detail"].startswith("Python could not take the run (exit code 1)")  # /bin/false stands in for it
+    code, told = run_modules(tmp_path, "cuda", "missing", **place)
+    assert (code, told[-1]["exit_code"]) == (3, 3)
+    assert told[-1]["detail"] == "module load missing failed; batch.log has its words"
+
+
+def test_a_detail_with_quotes_is_json(tmp_path: Path) -> None:
+    init = tmp_path / "modules" / "init"
+    init.mkdir(parents=True)
+    (init / "bash").write_text("module() { return 1; }\n")
+    _, told = run_modules(tmp_path, 'a"b\\c', MODULESHOME=str(tmp_path / "modules"))
+    assert told[-1]["detail"] == 'module load a"b\\c failed; batch.log has its words'

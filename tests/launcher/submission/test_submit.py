@@ -270,3 +270,75 @@ def test_logs_before_the_first_rank_show_the_batch_log(workdir: Path, capsys: py
     append_event(paths, "attempt_ended", attempt="local-1", exit_code=3)
     assert logs.follow(paths, Choice(batch=True)).exit_code == 3
     assert capsys.readouterr().out == "preparing\n"
+
+
+def test_moved_run_goes_on_as_a_run_of_its_own(
+    workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(fake_python, "--follow") == 0
+    RUN.checkpoint(3).mkdir(parents=True)
+    (RUN.checkpoint(3) / COMPLETE).touch()
+    append_event(RUN, "attempt_started", attempt="local-2", job_id="1", scheduler="local")
+    append_event(RUN, "attempt_ended", attempt="local-2", exit_code=1)
+    Path("elsewhere").mkdir()
+    RUN.root.rename("elsewhere/first")
+    moved = RunPaths(Path("elsewhere/first").absolute())
+    Path("link").symlink_to("runs")
+    before = sorted(path.name for path in moved.root.iterdir())
+    capsys.readouterr()
+    assert main(["resubmit", "elsewhere/first"]) == ExitCode.CONFLICT
+    said = capsys.readouterr().err
+    assert f"{moved.root} was {RUN.root.absolute()} when it was submitted" in said
+    assert f"`launcher resubmit {moved.root} name=first-2`" in said
+    assert not RUN.root.exists()
+    assert sorted(path.name for path in moved.root.iterdir()) == before
+    assert main(["resubmit", "elsewhere/first", "name=first-2", "train.max_steps=9"]) == 0
+    child = read_resolved(Path("elsewhere/first-2/config.yaml"))
+    assert child.run_root == str(Path("elsewhere").absolute())
+    assert child.checkpoint.resume_from == str(moved.checkpoint(3))
+    moved.root.rename(RUN.root)
+    assert main(["resubmit", "link/first"]) == 0  # the same place by another name
+
+
+def test_interrupted_showing_says_that_the_run_goes_on(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fake_python: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(logs, "follow", interrupt)
+    assert launch(fake_python, "--follow") == ExitCode.INTERRUPTED
+    said = "run first goes on; `launcher logs -f first` shows it again, `launcher cancel first` ends it\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert main(["logs", "-f", "first"]) == ExitCode.INTERRUPTED
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_child_run_shows_what_differs_from_its_parent(
+    workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(fake_python, "--follow") == 0
+    capsys.readouterr()
+    assert main(["resubmit", "first", "train.max_steps=9"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    changed = lines[lines.index("changed:") + 1 :]
+    assert [line.split() for line in changed[:2]] == [
+        ["name", "first-2", "(before:", "first)"],
+        ["train.max_steps", "9", "(before:", "3)"],
+    ]
+    assert changed[2].startswith("submitted ")
+
+
+def test_single_process_that_failed_is_shown(
+    workdir: Path, commands: Commands, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """prepare refuses the data: no rank has failed, and the first error is known all the same."""
+    record = '{"rank": 0, "host": "n", "kinds": ["DataError", "LauncherError"], "message": "a.jsonl:7: no text"}'
+    body = f"echo '{record}' >\"logs/$SFT_ATTEMPT/error.json\"; exit 2"
+    python = commands.add("refuses", f'[ "$3" != prepare ] || {{ {body}; }}')
+    assert launch(f"cluster.runtime.python={python}", "--follow") == ExitCode.BAD_INPUT
+    capfd.readouterr()
+    assert main(["logs", "first", "--failed"]) == 0
+    assert capfd.readouterr().out == "# DataError on n:\na.jsonl:7: no text\n"
+    assert main(["status", "first"]) == 0
+    assert "a.jsonl:7: no text (exit code 2 (bad input))" in capfd.readouterr().out

@@ -68,12 +68,19 @@ def test_sbatch_gets_the_script_and_a_clean_environment(
     assert not list(tmp_path.rglob("*.pkl"))
 
 
-def test_refusal_has_slurms_words(tmp_path: Path, sbatch: Commands) -> None:
+def test_refusal_has_slurms_words(tmp_path: Path, sbatch: Commands, capsys: pytest.CaptureFixture[str]) -> None:
     sbatch.add("sbatch", "echo 'sbatch: error: invalid partition specified: nope' >&2; exit 1")
     with pytest.raises(SchedulerError) as caught:
         ScriptSlurmExecutor(tmp_path, SCRIPT).submit_script()
     assert str(caught.value) == "sbatch refused the job:\n  sbatch: error: invalid partition specified: nope"
     assert not isinstance(caught.value, SubmissionUnknown)
+    assert capsys.readouterr().err == ""  # they are in the error, and are said once
+
+
+def test_sbatch_of_a_site_prints_more_than_the_id(tmp_path: Path, sbatch: Commands) -> None:
+    sbatch.add("sbatch", "echo Welcome to cluster 5; echo; echo '12;far'; echo 'charged to: 99 hours'")
+    executor = ScriptSlurmExecutor(tmp_path, SCRIPT)
+    assert (executor.submit_script(), executor.cluster) == ("12", "far")
 
 
 def test_no_answer_is_not_a_refusal(tmp_path: Path, sbatch: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
