@@ -84,6 +84,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments. argparse leaves positional words after an option (`submit cfg.yaml --json a=b`) unparsed."""
     parser = build_parser()
     options, rest = parser.parse_known_args(words)
+    if rest and getattr(options, "host", "") is None and not rest[0].startswith("-"):
+        options.host = rest.pop(0)  # nodes add --cluster=c node1
     many = next((name for name in ("overrides", "runs") if hasattr(options, name)), None)
     if rest and (many is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -113,9 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _completion(options: argparse.Namespace) -> int:
-    import shtab
+    from launcher.commands.completion import completion_script
 
-    print(shtab.complete(build_parser(), shell=options.shell))
+    print(completion_script(build_parser(), options.shell))
     return int(ExitCode.OK)
 
 

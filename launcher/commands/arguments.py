@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from launcher.commands.completion import CLUSTER, FILE, KEY, RUN, completed
+
 if TYPE_CHECKING:
     from launcher.contract.rundir import RunPaths
 
@@ -32,17 +34,15 @@ def command(commands: Subcommands, name: str, handler: Handler, about: str) -> a
 
 def config_argument(parser: argparse.ArgumentParser) -> None:
     """Add the YAML file of a run, completed as a file."""
-    config = parser.add_argument("config", type=Path, help="the YAML file of the run")
-    config.complete = _FILE  # type: ignore[attr-defined]  # read by shtab
-
-
-_FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+    completed(parser.add_argument("config", type=Path, help="the YAML file of the run, or - for standard input"), FILE)
 
 
 def override_arguments(parser: argparse.ArgumentParser) -> None:
     """Add settings on the command line, and another cluster."""
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over the file's")
-    parser.add_argument("--cluster", metavar="NAME", help="a file in cluster_configs/ to use instead of the config's")
+    words = parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over the file's")
+    completed(words, KEY)
+    cluster = parser.add_argument("--cluster", metavar="NAME", help="a file in cluster_configs/ to use instead")
+    completed(cluster, CLUSTER)
 
 
 def json_option(parser: argparse.ArgumentParser) -> None:
@@ -57,23 +57,24 @@ def run_root_option(parser: argparse.ArgumentParser) -> None:
 
 def cluster_option(parser: argparse.ArgumentParser) -> None:
     """Add --cluster, for commands on runs."""
-    parser.add_argument(
+    cluster = parser.add_argument(
         "--cluster",
         metavar="NAME",
         help="the runs are on this cluster's host; default SFT_CLUSTER, or where they were submitted to from here",
     )
+    completed(cluster, CLUSTER)
 
 
 def run_argument(parser: argparse.ArgumentParser) -> None:
     """Add one run, and where runs are."""
     run_root_option(parser)
-    parser.add_argument("run", metavar="RUN", help="a run's name or directory")
+    completed(parser.add_argument("run", metavar="RUN", help="a run's name or directory"), RUN)
 
 
 def runs_argument(parser: argparse.ArgumentParser, count: str) -> None:
     """Add several runs (`count` as in argparse's nargs), and where runs are."""
     run_root_option(parser)
-    parser.add_argument("runs", metavar="RUN", nargs=count, help="runs' names or directories")
+    completed(parser.add_argument("runs", metavar="RUN", nargs=count, help="runs' names or directories"), RUN)
 
 
 def chosen_run(options: argparse.Namespace) -> RunPaths:

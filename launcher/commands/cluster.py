@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from launcher.commands.arguments import Subcommands, command, json_option, print_json
+from launcher.commands.completion import CLUSTER, completed
 from launcher.contract.errors import ConfigError
 from launcher.contract.exit_codes import ExitCode
 
@@ -13,7 +14,7 @@ def add(commands: Subcommands) -> None:
     """Declare the command."""
     parser = command(commands, "cluster", _cluster, "write a first file that describes this cluster, or check one")
     parser.add_argument("action", choices=("init", "check"))
-    parser.add_argument("name", metavar="NAME", help="the cluster's name")
+    completed(parser.add_argument("name", metavar="NAME", help="the cluster's name"), CLUSTER)
     json_option(parser)
 
 

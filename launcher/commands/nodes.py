@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands.arguments import Subcommands, command, json_option, print_json, run_root_option
+from launcher.commands.completion import CLUSTER, completed
 from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
 from launcher.contract.exit_codes import ExitCode
 
@@ -21,7 +22,10 @@ def add(commands: Subcommands) -> None:
     parser = command(commands, "nodes", _nodes, "nodes that jobs keep away from: the evidence, add to it, clear it")
     parser.add_argument("action", nargs="?", choices=("list", "add", "clear"), default="list")
     parser.add_argument("host", nargs="?", help="the node to add or to clear")
-    parser.add_argument("--cluster", metavar="NAME", help="default: all clusters with a ledger of the user's own")
+    cluster = parser.add_argument(
+        "--cluster", metavar="NAME", help="default: all clusters with a ledger of the user's own"
+    )
+    completed(cluster, CLUSTER)
     parser.add_argument("--why", help="add: what is wrong with the node")
     run_root_option(parser)
     json_option(parser)

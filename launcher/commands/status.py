@@ -18,6 +18,7 @@ from launcher.commands.arguments import (
     run_root_option,
     runs_argument,
 )
+from launcher.commands.completion import RUN, STATE, completed
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -38,9 +39,12 @@ def add(commands: Subcommands) -> None:
         cluster_option(parser)
         json_option(parser)
         parser.add_argument("--name", metavar="GLOB", help="runs whose name fits the pattern, e.g. 'llama-*'")
-        parser.add_argument("--group", metavar="NAME", help="runs of this sweep")
+        completed(parser.add_argument("--group", metavar="NAME", help="runs of this sweep"), RUN)
         parser.add_argument("--since", metavar="WHEN", help="created since then: 12h, 3d, 2026-11-24")
-        parser.add_argument("--state", action="append", default=[], metavar="STATE", help="e.g. running,pending")
+        states = parser.add_argument(
+            "--state", action="append", default=[], metavar="STATE", help="e.g. running,pending"
+        )
+        completed(states, STATE)
 
 
 def _selection(options: argparse.Namespace) -> Selection:

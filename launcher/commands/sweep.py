@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from launcher.commands.arguments import Subcommands, cluster_option, command, json_option, print_json, run_root_option
+from launcher.commands.completion import RUN, completed
 from launcher.contract.exit_codes import ExitCode
 
 
@@ -13,7 +14,10 @@ def add(commands: Subcommands) -> None:
     results = command(commands, "results", _results, "what the runs of a sweep set, and the metrics they reached")
     run_root_option(results)
     cluster_option(results)
-    results.add_argument("group", metavar="GROUP", help="the name in the sweep's config; a run's name works too")
+    group = results.add_argument(
+        "group", metavar="GROUP", help="the name in the sweep's config; a run's name works too"
+    )
+    completed(group, RUN)
     results.add_argument("--sort", metavar="METRIC", help="e.g. eval_loss; default loss")
     results.add_argument("--descending", action="store_true", help="highest first")
     json_option(results)

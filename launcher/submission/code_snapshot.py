@@ -1,9 +1,9 @@
 """Copy the code that a run uses into its directory, so that later edits of the source tree do not change the run.
 
 From a checkout, everything is copied that git would add (tracked files as they are now, untracked ones that are not
-ignored). The snapshot is thus a checkout itself: `cd RUN/bundle/code && python -m launcher ...` runs this very version.
-An installed launcher is not copied: its version identifies it. Modules that a config names by import path are copied in
-both cases.
+ignored), without its tests and documentation. The snapshot is thus a checkout itself: `cd RUN/bundle/code && python -m
+launcher ...` runs this very version. An installed launcher is not copied: its version identifies it. Modules that a
+config names by import path are copied in both cases.
 
 Rejected: `git archive` and a patch, unpacked by the job (one more thing that can fail after the wait in the queue), and
 a git worktree for each run (it stays tied to the repository).
@@ -34,6 +34,8 @@ LARGEST_SNAPSHOT = 100 << 20
 """Bytes, of which every run has a copy."""
 
 _OURS = ("launcher", "sft", "templates", "cluster_configs", "setup.cfg", "pyproject.toml", "README.md")
+_NOT_RUN = ("tests", "docs", "benchmarks", "scripts")
+"""Folders of the checkout that no run needs: they are half of its files, and each run would have a copy."""
 _CACHE = "__pycache__"
 
 
@@ -134,7 +136,8 @@ def _checkout_files(root: Path) -> Mapping[str, Path]:
         names = []
     if "launcher/__init__.py" not in names:  # no repository, or one that ignores this folder: a snapshot in its runs
         return {name: path for part in _OURS for name, path in _prefixed(root, part)}
-    return {name: root / name for name in names if (root / name).is_file()}
+    needed = [name for name in names if name.partition("/")[0] not in _NOT_RUN]
+    return {name: root / name for name in needed if (root / name).is_file()}
 
 
 def _prefixed(root: Path, part: str) -> Iterable[tuple[str, Path]]:

@@ -142,3 +142,27 @@ def test_deleted_working_directory(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == ExitCode.BAD_INPUT
     assert done.stderr == "error: the working directory was deleted; change to one that exists\n"
+
+
+def test_completion_of_runs_keys_clusters_and_states(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a real bash, which looks for runs by itself."""
+    for file in ("runs/alpha/manifest.json", "runs/.groups/swept.json", "runs/not-a-run/x"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+    assert main(["completion", "bash"]) == 0
+    Path("completion.sh").write_text(capsys.readouterr().out)
+
+    def offered(*words: str) -> set[str]:
+        program = (
+            'source ./completion.sh; COMP_WORDS=(launcher "$@"); COMP_CWORD=$#; _shtab_launcher\n'
+            'printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(["bash", "-c", program, "bash", *words], capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert {"alpha", "swept"} <= offered("status", "")
+    assert "not-a-run" not in offered("status", "")
+    assert offered("logs", "al") == {"alpha"}
+    assert offered("resubmit", "alpha", "train.see") == {"train.seed="}
+    assert "local" in offered("submit", "cfg.yaml", "--cluster", "")
+    assert offered("status", "--state", "runn") == {"running"}

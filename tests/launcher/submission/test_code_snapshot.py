@@ -39,6 +39,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "deleted.py").unlink()
     (root / "ünträcked.py").write_text("new\n")
     (root / "ignored.bin").write_text("data\n")
+    (root / "tests").mkdir()
+    (root / "tests" / "test_x.py").write_text("no run needs it\n")
     monkeypatch.setattr(code_snapshot, "checkout_root", lambda: root)
     return root
 
