@@ -22,7 +22,7 @@ from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
 from sft.models.stored_tensors import SINGLE
 
-_COVERED = ("llama", "mistral", "qwen2", "qwen3")
+COVERED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose tensors a GGUF holds under names of their own, unchanged but for the order of rows. Not so Gemma, to
 whose norms llama.cpp adds 1."""
 
@@ -60,10 +60,10 @@ def convert_gguf(source: Path, directory: Path) -> None:
         raise ModelError(f"model.path: reading {source} needs the package gguf: pip install gguf") from None
     _write_config(source, directory)
     architecture = read_architecture(directory)
-    if _kind(architecture) not in _COVERED:
+    if _kind(architecture) not in COVERED:
         raise ModelError(
             f"model.path: {source}: GGUF files of {_kind(architecture)} models are not converted, only those of "
-            f"{', '.join(_COVERED)}; use the Hugging Face directory"
+            f"{', '.join(COVERED)}; use the Hugging Face directory"
         )
     try:
         reader = gguf.GGUFReader(source)

@@ -157,9 +157,9 @@ def windows_of(config: ConfigReader, sliding: list[bool], default: int | None = 
 def weight_map(
     shape: ModelShape, layer: LayerMap, *, dense: LayerMap | None = None, carried: tuple[str, ...] = ()
 ) -> WeightMap:
-    """Return the map of a model with Llama's names; `dense` maps those layers of a mixture of experts that have none.
+    """Return the map of a model with Llama's names.
 
-    For `carried` see WeightMap.
+    `dense` maps those layers of a mixture of experts that have none. For `carried` see WeightMap.
     """
     kinds = [dense or layer if index in shape.dense_layers else layer for index in range(shape.num_layers)]
     hidden = shape.hidden_size

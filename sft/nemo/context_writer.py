@@ -18,7 +18,7 @@ from sft.models.architecture import Architecture, DecoderLayer
 TOKENIZER = "nemo_tokenizer"
 
 _GPT = "nemo.collections.llm.gpt.model"
-_CLASSES = {
+CLASSES = {
     "gpt2": (f"{_GPT}.base", "GPTModel", "GPTConfig"),
     "llama": (f"{_GPT}.llama", "LlamaModel", "LlamaConfig"),
     "mistral": (f"{_GPT}.mistral", "MistralModel", "MistralConfig7B"),
@@ -53,16 +53,16 @@ class Built:
 def model_object(architecture: Architecture, dtype: str) -> Built:
     """Return NeMo's model object, with parameters of `dtype` (such as bfloat16), or raise ModelError."""
     shape = architecture.shape
-    if shape.model_type not in _CLASSES:
+    if shape.model_type not in CLASSES:
         raise ModelError(
-            f"a {shape.model_type} model cannot be written for NeMo 2; these can: {', '.join(sorted(_CLASSES))}"
+            f"a {shape.model_type} model cannot be written for NeMo 2; these can: {', '.join(sorted(CLASSES))}"
         )
     absent = _absent_in_nemo(architecture)
     if absent is not None:
         raise ModelError(
             f"a {shape.model_type} model with {absent} cannot be written for NeMo 2, whose classes have none"
         )
-    module, model, config = _CLASSES[shape.model_type]
+    module, model, config = CLASSES[shape.model_type]
     fields = _sizes(shape, dtype) | {"layernorm_epsilon": architecture.layernorm_epsilon}
     layer = architecture.layers[0]  # NeMo's classes know models of equal layers only
     if architecture.rope is None:

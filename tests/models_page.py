@@ -1,0 +1,95 @@
+"""Make docs/models.md from the registry of families and the tests that run over it: `python -m tests.models_page`."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+
+from launcher.contract.spec import RunSpec, TrainSpec
+from sft.hf.gguf import COVERED as IN_GGUF
+from sft.megatron.kernel_choice import choose_kernels
+from sft.models.registry import SUPPORTED, family, read_architecture
+from sft.nemo.context_writer import CLASSES as IN_NEMO
+from tests.parity.test_families import FURTHER_LAYOUTS, LAYOUTS, VARIANTS
+from tests.parity.test_lora import ADAPTABLE
+from tests.sft.hf_cases import CASES, save_config
+
+_PAGE = """\
+# Models
+
+Made from the registry (`sft/models/registry.py`) by `python -m tests.models_page > docs/models.md`. A model whose
+config has one of these model types trains; what of a config is not covered is refused by name.
+
+| model type | what it is | layers on a GPU | LoRA | also from or to |
+|---|---|---|---|---|
+{rows}
+
+"Plain" layers are computed by torch's own operations, the loss and the optimizer by fused kernels all the same. Fused
+layers have the kernels of [performance](explanation/performance.md), and fp8.
+
+## What is tested
+
+Of every model type a small model with random weights, norms and biases, and of some their variants, against
+transformers' eager model in fp32:
+
+| what | where |
+|---|---|
+| logits of imported ranks; import, checkpoint and export bitwise | `tests/sft/hf`, all {cases} cases |
+| losses and every gradient under {layouts} | `tests/parity/test_families.py`, all types and {variants} |
+| the same under {further} (slow tier) | the same file |
+| packed rows against single ones, no bit of which changes with a neighbour | `tests/parity/test_documents.py` |
+| packed rows that two ranks share | `tests/parity/test_context_parallel.py` |
+| answers with a cache of keys and values | `tests/parity/test_generation.py` |
+| adapters | `tests/parity/test_lora.py` |
+| the rest of a multimodal model byte for byte, loaded without a missing key | `tests/parity/test_multimodal.py` |
+| five steps on one GPU in fp32 and bf16 | `tests/gpu/test_models.py` |
+
+Tokens per second that were measured are in [benchmarks](../benchmarks/README.md).
+
+## Limits
+
+* Of multimodal models the language model is trained, on text.
+* Quantized weights are not read: use the unquantized model.
+* RoPE of type `dynamic` or `longrope` is covered up to the length from which it depends on the batch:
+  `max_position_embeddings`, or `original_max_position_embeddings`. Longer rows are refused.
+* Norms over all heads (Olmo) need `topology.tensor_parallel` to be at most the number of KV heads.
+* Experts that are chosen take no adapters.
+"""
+
+
+def models_page() -> str:
+    """Return the page."""
+    return _PAGE.format(
+        rows="\n".join(map(_row, SUPPORTED)),
+        cases=len(CASES),
+        layouts=_joined(LAYOUTS),
+        further=_joined(FURTHER_LAYOUTS),
+        variants=_joined(VARIANTS),
+    )
+
+
+def _row(name: str) -> str:
+    description = str(importlib.import_module(f"sft.models.families.{name}").__doc__).split("\n\n")[0].strip()
+    with tempfile.TemporaryDirectory() as directory:
+        architecture = read_architecture(save_config(name, Path(directory)))
+    kernels = choose_kernels(RunSpec(train=TrainSpec(kernels="fused")), architecture, on_gpu=False)
+    because = kernels.plain_layers_because
+    others = [what for what, names in (("GGUF", IN_GGUF), ("NeMo 2", IN_NEMO)) if name in names]
+    cells = (
+        f"`{name}`",
+        " ".join(description.split()),
+        "fused" if because is None else f"plain: {because}",
+        "yes" if name in ADAPTABLE else "no",
+        ", ".join(others) or "-",
+    )
+    assert family(name).model_type == name
+    return f"| {' | '.join(cells)} |"
+
+
+def _joined(names: object) -> str:
+    return ", ".join(f"`{name}`" for name in names)  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    print(models_page(), end="")
