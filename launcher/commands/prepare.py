@@ -18,11 +18,11 @@ def add(commands: Subcommands) -> None:
 
 def _prepare(options: argparse.Namespace) -> int:
     from launcher.contract.config.load import load_config
-    from launcher.contract.hub.found import fetch_now
+    from launcher.submission.early_refusal import fetch_and_check
 
     config = load_config(options.config, options.overrides, options.cluster)
     for note in config.notes:
         print(note, flush=True)
-    fetch_now(config.fetches)
+    fetch_and_check(config.spec, config.fetches)
     print("all files of the hub are in the cache" if config.notes else "the config names nothing of the hub")
     return int(ExitCode.OK)

@@ -6,9 +6,11 @@ need neither torch nor transformers. So both refuse the same, in the same words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.contract.errors import ConfigError, ModelError
+from launcher.contract.hub.found import Fetch, fetch_now
 from launcher.contract.nemo.checkpoint import is_checkpoint
 from launcher.contract.spec import RunSpec
 
@@ -20,6 +22,13 @@ def check_early(spec: RunSpec) -> None:
     problems = [*_model_problems(spec), *head_problems(spec.data)]
     if problems:
         raise ConfigError(problems)
+
+
+def fetch_and_check(spec: RunSpec, fetches: Sequence[Fetch]) -> None:
+    """Fetch what is still on the hub, and check the first rows of what has come. HubError or ConfigError."""
+    fetch_now(fetches)
+    if fetches:
+        check_early(spec)
 
 
 def _model_problems(spec: RunSpec) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launcher.contract.errors import RunStateError, SchedulerError
-from launcher.contract.hub.found import fetch_now
 from launcher.contract.job import Job, job_fields
 from launcher.contract.manifest import Manifest, describe_run, read_manifest, write_manifest
 from launcher.contract.records import read_events
@@ -24,6 +23,7 @@ from launcher.submission import intent
 from launcher.submission.after import dependency_on_parent
 from launcher.submission.code_snapshot import has_own_code, take_snapshot
 from launcher.submission.directory import claimed_directory, is_unfinished
+from launcher.submission.early_refusal import fetch_and_check
 from launcher.submission.lockfile import write_lockfile
 from launcher.submission.once import submit_once
 from launcher.submission.script import script_of
@@ -43,7 +43,7 @@ def submit(
     Killed at any point and called again, it makes one job: the files say how far the first call came.
     """
     check_secrets(submission.spec)
-    fetch_now(submission.config.fetches)
+    fetch_and_check(submission.spec, submission.config.fetches)
     with claimed_directory(submission.paths):
         if not is_unfinished(submission):
             manifest, diff = describe_run(submission.paths.name, submission.topology, command, parent_run)
@@ -53,7 +53,7 @@ def submit(
 
 def prepare(submission: Submission, command: Sequence[str], group: str) -> None:
     """Make the run's directory, for a job that is submitted together with those of other runs."""
-    fetch_now(submission.config.fetches)
+    fetch_and_check(submission.spec, submission.config.fetches)
     with claimed_directory(submission.paths):
         if is_unfinished(submission):
             raise RunStateError(

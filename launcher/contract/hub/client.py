@@ -10,6 +10,7 @@ import contextlib
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from launcher.contract.errors import HubError
 from launcher.contract.hub_cache import Repository, Snapshot
@@ -36,7 +37,8 @@ def ask(repository: Repository, revision: str) -> tuple[str, Mapping[str, int]]:
         info = info_of(repository.id, revision=revision, timeout=_SECONDS, files_metadata=True)
     if info.sha is None:
         raise HubError(f"the hub names no commit of {repository.id} ({revision})")
-    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    files = [file for file in info.siblings or () if _stays_inside(file.rfilename)]
+    return info.sha, {file.rfilename: file.size or 0 for file in files}
 
 
 def fetch(snapshot: Snapshot, names: Sequence[str], *, quiet: bool = False) -> None:
@@ -58,6 +60,12 @@ def fetch(snapshot: Snapshot, names: Sequence[str], *, quiet: bool = False) -> N
     missing = [name for name in names if not (snapshot.path / name).is_file()]
     if missing:
         raise HubError(f"{snapshot}: {', '.join(missing[:3])} did not come; try again")
+
+
+def _stays_inside(name: str) -> bool:
+    """Return whether a name that a hub gives to a file cannot lead out of the snapshot's folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 @contextlib.contextmanager

@@ -385,3 +385,20 @@ def test_a_run_that_goes_on_fetches_what_the_cache_has_lost(
     listing_of.cache_clear()
     with pytest.raises(HubError, match="set HF_HUB_CACHE to the one it was"):
         fetch_again(spec)
+
+
+def test_rows_that_no_format_fits_are_refused_when_they_have_come(
+    hub: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.data_set("org/odd", {"train.jsonl": b'{"question": "a", "answer": "b"}\n'})
+    assert main(["validate", "cfg.yaml", "data.train=org/odd"]) == 0
+    assert main(["prepare", "cfg.yaml", "data.train=org/odd"]) == 2
+    assert "train.jsonl:1: no format fits the keys" in capsys.readouterr().err
+    listing_of.cache_clear()
+    assert main(["submit", "cfg.yaml", "data.train=org/odd"]) == 2
+    assert not Path("runs").exists()
+
+
+def test_no_file_of_a_repository_is_outside_of_its_snapshot(hub: HubServer) -> None:
+    hub.data_set("org/evil", {"../../../../../train.jsonl": ROW, "/train.jsonl": ROW})
+    assert "it has no data file that can be read" in problems("data.train=org/evil")
