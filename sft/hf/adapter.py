@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from launcher.contract.hub_cache import snapshot_of
 from launcher.contract.spec import LoraSpec
 from launcher.contract.spec.model import ALL_LINEAR
+from sft.hf.trained_routers import modules_to_save
 from sft.models.architecture import Architecture, Experts
 from sft.models.weight_map import SHARED_EXPERT, ParameterMap, Piece, checkpoint_key, split_parameter
 
@@ -218,7 +219,7 @@ def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": modules_to_save(architecture, lora),
         "use_dora": lora.dora,
         "use_rslora": lora.rslora,
     }

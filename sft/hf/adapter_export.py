@@ -40,8 +40,10 @@ from sft.hf.exporter import (
 )
 from sft.hf.files import WeightFiles, check_model_files, write_weights
 from sft.hf.sharded_reader import ShardedReader
+from sft.hf.trained_routers import frozen_parts, name_in_memory, trained_routers
 from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
+from sft.models.weight_map import checkpoint_key
 
 MERGED_ADAPTER = "adapter"
 """Where a merged export keeps the adapter that went into it."""
@@ -66,7 +68,7 @@ def export_adapter(
         copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
         own = aside / MERGED_ADAPTER if merged else aside
         own.mkdir(exist_ok=True)
-        _write_adapter(reader, targets, architecture, own, dora=lora.dora)
+        _write_adapter(reader, targets, architecture, WeightFiles(model_dir), own, lora)
         write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir))
         if merged:
             dtypes = file_dtypes(model_dir, architecture)
@@ -104,6 +106,8 @@ def add_adapter(model: torch.nn.Module, directory: Path) -> None:
             weight = model.get_parameter(f"{prefix.removeprefix(PEFT_PREFIX)}.weight")
             adapter = AdapterTensors(a, tensors[f"{prefix}.lora_B.weight"], tensors.get(f"{prefix}.{MAGNITUDE}"))
             weight.copy_(merged_weight(weight, adapter, scale))
+        elif ".lora_" not in name:
+            model.state_dict()[name.removeprefix(PEFT_PREFIX)].copy_(a)
 
 
 class _Merger:
@@ -123,6 +127,7 @@ class _Merger:
         self._shapes = architecture.weights.hf_shapes()
         self._targets = {f"{target.module}.weight": target for target in targets}
         self._lora = lora
+        self._routers = {tensor: name for name, tensor in trained_routers(architecture, lora).items()}
 
     def tensors_of(self, parameter: str) -> Mapping[str, torch.Tensor]:
         """Return the tensors that make up one parameter."""
@@ -131,6 +136,8 @@ class _Merger:
 
     def _tensor(self, name: str) -> torch.Tensor:
         whole = self._files.tensor(name, self._shapes[name])[:]
+        if name in self._routers:
+            return _router(self._reader, self._architecture, self._routers[name])
         target = self._targets.get(name)
         if target is None:
             return whole
@@ -138,12 +145,26 @@ class _Merger:
 
 
 def _write_adapter(
-    reader: ShardedReader, targets: list[AdapterTarget], architecture: Architecture, directory: Path, *, dora: bool
+    reader: ShardedReader,
+    targets: list[AdapterTarget],
+    architecture: Architecture,
+    source: WeightFiles,
+    directory: Path,
+    lora: LoraSpec,
 ) -> None:
+    """Write the adapters, and with them the routers that were trained."""
     tensors: dict[str, torch.Tensor] = {}
     for target in targets:
-        tensors |= target.read(reader, dora=dora).named(architecture.weights.module(target.module))
+        tensors |= target.read(reader, dora=lora.dora).named(architecture.weights.module(target.module))
+    for name, tensor in trained_routers(architecture, lora).items():
+        tensors[f"{PEFT_PREFIX}{name_in_memory(architecture, tensor)}"] = _router(reader, architecture, name)
+    for tensor in frozen_parts(architecture, lora):
+        tensors[f"{PEFT_PREFIX}{name_in_memory(architecture, tensor)}"] = source.unchanged(tensor)
     write_weights({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / ADAPTER_WEIGHTS)
+
+
+def _router(reader: ShardedReader, architecture: Architecture, name: str) -> torch.Tensor:
+    return reader.tensor(*checkpoint_key(name, stacked=architecture.weights.stacked))
 
 
 def _check_checkpoint(

@@ -6,6 +6,7 @@ from launcher.contract.errors import ModelError
 from launcher.contract.spec import RunSpec
 from sft.hf.adapter import lora_problems
 from sft.hf.learning_rates import rate_problems
+from sft.hf.trained_routers import router_problems
 from sft.models.architecture import Architecture
 
 
@@ -16,6 +17,7 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
         *_head_problems(spec, architecture),
         *lora_problems(spec.model.lora, architecture, spec.topology.tensor_parallel),
         *_router_problems(spec, architecture),
+        *router_problems(spec.model.lora, architecture),
     ]
     if not problems:  # the names of adapters come from targets that exist
         problems += rate_problems(spec.train.optimizer, spec.model.lora, architecture)

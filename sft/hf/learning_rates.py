@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from launcher.contract.spec import LoraSpec, OptimizerSpec
 from sft.hf.adapter import all_targets
+from sft.hf.trained_routers import trained_routers
 from sft.models.architecture import Architecture
 
 _KEY = "train.optimizer.lr_by_name"
@@ -35,7 +36,7 @@ def rates(optimizer: OptimizerSpec, lora: LoraSpec, architecture: Architecture) 
         if pattern is not None:
             number = list(optimizer.lr_by_name).index(pattern)
             found[parameter] = Rate(number + 1, float(optimizer.lr_by_name[pattern]) / optimizer.lr)
-        elif optimizer.loraplus_ratio is not None and ".lora_A." not in names[0]:
+        elif optimizer.loraplus_ratio is not None and _is_beside_a(names[0]):
             found[parameter] = Rate(0, optimizer.loraplus_ratio)
     return found
 
@@ -64,6 +65,11 @@ def rate_problems(optimizer: OptimizerSpec, lora: LoraSpec, architecture: Archit
     return problems
 
 
+def _is_beside_a(name: str) -> bool:
+    """Return whether LoRA+ gives this tensor its own rate: B and magnitudes of an adapter."""
+    return ".lora_" in name and ".lora_A." not in name
+
+
 def _pattern(optimizer: OptimizerSpec, name: str) -> str | None:
     """Return the first pattern that matches, or None."""
     return next((pattern for pattern in optimizer.lr_by_name if fnmatch.fnmatchcase(name, pattern)), None)
@@ -72,10 +78,12 @@ def _pattern(optimizer: OptimizerSpec, name: str) -> str | None:
 def _trained(lora: LoraSpec, architecture: Architecture) -> dict[str, list[str]]:
     """Return the Hugging Face names of what each trained parameter holds."""
     if lora.rank is not None:
-        return {
+        routers = {name: [tensor] for name, tensor in trained_routers(architecture, lora).items()}
+        return routers | {
             target.parameter(own): [f"{architecture.weights.module(target.module)}.{name}"]
             for target in all_targets(architecture, lora)
             for own, name in target.parts(lora)
         }
     maps = architecture.weights.parameters() | dict(architecture.weights.outer)  # a stage may have a tied copy
-    return {name: list(dict.fromkeys(piece.name for piece in part.pieces)) for name, part in maps.items()}
+    trained = {name: part for name, part in maps.items() if not part.frozen}
+    return {name: list(dict.fromkeys(piece.name for piece in part.pieces)) for name, part in trained.items()}

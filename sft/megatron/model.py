@@ -14,7 +14,6 @@ from torch import Tensor
 from launcher.contract.errors import CheckpointError
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
-from sft.hf.adapter import MARK
 from sft.hf.checks import check_model_settings
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
 from sft.kernels.loss_form import LossForm
@@ -195,7 +194,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: Mapping[str, object] | None = None
     ) -> dict[str, object]:
-        """Return Megatron-core's state, for an adapted model only its adapters and what they were trained on.
+        """Return Megatron-core's state, for an adapted model only what is trained of it and what that was trained on.
 
         Layers that differ have keys of their own; equal ones are stacked.
         """
@@ -203,7 +202,8 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         state: dict[str, object] = super().sharded_state_dict(prefix, sharded_offsets, own)
         if not self.adapted:
             return state
-        return {key: value for key, value in state.items() if MARK in key} | {_BASE: self.base_weights}
+        trained = {f"{prefix}{name}" for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {key: value for key, value in state.items() if key in trained} | {_BASE: self.base_weights}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> object:
         """Load as torch does. An adapted model must find its adapters, of its own frozen weights, and nothing else."""

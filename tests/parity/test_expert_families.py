@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from launcher.contract.spec import LoraSpec
+from launcher.contract.spec import LoraSpec, RunSpec
 from sft.commands.export import export_run
 from sft.hf import exporter
 from sft.hf.adapter import target_names
+from sft.hf.adapter_export import add_adapter
 from sft.hf.sharded_reader import ShardedReader
+from sft.hf.trained_routers import router_problems
 from sft.models.registry import read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
@@ -27,6 +30,7 @@ from tests.parity.test_families import RATE, family_model
 from tests.parity.test_grid import assert_gradients_equal
 from tests.parity.test_lora import STEPS, adapted, expect_curve, expected_curve, lora_run
 from tests.sft.hf.test_exporter import expect_equal, weights
+from tests.sft.hf_cases import example_ids, hf_logits, save_config
 from tests.tiny_model import make_chat_rows, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -154,3 +158,47 @@ def test_adapters_of_attention_and_of_shared_experts(tmp_path: Path, chat: Path,
     assert {name for name in changed if ".experts." in name or name.startswith("model.layers.4.")} == set()
     config = json.loads((paths.export / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == lora.targets
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_routers_are_trained_beside_adapters_where_asked_for(family: str, tmp_path: Path, chat: Path) -> None:
+    """Under sequence parallel, where each rank routes a part. PEFT gives the exported adapter's logits, routers
+    included; Mixtral's files have another name for them than transformers."""
+    peft = pytest.importorskip("peft")
+    model = family_model(tmp_path / "model", family)
+    lora = LoraSpec(rank=2, targets=["q_proj"], router=True)
+
+    def build(spec: RunSpec) -> PreTrainedModel:
+        made = adapted(model, lora, spec.train.seed)
+        for name, parameter in made.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                parameter.requires_grad_(True)
+        return made
+
+    expected = expected_curve(tmp_path / "reference", model, chat, build)
+    topology = {"tensor_parallel": 2, "sequence_parallel": True}
+    paths = lora_run(tmp_path, model, chat, lora, ranks=2, topology=topology, max_steps=STEPS, export_merged=True)
+    run_training(paths, 2)
+    expect_curve(paths, expected)
+    export_run(paths.root)
+    found, source = weights(paths.export), weights(model)
+    routers = {name for name in source if name.endswith("gate.weight")}
+    assert {name for name in source if not torch.equal(found[name], source[name])} == routers | {
+        f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(4)
+    }
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    loaded = peft.PeftModel.from_pretrained(base, paths.export / "adapter").eval()
+    ids = example_ids(vocab=331)
+    with torch.no_grad():
+        assert (loaded(ids).logits - hf_logits(paths.export, ids)).abs().max() < 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    add_adapter(plain, paths.export / "adapter")
+    with torch.no_grad():
+        assert (plain(ids).logits - hf_logits(paths.export, ids)).abs().max() < 1e-5
+
+
+def test_a_model_without_routers_is_refused(tmp_path: Path) -> None:
+    architecture = read_architecture(save_config("llama", tmp_path))
+    assert router_problems(LoraSpec(rank=2, router=True), architecture) == [
+        "model.lora.router: a llama model has no routers; leave it out"
+    ]

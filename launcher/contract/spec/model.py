@@ -30,6 +30,8 @@ class LoraSpec:
     """Linear layers to adapt, by their Hugging Face names, e.g. [q_proj, v_proj]; empty or all-linear: all of them."""
     dropout: Annotated[float, Fraction()] = 0.0
     """Dropout on each adapter's input."""
+    router: bool = False
+    """Train the routers of a model with experts, too: their matrices as they are, without adapters."""
 
     @property
     def scale(self) -> float:

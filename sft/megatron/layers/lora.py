@@ -39,6 +39,7 @@ from sft.megatron.core import (
     tensor_parallel,
 )
 from sft.megatron.layers.dora import RowNorms
+from sft.megatron.layers.router import routers_of
 from sft.models.architecture import Architecture
 from sft.models.weight_map import rank_pieces
 
@@ -259,8 +260,11 @@ class AdaptedRow(_Adapted):
 def attach_adapters(
     model_chunk: GPTModel, lora: LoraSpec, architecture: Architecture, config: TransformerConfig
 ) -> None:
-    """Give every targeted linear of a chunk its adapters, and freeze all else."""
+    """Give every targeted linear of a chunk its adapters, and freeze all else but routers that are to be trained."""
     model_chunk.requires_grad_(False)
+    if lora.router:
+        for router in routers_of(model_chunk).values():
+            router.weight.requires_grad_(True)
     for layer in model_chunk.decoder.layers:
         targets = adapter_targets(architecture, lora, layer.layer_number - 1)
         for linear in dict.fromkeys(target.linear for target in targets):

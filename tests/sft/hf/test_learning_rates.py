@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from launcher.contract.spec import LoraSpec, OptimizerSpec
 from sft.hf.learning_rates import rate_groups, rate_problems, rates
+from sft.models.registry import read_architecture
+from tests.sft.hf_cases import save_config
 from tests.sft.models.test_weight_map import architecture
 
 FULL = LoraSpec()
@@ -42,6 +46,23 @@ def test_loraplus_is_for_b_and_magnitudes() -> None:
         "v_proj.lora_B.0",
         "v_proj.magnitude.0",
     }
+
+
+def test_routers_learn_at_the_rate_of_a_or_by_their_name() -> None:
+    """They are whole matrices, and LoRA+ is about the two of an adapter."""
+    lora, router = LoraSpec(rank=2, targets=["q_proj"], router=True), "decoder.layers.1.mlp.router.weight"
+    model = architecture("qwen3_moe")
+    assert router not in rates(optimizer(loraplus_ratio=16.0), lora, model)
+    named = rates(optimizer(lr_by_name={"*.mlp.gate.weight": "3e-3"}), lora, model)
+    assert {name: rate.multiplier for name, rate in named.items()} == {
+        f"decoder.layers.{layer}.mlp.router.weight": pytest.approx(3e-3 / optimizer().lr) for layer in range(2)
+    }
+
+
+def test_a_bias_that_is_never_trained_has_no_rate(tmp_path: Path) -> None:
+    model = read_architecture(save_config("glm4_moe", tmp_path))
+    (problem,) = rate_problems(optimizer(lr_by_name={"*e_score_correction_bias": "0"}), FULL, model)
+    assert problem.startswith("train.optimizer.lr_by_name: '*e_score_correction_bias' matches no trained parameter")
 
 
 def test_patterns_name_adapters_and_go_before_loraplus() -> None:

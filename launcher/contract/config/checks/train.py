@@ -104,6 +104,7 @@ def lora_problems(spec: RunSpec) -> Iterator[Problem]:
             "model.lora.dropout": lora.dropout,
             "model.lora.rslora": lora.rslora,
             "model.lora.dora": lora.dora,
+            "model.lora.router": lora.router,
             "train.optimizer.loraplus_ratio": spec.train.optimizer.loraplus_ratio,
             "checkpoint.export_merged": spec.checkpoint.export_merged,
         }

@@ -33,6 +33,7 @@ def test_none_and_all() -> None:
         (LoraSpec(dropout=0.1), {}, ("model.lora.dropout", "0.1 needs model.lora.rank, which is unset")),
         (LoraSpec(rslora=True), {}, ("model.lora.rslora", "True needs model.lora.rank, which is unset")),
         (LoraSpec(dora=True), {}, ("model.lora.dora", "True needs model.lora.rank, which is unset")),
+        (LoraSpec(router=True), {}, ("model.lora.router", "True needs model.lora.rank, which is unset")),
         (
             LoraSpec(rank=4, dora=True, dropout=0.1),
             {},

@@ -1,0 +1,54 @@
+"""Routers that are trained beside adapters (model.lora.router): whole matrices, which have no adapters.
+
+A PEFT adapter holds them as `modules_to_save`: all tensors of a module, in place of the base model's. Those that were
+not trained are among them.
+"""
+
+from __future__ import annotations
+
+from launcher.contract.spec import LoraSpec
+from sft.models.architecture import Architecture, Experts
+
+_WEIGHT = ".weight"
+_ROUTER, _BIAS = "mlp.router.weight", "mlp.router.bias"
+_MODULES = {".block_sparse_moe.": ".mlp."}
+"""Where transformers keeps a router under another name than the files of its family do."""
+
+
+def trained_routers(architecture: Architecture, lora: LoraSpec) -> dict[str, str]:
+    """Return, by their names in the whole model, the parameters of routers that are trained, and their tensors."""
+    if not lora.router:
+        return {}
+    return {
+        f"decoder.layers.{index}.{_ROUTER}": architecture.weights.layers[index][_ROUTER].pieces[0].name
+        for index, layer in enumerate(architecture.layers)
+        if isinstance(layer.mlp, Experts)
+    }
+
+
+def frozen_parts(architecture: Architecture, lora: LoraSpec) -> list[str]:
+    """Return the tensors of the same modules that are not trained: the biases by which experts are chosen."""
+    if not lora.router:
+        return []
+    return [layer[_BIAS].pieces[0].name for layer in architecture.weights.layers if _BIAS in layer]
+
+
+def name_in_memory(architecture: Architecture, tensor: str) -> str:
+    """Return what transformers and PEFT call a router's tensor of the files."""
+    name = architecture.weights.module(tensor)
+    for ours, theirs in _MODULES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def modules_to_save(architecture: Architecture, lora: LoraSpec) -> list[str] | None:
+    """Return the names by which PEFT finds the routers. Whole ones, since other modules may be called `gate`, too."""
+    tensors = trained_routers(architecture, lora).values()
+    return [name_in_memory(architecture, tensor).removesuffix(_WEIGHT) for tensor in tensors] or None
+
+
+def router_problems(lora: LoraSpec, architecture: Architecture) -> list[str]:
+    """Return why routers cannot be trained in this model."""
+    if not lora.router or architecture.has_experts:
+        return []
+    return [f"model.lora.router: a {architecture.shape.model_type} model has no routers; leave it out"]
