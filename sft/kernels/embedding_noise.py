@@ -34,5 +34,5 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _right(x: Tensor, bits: int) -> Tensor:
-    """Return the unsigned right shift; `>>` repeats the sign."""
+    """Return the unsigned right shift, where `>>` would repeat the sign."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)

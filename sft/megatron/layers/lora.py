@@ -169,7 +169,7 @@ class Adapters(nn.ModuleDict):
         return torch.cat([part.lora_A for part in self._parts()])
 
     def _magnitudes(self) -> Tensor:
-        """Return the magnitudes in the order of the linear's rows, fp32 [rows]; 1 where a row has no target."""
+        """Return the magnitudes in the order of the linear's rows, fp32 [rows], 1 where a row has no target."""
         blocks = torch.cat([block for part in self._parts() for block in part.magnitude])
         return F.pad(blocks, (0, 1), value=1.0).index_select(0, self._row_order()).float()
 

@@ -42,7 +42,7 @@ class NoisyEmbedding:
 
     @contextmanager
     def of(self, tokens: TokenSeeds | None) -> Iterator[None]:
-        """Add the noise of these tokens; None adds none."""
+        """Add the noise of these tokens, or none."""
         self._tokens = tokens
         try:
             yield

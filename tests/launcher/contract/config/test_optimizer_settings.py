@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.contract.config.checks import spec_problems
-from launcher.contract.spec import DataSpec, OptimizerSpec, RunSpec, TrainSpec
+from launcher.contract.config.conversion import typed_spec
+from launcher.contract.config.yaml_leaves import read_yaml
+from launcher.contract.spec import DataSpec, OptimizerSpec, RunSpec, TrainSpec, read_resolved, to_yaml
 
 PREFIX = "train.optimizer."
 
@@ -17,6 +20,28 @@ def problems(steps: int | None = 100, **optimizer: Any) -> list[tuple[str, str]]
     train = TrainSpec(**length, optimizer=OptimizerSpec(**optimizer))
     spec = RunSpec(name="run", data=DataSpec(train=["chat.jsonl"]), train=train)
     return [(key.removeprefix(PREFIX), text) for key, text in spec_problems(spec) if key.startswith(PREFIX)]
+
+
+def test_rates_by_name_and_words_for_all_layers_are_read_from_yaml(tmp_path: Path) -> None:
+    """The order of patterns counts, also in the run's own config."""
+    text = """
+train:
+  epochs: 2.5
+  optimizer:
+    lr_by_name: {"*.layers.1.*": 1e-6, "*": 0, "*.embed_tokens.*": 3.0e-5}
+model: {lora: {rank: 4, targets: all-linear}}
+"""
+    leaves = read_yaml(text, "cfg.yaml", RunSpec, "file")
+    spec = typed_spec(leaves)
+    assert leaves.problems == []
+    (tmp_path / "config.yaml").write_text(to_yaml(spec))
+    for read in (spec, read_resolved(tmp_path / "config.yaml")):
+        assert list(read.train.optimizer.lr_by_name.items()) == [
+            ("*.layers.1.*", "1e-6"),
+            ("*", "0"),
+            ("*.embed_tokens.*", "3.0e-5"),
+        ]
+        assert (read.train.epochs, read.model.lora.targets, read.model.lora.names) == (2.5, ["all-linear"], [])
 
 
 @pytest.mark.parametrize(
