@@ -67,7 +67,7 @@ class Snapshot:
         """Return why the attempt failed, as far as the files tell."""
         if self.cancelled:
             return "by `launcher cancel`"
-        code = f"exit code {self.exit_code}{_meaning(self.exit_code)}"
+        code = f"exit code {self.exit_code}{meaning_of(self.exit_code)}"
         first, error = first_failure(self.paths, self.attempt or ""), first_error(self.paths, self.attempt or "")
         if self.detail or error is not None:
             said = self.detail or (error.sentence if error is not None else "")
@@ -142,7 +142,15 @@ def _scheduler_of(event: Mapping[str, Any]) -> SchedulerName:
     return AttemptName(str(event.get("attempt"))).scheduler
 
 
-def _meaning(code: int | None) -> str:
+_OF_SHELLS = {
+    126: " (a program could not be run)",
+    127: " (a program was not found)",
+    128 + 24: " (signal 24: a limit of CPU time, `ulimit -t`)",
+}
+
+
+def meaning_of(code: int | None) -> str:
+    """Return what an exit code means, in words to put behind it, or an empty text."""
     meanings = {
         ExitCode.BAD_INPUT: " (bad input)",
         ExitCode.IO_ERROR: " (could not write; is the disk full?)",
@@ -151,6 +159,8 @@ def _meaning(code: int | None) -> str:
         ExitCode.BAD_NODE: " (a node failed its preflight)",
         ExitCode.NEVER_REQUEUE: " (never to be started again by itself)",
     }
+    if code in _OF_SHELLS:
+        return _OF_SHELLS[code]
     if code is not None and code > 128:
         return f" (signal {code - 128})"
     return meanings.get(ExitCode(code), "") if code in set(ExitCode) else ""

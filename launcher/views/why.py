@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from launcher.contract.records import read_events
 from launcher.contract.rundir import JsonObject, RunPaths
+from launcher.runs.snapshot import meaning_of
 from launcher.views.text import local_time
 
 _TOLD: dict[str, Callable[[JsonObject], str]] = {
@@ -27,7 +28,7 @@ _TOLD: dict[str, Callable[[JsonObject], str]] = {
     "cancelled": lambda event: f"job {event['job_id']} was cancelled by `launcher cancel`",
     "training_finished": lambda event: f"training finished after step {event['step']}",
     "exported": lambda event: "exported",
-    "attempt_ended": lambda event: f"attempt {event['attempt']} ended with exit code {event['exit_code']}",
+    "attempt_ended": lambda event: _end(event),
     "restart_decided": lambda event: _decision(event),
 }
 
@@ -61,6 +62,14 @@ def _decision(event: JsonObject) -> str:
         f"decision: {event['decision']}{avoid}: {event['reason']}{budget}",
     )
     return f"\n{'':21}".join(lines)
+
+
+def _end(event: JsonObject) -> str:
+    """Tell of an end that no decision follows: the attempt did not hold the run yet, or a person began it."""
+    cause = f"\n{'':21}cause: {event['detail']}" if event.get("detail") else ""
+    return (
+        f"attempt {event['attempt']} ended with exit code {event['exit_code']}{meaning_of(event['exit_code'])}{cause}"
+    )
 
 
 def _stop(event: JsonObject) -> str:

@@ -71,6 +71,8 @@ exit $code
 def test_run_that_goes_on_as_a_new_job(bench: Workbench, kind: str) -> None:
     """The new job is recorded, whatever sbatch prints, and a run that waits for the old one waits for it."""
     python, env = site(bench, "site", sbatch=SBATCH[kind])
+    env["XDG_STATE_HOME"] = str(bench.root / "state")
+    bench.launcher("nodes", "add", "node4", "--cluster=slurm-dev", "--why=fan", env=env)
     run = bench.submit(f"{kind}-first", *ALONE, python, "restart.how=resubmit", env=env)
     (old,) = read_manifest(run).jobs
     behind = bench.submit(f"{kind}-behind", *ALONE, python, f"after={run.name}", env=env)
@@ -81,6 +83,7 @@ def test_run_that_goes_on_as_a_new_job(bench: Workbench, kind: str) -> None:
     new = events(run, "submitted")[1]
     assert sorted(jobs_named(bench, run.name)) == sorted([old.id.text, new["job_id"]])
     assert new["by"] == f"{old.id.text}.0"
+    assert "ExcNodeList=node4 " in bench.cluster.run(["scontrol", "show", "job", "-o", new["job_id"]]).stdout
     assert not run.submission.exists()
     assert bench.status(run)["job"] == new["job_id"]
     bench.wait_for_state(behind, "COMPLETED")

@@ -90,6 +90,7 @@ def test_one_squeue_and_one_sacct_for_all_runs(tmp_path: Path, commands: Command
         (74, JobState.FAILED, "ended with exit code 74 (could not write; is the disk full?)"),
         (2, JobState.FAILED, "ended with exit code 2 (bad input)"),
         (137, JobState.FAILED, "ended with exit code 137 (signal 9)"),
+        (152, JobState.FAILED, "ended with exit code 152 (signal 24: a limit of CPU time, `ulimit -t`)"),
         (17, JobState.FAILED, "ended with exit code 17"),
     ],
 )

@@ -66,6 +66,12 @@ def test_history_of_a_run_that_was_started_again(run: RunPaths) -> None:
         ("lease_taken_over", {"holder": "attempt 7.0"}, "took over the lease of attempt 7.0"),
         ("lease_refused", {"attempt": "9.0", "reason": "it is held"}, "attempt 9.0 refused to start: it is held"),
         ("cancelled", {"job_id": "7"}, "job 7 was cancelled by `launcher cancel`"),
+        ("attempt_ended", {"attempt": "7.0", "exit_code": 0}, "attempt 7.0 ended with exit code 0"),
+        (
+            "attempt_ended",
+            {"attempt": "7.0", "exit_code": 127},
+            "attempt 7.0 ended with exit code 127 (a program was not found)",
+        ),
         ("training_finished", {"step": 9}, "training finished after step 9"),
         ("training_finished", {}, "training_finished"),  # as another version may have written it
     ],
@@ -74,3 +80,11 @@ def test_one_line_an_event(run: RunPaths, event: str, fields: dict[str, object],
     append_event(run, event, **fields)
     append_event(run, "of no interest")
     assert told(run) == [line]
+
+
+def test_an_attempt_that_ended_before_it_had_the_run_tells_its_cause(run: RunPaths) -> None:
+    append_event(run, "attempt_ended", attempt="7.0", exit_code=127, detail="there is no command module on n1")
+    assert told(run) == [
+        "attempt 7.0 ended with exit code 127 (a program was not found)",
+        "cause: there is no command module on n1",
+    ]
