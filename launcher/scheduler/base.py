@@ -165,7 +165,10 @@ class Scheduler(Protocol):
         ...
 
     def cancel(self, job: Job) -> None:
-        """End a job. It is no error if the job has ended already; SchedulerError where there is none of this id."""
+        """End a job. It is no error if the job has ended already.
+
+        SchedulerError where there is none of this id.
+        """
         ...
 
     def clusters_of(self, resources: ResourcesSpec) -> str:

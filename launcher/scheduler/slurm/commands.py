@@ -143,7 +143,7 @@ def _config() -> dict[str, str]:
 
 
 def cancel(job_id: str, clusters: str = "") -> None:
-    """Cancel a job. A job that has ended already is no error; SchedulerError where Slurm knows none of this id."""
+    """Cancel a job. One that has ended already is no error. SchedulerError where Slurm says that it knows none."""
     said = _answer(["scancel", *_at(clusters), job_id]).stderr
     if "invalid job id" in said.lower():  # scancel may exit with 0 all the same
         raise SchedulerError(f"scancel failed: {said.strip()}")
