@@ -313,3 +313,9 @@ def test_a_run_has_one_date(workdir: Path) -> None:
     for wrong in ("31.01.2026", "2026-02-30", "20260131"):
         (problem,) = problems(f"data.date={wrong}")
         assert f"data.date: '{wrong}' is not a day, YYYY-MM-DD" in problem
+
+
+def test_chat_templates_by_name(workdir: Path) -> None:
+    assert load_config(CFG, ["data.chat_template=chatml"]).spec.data.chat_template == "chatml"
+    (problem,) = problems("data.chat_template=chatlm")
+    assert problem.endswith("alpaca, chatml, gemma, llama3, mistral, vicuna, zephyr); did you mean 'chatml'?")
