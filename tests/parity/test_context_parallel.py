@@ -25,6 +25,7 @@ from tests.parity.test_families import family_model
 from tests.parity.test_grid import RATE, STEPS, assert_gradients_equal
 from tests.parity.test_packing import first_steps, trace
 from tests.ranks import RankFailure
+from tests.sft.hf_cases import OF_TEXT
 from tests.tiers import thinned
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl
 
@@ -58,7 +59,7 @@ DEFAULT = {
     "cp2_dp2": ("packed",),
 }
 KINDS_OF_POSITIONS = ["qwen2_yarn", "phi3_partial_rope", "llama_llama3_rope_other_numbers", *SUPPORTED]
-PLAIN_ROPE = {"gemma", "llama", "mistral", "phi3", "qwen2", "qwen3"}
+PLAIN_ROPE = {"gemma", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
 """Families that add nothing to what Llama's layouts and forms above show of positions."""
 SAVED: dict[str, Any] = {"max_steps": 6, "every": 2, "keep_last": 9, "packing": True, "lr": 1e-3}
 CELLS = [
@@ -179,9 +180,7 @@ def test_a_sequence_that_crosses_chunks_has_its_losses(tmp_path: Path, material:
 
 @pytest.mark.parametrize(
     "name",
-    thinned(
-        KINDS_OF_POSITIONS, "qwen2_yarn", *(set(SUPPORTED) - {"gemma", "llama", "mistral", "phi3", "qwen2", "qwen3"})
-    ),
+    thinned(KINDS_OF_POSITIONS, "qwen2_yarn", *(set(OF_TEXT) - PLAIN_ROPE)),
 )
 def test_positions_of_every_kind(name: str, tmp_path: Path) -> None:
     """Learned ones, scaled and partial RoPE."""

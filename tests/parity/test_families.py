@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from sft.models.registry import SUPPORTED, family, read_architecture
+from sft.models.registry import SUPPORTED, read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_grid import assert_gradients_equal
-from tests.sft.hf_cases import CASES, save_hf_model
+from tests.sft.hf_cases import CASES, OF_TEXT, save_hf_model
 from tests.tiers import thinned
 from tests.tiny_model import VOCAB_SIZE, make_chat_rows, make_tokenizer, write_jsonl
 
@@ -51,8 +51,6 @@ VARIANTS = (
     "qwen2_yarn",
 )
 """Variants that are trained by default beside the families' own small models."""
-BY_DEFAULT = [name for name in SUPPORTED if not family(name).multimodal]
-"""Multimodal models have the layers of another family."""
 Layout = tuple[int, dict[str, Any], dict[str, Any]]
 LAYOUTS: dict[str, Layout] = {
     "tp2_pp2_plain": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}, {"kernels": "plain"}),
@@ -85,7 +83,7 @@ def family_model(directory: Path, case: str, **more: Any) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", thinned(CASES, *BY_DEFAULT, *VARIANTS))
+@pytest.mark.parametrize("case", thinned(CASES, *OF_TEXT, *VARIANTS))
 def test_every_gradient_follows_reference(case: str, layout: str, tmp_path: Path, chat: Path) -> None:
     """Every family of the registry, with plain and with fused kernels: a new family is found without being named."""
     expect_reference(case, LAYOUTS[layout], tmp_path, chat)

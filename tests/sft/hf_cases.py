@@ -25,6 +25,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name of a case -> model type and config: each family's small model, and its variants as <family>_<variant>."""
 
 
+OF_TEXT = [name for name in SUPPORTED if not family(name).multimodal]
+"""Families but multimodal ones, whose layers are those of another family: what most grids run by default."""
+
+
 def hf_config(case: str, **more: object) -> Any:
     """The case as transformers' configuration. Sizes are those of the language model."""
     from transformers import AutoConfig
