@@ -24,6 +24,8 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 HEADROOM = 0.92
 """Part of the memory that a proposed layout may need, as the model errs by some per cent. A run is refused only where
 it needs more than all of it."""
+_EXPERT_LAYERS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""What families call the matrices of their experts."""
 RECOMPUTE: tuple[Recompute, ...] = ("none", "norms", "selective", "full")
 
 
@@ -52,6 +54,7 @@ def workload_of(spec: RunSpec, shape: ModelShape) -> Workload:
         attended=length,
         precision=train.precision,
         lora_rank=spec.model.lora.rank,
+        lora_on_experts=not spec.model.lora.names or not _EXPERT_LAYERS.isdisjoint(spec.model.lora.names),
     )
 
 

@@ -13,14 +13,13 @@ Rejected: one adapter a fused linear (q, k and v would share an A, which no PEFT
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from launcher.contract.hub_cache import snapshot_of
 from launcher.contract.spec import LoraSpec
-from launcher.contract.spec.model import ALL_LINEAR
 from sft.hf.trained_routers import modules_to_save
 from sft.models.architecture import Architecture, Experts
 from sft.models.weight_map import SHARED_EXPERT, ParameterMap, Piece, checkpoint_key, split_parameter
@@ -111,13 +110,8 @@ class AdapterTarget:
                 yield f"magnitude.{block}", MAGNITUDE
 
     def draw_a(self, rank: int, seed: int) -> torch.Tensor:
-        """Return the whole initial A: random with PEFT's distribution, from its name and the seed alone."""
-        import torch
-
-        digest = hashlib.sha256(f"{seed} {self.module}.lora_A.weight".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        bound = float(self.columns**-0.5)
-        return torch.empty((rank, self.columns), device="cpu").uniform_(-bound, bound, generator=generator)
+        """Return the whole initial A."""
+        return initial_a(self.module, rank, self.columns, seed)
 
     def read(self, source: CheckpointTensors, *, dora: bool = False) -> AdapterTensors:
         """Return the adapter of a sharded checkpoint, rows in the order of the files."""
@@ -132,6 +126,16 @@ class AdapterTarget:
         blocks = range(len(self.parameter_map.blocks))
         rows = torch.cat([source.tensor(*self.checkpoint_key(f"{which}.{block}")) for block in blocks])
         return split_parameter(self.parameter_map, rows.view(len(rows), -1))[f"{self.module}{_WEIGHT}"]
+
+
+def initial_a(module: str, rank: int, columns: int, seed: int) -> torch.Tensor:
+    """Return A of a layer's new adapter: random with PEFT's distribution, from the layer's name and the seed alone."""
+    import torch
+
+    digest = hashlib.sha256(f"{seed} {module}.lora_A.weight".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    bound = float(columns**-0.5)
+    return torch.empty((rank, columns), device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> list[AdapterTarget]:
@@ -170,19 +174,16 @@ def target_names(architecture: Architecture, lora: LoraSpec) -> list[str]:
     return list(dict.fromkeys(target.name for target in all_targets(architecture, lora)))
 
 
-def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: int) -> list[str]:
-    """Return what the model cannot do of these settings."""
+def lora_problems(
+    lora: LoraSpec, architecture: Architecture, tensor_parallel: int, of_experts: Sequence[str] = ()
+) -> list[str]:
+    """Return what the model cannot do of these settings. `of_experts` names the layers that its experts have."""
     if lora.rank is None:
         return []
     if any(part.transposed for part in architecture.weights.layers[0].values()):
         kind = architecture.shape.model_type
         return [f"model.lora.rank {lora.rank}: a {kind} model takes no adapters here; unset it to train all weights"]
-    every = target_names(architecture, LoraSpec(rank=lora.rank))
-    if not lora.names and any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
-        return [
-            f"model.lora.targets: {ALL_LINEAR if lora.targets else 'empty'} means every linear layer, and routers and "
-            f"experts take no adapters yet; set it to [{', '.join(every)}]"
-        ]
+    every = list(dict.fromkeys([*target_names(architecture, LoraSpec(rank=lora.rank)), *of_experts]))
     problems = [
         f"model.lora.targets: a {architecture.shape.model_type} model has no linear layer {name}; it has "
         f"{', '.join(every)}"
@@ -199,10 +200,13 @@ def lora_problems(lora: LoraSpec, architecture: Architecture, tensor_parallel: i
     return problems
 
 
-def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[str, object]:
+def peft_config(
+    lora: LoraSpec, architecture: Architecture, base: Path, of_experts: Sequence[str] = ()
+) -> dict[str, object]:
     """Return adapter_config.json: what PEFT needs to put the adapter on the model in `base`.
 
-    A model of the hub is named by its id and commit: its path in the cache means nothing elsewhere.
+    A model of the hub is named by its id and commit: its path in the cache means nothing elsewhere. `of_experts` names
+    the adapted layers of experts.
     """
     assert lora.rank is not None
     snapshot = snapshot_of(str(base))
@@ -215,7 +219,7 @@ def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[
         "r": lora.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": _target_modules(lora, architecture),
+        "target_modules": _target_modules(lora, architecture, of_experts),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -225,14 +229,14 @@ def peft_config(lora: LoraSpec, architecture: Architecture, base: Path) -> dict[
     }
 
 
-def _target_modules(lora: LoraSpec, architecture: Architecture) -> list[str]:
+def _target_modules(lora: LoraSpec, architecture: Architecture, of_experts: Sequence[str]) -> list[str]:
     """Return the names by which PEFT finds the targets.
 
     Those of a multimodal model are whole ones: its vision tower has layers of the same last names.
     """
     weights = architecture.weights
     if weights.language_prefix is None:
-        return target_names(architecture, lora)
+        return list(dict.fromkeys([*target_names(architecture, lora), *of_experts]))
     return [weights.module(target.module) for target in all_targets(architecture, lora)]
 
 

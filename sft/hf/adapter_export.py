@@ -30,6 +30,7 @@ from sft.hf.adapter import (
     merged_weight,
     peft_config,
 )
+from sft.hf.expert_adapter import ExpertTarget, all_expert_targets, expert_target_names, weight_in_memory
 from sft.hf.exporter import (
     copy_settings,
     file_dtypes,
@@ -45,6 +46,7 @@ from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
 from sft.models.weight_map import checkpoint_key
 
+_KEPT = 2
 MERGED_ADAPTER = "adapter"
 """Where a merged export keeps the adapter that went into it."""
 
@@ -62,17 +64,18 @@ def export_adapter(
     """Write the adapter in `checkpoint_dir` to `out_dir`, with `merged` also the adapted model."""
     architecture = read_architecture(model_dir)
     reader = ShardedReader(checkpoint_dir)
-    targets = all_targets(architecture, lora)
-    _check_checkpoint(reader, checkpoint_dir, targets, lora)
+    targets, of_experts = all_targets(architecture, lora), all_expert_targets(architecture, lora)
+    _check_checkpoint(reader, checkpoint_dir, [*targets, *of_experts], lora)
     with whole_directory(out_dir) as aside:
         copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
         own = aside / MERGED_ADAPTER if merged else aside
         own.mkdir(exist_ok=True)
-        _write_adapter(reader, targets, architecture, WeightFiles(model_dir), own, lora)
-        write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir))
+        _write_adapter(reader, targets, of_experts, architecture, WeightFiles(model_dir), own, lora)
+        names = expert_target_names(architecture, lora)
+        write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir, names))
         if merged:
             dtypes = file_dtypes(model_dir, architecture)
-            merge = _Merger(reader, model_dir, architecture, targets, lora)
+            merge = _Merger(reader, model_dir, architecture, targets, of_experts, lora)
             write_model(merge.tensors_of, architecture, dtypes, model_dir, aside)
             write_config(model_dir, aside, trained_dtypes(architecture, dtypes))
             check_model_files(aside, architecture)
@@ -103,7 +106,7 @@ def add_adapter(model: torch.nn.Module, directory: Path) -> None:
     for name, a in tensors.items():
         prefix, found, _ = name.partition(".lora_A.")
         if found:
-            weight = model.get_parameter(f"{prefix.removeprefix(PEFT_PREFIX)}.weight")
+            weight = weight_in_memory(model, prefix.removeprefix(PEFT_PREFIX))
             adapter = AdapterTensors(a, tensors[f"{prefix}.lora_B.weight"], tensors.get(f"{prefix}.{MAGNITUDE}"))
             weight.copy_(merged_weight(weight, adapter, scale))
         elif ".lora_" not in name:
@@ -119,6 +122,7 @@ class _Merger:
         model_dir: Path,
         architecture: Architecture,
         targets: list[AdapterTarget],
+        of_experts: list[ExpertTarget],
         lora: LoraSpec,
     ) -> None:
         self._reader = reader
@@ -126,6 +130,9 @@ class _Merger:
         self._architecture = architecture
         self._shapes = architecture.weights.hf_shapes()
         self._targets = {f"{target.module}.weight": target for target in targets}
+        self._of_experts = {f"{module}.weight": target for target in of_experts for module in target.modules}
+        self._expert_adapters: dict[str, AdapterTensors] = {}
+        """Of the experts of one layer, by tensor: they are read together."""
         self._lora = lora
         self._routers = {tensor: name for name, tensor in trained_routers(architecture, lora).items()}
 
@@ -138,15 +145,25 @@ class _Merger:
         whole = self._files.tensor(name, self._shapes[name])[:]
         if name in self._routers:
             return _router(self._reader, self._architecture, self._routers[name])
-        target = self._targets.get(name)
-        if target is None:
-            return whole
-        return merged_weight(whole, target.read(self._reader, dora=self._lora.dora), self._lora.scale)
+        if name in self._targets:
+            return merged_weight(whole, self._targets[name].read(self._reader, dora=self._lora.dora), self._lora.scale)
+        if name in self._of_experts:
+            return merged_weight(whole, self._expert_adapter(name), self._lora.scale)
+        return whole
+
+    def _expert_adapter(self, name: str) -> AdapterTensors:
+        if name not in self._expert_adapters:
+            read = self._of_experts[name].read(self._reader)
+            if len(self._expert_adapters) > _KEPT * len(self._of_experts[name].modules):
+                self._expert_adapters.clear()
+            self._expert_adapters |= {f"{module}.weight": adapter for module, adapter in read}
+        return self._expert_adapters[name]
 
 
 def _write_adapter(
     reader: ShardedReader,
     targets: list[AdapterTarget],
+    of_experts: list[ExpertTarget],
     architecture: Architecture,
     source: WeightFiles,
     directory: Path,
@@ -156,6 +173,9 @@ def _write_adapter(
     tensors: dict[str, torch.Tensor] = {}
     for target in targets:
         tensors |= target.read(reader, dora=lora.dora).named(architecture.weights.module(target.module))
+    for experts in of_experts:
+        for module, adapter in experts.read(reader):
+            tensors |= adapter.named(architecture.weights.module(module))
     for name, tensor in trained_routers(architecture, lora).items():
         tensors[f"{PEFT_PREFIX}{name_in_memory(architecture, tensor)}"] = _router(reader, architecture, name)
     for tensor in frozen_parts(architecture, lora):
@@ -168,13 +188,15 @@ def _router(reader: ShardedReader, architecture: Architecture, name: str) -> tor
 
 
 def _check_checkpoint(
-    reader: ShardedReader, checkpoint_dir: Path, targets: list[AdapterTarget], lora: LoraSpec
+    reader: ShardedReader, checkpoint_dir: Path, targets: list[AdapterTarget | ExpertTarget], lora: LoraSpec
 ) -> None:
     """Refuse the checkpoint of another rank, other targets or another model before anything is written."""
+    assert lora.rank is not None
     layers = max(target.layer for target in targets) + 1
     for target in targets:
         key, index = target.checkpoint_key("lora_A")
-        expected = (*(() if index is None else (layers,)), lora.rank, target.columns)
+        rows = lora.rank * (len(target.modules) if isinstance(target, ExpertTarget) else 1)
+        expected = (*(() if index is None else (layers,)), rows, target.columns)
         if reader.shape(key) != expected:
             raise CheckpointError(
                 f"checkpoint {checkpoint_dir}: {key} is {list(reader.shape(key))}; by model.lora and config.json it "

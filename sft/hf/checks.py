@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from launcher.contract.errors import ModelError
-from launcher.contract.spec import RunSpec
+from launcher.contract.spec import LoraSpec, RunSpec
+from launcher.contract.topology import expert_tensor_parallel
 from sft.hf.adapter import lora_problems
+from sft.hf.expert_adapter import expert_lora_problems, expert_target_names
 from sft.hf.learning_rates import rate_problems
 from sft.hf.trained_routers import router_problems
 from sft.models.architecture import Architecture
@@ -15,7 +17,7 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
     problems = [
         *_position_problems(spec, architecture),
         *_head_problems(spec, architecture),
-        *lora_problems(spec.model.lora, architecture, spec.topology.tensor_parallel),
+        *_lora_problems(spec, architecture),
         *_router_problems(spec, architecture),
         *router_problems(spec.model.lora, architecture),
     ]
@@ -23,6 +25,13 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
         problems += rate_problems(spec.train.optimizer, spec.model.lora, architecture)
     if problems:
         raise ModelError(problems)
+
+
+def _lora_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
+    lora, topo = spec.model.lora, spec.topology
+    of_experts = expert_target_names(architecture, LoraSpec(rank=1))
+    problems = lora_problems(lora, architecture, topo.tensor_parallel, of_experts)
+    return problems or expert_lora_problems(lora, architecture, expert_tensor_parallel(topo))
 
 
 def _router_problems(spec: RunSpec, architecture: Architecture) -> list[str]:

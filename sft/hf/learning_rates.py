@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from launcher.contract.spec import LoraSpec, OptimizerSpec
 from sft.hf.adapter import all_targets
+from sft.hf.expert_adapter import all_expert_targets
 from sft.hf.trained_routers import trained_routers
 from sft.models.architecture import Architecture
 
@@ -78,8 +79,15 @@ def _pattern(optimizer: OptimizerSpec, name: str) -> str | None:
 def _trained(lora: LoraSpec, architecture: Architecture) -> dict[str, list[str]]:
     """Return the Hugging Face names of what each trained parameter holds."""
     if lora.rank is not None:
-        routers = {name: [tensor] for name, tensor in trained_routers(architecture, lora).items()}
-        return routers | {
+        trained = {name: [tensor] for name, tensor in trained_routers(architecture, lora).items()}
+        trained |= {
+            target.parameter(half): [
+                f"{architecture.weights.module(module)}.{half}.weight" for module in target.modules
+            ]
+            for target in all_expert_targets(architecture, lora)
+            for half in ("lora_A", "lora_B")
+        }
+        return trained | {
             target.parameter(own): [f"{architecture.weights.module(target.module)}.{name}"]
             for target in all_targets(architecture, lora)
             for own, name in target.parts(lora)

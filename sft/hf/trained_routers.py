@@ -12,7 +12,7 @@ from sft.models.architecture import Architecture, Experts
 _WEIGHT = ".weight"
 _ROUTER, _BIAS = "mlp.router.weight", "mlp.router.bias"
 _MODULES = {".block_sparse_moe.": ".mlp."}
-"""Where transformers keeps a router under another name than the files of its family do."""
+"""Where transformers keeps routers and experts under another name than the files of their family do."""
 
 
 def trained_routers(architecture: Architecture, lora: LoraSpec) -> dict[str, str]:
@@ -35,7 +35,11 @@ def frozen_parts(architecture: Architecture, lora: LoraSpec) -> list[str]:
 
 def name_in_memory(architecture: Architecture, tensor: str) -> str:
     """Return what transformers and PEFT call a router's tensor of the files."""
-    name = architecture.weights.module(tensor)
+    return module_in_memory(architecture.weights.module(tensor))
+
+
+def module_in_memory(name: str) -> str:
+    """Return what transformers calls a module of the files."""
     for ours, theirs in _MODULES.items():
         name = name.replace(ours, theirs)
     return name

@@ -28,6 +28,28 @@ def swiglu_experts(rows: Tensor, weights: Tensor, up: Tensor, down: Tensor, ends
     return output
 
 
+def weighted_swiglu(mixed: Tensor, weights: Tensor) -> Tensor:
+    """Return weights * silu(g) * u, [rows, width], of mixed = [g, u] and fp32 weights [rows].
+
+    On a GPU backward writes the gradient over `mixed`: no other operation may need it in its own backward.
+    """
+    gated: Tensor = _WeightedSwiGLU.apply(mixed, weights)
+    return gated
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, mixed: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(mixed, weights)
+        return _weighted(mixed, weights)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        mixed, weights = ctx.saved_tensors
+        _, mixed_grad, weights_grad = _weighted_backward(grads[0].contiguous(), mixed, weights)
+        return mixed_grad, weights_grad
+
+
 class _SavedCount(Context, Protocol):
     count: int
 

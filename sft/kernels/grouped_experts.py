@@ -75,10 +75,15 @@ def unsort_rows(rows: Tensor, assignment: Assignment) -> Tensor:
 
 def expert_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Multiply the rows of each expert, sorted, by its matrix: [rows, in] and [experts, out, in] -> [rows, out]."""
-    if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+    if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and _is_aligned(weights):
         grouped = cast(Callable[..., Tensor], F.grouped_mm)
         return grouped(rows, weights.transpose(1, 2), offs=ends)
     return looped_products(rows, weights, ends)
+
+
+def _is_aligned(weights: Tensor) -> bool:
+    """Return whether rows and columns are multiples of 16 bytes, as torch's grouped product wants them."""
+    return all(size * weights.element_size() % 16 == 0 for size in weights.shape[1:])
 
 
 def looped_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -20,11 +20,13 @@ from sft.commands.export import export_run
 from sft.hf import exporter
 from sft.hf.adapter import target_names
 from sft.hf.adapter_export import add_adapter
+from sft.hf.expert_adapter import all_expert_targets
 from sft.hf.sharded_reader import ShardedReader
 from sft.hf.trained_routers import router_problems
 from sft.models.registry import read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
+from tests.parity.test_expert_lora import with_expert_adapters
 from tests.parity.test_experts import LAYOUTS
 from tests.parity.test_families import RATE, family_model
 from tests.parity.test_grid import assert_gradients_equal
@@ -141,11 +143,13 @@ def test_another_number_type_is_for_what_is_trained(tmp_path: Path, chat: Path, 
     assert '"dtype": "bfloat16"' in (tmp_path / "export" / "config.json").read_text()
 
 
-def test_adapters_of_attention_and_of_shared_experts(tmp_path: Path, chat: Path, glm: Path) -> None:
-    """Under two stages with layers of either kind; the merged export has what was carried, too."""
+def test_adapters_of_attention_and_of_all_kinds_of_mlps(tmp_path: Path, chat: Path, glm: Path) -> None:
+    """Dense, shared and chosen, under two stages; the merged export has what was carried, too."""
     lora = LoraSpec(rank=2, targets=["q_proj", "gate_proj", "up_proj", "down_proj"])
     assert target_names(read_architecture(glm), lora) == lora.targets
-    expected = expected_curve(tmp_path / "reference", glm, chat, lambda spec: adapted(glm, lora, spec.train.seed))
+    expected = expected_curve(
+        tmp_path / "reference", glm, chat, lambda spec: with_expert_adapters(glm, lora, spec.train.seed)
+    )
     topology = {"pipeline_parallel": 2}
     paths = lora_run(tmp_path, glm, chat, lora, ranks=2, topology=topology, max_steps=STEPS, export_merged=True)
     run_training(paths, 2)
@@ -154,8 +158,10 @@ def test_adapters_of_attention_and_of_shared_experts(tmp_path: Path, chat: Path,
     found, source = weights(paths.export), weights(glm)
     assert found.keys() == source.keys()
     changed = {name for name in source if not torch.equal(found[name], source[name])}
-    assert len(changed) == 4 * len(lora.targets)
-    assert {name for name in changed if ".experts." in name or name.startswith("model.layers.4.")} == set()
+    of_experts = [module for target in all_expert_targets(read_architecture(glm), lora) for module in target.modules]
+    assert {name for name in changed if ".experts." in name} == {f"{module}.weight" for module in of_experts}
+    assert len(changed) == 4 * len(lora.targets) + len(of_experts)
+    assert not [name for name in changed if name.startswith("model.layers.4.")]
     config = json.loads((paths.export / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == lora.targets
 

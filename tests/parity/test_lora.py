@@ -49,7 +49,7 @@ pytestmark = pytest.mark.parity
 STEPS = 5
 ALL = LoraSpec(rank=4, alpha=6.0)
 ATTENTION = LoraSpec(rank=4, alpha=6.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
-"""Of models with experts, which take no adapters."""
+"""Of models with experts, whose adapters are in test_expert_lora.py."""
 SOME = LoraSpec(rank=3, targets=["q_proj", "v_proj", "up_proj", "o_proj"])
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp1": (1, {}, {}),

@@ -14,9 +14,9 @@ from launcher.contract.cost_model.implementation import COMMUNICATOR_GIB, CUDA_C
 from launcher.contract.cost_model.workload import (
     Layout,
     Workload,
-    adapter_parameters,
     stage_expert_parameters,
     stage_parameters,
+    trained_parameters,
 )
 from launcher.contract.topology import Topology
 
@@ -74,14 +74,11 @@ def largest_stage(workload: Workload, layout: Layout, implementation: Implementa
 def stage_memory(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> StageMemory:
     """Return the memory of one stage."""
     topology = layout.topology
-    dense, experts = (
-        stage_parameters(workload.shape, topology, stage),
-        stage_expert_parameters(workload.shape, topology, stage),
-    )
-    held = dense + experts
+    shape = workload.shape
+    held = stage_parameters(shape, topology, stage) + stage_expert_parameters(shape, topology, stage)
+    dense, experts = trained_parameters(workload, topology, stage)
     if workload.lora_rank is not None:
-        dense, experts = adapter_parameters(workload.shape, topology, workload.lora_rank), 0
-        held += dense
+        held += dense + experts
     trained = updated = dense + experts
     if layout.distributed_optimizer:
         updated = dense // topology.reducing_ranks + experts // topology.expert_reducing_ranks

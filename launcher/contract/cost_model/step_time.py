@@ -16,10 +16,8 @@ from launcher.contract.cost_model.memory import busiest_rank
 from launcher.contract.cost_model.workload import (
     Layout,
     Workload,
-    adapter_parameters,
     layer_parameters,
-    stage_expert_parameters,
-    stage_parameters,
+    trained_parameters,
 )
 from launcher.contract.flops import active_expert_parameters, mean_attended
 from launcher.contract.hardware import GpuKind
@@ -265,11 +263,8 @@ def _optimizer(workload: Workload, layout: Layout, gpu: GpuKind, implementation:
 
 
 def _trained(workload: Workload, topology: Topology) -> tuple[int, int]:
-    """Return the numbers of trained parameters on a rank of the largest stage, without experts and of experts."""
-    if workload.lora_rank is not None:
-        return adapter_parameters(workload.shape, topology, workload.lora_rank), 0
-    last = topology.pipeline_parallel - 1
-    return stage_parameters(workload.shape, topology, last), stage_expert_parameters(workload.shape, topology, last)
+    """Return the numbers of trained parameters on a rank of the last stage, without experts and of experts."""
+    return trained_parameters(workload, topology, topology.pipeline_parallel - 1)
 
 
 def _ring(size: int) -> float:

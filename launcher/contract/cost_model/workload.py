@@ -33,6 +33,8 @@ class Workload:
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     lora_rank: int | None = None
     """If set, only adapters of this rank are trained."""
+    lora_on_experts: bool = False
+    """Whether experts have adapters, too."""
 
     @property
     def tokens(self) -> float:
@@ -122,12 +124,29 @@ def dense_layers(shape: ModelShape, topology: Topology, stage: int) -> int:
 def adapter_parameters(shape: ModelShape, topology: Topology, rank: int) -> int:
     """Return the weights of LoRA adapters on all linear layers of a stage: rank * (inputs + outputs) for each.
 
-    Tensor parallelism shards only one of an adapter's two matrices; both are counted whole.
+    Those of experts are counted apart. Tensor parallelism shards only one of an adapter's two matrices; both are
+    counted whole.
     """
     queries = shape.num_attention_heads * shape.head_dim
     groups = shape.num_query_groups * shape.head_dim
     mlp = 3 if shape.gated_mlp else 2
     inputs_and_outputs = 4 * shape.hidden_size + 2 * queries + 2 * groups
-    if not shape.num_experts:  # experts take no adapters
+    if not shape.num_experts:
         inputs_and_outputs += mlp * (shape.hidden_size + shape.ffn_hidden_size)
     return shape.num_layers // topology.pipeline_parallel * rank * inputs_and_outputs
+
+
+def expert_adapter_parameters(shape: ModelShape, topology: Topology, stage: int, rank: int) -> int:
+    """Return the weights of LoRA adapters on the experts that a rank of a stage holds."""
+    layers = shape.num_layers // topology.pipeline_parallel - dense_layers(shape, topology, stage)
+    held = layers * shape.num_experts // topology.expert_parallel
+    return held * rank * 3 * (shape.hidden_size + shape.expert_ffn_hidden_size)
+
+
+def trained_parameters(workload: Workload, topology: Topology, stage: int) -> tuple[int, int]:
+    """Return the trained weights on a rank of a stage, without experts and of experts."""
+    shape, rank = workload.shape, workload.lora_rank
+    if rank is None:
+        return stage_parameters(shape, topology, stage), stage_expert_parameters(shape, topology, stage)
+    experts = expert_adapter_parameters(shape, topology, stage, rank) if workload.lora_on_experts else 0
+    return adapter_parameters(shape, topology, rank), experts

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import MARK, AdapterTarget, adapter_targets
+from sft.hf.expert_adapter import expert_targets
 from sft.kernels.fp8 import WithRows, unquantized
 from sft.megatron.core import (
     GPTModel,
@@ -39,6 +40,8 @@ from sft.megatron.core import (
     tensor_parallel,
 )
 from sft.megatron.layers.dora import RowNorms
+from sft.megatron.layers.expert_lora import ExpertAdapters
+from sft.megatron.layers.mixture_of_experts import ExpertMLP
 from sft.megatron.layers.router import routers_of
 from sft.models.architecture import Architecture
 from sft.models.weight_map import rank_pieces
@@ -271,6 +274,8 @@ def attach_adapters(
             module = layer.get_submodule(linear)
             own = [target for target in targets if target.linear == linear]
             module.lora = Adapters(own, lora, module, architecture)
+        if isinstance(layer.mlp, ExpertMLP):
+            layer.mlp.adapt(lora, expert_targets(architecture, lora, layer.layer_number - 1))
     if model_chunk.pre_process and config.recompute_granularity == "full":
         model_chunk.embedding.register_forward_hook(_require_grad)
 
@@ -281,6 +286,8 @@ def reset_adapters(model_chunks: Sequence[nn.Module], seed: int) -> None:
         for module in model_chunk.modules():
             if isinstance(module, _Adapted) and module.lora is not None:
                 module.lora.reset(module.weight, seed)
+            elif isinstance(module, ExpertAdapters):
+                module.reset(seed)
 
 
 def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sft.kernels.expert_mlp import swiglu_experts
+from launcher.contract.spec import LoraSpec
+from sft.hf.expert_adapter import ExpertTarget
+from sft.kernels.expert_mlp import swiglu_experts, weighted_swiglu
 from sft.kernels.grouped_experts import (
     Assignment,
     assign,
@@ -38,6 +40,7 @@ from sft.megatron.core import (
     parallel_state,
     tensor_parallel,
 )
+from sft.megatron.layers.expert_lora import ExpertAdapters
 from sft.megatron.layers.fused import await_weights
 from sft.megatron.layers.router import Router
 from sft.megatron.parallel.experts import plan_exchange
@@ -56,9 +59,12 @@ class ExpertLinear(nn.Module):
         # own. Set under every topology, so that checkpoints of all have the same two optimizers.
         self.weight.allreduce = False  # type: ignore[attr-defined]
 
+        self.lora: ExpertAdapters | None = None
+
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Return the product of each expert's rows, which end where `ends` says, with its matrix."""
-        return expert_products(rows, self.weight.view(self._count, -1, self.weight.size(1)), ends)
+        product = expert_products(rows, self.weight.view(self._count, -1, self.weight.size(1)), ends)
+        return product if self.lora is None else product + self.lora(rows, ends)
 
 
 class ExpertMLP(MegatronModule):  # type: ignore[misc]
@@ -76,6 +82,14 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         self.linear_fc1 = ExpertLinear(config, self._held, 2 * width, config.hidden_size, split=0)
         self.linear_fc2 = ExpertLinear(config, self._held, config.hidden_size, width, split=1)
         self.sequence_parallel: bool = config.sequence_parallel
+
+    def adapt(self, lora: LoraSpec, targets: Sequence[ExpertTarget]) -> None:
+        """Give this rank's experts their adapters."""
+        first = self._owners.rank() * self._held
+        for name, linear, matrices in (("mlp.linear_fc1", self.linear_fc1, 2), ("mlp.linear_fc2", self.linear_fc2, 1)):
+            own = [target for target in targets if target.linear == name]
+            if own:
+                linear.lora = ExpertAdapters(own, lora, linear.weight, first=first, held=self._held, matrices=matrices)
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
         """Return the output, [s, b, h] as the input is, and no bias."""
@@ -98,11 +112,15 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
 
     def _products(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         """Return the weighted outputs of this rank's experts."""
-        if self._fused:
+        if self._fused and self.linear_fc1.lora is None and self.linear_fc2.lora is None:
             await_weights(self.linear_fc1)
             await_weights(self.linear_fc2)
             return swiglu_experts(rows, weights, self.linear_fc1.weight, self.linear_fc2.weight, ends)
-        gate, up = self.linear_fc1(rows, ends).chunk(2, dim=-1)
+        mixed = self.linear_fc1(rows, ends)
+        if self._fused:
+            weighted: Tensor = self.linear_fc2(weighted_swiglu(mixed, weights), ends)
+            return weighted
+        gate, up = mixed.chunk(2, dim=-1)
         product: Tensor = self.linear_fc2(F.silu(gate) * up, ends)
         return (product * weights.unsqueeze(-1)).to(product.dtype)
 
@@ -142,6 +160,11 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         # A rank's rows of each expert's gate and up are not one range of the whole matrix, hence four axes.
         state[fc1] = self._sharded(fc1, self.linear_fc1.weight, (self._held, 2, -1, hidden), 2, sharded_offsets)
         state[fc2] = self._sharded(fc2, self.linear_fc2.weight, self.linear_fc2.weight.shape, 1, sharded_offsets)
+        for linear, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            for name, adapter in module.named_parameters():
+                if name != "weight":
+                    key = f"{prefix}{linear}.{name}"
+                    state[key] = self._sharded(key, adapter, adapter.shape, 1, sharded_offsets)
         return state
 
     def _sharded(
