@@ -79,15 +79,15 @@ def _pattern(optimizer: OptimizerSpec, name: str) -> str | None:
 def _trained(lora: LoraSpec, architecture: Architecture) -> dict[str, list[str]]:
     """Return the Hugging Face names of what each trained parameter holds."""
     if lora.rank is not None:
-        trained = {name: [tensor] for name, tensor in trained_routers(architecture, lora).items()}
-        trained |= {
+        adapters = {name: [tensor] for name, tensor in trained_routers(architecture, lora).items()}
+        adapters |= {
             target.parameter(half): [
                 f"{architecture.weights.module(module)}.{half}.weight" for module in target.modules
             ]
             for target in all_expert_targets(architecture, lora)
             for half in ("lora_A", "lora_B")
         }
-        return trained | {
+        return adapters | {
             target.parameter(own): [f"{architecture.weights.module(target.module)}.{name}"]
             for target in all_targets(architecture, lora)
             for own, name in target.parts(lora)
