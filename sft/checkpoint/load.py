@@ -78,6 +78,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     loaded = dist_checkpointing.load(wanted, str(source / SHARDED))
     for index, chunk in enumerate(module.model_chunks):
         chunk.module.load_state_dict(loaded[_chunk_key(index, len(module.model_chunks))])
+    _take_rates(loaded["optimizer"], {name: hyperparameters[0][name] for name in ("max_lr", "min_lr")})
     module.megatron_optimizer.load_state_dict(loaded["optimizer"])
     adamw_state.unshare_steps(module.megatron_optimizer)
     _keep_hyperparameters(module, hyperparameters)
@@ -188,6 +189,18 @@ def _restore_rng(states: _RngStates) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _take_rates(state: object, rates: Mapping[str, object]) -> None:
+    """Put this attempt's learning rates into the groups of a loaded optimizer state, at any depth.
+
+    Megatron-core 0.19 finds its own groups among them by their rates, which a resumed run may change.
+    """
+    if isinstance(state, dict):
+        for group in state.get("param_groups", ()):
+            group.update(rates)
+        for inner in state.values():
+            _take_rates(inner, rates)
 
 
 def _keep_hyperparameters(module: SFTGPT, groups: list[dict[str, object]]) -> None:

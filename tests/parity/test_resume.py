@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
-from launcher.contract.rundir import RunPaths
+from launcher.contract.rundir import RunPaths, read_lines
+from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.tiny_model import make_material
+
+# After the project's own way to it, which patches it.
+from megatron.core.optimizer import distrib_optimizer, optimizer  # isort: skip
 
 pytestmark = pytest.mark.parity
 
@@ -76,3 +80,22 @@ def test_steps_after_the_checkpoint_are_logged_once(
     paths = interrupted(tmp_path, material, full, 1)
     run_training(paths, 1)
     assert len(curve(paths)[0]) == 6
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_resumed_run_may_have_another_learning_rate_whatever_the_version(
+    distributed: bool, tmp_path: Path, material: tuple[Path, Path]
+) -> None:
+    """Megatron-core 0.19 finds the optimizer's groups by it. Seen to fail there with KeyError."""
+    settings: dict[str, Any] = {"ranks": 1, "every": 2, "distributed": distributed}
+    run_training(make_run(tmp_path, *material, max_steps=2, **settings), 1)
+    paths = make_run(tmp_path, *material, max_steps=3, lr=5e-3, **settings)
+    run_training(paths, 1, function=train_as_megatron_019)
+    assert [record["lr"] for record in read_lines(paths.metrics) if "loss" in record] == [1e-2, 1e-2, 5e-3]
+
+
+def train_as_megatron_019(config: Path) -> None:
+    """Runs on a rank."""
+    for module in (optimizer, distrib_optimizer):
+        module.param_group_identifier_keys += ("max_lr", "min_lr")
+    train(config)
