@@ -114,7 +114,7 @@ def _list(options: argparse.Namespace) -> int:
             (
                 row["run"],
                 row["state"] or "-",
-                row["phase"] or "-",
+                row["phase"] if row["phase"] and not row["state"] else "-",
                 time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created_at"])),
                 row["topology"],
                 Path(row["parent_run"]).name if row["parent_run"] else "-",

@@ -71,7 +71,8 @@ class Snapshot:
         first, error = first_failure(self.paths, self.attempt or ""), first_error(self.paths, self.attempt or "")
         if self.detail or error is not None:
             said = self.detail or (error.sentence if error is not None else "")
-            return f"{first}: {said} ({code})" if first else f"{said} ({code})"
+            inner = code.replace(" (", ", ").removesuffix(")")
+            return f"{first}: {said} ({inner})" if first else f"{said} ({inner})"
         return f"{first} ended with {code}" if first else f"ended with {code}"
 
 

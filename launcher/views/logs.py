@@ -118,6 +118,9 @@ def _first_failure(paths: RunPaths, attempt: str | None) -> str:
         return f"# {failure} failed first, with exit code {failure.exit_code}:\n{words}"
     if error is not None:  # of a single process, as prepare is one
         return f"# {error.kinds[0]} on {error.host}:\n{error.message}"
+    newest = snapshot(paths)
+    if newest.detail and attempt == newest.attempt:
+        return f"# {newest.detail}"
     raise RunStateError(
         f"no rank of run {paths.name}{f', attempt {attempt},' if attempt else ''} is known to have failed; "
         f"`launcher logs {paths.name} --batch` shows how the attempt went"

@@ -49,6 +49,7 @@ fail() { # CODE TEXT: end for a reason that people read in status and --why
   detail=$2
   exit "$1"
 }
+last_words() { tail -n 1 "$log_dir/batch.log" | tr -d '\000-\037' | cut -c 1-200; }
 how_ended() {
   local text=${detail//\\/\\\\}
   event attempt_ended ",\"exit_code\":$rc${detail:+,\"detail\":\"${text//\"/\\\"}\"}"
@@ -81,8 +82,8 @@ if ! type module >/dev/null 2>&1; then
   done
 fi
 type module >/dev/null 2>&1 || fail 127 "there is no command module on ${HOSTNAME-}: MODULESHOME, LMOD_PKG and the usual places have no init/bash"
-module load cuda/12.8 || fail "$?" 'module load cuda/12.8 failed; batch.log has its words'
-module load miniforge || fail "$?" 'module load miniforge failed; batch.log has its words'
+module load cuda/12.8 || fail "$?" 'module load cuda/12.8 failed: '"$(last_words)"
+module load miniforge || fail "$?" 'module load miniforge failed: '"$(last_words)"
 set -u
 export PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=16
@@ -90,7 +91,7 @@ export NCCL_SOCKET_IFNAME=ib0
 export HF_HUB_OFFLINE=1
 set +u # activation scripts read variables that may be unset
 eval "$(conda shell.bash hook)" || fail "$?" "conda does not start; a module of cluster.runtime.modules may have to provide it"
-conda activate sft || fail "$?" 'conda activate sft failed'
+conda activate sft || fail "$?" 'conda activate sft failed: '"$(last_words)"
 set -u
 python=(python)
 srun_args=(--mpi=none)
@@ -190,7 +191,7 @@ light_process -m launcher.attempts.attempt begin "$run_dir" --attempt "$SFT_ATTE
     trap - EXIT # it has recorded why it does not start, and another attempt may be at work
     exit "$rc"
   fi
-  fail "$rc" "Python could not take the run (exit code $rc); batch.log has its words"
+  fail "$rc" "the run could not be taken: $(last_words)"
 }
 leased=1
 started

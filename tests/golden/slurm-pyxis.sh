@@ -46,6 +46,7 @@ fail() { # CODE TEXT: end for a reason that people read in status and --why
   detail=$2
   exit "$1"
 }
+last_words() { tail -n 1 "$log_dir/batch.log" | tr -d '\000-\037' | cut -c 1-200; }
 how_ended() {
   local text=${detail//\\/\\\\}
   event attempt_ended ",\"exit_code\":$rc${detail:+,\"detail\":\"${text//\"/\\\"}\"}"
@@ -169,7 +170,7 @@ light_process -m launcher.attempts.attempt begin "$run_dir" --attempt "$SFT_ATTE
     trap - EXIT # it has recorded why it does not start, and another attempt may be at work
     exit "$rc"
   fi
-  fail "$rc" "Python could not take the run (exit code $rc); batch.log has its words"
+  fail "$rc" "the run could not be taken: $(last_words)"
 }
 leased=1
 started

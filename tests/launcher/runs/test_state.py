@@ -387,10 +387,10 @@ def test_the_first_errors_sentence_is_the_reason(tmp_path: Path, silent: Command
         "message": "no.jsonl: gone\nx",
     }
     write_json(paths.error("7.0"), error)
-    assert state_of(paths) == (JobState.FAILED, "no.jsonl: gone (exit code 2 (bad input))")
+    assert state_of(paths) == (JobState.FAILED, "no.jsonl: gone (exit code 2, bad input)")
     (paths.logs / "7.0" / "failure").write_text("2 0 node2\n")
     write_json(paths.error("7.0"), {**error, "kinds": ["ZeroDivisionError"], "message": "division by zero"})
-    assert state_of(paths)[1] == "rank 0 on node2: ZeroDivisionError: division by zero (exit code 2 (bad input))"
+    assert state_of(paths)[1] == "rank 0 on node2: ZeroDivisionError: division by zero (exit code 2, bad input)"
     (paths.logs / "7.0" / "failure").write_text("137 1 node3\n")  # rank 0 failed because rank 1 was killed
     assert state_of(paths)[1] == "rank 1 on node3 ended with exit code 2 (bad input)"
 

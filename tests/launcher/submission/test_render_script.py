@@ -315,7 +315,7 @@ def run_modules(tmp_path: Path, *modules: str, **environment: str) -> tuple[int,
     return done.returncode, list(read_lines(root / "events.jsonl"))
 
 
-MODULE = 'module() { [ "$2" != missing ] || return 3; echo "loaded $2"; }\n'
+MODULE = 'module() { [ "$2" != missing ] || { echo "no \\"$2\\""; return 3; }; echo "loaded $2"; }\n'
 
 
 @pytest.mark.parametrize("variable", ["MODULESHOME", "LMOD_PKG"])
@@ -327,15 +327,17 @@ def test_modules_are_found_where_the_site_says(tmp_path: Path, variable: str) ->
     code, told = run_modules(tmp_path, "cuda", **place)
     log = next((tmp_path / "run" / "logs").rglob("batch.log")).read_text()
     assert "loaded cuda\n" in log
-    assert told[-1]["detail"].startswith("Python could not take the run (exit code 1)")  # /bin/false stands in for it
+    assert (
+        told[-1]["detail"] == "the run could not be taken: loaded cuda"
+    )  # /bin/false, which stands in for Python, is silent
     code, told = run_modules(tmp_path, "cuda", "missing", **place)
     assert (code, told[-1]["exit_code"]) == (3, 3)
-    assert told[-1]["detail"] == "module load missing failed; batch.log has its words"
+    assert told[-1]["detail"] == 'module load missing failed: no "missing"'
 
 
 def test_a_detail_with_quotes_is_json(tmp_path: Path) -> None:
     init = tmp_path / "modules" / "init"
     init.mkdir(parents=True)
-    (init / "bash").write_text("module() { return 1; }\n")
+    (init / "bash").write_text("module() { printf 'no\\\\th\\ting\\n'; return 1; }\n")
     _, told = run_modules(tmp_path, 'a"b\\c', MODULESHOME=str(tmp_path / "modules"))
-    assert told[-1]["detail"] == 'module load a"b\\c failed; batch.log has its words'
+    assert told[-1]["detail"] == 'module load a"b\\c failed: no\\thing'  # the tab of the module's words is left out

@@ -341,4 +341,16 @@ def test_single_process_that_failed_is_shown(
     assert main(["logs", "first", "--failed"]) == 0
     assert capfd.readouterr().out == "# DataError on n:\na.jsonl:7: no text\n"
     assert main(["status", "first"]) == 0
-    assert "a.jsonl:7: no text (exit code 2 (bad input))" in capfd.readouterr().out
+    assert "a.jsonl:7: no text (exit code 2, bad input)" in capfd.readouterr().out
+
+
+def test_python_that_is_not_there_is_said(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch("cluster.runtime.python=/nowhere/python", "--follow") == 127
+    capfd.readouterr()
+    assert main(["status", "first"]) == 0
+    said = "the run could not be taken: "
+    assert said in capfd.readouterr().out
+    assert main(["logs", "first", "--failed"]) == 0
+    shown = capfd.readouterr().out
+    assert shown.startswith(f"# {said}")
+    assert "/nowhere/python: No such file or directory" in shown
