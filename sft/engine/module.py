@@ -25,6 +25,7 @@ from sft.engine.divide_gradients import divide_weights, reduce_and_divide_gradie
 from sft.engine.objective import weighted_for
 from sft.engine.results import EvalResult, StepResult
 from sft.engine.routing import routing_numbers
+from sft.engine.rows import rows_of, token_seeds
 from sft.hf.learning_rates import rates
 from sft.megatron.config import transformer_config
 from sft.megatron.core import (
@@ -37,15 +38,12 @@ from sft.megatron.core import (
 )
 from sft.megatron.initial_weights import load_initial_weights
 from sft.megatron.kernel_choice import Kernels, choose_kernels
-from sft.megatron.layers.noisy_embedding import TokenSeeds
-from sft.megatron.layers.packed_rows import packed_sequences, padded_rows
 from sft.megatron.model import SFTGPTModel, Targets, build_chunks
 from sft.megatron.optim.multipliers import of_parameters
 from sft.megatron.optim.optimizer import LightningOptimizerShell, build_optimizer
 from sft.megatron.optim.schedule import Schedule
 from sft.megatron.optim.step_check import StepJudge
-from sft.megatron.parallel.context import shared_rows
-from sft.megatron.parallel.documents import RouterStep, Rows
+from sft.megatron.parallel.documents import RouterStep
 from sft.megatron.parallel.groups import sum_over
 from sft.models.architecture import Architecture
 from sft.runtime import lightning as pl
@@ -203,7 +201,7 @@ class SFTGPT(pl.LightningModule):
         return total
 
     def _router_step(self, batch: StepBatch) -> RouterStep | None:
-        """Return what routers do in this step; None for a model without any."""
+        """Return what routers do in this step, or None for a model without any."""
         if not self.architecture.has_experts:
             return None
         # Gradients are divided by the weight afterwards, unless fused kernels have done so.
@@ -238,14 +236,14 @@ def _forward_step(
 ) -> tuple[Tensor, LossFunction]:
     """Run Megatron-core's forward step, which on the last stage returns the loss of each target, [b, s]."""
     batch = next(iterator)
-    rows = _rows(batch, routers)
+    rows = rows_of(batch, routers)
     output = model(
         batch.tokens,
         batch.position_ids,
         None,
         labels=batch.labels,
         packed_seq_params=rows,
-        noise_of=_token_seeds(batch),
+        noise_of=token_seeds(batch),
     )
     return output, partial(_weighted_sum, batch.loss_weights)
 
@@ -262,32 +260,16 @@ def _fused_step(
     assert places is not None
     weights, labels = (rows.t().reshape(-1)[places] for rows in (batch.loss_weights, batch.labels))
     targets = Targets(places, labels, divide_weights(weights, divisor))
-    rows = _rows(batch, routers)
+    rows = rows_of(batch, routers)
     output = model(
         batch.tokens,
         batch.position_ids,
         None,
         packed_seq_params=rows,
         targets=targets,
-        noise_of=_token_seeds(batch),
+        noise_of=token_seeds(batch),
     )
     return output, partial(_as_sum, len(places), divisor or 1.0)
-
-
-def _rows(batch: MicroBatch, routers: RouterStep | None) -> Rows | None:
-    """Return what the layers must know of the rows of a micro-batch; `routers` is None in a model without experts."""
-    documents = None if routers is None else routers.documents(batch)
-    if batch.context_share is not None:
-        return shared_rows(batch.context_share, documents)
-    if batch.cu_seqlens is None or batch.seq_lengths is None:
-        return padded_rows(batch.tokens.size(1), documents)
-    return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids.flatten(), documents)
-
-
-def _token_seeds(batch: MicroBatch) -> TokenSeeds | None:
-    if batch.example_seeds is None or batch.example_lengths is None:
-        return None
-    return TokenSeeds(batch.example_seeds, batch.position_ids, batch.example_lengths)
 
 
 def _as_sum(count: int, divisor: float, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:

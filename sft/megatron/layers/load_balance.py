@@ -48,7 +48,7 @@ def _probabilities(scores: Tensor, experts: Experts) -> Tensor:
 
 @torch.no_grad()
 def _factors(chosen: Tensor, documents: Documents, experts: Experts) -> Tensor:
-    """Return what each probability is multiplied by, E n_e / (k T^2), [tokens, experts]; 0 for those of padding."""
+    """Return what each probability is multiplied by, E n_e / (k T^2) or 0 for padding, [tokens, experts]."""
     size = (documents.lengths.numel(), experts.count)
     places = (documents.numbers[:, None] * experts.count + chosen).flatten()
     counts = torch.zeros(size, dtype=torch.int32, device=chosen.device)
@@ -112,7 +112,7 @@ class RoutingRecord:
         self._peak = torch.maximum(self._peak, torch.where(real, highest, -torch.inf).max())
 
     def take(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the sums (tokens of each expert, entropies, losses; fp64) and the highest logit, and begin anew."""
+        """Return the fp64 sums (tokens of each expert, entropies, losses) and the highest logit, and begin anew."""
         sums, peak = self._sums, self._peak
         self._sums = self._peak = None
         return self.nothing(device) if sums is None or peak is None else (sums, peak)
