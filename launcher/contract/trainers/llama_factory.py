@@ -122,7 +122,9 @@ _MODEL: dict[str, Word] = {
     "add_special_tokens": missing("no tokens are added; use a tokenizer that has them (model.tokenizer)"),
     "rope_scaling": missing("the model's config.json says how RoPE is scaled"),
     "shift_attn": missing("attention is exact"),
-    "moe_aux_loss_coef": missing("routers are trained without an auxiliary loss"),
+    "moe_aux_loss_coef": missing(
+        "here it is train.router_aux_loss, of another form: about (experts per token / layers) of it is as strong"
+    ),
     "flash_attn": _KERNELS,
     "use_unsloth": _KERNELS,
     "enable_liger_kernel": _KERNELS,

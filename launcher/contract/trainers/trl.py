@@ -90,7 +90,9 @@ _MODEL: dict[str, Word] = {
     **dict.fromkeys(
         ("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant"), needless("read with load_in_4bit")
     ),
-    "router_aux_loss_coef": missing("routers are trained without an auxiliary loss"),
+    "router_aux_loss_coef": missing(
+        "here it is train.router_aux_loss, of another form: about (experts per token / layers) of it is as strong"
+    ),
 }
 
 _DATA: dict[str, Word] = {
@@ -136,6 +138,9 @@ ABSENT = (
     Absent(("lr_scheduler_type",), {"train.optimizer.schedule": "linear"}, "linear"),
     Absent(("adam_beta2",), {"train.optimizer.beta2": 0.999}, "0.999"),
     Absent(("seed",), {"train.seed": 42}, "42"),
+    Absent(
+        ("router_aux_loss_coef",), {}, "that of the model's config, if it has experts; train.router_aux_loss is 0 here"
+    ),
     Absent(
         ("assistant_only_loss", "completion_only_loss"),
         {},
