@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
+from launcher.contract.checksum import crc32
 from launcher.contract.errors import ModelError
 from launcher.contract.nemo.checkpoint import SUFFIX as NEMO
 from launcher.contract.nemo.checkpoint import is_checkpoint
@@ -34,15 +37,47 @@ def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
     if source.is_dir() and not is_checkpoint(source):
         return source
     target = spec.cache_dir / "models" / _content_hash(source)
-    if (target / COMPLETE).is_file():
+    problem = _damage(target, compare_bytes=convert)
+    if problem is None:
         return target
     if not convert:
         raise ModelError(
-            f"model.path: {source} is not converted yet ({target} is absent or incomplete); "
+            f"model.path: {source} is not converted yet ({target}: {problem}); "
             "run `python -m sft prepare RUN/config.yaml` first"
         )
+    if target.exists():
+        print(f"converted model {target} is damaged ({problem}); converting again", file=sys.stderr)
+        shutil.rmtree(target)
     _convert_into(source, target)
     return target
+
+
+def _damage(target: Path, *, compare_bytes: bool) -> str | None:
+    """Return what is wrong with a converted model, or None. Sizes are always compared, bytes if that is asked for."""
+    try:
+        text = (target / COMPLETE).read_text(encoding="utf-8")
+        if text.strip() and not text.startswith("{"):
+            return None  # of an earlier version, which wrote the source alone
+        for name, written in json.loads(text)["files"].items():
+            if (target / name).stat().st_size != written["bytes"]:
+                return f"{name} has not the size that it was written with"
+            if compare_bytes and crc32(target / name) != written["crc32"]:
+                return f"the bytes of {name} have changed"
+    except FileNotFoundError as error:
+        return f"no {Path(error.filename).name}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{COMPLETE} cannot be read: {error}"
+    return None
+
+
+def _seal(directory: Path, source: Path) -> None:
+    """Write COMPLETE: the source, and size and checksum of every file."""
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "crc32": crc32(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    (directory / COMPLETE).write_text(json.dumps({"source": str(source), "files": files}, indent=1), encoding="utf-8")
 
 
 def locate(path: str) -> Path:
@@ -90,12 +125,10 @@ def _convert_into(source: Path, target: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:12]}.", dir=target.parent))
     try:
         (convert_gguf if source.suffix == ".gguf" else convert_nemo)(source, aside)
-        (aside / COMPLETE).write_text(f"{source}\n", encoding="utf-8")
+        _seal(aside, source)
         # mkdtemp allows only the owner; in a shared cache, allow whom the umask allows.
         aside.chmod((aside / COMPLETE).stat().st_mode | 0o111)
         sync_files(aside)
-        if target.exists() and not (target / COMPLETE).is_file():
-            shutil.rmtree(target)
         if not target.exists():
             aside.rename(target)
             sync_path(target.parent)

@@ -261,3 +261,36 @@ def test_a_real_model_there_and_back(smollm2: Path, tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert answer(tmp_path / "export", ["What is the capital of France?"]) == ["The capital of France is Paris."]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", b"other"), ("config.json", b"longer than before"), (COMPLETE, b""), (COMPLETE, b'{"files": 1}')],
+)
+def test_a_damaged_conversion_is_made_again(
+    tmp_path: Path, counted: list[Path], capsys: pytest.CaptureFixture[str], file: str, content: bytes
+) -> None:
+    """Seen to be trained: the cache of converted models had no checksums."""
+    source = tmp_path / "a.gguf"
+    source.write_bytes(b"model")
+    spec = spec_of(source, tmp_path / "cache")
+    target = resolve_model_dir(spec)
+    assert resolve_model_dir(spec, convert=False) == target
+    (target / file).write_bytes(content)
+    if (file, content) != ("config.json", b"other"):  # ranks compare sizes only
+        with pytest.raises(ModelError, match="is not converted yet"):
+            resolve_model_dir(spec, convert=False)
+    assert resolve_model_dir(spec) == target
+    assert (target / "config.json").read_bytes() == b"model"
+    assert len(counted) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_conversion_of_an_earlier_version_is_used(tmp_path: Path, counted: list[Path]) -> None:
+    source = tmp_path / "a.gguf"
+    source.write_bytes(b"model")
+    spec = spec_of(source, tmp_path / "cache")
+    target = resolve_model_dir(spec)
+    (target / COMPLETE).write_text(f"{source}\n")
+    assert resolve_model_dir(spec) == target
+    assert len(counted) == 1
