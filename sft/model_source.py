@@ -42,11 +42,11 @@ def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
         return target
     if not convert:
         raise ModelError(
-            f"model.path: {source} is not converted yet ({target}: {problem}); "
+            f"model.path: {source} is not converted yet ({target} {problem}); "
             "run `python -m sft prepare RUN/config.yaml` first"
         )
     if target.exists():
-        print(f"converted model {target} is damaged ({problem}); converting again", file=sys.stderr)
+        print(f"converted model {target} {problem}; converting again", file=sys.stderr)
         shutil.rmtree(target)
     _convert_into(source, target)
     return target
@@ -60,13 +60,13 @@ def _damage(target: Path, *, compare_bytes: bool) -> str | None:
             return None  # of an earlier version, which wrote the source alone
         for name, written in json.loads(text)["files"].items():
             if (target / name).stat().st_size != written["bytes"]:
-                return f"{name} has not the size that it was written with"
+                return f"is damaged: {name} has not the size that it was written with"
             if compare_bytes and crc32(target / name) != written["crc32"]:
-                return f"the bytes of {name} have changed"
-    except FileNotFoundError as error:
-        return f"no {Path(error.filename).name}"
+                return f"is damaged: the bytes of {name} have changed"
+    except FileNotFoundError:
+        return "is absent or incomplete"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{COMPLETE} cannot be read: {error}"
+        return f"is damaged: {COMPLETE} cannot be read: {error}"
     return None
 
 

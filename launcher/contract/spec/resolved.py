@@ -39,12 +39,14 @@ def sealed(spec: RunSpec) -> str:
 def read_resolved(path: Path) -> RunSpec:
     """Read a config that `sealed` wrote, or an earlier version, without interpolation or conversion.
 
-    Raise ConfigError for a file that was damaged or edited: a resolved config is not an input form.
+    Raise ConfigError for a file that is gone, damaged or edited: a resolved config is not an input form.
     """
     try:
         text = path.read_text(encoding="utf-8")
         _check_seal(text, path)
         values = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} cannot be read: it is gone") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from None
     return cast(RunSpec, _build(RunSpec, values, f"{path}: "))
