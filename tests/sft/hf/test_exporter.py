@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.contract.errors import CheckpointError, RunStateError
-from launcher.contract.rundir import COMPLETE, RunPaths
+from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import to_yaml
+from sft.checkpoint.files import seal
 from sft.commands.export import export_run
 from sft.hf import exporter as hf_export
 from sft.hf.exporter import export_checkpoint, plan_files
@@ -228,9 +230,8 @@ def test_a_run_is_exported_from_its_newest_checkpoint(source: Path, checkpoint: 
         export_run(paths.root)
     assert str(caught.value) == f"{paths.root}: no complete checkpoint to export; let the run reach its first one"
 
-    (paths.checkpoint(5)).mkdir()
-    (paths.checkpoint(5) / "sharded").symlink_to(checkpoint)
-    (paths.checkpoint(5) / COMPLETE).write_text(json.dumps({"files": {}}))
+    shutil.copytree(checkpoint, paths.checkpoint(5) / "sharded")
+    seal(paths.checkpoint(5), {})
     assert export_run(paths.root).step == 5
     expect_equal(weights(paths.export), weights(source))
 
