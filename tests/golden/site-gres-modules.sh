@@ -151,7 +151,7 @@ follow() { # CODE [ACTION [NODES]]
   esac
 }
 resubmit() { # [NODES TO AVOID]: submit the run's next job, without this job's variables in its environment
-  local avoid=${1-} begun=$run_dir/submission.json name inherited=() new token pause excluded=' ExcNodeList=([^ (]+)'
+  local avoid=${1-} begun=$run_dir/submission.json name inherited=() said new token pause excluded=' ExcNodeList=([^ (]+)'
   for name in $(compgen -e); do
     case $name in SLURM_CONF | SLURM_JWT) ;; SLURM* | SBATCH_* | SRUN_* | PMI* | *_VISIBLE_DEVICES | GPU_DEVICE_ORDINAL | SFT_ATTEMPT | SFT_END_TIME) inherited+=(-u "$name") ;; esac
   done
@@ -160,8 +160,10 @@ resubmit() { # [NODES TO AVOID]: submit the run's next job, without this job's v
   token=sft-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
   printf '{"token":"%s","scheduler":"slurm","written_at":%s,"host":"%s"}\n' "$token" "$(date +%s)" "${HOSTNAME-}" >"$begun.new" &&
     mv "$begun.new" "$begun" || return
-  new=$(env "${inherited[@]}" timeout --kill-after=5 60 sbatch --parsable --comment="$token" ${avoid:+--exclude="$avoid"} \
-    "$run_dir/job.sh" | tee /dev/stderr | grep -Ex '[0-9]+(;[^[:space:]]+)?' | tail -n 1)
+  said=$(env "${inherited[@]}" timeout --kill-after=5 60 sbatch --parsable --comment="$token" ${avoid:+--exclude="$avoid"} \
+    "$run_dir/job.sh")
+  echo "$said"
+  new=$(grep -Ex '[0-9]+(;[^[:space:]]+)?' <<<"$said" | tail -n 1) # sites wrap sbatch in scripts that print more
   new=${new%%;*}
   for pause in 0 4 8 12; do
     [ -z "$new" ] || break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,6 +31,7 @@ from launcher.contract.spec import (
     TrainSpec,
 )
 from launcher.contract.topology import build_topology
+from launcher.submission import intent
 from launcher.submission.render_script import render, sbatch
 from tests.launcher.conftest import Commands
 
@@ -341,3 +343,58 @@ def test_a_detail_with_quotes_is_json(tmp_path: Path) -> None:
     (init / "bash").write_text("module() { printf 'no\\\\th\\ting\\n'; return 1; }\n")
     _, told = run_modules(tmp_path, 'a"b\\c', MODULESHOME=str(tmp_path / "modules"))
     assert told[-1]["detail"] == 'module load a"b\\c failed: no\\thing'  # the tab of the module's words is left out
+
+
+OWN_SUBMISSION = """\
+exec >>"$run_dir/batch.log" 2>&1
+job_id=7 SFT_ATTEMPT=7.0 cluster_name=far
+event() { printf '{"event":"%s"%s}\\n' "$1" "$2" >>"$run_dir/events.jsonl"; }
+sleep() { :; }
+echo "what was said before"
+follow 75 resubmit
+"""
+
+
+@pytest.mark.parametrize("answer", ["echo Welcome; echo '9;far'; echo 'charged to 5'", "echo 'sent'"])
+def test_the_runs_own_submission(tmp_path: Path, commands: Commands, answer: str) -> None:
+    """The new job is found in what a site's sbatch prints, or else by the token in its comment."""
+    commands.add("sbatch", f'printf "%s\\n" "$@" >{tmp_path}/given; {answer}')
+    token = f"$(sed -n 's/.*\\(sft-[0-9a-f]*\\)$/\\1/p' {tmp_path}/given)"
+    commands.add(
+        "squeue",
+        f'case "$*" in *%F*) echo "8|(null)"; echo "9|mine {token}" ;; '
+        "*%E*) echo '20|afterok:7(unfulfilled)'; echo '21|afterok:77(unfulfilled)' ;; esac",
+    )
+    commands.add("scontrol", 'case "$*" in "show job"*) echo "JobState=RUNNING ExcNodeList=node[3-4] x=y" ;; esac')
+    resources = ResourcesSpec(nodes=2, gpus_per_node=4, extra_sbatch=["--comment=mine", "--clusters=far,near"])
+    text = script(make_spec(cluster=ClusterSpec(scheduler="slurm"), resources=resources))
+    functions = text[text.index("job_view() {") : text.index("\nlight_process -m launcher.attempts.attempt begin")]
+    program = f"set -uo pipefail\nrun_dir={tmp_path}\n{functions}\n{OWN_SUBMISSION}"
+    subprocess.run(["bash", "-c", program], check=True, capture_output=True)
+    given = (tmp_path / "given").read_text().splitlines()
+    assert [word for word in given if word.startswith(("--clusters", "--exclude"))] == [
+        "--clusters=far",
+        "--exclude=node[3-4]",
+    ]
+    (submitted,) = read_lines(tmp_path / "events.jsonl")
+    assert (submitted["job_id"], submitted["by"], submitted["cluster"]) == ("9", "7.0", "far")
+    assert f"--comment=mine {submitted['token']}" in given
+    assert not (tmp_path / "submission.json").exists()
+    assert (tmp_path / "batch.log").read_text().startswith("what was said before\n")
+    updates = [call for call in commands.calls("scontrol") if call.startswith("update")]
+    assert updates == ["update JobId=20 Dependency=afterok:9"]
+
+
+def test_a_submission_of_which_nothing_is_known_is_left_to_be_found(tmp_path: Path, commands: Commands) -> None:
+    commands.add("sbatch", "exit 1")
+    commands.add("squeue", "exit 1")
+    commands.add("scontrol", "exit 1")
+    text = script(make_spec(cluster=ClusterSpec(scheduler="slurm")))
+    functions = text[text.index("job_view() {") : text.index("\nlight_process -m launcher.attempts.attempt begin")]
+    program = f"set -uo pipefail\nrun_dir={tmp_path}\n{functions}\n{OWN_SUBMISSION}"
+    subprocess.run(["bash", "-c", program], check=False, capture_output=True)
+    assert not (tmp_path / "events.jsonl").exists()
+    begun = intent.pending(RunPaths(tmp_path))
+    assert begun is not None
+    assert begun.scheduler == "slurm"
+    assert re.fullmatch(r"sft-[0-9a-f]{32}", begun.token)

@@ -102,7 +102,7 @@ def test_script_names_them_and_asks_for_them(tmp_path: Path) -> None:
     text = script(make_spec(cluster=cluster))
     assert "secrets='/private dir/demo-" in text
     assert "export A_TOKEN" not in text
-    assert "inherited=(-u A_TOKEN) new " in text  # a job submitted by this one reads the file itself
+    assert "inherited=(-u A_TOKEN) said " in text  # a job submitted by this one reads the file itself
     assert "secrets" not in script(make_spec(cluster=dataclasses.replace(cluster, env_from=[])))
 
 
