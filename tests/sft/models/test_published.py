@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.contract.flops import parameters
+from launcher.contract.spec import RunSpec
 from sft.models.registry import read_architecture
 from sft.models.rope import Rope
 from tests.sft.models.test_architecture import shape_free_of_positions
@@ -116,7 +118,112 @@ OLMO3_7B = {
     "sliding_window": 4096,
     "vocab_size": 100278,
 }
+GLM_45_AIR = {
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "first_k_dense_replace": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+}
+OLMOE_1B_7B = {
+    "model_type": "olmoe",
+    "attention_bias": False,
+    "clip_qkv": None,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": False,
+    "vocab_size": 50304,
+}
+QWEN15_MOE = {
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "glm4_moe": GLM_45_AIR,
+    "olmoe": OLMOE_1B_7B,
+    "qwen2_moe": QWEN15_MOE,
+    "qwen3_moe": QWEN3_30B_A3B,
     "gemma3": GEMMA3_4B,
     "mistral3": MISTRAL_SMALL,
     "ministral3": MINISTRAL3_8B,
@@ -139,6 +246,16 @@ def test_published_configs(name: str, tmp_path: Path) -> None:
     found = read_architecture(written)
     assert shape_free_of_positions(found) == shape_free_of_positions(read_architecture(filled))
     assert found.shape.hidden_size == CONFIGS[name].get("text_config", CONFIGS[name])["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("glm4_moe", 106.9), ("olmoe", 6.92), ("qwen2_moe", 14.3), ("qwen3_moe", 30.5)]
+)
+def test_the_weights_of_published_models_with_experts(name: str, billions: float, tmp_path: Path) -> None:
+    """As their cards have them, and none has the loss for even loads by its config."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    assert parameters(read_architecture(tmp_path).shape) / 1e9 == pytest.approx(billions, rel=3e-3)
+    assert RunSpec().train.router_aux_loss == 0
 
 
 def expect_rotation(rope: Rope | None, theirs: torch.Tensor, magnitude: float) -> None:
