@@ -110,7 +110,8 @@ def test_it_asks_on_a_terminal(work: Path) -> None:
 
 
 def test_experts_have_the_adapters_that_they_take(work: Path) -> None:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "model_type": "qwen3_moe"}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    experts |= {"model_type": "qwen3_moe", "head_dim": 16}
     (work / "model" / "config.json").write_text(json.dumps({**MODEL, **experts}))
     words = ["init", "--model", "model", "--data", "rows.jsonl", "--cluster", "local", "--gpus", "0", "--lora", "4"]
     assert main(words) == 0
