@@ -67,6 +67,7 @@ def error(*kinds: str, message: str = "x") -> RankError:
             Cause.DISK_FULL,
         ),
         (Evidence(exit_code=137, job=RUNNING), Cause.UNKNOWN),
+        (Evidence(exit_code=3), Cause.COMMUNICATION),  # no controller told the address of the first node
         (Evidence(exit_code=17), Cause.UNKNOWN),
     ],
 )
