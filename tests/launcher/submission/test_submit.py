@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import socket
 import stat
 import subprocess
@@ -354,3 +356,22 @@ def test_python_that_is_not_there_is_said(workdir: Path, capfd: pytest.CaptureFi
     shown = capfd.readouterr().out
     assert shown.startswith(f"# {said}")
     assert "/nowhere/python: No such file or directory" in shown
+
+
+def test_resubmit_on_a_full_disk_ends_with_the_code_of_a_disk(
+    workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was 1, which is for bugs."""
+    monkeypatch.setenv("FAKE_TICKS", "1")
+    assert launch(fake_python) == 0
+    wait_for(lambda: state() is JobState.COMPLETED)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            sys.stdout = sys.stderr = Path(os.devnull).open("w")  # pytest's are files
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+            code = main(["resubmit", "first", "train.max_steps=9"])
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ExitCode.IO_ERROR
