@@ -195,7 +195,7 @@ def _as_turns(example: Example) -> Example:
 
 
 def _revealed(rendered: Rendered, controls: ControlTokens) -> Iterator[Span]:
-    """Yield the spans in characters of the text with spellings restored, which tokens count; `Rendered` hides them."""
+    """Yield the spans in characters of the text with hidden spellings restored, as tokens count them."""
     plain = not controls.hides_in(rendered.text)
     for first, last, weight in rendered.spans:
         edges = (first, last) if plain else tuple(len(controls.reveal(rendered.text[:at])) for at in (first, last))
