@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -369,7 +370,7 @@ def test_resubmit_on_a_full_disk_ends_with_the_code_of_a_disk(
     if child == 0:
         code = 1
         try:
-            sys.stdout = sys.stderr = Path(os.devnull).open("w")  # pytest's are files
+            sys.stdout = sys.stderr = io.StringIO()  # pytest's are files
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
             code = main(["resubmit", "first", "train.max_steps=9"])
         finally:
