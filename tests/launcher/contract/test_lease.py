@@ -12,7 +12,18 @@ import pytest
 from launcher.contract import lease
 from launcher.contract.errors import RunStateError
 from launcher.contract.job_state import JobState
-from launcher.contract.lease import EXPIRY_SECONDS, Keeper, Owner, held, holder, release, renew, take, why_void
+from launcher.contract.lease import (
+    EXPIRY_SECONDS,
+    Keeper,
+    Owner,
+    check_free,
+    held,
+    holder,
+    release,
+    renew,
+    take,
+    why_void,
+)
 from launcher.contract.rundir import RunPaths
 
 FIRST = Owner(attempt="7.0", job_id="7", host="n1", pid=1)
@@ -138,3 +149,17 @@ def test_a_job_of_another_cluster_is_another_job(tmp_path: Path) -> None:
     far = Owner(attempt="7.0", job_id="7", cluster="far", host="n", pid=1)
     assert why_void(far, Owner(attempt="7.1", job_id="7", cluster="far", host="m", pid=2), 1.0) is not None
     assert why_void(far, Owner(attempt="7.1", job_id="7", cluster="near", host="m", pid=2), 1.0) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "5", '{"attempt": 5}', '{"attempt": "a", "pid": "x"}', '{"attempt": "a", "job_id": null}', "[" * 99_999],
+)
+def test_a_damaged_lease_is_somebodys(tmp_path: Path, text: str) -> None:
+    """An attempt that is no text was seen to be a traceback."""
+    paths = RunPaths(tmp_path)
+    paths.lease.write_text(text)
+    owner = holder(paths)
+    assert owner is not None and owner.attempt == "unknown"
+    with pytest.raises(RunStateError, match="is held by attempt unknown"):
+        check_free(paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import threading
@@ -350,3 +351,44 @@ def test_policies_that_change_tokens_change_the_key(tmp_path: Path, tokenizer_di
     ]
     keys = {open_or_build(spec, tokenizer_dir, build=True).train.key for spec in specs}
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "nested", "other version"])
+def test_a_cache_whose_manifest_is_gone_or_damaged_is_built_again(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """Without its manifest a directory was in the way of every later build."""
+    spec = spec_of(tmp_path)
+    cache = open_or_build(spec, tokenizer_dir, build=True).training_caches[0]
+    before = arrays_of(cache)
+    manifest = cache.directory / MANIFEST
+    if damage == "gone":
+        manifest.unlink()
+    elif damage == "other version":
+        manifest.write_text('{"version": 2}')
+    else:
+        manifest.write_text(manifest.read_text()[:40] if damage == "cut" else "[" * 100_000)
+    again = open_or_build(spec, tokenizer_dir, build=True).training_caches[0]
+    assert arrays_of(again) == before
+    assert "building it again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{}", '{"identity": null, "sha256": 5}', "[" * 100_000])
+def test_a_damaged_digest_is_computed_again(tmp_path: Path, tokenizer_dir: Path, text: str) -> None:
+    spec = spec_of(tmp_path)
+    key = open_or_build(spec, tokenizer_dir, build=True).training_caches[0].key
+    notes = tmp_path / "cache" / "digests"
+    notes.mkdir(exist_ok=True)
+    name = hashlib.sha256(str(Path(spec.data.train[0]).resolve()).encode()).hexdigest()[:32]
+    (notes / f"{name}.json").write_text(text)
+    assert open_or_build(spec, tokenizer_dir, build=True).training_caches[0].key == key
+
+
+def test_data_that_are_not_to_end_can_be_asked_for(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Token rows without any end token were refused, and nothing said which key allows them."""
+    rows = [{"input_ids": [300, 301, 302], "labels": [-100, 301, 302]}] * 3
+    files = [str(write_jsonl(tmp_path / "tokens.jsonl", rows))]
+    with pytest.raises(DataError, match=r"ends with a trained end token.*data\.require_end_tokens: false"):
+        open_or_build(spec_of(tmp_path, train=files), tokenizer_dir, build=True)
+    spec = spec_of(tmp_path, train=files, require_end_tokens=False)
+    assert len(open_or_build(spec, tokenizer_dir, build=True).train) == 3
