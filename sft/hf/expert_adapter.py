@@ -63,7 +63,7 @@ class ExpertTarget:
 
 
 def expert_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> list[ExpertTarget]:
-    """Return the adapters of one layer's experts, in the order of the files; none for a dense layer."""
+    """Return the adapters of one layer's experts, in the order of the files. A dense layer has none."""
     if not isinstance(architecture.layers[layer].mlp, Experts):
         return []
     return [

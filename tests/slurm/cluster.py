@@ -70,7 +70,7 @@ class SlurmCluster:
         if len(str(root)) > _LONGEST_ROOT:
             raise ValueError(f"{root} is too long for a socket's path: {len(str(root))} > {_LONGEST_ROOT} characters")
         controller, dbd, database, *node_ports = free_ports(3 + nodes)
-        self.layout = ClusterLayout(
+        self.layout: ClusterLayout = ClusterLayout(
             root=root,
             nodes=nodes,
             gpus_per_node=gpus_per_node,
