@@ -11,8 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Asking the driver whether there is a GPU would initialise CUDA, and a forked rank could then not use it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
+import omegaconf  # noqa: F401
 import pytest  # noqa: F401
-import torch.distributed.algorithms.ddp_comm_hooks  # noqa: F401
+import torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook
+import torch.utils.serialization.config  # noqa: F401
 import transformers
 
 import sft.runtime.lightning
@@ -22,6 +24,10 @@ import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
 
 import sft.training.trainer  # noqa: F401
 import tests.parity.runs  # noqa: F401
+from sft.models.registry import SUPPORTED, family
+
+for _model_type in SUPPORTED:
+    family(_model_type)
 
 # transformers imports a model's module, and with it accelerate and others, at the first use of one of its names.
 for _name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "PreTrainedTokenizerFast"):

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.contract.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster, why_unavailable
+from tests.slurm.matrix import TWO_RANKS, wait_for_end
 from tests.slurm.runs import Workbench, make_workbench
 
 
@@ -48,9 +49,15 @@ def uninterrupted(bench: Workbench) -> RunPaths:
     """The run that the others are compared with; on its way it is seen in each state."""
     blocker = bench.cluster.run(["sbatch", "--parsable", "-N4", "--exclusive", "-o/dev/null", "--wrap", "sleep 300"])
     bench.cluster.wait_for_job(blocker.stdout.strip(), {"RUNNING"})
-    run = bench.submit("uninterrupted")
+    run = bench.submit("uninterrupted", "logging.plot=true")
     bench.wait_for_state(run, "PENDING")
     bench.cluster.run(["scancel", blocker.stdout.strip()])
     bench.wait_for_state(run, "RUNNING")
     bench.wait_for_state(run, "COMPLETED")
     return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(bench: Workbench) -> RunPaths:
+    """The same run with one rank on each node."""
+    return wait_for_end(bench, bench.submit("undisturbed", *TWO_RANKS))

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.contract.exit_codes import ExitCode
 from tests.slurm.cluster import SlurmCluster
+from tests.slurm.matrix import TWO_RANKS
 from tests.slurm.runs import make_workbench
 
 pytestmark = pytest.mark.slurm
@@ -26,7 +27,7 @@ def test_a_first_file_is_right_and_a_wrong_one_is_told(
     assert bench.launcher("cluster", "check", "mine").stdout == "cluster mine: nothing is wrong\n"
 
     overrides = ("cluster=mine", "cluster.env.GLOO_SOCKET_IFNAME=lo", "cluster.srun_args=[--mpi=none]")
-    run = bench.submit("first", *overrides, "train.max_steps=2", "checkpoint.export=false")
+    run = bench.submit("first", *TWO_RANKS, *overrides, "train.max_steps=2")
     bench.wait_for_state(run, "COMPLETED", timeout=250)
 
     file.write_text(text.replace("gpus_per_node: 8", "gpus_per_node: 9"))

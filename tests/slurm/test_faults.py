@@ -39,7 +39,7 @@ from tests.slurm.matrix import (
     wait_for_end,
 )
 from tests.slurm.processes import wait_until
-from tests.slurm.runs import STEPS, Workbench, events, loss_curve, make_workbench, wait_for_checkpoint
+from tests.slurm.runs import STEPS, Curve, Workbench, events, loss_curve, make_workbench, wait_for_checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
@@ -49,7 +49,10 @@ ALONE = "resources.exclusive=true"
 
 @pytest.fixture(scope="module", params=["without-sacct", pytest.param("with-sacct", marks=pytest.mark.slow)])
 def matrix(
-    request: pytest.FixtureRequest, uninterrupted: RunPaths, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    uninterrupted: RunPaths,
+    undisturbed: RunPaths,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Matrix]:
     """The rows of those tests that were chosen, under way."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
@@ -63,7 +66,7 @@ def matrix(
         else:
             cluster = request.getfixturevalue("slurm_session")
             stack.callback(cluster.cancel_all)
-        started = Matrix(make_workbench(tmp_path_factory.mktemp("faults"), cluster), [undisturbed, *rows])
+        started = Matrix(make_workbench(tmp_path_factory.mktemp("faults"), cluster), rows)
         stack.callback(started.stop)
         yield started
 
@@ -80,9 +83,9 @@ def row(function: Row) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def curve(matrix: Matrix) -> dict[int, tuple[float, float]]:
+def curve(undisturbed: RunPaths) -> Curve:
     """What two undisturbed ranks arrive at."""
-    return loss_curve(matrix.run(undisturbed))
+    return loss_curve(undisturbed)
 
 
 def why(run: RunPaths) -> str:
@@ -95,16 +98,12 @@ def why(run: RunPaths) -> str:
     return told
 
 
-def undisturbed(bench: Workbench) -> RunPaths:
-    return wait_for_end(bench, bench.submit("undisturbed", *TWO_RANKS))
-
-
-def killed_rank(bench: Workbench, ranks: int = 2) -> RunPaths:
-    """The last of two or four ranks is killed, while somebody follows the logs."""
-    run = bench.submit("killed-rank", *(TWO_RANKS if ranks == 2 else ()))
+def killed_rank(bench: Workbench) -> RunPaths:
+    """The last rank is killed, while somebody follows the logs."""
+    run = bench.submit("killed-rank", *TWO_RANKS)
     follower = start_launcher(bench, run.root / "followed.txt", "logs", "--follow", str(run.root))
     wait_for_checkpoint(run, PATIENCE)
-    os.kill(rank_python(job_of(run), rank=ranks - 1, ranks=ranks), signal.SIGKILL)
+    os.kill(rank_python(job_of(run), rank=1, ranks=2), signal.SIGKILL)
     wait_for_end(bench, run)
     assert follower.wait(timeout=120) == 0
     return run
@@ -306,7 +305,9 @@ def test_full_disk(run: RunPaths, curve: object) -> None:
 
 def hanging_rank(bench: Workbench) -> RunPaths:
     """Four ranks, so that the stopped one has a neighbour on its node who sees it."""
-    run = bench.submit("hangs", "watchdog.floor_seconds=15", "watchdog.checkpoint_seconds=60")
+    run = bench.submit(
+        "hangs", "watchdog.floor_seconds=15", "watchdog.checkpoint_seconds=60", "checkpoint.export=false"
+    )
     wait_for_checkpoint(run, PATIENCE)
     for pid in rank_processes(job_of(run), rank=3, ranks=4):
         os.kill(pid, signal.SIGSTOP)
@@ -406,7 +407,7 @@ def raising_metric(bench: Workbench) -> RunPaths:
 
 
 @row(raising_metric)
-def test_user_code_that_raises_is_not_started_again(run: RunPaths, curve: dict[int, object]) -> None:
+def test_user_code_that_raises_is_not_started_again(run: RunPaths, curve: Curve) -> None:
     assert decided(run) == [("user_code", "stop")]
     assert "ZeroDivisionError: the user's own mistake" in why(run)
     assert loss_curve(run) == {step: curve[step] for step in range(1, 8)}

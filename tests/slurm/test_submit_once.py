@@ -14,7 +14,6 @@ import pytest
 from launcher.contract.manifest import read_manifest
 from launcher.contract.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.processes import wait_until
 from tests.slurm.runs import CHECKOUT, Workbench, make_workbench
 
 pytestmark = pytest.mark.slurm
@@ -112,7 +111,7 @@ def test_job_submitted_from_inside_a_job_is_its_own(bench: Workbench, slurm: Slu
     outer = ["srun", "-N1", "-n1", "--mem=77"]
     subprocess.run([*outer, *words], env=environment, cwd=CHECKOUT, check=True, timeout=120)
     run = bench.run_paths("inner")
-    wait_until(lambda: bench.state(run) == "COMPLETED", "the inner run", timeout=120, interval=0.5)
+    bench.wait_for_state(run, "COMPLETED")
     (attempt,) = [path for path in run.logs.iterdir() if path.is_dir()]
     assert [_line(run, attempt.name, rank) for rank in range(4)] == ["train 4 2  \n"] * 4
 
@@ -134,7 +133,8 @@ def test_sweep_holds_runs_back(bench: Workbench, slurm: SlurmCluster) -> None:
     config.write_text(bench.config.read_text() + "sweep: {product: {train.seed: [1, 2, 3]}, max_at_once: 2}\n")
     bench.launcher("submit", str(config), "name=swept", "cluster.runtime.python=/bin/false")
     runs = [bench.run_paths(f"swept-{number}") for number in range(3)]
-    wait_until(lambda: {bench.state(run) for run in runs} == {"FAILED"}, "three runs to fail", timeout=120)
+    for run in runs:
+        bench.wait_for_state(run, "FAILED")
     first, third = (_shown(bench, name) for name in ("swept-0", "swept-2"))
     assert third["StartTime"] >= first["EndTime"]
 
@@ -154,7 +154,7 @@ def test_run_after_another_starts_when_that_has_succeeded(bench: Workbench, slur
     slurm.run(["scontrol", "release", _attempts(bench, "before")[0]])
     bench.wait_for_state(behind, "COMPLETED")
     bench.launcher("submit", str(bench.config), "name=fails", "cluster.runtime.python=/bin/false")
-    wait_until(lambda: bench.state(bench.run_paths("fails")) == "FAILED", "a run to fail", timeout=120, interval=0.5)
+    bench.wait_for_state(bench.run_paths("fails"), "FAILED")
     refused = bench.launcher("submit", str(bench.config), "name=never", "after=fails", check=False)
     assert (refused.returncode, "would wait for ever" in refused.stderr) == (4, True)
     assert bench.state(before) == "COMPLETED"
