@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import sft.hf.importer
 from launcher.contract.errors import ModelError
-from sft.hf.files import WeightFiles, check_model_files
+from launcher.contract.spec import RunSpec
+from sft.hf.files import Sliceable, WeightFiles, check_model_files
 from sft.hf.importer import load_hf_weights
 from sft.models.registry import SUPPORTED, read_architecture
 from sft.models.weight_map import RankPlace
 from tests.ranks import run_ranks
-from tests.sft.hf_cases import CASES, VOCAB_SIZE, example_ids, hf_logits, rank_logits, run_spec, save_hf_model
+from tests.sft.hf_cases import (
+    CASES,
+    VOCAB_SIZE,
+    build_and_load,
+    example_ids,
+    hf_logits,
+    rank_logits,
+    run_spec,
+    save_hf_model,
+)
 
 TOLERANCE = 1e-5
 """Logits are of size 1; ten times what is seen on any case."""
@@ -92,6 +104,54 @@ class Chunk(nn.Module):
 
 def load(chunk: nn.Module, directory: Path) -> None:
     load_hf_weights([chunk], read_architecture(directory), directory, place=RankPlace(), layer_offsets=[0])
+
+
+class CountedReads:
+    """Weight files that count the numbers which are read of each kind of tensor."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files = WeightFiles(directory)
+        self.of_experts = 0
+        self.of_others = 0
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> CountedReads.Tensor:
+        return CountedReads.Tensor(self, name, self._files.tensor(name, shape))
+
+    class Tensor:
+        def __init__(self, counts: CountedReads, name: str, inner: Sliceable) -> None:
+            self._counts, self._name, self._inner = counts, name, inner
+
+        def __getitem__(self, index: slice | tuple[slice, slice]) -> torch.Tensor:
+            found = self._inner[index]
+            if ".experts." in self._name:
+                self._counts.of_experts += found.numel()
+            else:
+                self._counts.of_others += found.numel()
+            return found
+
+
+@pytest.mark.parity
+def test_a_rank_reads_the_experts_that_it_holds_and_no_others(tmp_path: Path) -> None:
+    save_hf_model("qwen3_moe", tmp_path)
+    spec = run_spec(tmp_path, 2, expert_parallel=2)
+    counts = run_ranks(2, counted_reads, spec, init=True)
+    tensors = {name: math.prod(shape) for name, shape in read_architecture(tmp_path).weights.hf_shapes().items()}
+    experts = sum(size for name, size in tensors.items() if ".experts." in name)
+    others = sum(tensors.values()) - experts
+    assert counts == [(experts // 2, others)] * 2
+
+
+def counted_reads(spec: RunSpec) -> tuple[int, int]:
+    """Runs on a rank: how many numbers it reads, of experts and of all else."""
+    made: list[CountedReads] = []
+
+    def counted(directory: Path) -> CountedReads:
+        made.append(CountedReads(directory))
+        return made[-1]
+
+    sft.hf.importer.WeightFiles = counted  # type: ignore[assignment,misc]
+    build_and_load(spec)
+    return made[0].of_experts, made[0].of_others
 
 
 def test_padding_is_zero_and_numbers_take_the_parameters_type(tmp_path: Path) -> None:

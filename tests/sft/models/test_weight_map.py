@@ -19,8 +19,10 @@ from sft.models.weight_map import (
     EMBEDDING,
     OUTPUT,
     ParameterMap,
+    RankPlace,
     canonical_name,
     checkpoint_key,
+    rank_part,
     rank_pieces,
     split_parameter,
 )
@@ -134,6 +136,29 @@ def test_ranks_together_hold_every_row_once(size: int, family: str) -> None:
         rows = [(piece.name, row) for pieces in ranks for piece in pieces for row in range(piece.start, piece.stop)]
         whole = [(piece.name, row) for piece in layout.pieces for row in range(piece.start, piece.stop)]
         assert sorted(rows) == sorted(whole)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(("owners", "sharers"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
+def test_ranks_together_hold_every_number_of_every_expert_once(family: str, owners: int, sharers: int) -> None:
+    model = architecture(family)
+    tensors = {name: torch.zeros(shape) for name, shape in model.weights.hf_shapes().items()}
+    for layout in model.weights.parameters().values():
+        if not layout.experts:
+            continue
+        assert layout.columns is not None
+        rows = layout.rows // owners // (sharers if layout.split == 0 else 1)
+        shape = (rows, layout.columns // (sharers if layout.split == 1 else 1))
+        for owner in range(owners):
+            for sharer in range(sharers):
+                place = RankPlace(experts=(owner, owners), expert_tensor=(sharer, sharers))
+                pieces, columns = rank_part(layout, place, shape)
+                assert sum(piece.rows for piece in pieces) == rows
+                for piece in pieces:
+                    tensors[piece.name][piece.start : piece.stop, columns] += 1
+    of_experts = [tensor for name, tensor in tensors.items() if ".experts." in name]
+    assert len(of_experts) == 2 * 4 * 3
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in of_experts)
 
 
 def test_more_ranks_than_kv_heads_hold_consecutive_rows() -> None:
