@@ -11,7 +11,9 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.manifest import read_manifest
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
-from tests.slurm.runs import Workbench, make_workbench
+from tests.slurm.runs import Workbench, events, make_workbench
+from tests.slurm.test_odd_sites import ALONE
+from tests.slurm.test_odd_sites import PYTHON as GOES_ON
 
 pytestmark = pytest.mark.slurm
 
@@ -56,6 +58,21 @@ def test_run_on_another_cluster(slurm_with_accounting: SlurmCluster, other: Slur
     wait_until(lambda: jobs_on(other, "far") == {}, "the job to end", timeout=60)
     bench.wait_for_state(run, "CANCELLED")
     _environment_names_the_cluster(bench, other, tmp_path)
+    _goes_on_as_a_new_job_there(bench, other, tmp_path)
+
+
+def _goes_on_as_a_new_job_there(bench: Workbench, other: SlurmCluster, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(GOES_ON)
+    python.chmod(0o755)
+    (tmp_path / "go-on").touch()
+    there = other.layout.cluster_name
+    words = ["restart.how=resubmit", f"resources.extra_sbatch=[--clusters={there}]", f"cluster.runtime.python={python}"]
+    run = bench.submit("chain", *ALONE, *words)
+    wait_until(lambda: len(events(run, "submitted")) == 2, "the run's own submission", timeout=120)
+    bench.wait_for_state(run, "COMPLETED")
+    assert [event["cluster"] for event in events(run, "submitted")] == [there, there]
+    assert [event["cluster"] for event in events(run, "attempt_started")] == [there, there]
 
 
 def _environment_names_the_cluster(bench: Workbench, other: SlurmCluster, tmp_path: Path) -> None:
