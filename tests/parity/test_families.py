@@ -12,7 +12,6 @@ from tests.parity.gradients import join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_grid import assert_gradients_equal
 from tests.sft.hf_cases import CASES, OF_TEXT, save_hf_model
-from tests.tiers import thinned
 from tests.tiny_model import VOCAB_SIZE, make_chat_rows, make_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -82,8 +81,15 @@ def family_model(directory: Path, case: str, **more: Any) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", thinned(CASES, *OF_TEXT, *VARIANTS))
+def _cells() -> list[Any]:
+    """Every case under every layout. By default families run under each, and their variants under the fused one."""
+    by_default = {(family, layout) for family in OF_TEXT for layout in LAYOUTS}
+    by_default |= {(variant, "tp2_sp_fused_packed") for variant in VARIANTS}
+    cells = [(case, layout) for case in CASES for layout in LAYOUTS]
+    return [cell if cell in by_default else pytest.param(*cell, marks=pytest.mark.slow) for cell in cells]
+
+
+@pytest.mark.parametrize(("case", "layout"), _cells())
 def test_every_gradient_follows_reference(case: str, layout: str, tmp_path: Path, chat: Path) -> None:
     """Every family of the registry, with plain and with fused kernels: a new family is found without being named."""
     expect_reference(case, LAYOUTS[layout], tmp_path, chat)
