@@ -60,7 +60,7 @@ def _damage(target: Path, *, compare_bytes: bool) -> str | None:
             return None  # of an earlier version, which wrote the source alone
         for name, written in json.loads(text)["files"].items():
             if (target / name).stat().st_size != written["bytes"]:
-                return f"is damaged: {name} has not the size that it was written with"
+                return f"is damaged: {name} does not have the size that it was written with"
             if compare_bytes and crc32(target / name) != written["crc32"]:
                 return f"is damaged: the bytes of {name} have changed"
     except FileNotFoundError:

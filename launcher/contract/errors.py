@@ -60,7 +60,7 @@ class ModelError(ConfigError):
 
 
 class HubError(ConfigError):
-    """A model or data set of the Hugging Face hub that cannot be had."""
+    """A model or data set that the Hugging Face hub does not give."""
 
 
 class TemplateError(ConfigError):

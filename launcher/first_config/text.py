@@ -73,7 +73,14 @@ def _lora(answers: Answers, survey: Survey) -> list[Row]:
     ]
     if survey.shape.num_experts:
         rows[0] = (1, "lora", None, "adapters; without this section all weights are trained")
-        rows.append((2, "targets", ["q_proj", "k_proj", "v_proj", "o_proj"], "experts take none yet"))
+        rows.append(
+            (
+                2,
+                "targets",
+                ["q_proj", "k_proj", "v_proj", "o_proj"],
+                "attention alone; without this line experts have adapters, too",
+            )
+        )
     return rows
 
 

@@ -93,11 +93,14 @@ def _may_be_at_work(intent: Intent) -> bool:
 
 def _started(paths: RunPaths, recorded: Sequence[Job], intent: Intent) -> JobId | None:
     """Return the job that has reported its start since the intent: nobody else submits to this run."""
-    for event in read_events(paths):
+    events = list(read_events(paths))
+    # The run may have submitted itself before; those jobs are in its events alone.
+    by_itself = {str(event.get("job_id")) for event in events if event.get("event") == "submitted"}
+    for event in events:
         late_enough = float(event.get("time", 0)) >= intent.written_at - _CLOCK_SKEW
         if event.get("event") != "attempt_started" or not late_enough:
             continue
         number, cluster = str(event.get("job_id")), str(event.get("cluster") or "")
-        if not any(job.id.is_job(number, cluster) for job in recorded):
+        if number not in by_itself and not any(job.id.is_job(number, cluster) for job in recorded):
             return JobId(number, intent.scheduler, intent.token, cluster)
     return None

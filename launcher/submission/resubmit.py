@@ -108,7 +108,7 @@ def _go_on_as(old: JobId, new: JobId) -> None:
 
 
 def fetch_again(spec: RunSpec) -> None:
-    """Fetch what was removed from the hub's cache since. HubError where it would be elsewhere now, or cannot be had."""
+    """Fetch what was removed from the hub's cache since. HubError where that has another place now, or fails."""
     found = resolve_hub(spec)
     if found.problems:
         raise HubError([f"{key}: {problem}" for key, problem in found.problems])

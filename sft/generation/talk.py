@@ -45,6 +45,8 @@ class Talker:
         """
         if self.has_template:
             ids = list(self.writer.conversation(turns).ids)
+        elif turns[0].role == "system":
+            raise ConfigError("the model has no chat template, which would say where a system message stands; /reset")
         else:
             ids = list(self.writer.question(turns[-1].content or "").ids)
         positions = getattr(self.model.config, "max_position_embeddings", None)

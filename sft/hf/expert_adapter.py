@@ -133,11 +133,13 @@ def expert_lora_problems(lora: LoraSpec, architecture: Architecture, expert_tens
             f"{expert_tensor_parallel} share one; set topology.expert_tensor_parallel to 1"
         )
     if lora.dora:
-        problems.append(f"model.lora.dora: adapters of experts ({shown}) have no magnitudes, in PEFT neither; unset it")
+        problems.append(
+            f"model.lora.dora: adapters of experts ({shown}) have no magnitudes, nor do they in PEFT; unset it"
+        )
     if lora.dropout:
         problems.append(
-            f"model.lora.dropout {lora.dropout:g}: adapters of experts ({shown}) take none, in PEFT neither; set it "
-            "to 0"
+            f"model.lora.dropout {lora.dropout:g}: adapters of experts ({shown}) take none, nor do they in PEFT; set "
+            "it to 0"
         )
     pair = [target.name for target in expert_targets(architecture, LoraSpec(rank=1), targets[0].layer)][:2]
     if len(set(pair) & set(names)) == 1:

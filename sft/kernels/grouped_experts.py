@@ -75,6 +75,13 @@ def unsort_rows(rows: Tensor, assignment: Assignment) -> Tensor:
 
 def expert_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Multiply the rows of each expert, sorted, by its matrix: [rows, in] and [experts, out, in] -> [rows, out]."""
+    output: Tensor = _Products.apply(rows, weights, ends)
+    return output
+
+
+def _product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    if not len(rows):  # torch's grouped product may refuse it, and other ranks would wait for this one
+        return rows.new_zeros(0, weights.size(1))
     if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and _is_aligned(weights):
         grouped = cast(Callable[..., Tensor], F.grouped_mm)
         return grouped(rows, weights.transpose(1, 2), offs=ends)
@@ -122,6 +129,26 @@ def _add_by_expert(out: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tenso
 def _by_expert(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
     bounds = [0, *ends.tolist()]
     return torch.split(rows, [end - begin for begin, end in itertools.pairwise(bounds)])
+
+
+class _Products(torch.autograd.Function):
+    """All experts' products. On some GPUs torch's own backward pass gives experts without rows gradients of noise."""
+
+    @staticmethod
+    def forward(ctx: Context, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, ends)
+        return _product(rows, weights, ends)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weights, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        rows_grad = _product(grad, weights.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return rows_grad, None, None
+        weights_grad = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+        _add_by_expert(weights_grad, grad, rows.contiguous(), ends, overwrite=True)
+        return rows_grad, weights_grad, None
 
 
 class _Context(Context, Protocol):

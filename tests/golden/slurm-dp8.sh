@@ -137,7 +137,7 @@ resubmit() { # [NODES TO AVOID]: submit the run's next job, without this job's v
   # The new job is found by its token, whatever becomes of sbatch's answer: here, or later by `launcher resubmit`.
   token=sft-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
   printf '{"token":"%s","scheduler":"slurm","written_at":%s,"host":"%s"}\n' "$token" "$(date +%s)" "${HOSTNAME-}" >"$begun.new" &&
-    mv "$begun.new" "$begun" || return
+    mv "$begun.new" "$begun" || echo "$begun could not be written; the new job's comment names it all the same"
   said=$(env "${inherited[@]}" timeout --kill-after=5 60 sbatch --parsable --comment="$token" ${avoid:+--exclude="$avoid"} \
     "$run_dir/job.sh")
   echo "$said"

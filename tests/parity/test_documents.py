@@ -13,7 +13,7 @@ from launcher.contract.spec import RunSpec
 from sft.megatron.layers.packed_rows import packed_sequences
 from sft.models.registry import read_architecture
 from tests.ranks import run_ranks
-from tests.sft.hf_cases import CASES, OF_TEXT, VOCAB_SIZE, build_and_load, hf_logits, run_spec, save_hf_model
+from tests.sft.hf_cases import CASES, DISTINCT, VOCAB_SIZE, build_and_load, hf_logits, run_spec, save_hf_model
 from tests.tiers import thinned
 
 pytestmark = pytest.mark.parity
@@ -38,7 +38,7 @@ def packed_logits(spec: RunSpec, rows: list[list[list[int]]]) -> list[NDArray[np
     return found
 
 
-@pytest.mark.parametrize("case", thinned(CASES, *OF_TEXT))
+@pytest.mark.parametrize("case", thinned(CASES, *DISTINCT))
 def test_a_document_does_not_change_its_neighbours(case: str, tmp_path: Path) -> None:
     save_hf_model(case, tmp_path)
     draw = torch.Generator().manual_seed(5)

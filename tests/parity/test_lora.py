@@ -40,7 +40,7 @@ from tests.parity.reference import target_losses
 from tests.parity.runs import curve, make_run, run_training
 from tests.parity.test_families import family_model
 from tests.ranks import run_ranks
-from tests.sft.hf_cases import OF_TEXT, example_ids, hf_logits
+from tests.sft.hf_cases import DISTINCT, example_ids, hf_logits
 from tests.tiers import thinned
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 
@@ -67,8 +67,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 ADAPTABLE = [name for name in SUPPORTED if name != "gpt2"]
 """Families that take adapters. GPT-2's files hold transposed matrices."""
-SLOW_FAMILIES = {"gemma", "llama", "ministral3", "mistral", "olmo3", "qwen2", "qwen3"}
-LORA_BY_DEFAULT = [name for name in ADAPTABLE if name in OF_TEXT and name not in SLOW_FAMILIES]
+SLOW_FAMILIES = {"glm4_moe", "llama", "ministral3", "mixtral", "olmo3"}
+LORA_BY_DEFAULT = [name for name in ADAPTABLE if name in DISTINCT and name not in SLOW_FAMILIES]
 
 
 @pytest.fixture(scope="module")

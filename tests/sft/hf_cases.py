@@ -29,6 +29,12 @@ OF_TEXT = [name for name in SUPPORTED if not family(name).multimodal]
 """Families but multimodal ones, whose layers are those of another family: what most grids run by default."""
 
 
+LIKE_LLAMA = {"gemma", "granite", "mistral", "olmo2", "olmoe", "qwen2", "qwen2_moe", "qwen3"}
+"""Families with nothing of their own in what documents, answers and adapters do to a layer."""
+DISTINCT = [name for name in OF_TEXT if name not in LIKE_LLAMA]
+"""What such grids run by default; a new family is among them."""
+
+
 def hf_config(case: str, **more: object) -> Any:
     """The case as transformers' configuration. Sizes are those of the language model."""
     from transformers import AutoConfig

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
-from launcher.contract.errors import HubError
+from launcher.contract.errors import HubError, is_storage_fault
 from launcher.contract.hub_cache import Repository, Snapshot
 
 _SECONDS = 10.0
@@ -117,9 +117,11 @@ def _our_errors(repository: Repository, revision: str) -> Iterator[None]:
         if code == 401:  # the real hub's answer where there is no such repository, too
             raise HubError(_absent(what)) from None
         if code == 403:
-            raise HubError(f"{what}: the token that the hub was given does not allow to read it") from None
+            raise HubError(f"{what}: the token that the hub was given does not allow reading it") from None
         raise HubUnreachable(f"the hub answered with status {code}") from None
     except network as error:
+        if isinstance(error, OSError) and is_storage_fault(error):
+            raise  # a full disk or a cache that cannot be written, which has words and an exit code of its own
         raise HubUnreachable(f"the hub cannot be reached ({_cause(error)})") from None
 
 

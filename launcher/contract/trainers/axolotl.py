@@ -57,13 +57,12 @@ def _datasets(value: object, entries: Entries) -> Translation:
     listed = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
     if not listed:
         raise Refused("no data set in it; give data.train")
-    settings: dict[str, object] = {"data.train": [_place(each) for each in listed]}
-    for each in listed:
-        more = _dataset_settings(each)
-        for key, found in more.items():
-            if settings.setdefault(key, found) != found:
-                raise Refused(f"data sets with different {key}; name them in data.sources, each with its own")
-    return Translation(settings, "each counts as often as it has examples" if len(listed) > 1 else "")
+    found = [_dataset_settings(each) for each in listed]
+    for key in {key for settings in found for key in settings}:
+        if any(settings.get(key) != found[0].get(key) for settings in found):
+            raise Refused(f"data sets with different {key}; name them in data.sources, each with its own")
+    trained = {"data.train": [_place(each) for each in listed]}
+    return Translation(trained | found[0], "each counts as often as it has examples" if len(listed) > 1 else "")
 
 
 def _place(each: dict[object, object]) -> str:
@@ -90,7 +89,12 @@ def _dataset_settings(each: dict[object, object]) -> dict[str, object]:
 
 def _held_out(value: object, entries: Entries) -> Translation:
     listed = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-    paths = [f"{_place(each)}{':' + str(each['split']) if each.get('split') else ''}" for each in listed]
+    # Files have no splits: axolotl's `split: train` of one means all of its rows.
+    is_file = [bool(each.get("ds_type") or each.get("data_files")) for each in listed]
+    splits = [
+        "" if own or not each.get("split") else f":{each['split']}" for own, each in zip(is_file, listed, strict=True)
+    ]
+    paths = [f"{_place(each)}{split}" for each, split in zip(listed, splits, strict=True)]
     return Translation({"data.validation": paths} if paths else {})
 
 

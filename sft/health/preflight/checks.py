@@ -85,10 +85,18 @@ def check_limits(infiniband: Path = Path("/sys/class/infiniband")) -> Check:
         problems.append(f"ulimit -t: {cpu} s of CPU time, after which ranks are killed")
     if files != unlimited and files < _LEAST_FILES:
         problems.append(f"ulimit -n: {files} open files, {_LEAST_FILES} needed")
-    if locked != unlimited and locked < _LEAST_LOCKED and infiniband.is_dir() and any(infiniband.iterdir()):
+    if locked != unlimited and locked < _LEAST_LOCKED and _uses_infiniband(infiniband):
         problems.append(f"ulimit -l: {locked // 1024} KiB of locked memory, too little for InfiniBand")
     detail = "; ".join(problems) or "CPU time, open files, locked memory"
     return Check(name="limits", ok=not problems, detail=detail, fault="run")
+
+
+def _uses_infiniband(devices: Path) -> bool:
+    """Return whether NCCL registers memory with an InfiniBand device here: a card may be in Ethernet mode."""
+    if os.environ.get("NCCL_IB_DISABLE") == "1" or not devices.is_dir():
+        return False
+    layers = [path.read_text(encoding="ascii").strip() for path in devices.glob("*/ports/*/link_layer")]
+    return "InfiniBand" in layers
 
 
 def check_run_directory(folder: Path, host: str, least_gib: float) -> Check:

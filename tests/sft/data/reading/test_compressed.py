@@ -136,7 +136,7 @@ def test_a_text_that_is_no_utf_8_in_a_table_is_named(tmp_path: Path) -> None:
 
     text = pa.array([b"ok", b"\xff"], pa.binary()).view(pa.string())
     pyarrow.parquet.write_table(pa.table({"prompt": text}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: damaged after row 0: .*utf-8"):
+    with pytest.raises(DataError, match=r"a\.parquet: damaged after row 0: .*(?i:utf-?8)"):
         rows_of(tmp_path / "a.parquet")
 
 
