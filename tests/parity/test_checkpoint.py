@@ -217,7 +217,10 @@ def train_with_slow_disk(config: Path) -> tuple[int, int]:
     return main(["train", str(config)]), len(meanwhile)
 
 
-@pytest.mark.parametrize("settings", [{}, {"distributed": False}], ids=["distributed", "plain"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, id="distributed"), pytest.param({"distributed": False}, id="plain", marks=pytest.mark.slow)],
+)
 def test_asynchronous_save_is_of_the_step_it_began_at(
     settings: dict[str, Any], tmp_path: Path, material: tuple[Path, Path]
 ) -> None:

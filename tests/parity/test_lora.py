@@ -67,7 +67,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 ADAPTABLE = [name for name in SUPPORTED if name != "gpt2"]
 """Families that take adapters. GPT-2's files hold transposed matrices."""
-SLOW_FAMILIES = {"glm4_moe", "llama", "ministral3", "mixtral", "olmo3"}
+SLOW_FAMILIES = {"gemma3_text", "glm4_moe", "llama", "ministral3", "mixtral", "olmo3", "smollm3"}
 LORA_BY_DEFAULT = [name for name in ADAPTABLE if name in DISTINCT and name not in SLOW_FAMILIES]
 
 
