@@ -10,6 +10,7 @@ Rejected: to write it with `peft`. It would build the whole model to save a few 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -46,7 +47,6 @@ from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
 from sft.models.weight_map import checkpoint_key
 
-_KEPT = 2
 MERGED_ADAPTER = "adapter"
 """Where a merged export keeps the adapter that went into it."""
 
@@ -131,8 +131,8 @@ class _Merger:
         self._shapes = architecture.weights.hf_shapes()
         self._targets = {f"{target.module}.weight": target for target in targets}
         self._of_experts = {f"{module}.weight": target for target in of_experts for module in target.modules}
-        self._expert_adapters: dict[str, AdapterTensors] = {}
-        """Of the experts of one layer, by tensor: they are read together."""
+        # Those of all experts of a layer are read together, and gate and up projections are asked for in turn.
+        self._adapters_of = lru_cache(maxsize=2)(self._read_experts)
         self._lora = lora
         self._routers = {tensor: name for name, tensor in trained_routers(architecture, lora).items()}
 
@@ -148,16 +148,12 @@ class _Merger:
         if name in self._targets:
             return merged_weight(whole, self._targets[name].read(self._reader, dora=self._lora.dora), self._lora.scale)
         if name in self._of_experts:
-            return merged_weight(whole, self._expert_adapter(name), self._lora.scale)
+            return merged_weight(whole, self._adapters_of(self._of_experts[name])[name], self._lora.scale)
         return whole
 
-    def _expert_adapter(self, name: str) -> AdapterTensors:
-        if name not in self._expert_adapters:
-            read = self._of_experts[name].read(self._reader)
-            if len(self._expert_adapters) > _KEPT * len(self._of_experts[name].modules):
-                self._expert_adapters.clear()
-            self._expert_adapters |= {f"{module}.weight": adapter for module, adapter in read}
-        return self._expert_adapters[name]
+    def _read_experts(self, target: ExpertTarget) -> dict[str, AdapterTensors]:
+        """Return the adapters of a layer's experts by tensor."""
+        return {f"{module}.weight": adapter for module, adapter in target.read(self._reader)}
 
 
 def _write_adapter(

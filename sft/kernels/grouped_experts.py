@@ -107,11 +107,16 @@ def expert_weight_gradients(weight: Tensor, count: int, grad_output: Tensor, inp
     """
     buffer = buffer_of(weight)
     if buffer is None:
-        values = torch.zeros_like(weight)
-        _add_by_expert(values.view(count, -1, weight.size(1)), grad_output, inputs, ends, overwrite=True)
-        return values
+        return _gradients(weight.view(count, -1, weight.size(1)), grad_output, inputs, ends).view_as(weight)
     _add_by_expert(buffer.values.view(count, -1, weight.size(1)), grad_output, inputs, ends, overwrite=buffer.is_empty)
     return buffer.answer()
+
+
+def _gradients(weights: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
+    """Return the gradients of weights [experts, rows, columns], of zeros where an expert has no rows."""
+    values = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    _add_by_expert(values, grad_output, inputs, ends, overwrite=True)
+    return values
 
 
 def _add_by_expert(out: Tensor, grad_output: Tensor, inputs: Tensor, ends: Tensor, *, overwrite: bool) -> None:
@@ -144,10 +149,7 @@ class _Products(torch.autograd.Function):
         rows, weights, ends = ctx.saved_tensors
         grad = grads[0].contiguous()
         rows_grad = _product(grad, weights.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return rows_grad, None, None
-        weights_grad = torch.zeros_like(weights, memory_format=torch.contiguous_format)
-        _add_by_expert(weights_grad, grad, rows.contiguous(), ends, overwrite=True)
+        weights_grad = _gradients(weights, grad, rows.contiguous(), ends) if ctx.needs_input_grad[1] else None
         return rows_grad, weights_grad, None
 
 

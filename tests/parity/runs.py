@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ def run_training(paths: RunPaths, ranks: int, timeout: float = 120.0, function: 
     if function is None:
         assert results == [ExitCode.OK] * ranks
     return results
+
+
+def copy_start(full: RunPaths, paths: RunPaths, step: int) -> None:
+    """Give a run the checkpoint and the log that another one had after `step`."""
+    shutil.copytree(full.checkpoint(step), paths.checkpoint(step))
+    paths.metrics.write_text("".join(full.metrics.read_text().splitlines(keepends=True)[:step]))
 
 
 def curve(paths: RunPaths) -> tuple[list[float], list[float]]:

@@ -6,7 +6,6 @@ Logits and gradients of each family are in test_families.py, which finds them in
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from sft.hf.sharded_reader import ShardedReader
 from sft.hf.trained_routers import router_problems
 from sft.models.registry import read_architecture
 from tests.parity.gradients import join, train_and_capture
-from tests.parity.runs import curve, make_run, reference_curve, run_training
+from tests.parity.runs import copy_start, curve, make_run, reference_curve, run_training
 from tests.parity.test_expert_lora import with_expert_adapters
 from tests.parity.test_experts import LAYOUTS
 from tests.parity.test_families import RATE, family_model
@@ -92,8 +91,7 @@ def test_a_checkpoint_of_unequal_layers_goes_on_under_another_topology(
     keys = ShardedReader(full.checkpoint(2) / "sharded").keys()
     assert {"decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.3.mlp.router.bias"} <= keys
     paths = make_run(tmp_path / "other", glm, chat, ranks=ranks, topology=topology, **settings)
-    shutil.copytree(full.checkpoint(2), paths.checkpoint(2))
-    paths.metrics.write_text("".join(full.metrics.read_text().splitlines(keepends=True)[:2]))
+    copy_start(full, paths, 2)
     run_training(paths, ranks)
     whole, resumed = curve(full), curve(paths)
     assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
@@ -108,8 +106,7 @@ def test_a_stage_without_experts_saves_the_step_of_the_others(distributed: bool,
     full = make_run(tmp_path / "full", model, chat, ranks=2, topology={"pipeline_parallel": 2}, **settings)
     run_training(full, 2)
     paths = make_run(tmp_path / "other", model, chat, ranks=1, **settings)
-    shutil.copytree(full.checkpoint(2), paths.checkpoint(2))
-    paths.metrics.write_text("".join(full.metrics.read_text().splitlines(keepends=True)[:2]))
+    copy_start(full, paths, 2)
     run_training(paths, 1)
     whole, resumed = curve(full), curve(paths)
     assert resumed[0] == pytest.approx(whole[0], rel=1e-5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from launcher.contract.spec import LoraSpec
 from sft.hf.expert_adapter import ExpertTarget
 from sft.kernels.grouped_experts import expert_products
-from sft.megatron.core import tensor_parallel
+from sft.megatron.parallel.experts import mark_as_experts
 
 
 class ExpertAdapter(nn.Module):
@@ -30,8 +30,7 @@ class ExpertAdapter(nn.Module):
         self.lora_A = nn.Parameter(weight.new_empty(held * lora.rank, target.columns))
         self.lora_B = nn.Parameter(weight.new_zeros(held * target.rows, lora.rank))
         for parameter in (self.lora_A, self.lora_B):
-            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            mark_as_experts(parameter, split=0)
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
@@ -69,10 +68,6 @@ class ExpertAdapters(nn.ModuleDict):
             blocks.append(F.pad(part.lora_B.view(self._held, -1, part.lora_B.size(1)), around))
         hidden = expert_products(rows, down, ends) * self._scale
         return expert_products(hidden, torch.cat(blocks, 1), ends)
-
-    def parameters_by_name(self) -> dict[str, Tensor]:
-        """Return the adapters' parameters by their names below this module."""
-        return dict(self.named_parameters())
 
     def _parts(self) -> list[ExpertAdapter]:
         return [part for part in self.values() if isinstance(part, ExpertAdapter)]

@@ -43,7 +43,7 @@ from sft.megatron.core import (
 from sft.megatron.layers.expert_lora import ExpertAdapters
 from sft.megatron.layers.fused import await_weights
 from sft.megatron.layers.router import Router
-from sft.megatron.parallel.experts import plan_exchange
+from sft.megatron.parallel.experts import mark_as_experts, plan_exchange
 from sft.models.architecture import Experts
 
 
@@ -54,10 +54,7 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self._count = count
         self.weight = nn.Parameter(torch.empty(count * rows, columns, dtype=config.params_dtype))
-        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, split, 1)
-        # Megatron-core's mark of what is reduced over expert data parallel ranks, in buffers and an optimizer of its
-        # own. Set under every topology, so that checkpoints of all have the same two optimizers.
-        self.weight.allreduce = False  # type: ignore[attr-defined]
+        mark_as_experts(self.weight, split=split)
 
         self.lora: ExpertAdapters | None = None
 

@@ -10,9 +10,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft.megatron.core import tensor_parallel
+
+
+def mark_as_experts(parameter: nn.Parameter, *, split: int) -> None:
+    """Mark what a rank holds of experts, cut on axis `split`, as Megatron-core looks for it.
+
+    It is then reduced over expert data parallel ranks, in buffers and an optimizer of its own. That holds under every
+    topology, so that checkpoints of all have the same two optimizers.
+    """
+    tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, split, 1)
+    parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
