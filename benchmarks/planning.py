@@ -26,6 +26,7 @@ from launcher.contract.cost_model.workload import Layout, Workload
 from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import named_model_shape
 from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TrainSpec
+from launcher.contract.stages import even_split
 from launcher.contract.topology import Topology
 from launcher.planning.search import search_layouts
 
@@ -185,6 +186,7 @@ def _case(row: dict[str, Any]) -> tuple[Workload, Layout]:
         sequence_parallel=tensor > 1,
         micro_batch_size=row.get("micro_batch", 1),
         global_batch_size=row["rows"],
+        layers_per_stage=even_split(shape.num_layers, pipeline * row.get("vpp", 1)),
     )
     workload = Workload(
         shape=shape,

@@ -86,6 +86,24 @@ def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int) -> i
     return products + 6 * shape.num_attention_heads * shape.head_dim * squares
 
 
+def layer_operations(shape: ModelShape, length: int) -> list[int]:
+    """Return the operations a token of forward and backward pass in each layer, for examples of `length` tokens.
+
+    Attention counts in every layer as in the mean of them, with and without a window.
+    """
+    attention = round(6 * shape.num_attention_heads * shape.head_dim * mean_attended(shape, length))
+    usual = layer_matmul_parameters(shape, active=True)
+    dense = layer_matmul_parameters(shape, dense=True)
+    return [
+        6 * (dense if index in shape.dense_layers else usual) + attention for index in range(shape.num_layers)
+    ]
+
+
+def head_operations(shape: ModelShape) -> int:
+    """Return the operations a token of forward and backward pass in the output layer."""
+    return 6 * embedding_parameters(shape)
+
+
 def mean_attended(shape: ModelShape, length: float) -> float:
     """Return twice the positions that a token of an example of `length` attends to, on average over layers."""
     return length + (_in_window(shape, length) - length) * shape.windowed_layers / shape.num_layers

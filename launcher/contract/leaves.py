@@ -86,7 +86,7 @@ def describe(kind: FieldType) -> str:
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if is_list(kind):
-        return "a list of strings"
+        return "a list of integers" if arguments == [int] else "a list of strings"
     if is_dict(kind):
         return "a mapping of names to strings"
     if typing.get_origin(kind) in (typing.Union, types.UnionType):

@@ -3,7 +3,8 @@
 One object carries the same numbers from the check on the login node to the process groups of the ranks. The rules
 are Megatron-core's own, plus three of ours: tensor parallel stays within a node (its all-reduces need NVLink), the
 interleaved schedule needs a pipeline, and its micro-batches must be a multiple of the stages. Each rule yields a
-message with its arithmetic and the nearest valid sizes. Bounds of single sizes stand at the fields of the config.
+message with its arithmetic and the nearest valid sizes. Bounds of single sizes stand at the fields of the config, and
+`launcher.contract.stages` shares layers out over stages.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from launcher.contract.errors import TopologyError
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec, TopologySpec
 from launcher.contract.spec.fields import field_problems, rule_problems
+from launcher.contract.stages import balanced_split, chunk_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +37,9 @@ class Topology:
     expert_parallel: int
     expert_tensor_parallel: int
     """Ranks that share an expert's matrices: tensor_parallel unless the run says otherwise."""
+    layers_per_stage: tuple[int, ...] = ()
+    """Layers of each model chunk in the model's order: the first chunk of every stage, then the second of every stage.
+    Empty where the model is not known."""
 
     @property
     def micro_batches(self) -> int:
@@ -60,6 +65,15 @@ class Topology:
     def micro_batch_multiple(self) -> int:
         """The micro-batches of a rank in a step must be a multiple of this: the interleaved schedule's rule."""
         return self.pipeline_parallel if self.virtual_pipeline > 1 else 1
+
+    def layers_of(self, stage: int) -> tuple[range, ...]:
+        """Return the layers of each model chunk of a pipeline stage, counted from 0 in the whole model."""
+        return chunk_ranges(self.layers_per_stage)[stage :: self.pipeline_parallel]
+
+    def describe_stages(self) -> str:
+        """Return `9, 9, 8, 6 layers`, by stage. Where stages have several model chunks: `4+5, 4+4 layers`."""
+        stages = range(self.pipeline_parallel)
+        return ", ".join("+".join(str(len(chunk)) for chunk in self.layers_of(stage)) for stage in stages) + " layers"
 
     def describe(self) -> str:
         """Return `tp2 x pp2 x dp2 = 8 ranks`, naming only what is larger than 1."""
@@ -105,7 +119,15 @@ def build_topology(spec: RunSpec, shape: ModelShape | None) -> Topology:
         global_batch_size=spec.train.global_batch_size,
         expert_parallel=topo.expert_parallel,
         expert_tensor_parallel=expert_tensor_parallel(topo),
+        layers_per_stage=_layers_per_stage(spec, shape),
     )
+
+
+def _layers_per_stage(spec: RunSpec, shape: ModelShape | None) -> tuple[int, ...]:
+    """Return the layers of each model chunk, as the run says or else balanced by cost. () for an unknown model."""
+    if shape is None:
+        return tuple(spec.topology.layers_per_stage)
+    return tuple(spec.topology.layers_per_stage) or balanced_split(spec, shape)
 
 
 def expert_tensor_parallel(topo: TopologySpec) -> int:
@@ -211,8 +233,13 @@ def _sequence_problems(spec: RunSpec) -> Iterator[str]:
 
 
 def _pipeline_problems(spec: RunSpec) -> Iterator[str]:
-    """Yield what the interleaved schedule lacks."""
+    """Yield numbers of layers for other stages than there are, and what the interleaved schedule lacks."""
     topo, train = spec.topology, spec.train
+    if topo.layers_per_stage and len(topo.layers_per_stage) != topo.pipeline_parallel * topo.virtual_pipeline:
+        yield (
+            f"topology.layers_per_stage has {len(topo.layers_per_stage)} numbers; it needs one for each model chunk: "
+            f"{_chunk_words(topo)}"
+        )
     if topo.virtual_pipeline == 1:
         return
     if topo.pipeline_parallel == 1:
@@ -288,14 +315,25 @@ def _head_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
 
 
 def _layer_problems(shape: ModelShape, topo: TopologySpec) -> Iterator[str]:
-    if shape.num_layers % (topo.pipeline_parallel * topo.virtual_pipeline) == 0:
-        return
-    virtual = f" x virtual_pipeline {topo.virtual_pipeline}" if topo.virtual_pipeline > 1 else ""
-    valid = [size for size in divisors(shape.num_layers) if size % topo.virtual_pipeline == 0]
-    yield (
-        f"{shape.num_layers} layers do not divide by pipeline_parallel {topo.pipeline_parallel}{virtual}; "
-        f"valid pipeline_parallel here: {shown_numbers(size // topo.virtual_pipeline for size in valid)}"
-    )
+    """Yield more model chunks than layers, and numbers of layers that are not those of the model."""
+    layers, chunks = shape.num_layers, topo.pipeline_parallel * topo.virtual_pipeline
+    if layers < chunks:
+        yield (
+            f"{layers} layers are fewer than the model chunks of {_chunk_words(topo)}, and each needs one: a stage with "
+            f"nothing but an embedding or output layer is not supported; at most {layers} chunks here"
+        )
+    elif topo.layers_per_stage and sum(topo.layers_per_stage) != layers:
+        yield (
+            f"topology.layers_per_stage: {' + '.join(map(str, topo.layers_per_stage))} = {sum(topo.layers_per_stage)} "
+            f"layers, and the model has {layers}; leave it out to have them balanced by cost"
+        )
+
+
+def _chunk_words(topo: TopologySpec) -> str:
+    """Return `pipeline_parallel 4 x virtual_pipeline 2 = 8`, or `pipeline_parallel 4`."""
+    stages, virtual = topo.pipeline_parallel, topo.virtual_pipeline
+    product = f" x virtual_pipeline {virtual} = {stages * virtual}" if virtual > 1 else ""
+    return f"pipeline_parallel {stages}{product}"
 
 
 def _feed_forward_problems(shape: ModelShape, tensor: int) -> Iterator[str]:

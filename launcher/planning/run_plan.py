@@ -141,12 +141,16 @@ def _suggestion(spec: RunSpec, result: SearchResult) -> str:
     nearest = nearest_fitting(spec, result.fitting)
     if nearest is None:
         return nothing_fits(spec, result)
-    return f"nearest that fits, with {nearest.memory.total:.1f} GiB: {override_words(nearest)}"
+    return f"nearest that fits, with {nearest.memory.total:.1f} GiB: {override_words(spec, nearest)}"
 
 
-def override_words(candidate: Candidate) -> str:
-    """Return the layout as `key=value` words for the command line."""
+def override_words(spec: RunSpec, candidate: Candidate) -> str:
+    """Return the layout as `key=value` words for the command line, to put behind the config of `spec`."""
+    values: dict[str, int | bool | str] = {}
+    given = tuple(spec.topology.layers_per_stage)
+    if given and candidate.layout.topology.layers_per_stage != given:
+        values["topology.layers_per_stage"] = "[]"
+    values |= candidate.overrides
     return " ".join(
-        f"{key}={str(value).lower() if isinstance(value, bool) else value}"
-        for key, value in candidate.overrides.items()
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()
     )

@@ -165,10 +165,7 @@ def _sizes(spec: RunSpec, shape: ModelShape) -> Iterator[_Sizes]:
         for pipeline in divisors(world // tensor):
             if pipeline > shape.num_layers:
                 break
-            virtual_sizes = [1]
-            if pipeline > 1 and shape.num_layers % pipeline == 0:
-                virtual_sizes = divisors(shape.num_layers // pipeline)
-            for virtual in virtual_sizes:
+            for virtual in _virtual_sizes(shape.num_layers, pipeline):
                 for micro in micro_batches:
                     for experts, expert_tensor in _expert_sizes(shape, tensor, world // pipeline):
                         yield _Sizes(
@@ -179,6 +176,14 @@ def _sizes(spec: RunSpec, shape: ModelShape) -> Iterator[_Sizes]:
                             experts=experts,
                             expert_tensor=expert_tensor,
                         )
+
+
+def _virtual_sizes(layers: int, pipeline: int) -> list[int]:
+    """Return the numbers of model chunks a stage: of those with chunks of at most n layers the least, for each n."""
+    if pipeline == 1:
+        return [1]
+    most = layers // pipeline
+    return sorted({min(-(-layers // (pipeline * size)), most) for size in range(1, -(-layers // pipeline) + 1)})
 
 
 def _expert_sizes(shape: ModelShape, tensor: int, stage_ranks: int) -> Iterator[tuple[int, int]]:
@@ -193,9 +198,11 @@ def _expert_sizes(shape: ModelShape, tensor: int, stage_ranks: int) -> Iterator[
 
 
 def _variant(spec: RunSpec, sizes: _Sizes) -> RunSpec:
-    tensor = sizes.tensor
+    tensor, given = sizes.tensor, spec.topology
+    same_stages = (sizes.pipeline, sizes.virtual) == (given.pipeline_parallel, given.virtual_pipeline)
     topology = dataclasses.replace(
-        spec.topology,
+        given,
+        layers_per_stage=given.layers_per_stage if same_stages else [],
         tensor_parallel=tensor,
         pipeline_parallel=sizes.pipeline,
         virtual_pipeline=sizes.virtual,
@@ -203,7 +210,7 @@ def _variant(spec: RunSpec, sizes: _Sizes) -> RunSpec:
         expert_tensor_parallel=None if sizes.expert_tensor == tensor else sizes.expert_tensor,
         # It saves memory and costs nothing wherever rows divide by it.
         sequence_parallel=tensor > 1
-        and spec.data.seq_length % sequence_multiple(tensor, spec.topology.context_parallel, True) == 0,
+        and spec.data.seq_length % sequence_multiple(tensor, given.context_parallel, True) == 0,
     )
     train = dataclasses.replace(spec.train, micro_batch_size=sizes.micro)
     return dataclasses.replace(spec, topology=topology, train=train)

@@ -29,6 +29,7 @@ def outline(submission: Submission) -> str:
             f"run        {spec.name} on cluster {spec.cluster.name} ({spec.cluster.scheduler})",
             f"nodes      {resources.nodes} x {resources.ranks_per_node} ranks ({device})",
             f"topology   {topology.describe()}{chosen}",
+            *_stages(submission),
             f"batch      {describe_batch(spec, topology)}",
             *_predicted(submission),
             *_excluded(submission),
@@ -36,6 +37,15 @@ def outline(submission: Submission) -> str:
             f"directory  {submission.paths.root}",
         ]
     )
+
+
+def _stages(submission: Submission) -> list[str]:
+    """Return how many layers each pipeline stage has, if there are several."""
+    topology = submission.topology
+    if topology.pipeline_parallel == 1 or not topology.layers_per_stage:
+        return []
+    by = "topology.layers_per_stage" if submission.spec.topology.layers_per_stage else "balanced by cost"
+    return [f"stages     {topology.describe_stages()} ({by})"]
 
 
 def summary(submission: Submission) -> str:

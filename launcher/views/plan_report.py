@@ -15,7 +15,7 @@ from launcher.planning.search import HEADROOM, SearchResult
 from launcher.views.text import columns
 
 _HEAD = "GPUS TP PP VPP DP EPxETP MICRO RECOMPUTE GIB S/STEP TOKENS/S MFU GPU-HOURS COST MOST-OF-THE-REST"
-_STAGE_HEAD = "STAGE WEIGHTS GRADIENTS OPTIMIZER ACTIVATIONS LOGITS OVERHEAD GIB"
+_STAGE_HEAD = "STAGE LAYERS WEIGHTS GRADIENTS OPTIMIZER ACTIVATIONS LOGITS OVERHEAD GIB"
 _NAMES = {
     "matmul": "matrix products",
     "elementwise": "elementwise kernels",
@@ -68,7 +68,11 @@ def _candidate_json(spec: RunSpec, result: SearchResult, candidate: Candidate) -
         "step_seconds": candidate.time.total,
         "step_parts": dict(candidate.time.parts()),
         "stages": [
-            {**dataclasses.asdict(stage), "total": stage.total}
+            {
+                **dataclasses.asdict(stage),
+                "total": stage.total,
+                "layers": [len(chunk) for chunk in candidate.layout.topology.layers_of(stage.stage)],
+            }
             for stage in pipeline_memory(result.workload, candidate.layout, CURRENT)
         ],
         "cost": None if cost is None else dataclasses.asdict(cost),
@@ -128,17 +132,33 @@ def _best(spec: RunSpec, result: SearchResult) -> list[str]:
     if not result.fitting:
         return [f"nothing fits: {nothing_fits(spec, result)}"]
     best = result.fitting[0]
-    lines = [f"best       {best.layout.describe()}", f"time       {_shares(best)}"]
+    lines = [f"best       {best.layout.describe()}", f"time       {_shares(best)}", *_bubble(result, best)]
     rows = [tuple(_STAGE_HEAD.split())]
     stages = pipeline_memory(result.workload, best.layout, CURRENT)
-    for stage in stages if len(stages) <= 4 else (stages[0], stages[1], stages[-1]):
+    shown = {stages[0], stages[1], max(stages, key=lambda one: one.total), stages[-1]} if len(stages) > 4 else stages
+    for stage in sorted(shown, key=lambda one: one.stage):
         values = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits, stage.overhead)
-        rows.append((str(stage.stage), *(f"{value:.1f}" for value in values), f"{stage.total:.1f}"))
+        layers = "+".join(str(len(chunk)) for chunk in best.layout.topology.layers_of(stage.stage))
+        rows.append((str(stage.stage), layers, *(f"{value:.1f}" for value in values), f"{stage.total:.1f}"))
     lines += ["", columns(rows), ""]
     lines += _why_best(result)
     cost = run_cost(spec, best)
     lines += [f"run        {cost.describe()}"] if cost else []
-    return [*lines, f"use it     {override_words(best)}   (or topology: auto)"]
+    return [*lines, f"use it     {override_words(spec, best)}   (or topology: auto)"]
+
+
+def _bubble(result: SearchResult, best: Candidate) -> list[str]:
+    """Return the layers of each stage, and the part of a step in which the slowest one waits, with its arithmetic."""
+    topology, waiting = best.layout.topology, best.time.pipeline_bubble
+    stages, virtual = topology.pipeline_parallel, topology.virtual_pipeline
+    if stages == 1:
+        return []
+    chunks = f" / {virtual} chunks" if virtual > 1 else ""
+    count = result.workload.micro_batches(topology)
+    return [
+        f"pipeline   {topology.describe_stages()}; bubble: ({stages} - 1) stages{chunks} = {(stages - 1) / virtual:.3g} "
+        f"beside {count} micro-batches, {waiting / best.time.total:.0%} of the step"
+    ]
 
 
 def _why_best(result: SearchResult) -> list[str]:

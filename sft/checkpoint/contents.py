@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from launcher.contract.errors import CheckpointError
+from launcher.contract.stages import even_split
 from launcher.contract.topology import Topology
 
 SHARDED = "sharded"
@@ -154,9 +155,14 @@ class TrainerState:
 
     def is_of(self, topology: Topology) -> bool:
         """Return whether it was saved under this topology."""
-        # Checkpoints from before there were expert parallel ranks do not name these.
-        later = {"expert_parallel": 1, "expert_tensor_parallel": self.topology.get("tensor_parallel")}
-        return {**later, **self.topology} == dataclasses.asdict(topology)
+        # Earlier checkpoints do not name the ranks that share experts; and their stages had equally many layers.
+        split = topology.layers_per_stage
+        later = {
+            "expert_parallel": 1,
+            "expert_tensor_parallel": self.topology.get("tensor_parallel"),
+            "layers_per_stage": list(even_split(sum(split), len(split))),
+        }
+        return {**later, **self.topology} == dataclasses.asdict(topology) | {"layers_per_stage": list(split)}
 
     @property
     def early_stopping(self) -> EarlyStoppingState:

@@ -97,12 +97,24 @@ def _parallel_settings(topology: Topology, on_gpu: bool) -> dict[str, object]:
         "tensor_model_parallel_size": topology.tensor_parallel,
         "pipeline_model_parallel_size": topology.pipeline_parallel,
         "virtual_pipeline_model_parallel_size": topology.virtual_pipeline if interleaved else None,
+        "pipeline_model_parallel_layout": _pipeline_layout(topology) if topology.pipeline_parallel > 1 else None,
         "context_parallel_size": topology.context_parallel,
         "sequence_parallel": topology.sequence_parallel,
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
         "deallocate_pipeline_outputs": on_gpu or not interleaved,
     }
+
+
+def _pipeline_layout(topology: Topology) -> list[list[str]]:
+    """Return what each model chunk holds, in Megatron-core's words and in the model's order.
+
+    It is the one setting that all versions read in each place where they number layers.
+    """
+    chunks = [["decoder"] * count for count in topology.layers_per_stage]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def _recompute_settings(recompute: str) -> dict[str, object]:

@@ -86,7 +86,7 @@ class MegatronStrategy(DDPStrategy):
         module.gather_weights()
         trainer = TrainerState(
             lightning=checkpoint,
-            topology=dataclasses.asdict(self.topology),
+            topology=dataclasses.asdict(module.topology),
             data_key=self.data_key,
             versions={"torch": torch.__version__, "megatron_core": megatron_version},
             rate_groups=rate_groups(module.spec.train.optimizer),

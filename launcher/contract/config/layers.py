@@ -15,7 +15,9 @@ from launcher.contract.errors import ConfigError
 from launcher.contract.leaves import NAMED_SECTIONS, Leaf, Leaves
 from launcher.contract.spec import RunSpec
 
-_AUTO_CHOOSES = tuple(f"topology.{name}" for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline"))
+_AUTO_CHOOSES = tuple(
+    f"topology.{name}" for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "layers_per_stage")
+)
 """Keys of which none may be set where the topology is to be chosen."""
 
 

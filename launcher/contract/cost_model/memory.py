@@ -14,6 +14,7 @@ from launcher.contract.cost_model.implementation import COMMUNICATOR_GIB, CUDA_C
 from launcher.contract.cost_model.workload import (
     Layout,
     Workload,
+    layer_counts,
     stage_expert_parameters,
     stage_parameters,
     trained_parameters,
@@ -60,15 +61,8 @@ def pipeline_memory(workload: Workload, layout: Layout, implementation: Implemen
 
 
 def largest_stage(workload: Workload, layout: Layout, implementation: Implementation) -> StageMemory:
-    """Return the stage with the highest peak: the first, with most micro-batches, or the last, with the logits.
-
-    Where some layers have no experts, it may be any.
-    """
-    stages = layout.topology.pipeline_parallel
-    chosen = range(stages) if workload.shape.dense_layers else {0, stages - 1}
-    return max(
-        (stage_memory(workload, layout, implementation, stage) for stage in chosen), key=lambda memory: memory.total
-    )
+    """Return the stage with the highest peak."""
+    return max(pipeline_memory(workload, layout, implementation), key=lambda memory: memory.total)
 
 
 def stage_memory(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> StageMemory:
@@ -96,8 +90,13 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
     )
 
 
-def layer_activation_bytes(workload: Workload, layout: Layout, implementation: Implementation) -> float:
-    """Return the bytes that one layer keeps of one micro-batch, unless the whole layer is recomputed."""
+def layer_activation_bytes(
+    workload: Workload, layout: Layout, implementation: Implementation, *, dense: bool = False
+) -> float:
+    """Return the bytes that one layer keeps of one micro-batch, unless the whole layer is recomputed.
+
+    `dense` is for a layer without experts in a model that has some.
+    """
     shape, topology = workload.shape, layout.topology
     tensor = topology.tensor_parallel
     sequence = tensor if topology.sequence_parallel else 1
@@ -114,7 +113,7 @@ def layer_activation_bytes(workload: Workload, layout: Layout, implementation: I
     whole = (tensor == 1 or workload.precision == "fp8") and workload.lora_rank is None
     if implementation.spares_mlp_output and shape.gated_mlp and whole:
         mlp -= 1
-    if shape.num_experts:
+    if shape.num_experts and not dense:
         # The busiest rank's rows: inputs and outputs of experts, and of the unit between their products.
         per_token += mlp * shape.shared_expert_size / tensor
         rows = shape.experts_per_token * (EXPERT_ROWS_KEPT * shape.hidden_size + mlp * shape.expert_ffn_hidden_size)
@@ -133,7 +132,7 @@ def busiest_rank(topology: Topology) -> float:
 
 
 def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:
-    """Return how many model chunks, of layers / (pp * vpp) each, have activations on a stage at its peak."""
+    """Return how many model chunks have activations on a stage at its peak."""
     stages, virtual = topology.pipeline_parallel, topology.virtual_pipeline
     if virtual == 1:
         return min(micro_batches, stages - stage)
@@ -142,16 +141,19 @@ def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:
 
 def _activation_bytes(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> float:
     topology = layout.topology
-    layers = workload.shape.num_layers // (topology.pipeline_parallel * topology.virtual_pipeline)
-    in_flight = layers * chunks_in_flight(topology, workload.micro_batches(topology), stage)
-    full = layer_activation_bytes(workload, layout, implementation)
+    counts = layer_counts(workload.shape, topology, stage)
+    # Chunks of a stage are in flight in turn, so that each is so about equally often.
+    in_flight = chunks_in_flight(topology, workload.micro_batches(topology), stage) / topology.virtual_pipeline
+    usual = layer_activation_bytes(workload, layout, implementation)
+    dense = layer_activation_bytes(workload, layout, implementation, dense=True) if counts[1] else 0.0
+    full = max(usual if counts[0] else 0.0, dense)
     if layout.recompute == "offload":
         return full  # the inputs of layers are in the host's memory
     if layout.recompute != "full":
-        return in_flight * full
+        return in_flight * (counts[0] * usual + counts[1] * dense)
     sequence = topology.tensor_parallel if topology.sequence_parallel else 1
     kept = workload.shape.hidden_size / sequence * workload.width * _micro_batch_tokens(workload, topology)
-    return in_flight * kept + full  # the inputs of all layers, and the one layer that is being recomputed
+    return in_flight * sum(counts) * kept + full  # the inputs of all layers, and the one layer that is being recomputed
 
 
 def _logit_bytes(workload: Workload, topology: Topology, implementation: Implementation) -> float:

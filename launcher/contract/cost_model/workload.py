@@ -96,9 +96,8 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     """Return the weights on one rank of a stage, without experts. A tied output layer has a copy on another stage."""
     tensor, stages = topology.tensor_parallel, topology.pipeline_parallel
     embedding = -(-shape.vocab_size // tensor) * shape.hidden_size
-    dense = dense_layers(shape, topology, stage)
-    count = (shape.num_layers // stages - dense) * layer_parameters(shape, tensor)
-    count += dense * layer_parameters(shape, tensor, dense=True)
+    usual, dense = layer_counts(shape, topology, stage)
+    count = usual * layer_parameters(shape, tensor) + dense * layer_parameters(shape, tensor, dense=True)
     if stage == 0:
         count += embedding
     if stage == stages - 1:
@@ -110,36 +109,41 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
 
 def stage_expert_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     """Return the weights of experts on one rank of a pipeline stage."""
-    layers = shape.num_layers // topology.pipeline_parallel - dense_layers(shape, topology, stage)
-    return layers * expert_layer_parameters(shape, topology)
+    usual, _ = layer_counts(shape, topology, stage)
+    return usual * expert_layer_parameters(shape, topology)
 
 
-def dense_layers(shape: ModelShape, topology: Topology, stage: int) -> int:
-    """Return how many layers of a stage have no experts, in a model that has some."""
-    stages = topology.pipeline_parallel
-    chunk = shape.num_layers // (stages * topology.virtual_pipeline)
-    return sum(layer // chunk % stages == stage for layer in shape.dense_layers)
+def layer_counts(shape: ModelShape, topology: Topology, stage: int) -> tuple[int, int]:
+    """Return the numbers of a stage's usual layers, and of those without experts in a model that has some."""
+    chunks = topology.layers_of(stage)
+    dense = sum(layer in chunk for layer in shape.dense_layers for chunk in chunks)
+    return sum(map(len, chunks)) - dense, dense
 
 
-def adapter_parameters(shape: ModelShape, topology: Topology, rank: int) -> int:
+def adapter_parameters(shape: ModelShape, topology: Topology, stage: int, rank: int) -> int:
     """Return the weights of LoRA adapters on all linear layers of a stage: rank * (inputs + outputs) for each.
 
     Those of experts are counted apart. Tensor parallelism shards only one of an adapter's two matrices; both are
     counted whole.
     """
+    usual, dense = layer_counts(shape, topology, stage)
     queries = shape.num_attention_heads * shape.head_dim
     groups = shape.num_query_groups * shape.head_dim
-    mlp = 3 if shape.gated_mlp else 2
-    inputs_and_outputs = 4 * shape.hidden_size + 2 * queries + 2 * groups
-    if not shape.num_experts:
-        inputs_and_outputs += mlp * (shape.hidden_size + shape.ffn_hidden_size)
-    return shape.num_layers // topology.pipeline_parallel * rank * inputs_and_outputs
+    attention = 4 * shape.hidden_size + 2 * queries + 2 * groups
+    width = shape.shared_expert_size if shape.num_experts else shape.ffn_hidden_size
+    return rank * ((usual + dense) * attention + usual * _mlp_sides(shape, width) + dense * _mlp_sides(shape))
+
+
+def _mlp_sides(shape: ModelShape, width: int | None = None) -> int:
+    """Return inputs and outputs of the linear layers of an MLP, of the dense one without a `width`."""
+    width = shape.ffn_hidden_size if width is None else width
+    return (3 if shape.gated_mlp else 2) * (shape.hidden_size + width) if width else 0
 
 
 def expert_adapter_parameters(shape: ModelShape, topology: Topology, stage: int, rank: int) -> int:
     """Return the weights of LoRA adapters on the experts that a rank of a stage holds."""
-    layers = shape.num_layers // topology.pipeline_parallel - dense_layers(shape, topology, stage)
-    held = layers * shape.num_experts // topology.expert_parallel
+    usual, _ = layer_counts(shape, topology, stage)
+    held = usual * shape.num_experts // topology.expert_parallel
     return held * rank * 3 * (shape.hidden_size + shape.expert_ffn_hidden_size)
 
 
@@ -149,4 +153,4 @@ def trained_parameters(workload: Workload, topology: Topology, stage: int) -> tu
     if rank is None:
         return stage_parameters(shape, topology, stage), stage_expert_parameters(shape, topology, stage)
     experts = expert_adapter_parameters(shape, topology, stage, rank) if workload.lora_on_experts else 0
-    return adapter_parameters(shape, topology, rank), experts
+    return adapter_parameters(shape, topology, stage, rank), experts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from launcher.contract.spec.rules import AtLeast
@@ -22,6 +22,10 @@ class TopologySpec:
     """Pipeline stages."""
     virtual_pipeline: Annotated[int, AtLeast(1)] = 1
     """Model chunks on each stage (interleaved schedule); 1 is the plain 1F1B schedule."""
+    layers_per_stage: Annotated[list[int], AtLeast(1)] = field(default_factory=list)
+    """How many layers each stage has, first to last, e.g. [9, 9, 8, 6]. With virtual_pipeline it has a number for each
+    model chunk, in the model's order: the first chunk of every stage, then the second of every stage. Empty: balanced
+    by what layers and output layer cost, so that the slowest stage is as fast as possible."""
     context_parallel: Annotated[int, AtLeast(1)] = 1
     """Ranks that share each row, for long ones: each holds two slices of it and gathers keys and values for attention.
     data.seq_length must be a multiple of twice this."""

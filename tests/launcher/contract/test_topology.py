@@ -39,6 +39,7 @@ def specs(draw: st.DrawFn) -> RunSpec:
             pipeline_parallel=draw(small),
             virtual_pipeline=draw(st.sampled_from([1, 1, 2, 3])),
             context_parallel=draw(st.sampled_from([1, 1, 2])),
+            layers_per_stage=draw(st.just([]) | st.lists(st.integers(1, 4), min_size=1, max_size=4)),
             sequence_parallel=draw(st.booleans()),
         ),
         train=TrainSpec(global_batch_size=draw(st.integers(1, 24)), micro_batch_size=draw(st.integers(1, 3))),
@@ -62,6 +63,7 @@ shapes = st.builds(
 def fits(spec: RunSpec, shape: ModelShape) -> bool:
     """The rules as one would write them down."""
     topo, train = spec.topology, spec.train
+    given = topo.layers_per_stage
     tp, pp, vpp, cp = topo.tensor_parallel, topo.pipeline_parallel, topo.virtual_pipeline, topo.context_parallel
     world = spec.resources.nodes * spec.resources.ranks_per_node
     if spec.resources.ranks_per_node % tp or world % (tp * pp * cp):
@@ -77,7 +79,8 @@ def fits(spec: RunSpec, shape: ModelShape) -> bool:
         or (vpp > 1 and (pp == 1 or micro_batches % pp))
         or shape.num_attention_heads % tp
         or (groups % tp and tp % groups)
-        or shape.num_layers % (pp * vpp)
+        or shape.num_layers < pp * vpp
+        or (given and (len(given) != pp * vpp or sum(given) != shape.num_layers))
         or shape.ffn_hidden_size % tp
         or spec.data.seq_length > shape.max_position_embeddings
     )
@@ -123,7 +126,7 @@ def _problems(spec: RunSpec, shape: ModelShape | None) -> tuple[str, ...]:
     return ()
 
 
-def make(nodes: int = 1, tasks: int = 2, gpus: int = 0, batch: int = 8, **topology: int | bool) -> RunSpec:
+def make(nodes: int = 1, tasks: int = 2, gpus: int = 0, batch: int = 8, **topology: int | bool | list[int]) -> RunSpec:
     return RunSpec(
         resources=ResourcesSpec(nodes=nodes, tasks_per_node=tasks, gpus_per_node=gpus),
         topology=TopologySpec(**topology),  # type: ignore[arg-type]
@@ -136,12 +139,24 @@ def make(nodes: int = 1, tasks: int = 2, gpus: int = 0, batch: int = 8, **topolo
     [
         (make(tensor_parallel=2), ["9 attention heads do not divide by tensor_parallel 2; valid here: 1, 3, 9"]),
         (
-            make(tasks=4, pipeline_parallel=4),
-            ["30 layers do not divide by pipeline_parallel 4; valid pipeline_parallel here: 1, 2, 3, 5, 6, 10, 15, 30"],
+            make(tasks=4, pipeline_parallel=4, virtual_pipeline=8),
+            [
+                "30 layers are fewer than the model chunks of pipeline_parallel 4 x virtual_pipeline 8 = 32, and each "
+                "needs one: a stage with nothing but an embedding or output layer is not supported; at most 30 chunks "
+                "here"
+            ],
         ),
         (
-            make(tasks=4, pipeline_parallel=4, virtual_pipeline=4),
-            ["30 layers do not divide by pipeline_parallel 4 x virtual_pipeline 4; valid pipeline_parallel here: none"],
+            make(tasks=4, pipeline_parallel=4, layers_per_stage=[8, 8, 8]),
+            [
+                "topology.layers_per_stage has 3 numbers; it needs one for each model chunk: pipeline_parallel 4",
+                "topology.layers_per_stage: 8 + 8 + 8 = 24 layers, and the model has 30; leave it out to have them "
+                "balanced by cost",
+            ],
+        ),
+        (
+            make(tasks=2, pipeline_parallel=2, layers_per_stage=[30, 0]),
+            ["topology.layers_per_stage: 0 is not at least 1"],
         ),
         (
             make(tasks=3, batch=8),

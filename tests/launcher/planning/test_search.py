@@ -22,6 +22,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import named_model_config, named_model_shape
 from launcher.contract.spec import DataSpec, LoraSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+from launcher.contract.stages import even_split
 from launcher.contract.topology import Topology, build_topology
 from launcher.planning.run_plan import run_cost
 from launcher.planning.search import HEADROOM, MICRO_BATCH_SIZES, search_layouts, with_gpus, workload_of
@@ -91,7 +92,7 @@ def test_every_layout_keeps_the_rules_and_the_memory() -> None:
 )
 def test_stages_hold_the_whole_model(tensor: int, pipeline: int, tied: bool, model: str) -> None:
     shape = dataclasses.replace(named_model_shape(model), tied_embeddings=tied)
-    topology = layout(tensor=tensor, pipeline=pipeline)
+    topology = layout(tensor=tensor, pipeline=pipeline, layers=shape.num_layers)
     held = sum(stage_parameters(shape, topology, stage) for stage in range(pipeline)) * tensor
     from launcher.contract.flops import embedding_parameters, parameters
 
@@ -106,7 +107,7 @@ def test_stages_whose_layers_differ_hold_the_whole_model(pipeline: int, virtual:
     from launcher.contract.flops import expert_parameters, parameters
 
     shape = named_model_shape("106b-a12b")
-    topology = layout(pipeline=pipeline, virtual=virtual)
+    topology = layout(pipeline=pipeline, virtual=virtual, layers=46)
     experts = [stage_expert_parameters(shape, topology, stage) for stage in range(pipeline)]
     held = sum(stage_parameters(shape, topology, stage) for stage in range(pipeline)) + sum(experts)
     assert held == parameters(shape) == pytest.approx(106.9e9, rel=1e-3)
@@ -114,7 +115,10 @@ def test_stages_whose_layers_differ_hold_the_whole_model(pipeline: int, virtual:
     assert experts[1:] == [46 // pipeline * expert_parameters(shape)] * (pipeline - 1)
 
 
-def layout(tensor: int = 1, pipeline: int = 1, virtual: int = 1, data: int = 1, micro: int = 1) -> Topology:
+def layout(
+    tensor: int = 1, pipeline: int = 1, virtual: int = 1, data: int = 1, micro: int = 1, *, layers: int = 32
+) -> Topology:
+    """Stages have equally many layers, in all those of 8B by default."""
     return Topology(
         world_size=tensor * pipeline * data,
         ranks_per_node=8,
@@ -128,6 +132,7 @@ def layout(tensor: int = 1, pipeline: int = 1, virtual: int = 1, data: int = 1, 
         sequence_parallel=tensor > 1,
         micro_batch_size=micro,
         global_batch_size=micro * data * pipeline,
+        layers_per_stage=even_split(layers, pipeline * virtual),
     )
 
 

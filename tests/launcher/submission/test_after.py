@@ -72,10 +72,10 @@ def test_only_what_the_run_before_will_write_may_be_missing(
     missing = f"model.path={workdir}/runs/other/export"
     assert submit(workdir, "RUNNING", missing) == ExitCode.BAD_INPUT
     assert "model.path: " in capsys.readouterr().err
-    # the layout is checked against the model that the run before trains: 4 layers do not make 3 stages
-    stages = ["topology.pipeline_parallel=3", "resources.tasks_per_node=3"]
+    # the layout is checked against the model that the run before trains: 4 layers do not make 5 stages
+    stages = ["topology.pipeline_parallel=5", "resources.tasks_per_node=5"]
     assert submit(workdir, "RUNNING", f"model.path={parent.export}", *stages) == ExitCode.BAD_INPUT
-    assert "4 layers do not divide by pipeline_parallel 3" in capsys.readouterr().err
+    assert "4 layers are fewer than the model chunks of pipeline_parallel 5" in capsys.readouterr().err
 
 
 def test_what_the_run_before_does_not_write_is_refused_at_once(

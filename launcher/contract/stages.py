@@ -1,0 +1,111 @@
+"""Share a model's layers out over the model chunks of pipeline stages, by what each layer costs.
+
+A stage has one model chunk, or as many as there are virtual stages. Chunks are in the model's order: the first chunk of
+every stage, then the second of every stage. Costs are whole numbers, so that every machine finds the same split.
+
+Rejected: Megatron-core's `num_layers_in_first_pipeline_stage` and `account_for_embedding_in_pipeline_split`. With them
+all stages in between have equally many layers, and most numbers of layers still go with few numbers of stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+from launcher.contract.flops import head_operations, layer_operations
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import RunSpec
+
+
+def even_split(layers: int, chunks: int) -> tuple[int, ...]:
+    """Return equally many layers for each model chunk, or () where they do not divide."""
+    return () if not chunks or layers % chunks else (layers // chunks,) * chunks
+
+
+@lru_cache(maxsize=1024)
+def chunk_ranges(split: tuple[int, ...]) -> tuple[range, ...]:
+    """Return the layers of each model chunk, counted from 0 in the whole model."""
+    ends = list(accumulate(split))
+    return tuple(range(end - size, end) for size, end in zip(split, ends, strict=True))
+
+
+def balanced_split(spec: RunSpec, shape: ModelShape) -> tuple[int, ...]:
+    """Return how many layers each model chunk of the run has if the costliest of them costs as little as possible.
+
+    The output layer's product counts, and that every layer is computed again where the run recomputes them. Looking an
+    embedding up is no product: it costs nothing here.
+    """
+    layers = layer_operations(shape, spec.data.seq_length)
+    # The forward pass is a third of forward and backward pass together.
+    passes, head_passes = (4, 3) if spec.train.recompute in ("full", "offload") else (1, 1)
+    costs = tuple(passes * operations for operations in layers)
+    chunks = spec.topology.pipeline_parallel * spec.topology.virtual_pipeline
+    return split_by_cost(costs, head_passes * head_operations(shape), chunks)
+
+
+@lru_cache(maxsize=1024)
+def split_by_cost(costs: tuple[int, ...], head: int, chunks: int) -> tuple[int, ...]:
+    """Return how many layers each of `chunks` model chunks has, at least one.
+
+    The costliest chunk costs as little as possible, the last one with the `head` behind its layers. Among such splits it
+    is one whose costs are most alike by the sum of their squares, and among those the one with fewer layers in earlier
+    chunks, which hold the activations of more micro-batches.
+    """
+    assert 0 < chunks <= len(costs)
+    limit = _least_maximum(costs, head, chunks)
+    sums = [0, *accumulate(costs)]
+    count = len(costs)
+    # rest[start] is the least sum of squares of the chunks that have the layers from `start` on, the last chunk first.
+    rest: list[int | None] = [_squared(sums[count] - sums[start] + head, limit) for start in range(count)]
+    rest.append(None)
+    choices: list[list[int]] = []
+    for _ in range(chunks - 1):
+        rest, ends = _with_one_more(sums, rest, limit)
+        choices.append(ends)
+    split, start = [], 0
+    for ends in reversed(choices):
+        split.append(ends[start] - start)
+        start = ends[start]
+    return (*split, count - start)
+
+
+def _with_one_more(sums: Sequence[int], rest: Sequence[int | None], limit: int) -> tuple[list[int | None], list[int]]:
+    """Return the least sums of squares with one chunk more in front, and where that chunk then ends, by its start."""
+    best: list[int | None] = [None] * len(rest)
+    ends = [0] * len(rest)
+    for start in range(len(rest) - 1):
+        for end in range(start + 1, len(rest)):
+            own, behind = _squared(sums[end] - sums[start], limit), rest[end]
+            if own is None:
+                break
+            if behind is not None and (best[start] is None or own + behind < best[start]):  # type: ignore[operator]
+                best[start], ends[start] = own + behind, end
+    return best, ends
+
+
+def _squared(cost: int, limit: int) -> int | None:
+    return cost * cost if cost <= limit else None
+
+
+def _least_maximum(costs: Sequence[int], head: int, chunks: int) -> int:
+    """Return the cost of the costliest chunk in the best split, by bisection."""
+    low, high = max(*costs, costs[-1] + head), sum(costs) + head
+    while low < high:
+        middle = (low + high) // 2
+        if _fits(costs, head, chunks, middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _fits(costs: Sequence[int], head: int, chunks: int, limit: int) -> bool:
+    """Return whether no chunk need cost more than `limit`, which is at least the cost of each layer."""
+    needed, filled = 1, head
+    # From the last layer, whose chunk has the head. Fewer chunks than there are can always be cut further.
+    for cost in reversed(costs):
+        if filled + cost > limit:
+            needed, filled = needed + 1, 0
+        filled += cost
+    return needed <= chunks
