@@ -25,7 +25,7 @@ from launcher.contract.cost_model.step_time import step_time
 from launcher.contract.cost_model.workload import Layout, Workload
 from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import named_model_shape
-from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TrainSpec
+from launcher.contract.spec import DataSpec, LoraSpec, ResourcesSpec, RunSpec, TrainSpec
 from launcher.contract.stages import even_split
 from launcher.contract.topology import Topology
 from launcher.planning.search import search_layouts
@@ -194,7 +194,7 @@ def _case(row: dict[str, Any]) -> tuple[Workload, Layout]:
         rows=row["rows"],
         attended=row.get("attended", length),
         precision=row.get("precision", "bf16"),
-        lora_rank=row.get("lora_rank"),
+        lora=LoraSpec(rank=row.get("lora_rank")),
     )
     return workload, Layout(topology=topology, recompute=row.get("recompute", "none"))
 

@@ -8,6 +8,8 @@ or not. That is half of 12 * layers * hidden * s (Narayanan et al. 2021, https:/
 because with a causal mask a token attends to half of its example on average. In layers with a sliding window w it
 attends to w - w^2 / 2s, where s is longer than w; s is then the mean over all tokens.
 
+With LoRA the frozen weights have no gradient of their own, and cost 4 operations a token each; adapters cost 6.
+
 Only useful work counts: neither padding nor what is recomputed.
 """
 
@@ -15,7 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from launcher.contract.adapters import active_adapters
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import LoraSpec
+
+_ALL_WEIGHTS = LoraSpec()
 
 
 def expert_parameters(shape: ModelShape) -> int:
@@ -78,9 +84,14 @@ def training_flops(shape: ModelShape, lengths: Iterable[int]) -> int:
     return training_flops_of(shape, tokens, squares)
 
 
-def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int) -> int:
-    """Return the same from sums over the examples: `tokens` is the sum of s_i, `squared_lengths` that of s_i^2."""
-    products = 6 * tokens * (non_embedding_parameters(shape, active=True) + embedding_parameters(shape))
+def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int, lora: LoraSpec = _ALL_WEIGHTS) -> int:
+    """Return the same from sums over the examples: `tokens` is the sum of s_i, `squared_lengths` that of s_i^2.
+
+    If `lora` has a rank, only adapters are trained.
+    """
+    weights = non_embedding_parameters(shape, active=True) + embedding_parameters(shape)
+    adapted = lora.rank is not None
+    products = tokens * (4 * weights + 6 * active_adapters(shape, lora) if adapted else 6 * weights)
     in_window = min(squared_lengths, round(tokens * _in_window(shape, squared_lengths / tokens))) if tokens else 0
     squares = (shape.num_layers - shape.windowed_layers) * squared_lengths + shape.windowed_layers * in_window
     return products + 6 * shape.num_attention_heads * shape.head_dim * squares
@@ -94,9 +105,7 @@ def layer_operations(shape: ModelShape, length: int) -> list[int]:
     attention = round(6 * shape.num_attention_heads * shape.head_dim * mean_attended(shape, length))
     usual = layer_matmul_parameters(shape, active=True)
     dense = layer_matmul_parameters(shape, dense=True)
-    return [
-        6 * (dense if index in shape.dense_layers else usual) + attention for index in range(shape.num_layers)
-    ]
+    return [6 * (dense if index in shape.dense_layers else usual) + attention for index in range(shape.num_layers)]
 
 
 def head_operations(shape: ModelShape) -> int:

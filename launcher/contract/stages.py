@@ -48,9 +48,9 @@ def balanced_split(spec: RunSpec, shape: ModelShape) -> tuple[int, ...]:
 def split_by_cost(costs: tuple[int, ...], head: int, chunks: int) -> tuple[int, ...]:
     """Return how many layers each of `chunks` model chunks has, at least one.
 
-    The costliest chunk costs as little as possible, the last one with the `head` behind its layers. Among such splits it
-    is one whose costs are most alike by the sum of their squares, and among those the one with fewer layers in earlier
-    chunks, which hold the activations of more micro-batches.
+    The costliest chunk costs as little as possible, the last one with the `head` behind its layers. Among such splits
+    it is one whose costs are most alike by the sum of their squares, and among those the one with fewer layers in
+    earlier chunks, which hold the activations of more micro-batches.
     """
     assert 0 < chunks <= len(costs)
     limit = _least_maximum(costs, head, chunks)

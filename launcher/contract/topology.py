@@ -119,11 +119,11 @@ def build_topology(spec: RunSpec, shape: ModelShape | None) -> Topology:
         global_batch_size=spec.train.global_batch_size,
         expert_parallel=topo.expert_parallel,
         expert_tensor_parallel=expert_tensor_parallel(topo),
-        layers_per_stage=_layers_per_stage(spec, shape),
+        layers_per_stage=layers_per_stage(spec, shape),
     )
 
 
-def _layers_per_stage(spec: RunSpec, shape: ModelShape | None) -> tuple[int, ...]:
+def layers_per_stage(spec: RunSpec, shape: ModelShape | None) -> tuple[int, ...]:
     """Return the layers of each model chunk, as the run says or else balanced by cost. () for an unknown model."""
     if shape is None:
         return tuple(spec.topology.layers_per_stage)
@@ -319,8 +319,8 @@ def _layer_problems(shape: ModelShape, topo: TopologySpec) -> Iterator[str]:
     layers, chunks = shape.num_layers, topo.pipeline_parallel * topo.virtual_pipeline
     if layers < chunks:
         yield (
-            f"{layers} layers are fewer than the model chunks of {_chunk_words(topo)}, and each needs one: a stage with "
-            f"nothing but an embedding or output layer is not supported; at most {layers} chunks here"
+            f"{layers} layers are fewer than the model chunks of {_chunk_words(topo)}, and each needs one: a stage "
+            f"with nothing but an embedding or output layer is not supported; at most {layers} chunks here"
         )
     elif topo.layers_per_stage and sum(topo.layers_per_stage) != layers:
         yield (

@@ -18,14 +18,12 @@ from launcher.contract.errors import TopologyError
 from launcher.contract.hardware import GpuKind
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
-from launcher.contract.topology import build_topology, expert_tensor_parallel, sequence_multiple
+from launcher.contract.topology import build_topology, expert_tensor_parallel, layers_per_stage, sequence_multiple
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 HEADROOM = 0.92
 """Part of the memory that a proposed layout may need, as the model errs by some per cent. A run is refused only where
 it needs more than all of it."""
-_EXPERT_LAYERS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-"""What families call the matrices of their experts."""
 RECOMPUTE: tuple[Recompute, ...] = ("none", "norms", "selective", "full")
 
 
@@ -53,8 +51,7 @@ def workload_of(spec: RunSpec, shape: ModelShape) -> Workload:
         rows=max(1, rows),
         attended=length,
         precision=train.precision,
-        lora_rank=spec.model.lora.rank,
-        lora_on_experts=not spec.model.lora.names or not _EXPERT_LAYERS.isdisjoint(spec.model.lora.names),
+        lora=spec.model.lora,
     )
 
 
@@ -86,8 +83,11 @@ def search_layouts(
                 broken.append((f"tp{sizes.tensor} pp{sizes.pipeline}", error.problems[0]))
             continue
         for recompute in RECOMPUTE:
+            layers = layers_per_stage(_with_recompute(variant, recompute), shape)
             layout = Layout(
-                topology=topology, recompute=recompute, distributed_optimizer=spec.train.optimizer.distributed
+                topology=dataclasses.replace(topology, layers_per_stage=layers),
+                recompute=recompute,
+                distributed_optimizer=spec.train.optimizer.distributed,
             )
             candidate = evaluate(workload, layout, gpu, implementation)
             fits = candidate.memory.total <= HEADROOM * gpu.memory_gib
@@ -129,9 +129,7 @@ def with_layout(spec: RunSpec, candidate: Candidate) -> RunSpec:
         experts=topology.expert_parallel,
         expert_tensor=topology.expert_tensor_parallel,
     )
-    variant = _variant(spec, sizes)
-    train = dataclasses.replace(variant.train, recompute=candidate.layout.recompute)
-    return dataclasses.replace(variant, train=train)
+    return _with_recompute(_variant(spec, sizes), candidate.layout.recompute)
 
 
 def _slowness(candidate: Candidate) -> tuple[float, int, int, int]:
@@ -195,6 +193,10 @@ def _expert_sizes(shape: ModelShape, tensor: int, stage_ranks: int) -> Iterator[
         for experts in divisors(stage_ranks // expert_tensor):
             if shape.num_experts % experts == 0:
                 yield experts, expert_tensor
+
+
+def _with_recompute(spec: RunSpec, recompute: Recompute) -> RunSpec:
+    return dataclasses.replace(spec, train=dataclasses.replace(spec.train, recompute=recompute))
 
 
 def _variant(spec: RunSpec, sizes: _Sizes) -> RunSpec:

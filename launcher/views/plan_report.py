@@ -155,9 +155,10 @@ def _bubble(result: SearchResult, best: Candidate) -> list[str]:
         return []
     chunks = f" / {virtual} chunks" if virtual > 1 else ""
     count = result.workload.micro_batches(topology)
+    passes = f"({stages} - 1) stages{chunks} = {(stages - 1) / virtual:.3g}"
     return [
-        f"pipeline   {topology.describe_stages()}; bubble: ({stages} - 1) stages{chunks} = {(stages - 1) / virtual:.3g} "
-        f"beside {count} micro-batches, {waiting / best.time.total:.0%} of the step"
+        f"pipeline   {topology.describe_stages()}; bubble: {passes} beside {count} micro-batches, "
+        f"{waiting / best.time.total:.0%} of the step"
     ]
 
 

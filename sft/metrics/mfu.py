@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from launcher.contract.flops import mfu, training_flops_of
 from launcher.contract.hardware import match_gpu
 from launcher.contract.model_shape import ModelShape
-from launcher.contract.spec import RunSpec
+from launcher.contract.spec import LoraSpec, RunSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,19 +19,24 @@ class Utilization:
     shape: ModelShape
     gpus: int
     peak_tflops: float
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    """If it has a rank, only adapters are trained."""
 
     def of(self, tokens: int, squared_lengths: int, seconds: float) -> float:
         """Return the MFU of steps that took `seconds` for these totals of their global batches (StepBatch)."""
-        return mfu(training_flops_of(self.shape, tokens, squared_lengths), seconds, self.peak_tflops, self.gpus)
+        flops = training_flops_of(self.shape, tokens, squared_lengths, self.lora)
+        return mfu(flops, seconds, self.peak_tflops, self.gpus)
 
 
 def utilization(spec: RunSpec, shape: ModelShape, world_size: int) -> Utilization | None:
     """Return what MFU is computed from, or None where it has no meaning.
 
-    That is on CPU, on a GPU whose peak is not known, in fp32, and with LoRA, which does not compute the weight
-    gradients that the convention counts. In fp8 it is relative to the bf16 peak, so that the two can be compared.
+    That is on CPU, on a GPU whose peak is not known, and in fp32. In fp8 it is relative to the bf16 peak, so that the
+    two can be compared.
     """
-    if spec.resources.gpus_per_node == 0 or spec.model.lora.rank is not None or spec.train.precision == "fp32":
+    if spec.resources.gpus_per_node == 0 or spec.train.precision == "fp32":
         return None
     kind = match_gpu(torch.cuda.get_device_name())
-    return None if kind is None else Utilization(shape=shape, gpus=world_size, peak_tflops=kind.bf16_tflops)
+    if kind is None:
+        return None
+    return Utilization(shape=shape, gpus=world_size, peak_tflops=kind.bf16_tflops, lora=spec.model.lora)

@@ -58,7 +58,9 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", make_chat_rows(36, seed=3))
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, id="untied", marks=pytest.mark.slow), pytest.param(True, id="tied")])
+@pytest.mark.parametrize(
+    "tied", [pytest.param(False, id="untied", marks=pytest.mark.slow), pytest.param(True, id="tied")]
+)
 @pytest.mark.parametrize("name", thinned(STAGES, "3_pp2"))
 def test_gradients_follow_reference(name: str, tied: bool, tmp_path: Path, chat: Path) -> None:
     layers, ranks, split, topology, settings = STAGES[name]
@@ -148,7 +150,10 @@ def test_a_checkpoint_goes_on_under_another_split(
 @pytest.mark.slow
 def test_the_same_split_goes_on_bitwise(tmp_path: Path, chat: Path) -> None:
     model = make_tiny_model(tmp_path / "model", layers=3, tied=True)
-    settings: dict[str, Any] = {"ranks": 2, "topology": {"pipeline_parallel": 2}, }
+    settings: dict[str, Any] = {
+        "ranks": 2,
+        "topology": {"pipeline_parallel": 2},
+    }
     settings |= {"max_steps": 4, "every": 2, "keep_last": 9}
     full = make_run(tmp_path / "full", model, chat, **settings)
     run_training(full, 2)

@@ -61,8 +61,18 @@ def pipeline_memory(workload: Workload, layout: Layout, implementation: Implemen
 
 
 def largest_stage(workload: Workload, layout: Layout, implementation: Implementation) -> StageMemory:
-    """Return the stage with the highest peak."""
-    return max(pipeline_memory(workload, layout, implementation), key=lambda memory: memory.total)
+    """Return the stage with the highest peak.
+
+    It is the first one, with the embedding, the last one, with the output layer, or the first of those with the same
+    layers, as earlier stages have more micro-batches in flight.
+    """
+    stages = range(layout.topology.pipeline_parallel)
+    counts = layer_counts(workload.shape, layout.topology)
+    first_with = {counts[stage]: stage for stage in reversed(stages)}
+    return max(
+        (stage_memory(workload, layout, implementation, stage) for stage in {0, *first_with.values(), stages[-1]}),
+        key=lambda memory: memory.total,
+    )
 
 
 def stage_memory(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> StageMemory:
@@ -71,7 +81,7 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
     shape = workload.shape
     held = stage_parameters(shape, topology, stage) + stage_expert_parameters(shape, topology, stage)
     dense, experts = trained_parameters(workload, topology, stage)
-    if workload.lora_rank is not None:
+    if workload.adapted:
         held += dense + experts
     trained = updated = dense + experts
     if layout.distributed_optimizer:
@@ -110,7 +120,7 @@ def layer_activation_bytes(
     shared_rows = 1 if layout.recompute == "selective" else topology.context_parallel
     per_token += queries + 2 * groups * shared_rows + outputs * queries
     mlp = implementation.saved_mlp if shape.gated_mlp else 2
-    whole = (tensor == 1 or workload.precision == "fp8") and workload.lora_rank is None
+    whole = (tensor == 1 or workload.precision == "fp8") and not workload.adapted
     if implementation.spares_mlp_output and shape.gated_mlp and whole:
         mlp -= 1
     if shape.num_experts and not dense:
@@ -141,7 +151,7 @@ def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:
 
 def _activation_bytes(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> float:
     topology = layout.topology
-    counts = layer_counts(workload.shape, topology, stage)
+    counts = layer_counts(workload.shape, topology)[stage]
     # Chunks of a stage are in flight in turn, so that each is so about equally often.
     in_flight = chunks_in_flight(topology, workload.micro_batches(topology), stage) / topology.virtual_pipeline
     usual = layer_activation_bytes(workload, layout, implementation)

@@ -71,7 +71,7 @@ def layer_pass(
     sequence = tensor if topology.sequence_parallel else 1
     moved = implementation.passes_hidden * shape.hidden_size / sequence
     moved += implementation.passes_ffn * width / tensor
-    moved += 0 if workload.lora_rank is None else LORA_PASSES * outer
+    moved += LORA_PASSES * outer if workload.adapted else 0
     collectives = (10 if topology.sequence_parallel else 8) * ring(tensor) * tokens * shape.hidden_size
     exposed = implementation.tensor_parallel_exposed / link_rate(gpu, crosses=False)
     attention_rate = gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, attended)
@@ -125,12 +125,7 @@ def head_pass(workload: Workload, topology: Topology, gpu: GpuKind, implementati
     return Pass(
         matmul=_products(half, gpu, implementation, weights, tokens, shape.hidden_size + rows),
         elementwise=implementation.passes_logits * rows * workload.width * tokens / memory_rate(gpu),
-        tensor_parallel=4
-        * ring(tensor)
-        * tokens
-        * shape.hidden_size
-        * workload.width
-        / link_rate(gpu, crosses=False),
+        tensor_parallel=4 * ring(tensor) * tokens * shape.hidden_size * workload.width / link_rate(gpu, crosses=False),
     )
 
 
@@ -147,7 +142,7 @@ def _products(
     elif workload.precision == "fp8":
         assert gpu.fp8_tflops is not None and implementation.fp8_efficiency is not None
         rate, width = gpu.fp8_tflops * implementation.fp8_efficiency, 1
-    products = 3 if workload.lora_rank is None else 2  # frozen weights need no product for their gradient
+    products = 2 if workload.adapted else 3  # frozen weights need no product for their gradient
     traffic = products * (tokens * outer + weights) * width
     return products * 2 * weights * tokens / (rate * 1e12) + MATMUL_EXPOSED_TRAFFIC * traffic / memory_rate(gpu)
 

@@ -24,6 +24,7 @@ from launcher.contract.cost_model.workload import Layout, Workload, layer_counts
 from launcher.contract.hardware import GpuKind
 from launcher.contract.topology import Topology
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
     """Seconds of a step on the slowest stage. Communication counts only as far as no computation hides it."""
@@ -118,8 +119,8 @@ def _stages(workload: Workload, layout: Layout, gpu: GpuKind, implementation: Im
     head = head_pass(workload, topology, gpu, implementation)
     known: dict[tuple[int, int, bool, bool], _Stage] = {}
     stages = []
-    for number in range(topology.pipeline_parallel):
-        counts, last = layer_counts(workload.shape, topology, number), number == topology.pipeline_parallel - 1
+    for number, counts in enumerate(layer_counts(workload.shape, topology)):
+        last = number == topology.pipeline_parallel - 1
         key = (*counts, number == 0, last)
         if key not in known:
             layers = Pass().plus(usual, counts[0]).plus(dense, counts[1])

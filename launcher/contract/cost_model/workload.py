@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
+from launcher.contract.adapters import expert_adapters, layer_adapters
 from launcher.contract.flops import (
     expert_parameters,
     layer_matmul_parameters,
@@ -12,6 +14,8 @@ from launcher.contract.flops import (
     training_flops_of,
 )
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import LoraSpec
+from launcher.contract.stages import chunk_ranges
 from launcher.contract.topology import Topology
 
 Recompute = Literal["none", "norms", "selective", "full", "offload"]
@@ -31,10 +35,8 @@ class Workload:
     fill: float = 1.0
     """Share of the tokens that are not padding."""
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
-    lora_rank: int | None = None
-    """If set, only adapters of this rank are trained."""
-    lora_on_experts: bool = False
-    """Whether experts have adapters, too."""
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    """If it has a rank, only adapters are trained."""
 
     @property
     def tokens(self) -> float:
@@ -44,7 +46,12 @@ class Workload:
     @property
     def flops(self) -> int:
         """Useful operations of a step, by the convention of `launcher.contract.flops`."""
-        return training_flops_of(self.shape, round(self.tokens), round(self.tokens * self.attended))
+        return training_flops_of(self.shape, round(self.tokens), round(self.tokens * self.attended), self.lora)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether only adapters are trained."""
+        return self.lora.rank is not None
 
     @property
     def width(self) -> int:
@@ -96,7 +103,7 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     """Return the weights on one rank of a stage, without experts. A tied output layer has a copy on another stage."""
     tensor, stages = topology.tensor_parallel, topology.pipeline_parallel
     embedding = -(-shape.vocab_size // tensor) * shape.hidden_size
-    usual, dense = layer_counts(shape, topology, stage)
+    usual, dense = layer_counts(shape, topology)[stage]
     count = usual * layer_parameters(shape, tensor) + dense * layer_parameters(shape, tensor, dense=True)
     if stage == 0:
         count += embedding
@@ -109,48 +116,35 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
 
 def stage_expert_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     """Return the weights of experts on one rank of a pipeline stage."""
-    usual, _ = layer_counts(shape, topology, stage)
+    usual, _ = layer_counts(shape, topology)[stage]
     return usual * expert_layer_parameters(shape, topology)
 
 
-def layer_counts(shape: ModelShape, topology: Topology, stage: int) -> tuple[int, int]:
-    """Return the numbers of a stage's usual layers, and of those without experts in a model that has some."""
-    chunks = topology.layers_of(stage)
-    dense = sum(layer in chunk for layer in shape.dense_layers for chunk in chunks)
-    return sum(map(len, chunks)) - dense, dense
+def layer_counts(shape: ModelShape, topology: Topology) -> tuple[tuple[int, int], ...]:
+    """Return the numbers of each stage's usual layers, and of those without experts in a model that has some."""
+    return _layer_counts(topology.layers_per_stage, topology.pipeline_parallel, shape.dense_layers)
 
 
-def adapter_parameters(shape: ModelShape, topology: Topology, stage: int, rank: int) -> int:
-    """Return the weights of LoRA adapters on all linear layers of a stage: rank * (inputs + outputs) for each.
-
-    Those of experts are counted apart. Tensor parallelism shards only one of an adapter's two matrices; both are
-    counted whole.
-    """
-    usual, dense = layer_counts(shape, topology, stage)
-    queries = shape.num_attention_heads * shape.head_dim
-    groups = shape.num_query_groups * shape.head_dim
-    attention = 4 * shape.hidden_size + 2 * queries + 2 * groups
-    width = shape.shared_expert_size if shape.num_experts else shape.ffn_hidden_size
-    return rank * ((usual + dense) * attention + usual * _mlp_sides(shape, width) + dense * _mlp_sides(shape))
-
-
-def _mlp_sides(shape: ModelShape, width: int | None = None) -> int:
-    """Return inputs and outputs of the linear layers of an MLP, of the dense one without a `width`."""
-    width = shape.ffn_hidden_size if width is None else width
-    return (3 if shape.gated_mlp else 2) * (shape.hidden_size + width) if width else 0
-
-
-def expert_adapter_parameters(shape: ModelShape, topology: Topology, stage: int, rank: int) -> int:
-    """Return the weights of LoRA adapters on the experts that a rank of a stage holds."""
-    usual, _ = layer_counts(shape, topology, stage)
-    held = usual * shape.num_experts // topology.expert_parallel
-    return held * rank * 3 * (shape.hidden_size + shape.expert_ffn_hidden_size)
+@lru_cache(maxsize=1024)
+def _layer_counts(split: tuple[int, ...], stages: int, dense_layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    chunks = chunk_ranges(split)
+    found = []
+    for stage in range(stages):
+        layers = [layer for chunk in chunks[stage::stages] for layer in chunk]
+        dense = sum(layer in dense_layers for layer in layers)
+        found.append((len(layers) - dense, dense))
+    return tuple(found)
 
 
 def trained_parameters(workload: Workload, topology: Topology, stage: int) -> tuple[int, int]:
-    """Return the trained weights on a rank of a stage, without experts and of experts."""
-    shape, rank = workload.shape, workload.lora_rank
-    if rank is None:
+    """Return the trained weights on a rank of a stage, without experts and of experts.
+
+    Tensor parallelism shards only one of an adapter's two matrices; both are counted whole.
+    """
+    shape, lora = workload.shape, workload.lora
+    if not workload.adapted:
         return stage_parameters(shape, topology, stage), stage_expert_parameters(shape, topology, stage)
-    experts = expert_adapter_parameters(shape, topology, stage, rank) if workload.lora_on_experts else 0
-    return adapter_parameters(shape, topology, stage, rank), experts
+    usual, dense = layer_counts(shape, topology)[stage]
+    held = usual * shape.num_experts // topology.expert_parallel
+    layers = usual * layer_adapters(shape, lora) + dense * layer_adapters(shape, lora, dense=True)
+    return layers, held * expert_adapters(shape, lora)

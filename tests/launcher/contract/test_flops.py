@@ -7,6 +7,7 @@ import pytest
 from launcher.contract.errors import ModelError
 from launcher.contract.flops import mfu, non_embedding_parameters, parameters, training_flops, training_flops_of
 from launcher.contract.model_shape import named_model_shape
+from launcher.contract.spec import LoraSpec
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,16 @@ def test_layers_with_a_window_attend_to_it_alone() -> None:
     found = training_flops(shape, [length]) - length * products
     assert found == pytest.approx(6 * width * 2 * pairs, rel=1e-3)
     assert training_flops(shape, [512]) - 512 * products == 6 * 26 * width * 512**2
+
+
+def test_frozen_weights_cost_four_operations_and_adapters_six() -> None:
+    """8B with adapters of rank 16 on all linear layers: 41.9 million weights, by the sizes of the model's card."""
+    shape, lora = named_model_shape("8b"), LoraSpec(rank=16)
+    adapters = 32 * 16 * (4 * (4096 + 4096) - 2 * (4096 - 1024) + 3 * (4096 + 14336))
+    frozen = parameters(shape) - shape.vocab_size * shape.hidden_size  # an embedding is looked up
+    assert training_flops_of(shape, 1, 0, lora) == 4 * frozen + 6 * adapters
+    attention = training_flops_of(shape, 10, 100) - training_flops_of(shape, 10, 0)
+    assert training_flops_of(shape, 10, 100, lora) - training_flops_of(shape, 10, 0, lora) == attention
 
 
 def test_mfu() -> None:

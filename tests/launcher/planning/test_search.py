@@ -17,7 +17,15 @@ from launcher.__main__ import main
 from launcher.contract.cost_model.implementation import CURRENT, FUSED, PLAIN
 from launcher.contract.cost_model.memory import chunks_in_flight, largest_stage, pipeline_memory
 from launcher.contract.cost_model.predict import Candidate, evaluate
-from launcher.contract.cost_model.workload import Layout, Recompute, Workload, stage_expert_parameters, stage_parameters
+from launcher.contract.cost_model.step_time import StepTime
+from launcher.contract.cost_model.workload import (
+    Layout,
+    Recompute,
+    Workload,
+    stage_expert_parameters,
+    stage_parameters,
+    trained_parameters,
+)
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import named_model_config, named_model_shape
@@ -202,6 +210,67 @@ def test_lora_needs_less_of_everything() -> None:
     assert not search_layouts(spec, shape, H100).fitting
     best = search_layouts(adapted, shape, H100).fitting[0]
     assert best.memory.optimizer < 1
+
+
+def test_adapters_of_experts_and_routers_are_counted() -> None:
+    shape, spec = named_model_shape("30b-a3b"), run(nodes=1, gpus=1, batch=8)
+
+    def trained(**lora: object) -> tuple[int, int]:
+        adapted = dataclasses.replace(spec, model=ModelSpec(lora=LoraSpec(rank=8, **lora)))  # type: ignore[arg-type]
+        topology = layout(layers=shape.num_layers)
+        return trained_parameters(workload_of(adapted, shape), topology, 0)
+
+    attention = trained(targets=["q_proj", "v_proj"])
+    assert attention[1] == 0
+    assert trained(targets=["q_proj", "v_proj"], router=True)[0] == attention[0] + 48 * 128 * 2048
+    assert trained(targets=["down_proj"]) == (0, 48 * 128 * 8 * (2048 + 768))
+    assert trained()[1] == 3 * trained(targets=["down_proj"])[1]
+
+
+def test_dense_layers_of_a_model_with_experts_take_their_own_time() -> None:
+    """GLM-4.5-Air, whose first layer has no experts: with expert parallel it exchanges no tokens."""
+    shape = named_model_shape("106b-a12b")
+    topology = dataclasses.replace(layout(data=8, layers=46), expert_parallel=8)
+    workload = Workload(shape=shape, seq_length=4096, rows=8, attended=4096)
+
+    def seconds(dense: tuple[int, ...]) -> StepTime:
+        changed = dataclasses.replace(shape, dense_layers=dense)
+        return evaluate(dataclasses.replace(workload, shape=changed), Layout(topology=topology), H100, CURRENT).time
+
+    none, all_but_one = seconds(()), seconds(tuple(range(1, 46)))
+    assert all_but_one.expert_parallel == pytest.approx(none.expert_parallel / 46)
+    assert all_but_one.matmul < none.matmul  # no rank has more tokens than the others
+
+
+@pytest.mark.parametrize("model", ["8b", "70b", "gemma3-1b"])
+def test_balanced_stages_are_no_slower_than_even_ones(model: str) -> None:
+    """And faster by a tenth where the output layer costs as much as a few layers."""
+    shape = dataclasses.replace(named_model_shape(model), num_layers=32)
+    spec = dataclasses.replace(run(nodes=1, gpus=4, batch=32), topology=TopologySpec(pipeline_parallel=4))
+    balanced = build_topology(spec, shape)
+    even = dataclasses.replace(balanced, layers_per_stage=(8, 8, 8, 8))
+    assert balanced.layers_per_stage != even.layers_per_stage
+    seconds = [
+        evaluate(workload_of(spec, shape), Layout(topology=topology), H100, CURRENT).time.total
+        for topology in (balanced, even)
+    ]
+    assert seconds[0] < seconds[1]
+
+
+def test_slowest_stage_and_its_waiting_for_the_others() -> None:
+    """With equal layers and an output layer worth two of them, the last stage works and waits for three others."""
+    shape = named_model_shape("8b")
+    spec = dataclasses.replace(run(nodes=1, gpus=4, batch=32), topology=TopologySpec(pipeline_parallel=4))
+    workload = workload_of(spec, shape)
+
+    def times(*layers: int) -> StepTime:
+        topology = dataclasses.replace(build_topology(spec, shape), layers_per_stage=layers)
+        return evaluate(workload, Layout(topology=topology), H100, CURRENT).time
+
+    even, uneven = times(8, 8, 8, 8), times(7, 8, 9, 8)
+    assert even.matmul == uneven.matmul  # of the last stage
+    assert even.pipeline_bubble == pytest.approx(uneven.pipeline_bubble, rel=0.01)
+    assert times(5, 8, 15, 4).total > even.total
 
 
 def test_more_gpus_are_faster_until_the_batch_is_used_up() -> None:

@@ -1,0 +1,83 @@
+"""The sizes of LoRA's adapters, from those of the model and the names of the adapted layers.
+
+What a family calls its linear layers is known to `sft.models`; here are the names as far as they decide sizes, so that
+plans and MFU need no architecture. A test compares both for every family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import LoraSpec
+
+_FUSED = ("phi3",)
+"""Model types whose files have Q, K and V in one matrix, and gate and up projection in another."""
+_NUMBERED_EXPERTS = ("mixtral",)
+"""Model types that call the matrices of an expert w1, w3 and w2."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A linear layer of the files."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+    def parameters(self, lora: LoraSpec) -> int:
+        """Return the trained weights of its adapter: A, B and, with DoRA, a length for each row."""
+        assert lora.rank is not None
+        if lora.names and self.name not in lora.names:
+            return 0
+        return lora.rank * (self.inputs + self.outputs) + (self.outputs if lora.dora else 0)
+
+
+def layer_adapters(shape: ModelShape, lora: LoraSpec, *, dense: bool = False) -> int:
+    """Return what is trained of a decoder layer outside its experts. `dense` is for one that has none in such a model.
+
+    That is adapters of attention and of the MLP or shared expert, and the router where it is trained.
+    """
+    routed = bool(shape.num_experts) and not dense
+    width = shape.shared_expert_size if routed else shape.ffn_hidden_size
+    linears = _attention(shape) + (_mlp(shape, width) if width else [])
+    router = shape.num_experts * shape.hidden_size if routed and lora.router else 0
+    return sum(linear.parameters(lora) for linear in linears) + router
+
+
+def expert_adapters(shape: ModelShape, lora: LoraSpec) -> int:
+    """Return what is trained of one expert."""
+    names = ("w1", "w3", "w2") if shape.model_type in _NUMBERED_EXPERTS else ("gate_proj", "up_proj", "down_proj")
+    hidden, width = shape.hidden_size, shape.expert_ffn_hidden_size
+    sides = ((hidden, width), (hidden, width), (width, hidden))
+    plain = LoraSpec(rank=lora.rank, targets=lora.targets)
+    return sum(_Linear(name, *side).parameters(plain) for name, side in zip(names, sides, strict=True))
+
+
+def active_adapters(shape: ModelShape, lora: LoraSpec) -> int:
+    """Return what is trained of all layers and works for one token: of experts those that it goes to."""
+    dense = len(shape.dense_layers)
+    usual = layer_adapters(shape, lora) + shape.experts_per_token * expert_adapters(shape, lora)
+    return (shape.num_layers - dense) * usual + dense * layer_adapters(shape, lora, dense=True)
+
+
+def _attention(shape: ModelShape) -> list[_Linear]:
+    hidden = shape.hidden_size
+    queries, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    output = _Linear("o_proj", queries, hidden)
+    if shape.model_type in _FUSED:
+        return [_Linear("qkv_proj", hidden, queries + 2 * groups), output]
+    return [
+        _Linear("q_proj", hidden, queries),
+        _Linear("k_proj", hidden, groups),
+        _Linear("v_proj", hidden, groups),
+        output,
+    ]
+
+
+def _mlp(shape: ModelShape, width: int) -> list[_Linear]:
+    hidden = shape.hidden_size
+    down = _Linear("down_proj", width, hidden)
+    if shape.model_type in _FUSED:
+        return [_Linear("gate_up_proj", hidden, 2 * width), down]
+    return [_Linear("gate_proj", hidden, width), _Linear("up_proj", hidden, width), down]

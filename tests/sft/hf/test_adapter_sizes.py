@@ -1,0 +1,54 @@
+"""What the planner counts of LoRA is what adapters of each family have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.contract.adapters import active_adapters, expert_adapters, layer_adapters
+from launcher.contract.spec import LoraSpec
+from sft.hf.adapter import adapter_targets
+from sft.hf.expert_adapter import expert_targets
+from sft.models.architecture import Architecture, Experts
+from sft.models.registry import read_architecture
+from tests.sft.hf_cases import CASES, save_config
+
+ADAPTABLE = [case for case in CASES if not case.startswith("gpt2")]
+SETTINGS = {
+    "all": LoraSpec(rank=4),
+    "dora": LoraSpec(rank=4, dora=True),
+    "some": LoraSpec(rank=3, targets=["q_proj", "o_proj", "qkv_proj", "down_proj", "w1"]),
+    "router": LoraSpec(rank=2, router=True),
+}
+
+
+def of_layer(architecture: Architecture, lora: LoraSpec, layer: int) -> int:
+    assert lora.rank is not None
+    found = 0
+    for target in adapter_targets(architecture, lora, layer):
+        outputs = sum(target.block_rows)
+        found += lora.rank * (target.columns + outputs) + (outputs if lora.dora else 0)
+    routed = lora.router and isinstance(architecture.layers[layer].mlp, Experts)
+    return found + (architecture.shape.num_experts * architecture.shape.hidden_size if routed else 0)
+
+
+def of_expert(architecture: Architecture, lora: LoraSpec, layer: int) -> int:
+    assert lora.rank is not None
+    return sum(lora.rank * (target.columns + target.rows) for target in expert_targets(architecture, lora, layer))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("case", ADAPTABLE)
+def test_every_family(case: str, name: str, tmp_path: Path) -> None:
+    architecture, lora = read_architecture(save_config(case, tmp_path)), SETTINGS[name]
+    shape = architecture.shape
+    active = 0
+    for layer in range(shape.num_layers):
+        dense = layer in shape.dense_layers
+        assert layer_adapters(shape, lora, dense=dense) == of_layer(architecture, lora, layer)
+        active += of_layer(architecture, lora, layer)
+        if shape.num_experts and not dense:
+            assert expert_adapters(shape, lora) == of_expert(architecture, lora, layer)
+            active += shape.experts_per_token * of_expert(architecture, lora, layer)
+    assert active_adapters(shape, lora) == active > 0
