@@ -24,7 +24,7 @@ from launcher.commands import (
     submit,
     sweep,
 )
-from launcher.commands.arguments import Handler, command
+from launcher.commands.arguments import Handler, command, json_text
 from launcher.contract.errors import LauncherError, is_storage_fault
 from launcher.contract.exit_codes import ExitCode, exit_code_reference
 
@@ -109,8 +109,14 @@ def build_parser() -> argparse.ArgumentParser:
         family.add(commands)
     completion = command(commands, "completion", _completion, "print a shell completion script")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
-    reference = command(commands, "reference", _reference, "print a page of the reference: config keys or exit codes")
-    reference.add_argument("page", nargs="?", choices=("config", "exit-codes"), default="config")
+    reference = command(
+        commands, "reference", _reference, "print a page of the reference: config keys, exit codes or JSON"
+    )
+    reference.add_argument("page", nargs="?", choices=("config", "exit-codes", "json"), default="config")
+    schema = command(
+        commands, "schema", _schema, "print the JSON schema of a command's output or of a run's file, or their names"
+    )
+    schema.add_argument("name", nargs="?", metavar="NAME", help="e.g. status or events; default: print all names")
     return parser
 
 
@@ -125,9 +131,21 @@ def _reference(options: argparse.Namespace) -> int:
     if options.page == "exit-codes":
         print(exit_code_reference(), end="")
         return int(ExitCode.OK)
+    if options.page == "json":
+        from launcher.contract.forms.page import json_reference
+
+        print(json_reference(), end="")
+        return int(ExitCode.OK)
     from launcher.contract.config.reference import config_reference
 
     print(config_reference(), end="")
+    return int(ExitCode.OK)
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from launcher.contract.forms.schemas import read_schema, schema_names
+
+    print("\n".join(schema_names()) if options.name is None else json_text(read_schema(options.name)))
     return int(ExitCode.OK)
 
 

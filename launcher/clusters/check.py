@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.contract import resources
@@ -14,6 +15,16 @@ from launcher.contract.spec import ClusterSpec, RunSpec, TrainSpec
 from launcher.contract.topology import build_topology
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission.render_script import render, template_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedCluster:
+    """What `cluster check --json` prints."""
+
+    cluster: str
+    """The cluster's name."""
+    problems: list[str]
+    """What is wrong with its file, one line each."""
 
 
 def cluster_problems(name: str) -> list[str]:

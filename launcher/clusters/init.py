@@ -34,6 +34,16 @@ class Survey:
     modules: Sequence[str]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstFile:
+    """What `cluster init --json` prints."""
+
+    cluster: str
+    """The cluster's name."""
+    file: str
+    """The file that was written."""
+
+
 def survey() -> Survey:
     """Ask Slurm and this machine, or raise SchedulerError if Slurm shows no partition."""
     partitions = commands.partitions()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from launcher.commands.completion import CLUSTER, FILE, KEY, RUN, completed
-
-if TYPE_CHECKING:
-    from launcher.contract.rundir import RunPaths
+from launcher.contract.jsonable import jsonable
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -77,31 +74,11 @@ def runs_argument(parser: argparse.ArgumentParser, count: str) -> None:
     completed(parser.add_argument("runs", metavar="RUN", nargs=count, help="runs' names or directories"), RUN)
 
 
-def chosen_run(options: argparse.Namespace) -> RunPaths:
-    """Return the run that `run_argument` names."""
-    from launcher.runs.find import default_run_root, find_run
-
-    return find_run(options.run, options.run_root or default_run_root())
-
-
-def chosen_runs(options: argparse.Namespace) -> list[RunPaths]:
-    """Return the runs that `runs_argument` names, groups in full."""
-    from launcher.runs.find import default_run_root
-    from launcher.sweeps.groups import find_runs
-
-    root = options.run_root or default_run_root()
-    return [run for word in options.runs for run in find_runs(word, root)]
-
-
 def print_json(value: object) -> None:
-    """Print JSON for programs."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+    """Print a dataclass, or several, as JSON for programs."""
+    print(json_text(value))
 
 
-def _finite(value: object) -> object:
-    """Return the value with null for each number that JSON does not have, as the loss of a run that diverged."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+def json_text(value: object) -> str:
+    """Return what `print_json` prints."""
+    return json.dumps(jsonable(value), indent=2, ensure_ascii=False)

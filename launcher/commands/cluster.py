@@ -20,22 +20,22 @@ def add(commands: Subcommands) -> None:
 
 def _cluster(options: argparse.Namespace) -> int:
     if options.action == "init":
-        from launcher.clusters.init import write_first
+        from launcher.clusters.init import FirstFile, write_first
 
         path = write_first(options.name)
         if options.json:
-            print_json({"cluster": options.name, "file": str(path)})
+            print_json(FirstFile(cluster=options.name, file=str(path)))
         else:
             print(f"wrote {path}:\n\n{path.read_text(encoding='utf-8')}\nnext  launcher cluster check {options.name}")
         return int(ExitCode.OK)
-    from launcher.clusters.check import cluster_problems
+    from launcher.clusters.check import CheckedCluster, cluster_problems
 
     elsewhere = _elsewhere(options)
     if elsewhere is not None:
         return elsewhere
     problems = cluster_problems(options.name)
     if options.json:
-        print_json({"cluster": options.name, "problems": problems})
+        print_json(CheckedCluster(cluster=options.name, problems=problems))
         return int(ExitCode.BAD_INPUT if problems else ExitCode.OK)
     if problems:
         raise ConfigError(problems)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from launcher.commands.arguments import (
     Subcommands,
-    chosen_run,
-    chosen_runs,
     cluster_option,
     command,
     run_argument,
@@ -42,8 +40,10 @@ def add(commands: Subcommands) -> None:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from launcher.views import logs
+    from launcher.api.runs import logs
+    from launcher.runs.find import default_run_root, find_run
     from launcher.views.log_files import Choice, parse_ranks
+    from launcher.views.logs import show
 
     choice = Choice(
         ranks=parse_ranks(options.rank) if options.rank else (),
@@ -52,10 +52,9 @@ def _logs(options: argparse.Namespace) -> int:
         failed=options.failed,
         attempt=options.attempt,
     )
-    paths = chosen_run(options)
     if options.follow and not options.failed:
-        return follow_run(paths, choice)
-    logs.show(paths, choice)
+        return follow_run(find_run(options.run, options.run_root or default_run_root()), choice)
+    show(logs(options.run, choice, root=options.run_root))
     return int(ExitCode.OK)
 
 
@@ -76,9 +75,9 @@ def follow_run(paths: RunPaths, choice: Choice) -> int:
 
 
 def _wait(options: argparse.Namespace) -> int:
-    from launcher.runs.wait import wait
+    from launcher.api.runs import wait
 
-    rows = wait(chosen_runs(options), options.timeout)
+    rows = wait(options.runs, root=options.run_root, timeout=options.timeout)
     if rows is None:
         return int(ExitCode.TIMED_OUT)
     return next((code for code in map(exit_with, rows) if code), int(ExitCode.OK))

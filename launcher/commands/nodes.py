@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.commands.arguments import Subcommands, command, json_option, print_json, run_root_option
 from launcher.commands.completion import CLUSTER, completed
@@ -15,6 +15,7 @@ from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from launcher.contract.spec import ClusterSpec
+    from launcher.runs.excluded_nodes import NodeEvidence
 
 
 def add(commands: Subcommands) -> None:
@@ -85,12 +86,12 @@ def _list(options: argparse.Namespace) -> int:
     from launcher.runs.excluded_nodes import describe, learn, ledger_of
     from launcher.runs.find import all_runs, default_run_root
 
-    rows: list[dict[str, Any]] = []
+    rows: list[NodeEvidence] = []
     for cluster in _clusters(options.cluster):
         if options.cluster:  # whose runs the others are is not known
             learn(all_runs(options.run_root or default_run_root()), cluster)
         entries = ledger_of(cluster).entries()
-        rows += [{"cluster": cluster.name, **row} for row in describe(entries, cluster.max_excluded)]
+        rows += describe(cluster.name, entries, cluster.max_excluded)
     if options.json:
         print_json(rows)
         return int(ExitCode.OK)
@@ -98,8 +99,7 @@ def _list(options: argparse.Namespace) -> int:
 
     head = ("CLUSTER", "NODE", "EXCLUDED", "UNTIL", "EVIDENCE", "WHY")
     body = [
-        (row["cluster"], row["host"], "yes" if row["excluded"] else "no", _day(row["expires"]), row["kind"], row["why"])
-        for row in rows
+        (row.cluster, row.host, "yes" if row.excluded else "no", _day(row.expires), row.kind, row.why) for row in rows
     ]
     print(columns([head, *body]) if body else "no evidence against any node")
     return int(ExitCode.OK)

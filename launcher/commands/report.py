@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launcher.commands.arguments import Subcommands, chosen_run, cluster_option, command, run_argument
+from launcher.commands.arguments import Subcommands, cluster_option, command, json_option, print_json, run_argument
 from launcher.contract.exit_codes import ExitCode
 
 
@@ -15,13 +15,15 @@ def add(commands: Subcommands) -> None:
     run_argument(parser)
     cluster_option(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="default RUN/report.html")
+    json_option(parser)
 
 
 def _report(options: argparse.Namespace) -> int:
-    from launcher.views.report import write_report
+    from launcher.api.runs import report
 
-    paths = chosen_run(options)
-    target = options.output or paths.root / "report.html"
-    write_report(paths, target)
-    print(target)
+    made = report(options.run, root=options.run_root, output=options.output)
+    if options.json:
+        print_json(made)
+    else:
+        print(made.file)
     return int(ExitCode.OK)

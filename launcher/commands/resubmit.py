@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from launcher.commands.arguments import (
     Subcommands,
-    chosen_run,
-    chosen_runs,
     cluster_option,
     command,
     json_option,
@@ -33,56 +32,61 @@ def add(commands: Subcommands) -> None:
 
 
 def _resubmit(options: argparse.Namespace) -> int:
+    from launcher.api.jobs import resubmit
     from launcher.contract.arrival import other_cluster
-    from launcher.contract.spec import read_resolved
-    from launcher.submission.resubmit import child_submission, same_run
-    from launcher.submission.submit import submit
-    from launcher.submission.summary import changes, next_steps, outline
 
     if options.failed:
         return _resubmit_failed(options)
-    paths, cluster = chosen_run(options), other_cluster(options.cluster)
-    if options.overrides or cluster:
-        submission = child_submission(paths, options.overrides, cluster)
-        job = submit(submission, options.command_line, parent_run=str(paths.root))
-        changed = changes(read_resolved(paths.config), submission)
-        run, text = submission.paths, f"{outline(submission)}\n{changed}\n{next_steps(submission, job)}"
-    else:
-        job = same_run(paths)
-        run, text = paths, f"submitted  run {paths.name} again as job {job.id}"
+    if options.overrides or other_cluster(options.cluster):
+        return _submit_child(options)
+    job = resubmit(options.run, root=options.run_root)
     if options.json:
-        print_json({"run": run.name, "directory": str(run.root), "job": job.id.text})
+        print_json(job)
     else:
-        print(text)
+        print(f"submitted  run {job.run} again as job {job.job_id}")
+    return int(ExitCode.OK)
+
+
+def _submit_child(options: argparse.Namespace) -> int:
+    from launcher.api.jobs import check_child, submit_run
+    from launcher.contract.arrival import other_cluster
+    from launcher.contract.rundir import RunPaths
+    from launcher.contract.spec import read_resolved
+    from launcher.submission.summary import changes, next_steps, outline
+
+    cluster = other_cluster(options.cluster)
+    child = check_child(options.run, options.overrides, root=options.run_root, cluster=cluster)
+    job = submit_run(child, options.command_line)
+    if options.json:
+        print_json(job)
+    else:
+        changed = changes(read_resolved(RunPaths(Path(child.parent_run or "")).config), child.submission)
+        print(f"{outline(child.submission)}\n{changed}\n{next_steps(child.submission, job.job_id)}")
     return int(ExitCode.OK)
 
 
 def _resubmit_failed(options: argparse.Namespace) -> int:
+    from launcher.api.jobs import resubmit_failed
     from launcher.contract.arrival import other_cluster
     from launcher.contract.errors import ConfigError
-    from launcher.runs.find import default_run_root
-    from launcher.submission.resubmit import failed_of, same_run
-    from launcher.sweeps.groups import find_runs
 
     if options.overrides or other_cluster(options.cluster):
         raise ConfigError("--failed goes on with runs as they are; settings can be changed one run at a time")
-    runs = failed_of(find_runs(options.run, options.run_root or default_run_root()))
-    jobs = {paths.name: same_run(paths).id.text for paths in runs}
+    jobs = resubmit_failed(options.run, root=options.run_root)
     if options.json:
-        print_json({"runs": jobs})
+        print_json(jobs)
     else:
-        print("\n".join(f"submitted  run {run} again as job {job}" for run, job in jobs.items()) or "no run has failed")
+        lines = [f"submitted  run {run} again as job {job}" for run, job in jobs.runs.items()]
+        print("\n".join(lines) or "no run has failed")
     return int(ExitCode.OK)
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from launcher.submission.cancel import active_of, cancel
+    from launcher.api.jobs import cancel
 
-    runs = chosen_runs(options)
-    of_groups = len(runs) > len(options.runs)  # of a group's runs some may have ended: the others are meant
-    lines = cancel(active_of(runs) or runs if of_groups else runs)
+    done = cancel(options.runs, root=options.run_root)
     if options.json:
-        print_json({"cancelled": options.runs})
+        print_json(done)
     else:
-        print("\n".join(lines))
+        print("\n".join(done.lines))
     return int(ExitCode.OK)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from launcher.commands.arguments import (
     Subcommands,
-    chosen_runs,
     cluster_option,
     command,
     json_option,
@@ -22,9 +21,8 @@ from launcher.commands.completion import RUN, STATE, completed
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from launcher.contract.rundir import RunPaths
+    from launcher.api.runs import States
     from launcher.runs.selection import Selection
-    from launcher.runs.state import RunStatus
 
 
 def add(commands: Subcommands) -> None:
@@ -55,71 +53,66 @@ def _selection(options: argparse.Namespace) -> Selection:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from launcher.runs.find import all_runs, default_run_root
-    from launcher.runs.state import collect
+    from launcher.api.runs import status
+    from launcher.runs.find import default_run_root
     from launcher.views.status_table import status_table
     from launcher.views.text import terminal_width
 
+    if options.why:
+        return _why(options)
     root, selection = options.run_root or default_run_root(), _selection(options)
 
-    def pick() -> tuple[list[RunStatus], str | None]:
-        rows, problem = collect(selection.of(chosen_runs(options) or all_runs(root)))
-        return [row for row in rows if selection.fits(row.state)], problem
+    def pick() -> States:
+        return status(options.runs, root=root, select=selection)
 
-    if options.why:
-        return _why(options, selection.of(chosen_runs(options) or all_runs(root)))
     if options.watch:
         from launcher.views.watch import watch
 
-        watch(pick)
+        watch(lambda: (list((shown := pick()).rows), shown.problem))
         return int(ExitCode.OK)
-    rows, problem = pick()
+    found = pick()
     if options.json:
-        print_json([row.as_json() for row in rows])
-    elif rows:
-        print(status_table(rows, terminal_width()))
+        print_json(found.rows)
+    elif found.rows:
+        print(status_table(found.rows, terminal_width()))
     else:
         print(f"no runs in {root.absolute()}", file=sys.stderr)
-    if problem is not None:
-        print(f"error: {problem}", file=sys.stderr)
+    if found.problem is not None:
+        print(f"error: {found.problem}", file=sys.stderr)
         return int(ExitCode.SCHEDULER)
     return int(ExitCode.OK)
 
 
-def _why(options: argparse.Namespace, runs: list[RunPaths]) -> int:
-    from launcher.views.why import decisions, explain
+def _why(options: argparse.Namespace) -> int:
+    from launcher.api.runs import why
 
+    runs = why(options.runs, root=options.run_root, select=_selection(options))
     if options.json:
-        print_json([{"run": paths.name, "decisions": decisions(paths)} for paths in runs])
+        print_json(runs)
     else:
-        print("\n\n".join(map(explain, runs)))
+        print("\n\n".join(run.history for run in runs))
     return int(ExitCode.OK)
 
 
 def _list(options: argparse.Namespace) -> int:
-    from launcher.runs.find import all_runs, default_run_root
-    from launcher.runs.listing import listing
+    from launcher.api.runs import list_runs
     from launcher.views.text import columns
 
-    selection = _selection(options)
-    rows = listing(selection.of(all_runs(options.run_root or default_run_root())))
-    if selection.states:  # by the files alone, a run that is not known to have ended goes on
-        names = {state.value for state in selection.states}
-        rows = [row for row in rows if row["state"] in names]
+    rows = list_runs(root=options.run_root, select=_selection(options))
     if options.json:
         print_json(rows)
-    else:
-        head = ("RUN", "STATE", "PHASE", "CREATED", "TOPOLOGY", "PARENT")
-        body = [
-            (
-                row["run"],
-                row["state"] or "-",
-                row["phase"] if row["phase"] and not row["state"] else "-",
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created_at"])),
-                row["topology"],
-                Path(row["parent_run"]).name if row["parent_run"] else "-",
-            )
-            for row in rows
-        ]
-        print(columns([head, *body]))
+        return int(ExitCode.OK)
+    head = ("RUN", "STATE", "PHASE", "CREATED", "TOPOLOGY", "PARENT")
+    body = [
+        (
+            row.run,
+            row.state or "-",
+            row.phase if row.phase and not row.state else "-",
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.created_at)),
+            row.topology,
+            Path(row.parent_run).name if row.parent_run else "-",
+        )
+        for row in rows
+    ]
+    print(columns([head, *body]))
     return int(ExitCode.OK)

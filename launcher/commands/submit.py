@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from launcher.commands.arguments import (
@@ -20,10 +20,8 @@ from launcher.commands.logs import follow_run
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from launcher.contract.rundir import RunPaths
-    from launcher.submission.submission import Submission
+    from launcher.api.checked import CheckedRun, CheckedSweep
     from launcher.sweeps.groups import Group
-    from launcher.sweeps.sweep import Sweep
 
 
 def add(commands: Subcommands) -> None:
@@ -51,143 +49,107 @@ def add(commands: Subcommands) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from launcher.sweeps.sweep import read_sweep
+    from launcher.api.checked import CheckedSweep
 
-    sweep = read_sweep(options.config)
-    if sweep is not None:
-        return _submit_sweep(options, sweep)
-    return _submit_run(options)
+    checked = _checked(options)
+    return _submit_sweep(options, checked) if isinstance(checked, CheckedSweep) else _submit_run(options, checked)
 
 
-def _submit_sweep(options: argparse.Namespace, sweep: Sweep) -> int:
+def _checked(options: argparse.Namespace) -> CheckedRun | CheckedSweep:
+    """Return the config with every check behind it."""
+    from launcher.api.checked import CheckedRun, validate
+
+    checked = validate(options.config, options.overrides, cluster=options.cluster)
+    if isinstance(checked, CheckedRun) and checked.note:
+        print(checked.note, file=sys.stderr)
+    return checked
+
+
+def _submit_sweep(options: argparse.Namespace, checked: CheckedSweep) -> int:
+    from launcher.api.jobs import submit
     from launcher.contract.errors import ConfigError
     from launcher.submission.summary import run_root_words, summary
-    from launcher.sweeps.submit import submit_group, sweep_submissions
 
     if options.follow or options.test_only:
         raise ConfigError("--follow and --test-only are for single runs, and the config has a sweep section")
-    group, submissions = sweep_submissions(options.config, sweep, options.overrides, options.cluster)
+    group = checked.group
     if options.dry_run:
-        print(f"{summary(submissions[0])}\n{_points(group)}")
+        print(f"{summary(checked.submissions[0])}\n{_points(group)}")
         return int(ExitCode.OK)
-    _confirm(submissions, options.yes)
-    jobs = [job.id.text for job in submit_group(group, submissions, sweep, options.command_line)]
+    jobs = submit(checked, accept_cost=_accepted(checked, options.yes), command=options.command_line)
     if options.json:
-        print_json({"group": group.name, "runs": dict(zip(group.points, jobs, strict=True))})
+        print_json(jobs)
         return int(ExitCode.OK)
-    print(_points(group, jobs))
-    print(f"submitted  {len(jobs)} runs")
+    print(_points(group, jobs.runs))
+    print(f"submitted  {len(jobs.runs)} runs")
     where = run_root_words(group.root)
     print(f"next       launcher status {group.name}{where}\n           launcher results {group.name}{where}")
     return int(ExitCode.OK)
 
 
-def _points(group: Group, jobs: Sequence[str] = ()) -> str:
+def _points(group: Group, jobs: Mapping[str, str] | None = None) -> str:
     """Return a line for each run: its job, where it has one, and what the sweep sets for it."""
     from launcher.views.text import columns
 
     keys = list(dict.fromkeys(key for point in group.points.values() for key in point))
     rows = [[run, *(point.get(key, "-") for key in keys)] for run, point in group.points.items()]
-    if not jobs:
+    if jobs is None:
         return columns([["RUN", *keys], *rows])
-    return columns([["RUN", "JOB", *keys], *([run, job, *rest] for (run, *rest), job in zip(rows, jobs, strict=True))])
+    return columns([["RUN", "JOB", *keys], *([run, jobs[run], *rest] for run, *rest in rows)])
 
 
-def _submit_run(options: argparse.Namespace) -> int:
-    from launcher.submission.script import script_of
-    from launcher.submission.submit import submit
+def _submit_run(options: argparse.Namespace, checked: CheckedRun) -> int:
+    from launcher.api.jobs import submit
     from launcher.submission.summary import next_steps, outline, summary
+    from launcher.views.log_files import Choice
 
-    submission, parent = _submission(options)
+    submission = checked.submission
     if options.dry_run:
-        print(f"{summary(submission)}\n\n{script_of(submission)}", end="")
+        print(f"{summary(submission)}\n\n{checked.script}", end="")
         return int(ExitCode.OK)
     if options.test_only:
-        print(f"{summary(submission)}\n{_expected_start(submission)}")
+        print(f"{summary(submission)}\nstart      {checked.expected_start()}")
         return int(ExitCode.OK)
-    _confirm([submission], options.yes)
-    job = submit(submission, options.command_line, parent)
+    job = submit(checked, accept_cost=_accepted(checked, options.yes), command=options.command_line)
     if options.json:
-        print_json({"run": submission.paths.name, "directory": str(submission.paths.root), "job": job.id.text})
+        print_json(job)
     else:
-        print(f"{outline(submission)}\n{next_steps(submission, job)}", flush=True)
-    return _follow(submission.paths) if options.follow else int(ExitCode.OK)
+        print(f"{outline(submission)}\n{next_steps(submission, job.job_id)}", flush=True)
+    return follow_run(submission.paths, Choice()) if options.follow else int(ExitCode.OK)
 
 
-def _swept(options: argparse.Namespace) -> tuple[Group, list[Submission]] | None:
-    """Return the checked runs of a config with a sweep section, or None where it has none."""
-    from launcher.sweeps.sweep import read_sweep
-
-    sweep = read_sweep(options.config)
-    if sweep is None:
-        return None
-    from launcher.sweeps.submit import sweep_submissions
-
-    return sweep_submissions(options.config, sweep, options.overrides, options.cluster)
-
-
-def _confirm(submissions: Sequence[Submission], yes: bool) -> None:
-    """Ask before runs that are costly together. Raise ConfigError where nobody can answer, or the answer is not yes."""
+def _accepted(checked: CheckedRun | CheckedSweep, yes: bool) -> bool:
+    """Ask before runs that are costly together, if somebody is there. Raise ConfigError where the answer is not yes."""
+    from launcher.api.jobs import cost_above_limit
     from launcher.contract.errors import ConfigError
-    from launcher.planning.run_plan import run_cost
 
-    limit = submissions[0].spec.resources.gpu_hour_limit
-    costs = [
-        cost for submission in submissions if (cost := run_cost(submission.spec, submission.prediction)) is not None
-    ]
-    hours = sum(cost.gpu_hours for cost in costs)
-    if yes or limit is None or hours <= limit:
-        return
-    what = f"{len(submissions)} runs take up to {hours:,.1f} GPU hours"
-    if len(submissions) == 1:
-        what = f"the run takes up to {costs[0].describe()}"
-    what += f"; resources.gpu_hour_limit is {limit:,.1f}"
-    if not sys.stdin.isatty():
-        raise ConfigError(f"{what}; submit with --yes if that is meant")
-    print(f"{what}\nsubmit it? [y/N] ", end="", file=sys.stderr, flush=True)
+    if yes or not sys.stdin.isatty() or (excess := cost_above_limit(checked.submissions)) is None:
+        return yes
+    print(f"{excess}\nsubmit it? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise ConfigError("not submitted")
-
-
-def _submission(options: argparse.Namespace) -> tuple[Submission, str | None]:
-    """Return the submission of a config, or of a run's lockfile together with the run that it was made by."""
-    from launcher.submission.lockfile import code_note, is_lockfile, submission_of_lockfile
-    from launcher.submission.submission import make_submission
-
-    if not is_lockfile(options.config):
-        return make_submission(options.config, options.overrides, options.cluster), None
-    note = code_note(options.config)
-    if note:
-        print(note, file=sys.stderr)
-    return submission_of_lockfile(options.config, options.overrides, options.cluster)
-
-
-def _expected_start(submission: Submission) -> str:
-    from launcher.scheduler.factory import scheduler_of
-    from launcher.submission.script import script_of
-
-    scheduler = scheduler_of(submission.spec.cluster.scheduler)
-    clusters = scheduler.clusters_of(submission.spec.resources)
-    return f"start      {scheduler.expected_start(script_of(submission), clusters)}"
+    return True
 
 
 def _render(options: argparse.Namespace) -> int:
-    from launcher.submission.script import script_of
+    from launcher.api.checked import CheckedSweep
 
-    swept = _swept(options)
-    submission = swept[1][0] if swept else _submission(options)[0]
-    if swept:
-        print(f"of the sweep's {len(swept[1])} runs the first, {submission.spec.name}:", file=sys.stderr)
-    print(script_of(submission) if options.diff is None else _diff(options, submission), end="")
+    checked = _checked(options)
+    if isinstance(checked, CheckedSweep):
+        first, count = checked.submissions[0].spec.name, len(checked.submissions)
+        print(f"of the sweep's {count} runs the first, {first}:", file=sys.stderr)
+        checked = checked.first()
+    print(checked.script if options.diff is None else _diff(options, checked), end="")
     return int(ExitCode.OK)
 
 
-def _diff(options: argparse.Namespace, submission: Submission) -> str:
+def _diff(options: argparse.Namespace, checked: CheckedRun) -> str:
     from launcher.contract.errors import ConfigError
     from launcher.runs.find import find_run
     from launcher.submission.script_diff import against_cluster, against_run
     from launcher.submission.submission import make_submission
 
+    submission = checked.submission
     if options.diff:
         return against_run(submission, find_run(options.diff, options.run_root or submission.paths.root.parent))
     if not options.cluster:
@@ -196,37 +158,18 @@ def _diff(options: argparse.Namespace, submission: Submission) -> str:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    import dataclasses
-
+    from launcher.api.checked import CheckedSweep
     from launcher.contract.versions import describe_versions, ranks_versions
     from launcher.submission.summary import summary
 
-    swept = _swept(options)
-    if swept:
-        group, submissions = swept
-        if options.json:
-            print_json({"group": group.name, "runs": group.points})
-        else:
-            print(f"{summary(submissions[0])}\n{_points(group)}\nvalid")
-        return int(ExitCode.OK)
-    submission, _ = _submission(options)
+    checked = _checked(options)
     if options.json:
-        print_json(
-            {
-                "config": dataclasses.asdict(submission.spec),
-                "sources": submission.config.sources,
-                "topology": dataclasses.asdict(submission.topology),
-                "versions": ranks_versions(submission.spec.cluster.runtime),
-            }
-        )
-    else:
-        versions = ranks_versions(submission.spec.cluster.runtime)
-        known = describe_versions(versions) if versions else "those of the ranks' Python, which preflight checks"
-        print(f"{summary(submission)}\nversions   {known}\nvalid")
+        print_json(checked.answer())
+        return int(ExitCode.OK)
+    if isinstance(checked, CheckedSweep):
+        print(f"{summary(checked.submissions[0])}\n{_points(checked.group)}\nvalid")
+        return int(ExitCode.OK)
+    versions = ranks_versions(checked.submission.spec.cluster.runtime)
+    known = describe_versions(versions) if versions else "those of the ranks' Python, which preflight checks"
+    print(f"{summary(checked.submission)}\nversions   {known}\nvalid")
     return int(ExitCode.OK)
-
-
-def _follow(paths: RunPaths) -> int:
-    from launcher.views.log_files import Choice
-
-    return follow_run(paths, Choice())

@@ -24,25 +24,21 @@ def add(commands: Subcommands) -> None:
 
 
 def _results(options: argparse.Namespace) -> int:
-    from launcher.runs.find import default_run_root
-    from launcher.runs.state import collect
-    from launcher.sweeps.groups import find_runs, read_group, results, sort_results
+    from launcher.api.runs import results, status
     from launcher.views.text import columns
 
     sort = options.sort or "loss"
-    root = options.run_root or default_run_root()
-    group, runs = read_group(options.group, root), find_runs(options.group, root)
-    rows = sort_results(results(runs, group.points if group else {}), options.sort, options.descending)
+    rows = results(options.group, root=options.run_root, sort=options.sort, descending=options.descending)
     if options.json:
         print_json(rows)
         return int(ExitCode.OK)
-    states = {row.run: row.state.value for row in collect(runs)[0]}
-    swept = list(dict.fromkeys(key for row in rows for key in row["set"]))
+    states = {row.run: row.state.value for row in status([options.group], root=options.run_root).rows}
+    swept = list(dict.fromkeys(key for row in rows for key in row.set))
     shown = [name for name in ("step", "loss") if name != sort]
     head = ["RUN", "STATE", *swept, sort, *shown]
     body = [
-        [row["run"], states[row["run"]], *(row["set"].get(key, "-") for key in swept)]
-        + [_number(row["metrics"].get(name)) for name in (sort, *shown)]
+        [row.run, states[row.run], *(row.set.get(key, "-") for key in swept)]
+        + [_number(row.metrics.get(name)) for name in (sort, *shown)]
         for row in rows
     ]
     print(columns([head, *body]))

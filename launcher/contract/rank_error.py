@@ -16,8 +16,11 @@ class RankError:
     kinds: tuple[str, ...]
     """Names of the exception's classes, its own first."""
     message: str
+    """Its message, in full."""
     rank: int = 0
+    """The rank."""
     host: str = ""
+    """Its node."""
 
     @property
     def sentence(self) -> str:

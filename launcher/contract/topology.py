@@ -25,16 +25,27 @@ class Topology:
     """The checked parallel sizes of a run."""
 
     world_size: int
+    """Ranks in all."""
     ranks_per_node: int
+    """Ranks of one node."""
     tensor_parallel: int
+    """Ranks that share each matrix."""
     pipeline_parallel: int
+    """Stages that the layers are spread over."""
     virtual_pipeline: int
+    """Model chunks of each stage."""
     context_parallel: int
+    """Ranks that share each row's tokens."""
     data_parallel: int
+    """Replicas that share a batch."""
     sequence_parallel: bool
+    """Whether tensor parallel ranks share activations between the matrices, too."""
     micro_batch_size: int
+    """Rows of one forward pass."""
     global_batch_size: int
+    """Examples of one optimizer step."""
     expert_parallel: int
+    """Ranks that share the experts of a layer."""
     expert_tensor_parallel: int
     """Ranks that share an expert's matrices: tensor_parallel unless the run says otherwise."""
     layers_per_stage: tuple[int, ...] = ()

@@ -22,9 +22,11 @@ class RunCost:
     """GPU hours of a whole run, and how they were computed."""
 
     gpu_hours: float
+    """GPUs times hours."""
     price: float | None
     """In the site's own unit; None where no price is known."""
     why: str
+    """What the hours were computed from."""
 
     def describe(self) -> str:
         """Return `1,234.5 GPU hours (cost 2,469.00): why`."""

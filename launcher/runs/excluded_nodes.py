@@ -49,6 +49,30 @@ class Entry:
     attempt: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeEvidence:
+    """A row of `launcher nodes`: one piece of evidence against a node, and whether jobs keep away from it."""
+
+    cluster: str
+    """The cluster's name."""
+    host: str
+    """The node."""
+    kind: Kind
+    """What found it bad."""
+    why: str
+    """What was found, or what a person wrote."""
+    time: float
+    """When, in seconds since the epoch."""
+    expires: float
+    """Until when it counts, in seconds since the epoch."""
+    run: str
+    """Directory of the run that met the node; empty for evidence given by hand."""
+    attempt: str
+    """The attempt that met it."""
+    excluded: bool
+    """Whether new jobs keep away from the node."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ledger:
     """The entries of a cluster, in one JSON file."""
@@ -176,7 +200,20 @@ def _evidence(event: dict[str, Any], paths: RunPaths, days: float) -> Iterator[E
         yield Entry(host=behind[0]["host"], kind="hang", why=f"rank {ranks} hung after step {event['step']}", **common)
 
 
-def describe(entries: Sequence[Entry], most: int) -> list[dict[str, Any]]:
-    """Return the rows of `launcher nodes --json`."""
+def describe(cluster: str, entries: Sequence[Entry], most: int) -> list[NodeEvidence]:
+    """Return the rows of `launcher nodes`."""
     out = excluded(entries, most)
-    return [{**dataclasses.asdict(entry), "excluded": entry.host in out} for entry in entries]
+    return [
+        NodeEvidence(
+            cluster=cluster,
+            host=entry.host,
+            kind=entry.kind,
+            why=entry.why,
+            time=entry.time,
+            expires=entry.expires,
+            run=entry.run,
+            attempt=entry.attempt,
+            excluded=entry.host in out,
+        )
+        for entry in entries
+    ]

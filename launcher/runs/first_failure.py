@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.contract.rank_error import RankError, read_error
+from launcher.contract.records import read_events
 from launcher.contract.rundir import RunPaths
 
 _TAIL_BYTES = 256 * 1024
@@ -43,11 +44,8 @@ def first_failure(paths: RunPaths, attempt: str) -> FirstFailure | None:
 
 def last_words(log: Path) -> str:
     """Return the last traceback in a log with those it was raised from, or the last lines where there is none."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
+    lines = _end_of(log)
+    if lines is None:
         return f"(no log {log.name})"
     starts = [number for number, line in enumerate(lines) if line.endswith(_TRACEBACK)]
     if not starts:
@@ -64,3 +62,24 @@ def first_error(paths: RunPaths, attempt: str) -> RankError | None:
     if error is not None and failure is not None and failure.exit_code > _SIGNAL and failure.rank != error.rank:
         return None  # a killed rank records no error, so this one is of a rank that failed after it
     return error
+
+
+def newest_error(paths: RunPaths) -> RankError | None:
+    """Return the error that the first failing rank of the newest attempt recorded, or None where there is none."""
+    attempts = [str(event.get("attempt")) for event in read_events(paths) if event["event"] == "attempt_started"]
+    return first_error(paths, attempts[-1]) if attempts else None
+
+
+def last_lines(log: Path, count: int) -> str:
+    """Return the last lines of a log, nothing where it cannot be read."""
+    return "\n".join((_end_of(log) or [])[-count:])
+
+
+def _end_of(log: Path) -> list[str] | None:
+    """Return the lines at the end of a log, or None where it cannot be read."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return None

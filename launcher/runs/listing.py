@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from dataclasses import dataclass
 
 from launcher.contract.errors import LauncherError
 from launcher.contract.job_state import JobState
@@ -11,19 +11,24 @@ from launcher.contract.rundir import RunPaths
 from launcher.runs.snapshot import snapshot
 
 
-class ListedRun(TypedDict):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedRun:
     """A row of `launcher list`."""
 
     run: str
+    """The run's name."""
     directory: str
-    state: str | None
-    """By the run's own files; None while it is not known to have ended."""
+    """The run's directory."""
+    state: JobState | None
+    """By the run's own files; null while it is not known to have ended."""
     phase: str
     """How far its newest attempt has come."""
     created_at: float
     """Seconds since the epoch."""
     topology: str
+    """The parallel sizes in one line."""
     parent_run: str | None
+    """Directory of the run that it was made from."""
 
 
 def listing(runs: Sequence[RunPaths]) -> list[ListedRun]:
@@ -35,29 +40,28 @@ def listing(runs: Sequence[RunPaths]) -> list[ListedRun]:
         except (LauncherError, ValueError, KeyError) as error:
             rows.append(_unreadable(paths, error))
             continue
-        state = item.own_state or (JobState.CANCELLED if item.cancelled else None)
         rows.append(
-            {
-                "run": item.paths.name,
-                "directory": str(item.paths.root),
-                "state": state.value if state else None,
-                "phase": item.phase,
-                "created_at": item.manifest.created_at,
-                "topology": item.manifest.topology.get("summary", ""),
-                "parent_run": item.manifest.parent_run,
-            }
+            ListedRun(
+                run=item.paths.name,
+                directory=str(item.paths.root),
+                state=item.own_state or (JobState.CANCELLED if item.cancelled else None),
+                phase=item.phase,
+                created_at=item.manifest.created_at,
+                topology=item.manifest.topology.get("summary", ""),
+                parent_run=item.manifest.parent_run,
+            )
         )
     return rows
 
 
 def _unreadable(paths: RunPaths, error: Exception) -> ListedRun:
     """Return the row of a run whose files are damaged. The others are still listed."""
-    return {
-        "run": paths.name,
-        "directory": str(paths.root),
-        "state": JobState.UNKNOWN.value,
-        "phase": "",
-        "created_at": paths.root.stat().st_mtime,
-        "topology": f"unreadable: {error}",
-        "parent_run": None,
-    }
+    return ListedRun(
+        run=paths.name,
+        directory=str(paths.root),
+        state=JobState.UNKNOWN,
+        phase="",
+        created_at=paths.root.stat().st_mtime,
+        topology=f"unreadable: {error}",
+        parent_run=None,
+    )

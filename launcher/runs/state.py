@@ -7,12 +7,10 @@ event, or is UNKNOWN; it is never taken for finished because the scheduler does 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import pwd
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from launcher.contract.errors import LauncherError
 from launcher.contract.job import Job, JobId
@@ -29,22 +27,37 @@ class RunStatus:
     """One row of the table."""
 
     run: str
+    """The run's name."""
     directory: str
+    """The run's directory."""
     state: JobState
+    """State of its newest job."""
     attempt: str | None = None
+    """Its newest attempt that has started."""
     job: str | None = None
+    """Id of its newest job, as the scheduler writes it."""
     scheduler: SchedulerName | None = None
+    """Whose id it is."""
     cluster: str = ""
     """The cluster that the job was sent to, where Slurm has several; empty for the one at hand."""
     step: int | None = None
+    """Optimizer steps done in the newest attempt, or those of the checkpoint that it goes on from."""
     max_steps: int | None = None
+    """Steps in all."""
     loss: float | None = None
+    """Of the newest logged step; null also where it is no finite number."""
     tokens_per_second: float | None = None
+    """Of all ranks, since the last logged step."""
     eta_seconds: float | None = None
+    """Seconds until the last step, of a run that is at work."""
     checkpoint: str | None = None
+    """Its newest complete checkpoint."""
     mfu: float | None = None
+    """Share of the GPUs' peak that the model's own products took."""
     exit_code: int | None = None
+    """How the newest attempt ended; null while it has not, or if another one follows by itself."""
     reason: str = ""
+    """Why it waits, how far it has come, or why it failed."""
     expected_start: str | None = None
     """When the scheduler means to start a waiting job, local time; None where it has not planned it yet."""
 
@@ -61,10 +74,6 @@ class RunStatus:
         if self.state is not JobState.UNKNOWN or self.scheduler is None:
             return False
         return not CAPABILITIES[self.scheduler].forgets_jobs
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the row for --json."""
-        return {**dataclasses.asdict(self), "state": self.state.value}
 
 
 def collect(runs: Sequence[RunPaths], *, fresh: bool = False) -> tuple[list[RunStatus], str | None]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launcher.contract.config.load import value_at
-from launcher.contract.job import Job
+from launcher.contract.job import JobId
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import describe_batch
@@ -106,11 +106,11 @@ def run_root_words(root: Path) -> str:
     return "" if root == default_run_root().absolute() else f" --run-root {shlex.quote(str(root))}"
 
 
-def next_steps(submission: Submission, job: Job) -> str:
+def next_steps(submission: Submission, job: JobId) -> str:
     """Return the lines that name the job and the commands to type next."""
     name, where = submission.paths.name, run_root_words(submission.paths.root.parent)
     return (
-        f"submitted  {scheduler_of(job.id.scheduler).noun} {job.id}, script {submission.paths.script}\n"
+        f"submitted  {scheduler_of(job.scheduler).noun} {job}, script {submission.paths.script}\n"
         f"next       launcher status {name}{where}\n"
         f"           launcher logs -f {name}{where}"
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from launcher.contract.errors import ConfigError, RunStateError, did_you_mean
 from launcher.contract.records import read_metrics
@@ -53,12 +52,16 @@ def find_runs(word: str, root: Path) -> list[RunPaths]:
     return [find_run(word, root)] if group is None else [run for run in group.runs if run.manifest.is_file()]
 
 
-class RunResult(TypedDict):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
     """A row of `launcher results`."""
 
     run: str
+    """The run's name."""
     set: dict[str, str]
+    """Key to what the sweep sets in the run."""
     metrics: dict[str, float]
+    """Name to the last value that the run logged."""
 
 
 def results(runs: Sequence[RunPaths], points: dict[str, dict[str, str]]) -> list[RunResult]:
@@ -68,7 +71,7 @@ def results(runs: Sequence[RunPaths], points: dict[str, dict[str, str]]) -> list
         last: dict[str, float] = {}
         for line in read_metrics(paths):
             last |= line
-        rows.append({"run": paths.name, "set": points.get(paths.name, {}), "metrics": last})
+        rows.append(RunResult(run=paths.name, set=points.get(paths.name, {}), metrics=last))
     return rows
 
 
@@ -77,12 +80,12 @@ def sort_results(rows: list[RunResult], metric: str | None, descending: bool) ->
 
     Raise ConfigError where it was asked for and no run has it.
     """
-    known = sorted({name for row in rows for name in row["metrics"]})
+    known = sorted({name for row in rows for name in row.metrics})
     if metric is None:
         metric = "loss"
     elif metric not in known:
         have = ", ".join(known) or "none yet"
         raise ConfigError(f"--sort: no run has logged {metric!r}{did_you_mean(metric, known)}; there are: {have}")
-    having = [row for row in rows if metric in row["metrics"]]
-    having.sort(key=lambda row: row["metrics"][metric], reverse=descending)
-    return having + [row for row in rows if metric not in row["metrics"]]
+    having = [row for row in rows if metric in row.metrics]
+    having.sort(key=lambda row: row.metrics[metric], reverse=descending)
+    return having + [row for row in rows if metric not in row.metrics]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.contract.errors import RunStateError
 from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths
-from launcher.runs.first_failure import first_error, first_failure, last_words
+from launcher.runs.first_failure import first_error, first_failure, last_lines, last_words
 from launcher.runs.snapshot import snapshot
 from launcher.runs.state import RunStatus, collect
 from launcher.views.log_files import Choice, batch_log, chosen_attempt, files_to_follow, files_to_show, main_file
@@ -18,20 +19,49 @@ _POLL_SECONDS = 0.3
 _ASK_SECONDS = 10.0  # between questions to the scheduler while following
 
 
-def show(paths: RunPaths, choice: Choice) -> None:
-    """Print logs as they are now."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Logs:
+    """The logs of an attempt: where they are, or the last words of the rank that failed first."""
+
+    run: str
+    """The run's name."""
+    attempt: str | None
+    """The attempt; null where none has started yet."""
+    files: tuple[str, ...] = ()
+    """The log files that were asked for, as far as they exist."""
+    words: str = ""
+    """The last words of the rank that failed first, where those were asked for."""
+    note: str = ""
+    """Why a log is missing."""
+
+    def tail(self, lines: int) -> str:
+        """Return the last lines of each file, under its name where there are several, or the last words."""
+        if self.words or len(self.files) == 1:
+            return self.words or last_lines(Path(self.files[0]), lines)
+        return "\n".join(f"==> {Path(file).name}\n{last_lines(Path(file), lines)}" for file in self.files)
+
+
+def choose(paths: RunPaths, choice: Choice) -> Logs:
+    """Return the logs that are meant. Raise RunStateError where there is no such attempt, or no failure is known."""
     attempt = chosen_attempt(paths, choice.attempt)
     if choice.failed:
-        print(_first_failure(paths, attempt))
-        return
-    files = [file for file in files_to_show(paths, attempt, choice) if file.exists()]
+        return Logs(run=paths.name, attempt=attempt, words=_first_failure(paths, attempt))
+    files, note = [file for file in files_to_show(paths, attempt, choice) if file.exists()], ""
     if not files:
-        missing = None if attempt is None else main_file(paths, attempt, choice)
-        print(f"# {_awaited(paths, missing)}", file=sys.stderr)
+        note = _awaited(paths, None if attempt is None else main_file(paths, attempt, choice))
         if attempt is not None and not choice.ranks and not choice.all_ranks:
-            files = [batch_log(paths, attempt)]
-    for file in files:
-        _Follower(file, prefixed=len(files) > 1).copy(last=True)
+            files = [file for file in [batch_log(paths, attempt)] if file.exists()]
+    return Logs(run=paths.name, attempt=attempt, files=tuple(map(str, files)), note=note)
+
+
+def show(logs: Logs) -> None:
+    """Print logs as they are now."""
+    if logs.note:
+        print(f"# {logs.note}", file=sys.stderr)
+    if logs.words:
+        print(logs.words)
+    for file in map(Path, logs.files):
+        _Follower(file, prefixed=len(logs.files) > 1).copy(last=True)
 
 
 def follow(paths: RunPaths, choice: Choice) -> RunStatus:

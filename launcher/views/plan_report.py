@@ -1,8 +1,7 @@
-"""`launcher plan`: the layouts that fit and how fast they are predicted to be, as text and as JSON."""
+"""`launcher plan`: the layouts that fit and how fast they are predicted to be."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from launcher.contract.cost_model.implementation import CURRENT
@@ -43,40 +42,6 @@ def text(plans: Sequence[tuple[RunSpec, SearchResult]], top: int) -> str:
     if len(plans) == 1:
         return "\n".join([*lines, *_best(spec, result), *_left_out(spec, result)])
     return "\n".join(lines + [f"{spec.resources.world_size} GPUs: {_one_line(spec, result)}" for spec, result in plans])
-
-
-def as_json(spec: RunSpec, result: SearchResult, top: int) -> dict[str, object]:
-    """Return the result for one number of GPUs, with figures in GiB, seconds and tokens/s."""
-    return {
-        "gpus": spec.resources.world_size,
-        "gpu": result.gpu.name,
-        "tokens_per_step": result.workload.tokens,
-        "layouts": [_candidate_json(spec, result, candidate) for candidate in result.fitting[:top]],
-        "fitting": len(result.fitting),
-        "too_large": len(result.too_large),
-        "rules_broken": [{"sizes": sizes, "rule": rule} for sizes, rule in result.broken],
-    }
-
-
-def _candidate_json(spec: RunSpec, result: SearchResult, candidate: Candidate) -> dict[str, object]:
-    cost = run_cost(spec, candidate)
-    return {
-        "overrides": candidate.overrides,
-        "data_parallel": candidate.layout.topology.data_parallel,
-        "tokens_per_second": candidate.tokens_per_second,
-        "mfu": candidate.mfu,
-        "step_seconds": candidate.time.total,
-        "step_parts": dict(candidate.time.parts()),
-        "stages": [
-            {
-                **dataclasses.asdict(stage),
-                "total": stage.total,
-                "layers": [len(chunk) for chunk in candidate.layout.topology.layers_of(stage.stage)],
-            }
-            for stage in pipeline_memory(result.workload, candidate.layout, CURRENT)
-        ],
-        "cost": None if cost is None else dataclasses.asdict(cost),
-    }
 
 
 def _question(spec: RunSpec, result: SearchResult) -> str:

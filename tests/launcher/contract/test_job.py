@@ -68,7 +68,7 @@ def test_a_job_that_cannot_be_read_is_said_to_be_damaged(tmp_path: Path, change:
     paths.manifest.write_text(json.dumps(values))
     with pytest.raises(RunStateError, match=r"manifest\.json cannot be read: "):
         read_manifest(paths)
-    assert listing([paths])[0]["state"] == "UNKNOWN"
+    assert listing([paths])[0].state == "UNKNOWN"
 
 
 def test_an_event_says_which_scheduler_its_job_has(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from launcher.commands.arguments import json_text
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
+from launcher.contract.jsonable import jsonable
 from launcher.contract.manifest import Manifest, read_manifest, write_manifest
 from launcher.contract.processes import start_ticks
 from launcher.contract.rundir import COMPLETE, RunPaths, append_event, write_json
@@ -217,7 +219,7 @@ def test_cancelled_job_that_was_killed_before_its_last_word(tmp_path: Path, sile
     started(paths)
     append_event(paths, "cancelled", job_id="7")
     assert state_of(paths) == (JobState.CANCELLED, "by `launcher cancel`")
-    assert listing([paths])[0]["state"] == "CANCELLED"
+    assert listing([paths])[0].state == "CANCELLED"
 
 
 def test_cancelled_local_run(tmp_path: Path) -> None:
@@ -253,8 +255,8 @@ def test_unreadable_run_does_not_hide_the_others(tmp_path: Path, silent: Command
 
 def test_json_of_a_row() -> None:
     row = RunStatus(run="a", directory="/r/a", state=JobState.RUNNING, step=1)
-    assert json.loads(json.dumps(row.as_json()))["state"] == "RUNNING"
-    assert set(row.as_json()) == {item.name for item in dataclasses.fields(RunStatus)}
+    assert json.loads(json_text(row))["state"] == "RUNNING"
+    assert set(json.loads(json_text(row))) == {item.name for item in dataclasses.fields(RunStatus)}
 
 
 def test_durations() -> None:
@@ -277,11 +279,11 @@ def test_finding_runs(tmp_path: Path) -> None:
 
 def test_listing_asks_nobody(tmp_path: Path) -> None:
     paths = make_run(tmp_path, "a")
-    assert listing([paths])[0]["state"] is None
+    assert listing([paths])[0].state is None
     started(paths)
-    assert (listing([paths])[0]["state"], listing([paths])[0]["phase"]) == (None, "preparing")
+    assert (listing([paths])[0].state, listing([paths])[0].phase) == (None, "preparing")
     ended(paths, 0)
-    assert listing([paths])[0] == {
+    assert jsonable(listing([paths])[0]) == {
         "run": "a",
         "directory": str(paths.root),
         "state": "COMPLETED",
@@ -296,8 +298,8 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> N
     whole, damaged = make_run(tmp_path, "a"), make_run(tmp_path, "b")
     damaged.manifest.write_text("{")
     rows = listing([damaged, whole])
-    assert [row["state"] for row in rows] == ["UNKNOWN", None]
-    assert rows[0]["topology"].startswith("unreadable: ")
+    assert [row.state for row in rows] == ["UNKNOWN", None]
+    assert rows[0].topology.startswith("unreadable: ")
 
 
 TOKEN, OTHER = f"sft-{'a' * 32}", f"sft-{'b' * 32}"

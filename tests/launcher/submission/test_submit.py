@@ -261,12 +261,12 @@ def test_logs_before_the_first_rank_show_the_batch_log(workdir: Path, capsys: py
     from tests.launcher.runs.test_state import make_run, started
 
     paths = make_run(Path("runs"), "a", scheduler="local", host="elsewhere")
-    logs.show(paths, Choice())
+    logs.show(logs.choose(paths, Choice()))
     assert capsys.readouterr().err == "# no log yet; run a: job 7 is UNKNOWN (it runs on elsewhere; look there)\n"
     started(paths, "local-1")
     (paths.logs / "local-1").mkdir()
     (paths.logs / "local-1" / "batch.log").write_text("preparing\n")
-    logs.show(paths, Choice())
+    logs.show(logs.choose(paths, Choice()))
     captured = capsys.readouterr()
     assert captured.out == "preparing\n"
     assert captured.err.startswith("# no rank-0.log yet; ")

@@ -85,7 +85,7 @@ def test_following_ends_with_the_words_of_the_rank_that_failed_first(
 def test_nothing_failed(tmp_path: Path, slurm: FakeSlurm) -> None:
     slurm.submit("a")
     with pytest.raises(RunStateError, match="no rank of run a is known to have failed"):
-        logs.show(make_run(tmp_path, "a", job_id="1"), Choice(failed=True))
+        logs.choose(make_run(tmp_path, "a", job_id="1"), Choice(failed=True))
 
 
 def test_ranks_are_told_apart(failed: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:

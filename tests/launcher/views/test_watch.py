@@ -62,4 +62,4 @@ def test_expected_start_is_shown(tmp_path: Path, commands: Commands) -> None:
     commands.add("squeue", "echo '7|PENDING|Resources|2026-11-24T21:40:00|a'")
     rows, _ = collect([make_run(tmp_path, "a")])
     assert "Resources, expected to start 2026-11-24 21:40:00" in status_table(rows)
-    assert rows[0].as_json()["expected_start"] == "2026-11-24 21:40:00"
+    assert rows[0].expected_start == "2026-11-24 21:40:00"
