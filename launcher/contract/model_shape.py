@@ -37,7 +37,7 @@ _QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe")
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WIDTH_NORM = ("olmo2", "olmo3", "olmoe")
-_WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}
+_WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
 """Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""
 
 _GPT2_KEYS = {

@@ -180,7 +180,7 @@ def lora_problems(
     """Return what the model cannot do of these settings. `of_experts` names the layers that its experts have."""
     if lora.rank is None:
         return []
-    if any(part.transposed for part in architecture.weights.layers[0].values()):
+    if any(part.transposed and not part.experts for part in architecture.weights.layers[0].values()):
         kind = architecture.shape.model_type
         return [f"model.lora.rank {lora.rank}: a {kind} model takes no adapters here; unset it to train all weights"]
     every = list(dict.fromkeys([*target_names(architecture, LoraSpec(rank=lora.rank)), *of_experts]))

@@ -69,7 +69,7 @@ def expert_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> li
     return [
         target
         for parameter, parameter_map in architecture.weights.layers[layer].items()
-        if parameter_map.experts
+        if parameter_map.experts and parameter_map.pieces[0].expert is None  # a tensor for each matrix of each expert
         for target in _targets_of(parameter.removesuffix(_WEIGHT), parameter_map, layer, architecture)
         if not lora.names or target.name in lora.names
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from launcher.contract.errors import ModelError
 from launcher.contract.rundir import sync_path
 from sft.models.architecture import Architecture
 from sft.models.stored_tensors import INDEX, TensorHeader, read_header, weight_map
+from sft.models.weight_map import ParameterMap, Piece
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _SHOWN = 3
@@ -33,10 +35,10 @@ _COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 class Sliceable(Protocol):
-    """A tensor of which rows, or rows and columns, are read when it is indexed."""
+    """A tensor of which only the part is read by which it is indexed."""
 
-    def __getitem__(self, index: slice | tuple[slice, slice], /) -> torch.Tensor:
-        """Return that part."""
+    def __getitem__(self, index: slice | tuple[int | slice, ...], /) -> torch.Tensor:
+        """Return that part. Slices have no step."""
 
 
 class _FileTensor(Sliceable, Protocol):
@@ -51,6 +53,14 @@ class _WeightFile(Protocol):
     def get_slice(self, name: str) -> _FileTensor: ...
 
     def get_tensor(self, name: str) -> torch.Tensor: ...
+
+
+def read_piece(
+    tensor: Sliceable, piece: Piece, parameter_map: ParameterMap, columns: slice = slice(None)
+) -> torch.Tensor:
+    """Return the rows of a piece, or some of their columns, from its tensor."""
+    found = tensor[parameter_map.place(replace(piece, step=1), columns)]
+    return (found.T if parameter_map.transposed else found)[:: piece.step]
 
 
 class WeightFiles:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sft.hf.adapter import MARK as ADAPTER_MARK
-from sft.hf.files import Sliceable, WeightFiles
+from sft.hf.files import Sliceable, WeightFiles, read_piece
 from sft.models.architecture import Architecture
 from sft.models.weight_map import ParameterMap, RankPlace, canonical_name, rank_part
 
@@ -89,12 +89,7 @@ def _fill(
     position = 0
     for piece in pieces:
         tensor = source.tensor(piece.name, shapes[piece.name])
-        rows = slice(piece.start, piece.stop)
-        own = parameter[position : position + piece.rows]
-        if parameter_map.transposed:
-            own.copy_(tensor[columns, rows].T)
-        else:
-            own.copy_(tensor[rows, columns] if parameter_map.split == 1 else tensor[rows])
+        parameter[position : position + piece.rows].copy_(read_piece(tensor, piece, parameter_map, columns))
         position += piece.rows
     parameter[position:].zero_()
 

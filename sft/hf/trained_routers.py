@@ -7,10 +7,10 @@ not trained are among them.
 from __future__ import annotations
 
 from launcher.contract.spec import LoraSpec
-from sft.models.architecture import Architecture, Experts
+from sft.models.architecture import Architecture
 
-_WEIGHT = ".weight"
-_ROUTER, _BIAS = "mlp.router.weight", "mlp.router.bias"
+_TRAINED = ("mlp.router.weight", "mlp.router.logit_bias")
+_BIAS = "mlp.router.bias"
 _MODULES = {".block_sparse_moe.": ".mlp."}
 """Where transformers keeps routers and experts under another name than the files of their family do."""
 
@@ -20,9 +20,10 @@ def trained_routers(architecture: Architecture, lora: LoraSpec) -> dict[str, str
     if not lora.router:
         return {}
     return {
-        f"decoder.layers.{index}.{_ROUTER}": architecture.weights.layers[index][_ROUTER].pieces[0].name
-        for index, layer in enumerate(architecture.layers)
-        if isinstance(layer.mlp, Experts)
+        f"decoder.layers.{index}.{name}": layer[name].pieces[0].name
+        for index, layer in enumerate(architecture.weights.layers)
+        for name in _TRAINED
+        if name in layer
     }
 
 
@@ -48,7 +49,7 @@ def module_in_memory(name: str) -> str:
 def modules_to_save(architecture: Architecture, lora: LoraSpec) -> list[str] | None:
     """Return the names by which PEFT finds the routers. Whole ones, since other modules may be called `gate`, too."""
     tensors = trained_routers(architecture, lora).values()
-    return [name_in_memory(architecture, tensor).removesuffix(_WEIGHT) for tensor in tensors] or None
+    return list(dict.fromkeys(name_in_memory(architecture, tensor).rpartition(".")[0] for tensor in tensors)) or None
 
 
 def router_problems(lora: LoraSpec, architecture: Architecture) -> list[str]:

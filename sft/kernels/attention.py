@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sft.kernels.autograd import Context
+from sft.kernels.sinks import sinks_gradient, with_sinks
 
 Kernel = Literal["flash2", "flash4"]
 
@@ -83,18 +84,20 @@ def flash(
     window: int | None = None,
     key_offsets: Tensor | None = None,
     longest_key: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the causal attention of each packed sequence, [t, heads, dim], in the inputs' type (bf16 or fp16).
 
     query [t, heads, dim]; key and value [u, groups, dim]. Sequence i is the rows offsets[i] to offsets[i + 1] (int32,
     [sequences + 1]), `longest` the length of the longest; `scale` None means 1 / sqrt(dim). With a `window` a query
     sees that many positions at most, its own included. With `key_offsets` and `longest_key` a sequence may have more
-    keys than queries (context parallelism): its queries are then the last of its positions.
+    keys than queries (context parallelism): its queries are then the last of its positions. `sinks` [heads] are one
+    more entry of each head's softmax (sft.kernels.sinks).
     """
     keys = (offsets, longest) if key_offsets is None or longest_key is None else (key_offsets, longest_key)
     if kernel == "flash4":
-        return _flash4()(query, key, value, offsets, longest, *keys, scale, window)
-    context: Tensor = _Flash.apply(query, key, value, offsets, longest, *keys, scale, window)
+        return _flash4()(query, key, value, offsets, longest, *keys, scale, window, sinks)
+    context: Tensor = _Flash.apply(query, key, value, offsets, longest, *keys, scale, window, sinks)
     return context
 
 
@@ -115,6 +118,7 @@ def _flash4() -> Callable[..., Tensor]:
         longest_key: int,
         scale: float | None,
         window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         context: Tensor = flash_attn_varlen_func(
             query, key, value,
@@ -150,6 +154,7 @@ class _Flash(torch.autograd.Function):
         longest_key: int,
         scale: float | None,
         window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         context: Tensor
         ctx.options = {"scale": scale}
@@ -160,15 +165,18 @@ class _Flash(torch.autograd.Function):
         context, log_sum, state, unused, _ = torch.ops.aten._flash_attention_forward(
             query, key, value, offsets, key_offsets, longest, longest_key, 0.0, ctx.causal, False, **ctx.options
         )
-        ctx.save_for_backward(query, key, value, context, log_sum, state, unused, offsets, key_offsets)
+        if sinks is not None:
+            context, log_sum = with_sinks(context, log_sum, sinks)
+        ctx.save_for_backward(query, key, value, context, log_sum, state, unused, offsets, key_offsets, sinks)
         ctx.longest, ctx.longest_key = longest, longest_key
         return context
 
     @staticmethod
     def backward(ctx: _FlashContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, context, log_sum, state, unused, offsets, key_offsets = ctx.saved_tensors
+        query, key, value, context, log_sum, state, unused, offsets, key_offsets, sinks = ctx.saved_tensors
+        own = None if sinks is None else sinks_gradient(grad, context, log_sum, sinks)
         grads = torch.ops.aten._flash_attention_backward(
             grad.contiguous(), query, key, value, context, log_sum, offsets, key_offsets, ctx.longest, ctx.longest_key,
             0.0, ctx.causal, state, unused, **ctx.options,
         )  # fmt: skip
-        return *grads[:3], None, None, None, None, None, None
+        return *grads[:3], None, None, None, None, None, None, own

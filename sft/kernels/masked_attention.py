@@ -1,7 +1,7 @@
-"""Causal attention in plain torch where queries are the last positions, see a window, or have capped scores.
+"""Causal attention in plain torch where queries are the last positions, see a window, or have capped scores or sinks.
 
-torch's own kernels have no cap. Capped attention is computed in blocks of queries, each with the keys that it sees, and
-again in backward, so that no more than a block's scores are ever held.
+torch's own kernels have neither caps nor sinks. Such attention is computed in blocks of queries, each with the keys
+that it sees, and again in backward, so that no more than a block's scores are ever held.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ def last_keys(keys: Tensor, queries: int, window: int | None) -> Tensor:
     return keys if window is None else keys[..., max(keys.size(-2) - queries - window + 1, 0) :, :]
 
 
-def capped_attention(
+def attention_in_blocks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    cap: float,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Return softmax(cap * tanh(scale * query key^T / cap)) value, over the keys that each query sees.
+    """Return softmax(scores) value over the keys that each query sees, scores = scale * query key^T.
 
-    query [..., heads, s, dim], the last positions; key and value [..., groups, u, dim]; `scale` None means
-    1 / sqrt(dim). The result has the query's shape. Cap and softmax are in fp32 or wider.
+    With a `cap` scores s are cap * tanh(s / cap). Each of the `sinks` [heads] is one more entry of its head's softmax,
+    and has no value. query [..., heads, s, dim], the last positions; key and value [..., groups, u, dim]; `scale` None
+    means 1 / sqrt(dim). The result has the query's shape. Cap and softmax are in fp32 or wider.
     """
     scale = query.size(-1) ** -0.5 if scale is None else scale
     parts, before = [], key.size(-2) - query.size(-2)
@@ -51,7 +53,7 @@ def capped_attention(
         before += block.size(-2)
         seen = (last_keys(tensor[..., :before, :], block.size(-2), window) for tensor in (key, value))
         part = checkpoint(
-            _capped_block, block, *seen, cap, window, scale, dropout,
+            _block, block, *seen, sinks, cap, window, scale, dropout,
             use_reentrant=False, preserve_rng_state=dropout > 0,
         )  # fmt: skip
         assert isinstance(part, Tensor)
@@ -59,15 +61,27 @@ def capped_attention(
     return torch.cat(parts, dim=-2)
 
 
-def _capped_block(
-    query: Tensor, key: Tensor, value: Tensor, cap: float, window: int | None, scale: float, dropout: float
+def _block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    cap: float | None,
+    window: int | None,
+    scale: float,
+    dropout: float,
 ) -> Tensor:
     # Query heads that share keys and values are a dimension of their own.
     grouped = query.unflatten(-3, (key.size(-3), -1))
     scores = grouped @ key.unsqueeze(-3).transpose(-1, -2)
     # In bf16 numbers near a cap of 50 would be 0.25 apart.
     scores = scores.float() if scores.dtype.itemsize < 4 else scores
-    scores = cap * torch.tanh(scores * (scale / cap))
+    scores = scores * scale if cap is None else cap * torch.tanh(scores * (scale / cap))
     hidden = ~causal_mask(query.size(-2), key.size(-2), window, query.device)
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        column = sinks.to(scores.dtype).view(key.size(-3), -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
     return (F.dropout(weights.to(value.dtype), dropout) @ value.unsqueeze(-3)).flatten(-4, -3)

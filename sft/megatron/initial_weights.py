@@ -51,7 +51,7 @@ def load_initial_weights(
 
 
 class RandomWeights:
-    """A source of weights like sft.hf.files.WeightFiles: matrices from a normal distribution, biases 0.
+    """A source of weights like sft.hf.files.WeightFiles: matrices and sinks from a normal distribution, biases 0.
 
     `norm` is what norms are filled with.
     """
@@ -70,8 +70,10 @@ class RandomWeights:
         return self._recent[name]
 
     def _random(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if len(shape) == 1:
-            return torch.full(shape, 0.0 if name.endswith("bias") else self._norm, device="cpu")
+        if name.endswith("bias"):
+            return torch.zeros(shape, device="cpu")
+        if len(shape) == 1 and not name.endswith(".sinks"):
+            return torch.full(shape, self._norm, device="cpu")
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return torch.randn(shape, generator=generator, device="cpu") * INITIAL_STD

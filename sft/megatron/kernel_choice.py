@@ -115,4 +115,6 @@ def _unfused_part(spec: RunSpec, architecture: Architecture) -> str | None:
 
 def _has_fused_mlp(mlp: DenseMLP | Experts) -> bool:
     known = ("silu",) if isinstance(mlp, Experts) else ("silu", "gelu_tanh")
+    if isinstance(mlp, Experts) and mlp.clamped is not None:
+        return False
     return mlp.gated and not mlp.bias and mlp.activation in known

@@ -32,6 +32,17 @@ class QueryScale:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClampedUnit:
+    """An expert's gated unit (up + 1) * gate * sigmoid(slope * gate), with both kept within a limit before.
+
+    The gate is at most `limit`, the up projection between -limit and limit.
+    """
+
+    slope: float
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
     """Causal self-attention of one layer."""
 
@@ -52,6 +63,8 @@ class Attention:
     query_scale: QueryScale | None = None
     score_softcap: float | None = None
     """c: scores s become c * tanh(s / c) before the mask; None leaves them."""
+    sinks: bool = False
+    """Whether the softmax of each head has one more entry, a trained score that no value belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +89,7 @@ class SharedExpert:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
-    """A mixture of experts as the feed-forward part of one layer: gated MLPs without biases, a few for each token."""
+    """A mixture of experts as the feed-forward part of one layer: gated MLPs, a few for each token."""
 
     count: int
     chosen: int
@@ -89,6 +102,8 @@ class Experts:
     """What the router makes of its logits."""
     selection_bias: bool = False
     """Whether a bias, which is never trained, is added to the scores by which experts are chosen."""
+    router_bias: bool = False
+    """Whether the router's logits have a bias, which is trained."""
     groups: int = 1
     """Experts are in equal groups ..."""
     chosen_groups: int = 1
@@ -98,7 +113,10 @@ class Experts:
     shared: SharedExpert | None = None
     activation: Activation = "silu"
     gated: bool = True
+    clamped: ClampedUnit | None = None
+    """The gated unit in place of activation(gate) * up; None for that."""
     bias: bool = False
+    """Whether both products of an expert have a bias; the weight of a token multiplies the second one, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

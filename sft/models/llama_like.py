@@ -201,9 +201,9 @@ def llama_layer(shape: ModelShape, prefix: str, biases: Biases = NO_BIASES) -> L
     return maps
 
 
-def attention_part(shape: ModelShape, prefix: str) -> Layer:
+def attention_part(shape: ModelShape, prefix: str, biases: Biases = NO_BIASES) -> Layer:
     """Return the maps of a layer of Llama's without its MLP."""
-    return {name: part for name, part in llama_layer(shape, prefix).items() if not name.startswith("mlp.")}
+    return {name: part for name, part in llama_layer(shape, prefix, biases).items() if not name.startswith("mlp.")}
 
 
 def separate_experts(

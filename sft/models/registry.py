@@ -22,6 +22,7 @@ SUPPORTED = (
     "gemma3_text",
     "glm4_moe",
     "gpt2",
+    "gpt_oss",
     "granite",
     "llama",
     "ministral3",

@@ -57,10 +57,19 @@ class Piece:
     name: str
     start: int
     stop: int
+    expert: int | None = None
+    """Which matrix (or vector) of a tensor whose first axis is that of experts; None for a tensor without that axis."""
+    step: int = 1
+    """Every how many rows: two interleaved halves are two pieces of step 2."""
 
     @property
     def rows(self) -> int:
-        return self.stop - self.start
+        return len(range(self.start, self.stop, self.step))
+
+    def cut(self, first: int, last: int) -> Piece:
+        """Return the piece's own rows `first` to `last`."""
+        kept = range(self.start, self.stop, self.step)[first:last]
+        return replace(self, start=kept.start, stop=min(kept.stop, self.stop))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +99,27 @@ class ParameterMap:
     def rows(self) -> int:
         """Return the number of rows without padding."""
         return sum(piece.rows for piece in self.pieces)
+
+    def place(self, piece: Piece, columns: slice = slice(None)) -> tuple[int | slice, ...]:
+        """Return where in its tensor a piece lies. What is there is the transpose of the rows where `transposed`."""
+        rows = slice(piece.start, piece.stop, piece.step)
+        own = (rows,) if self.columns is None else (columns, rows) if self.transposed else (rows, columns)
+        return own if piece.expert is None else (piece.expert, *own)
+
+    def hf_shapes(self, columns: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of its Hugging Face tensors by name. `columns` are those of a row if not the usual ones."""
+        columns = self.columns if columns is None else columns
+        rows: dict[str, int] = {}
+        experts: dict[str, int] = {}
+        for piece in self.pieces:
+            rows[piece.name] = max(piece.stop, rows.get(piece.name, 0))
+            if piece.expert is not None:
+                experts[piece.name] = max(piece.expert + 1, experts.get(piece.name, 0))
+        shapes = {}
+        for name, count in rows.items():
+            own = (count,) if columns is None else (columns, count) if self.transposed else (count, columns)
+            shapes[name] = (experts[name], *own) if name in experts else own
+        return shapes
 
     def renamed(self, rename: Callable[[str], str]) -> ParameterMap:
         """Return the map with other Hugging Face names."""
@@ -185,10 +215,8 @@ class WeightMap:
         """Return the shape of every Hugging Face tensor by name, in the order of `parameters`."""
         shapes: dict[str, tuple[int, ...]] = {}
         for part in self.parameters().values():
-            for piece in part.pieces:
-                rows = max(piece.stop, shapes.get(piece.name, (0,))[-1 if part.transposed else 0])
-                shape = (rows,) if part.columns is None else (rows, part.columns)
-                shapes[piece.name] = shape[::-1] if part.transposed else shape
+            for name, shape in part.hf_shapes().items():
+                shapes[name] = tuple(map(max, shape, shapes.get(name, shape)))
         return shapes
 
 
@@ -250,17 +278,17 @@ def split_parameter(parameter: ParameterMap, values: torch.Tensor) -> dict[str, 
 
     Axes in front of the last one are rows: those of experts' weights are several.
     """
-    import torch  # late: the launcher reads maps where torch is not installed
-
-    if parameter.columns is not None:
-        values = values.flatten(0, -2)
-    parts: dict[str, dict[int, torch.Tensor]] = {}
+    matrix = parameter.columns is not None
+    values = values.flatten(0, -2) if matrix else values.flatten()
+    shapes = parameter.hf_shapes(values.size(1) if matrix else None)
+    whole = {name: values.new_empty(shape) for name, shape in shapes.items()}
     position = 0
     for piece in parameter.pieces:
-        parts.setdefault(piece.name, {})[piece.start] = values[position : position + piece.rows]
+        rows = values[position : position + piece.rows]
+        whole[piece.name][parameter.place(piece)] = rows.T if parameter.transposed else rows
         position += piece.rows
-    whole = {name: torch.cat([rows[start] for start in sorted(rows)]) for name, rows in parts.items()}
-    return {name: tensor.T.contiguous() for name, tensor in whole.items()} if parameter.transposed else whole
+    assert values[:position].numel() == sum(tensor.numel() for tensor in whole.values()), "rows are missing"
+    return whole
 
 
 def _cut(pieces: tuple[Piece, ...], start: int, stop: int) -> list[Piece]:
@@ -269,7 +297,7 @@ def _cut(pieces: tuple[Piece, ...], start: int, stop: int) -> list[Piece]:
     for piece in pieces:
         first, last = max(start - position, 0), min(stop - position, piece.rows)
         if first < last:
-            found.append(Piece(piece.name, piece.start + first, piece.start + last))
+            found.append(piece.cut(first, last))
         position += piece.rows
     return found
 

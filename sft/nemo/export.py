@@ -18,7 +18,7 @@ import yaml
 
 from launcher.contract.errors import ModelError
 from sft.hf.exporter import copy_settings, file_dtypes, whole_directory
-from sft.hf.files import WeightFiles, check_model_files
+from sft.hf.files import WeightFiles, check_model_files, read_piece
 from sft.hf.sharded_writer import FileChunk, write_sharded
 from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
@@ -85,8 +85,7 @@ def _parameter(parameter_map: ParameterMap, files: WeightFiles, shapes: Mapping[
     """Return a whole Megatron-core parameter, put together from its Hugging Face tensors."""
     parts = []
     for piece in parameter_map.pieces:
-        tensor, rows = files.tensor(piece.name, shapes[piece.name]), slice(piece.start, piece.stop)
-        parts.append(tensor[:, rows].T if parameter_map.transposed else tensor[rows])
+        parts.append(read_piece(files.tensor(piece.name, shapes[piece.name]), piece, parameter_map))
     return torch.cat(parts)
 
 

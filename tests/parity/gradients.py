@@ -26,8 +26,7 @@ class Part:
     """Some rows and columns of the gradient of one Hugging Face tensor."""
 
     name: str
-    rows: slice
-    columns: slice
+    place: tuple[int | slice, ...]
     values: NDArray[np.float32]
 
 
@@ -57,11 +56,10 @@ def _join_step(parts: list[Part], architecture: Architecture) -> dict[str, torch
     shapes = architecture.weights.hf_shapes()
     whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items() if name not in frozen}
     for part in parts:
-        index = (part.rows, part.columns)[: whole[part.name].ndim]
-        place, values = whole[part.name][index], torch.from_numpy(part.values)
+        place, values = whole[part.name][part.place], torch.from_numpy(part.values)
         seen = ~place.isnan()
         torch.testing.assert_close(place[seen], values[seen], rtol=1e-5, atol=1e-9)
-        whole[part.name][index] = values
+        whole[part.name][part.place] = values
     missing = [name for name, tensor in whole.items() if tensor.isnan().any()]
     assert not missing
     return whole
@@ -79,14 +77,9 @@ def _parts(chunks: list[Any], architecture: Architecture) -> list[Part]:
             position = 0
             pieces, columns = rank_part(parameter_map, place, gradient.shape)
             for piece in pieces:
-                rows = slice(piece.start, piece.stop)
                 values = gradient[position : position + piece.rows]
-                part = (
-                    Part(piece.name, columns, rows, values.T)
-                    if parameter_map.transposed
-                    else Part(piece.name, rows, columns, values)
-                )
-                found.append(part)
+                own = values.T if parameter_map.transposed else values
+                found.append(Part(piece.name, parameter_map.place(piece, columns), own))
                 position += piece.rows
     return found
 

@@ -1,4 +1,4 @@
-"""Core attention in plain torch and by torch's own kernels: causal, in windows, with capped scores.
+"""Core attention in plain torch and by torch's own kernels: causal, in windows, with capped scores or sinks.
 
 The same module runs on CPU and GPU and needs neither Transformer Engine nor Apex. Megatron-core's own builds the whole
 score matrix.
@@ -18,8 +18,15 @@ from torch import Tensor
 
 from sft.data.batches.context_slice import ContextSlice
 from sft.kernels import attention
-from sft.kernels.masked_attention import capped_attention, causal_mask, last_keys
-from sft.megatron.core import MegatronModule, ProcessGroupCollection, TransformerConfig, tensor_parallel
+from sft.kernels.masked_attention import attention_in_blocks, causal_mask, last_keys
+from sft.megatron.core import (
+    MegatronModule,
+    ProcessGroupCollection,
+    TransformerConfig,
+    make_sharded_tensors_for_checkpoint,
+    parallel_state,
+    tensor_parallel,
+)
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.parallel.context import SharedRows, gather_rows
 from sft.megatron.parallel.documents import Rows
@@ -53,6 +60,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: bool = False,
         kernel: attention.Kernel = "flash2",
         **_: object,
     ) -> None:
@@ -63,6 +71,8 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         self._scale = scale  # None means 1 / sqrt(head_dim), which is the default of the kernels too
         self._window = window
         self._softcap = softcap
+        self.sinks: torch.nn.Parameter | None
+        self.register_parameter("sinks", _sinks(config) if sinks else None)
 
     def forward(
         self,
@@ -97,15 +107,15 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     def _rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return the context of rows of one sequence each, [s, b, heads, dim], from tensors of that shape."""
         windowed = self._window is not None and self._window < len(key)
-        if windowed and len(query) > 1 and self._has_kernel(query):
-            return self._windowed_rows(query, key, value)
+        if (windowed or self.sinks is not None) and len(query) > 1 and self._has_kernel(query):
+            return self._rows_by_offsets(query, key, value)
         # [b, heads, s, dim]
         with self._own_stream():
             context = self._causal(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
         return context.permute(2, 0, 1, 3)
 
-    def _windowed_rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return what `_rows` does, by a kernel for many sequences, since no other of torch's has windows."""
+    def _rows_by_offsets(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return what `_rows` does, by a kernel for many sequences: no other of torch's has windows or gives sums."""
         rows = query.size(1)
         offsets, key_offsets = (
             torch.arange(rows + 1, dtype=torch.int32, device=query.device) * len(tensor) for tensor in (query, key)
@@ -113,7 +123,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         queries, keys, values = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         context = attention.flash(
             queries, keys, values, offsets, len(query), self._scale, self._kernel,
-            window=self._window, key_offsets=key_offsets, longest_key=len(key),
+            window=self._window, key_offsets=key_offsets, longest_key=len(key), sinks=self.sinks,
         )  # fmt: skip
         return context.view(rows, len(query), *context.shape[1:]).transpose(0, 1)
 
@@ -135,7 +145,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         queries, keys, values = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         context = attention.flash(
             queries, keys, values, part.query_offsets, max(part.query_lengths), self._scale, self._kernel,
-            window=self._window, key_offsets=part.key_offsets, longest_key=max(part.key_lengths),
+            window=self._window, key_offsets=part.key_offsets, longest_key=max(part.key_lengths), sinks=self.sinks,
         )  # fmt: skip
         return context.view(rows, length, *context.shape[1:]).transpose(0, 1)
 
@@ -153,10 +163,11 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return the context of query, key and value, each [..., heads, s, dim], in the shape of the query."""
         dropout = self._dropout if self.training else 0.0
-        if self._softcap is not None:
-            return capped_attention(
-                query, key, value, cap=self._softcap, window=self._window, scale=self._scale, dropout=dropout
-            )
+        if self._softcap is not None or self.sinks is not None:
+            return attention_in_blocks(
+                query, key, value,
+                cap=self._softcap, sinks=self.sinks, window=self._window, scale=self._scale, dropout=dropout,
+            )  # fmt: skip
         key, value = (last_keys(tensor, query.size(-2), self._window) for tensor in (key, value))
         queries, keys = query.size(-2), key.size(-2)
         # is_causal would align the first query with the first key. A single query is the last and sees all keys.
@@ -176,8 +187,9 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     def _packed_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """[t, heads, dim] -> the same, in one kernel."""
         offsets, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        if self._window is not None and self._window < longest:
-            return attention.flash(query, key, value, offsets, longest, self._scale, window=self._window)
+        window = self._window if self._window is not None and self._window < longest else None
+        if window is not None or self.sinks is not None:
+            return attention.flash(query, key, value, offsets, longest, self._scale, window=window, sinks=self.sinks)
         kernel, options, shares_kv_heads = _packed_attention()
         if self._scale is not None:
             options = {**options, "scale": self._scale}
@@ -199,6 +211,28 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         ]
         context = torch.cat([self._causal(*sequence) for sequence in zip(*parts, strict=True)], dim=2)
         return context.permute(2, 0, 1, 3)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Return the sinks as a sharded checkpoint has them, split by heads."""
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"sinks": 0},
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+        return state
+
+
+def _sinks(config: TransformerConfig) -> torch.nn.Parameter:
+    """Return the sinks of this rank's heads."""
+    heads = config.num_attention_heads // parallel_state.get_tensor_model_parallel_world_size()
+    sinks = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+    tensor_parallel.set_tensor_model_parallel_attributes(sinks, True, 0, 1)
+    return sinks
 
 
 @functools.cache

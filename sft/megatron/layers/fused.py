@@ -127,13 +127,15 @@ class FusedCoreAttention(CoreAttention):
         """Return the context, [t, heads, dim], of tensors of that shape."""
         lengths, longest = packed.seq_lengths, packed.max_seqlen_q
         window = self._window if self._window is not None and self._window < longest else None
-        if self._kernel == "flash2" and window is None and lengths.count(lengths[0]) == len(lengths):
+        dense = self._kernel == "flash2" and window is None and self.sinks is None
+        if dense and lengths.count(lengths[0]) == len(lengths):
             # Sequences of equal length are rows of a dense batch, for which cuDNN's kernel is the fastest.
             rows = [tensor.view(len(lengths), -1, *tensor.shape[1:]).transpose(1, 2) for tensor in (query, key, value)]
             return self._causal(*rows).transpose(1, 2).flatten(0, 1)
         return attention.flash(
-            query, key, value, packed.cu_seqlens_q, longest, self._scale, self._kernel, window=window
-        )
+            query, key, value, packed.cu_seqlens_q, longest, self._scale, self._kernel,
+            window=window, sinks=self.sinks,
+        )  # fmt: skip
 
 
 class FusedSelfAttention(RotarySelfAttention):

@@ -267,7 +267,8 @@ def attach_adapters(
     model_chunk.requires_grad_(False)
     if lora.router:
         for router in routers_of(model_chunk).values():
-            router.weight.requires_grad_(True)
+            for parameter in router.parameters():
+                parameter.requires_grad_(True)
     for layer in model_chunk.decoder.layers:
         targets = adapter_targets(architecture, lora, layer.layer_number - 1)
         for linear in dict.fromkeys(target.linear for target in targets):

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from launcher.contract.spec import LoraSpec
 from sft.hf.expert_adapter import ExpertTarget
+from sft.kernels.clamped_unit import clamped_unit
+from sft.kernels.expert_bias import add_expert_bias
 from sft.kernels.expert_mlp import swiglu_experts, weighted_swiglu
 from sft.kernels.grouped_experts import (
     Assignment,
@@ -48,36 +50,49 @@ from sft.models.architecture import Experts
 
 
 class ExpertLinear(nn.Module):
-    """The matrices of this rank's experts, one below the other, split over ranks like a dense linear's."""
+    """The matrices of this rank's experts, one below the other, split over ranks like a dense linear's.
 
-    def __init__(self, config: TransformerConfig, count: int, rows: int, columns: int, *, split: int) -> None:
+    Of a linear whose input is split (axis 1) every rank has the whole biases, and the first of them adds them.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, count: int, rows: int, columns: int, *, split: int, biased: bool = False
+    ) -> None:
         super().__init__()
         self._count = count
         self.weight = nn.Parameter(torch.empty(count * rows, columns, dtype=config.params_dtype))
         mark_as_experts(self.weight, split=split)
-
+        self.bias: nn.Parameter | None = None
+        self._adds_bias = split == 0 or parallel_state.get_expert_tensor_parallel_rank() == 0
+        if biased:
+            self.bias = nn.Parameter(torch.empty(count * rows, dtype=config.params_dtype))
+            mark_as_experts(self.bias, split=0 if split == 0 else None)
         self.lora: ExpertAdapters | None = None
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Return the product of each expert's rows, which end where `ends` says, with its matrix."""
+        """Return the product of each expert's rows, which end where `ends` says, with its matrix, and its bias."""
         product = expert_products(rows, self.weight.view(self._count, -1, self.weight.size(1)), ends)
+        if self.bias is not None:
+            product = add_expert_bias(product, self.bias.view(self._count, -1), ends, here=self._adds_bias)
         return product if self.lora is None else product + self.lora(rows, ends)
 
 
 class ExpertMLP(MegatronModule):  # type: ignore[misc]
-    """The feed-forward part of a decoder layer whose tokens go to a few of many SwiGLU MLPs."""
+    """The feed-forward part of a decoder layer whose tokens go to a few of many gated MLPs."""
 
     def __init__(self, config: TransformerConfig, *, experts: Experts, fused: bool = False, **_: object) -> None:
         super().__init__(config=config)
         self._fused = fused
+        self._clamped = experts.clamped
         self._count = experts.count
         self._owners = parallel_state.get_expert_model_parallel_group()
         self._held = experts.count // self._owners.size()
         self.tp_group = parallel_state.get_expert_tensor_parallel_group()
         width = experts.width // self.tp_group.size()
         self.router = Router(config, experts)
-        self.linear_fc1 = ExpertLinear(config, self._held, 2 * width, config.hidden_size, split=0)
-        self.linear_fc2 = ExpertLinear(config, self._held, config.hidden_size, width, split=1)
+        hidden, biased = config.hidden_size, experts.bias
+        self.linear_fc1 = ExpertLinear(config, self._held, 2 * width, hidden, split=0, biased=biased)
+        self.linear_fc2 = ExpertLinear(config, self._held, hidden, width, split=1, biased=biased)
         self.sequence_parallel: bool = config.sequence_parallel
 
     def adapt(self, lora: LoraSpec, targets: Sequence[ExpertTarget]) -> None:
@@ -117,9 +132,15 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         if self._fused:
             weighted: Tensor = self.linear_fc2(weighted_swiglu(mixed, weights), ends)
             return weighted
-        gate, up = mixed.chunk(2, dim=-1)
-        product: Tensor = self.linear_fc2(F.silu(gate) * up, ends)
+        product: Tensor = self.linear_fc2(self._unit(mixed), ends)
         return (product * weights.unsqueeze(-1)).to(product.dtype)
+
+    def _unit(self, mixed: Tensor) -> Tensor:
+        """Return the gated unit of [gate, up], without the weights of rows."""
+        if self._clamped is not None:
+            return clamped_unit(mixed, self._clamped.slope, self._clamped.limit)
+        gate, up = mixed.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
     def _shared(self, own: Tensor) -> Tensor:
         """Return the values of all tokens on every rank of the group, whose gradients are summed over its ranks."""
@@ -157,18 +178,39 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         # A rank's rows of each expert's gate and up are not one range of the whole matrix, hence four axes.
         state[fc1] = self._sharded(fc1, self.linear_fc1.weight, (self._held, 2, -1, hidden), 2, sharded_offsets)
         state[fc2] = self._sharded(fc2, self.linear_fc2.weight, self.linear_fc2.weight.shape, 1, sharded_offsets)
+        state |= self._sharded_biases(prefix, sharded_offsets)
         for linear, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
             for name, adapter in module.named_parameters():
-                if name != "weight":
+                if name not in ("weight", "bias"):
                     key = f"{prefix}{linear}.{name}"
                     state[key] = self._sharded(key, adapter, adapter.shape, 1, sharded_offsets)
         return state
 
+    def _sharded_biases(self, prefix: str, offsets: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
+        """Return the biases, where there are some: fc1's as [experts, 2, width], and fc2's as [experts, hidden]."""
+        first, second = self.linear_fc1.bias, self.linear_fc2.bias
+        if first is None or second is None:
+            return {}
+        keys = f"{prefix}linear_fc1.bias", f"{prefix}linear_fc2.bias"
+        return {
+            keys[0]: self._sharded(keys[0], first, (self._held, 2, -1), 2, offsets),
+            keys[1]: self._sharded(keys[1], second, (self._held, -1), None, offsets),
+        }
+
     def _sharded(
-        self, key: str, weight: Tensor, shape: Sequence[int], split: int, offsets: tuple[tuple[int, int, int], ...]
+        self,
+        key: str,
+        weight: Tensor,
+        shape: Sequence[int],
+        split: int | None,
+        offsets: tuple[tuple[int, int, int], ...],
     ) -> ShardedTensorFactory:
-        """Return experts' matrices as a part of those of all experts: axis 0 over owners, axis `split` over width."""
+        """Return what experts have as a part of that of all experts: axis 0 over owners, axis `split` over width.
+
+        With `split` None each rank of those that share experts has it whole.
+        """
         prepended, owners, group = len(offsets), self._owners, self.tp_group
+        over_width = () if split is None else ((prepended + split, group.rank(), group.size()),)
 
         def build(key: str, weight: Tensor, replica_id: Any, *_: object) -> ShardedTensor:
             return ShardedTensor.from_rank_offsets(
@@ -176,7 +218,7 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
                 weight.view(*shape),
                 *offsets,
                 (prepended, owners.rank(), owners.size()),
-                (prepended + split, group.rank(), group.size()),
+                *over_width,
                 replica_id=replica_id,
                 prepend_axis_num=prepended,
             )
@@ -184,5 +226,6 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         def merge(loaded: Tensor) -> Tensor:
             return loaded.reshape(weight.shape)
 
-        replica = (0, 0, parallel_state.get_expert_data_parallel_rank())
+        copy = group.rank() if split is None else 0
+        replica = (0, copy, parallel_state.get_expert_data_parallel_rank())
         return ShardedTensorFactory(key, weight, build, merge, replica)

@@ -31,6 +31,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts.count, config.hidden_size, dtype=config.params_dtype))
         # Each rank then routes its own part of the sequence, and has a partial gradient.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.logit_bias: nn.Parameter | None = None
+        if experts.router_bias:
+            self.logit_bias = nn.Parameter(torch.empty(experts.count, dtype=config.params_dtype))
+            self.logit_bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.bias: Tensor | None
         # In fp32 always: its steps are smaller than what bf16 can tell apart at its size.
         self.register_buffer("bias", torch.zeros(experts.count) if experts.selection_bias else None)
@@ -40,7 +44,8 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's weights in fp32 and its experts, both [..., chosen]."""
-        logits = F.linear(tokens.float(), self.weight.float())
+        bias = None if self.logit_bias is None else self.logit_bias.float()
+        logits = F.linear(tokens.float(), self.weight.float(), bias)
         scores = logits.sigmoid() if self.experts.scores == "sigmoid" else torch.softmax(logits, dim=-1)
         chosen = choose(scores.detach(), self.bias, self.experts)
         weights = scores.gather(-1, chosen)

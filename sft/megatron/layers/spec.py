@@ -139,7 +139,12 @@ def _norm_before_product(
 def _attention_spec(architecture: Architecture, attention: Attention, kernels: Kernels, linears: Linears) -> ModuleSpec:
     fused = kernels.fused_layers
     query_norm, key_norm = _norms_of_heads(architecture, attention, fused=fused)
-    core = {"scale": attention.softmax_scale, "window": attention.window, "softcap": attention.score_softcap}
+    core = {
+        "scale": attention.softmax_scale,
+        "window": attention.window,
+        "softcap": attention.score_softcap,
+        "sinks": attention.sinks,
+    }
     rope = architecture.rope_of(attention)
     return ModuleSpec(
         module=FusedSelfAttention if fused else RotarySelfAttention,

@@ -12,16 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sft.megatron.core import tensor_parallel
+from sft.megatron.core import parallel_state, tensor_parallel
 
 
-def mark_as_experts(parameter: nn.Parameter, *, split: int) -> None:
+def mark_as_experts(parameter: nn.Parameter, *, split: int | None) -> None:
     """Mark what a rank holds of experts, cut on axis `split`, as Megatron-core looks for it.
 
     It is then reduced over expert data parallel ranks, in buffers and an optimizer of its own. That holds under every
-    topology, so that checkpoints of all have the same two optimizers.
+    topology, so that checkpoints of all have the same two optimizers. With `split` None the ranks that share each
+    expert's matrices all hold the same, and the gradient norm takes that of the first.
     """
-    tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, split, 1)
+    counts = split is not None or parallel_state.get_expert_tensor_parallel_rank() == 0
+    tensor_parallel.set_tensor_model_parallel_attributes(parameter, counts, split, 1)
     parameter.allreduce = False  # type: ignore[attr-defined]
 
 

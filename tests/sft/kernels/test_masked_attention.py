@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sft.kernels import masked_attention
-from sft.kernels.masked_attention import capped_attention, causal_mask, last_keys
+from sft.kernels.masked_attention import attention_in_blocks, causal_mask, last_keys
 
 HEADS, GROUPS, DIM, KEYS = 6, 2, 4, 9
 CAP = 0.7
@@ -47,13 +47,13 @@ def test_keys_that_no_query_sees_are_left_out() -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("queries", [KEYS, 4, 1])
 @pytest.mark.parametrize("block", [512, 2])
-def test_capped_attention_by_definition(
+def test_attention_in_blocks_by_definition(
     block: int, queries: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Output and gradients. The cap comes before the mask: 0.7 and not infinity is the highest score."""
     monkeypatch.setattr(masked_attention, "BLOCK", block)
     found, exact = drawn(queries), drawn(queries)
-    output = capped_attention(*found, cap=CAP, window=window, scale=0.9)
+    output = attention_in_blocks(*found, cap=CAP, window=window, scale=0.9)
     query, key, value = exact
     mask = causal_mask(queries, KEYS, window, torch.device("cpu"))
     shared = [tensor.repeat_interleave(HEADS // GROUPS, dim=1) for tensor in (key, value)]
@@ -69,22 +69,22 @@ def test_capped_attention_by_definition(
 
 def test_the_scale_is_one_over_the_root_of_the_head_unless_stated() -> None:
     tensors = drawn()
-    assert torch.equal(capped_attention(*tensors, cap=CAP), capped_attention(*tensors, cap=CAP, scale=DIM**-0.5))
+    assert torch.equal(attention_in_blocks(*tensors, cap=CAP), attention_in_blocks(*tensors, cap=CAP, scale=DIM**-0.5))
 
 
 def test_half_precision_keeps_its_type_and_sums_in_fp32() -> None:
     wide = [tensor.detach() for tensor in drawn()]
     query, key, value = (tensor.bfloat16() for tensor in wide)
-    half = capped_attention(query, key, value, cap=CAP)
+    half = attention_in_blocks(query, key, value, cap=CAP)
     assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.double(), capped_attention(*wide, cap=CAP), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(half.double(), attention_in_blocks(*wide, cap=CAP), atol=2e-2, rtol=2e-2)
 
 
 def test_blocks_computed_again_drop_the_same_weights() -> None:
     """The output is linear in the values, so that their product with their gradient is the output's with its own."""
     torch.manual_seed(0)
     query, key, value = drawn()
-    output = capped_attention(query, key, value, cap=CAP, dropout=0.5)
+    output = attention_in_blocks(query, key, value, cap=CAP, dropout=0.5)
     weights = torch.randn_like(output)
     torch.rand(7)  # moves the generator on, as other layers do
     output.backward(weights)

@@ -53,8 +53,11 @@ def architecture(family: str = "qwen2", heads: int = 6, groups: int = 3, tied: b
 
 def merge_parameter(layout: ParameterMap, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """The whole Megatron-core parameter, without padding, by the layout's own words."""
-    parts = {piece.name: tensors[piece.name].T if layout.transposed else tensors[piece.name] for piece in layout.pieces}
-    return torch.cat([parts[piece.name][piece.start : piece.stop] for piece in layout.pieces])
+    parts = []
+    for piece in layout.pieces:
+        tensor = tensors[piece.name] if piece.expert is None else tensors[piece.name][piece.expert]
+        parts.append((tensor.T if layout.transposed else tensor)[piece.start : piece.stop : piece.step])
+    return torch.cat(parts)
 
 
 def hf_tensors(model: Architecture) -> dict[str, torch.Tensor]:
