@@ -54,7 +54,7 @@ Tokens per second that were measured are in [benchmarks](../benchmarks/README.md
 * RoPE of type `dynamic` or `longrope` is covered up to the length from which it depends on the batch:
   `max_position_embeddings`, or `original_max_position_embeddings`. Longer rows are refused.
 * Norms over all heads (Olmo) need `topology.tensor_parallel` to be at most the number of KV heads.
-* Experts that are chosen take no adapters.
+* The experts of gpt-oss, whose files hold all of a layer in one tensor, take no adapters.
 """
 
 

@@ -120,10 +120,11 @@ def _flash4() -> Callable[..., Tensor]:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        own = {} if sinks is None else {"learnable_sink": sinks}
         context: Tensor = flash_attn_varlen_func(
             query, key, value,
             cu_seqlens_q=offsets, cu_seqlens_k=key_offsets, max_seqlen_q=longest, max_seqlen_k=longest_key,
-            softmax_scale=scale, causal=True, window_size=(None if window is None else window - 1, None),
+            softmax_scale=scale, causal=True, window_size=(None if window is None else window - 1, None), **own,
         )[0]  # fmt: skip
         return context
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sft.kernels.clamped_unit import clamped_unit
+from sft.kernels.expert_bias import add_expert_bias
 from sft.kernels.expert_mlp import swiglu_experts
 from sft.kernels.grouped_experts import Assignment, assign, looped_products, sort_rows, sum_of_experts, to_experts
 from tests.gpu.test_kernels import assert_equal, drawn
@@ -51,6 +53,35 @@ def test_experts(tokens: int) -> None:
         return (rows[assignment.place].view(-1, CHOSEN, HIDDEN) * weights.unsqueeze(-1)).sum(1)
 
     assert_equal(ours, plain, inputs(tokens), tolerance=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 45, 3000])
+def test_biases_of_experts(tokens: int) -> None:
+    """The last expert has no rows."""
+    assignment = choice(tokens)
+    rows = len(assignment.source)
+    experts = torch.repeat_interleave(torch.arange(EXPERTS, device="cuda"), assignment.counts())
+
+    def ours(x: Tensor, bias: Tensor) -> Tensor:
+        return clamped_unit(add_expert_bias(x, bias, assignment.ends), 1.702, 1.0)
+
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        return clamped_unit(x + bias[experts], 1.702, 1.0)
+
+    # Far from the limits: what bf16 rounds across one of them has a gradient, or has none.
+    x = drawn(rows, 2 * WIDTH) / 8
+    assert_equal(ours, plain, [x, drawn(EXPERTS, 2 * WIDTH) / 8], tolerance=1e-2)
+
+
+def test_biases_wait_for_nothing() -> None:
+    assignment = choice(700)
+    x, bias = drawn(2800, HIDDEN).requires_grad_(), drawn(EXPERTS, HIDDEN).requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        add_expert_bias(x, bias, assignment.ends).float().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

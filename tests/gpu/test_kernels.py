@@ -16,7 +16,7 @@ from sft.kernels.gated import Gate, gated
 from sft.kernels.linear import fp8_linear, gated_mlp
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
 from sft.kernels.loss_form import LossForm
-from sft.kernels.masked_attention import causal_mask
+from sft.kernels.masked_attention import attention_in_blocks, causal_mask
 from sft.kernels.products import add_product
 from sft.kernels.rope import split_and_rotate
 from tests.sft.kernels.test_adamw import adamw_rows
@@ -240,6 +240,32 @@ def test_packed_attention(heads: tuple[int, int], dim: int, window: int | None, 
 
     shapes = [(sum(lengths), count, dim) for count in (heads[0], heads[1], heads[1])]
     assert_equal(kernel, plain, [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)])
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # from within flash-attn-4's compiler
+@pytest.mark.parametrize("kernel_name", ["flash2", "flash4"])
+@pytest.mark.parametrize("window", [None, 1, 50, 128])
+@pytest.mark.parametrize(("heads", "dim"), [((64, 8), 64), ((6, 6), 128)])
+def test_packed_attention_with_sinks(
+    heads: tuple[int, int], dim: int, window: int | None, kernel_name: attention.Kernel
+) -> None:
+    """Those of gpt-oss, of which some take most of a row's sum. Gradients are those of the sinks, too."""
+    if kernel_name == "flash4" and not attention.has_flash4():
+        pytest.skip("flash-attn-4 is not installed")
+    lengths = [700, 130, 64, 37, 1]
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        parts = [tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)]
+        attended = [attention_in_blocks(*part, sinks=sinks, window=window) for part in zip(*parts, strict=True)]
+        return torch.cat(attended, dim=1).transpose(0, 1)
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        return attention.flash(query, key, value, offsets, max(lengths), None, kernel_name, window=window, sinks=sinks)
+
+    shapes = [(sum(lengths), count, dim) for count in (heads[0], heads[1], heads[1])]
+    inputs = [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    assert_equal(kernel, plain, [*inputs, 3 * drawn(heads[0])])
 
 
 def test_products_are_added_in_fp32() -> None:

@@ -41,6 +41,30 @@ def packed() -> Any:
     return packed_sequences(torch.tensor([0, *ends], dtype=torch.int32, device="cuda"), LENGTHS)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_sinks_agree_with_fp32(rows: int, window: int | None) -> None:
+    """Packed (0) and padded rows, with windows and without, all by the kernel for many sequences."""
+    found = [tensor.detach().requires_grad_() for tensor in inputs(torch.bfloat16)]
+    if rows:
+        found = [tensor.detach().unsqueeze(1).repeat(1, rows, 1, 1).requires_grad_() for tensor in found]
+    exact = [tensor.detach().float().requires_grad_() for tensor in found]
+    layers = [attention(window=window) for _ in range(2)]
+    for layer, dtype in zip(layers, (torch.bfloat16, torch.float32), strict=True):
+        layer.sinks = torch.nn.Parameter(torch.linspace(-1, 4, 8, device="cuda", dtype=dtype))
+    where = None if rows else packed()
+    outputs = [
+        layer(*tensors, None, packed_seq_params=where) for layer, tensors in zip(layers, (found, exact), strict=True)
+    ]
+    for output in outputs:
+        output.float().square().sum().backward()
+    torch.testing.assert_close(outputs[0].float(), outputs[1], atol=2e-2, rtol=2e-2)
+    pairs = zip([*found, layers[0].sinks], [*exact, layers[1].sinks], strict=True)
+    for half, wide in pairs:
+        assert half.grad is not None and wide.grad is not None
+        assert (half.grad.float() - wide.grad).norm() / wide.grad.norm() < 1e-2
+
+
 @pytest.mark.parametrize("groups", [2, 8])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("own", [{}, {"window": 50}, {"softcap": 1.5}, {"window": 50, "softcap": 1.5}], ids=str)

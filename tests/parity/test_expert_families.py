@@ -36,6 +36,8 @@ from tests.tiny_model import make_chat_rows, write_jsonl
 
 pytestmark = pytest.mark.parity
 
+ROUTERS = {"gpt_oss": ("mlp.router.weight", "mlp.router.bias"), "mixtral": ("block_sparse_moe.gate.weight",)}
+"""What the files of families with names of their own call routers' tensors."""
 BIAS = "model.layers.2.mlp.gate.e_score_correction_bias"
 
 
@@ -58,9 +60,14 @@ def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.slow  # test_families.py trains every case under two layouts by default
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["glm4_moe", "qwen3_moe_dense_layers"])
+def _cells() -> list[Any]:
+    """By default one, with biases that some ranks add for others: test_families.py trains every case under two more."""
+    cells = [(case, layout) for case in ("glm4_moe", "gpt_oss", "qwen3_moe_dense_layers") for layout in LAYOUTS]
+    by_default = ("gpt_oss", "ep2_tp2_sp_etp1")
+    return [cell if cell == by_default else pytest.param(*cell, marks=pytest.mark.slow) for cell in cells]
+
+
+@pytest.mark.parametrize(("case", "layout"), _cells())
 def test_layout_follows_reference(case: str, layout: str, tmp_path: Path, chat: Path) -> None:
     model = family_model(tmp_path / "model", case)
     expected = reference_curve(tmp_path / "reference", model, chat, steps=2, **RATE)
@@ -91,6 +98,30 @@ def test_a_checkpoint_of_unequal_layers_goes_on_under_another_topology(
     keys = ShardedReader(full.checkpoint(2) / "sharded").keys()
     assert {"decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.3.mlp.router.bias"} <= keys
     paths = make_run(tmp_path / "other", glm, chat, ranks=ranks, topology=topology, **settings)
+    copy_start(full, paths, 2)
+    run_training(paths, ranks)
+    whole, resumed = curve(full), curve(paths)
+    assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
+    assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "topology"),
+    [
+        pytest.param(2, {"expert_parallel": 2}, id="ep2"),
+        pytest.param(1, {}, id="tp1", marks=pytest.mark.slow),
+        pytest.param(4, {"pipeline_parallel": 2, "tensor_parallel": 2}, id="tp2_pp2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_of_biases_and_sinks_goes_on_under_another_topology(
+    ranks: int, topology: dict[str, Any], tmp_path: Path, chat: Path
+) -> None:
+    """From ranks that share heads and experts, and each have a copy of the second bias."""
+    model = family_model(tmp_path / "model", "gpt_oss")
+    settings: dict[str, Any] = {"max_steps": 4, "every": 2, "keep_last": 9, "distributed": True, **RATE}
+    full = make_run(tmp_path / "full", model, chat, ranks=2, topology={"tensor_parallel": 2}, **settings)
+    run_training(full, 2)
+    paths = make_run(tmp_path / "other", model, chat, ranks=ranks, topology=topology, **settings)
     copy_start(full, paths, 2)
     run_training(paths, ranks)
     whole, resumed = curve(full), curve(paths)
@@ -163,10 +194,10 @@ def test_adapters_of_attention_and_of_all_kinds_of_mlps(tmp_path: Path, chat: Pa
     assert config["target_modules"] == lora.targets
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["glm4_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in ROUTERS)])
 def test_routers_are_trained_beside_adapters_where_asked_for(family: str, tmp_path: Path, chat: Path) -> None:
     """Under sequence parallel, where each rank routes a part. PEFT gives the exported adapter's logits, routers
-    included; Mixtral's files have another name for them than transformers."""
+    included; Mixtral's files have another name for them than transformers, and those of gpt-oss have a bias."""
     peft = pytest.importorskip("peft")
     model = family_model(tmp_path / "model", family)
     lora = LoraSpec(rank=2, targets=["q_proj"], router=True)
@@ -174,7 +205,7 @@ def test_routers_are_trained_beside_adapters_where_asked_for(family: str, tmp_pa
     def build(spec: RunSpec) -> PreTrainedModel:
         made = adapted(model, lora, spec.train.seed)
         for name, parameter in made.named_parameters():
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(("mlp.gate.weight", "mlp.router.weight", "mlp.router.bias")):
                 parameter.requires_grad_(True)
         return made
 
@@ -185,7 +216,8 @@ def test_routers_are_trained_beside_adapters_where_asked_for(family: str, tmp_pa
     expect_curve(paths, expected)
     export_run(paths.root)
     found, source = weights(paths.export), weights(model)
-    routers = {name for name in source if name.endswith("gate.weight")}
+    routers = {name for name in source if name.endswith(ROUTERS.get(family, ("mlp.gate.weight",)))}
+    assert len(routers) == (8 if family == "gpt_oss" else 4 if family == "mixtral" else 3)
     assert {name for name in source if not torch.equal(found[name], source[name])} == routers | {
         f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(4)
     }

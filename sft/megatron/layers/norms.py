@@ -23,7 +23,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class LateRoundedRMSNorm(RMSNorm):
-    """Olmo's: multiplies by the weight in fp32, and rounds to the type of the input at the end."""
+    """Olmo's and gpt-oss': multiplies by the weight in fp32, and rounds to the type of the input at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm over the last dimension, in the type of `x`."""

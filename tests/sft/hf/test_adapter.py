@@ -11,8 +11,17 @@ import torch
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import LoraSpec
 from sft.hf import gguf
-from sft.hf.adapter import AdapterTarget, AdapterTensors, adapter_targets, all_targets, merged_weight, peft_config
+from sft.hf.adapter import (
+    AdapterTarget,
+    AdapterTensors,
+    adapter_targets,
+    all_targets,
+    lora_problems,
+    merged_weight,
+    peft_config,
+)
 from sft.hf.adapter_export import adapted_model
+from sft.hf.expert_adapter import all_expert_targets, expert_target_names
 from tests.sft.models.test_architecture import write_config
 from tests.sft.models.test_weight_map import architecture
 
@@ -47,6 +56,22 @@ def test_a_fused_tensor_is_one_target() -> None:
     assert list(found) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     assert found["qkv_proj"].block_rows == [48]
     assert found["gate_up_proj"].block_rows == [12, 12]
+
+
+def test_experts_in_one_tensor_are_no_targets() -> None:
+    """Those of gpt-oss, by whatever name."""
+    model = architecture("gpt_oss")
+    assert list(dict.fromkeys(target.name for target in all_targets(model, LoraSpec(rank=2)))) == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]
+    assert not all_expert_targets(model, LoraSpec(rank=2))
+    lora = LoraSpec(rank=2, targets=["q_proj", "down_proj"])
+    assert lora_problems(lora, model, 1, expert_target_names(model, lora)) == [
+        "model.lora.targets: a gpt_oss model has no linear layer down_proj; it has q_proj, k_proj, v_proj, o_proj"
+    ]
 
 
 def test_b_comes_back_in_the_order_of_the_files() -> None:
