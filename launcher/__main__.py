@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher import __version__
 from launcher.commands import (
+    beside,
     cluster,
     import_config,
     init,
@@ -23,6 +24,7 @@ from launcher.commands import (
     status,
     submit,
     sweep,
+    usage,
 )
 from launcher.commands.arguments import Handler, command, json_text
 from launcher.contract.errors import LauncherError, is_storage_fault
@@ -83,7 +85,12 @@ def _unforeseen(error: Exception, options: argparse.Namespace) -> int:
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments. argparse leaves positional words after an option (`submit cfg.yaml --json a=b`) unparsed."""
     parser = build_parser()
-    options, rest = parser.parse_known_args(words)
+    head = words[: words.index("--")] if "--" in words else words
+    options, rest = parser.parse_known_args(head)
+    if hasattr(options, "program"):  # of `shell`, whose words are its own
+        options.program = list(words[len(head) + 1 :])
+    elif head is not words:
+        options, rest = parser.parse_known_args(words)
     if rest and getattr(options, "host", "") is None and not rest[0].startswith("-"):
         options.host = rest.pop(0)  # nodes add --cluster=c node1
     many = next((name for name in ("overrides", "runs") if hasattr(options, name)), None)
@@ -105,7 +112,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"launcher {__version__}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for family in (submit, prepare, init, plan, status, logs, resubmit, sweep, nodes, cluster, import_config, report):
+    for family in (
+        *(submit, prepare, init, plan, status, logs, beside, usage, resubmit),
+        *(sweep, nodes, cluster, import_config, report),
+    ):
         family.add(commands)
     completion = command(commands, "completion", _completion, "print a shell completion script")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))

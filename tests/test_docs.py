@@ -22,7 +22,10 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tests/*.md")]
 )
 FOLDERS = "launcher|sft|tests|docs|templates|examples|scripts|benchmarks|cluster_configs|requirements"
-SECTIONS = "cluster|resources|topology|model|data|train|evaluation|checkpoint|restart|logging|notify|preflight|watchdog"
+SECTIONS = (
+    "cluster|resources|topology|model|data|train|evaluation|checkpoint|restart|logging|metrics|notify|preflight"
+    "|watchdog"
+)
 
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")

@@ -23,6 +23,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.job import AttemptName
 from launcher.contract.job_state import JobState
 from launcher.contract.lease import Owner, release, take
+from launcher.contract.prometheus_file import Standing, write_prometheus
 from launcher.contract.records import is_number, read_events
 from launcher.contract.rundir import RunPaths, append_event, checkpoint_step
 from launcher.contract.spec import read_resolved
@@ -81,6 +82,7 @@ def begin(options: argparse.Namespace) -> int:
         print(f"error: not started again: {decision.reason}", file=sys.stderr)
         release(paths, owner)
         return int(ExitCode.NEVER_REQUEUE)
+    _tell_dashboards(paths, Standing(attempt=options.attempt, active=True))
     return int(ExitCode.OK)
 
 
@@ -95,9 +97,18 @@ def end(options: argparse.Namespace) -> int:
     requeued = job is not None and job.restarts > (AttemptName(options.attempt).restart or 0)
     decision = _decide(paths, options.attempt, options.exit_code, diagnosis, events, requeued=requeued)
     print(f"{diagnosis.cause.value} ({diagnosis.detail}): {decision.action.value}; {decision.reason}", file=sys.stderr)
+    _tell_dashboards(paths, Standing(attempt=options.attempt, active=False, exit_code=options.exit_code))
     release(paths, _owner(options))
     print(f"{decision.action.value} {_avoided(diagnosis, job)}".rstrip())
     return int(ExitCode.OK)
+
+
+def _tell_dashboards(paths: RunPaths, standing: Standing) -> None:
+    """Bring the file of metrics.prometheus up to date, if the run has one and it can be written."""
+    try:
+        write_prometheus(read_resolved(paths.config), paths, standing)
+    except OSError as error:
+        print(f"metrics.prometheus: {error}", file=sys.stderr)
 
 
 def _owner(options: argparse.Namespace) -> Owner:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from launcher.contract.spec import RunSpec
 
+PROMETHEUS = "prometheus_client"
 _PACKAGES = {"nemo": "nemo_toolkit"}
 """Packages whose name differs from that of their module."""
 
@@ -27,3 +28,5 @@ def missing_loggers(spec: RunSpec) -> Iterator[tuple[str, str]]:
         if setting and importlib.util.find_spec(module) is None:
             package = _PACKAGES.get(module, module)
             yield f"logging.{module}", f"needs the package {package}: pip install {package}, or leave this out"
+    if spec.prometheus_file is not None and importlib.util.find_spec(PROMETHEUS) is None:
+        yield "metrics.prometheus", f"needs the package {PROMETHEUS}: pip install {PROMETHEUS}, or leave this out"

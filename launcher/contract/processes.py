@@ -20,6 +20,35 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] == "Z" else int(fields[19])
 
 
+def state(pid: int) -> str:
+    """Return the kernel's word for what a process is doing, e.g. `S (sleeping)`; `gone` where there is none."""
+    return _status(pid, "State") or "gone"
+
+
+def catches(pid: int, number: int) -> bool:
+    """Return whether a process has a handler for the signal `number`, which would end it otherwise."""
+    mask = _status(pid, "SigCgt")
+    return bool(mask) and bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def environment(pid: int) -> dict[str, str]:
+    """Return the environment that a process was started with, or an empty one where it cannot be read."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (entry.partition(b"=") for entry in entries if b"=" in entry)
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+
+
+def _status(pid: int, field: str) -> str:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(f"{field}:"):
+                return line.partition(":")[2].strip()
+    return ""
+
+
 def with_text(text: str) -> list[int]:
     """Return the ids of this user's other processes that have `text` in their arguments or environment."""
     pids = []

@@ -10,6 +10,7 @@
       source.diff           uncommitted changes of the source tree at submit
       events.jsonl          what happened, one JSON object a line (launcher, batch script, rank 0)
       metrics.jsonl         one line a logged step
+      metrics.prom          the newest numbers for Prometheus (metrics.prometheus: true)
       progress.json         the newest numbers, replaced as a whole
       lease.json            who may write here now (launcher/contract/lease.py)
       logs/<attempt>/       batch.log and rank-<N>.log; error.json of the first rank that failed; after a hang
@@ -100,6 +101,10 @@ class RunPaths:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def prometheus(self) -> Path:
+        return self.root / "metrics.prom"
 
     @property
     def progress(self) -> Path:

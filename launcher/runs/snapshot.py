@@ -111,6 +111,19 @@ def _exit_code(end: Mapping[str, Any]) -> int:
     return code if type(code) is int else ExitCode.FAILURE
 
 
+def all_jobs(manifest: Manifest, events: Sequence[Mapping[str, Any]]) -> list[Job]:
+    """Return every job that the manifest or the events name, those of the manifest first."""
+    jobs = list(manifest.jobs)
+    for event in events:
+        number, cluster = event.get("job_id"), str(event.get("cluster") or "")
+        if event.get("event") not in ("attempt_started", "submitted") or not isinstance(number, str):
+            continue
+        if not any(job.id.is_job(number, cluster) for job in jobs):
+            job_id = JobId(number, _scheduler_of(event), _token_of(events, number, cluster), cluster)
+            jobs.append(Job(id=job_id, submitted_at=event["time"]))
+    return jobs
+
+
 def _newest_job(manifest: Manifest, events: Sequence[Mapping[str, Any]]) -> Job | None:
     """Return the last job that the manifest or the events name."""
     last = manifest.jobs[-1] if manifest.jobs else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from launcher.contract.errors import SchedulerError
+from launcher.contract.errors import RunStateError, SchedulerError
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.schedulers import CAPABILITIES, Capabilities, SchedulerName
@@ -107,6 +107,23 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Allocation:
+    """What the accounting says of one start of a job."""
+
+    job: JobId
+    state: JobState
+    start: float
+    """Seconds since the epoch."""
+    end: float | None
+    """None while it runs."""
+    seconds: float
+    """Time for which it held its nodes, a suspension left out."""
+    nodes: int
+    gpus: int | None
+    """None where the accounting does not track GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobView:
     """What a scheduler says of a job while its batch script ends."""
 
@@ -164,6 +181,13 @@ class Scheduler(Protocol):
         """
         ...
 
+    def allocations(self, jobs: Sequence[Job]) -> list[Allocation]:
+        """Return every start of these jobs that the accounting knows, oldest first; none where nobody keeps accounts.
+
+        The number of questions must not grow with the number of jobs.
+        """
+        return []
+
     def cancel(self, job: Job) -> None:
         """End a job. It is no error if the job has ended already.
 
@@ -209,6 +233,16 @@ class Scheduler(Protocol):
         `wanted` are the file's default resources, `script` renders the script of a job with them.
         """
         return iter(())
+
+    def beside(
+        self, job: Job, hosts: Sequence[str], options: Sequence[str] = (), *, terminal: bool = False
+    ) -> list[str]:
+        """Return the words in front of a command that run it once on each of these hosts of a running job.
+
+        It shares what the ranks have and takes nothing from them. `options` are the cluster's own (srun_args), and
+        `terminal` gives the command the user's terminal. RunStateError where that cannot be done from here.
+        """
+        raise RunStateError(f"{self.title} starts nothing beside the ranks of a {self.noun}")
 
     def read_state(self, text: str) -> JobState:
         """Return the state in the answer of the template's `holder_state`, or UNKNOWN where it holds none."""

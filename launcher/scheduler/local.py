@@ -69,6 +69,11 @@ class Local(Scheduler):
     def expected_start(self, script: str, clusters: str = "") -> str:
         return "at once, on this machine"
 
+    def beside(
+        self, job: Job, hosts: Sequence[str], options: Sequence[str] = (), *, terminal: bool = False
+    ) -> list[str]:
+        return []  # `states` has seen that the ranks are on this machine
+
     def _job(self, pid: int, token: str, submitted_at: float) -> Job:
         return Job(
             id=JobId(str(pid), self.name, token),

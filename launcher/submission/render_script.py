@@ -160,6 +160,17 @@ def _python(spec: RunSpec, mounts: list[str], launcher_python: str) -> list[str]
     return ["apptainer", "exec", *gpu, *binds, str(runtime.image), python]
 
 
+def python_beside(spec: RunSpec, paths: RunPaths, launcher_python: str) -> tuple[list[str], list[str]]:
+    """Return srun options and the words that start Python beside a rank, in the container where the run has one.
+
+    Without a container it is the launcher's own: an environment that has yet to be activated may have none.
+    """
+    code = paths.code if paths.code.is_dir() else None
+    mounts, runtime = _mounts(spec, paths, code), spec.cluster.runtime
+    in_container = runtime.kind in ("pyxis", "apptainer")
+    return _srun_args(spec, mounts), _python(spec, mounts, launcher_python) if in_container else [launcher_python]
+
+
 def _mounts(spec: RunSpec, paths: RunPaths, source_root: Path | None) -> list[str]:
     """Return the bind mounts of a container: the user's, then each folder that ranks read or write, outermost only."""
     runtime = spec.cluster.runtime

@@ -102,15 +102,6 @@ def ranks_behind(positions: Sequence[Position]) -> list[Position]:
     return [position for position in last if not position.waiting] or last
 
 
-def process_state(pid: int) -> str:
-    """Return the kernel's state of a process of this host, `gone` where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("State:"):
-                return line.removeprefix("State:").strip()
-    return "gone"
-
-
 class Board:
     """The positions of all ranks in the rendezvous store, and the request for them.
 

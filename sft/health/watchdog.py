@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter, deque
 
+from launcher.contract import processes
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, append_event, write_json
 from launcher.contract.spec import WatchdogSpec
@@ -34,7 +35,6 @@ from sft.health.rank_positions import (
     Position,
     claim_report,
     main_thread_place,
-    process_state,
     ranks_behind,
 )
 from sft.runtime.rank_env import RankEnv
@@ -133,6 +133,11 @@ class Watchdog:
         if self._spec.enabled:
             self._board.join(self._position(answered=False))
 
+    def place(self) -> dict[str, object]:
+        """Return phase, number of finished steps, and seconds since the phase began."""
+        phase, step, since = self._now
+        return {"phase": phase.name.lower(), "step": step, "seconds": round(time.monotonic() - since, 1)}
+
     def _position(self, *, answered: bool) -> Position:
         phase, step, since = self._now
         where, waiting = main_thread_place()
@@ -171,7 +176,7 @@ class Watchdog:
             if len(here) == self._env.local_world_size:
                 self._neighbours = [position.pid for position in here if position.rank != self._env.rank]
         for pid in self._neighbours:
-            self._stopped_looks[pid] = self._stopped_looks[pid] + 1 if process_state(pid).startswith("T") else 0
+            self._stopped_looks[pid] = self._stopped_looks[pid] + 1 if processes.state(pid).startswith("T") else 0
         return max(self._stopped_looks.values(), default=0) * self._look > self._spec.floor_seconds
 
     def _end(self, allowed: float) -> None:
@@ -210,7 +215,7 @@ class Watchdog:
             return
         for position in here:
             if not position.answered:
-                state = process_state(position.pid)
+                state = processes.state(position.pid)
                 with contextlib.suppress(OSError):
                     os.kill(position.pid, signal.SIGQUIT)
                 self._board.publish(dataclasses.replace(position, process=state))

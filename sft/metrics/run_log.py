@@ -15,6 +15,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 
+from launcher.contract.prometheus_file import Standing, newest_losses, write_prometheus
 from launcher.contract.records import read_events, read_metrics
 from launcher.contract.rundir import JsonObject, RunPaths, append_event, append_line, write_atomic, write_json
 from launcher.contract.spec import RunSpec
@@ -25,6 +26,8 @@ from sft.metrics.mfu import Utilization
 
 _PROGRESS_INTERVAL_SECONDS = 2.0
 """progress.json goes to a shared file system, where each write costs something and nobody reads more often."""
+_DASHBOARD_INTERVAL_SECONDS = 15.0
+"""Prometheus asks no more often, and the file is made from all that the run has written."""
 _BAR_WIDTH = 20
 _NAMED_GAPS = 3
 """Number of gaps in metrics.jsonl that a line names; one is the rule, and a garbled file can have hundreds."""
@@ -65,10 +68,12 @@ class RunLog:
         self._attempt = attempt
         self._step_seconds: deque[float] = deque(maxlen=20)
         self._last_written = 0.0
+        self._dashboard_due = 0.0 if spec.prometheus_file is not None and is_writer else float("inf")
         self._checkpoint: str | None = None
         self._record: dict[str, object] = {}
         self._utilization = utilization
         self._loggers: MetricLoggers | None = None
+        self._held_out: dict[str, float] = {}
         self._tokens = 0
         self._squared_lengths = 0
         self._seconds = 0.0
@@ -86,6 +91,7 @@ class RunLog:
             # An earlier attempt may have gone further than its last checkpoint: those steps are done again now.
             kept = [record for record in read_metrics(self.paths) if record["step"] <= step]
             self._tell_of_lost_metrics(kept, step)
+            self._held_out = newest_losses(kept)
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
             write_atomic(self.paths.metrics, "".join(lines))
             self._loggers = MetricLoggers(self._spec, self.paths, step, self.say)
@@ -119,6 +125,7 @@ class RunLog:
         """Append a line to metrics.jsonl on rank 0, and pass its numbers to the loggers."""
         if self.is_writer:
             append_line(self.paths.metrics, fields)
+            self._held_out |= newest_losses([fields])
             if self._loggers is not None:
                 self._loggers.log(fields)
 
@@ -184,6 +191,20 @@ class RunLog:
         head = {"attempt": self._attempt, "max_steps": self.max_steps}
         tail = {"checkpoint": self._checkpoint, "time": self._last_written}
         write_json(self.paths.progress, {**head, **self._record, **tail})
+        if self._last_written >= self._dashboard_due or self._record.get("step") == self.max_steps:
+            self._write_dashboard()
+
+    def _write_dashboard(self) -> None:
+        """Replace the file of metrics.prometheus. A disk that is full or away only costs the site its numbers."""
+        if self._dashboard_due == float("inf"):
+            return
+        self._dashboard_due = self._last_written + _DASHBOARD_INTERVAL_SECONDS
+        standing = Standing(attempt=self._attempt, active=True, held_out=self._held_out)
+        try:
+            write_prometheus(self._spec, self.paths, standing)
+        except OSError as error:
+            self._dashboard_due = float("inf")
+            self.say(f"metrics.prometheus: {error}; the file is no longer written")
 
 
 def _read(result: StepResult) -> tuple[float, float, dict[str, float]]:

@@ -26,6 +26,7 @@ from sft.data.prepared.prepare import open_or_build
 from sft.engine.module import SFTGPT
 from sft.generation.answers import PromptAnswers
 from sft.generation.evaluation_prompts import Metric
+from sft.health.stack_answers import answering
 from sft.health.watchdog import Watchdog
 from sft.megatron.kernel_choice import choose_kernels
 from sft.metrics.loss_plot import plot_loss
@@ -105,7 +106,8 @@ def train_run(spec: RunSpec, paths: RunPaths, metric: Metric | None = None) -> E
     stop = StopFlag()
     stop.install()
     holding = held(paths, env.attempt) if env.rank == 0 else contextlib.nullcontext()
-    with holding as lease, Watchdog(spec.watchdog, paths, env) as watchdog:
+    watchdog = Watchdog(spec.watchdog, paths, env)
+    with holding as lease, watchdog, answering(paths.root, env, watchdog.place):
         return _train(spec, paths, env, stop, lease, watchdog, metric)
 
 

@@ -13,6 +13,7 @@ from launcher.contract.spec.cluster import ClusterSpec, RuntimeSpec
 from launcher.contract.spec.data import DataSpec, HubSpec, SourceSpec
 from launcher.contract.spec.evaluation import EvaluationSpec
 from launcher.contract.spec.logging import LoggingSpec
+from launcher.contract.spec.metrics import MetricsSpec
 from launcher.contract.spec.model import LoraSpec, ModelSpec
 from launcher.contract.spec.notify import NotifySpec
 from launcher.contract.spec.preflight import PreflightSpec
@@ -33,6 +34,7 @@ __all__ = [
     "HubSpec",
     "LoggingSpec",
     "LoraSpec",
+    "MetricsSpec",
     "ModelSpec",
     "NotifySpec",
     "OptimizerSpec",

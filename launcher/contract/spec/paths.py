@@ -74,6 +74,16 @@ class Directory(PathRule):
 
 
 @dataclass(frozen=True, slots=True)
+class DirectoryOrTruth(Directory):
+    """A directory, or true for a place in the run directory, or false for none."""
+
+    description: ClassVar[str] = "true, or a directory"
+
+    def is_path(self, text: str, section: object) -> bool:
+        return text.lower() not in ("true", "false")
+
+
+@dataclass(frozen=True, slots=True)
 class ExistingDirectory(PathRule):
     """A directory that is read."""
 

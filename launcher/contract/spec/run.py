@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from launcher.contract.rundir import RunPaths
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec.checkpoint import CheckpointSpec
 from launcher.contract.spec.cluster import ClusterSpec
@@ -14,6 +15,7 @@ from launcher.contract.spec.data import DataSpec
 from launcher.contract.spec.evaluation import EvaluationSpec
 from launcher.contract.spec.fields import values_under
 from launcher.contract.spec.logging import LoggingSpec
+from launcher.contract.spec.metrics import MetricsSpec
 from launcher.contract.spec.model import ModelSpec
 from launcher.contract.spec.notify import NotifySpec
 from launcher.contract.spec.paths import Directory, RunReference
@@ -59,6 +61,8 @@ class RunSpec:
     """When it goes on by itself."""
     logging: LoggingSpec = field(default_factory=LoggingSpec)
     """What is written down."""
+    metrics: MetricsSpec = field(default_factory=MetricsSpec)
+    """Numbers for a site's own dashboards."""
     notify: NotifySpec = field(default_factory=NotifySpec)
     """Who is told when an attempt ends."""
     preflight: PreflightSpec = field(default_factory=PreflightSpec)
@@ -94,6 +98,15 @@ class RunSpec:
         wanted = self.resources.nodes > 1 or self.resources.gpus_per_node > 0
         chosen = {"auto": wanted, "on": True, "off": False}[self.preflight.enabled]
         return chosen and CAPABILITIES[self.cluster.scheduler].allocates_nodes
+
+    @property
+    def prometheus_file(self) -> Path | None:
+        """The file of metrics.prometheus, or None where none is asked for."""
+        chosen = self.metrics.prometheus
+        if chosen is None or chosen.lower() == "false":
+            return None
+        run = RunPaths(Path(self.run_root) / self.name)
+        return run.prometheus if chosen.lower() == "true" else Path(chosen) / f"{self.name}.prom"
 
     @property
     def cache_dir(self) -> Path:

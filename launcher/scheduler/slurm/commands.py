@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from launcher.contract.errors import SchedulerError
 from launcher.scheduler.base import JobRecord
+from launcher.scheduler.slurm.accounts import Use, parse_uses
 from launcher.scheduler.slurm.environment import clean_environment
 from launcher.scheduler.slurm.parsers import newest, parse_sacct, parse_squeue
 from launcher.scheduler.slurm.partitions import Partition, parse_partitions
@@ -54,6 +55,21 @@ def accounting(
     except SchedulerError as error:
         if any(words in str(error) for words in _NO_ACCOUNTING):
             return {}
+        raise
+
+
+def allocations(job_ids: Sequence[str], since: float, clusters: str = "") -> list[Use]:
+    """Return sacct's records of every start of these jobs, or none at a site without accounting.
+
+    `since` is when the first was submitted, in seconds since the epoch.
+    """
+    command = ["sacct", *_at(clusters), "--allocations", "--duplicates", "--parsable2", _began(since)]
+    command += [f"--jobs={','.join(job_ids)}"]
+    try:
+        return list(parse_uses(_with_submit_line(command, "JobID,State,ElapsedRaw,Start,End,NNodes,AllocTRES")))
+    except SchedulerError as error:
+        if any(words in str(error) for words in _NO_ACCOUNTING):
+            return []
         raise
 
 
@@ -186,6 +202,20 @@ def node_names(clusters: str = "") -> list[str]:
 def host_names(hosts: str) -> list[str]:
     """Return the hosts of a host list, `node[1-2,7]`."""
     return _run(["scontrol", "show", "hostnames", hosts]).split()
+
+
+def overlapping_step(job_id: str, hosts: Sequence[str], options: Sequence[str], *, terminal: bool) -> list[str]:
+    """Return the srun command of a step with one task on each host, which shares all that the job's other steps have.
+
+    `terminal`: the step gets a pseudo-terminal.
+    """
+    number = _run(["squeue", "--noheader", f"--jobs={job_id}", "--states=RUNNING", "--format=%A"]).strip()
+    if not number.isdecimal():
+        raise SchedulerError(f"job {job_id} is not running any more")
+    size = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", f"--nodelist={','.join(hosts)}"]
+    kind = ["--pty"] if terminal else []
+    # srun takes an array's element by its own number only.
+    return ["srun", f"--jobid={number}", "--overlap", "--export=ALL", *options, *size, "--chdir=/", *kind]
 
 
 def srun_help() -> str:

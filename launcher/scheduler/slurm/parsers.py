@@ -48,7 +48,7 @@ def parse_squeue(text: str) -> Iterator[JobRecord]:
                 start=start,
                 waits_for="" if waits_for == "(null)" else waits_for,
                 name=name if bar else texts,
-                token=_token(comment),
+                token=token_in(comment),
             )
 
 
@@ -71,11 +71,12 @@ def parse_sacct(text: str, separator: str = "|") -> Iterator[JobRecord]:
                 signal=int(signal) if signal.isdigit() else None,
                 start=row.get("Start", ""),
                 name=row.get("JobName", "").removeprefix(_NO_NAME_YET),
-                token=_token(row.get("SubmitLine", "")),
+                token=token_in(row.get("SubmitLine", "")),
             )
 
 
-def _token(text: str) -> str:
+def token_in(text: str) -> str:
+    """Return the token of a submission in a comment or a command line, or an empty text."""
     found = list(_TOKEN.finditer(text))
     return found[-1].group() if found else ""
 

@@ -11,13 +11,14 @@ from launcher.contract.errors import LauncherError, RunStateError, SchedulerErro
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.spec import ClusterSpec, ResourcesSpec
-from launcher.scheduler.base import Answer, Dependency, Intent, JobRecord, JobRequest, JobView, Scheduler
+from launcher.scheduler.base import Allocation, Answer, Dependency, Intent, JobRecord, JobRequest, JobView, Scheduler
 from launcher.scheduler.slurm import commands, queries
 from launcher.scheduler.slurm.parsers import parse_job_view, parse_log
 from launcher.scheduler.slurm.reasons import explained
 from launcher.scheduler.slurm.states import from_slurm
 from launcher.scheduler.time_limit import time_limit_minutes
 
+_CLOCK_SKEW = 3600.0  # seconds: clocks differ, and a job may start before sbatch has answered
 _CLAUSES = {"succeeded": "afterok", "ended": "afterany"}
 
 
@@ -64,6 +65,20 @@ class Slurm(Scheduler):
             problems += [found.problem] if found.problem else []
             doubts += [found.doubt] if found.doubt else []
         return Answer(records=records, problem="\n".join(problems) or None, doubt="\n".join(doubts) or None)
+
+    def allocations(self, jobs: Sequence[Job]) -> list[Allocation]:
+        found = []
+        for cluster in dict.fromkeys(job.id.cluster for job in jobs):
+            here = {job.id.text: job for job in jobs if job.id.cluster == cluster}
+            since = min(job.submitted_at for job in here.values())
+            for use in commands.allocations(list(here), since, _option(cluster)):
+                job = here.get(use.job_id)
+                # Ids wrap around: what has another token, or began before this job was submitted, is another job.
+                if job is None or use.start < job.submitted_at - _CLOCK_SKEW:
+                    continue
+                if not use.token or not job.id.token or use.token == job.id.token:
+                    found.append(use.of(job.id))
+        return sorted(found, key=lambda use: use.start)
 
     def cancel(self, job: Job) -> None:
         commands.cancel(job.id.text, _option(job.id.cluster))
@@ -123,6 +138,14 @@ class Slurm(Scheduler):
             commands.expected_start(script())
         except LauncherError as error:
             yield f"sbatch --test-only: {error}"
+
+    def beside(
+        self, job: Job, hosts: Sequence[str], options: Sequence[str] = (), *, terminal: bool = False
+    ) -> list[str]:
+        if _option(job.id.cluster):
+            where = f"job {job.id.text} is on cluster {job.id.cluster}"
+            raise RunStateError(f"{where}, and steps are started from a login node of that cluster")
+        return commands.overlapping_step(job.id.text, hosts, options, terminal=terminal)
 
     def read_state(self, text: str) -> JobState:
         return from_slurm(text)

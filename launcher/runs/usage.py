@@ -1,0 +1,242 @@
+"""The GPU hours that runs have used: from the scheduler's accounting, or where there is none from the runs' events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from launcher.contract.config.load import value_at
+from launcher.contract.errors import ConfigError, LauncherError, did_you_mean
+from launcher.contract.job import Job, JobId
+from launcher.contract.job_state import JobState
+from launcher.contract.manifest import Manifest, read_manifest
+from launcher.contract.records import read_events, read_progress
+from launcher.contract.rundir import RunPaths
+from launcher.contract.schedulers import SchedulerName
+from launcher.contract.spec import RunSpec, read_resolved
+from launcher.contract.spec.fields import leaf_types
+from launcher.runs.attempt_spans import Span, spans
+from launcher.runs.snapshot import all_jobs
+from launcher.runs.state import RunStatus, collect
+from launcher.scheduler.base import Allocation
+from launcher.scheduler.factory import scheduler_of
+
+_NEAR_SECONDS = 120.0
+"""How far an attempt's first event may be from its allocation: a prolog runs before it, and clocks differ."""
+_HOUR = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Use:
+    """What one attempt has used: one start of a job."""
+
+    run: str
+    user: str
+    group: str | None
+    job: str
+    attempt: str | None
+    """None where the job ended before its script said anything."""
+    state: JobState
+    cause: str
+    """Why it ended, as `status --why` says; `running` while it runs, empty where nobody knows."""
+    started: float
+    seconds: float
+    nodes: int
+    gpus: int
+    wasted_seconds: float
+    """Time behind the last checkpoint of an attempt that did not succeed."""
+    source: Literal["accounting", "events"]
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.gpus * self.seconds / _HOUR
+
+    @property
+    def wasted_gpu_hours(self) -> float:
+        return self.gpus * self.wasted_seconds / _HOUR
+
+    @property
+    def node_hours(self) -> float:
+        return self.nodes * self.seconds / _HOUR
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """What a run's files say."""
+
+    paths: RunPaths
+    manifest: Manifest
+    spec: RunSpec
+    spans: list[Span]
+    jobs: list[Job]
+    status: RunStatus
+
+
+def uses(runs: Sequence[RunPaths]) -> tuple[list[Use], list[str]]:
+    """Return what every attempt of these runs has used, and which runs could not be read."""
+    rows, _ = collect(runs)
+    known, unreadable = [], []
+    for paths, row in zip(runs, rows, strict=True):
+        try:
+            known.append(_read(paths, row))
+        except (LauncherError, ValueError, KeyError) as error:
+            unreadable.append(f"{paths.name}: {error}")
+    accounts = _accounts(known)
+    return [use for run in known for use in _uses_of(run, accounts)], unreadable
+
+
+def _read(paths: RunPaths, row: RunStatus) -> _Run:
+    manifest, events = read_manifest(paths), read_events(paths)
+    jobs = all_jobs(manifest, events)
+    spec = read_resolved(paths.config)
+    return _Run(paths=paths, manifest=manifest, spec=spec, spans=spans(events), jobs=jobs, status=row)
+
+
+def _accounts(runs: Iterable[_Run]) -> dict[JobId, list[Allocation]]:
+    """Ask each scheduler's accounting once, for all jobs."""
+    jobs: dict[SchedulerName, list[Job]] = {}
+    for run in runs:
+        for job in run.jobs:
+            jobs.setdefault(job.id.scheduler, []).append(job)
+    found: dict[JobId, list[Allocation]] = {}
+    for name, asked in jobs.items():
+        for allocation in scheduler_of(name).allocations(asked):
+            found.setdefault(allocation.job, []).append(allocation)
+    return found
+
+
+def _uses_of(run: _Run, accounts: dict[JobId, list[Allocation]]) -> list[Use]:
+    found: list[Use] = []
+    left = list(run.spans)
+    for job in run.jobs:
+        for allocation in accounts.get(job.id, []):
+            span = next((span for span in left if _belongs(span, allocation)), None)
+            if span is not None:
+                left.remove(span)
+            found.append(_accounted(run, allocation, span))
+    accounted = [job.id for job in run.jobs if job.id in accounts]
+    others = [span for span in left if not any(job.is_job(span.job, span.cluster) for job in accounted)]
+    return sorted([*found, *(_told(run, span) for span in others)], key=lambda use: use.started)
+
+
+def _belongs(span: Span, allocation: Allocation) -> bool:
+    if not allocation.job.is_job(span.job, span.cluster):
+        return False
+    end = time.time() if allocation.end is None else allocation.end
+    return allocation.start - _NEAR_SECONDS <= span.began <= end + _NEAR_SECONDS
+
+
+def _accounted(run: _Run, allocation: Allocation, span: Span | None) -> Use:
+    running, seconds = allocation.end is None, allocation.seconds
+    if span is not None:
+        end = time.time() if allocation.end is None else allocation.end
+        wasted = span.wasted(end, running=running)
+    else:
+        wasted = 0.0 if running or allocation.state is JobState.COMPLETED else seconds
+    resources = run.spec.resources
+    return Use(
+        **_names(run),
+        job=allocation.job.text,
+        attempt=span.attempt if span else None,
+        state=allocation.state,
+        cause="running" if running else span.cause if span else "",
+        started=allocation.start,
+        seconds=seconds,
+        nodes=allocation.nodes or resources.nodes,
+        gpus=resources.nodes * resources.gpus_per_node if allocation.gpus is None else allocation.gpus,
+        wasted_seconds=min(wasted, seconds),
+        source="accounting",
+    )
+
+
+def _told(run: _Run, span: Span) -> Use:
+    """Return what the run's own events say of an attempt."""
+    newest = run.status.attempt == span.attempt
+    running = newest and span.ended is None and run.status.state is JobState.RUNNING
+    progress = read_progress(run.paths)
+    heard = max(span.last, progress.get("time", 0.0) if progress.get("attempt") == span.attempt else 0.0)
+    end = time.time() if running else heard if span.ended is None else span.ended
+    seconds = max(0.0, end - span.began)
+    resources = run.spec.resources
+    return Use(
+        **_names(run),
+        job=span.job,
+        attempt=span.attempt,
+        state=JobState.RUNNING if running else span.state,
+        cause="running" if running else span.cause,
+        started=span.began,
+        seconds=seconds,
+        nodes=resources.nodes,
+        gpus=resources.nodes * resources.gpus_per_node,
+        wasted_seconds=min(span.wasted(end, running=running), seconds),
+        source="events",
+    )
+
+
+def _names(run: _Run) -> dict[str, Any]:
+    return {"run": run.paths.name, "user": run.manifest.submitter, "group": run.manifest.group}
+
+
+KEYS: dict[str, Callable[[Use], str]] = {
+    "run": lambda use: use.run,
+    "user": lambda use: use.user,
+    "group": lambda use: use.group or "-",
+    "state": lambda use: use.state.value,
+    "cause": lambda use: use.cause or "unknown",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sum:
+    """What several attempts have used together."""
+
+    attempts: int = 0
+    node_hours: float = 0.0
+    gpu_hours: float = 0.0
+    wasted_gpu_hours: float = 0.0
+
+    def plus(self, use: Use) -> Sum:
+        """Return the sum with one more attempt."""
+        return replace(
+            self,
+            attempts=self.attempts + 1,
+            node_hours=self.node_hours + use.node_hours,
+            gpu_hours=self.gpu_hours + use.gpu_hours,
+            wasted_gpu_hours=self.wasted_gpu_hours + use.wasted_gpu_hours,
+        )
+
+
+def total(found: Iterable[Use]) -> Sum:
+    """Return the sum of all."""
+    result = Sum()
+    for use in found:
+        result = result.plus(use)
+    return result
+
+
+def by_key(found: Iterable[Use], key: str, runs: Sequence[RunPaths]) -> dict[str, Sum]:
+    """Return the sum for each value of `key`, the largest first. ConfigError where there is no such key."""
+    of = _word_of(key, runs)
+    sums: dict[str, Sum] = {}
+    for use in found:
+        sums[of(use)] = sums.get(of(use), Sum()).plus(use)
+    return dict(sorted(sums.items(), key=lambda item: (-item[1].gpu_hours, -item[1].node_hours, item[0])))
+
+
+def _word_of(key: str, runs: Sequence[RunPaths]) -> Callable[[Use], str]:
+    if key in KEYS:
+        return KEYS[key]
+    known = [name for name, _ in leaf_types(RunSpec)]
+    if key not in known:
+        near = did_you_mean(key, [*KEYS, *known])
+        raise ConfigError(f"--by {key}: neither one of {', '.join(KEYS)} nor a key of the config{near}")
+    words: dict[str, str] = {}
+    for paths in runs:
+        try:
+            value = value_at(read_resolved(paths.config), key)
+        except LauncherError:
+            continue
+        words[paths.name] = "-" if value in (None, [], {}) else str(value)
+    return lambda use: words.get(use.run, "-")
