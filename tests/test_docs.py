@@ -126,9 +126,9 @@ def typed_commands() -> Iterator[tuple[str, str]]:
 
 
 def arguments_of(line: str) -> tuple[str, list[str]]:
-    """Program (launcher or sft) and arguments of a command line, up to a comment, pipe or redirection."""
+    """Program (launcher or sft) and arguments of a command line, up to a comment, pipe, redirection or program."""
     words = shlex.split(line.replace(";", " ; "), comments=True)
-    words = list(itertools.takewhile(lambda word: word not in ("|", ">", "&&", ";"), words))
+    words = list(itertools.takewhile(lambda word: word not in ("|", ">", "&&", ";", "--"), words))
     words = words[2:] if words[0] == "python" else words
     return words[0], words[1:]
 
@@ -236,7 +236,7 @@ def test_named_config_keys_exist(page: Path) -> None:
         pytest.skip("it names keys of trlx and NeMo, or fields of outputs, too")
     known = config_keys()
     spans = (span.split("=")[0].split(":")[0].strip() for span in code_of(page))
-    named = [span for span in spans if KEY.fullmatch(span) and not re.search(r"\.(json|jsonl|yaml|py|md)$", span)]
+    named = [span for span in spans if KEY.fullmatch(span) and not re.search(r"\.(json|jsonl|yaml|py|md|prom)$", span)]
     assert [key for key in named if key not in known] == []
 
 

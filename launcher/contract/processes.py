@@ -21,7 +21,7 @@ def start_ticks(pid: int) -> int | None:
 
 
 def state(pid: int) -> str:
-    """Return the kernel's word for what a process is doing, e.g. `S (sleeping)`; `gone` where there is none."""
+    """Return the kernel's word for what a process is doing, e.g. `S (sleeping)`, or `gone` where there is none."""
     return _status(pid, "State") or "gone"
 
 

@@ -53,7 +53,7 @@ def addresses(run: Path, attempt: str) -> list[tuple[int, str]]:
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:
-    """Return process id and user id of the other side; the process is 0 where this one cannot see it."""
+    """Return process id and user id of the other side, with 0 for a process that this one cannot see."""
     size = _CREDENTIALS.size
     pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return pid, uid

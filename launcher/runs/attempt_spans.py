@@ -54,7 +54,7 @@ class Span:
 
     @property
     def state(self) -> JobState:
-        """How it ended; UNKNOWN where no end is recorded."""
+        """How it ended, UNKNOWN where no end is recorded."""
         if self.ended is None:
             return JobState.UNKNOWN
         if self.exit_code == ExitCode.OK:
@@ -88,7 +88,7 @@ def _span(name: str, start: Mapping[str, Any], own: Sequence[Mapping[str, Any]])
     end, decided = _last(own, "attempt_ended"), _last(own, "restart_decided")
     code = end.get("exit_code", decided.get("exit_code"))
     breaks = [event["time"] for event in own if event["event"] in _BREAKS]
-    trained = next((event["time"] for event in own if event["event"] == "training_started"), None)
+    trained = min((event["time"] for event in own if event["event"] == "training_started"), default=None)
     return Span(
         attempt=name,
         job=str(start.get("job_id") or AttemptName(name).job or ""),

@@ -43,7 +43,7 @@ class Use:
 
 
 def parse_uses(text: str) -> Iterator[Use]:
-    """Yield the starts in sacct's answer, which begins with a header; a job that has not started yet has none."""
+    """Yield the starts in sacct's answer, which begins with a header. A job that has not started yet has none."""
     lines = text.splitlines()
     header = lines[0].split("|") if lines else []
     for line in lines[1:]:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.contract.records import read_events, read_metrics
 from launcher.contract.rundir import RunPaths, append_event
-from launcher.contract.spec import LoggingSpec, RunSpec
+from launcher.contract.spec import LoggingSpec, MetricsSpec, RunSpec
 from launcher.views.why import explain
+from sft.engine.results import StepResult
 from sft.metrics.run_log import RunLog
 
 SPEC = RunSpec(logging=LoggingSpec(every=5, tensorboard=False))
@@ -69,3 +71,25 @@ def test_a_run_that_begins_with_another_ones_checkpoint_has_lost_nothing(tmp_pat
     paths.metrics.write_text("")
     resumed(paths, 30)
     assert lost(paths) == [[[22, 30]]]
+
+
+@pytest.mark.parametrize("place", ["true", "/proc/nowhere"])
+def test_dashboards_get_the_newest_numbers(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that cannot be written is reported once, and training goes on."""
+    pytest.importorskip("prometheus_client")
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    spec = RunSpec(name="run", run_root=str(tmp_path), metrics=MetricsSpec(prometheus=place))
+    log = RunLog(paths, spec, attempt="a.1", max_steps=2, is_writer=True)
+    log.begin(0, "nothing")
+    log.metrics(step=0, eval_loss=4.5)
+    for step in (1, 2):
+        one = torch.tensor(float(step))
+        counts = {"examples": 1, "tokens": 8, "squared_lengths": 64, "supervised_tokens": 8}
+        log.step(StepResult(step=step, loss=one, grad_norm=one, bad=one, lr=0.1, **counts), 1.0, step)
+    said = capsys.readouterr().out
+    if place == "true":
+        text = paths.prometheus.read_text()
+        assert 'sft_loss{run="run"} 2.0\n' in text
+        assert 'sft_eval_loss{run="run",set=""} 4.5\n' in text
+    assert said.count("the file is no longer written") == (place != "true")
