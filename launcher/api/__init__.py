@@ -16,9 +16,11 @@ is for the commands. Nothing heavy is imported before a function needs it.
 from launcher.api.checked import CheckedRun, CheckedSweep, ValidRun, ValidSweep, validate
 from launcher.api.jobs import Cancelled, Resubmitted, SubmittedRun, SubmittedSweep, cancel, resubmit, resubmit_failed
 from launcher.api.jobs import submit as submit
+from launcher.api.live import Usage, stacks, usage
 from launcher.api.plans import Layout, Plan, PlannedSize, plan
 from launcher.api.runs import Report, States, Why, list_runs, logs, report, results, status, wait, why
 from launcher.views.logs import Logs
+from launcher.views.stacks import Stacks
 
 __all__ = [
     "Cancelled",
@@ -30,9 +32,11 @@ __all__ = [
     "PlannedSize",
     "Report",
     "Resubmitted",
+    "Stacks",
     "States",
     "SubmittedRun",
     "SubmittedSweep",
+    "Usage",
     "ValidRun",
     "ValidSweep",
     "Why",
@@ -44,8 +48,10 @@ __all__ = [
     "results",
     "resubmit",
     "resubmit_failed",
+    "stacks",
     "status",
     "submit",
+    "usage",
     "validate",
     "wait",
     "why",

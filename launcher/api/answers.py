@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from launcher.api.checked import ValidRun, ValidSweep
 from launcher.api.jobs import Cancelled, Resubmitted, SubmittedRun, SubmittedSweep
+from launcher.api.live import Usage
 from launcher.api.plans import PlannedSize
 from launcher.api.runs import Report, Why
 from launcher.clusters.check import CheckedCluster
@@ -24,6 +25,7 @@ from launcher.runs.excluded_nodes import NodeEvidence
 from launcher.runs.listing import ListedRun
 from launcher.runs.state import RunStatus
 from launcher.sweeps.groups import RunResult
+from launcher.views.stacks import Stacks
 
 ANSWERS: Mapping[str, object] = {
     "validate": ValidRun | ValidSweep,
@@ -33,6 +35,8 @@ ANSWERS: Mapping[str, object] = {
     "status": tuple[RunStatus, ...],
     "why": tuple[Why, ...],
     "list": tuple[ListedRun, ...],
+    "stacks": Stacks,
+    "usage": Usage,
     "results": tuple[RunResult, ...],
     "report": Report,
     "cancel": Cancelled,

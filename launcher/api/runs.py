@@ -68,7 +68,7 @@ def status(runs: Sequence[Run] = (), *, root: Path | None = None, select: Select
     """Return state and progress of runs, or of all runs in `root`. Each scheduler is asked once."""
     from launcher.runs.state import collect
 
-    rows, problem = collect(_selected(runs, root, select))
+    rows, problem = collect(selected(runs, root, select))
     fitting = tuple(row for row in rows if select is None or select.fits(row.state))
     return States(rows=fitting, problem=problem)
 
@@ -77,7 +77,7 @@ def list_runs(*, root: Path | None = None, select: Selection | None = None) -> t
     """Return the runs in `root` by their files alone. No scheduler is asked."""
     from launcher.runs.listing import listing
 
-    rows = listing(_selected((), root, select))
+    rows = listing(selected((), root, select))
     if select is None or not select.states:
         return tuple(rows)
     names = {state.value for state in select.states}  # a run that is not known to have ended has no state here
@@ -96,7 +96,7 @@ def wait(
 
 def why(runs: Sequence[Run] = (), *, root: Path | None = None, select: Selection | None = None) -> tuple[Why, ...]:
     """Return how each attempt of runs ended, and what was decided then."""
-    return tuple(map(_why, _selected(runs, root, select)))
+    return tuple(map(_why, selected(runs, root, select)))
 
 
 def _why(paths: RunPaths) -> Why:
@@ -133,7 +133,7 @@ def results(
     return tuple(sort_results(results_of(find_runs(group, root), listed.points if listed else {}), sort, descending))
 
 
-def _selected(runs: Sequence[Run], root: Path | None, select: Selection | None) -> list[RunPaths]:
+def selected(runs: Sequence[Run], root: Path | None, select: Selection | None) -> list[RunPaths]:
     """Return the runs that were named, or all of `root`, as far as the selection has them."""
     from launcher.runs.find import all_runs
 

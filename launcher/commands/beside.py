@@ -8,7 +8,6 @@ import sys
 
 from launcher.commands.arguments import (
     Subcommands,
-    chosen_run,
     cluster_option,
     command,
     json_option,
@@ -33,21 +32,22 @@ def add(commands: Subcommands) -> None:
 
 
 def _stacks(options: argparse.Namespace) -> int:
-    from launcher.submission.beside import ask_ranks, live_attempt
-    from launcher.views.stacks import gather, render
+    from launcher.api.live import stacks
+    from launcher.views.stacks import render
 
-    live = live_attempt(chosen_run(options))
-    stacks = gather(live.paths.name, live.name, len(live.hosts), live.ranks, ask_ranks(live))
+    told = stacks(options.run, root=options.run_root)
     if options.json:
-        print_json(stacks.as_json())
+        print_json(told)
     else:
-        print(render(stacks, all_threads=options.threads))
+        print(render(told, all_threads=options.threads))
     return int(ExitCode.OK)
 
 
 def _shell(options: argparse.Namespace) -> int:
+    from launcher.runs.find import default_run_root, find_run
     from launcher.submission.beside import live_attempt, shell_words
 
-    words, environment = shell_words(live_attempt(chosen_run(options)), options.rank, options.program)
+    paths = find_run(options.run, options.run_root or default_run_root())
+    words, environment = shell_words(live_attempt(paths), options.rank, options.program)
     sys.stdout.flush()
     os.execvpe(words[0], words, environment)  # the terminal and its signals are the program's

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from launcher.contract.config.load import value_at
 from launcher.contract.errors import ConfigError, LauncherError, did_you_mean
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
@@ -33,32 +32,45 @@ class Use:
     """What one attempt has used: one start of a job."""
 
     run: str
+    """The run's name."""
     user: str
+    """Who submitted the run."""
     group: str | None
+    """The sweep that it belongs to."""
     job: str
+    """Id of the job."""
     attempt: str | None
-    """None where the job ended before its script said anything."""
+    """The attempt; null where the job ended before its script said anything."""
     state: JobState
-    cause: str
-    """Why it ended, as `status --why` says; `running` while it runs, empty where nobody knows."""
+    """How it ended: the accounting's word, or what the events say."""
+    cause: str | None
+    """Why it ended, as in `restart_decided`; `running` while it runs, null where nobody knows."""
     started: float
+    """Seconds since the epoch."""
     seconds: float
+    """How long it had its nodes."""
     nodes: int
+    """Number of its nodes."""
     gpus: int
+    """GPUs on all of them."""
     wasted_seconds: float
-    """Time behind the last checkpoint of an attempt that did not succeed."""
+    """Time behind its last checkpoint if it did not succeed, and what it lost by going back to one."""
     source: Literal["accounting", "events"]
+    """Where its time is from."""
 
     @property
     def gpu_hours(self) -> float:
+        """GPUs times hours."""
         return self.gpus * self.seconds / _HOUR
 
     @property
     def wasted_gpu_hours(self) -> float:
+        """Those of the wasted time."""
         return self.gpus * self.wasted_seconds / _HOUR
 
     @property
     def node_hours(self) -> float:
+        """Nodes times hours."""
         return self.nodes * self.seconds / _HOUR
 
 
@@ -141,7 +153,7 @@ def _accounted(run: _Run, allocation: Allocation, span: Span | None) -> Use:
         job=allocation.job.text,
         attempt=span.attempt if span else None,
         state=allocation.state,
-        cause="running" if running else span.cause if span else "",
+        cause="running" if running else (span.cause or None) if span else None,
         started=allocation.start,
         seconds=seconds,
         nodes=allocation.nodes or resources.nodes,
@@ -165,7 +177,7 @@ def _told(run: _Run, span: Span) -> Use:
         job=span.job,
         attempt=span.attempt,
         state=JobState.RUNNING if running else span.state,
-        cause="running" if running else span.cause,
+        cause="running" if running else span.cause or None,
         started=span.began,
         seconds=seconds,
         nodes=resources.nodes,
@@ -192,42 +204,44 @@ KEYS: dict[str, Callable[[Use], str]] = {
 class Sum:
     """What several attempts have used together."""
 
-    attempts: int = 0
-    node_hours: float = 0.0
-    gpu_hours: float = 0.0
-    wasted_gpu_hours: float = 0.0
-
-    def plus(self, use: Use) -> Sum:
-        """Return the sum with one more attempt."""
-        return replace(
-            self,
-            attempts=self.attempts + 1,
-            node_hours=self.node_hours + use.node_hours,
-            gpu_hours=self.gpu_hours + use.gpu_hours,
-            wasted_gpu_hours=self.wasted_gpu_hours + use.wasted_gpu_hours,
-        )
+    word: str
+    """What they have in common; `total` for all of them."""
+    attempts: int
+    """Number of attempts."""
+    node_hours: float
+    """Nodes times hours."""
+    gpu_hours: float
+    """GPUs times hours."""
+    wasted_gpu_hours: float
+    """Those of them that were wasted."""
 
 
-def total(found: Iterable[Use]) -> Sum:
+def total(found: Sequence[Use], word: str = "total") -> Sum:
     """Return the sum of all."""
-    result = Sum()
-    for use in found:
-        result = result.plus(use)
-    return result
+    return Sum(
+        word=word,
+        attempts=len(found),
+        node_hours=sum(use.node_hours for use in found),
+        gpu_hours=sum(use.gpu_hours for use in found),
+        wasted_gpu_hours=sum(use.wasted_gpu_hours for use in found),
+    )
 
 
-def by_key(found: Iterable[Use], key: str, runs: Sequence[RunPaths]) -> dict[str, Sum]:
+def by_key(found: Iterable[Use], key: str, runs: Sequence[RunPaths]) -> list[Sum]:
     """Return the sum for each value of `key`, the largest first. ConfigError where there is no such key."""
     of = _word_of(key, runs)
-    sums: dict[str, Sum] = {}
+    parts: dict[str, list[Use]] = {}
     for use in found:
-        sums[of(use)] = sums.get(of(use), Sum()).plus(use)
-    return dict(sorted(sums.items(), key=lambda item: (-item[1].gpu_hours, -item[1].node_hours, item[0])))
+        parts.setdefault(of(use), []).append(use)
+    sums = [total(part, word) for word, part in parts.items()]
+    return sorted(sums, key=lambda one: (-one.gpu_hours, -one.node_hours, one.word))
 
 
 def _word_of(key: str, runs: Sequence[RunPaths]) -> Callable[[Use], str]:
     if key in KEYS:
         return KEYS[key]
+    from launcher.contract.config.load import value_at  # late: it loads omegaconf
+
     known = [name for name, _ in leaf_types(RunSpec)]
     if key not in known:
         near = did_you_mean(key, [*KEYS, *known])

@@ -182,7 +182,7 @@ class Scheduler(Protocol):
         ...
 
     def allocations(self, jobs: Sequence[Job]) -> list[Allocation]:
-        """Return every start of these jobs that the accounting knows, oldest first, and none where nobody keeps accounts.
+        """Return every start of these jobs that the accounting knows, oldest first. None where there is none.
 
         The number of questions must not grow with the number of jobs.
         """

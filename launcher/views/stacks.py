@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
-from launcher.contract.rank_sockets import Frame
 from launcher.contract.rundir import JsonObject
 
 _INSTALLED = "/site-packages/"
@@ -14,107 +13,146 @@ MAIN = "MainThread"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rank:
-    """What one rank says."""
+class StackFrame:
+    """One frame of a thread."""
+
+    file: str
+    """Source file."""
+    line: int
+    """Line in it."""
+    function: str
+    """Name of the function."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackThread:
+    """One Python thread."""
+
+    name: str
+    """`MainThread` for the one that trains."""
+    frames: tuple[StackFrame, ...]
+    """The outermost first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankProcess:
+    """The process of a rank."""
 
     rank: int
+    """Number of the rank."""
     host: str
+    """The node that it is on."""
     pid: int
+    """Process id there."""
     process: str
-    """The kernel's word for what its process is doing."""
-    answered: bool
-    phase: str = ""
-    step: int = 0
-    """Number of finished steps."""
-    seconds: float = 0.0
-    """Time since the phase began."""
-    threads: dict[str, list[Frame]] = field(default_factory=dict)
+    """The kernel's word for what it is doing, e.g. `S (sleeping)`."""
+    seconds: float | None
+    """Time since its phase began; null where it gave no answer."""
 
-    @property
-    def place(self) -> tuple[bool, str, int, tuple[Frame, ...]]:
-        """What ranks of one group have in common."""
-        return self.answered, self.phase, self.step, tuple(self.threads.get(MAIN, ()))
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackGroup:
+    """Ranks that stand at the same place."""
+
+    ranks: tuple[int, ...]
+    """Numbers of the ranks."""
+    answered: bool
+    """Whether they answered. What does not is stopped, or keeps Python's lock (GIL)."""
+    phase: str | None
+    """`loading`, `data`, `step`, `guard`, `evaluation` or `checkpoint`; null where they gave no answer."""
+    step: int | None
+    """Number of finished steps; null where they gave no answer."""
+    processes: tuple[RankProcess, ...]
+    """Each rank's process."""
+    threads: tuple[StackThread, ...]
+    """Threads of the first rank, the main one first. The main threads of the others are equal to its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stacks:
-    """The ranks of an attempt, in groups, those that most likely hold up the others first."""
+    """Where the ranks of an attempt stand."""
 
     run: str
+    """The run's name."""
     attempt: str
+    """The attempt that is running."""
     hosts: int
-    groups: tuple[tuple[Rank, ...], ...]
+    """Number of its nodes."""
+    groups: tuple[StackGroup, ...]
+    """The ranks that gave no answer first, then the smallest groups: those that most likely hold up the others."""
     silent: tuple[int, ...]
-    """Ranks of which no process was found."""
-
-    def as_json(self) -> JsonObject:
-        """Return the value for --json."""
-        return {
-            "run": self.run,
-            "attempt": self.attempt,
-            "groups": [_group_json(group) for group in self.groups],
-            "silent": list(self.silent),
-        }
+    """Ranks of which no process was found: they start, or end, or their node does not answer."""
 
 
 def gather(run: str, attempt: str, hosts: int, world_size: int, lines: Iterable[JsonObject]) -> Stacks:
     """Return what the lines of all nodes say, ranks with equal main threads together."""
     abouts: dict[int, JsonObject] = {}
-    threads: dict[int, dict[str, list[Frame]]] = {}
+    frames: dict[int, dict[str, list[StackFrame]]] = {}
     for line in lines:
         if "host" in line:
             abouts[line["rank"]] = line
         else:
-            of_rank = threads.setdefault(line["rank"], {})
-            of_rank.setdefault(line["thread"], []).append((line["file"], line["line"], line["function"]))
-    ranks = [_rank(abouts[number], threads.get(number, {})) for number in sorted(abouts)]
-    groups: dict[tuple[bool, str, int, tuple[Frame, ...]], list[Rank]] = {}
-    for rank in ranks:
-        groups.setdefault(rank.place, []).append(rank)
-    order = sorted(groups.values(), key=lambda group: (group[0].answered, len(group), group[0].rank))
-    silent = [number for number in range(world_size) if number not in abouts]
-    return Stacks(run=run, attempt=attempt, hosts=hosts, groups=tuple(map(tuple, order)), silent=tuple(silent))
+            frame = StackFrame(file=line["file"], line=line["line"], function=line["function"])
+            frames.setdefault(line["rank"], {}).setdefault(line["thread"], []).append(frame)
+    groups: dict[object, list[int]] = {}
+    for rank in sorted(abouts):
+        place = (*_place(abouts[rank]), tuple(frames.get(rank, {}).get(MAIN, ())))
+        groups.setdefault(place, []).append(rank)
+    found = [_group([abouts[rank] for rank in ranks], frames.get(ranks[0], {})) for ranks in groups.values()]
+    order = sorted(found, key=lambda group: (group.answered, len(group.ranks), group.ranks))
+    silent = tuple(rank for rank in range(world_size) if rank not in abouts)
+    return Stacks(run=run, attempt=attempt, hosts=hosts, groups=tuple(order), silent=silent)
 
 
-def _rank(about: JsonObject, threads: dict[str, list[Frame]]) -> Rank:
-    known = {name: about[name] for name in ("rank", "host", "pid", "process", "answered")}
-    place = {name: about[name] for name in ("phase", "step", "seconds") if about.get(name) is not None}
-    return Rank(**known, **place, threads=threads)
+def _place(about: JsonObject) -> tuple[bool, str | None, int | None]:
+    return bool(about["answered"]), about.get("phase"), about.get("step")
+
+
+def _group(abouts: Sequence[JsonObject], frames: dict[str, list[StackFrame]]) -> StackGroup:
+    answered, phase, step = _place(abouts[0])
+    names = ("rank", "host", "pid", "process")
+    processes = [RankProcess(**{name: about[name] for name in names}, seconds=about.get("seconds")) for about in abouts]
+    return StackGroup(
+        ranks=tuple(process.rank for process in processes),
+        answered=answered,
+        phase=phase,
+        step=step,
+        processes=tuple(processes),
+        threads=tuple(StackThread(name=name, frames=tuple(found)) for name, found in frames.items()),
+    )
 
 
 def render(stacks: Stacks, *, all_threads: bool = False) -> str:
     """Return the groups as text: who, in which phase of which step, and the frames, the innermost last."""
-    count = sum(map(len, stacks.groups))
-    on = f"on {stacks.hosts} node{'s' if stacks.hosts > 1 else ''}"
-    parts = [f"run {stacks.run}, attempt {stacks.attempt}: {_ranks(count)} {on}"]
+    count = sum(len(group.ranks) for group in stacks.groups)
+    ranks, nodes = _counted(count, "rank"), _counted(stacks.hosts, "node")
+    parts = [f"run {stacks.run}, attempt {stacks.attempt}: {ranks} on {nodes}"]
     parts += [_group_text(group, all_threads=all_threads) for group in stacks.groups]
     if stacks.silent:
         parts.append(f"{names(stacks.silent)}: no process; it is starting or ending, or its node does not answer")
     return "\n\n".join(parts)
 
 
-def _group_text(group: Sequence[Rank], *, all_threads: bool) -> str:
-    first = group[0]
-    who = names([rank.rank for rank in group])
-    if len(group) == 1:
-        who += f" ({first.host}, process {first.pid})"
-    lines = [f"{who}: {_state(group)}"]
-    for name, frames in first.threads.items():
+def _group_text(group: StackGroup, *, all_threads: bool) -> str:
+    first = group.processes[0]
+    where = f" ({first.host}, process {first.pid})" if len(group.ranks) == 1 else ""
+    lines = [f"{names(group.ranks)}{where}: {_state(group)}"]
+    for thread in group.threads:
         if all_threads:
-            lines.append(f"  {name}")
-        if all_threads or name == MAIN:
-            lines += [f"    {_short(file)}:{line} {function}" for file, line, function in frames]
+            lines.append(f"  {thread.name}")
+        if all_threads or thread.name == MAIN:
+            lines += [f"    {_short(frame.file)}:{frame.line} {frame.function}" for frame in thread.frames]
     return "\n".join(lines)
 
 
-def _state(group: Sequence[Rank]) -> str:
-    first = group[0]
-    if not first.answered:
-        why = "stopped" if first.process.startswith("T") else "it keeps Python's lock (GIL), or the kernel keeps it"
-        return f"no answer; the process is {first.process}: {why}"
-    low, high = min(rank.seconds for rank in group), max(rank.seconds for rank in group)
-    time = f"{high:.0f} s" if round(low) == round(high) else f"{low:.0f} to {high:.0f} s"
-    return f"{first.phase} after step {first.step}, for {time}"
+def _state(group: StackGroup) -> str:
+    if not group.answered:
+        process = group.processes[0].process
+        why = "stopped" if process.startswith("T") else "it keeps Python's lock (GIL), or the kernel keeps it"
+        return f"no answer; the process is {process}: {why}"
+    seconds = [process.seconds or 0.0 for process in group.processes]
+    low, high = round(min(seconds)), round(max(seconds))
+    return f"{group.phase} after step {group.step}, for {f'{low} to ' if low < high else ''}{high} s"
 
 
 def names(numbers: Sequence[int]) -> str:
@@ -125,31 +163,10 @@ def names(numbers: Sequence[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {text}"
 
 
-def _ranks(count: int) -> str:
-    return f"{count} rank{'' if count == 1 else 's'}"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _short(file: str) -> str:
     """Return the path from the package on."""
     return file.rpartition(_INSTALLED)[2]
-
-
-def _group_json(group: Sequence[Rank]) -> JsonObject:
-    first = group[0]
-    return {
-        "ranks": [rank.rank for rank in group],
-        "answered": first.answered,
-        "phase": first.phase or None,
-        "step": first.step if first.answered else None,
-        "processes": [
-            {"rank": rank.rank, "host": rank.host, "pid": rank.pid, "process": rank.process, "seconds": rank.seconds}
-            for rank in group
-        ],
-        "threads": [
-            {
-                "name": name,
-                "frames": [{"file": file, "line": line, "function": function} for file, line, function in frames],
-            }
-            for name, frames in first.threads.items()
-        ],
-    }

@@ -27,6 +27,8 @@ _COMMANDS = {
     "status": "`launcher status --json`: a list, with an entry for each run. Numbers are those of the newest attempt.",
     "why": "`launcher status --why --json`: a list, with an entry for each run.",
     "list": "`launcher list --json`: a list, with an entry for each run.",
+    "stacks": "`launcher stacks --json`: where the ranks of a run stand now.",
+    "usage": "`launcher usage --json`.",
     "results": "`launcher results --json`: a list, with an entry for each run of the sweep.",
     "report": "`launcher report --json`: where the page is.",
     "cancel": "`launcher cancel --json`.",

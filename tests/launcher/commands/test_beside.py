@@ -16,6 +16,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths
 from launcher.runs.wait import wait
 from tests.rank_stub import rank_stub
+from tests.schemas import problems
 from tests.slurm.processes import wait_until
 
 CHECKOUT = Path(__file__).parents[3]
@@ -45,6 +46,7 @@ def test_stacks_and_shell(ranks: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert second.splitlines()[-2].endswith(" behind")
     assert main(["stacks", "first", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
+    assert problems("stacks", told) == []
     assert [(group["ranks"], group["answered"], group["phase"]) for group in told["groups"]] == [
         ([0], True, "loading"),
         ([1], True, "loading"),

@@ -14,6 +14,7 @@ from launcher.contract.spec import ClusterSpec, ResourcesSpec, RunSpec, sealed
 from launcher.scheduler.slurm.accounts import gpus_in, parse_uses
 from tests.launcher.conftest import Commands
 from tests.launcher.runs.test_state import make_run, silent
+from tests.schemas import problems
 
 __all__ = ["silent"]
 
@@ -50,8 +51,11 @@ def usage(capsys: pytest.CaptureFixture[str], root: Path, *words: str) -> dict[s
     capsys.readouterr()
     assert main(["--debug", "usage", "--run-root", str(root), "--json", *words]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert sum(use["gpu_hours"] for use in told["attempts"]) == pytest.approx(told["total"]["gpu_hours"])
-    return {**{one.pop("word"): one for one in told["sums"]}, "total": told["total"]}
+    assert problems("usage", told) == []
+    assert sum(use["gpus"] * use["seconds"] / 3600 for use in told["attempts"]) == pytest.approx(
+        told["total"]["gpu_hours"]
+    )
+    return {one.pop("word"): one for one in (*told["sums"], told["total"])}
 
 
 def test_hours_by_events(tmp_path: Path, silent: Commands, capsys: pytest.CaptureFixture[str]) -> None:
