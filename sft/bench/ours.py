@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from launcher.contract.spec import DataSpec, ModelSpec, OptimizerSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+from launcher.contract.spec import (
+    DataSpec,
+    LoraSpec,
+    ModelSpec,
+    OptimizerSpec,
+    ResourcesSpec,
+    RunSpec,
+    TopologySpec,
+    TrainSpec,
+)
 from launcher.contract.topology import Topology, build_topology
 from sft.bench.overlap import Interval, busy, exposed
 from sft.bench.phases import PhaseTimers
@@ -93,7 +102,7 @@ def run_spec(
         name="bench",
         resources=ResourcesSpec(gpus_per_node=ranks if torch.cuda.is_available() else 0, tasks_per_node=ranks),
         topology=topology,
-        model=ModelSpec(path=str(folder), init="random"),
+        model=ModelSpec(path=str(folder), init="random", lora=LoraSpec(rank=workload.lora_rank)),
         data=DataSpec(train=["random"], seq_length=workload.seq_length, packing=True, pad_to_multiple=64),
         train=TrainSpec(
             max_steps=max_steps,
@@ -156,6 +165,7 @@ class BenchModule(SFTGPT):
                 "kernels": self.kernels.describe(),
                 "recompute": train.recompute,
                 "precision": train.precision,
+                "lora": self.spec.model.lora.rank,
                 "attention": self.kernels.attention if self.kernels.fused_layers else "torch",
             }
             loss = self.last_step.loss.item()

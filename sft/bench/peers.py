@@ -14,7 +14,7 @@ import os
 import tempfile
 import warnings
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from sft.bench.result import Result, StepClock
 from sft.bench.workload import Workload
 from sft.data.batches.packing import best_fit_decreasing
 from sft.kernels import attention
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 ATTENTION = "packed_offsets"
 """A name with "flash" in it would make transformers look for a package of that name."""
@@ -131,6 +134,7 @@ def run_trl(
             ),
             train_dataset=_trl_dataset(workload, (warmup + steps + 1) * world),
             processing_class=_trl_tokenizer(),
+            peft_config=_peft_config(workload),
             callbacks=[Count()],
         )
         output = trainer.train()
@@ -208,7 +212,13 @@ def run_transformers(
     device = "cuda" if on_gpu else "cpu"
     kernel = _kernel(attention, workload)
     model = build_model(workload, weights, kernel).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu)
+    adapted = _peft_config(workload)
+    if adapted is not None:
+        import peft
+
+        model = peft.get_peft_model(model, adapted)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu)
     clock, loss = StepClock(warmup, steps), torch.zeros(())
     batches = iter(packed_batches(workload, warmup + steps, micro_batches))
     for parts in zip(*[batches] * micro_batches, strict=True):
@@ -217,14 +227,14 @@ def run_transformers(
         targets = sum(supervised for _, _, supervised in parts)
         for batch, lengths, _ in parts:
             moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            with torch.autocast(device, torch.bfloat16, enabled=weights == "fp32"):
+            with torch.autocast(device, torch.bfloat16, enabled=weights == "fp32" or adapted is not None):
                 share = model(
                     **moved, max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False,
                     num_items_in_batch=targets,
                 ).loss  # fmt: skip
             share.backward()
             loss += share.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         slots = sum(batch["input_ids"].numel() for batch, _, _ in parts)
@@ -234,6 +244,16 @@ def run_transformers(
     return clock.result("transformers", settings, workload.model_shape, float(loss))
 
 
+def _peft_config(workload: Workload) -> PeftConfig | None:
+    """Return PEFT's adapters of every linear layer, or None if all weights are trained."""
+    if workload.lora_rank is None:
+        return None
+    import peft
+
+    rank = workload.lora_rank
+    return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def _fsdp() -> dict[str, object]:
     """Return the settings of FSDP2, one unit for each layer, resharded after forward."""
     wrapped = {"version": 2, "reshard_after_forward": True, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -241,7 +261,8 @@ def _fsdp() -> dict[str, object]:
 
 
 def _settings(workload: Workload, weights: Weights, kernel: attention.Kernel) -> dict[str, object]:
-    return {"weights": weights, "rows": workload.rows, "liger": True, "packing": "bfd", "attention": kernel}
+    made: dict[str, object] = {"weights": weights, "rows": workload.rows, "liger": True, "packing": "bfd"}
+    return {**made, "attention": kernel, "lora": workload.lora_rank}
 
 
 def packed_batches(

@@ -39,6 +39,8 @@ class Workload:
     """Decoder layers in place of all, where all do not fit."""
     router_std: float = INITIAL_STD
     """Standard deviation of the weights of routers. With a large one a few experts get most of the tokens."""
+    lora_rank: int | None = None
+    """Rank of LoRA adapters on every linear layer. None trains all weights."""
     seed: int = 1234
 
     @property

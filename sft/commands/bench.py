@@ -34,6 +34,7 @@ _PACKAGES = (
     "transformers",
     "trl",
     "liger-kernel",
+    "peft",
     "accelerate",
     "flash-attn-4",
 )
@@ -50,7 +51,7 @@ def bench(options: argparse.Namespace) -> ExitCode:
     results, failed = [], False
     for shape, data, length, rows in itertools.product(options.shape, options.data, options.seq_length, options.rows):
         workload = {"shape": shape, "data": data, "seq_length": length, "rows": rows}
-        workload |= {"layers": options.layers, "router_std": options.router_std}
+        workload |= {"layers": options.layers, "router_std": options.router_std, "lora_rank": options.lora_rank}
         print(f"{shape}, {data} rows of {length:,}, {rows} a step and GPU; rates a GPU\n{_HEAD}", flush=True)
         first: Result | None = None
         for gpus, (contender, settings) in _runs(options):
@@ -124,7 +125,7 @@ def _run(contender: str, workload: Mapping[str, object], settings: Mapping[str, 
 
 def _line(result: Result, gpus: int, first: Result) -> str:
     """Return the lines of the table for a result, compared with the first one."""
-    keys = ("layout", "parallel", "attention", "precision", "recompute", "weights", "experts")
+    keys = ("layout", "parallel", "attention", "precision", "recompute", "weights", "experts", "lora")
     values = [result.settings.get(key) for key in keys]
     name = " ".join([result.contender, *(str(value) for value in values if value not in (None, "none"))])
     mfu = "-" if result.mfu is None else f"{result.mfu:.1%}"

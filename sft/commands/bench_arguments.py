@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router-std", type=float, default=INITIAL_STD, help="standard deviation of the weights of experts' routers"
     )
+    parser.add_argument("--lora-rank", type=int, help="train LoRA adapters of this rank on every linear layer alone")
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "plain", "fused"])
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])

@@ -55,7 +55,7 @@ def quantize(x: Tensor) -> Rows:
 def quantize_transposed(weight: Tensor) -> Rows:
     """Return the transpose of a contiguous weight [rows, columns] in fp8, with a scale for each column of `weight`.
 
-    The largest value of each column is found once a step, not in each micro-batch.
+    The largest value of each column is found once a step, not in each micro-batch, and of a frozen weight once.
     """
     if not weight.is_cuda:
         return quantize(weight.t().contiguous())
@@ -63,7 +63,7 @@ def quantize_transposed(weight: Tensor) -> Rows:
 
     # Weights change between steps, and a step begins with no gradient in the weight's buffer.
     peaks: Tensor | None = getattr(weight, _PEAKS, None)
-    if peaks is None or not has_gradient(weight):
+    if peaks is None or (weight.requires_grad and not has_gradient(weight)):
         peaks = triton_fp8.column_peaks(weight)
         setattr(weight, _PEAKS, peaks)
     return Rows(*triton_fp8.transposed(weight, peaks))

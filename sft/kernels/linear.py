@@ -42,14 +42,14 @@ def gated_mlp(
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, low: fp8.Rows, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(_as_rows(x), weight)
+        ctx.save_for_backward(as_rows(x), weight)
         output = fp8.product(low, fp8.quantize(weight), x.dtype)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         rows, weight = ctx.saved_tensors
-        own = _as_rows(grad)
+        own = as_rows(grad)
         x_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = fp8.product(fp8.quantize(own), fp8.quantize_transposed(weight), grad.dtype)
@@ -67,13 +67,13 @@ class _MLPContext(Context, Protocol):
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _MLPContext, x: Tensor, low: fp8.Rows | None, up: Tensor, down: Tensor, gate: Gate) -> Tensor:
-        rows = _as_rows(x)
+        rows = as_rows(x)
         if low is not None:
             mixed = fp8.product(low, fp8.quantize(up), x.dtype)
             output = fp8.product(_gated_rows(mixed, gate), fp8.quantize(down), x.dtype)
         else:
             mixed = rows @ up.t()
-            output = _gated(mixed, gate) @ down.t()
+            output = gated_product(mixed, gate) @ down.t()
         ctx.save_for_backward(rows, mixed, up, down)
         ctx.in_fp8, ctx.gate = low is not None, gate
         return output.view(*x.shape[:-1], -1)
@@ -81,12 +81,12 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _MLPContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, mixed, up, down = ctx.saved_tensors
-        own = _as_rows(grad)
+        own = as_rows(grad)
         if ctx.in_fp8:
             gated_grad = fp8.product(fp8.quantize(own), fp8.quantize_transposed(down), grad.dtype)
         else:
             gated_grad = own @ down
-        gated, mixed_grad, low = _gated_backward(gated_grad, mixed, ctx.gate, quantize=ctx.in_fp8)
+        gated, mixed_grad, low = gated_gradient(gated_grad, mixed, ctx.gate, quantize=ctx.in_fp8)
         del gated_grad  # these are the largest tensors of a layer: each is freed before the next is made
         down_grad = weight_gradient(down, own, gated) if ctx.needs_input_grad[3] else None
         del gated
@@ -95,11 +95,13 @@ class _GatedMLP(torch.autograd.Function):
         return x_grad.view(*grad.shape[:-1], -1), None, up_grad, down_grad, None
 
 
-def _as_rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """Return [..., columns] as a contiguous matrix [rows, columns]."""
     return x.contiguous().view(-1, x.shape[-1])
 
 
-def _gated(mixed: Tensor, gate: Gate) -> Tensor:
+def gated_product(mixed: Tensor, gate: Gate) -> Tensor:
+    """Return activation(gate) * up, of `mixed` = [gate, up]."""
     if mixed.is_cuda:
         from sft.kernels.triton import gated as triton_gated  # installed with CUDA builds of torch only
 
@@ -113,10 +115,10 @@ def _gated_rows(mixed: Tensor, gate: Gate) -> fp8.Rows:
         from sft.kernels.triton import fp8 as triton_fp8
 
         return fp8.Rows(*triton_fp8.gated(mixed, gate))
-    return fp8.quantize(_gated(mixed, gate))
+    return fp8.quantize(gated_product(mixed, gate))
 
 
-def _gated_backward(
+def gated_gradient(
     grad: Tensor, mixed: Tensor, gate: Gate, *, quantize: bool
 ) -> tuple[Tensor, Tensor, fp8.Rows | None]:
     """Return activation(gate) * up, the gradient of `mixed`, and that gradient in fp8 (None unless `quantize` is set).
@@ -130,6 +132,6 @@ def _gated_backward(
         return gated, mixed, None if low is None else fp8.Rows(*low)
     with torch.enable_grad():
         mixed = mixed.detach().requires_grad_()
-        product = _gated(mixed, gate)
+        product = gated_product(mixed, gate)
     (own,) = torch.autograd.grad(product, mixed, grad)
     return product.detach(), own, fp8.quantize(own) if quantize else None

@@ -111,13 +111,15 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: _NormContext, grad: Tensor, past_grad: Tensor | None, *_: object
-    ) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
         from sft.kernels.triton import norm as triton_norm
 
         total, weight, rstd = ctx.saved_tensors
         past = None if past_grad is None else past_grad.contiguous().view_as(total)
         own = grad.contiguous().view_as(total)
-        x_grad, weight_grad = triton_norm.backward(own, past, total, weight, rstd, centered=ctx.centered)
+        x_grad, weight_grad = triton_norm.backward(
+            own, past, total, weight, rstd, centered=ctx.centered, trained=ctx.needs_input_grad[2]
+        )
         x_grad = x_grad.view_as(grad)
         # A sum passes its gradient on unchanged to both of its terms.
         return x_grad, x_grad if ctx.has_branch else None, weight_grad, None, None, None

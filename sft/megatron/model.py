@@ -27,11 +27,11 @@ from sft.megatron.core import (
 )
 from sft.megatron.kernel_choice import Kernels
 from sft.megatron.layers.biases import drop_absent_biases
-from sft.megatron.layers.fused import await_weights
 from sft.megatron.layers.lora import attach_adapters
 from sft.megatron.layers.noisy_embedding import NoisyEmbedding, TokenSeeds
 from sft.megatron.layers.router import tell_documents
 from sft.megatron.layers.spec import LayerOptions, decoder_spec
+from sft.megatron.layers.weights_in_use import await_weights
 from sft.megatron.parallel.context import SharedRows
 from sft.megatron.parallel.documents import Rows
 from sft.megatron.patches.embedding import multiply_embedding, use_direct_lookup

@@ -47,7 +47,7 @@ def _forward(
 @triton.jit
 def _backward(
     grad_ptr, residual_grad_ptr, x_ptr, weight_ptr, rstd_ptr, x_grad_ptr, partial_ptr, rows, columns, share,
-    HAS_RESIDUAL: tl.constexpr, CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, CENTERED: tl.constexpr, TRAINED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # With u = x * rstd, y = u * w and g = dL/dy: dL/dw = sum over rows of g * u, and
     # dL/dx = rstd * (g * w - u * mean(g * w * u)), the mean over columns.
@@ -65,13 +65,15 @@ def _backward(
         grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         unit = x * rstd
-        weight_grad += grad * unit
+        if TRAINED:
+            weight_grad += grad * unit
         scaled = grad * weight
         x_grad = rstd * (scaled - unit * (tl.sum(scaled * unit, axis=0) / columns))
         if HAS_RESIDUAL:
             x_grad += tl.load(residual_grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(x_grad_ptr + place, x_grad.to(x_grad_ptr.dtype.element_ty), mask=inside)
-    tl.store(partial_ptr + program * columns + column, weight_grad, mask=column < columns)
+    if TRAINED:
+        tl.store(partial_ptr + program * columns + column, weight_grad, mask=column < columns)
 
 
 def forward(
@@ -111,9 +113,10 @@ def _launch(
 
 
 def backward(
-    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, *, centered: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of the weight.
+    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, *, centered: bool = False,
+    trained: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return the gradients of x and of the weight, None unless it is `trained`.
 
     `grad` is the gradient of the norm, `residual_grad` that of x past the norm, if there is one; both contiguous
     [rows, columns].
@@ -123,14 +126,15 @@ def backward(
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     programs = min(rows, processors * _PROGRAMS_PER_PROCESSOR)
     x_grad = torch.empty_like(x)
-    partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+    partial = torch.empty(programs if trained else 0, columns, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
     _backward[(programs,)](
         grad, grad if residual_grad is None else residual_grad, x, weight, rstd, x_grad, partial, rows, columns,
         triton.cdiv(rows, programs),
-        HAS_RESIDUAL=residual_grad is not None, CENTERED=centered, BLOCK=block, num_warps=_warps(block),
+        HAS_RESIDUAL=residual_grad is not None, CENTERED=centered, TRAINED=trained, BLOCK=block,
+        num_warps=_warps(block),
     )  # fmt: skip
-    return x_grad, partial.sum(dim=0).to(weight.dtype)
+    return x_grad, partial.sum(dim=0).to(weight.dtype) if trained else None
 
 
 def _warps(block: int) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sft.kernels import attention, norm
+from sft.kernels.adapted import adapted_gated_mlp
 from sft.kernels.fp8 import WithRows, unquantized
 from sft.kernels.gated import Gate, gated
 from sft.kernels.linear import gated_mlp
@@ -23,8 +23,10 @@ from sft.megatron.core import MLP, IdentityOp, TransformerConfig, TransformerLay
 from sft.megatron.layers.attention import RotarySelfAttention
 from sft.megatron.layers.core_attention import CoreAttention
 from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear
+from sft.megatron.layers.lora import AdaptedColumn
 from sft.megatron.layers.norms import RMSNorm
 from sft.megatron.layers.packed_rows import PackedSequences
+from sft.megatron.layers.weights_in_use import await_weights
 
 _DENSE_KERNELS = [
     SDPBackend.CUDNN_ATTENTION,  # 1.5 times as fast as FlashAttention-2 on an H200
@@ -32,15 +34,6 @@ _DENSE_KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-
-
-def await_weights(module: Module) -> None:
-    """Run a module's forward pre-hooks when its weights are used without calling it.
-
-    With overlapped gathering of updated weights, Megatron-core waits for them in these hooks.
-    """
-    for hook in module._forward_pre_hooks.values():
-        hook(module, ())
 
 
 class FusedRMSNorm(RMSNorm):
@@ -86,7 +79,7 @@ class FusedMLP(MLP):  # type: ignore[misc]
     """SwiGLU MLP without biases.
 
     One operation where nothing comes between its products: in fp8, and in bf16 on one tensor parallel rank. Otherwise
-    the linears themselves, which send gradients while they compute those of weights, or have adapters.
+    the linears themselves, which send gradients while they compute those of weights, or what adapters have computed.
     """
 
     gate: Gate = "silu"
@@ -94,7 +87,12 @@ class FusedMLP(MLP):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor | WithRows, *_: object, **__: object) -> tuple[Tensor, Tensor | None]:
         """Return the output and no bias."""
         up, down = self.linear_fc1, self.linear_fc2
-        # The exact types: adapters subclass these linears, and their outputs come between the two products.
+        if isinstance(up, AdaptedColumn):
+            of_up, of_down = up.as_one(), down.as_one()
+            if of_up is not None and of_down is not None:
+                weights = up.weight, down.weight
+                return adapted_gated_mlp(hidden_states, *weights, of_up, of_down, self.gate, in_fp8=up.in_fp8), None
+        # The exact types: adapters subclass these linears.
         if type(up) is Fp8ColumnParallelLinear:
             await_weights(up)
             await_weights(down)

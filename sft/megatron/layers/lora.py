@@ -11,7 +11,8 @@ DoRA gives each row of the adapted weight W + scale * B A a length of its own: t
 norm of the row, and no gradient goes through the norm (sft.megatron.layers.dora).
 
 The fused linears take one B for all their targets: its rows in the linear's order, each zero outside the columns of
-its own target's A. That is done on weights, which are small, and not on activations.
+its own target's A. That is done on weights, which are small, and not on activations. Where ranks need not exchange
+anything between A and B, frozen product and adapters are one operation (sft.kernels.adapted).
 
 Rejected: wrapping the linears in modules of our own (every parameter would change its name, in the importer and in
 checkpoints), and PEFT itself (it knows neither the joined rows nor these linears).
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import MARK, AdapterTarget, adapter_targets
 from sft.hf.expert_adapter import expert_targets
+from sft.kernels.adapted import LowRank, adapted_linear
 from sft.kernels.fp8 import WithRows, unquantized
 from sft.megatron.core import (
     GPTModel,
@@ -124,8 +126,16 @@ class Adapters(nn.ModuleDict):
         for part, own in zip(self._parts(), torch.split(by_target[:-1], sizes), strict=True):
             part.set_magnitudes(own)
 
+    def as_one(self) -> LowRank | None:
+        """Return all targets' adapters as one, or None where more than two products make them."""
+        if self.norms is not None or self._drops:
+            return None
+        return LowRank(self._down_weight(), self.up_weight(), self.scale)
+
     def down(self, x: Tensor, *, own_part: bool) -> Tensor:
         """Return scaled A(x) of all targets, side by side. `own_part` says that no other tensor rank has this input."""
+        if not self._drops:
+            return self.scale * F.linear(x, self._down_weight())
         return self.scale * torch.cat([F.linear(self._dropped(x, own_part), part.lora_A) for part in self._parts()], -1)
 
     def up_weight(self) -> Tensor:
@@ -184,10 +194,12 @@ class Adapters(nn.ModuleDict):
     def _parts(self) -> Iterator[Adapter]:
         return (part for _, part in self._named())
 
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0.0
+
     def _dropped(self, x: Tensor, own_part: bool) -> Tensor:
         """Return `x` after dropout: with equal masks where ranks share an input, with different ones for parts."""
-        if not self.training or self.dropout == 0.0:
-            return x
         with tensor_parallel.get_cuda_rng_tracker().fork() if own_part else nullcontext():
             return F.dropout(x, self.dropout)
 
@@ -198,10 +210,24 @@ class _Adapted:
     weight: Tensor
     bias: Tensor | None
     skip_bias_add: bool
+    tp_group: dist.ProcessGroup
+    in_fp8 = False
+    """Whether the frozen product is one of fp8."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.lora: Adapters | None = None
+
+    def as_one(self) -> LowRank | None:
+        """Return the adapters for an operation that adds them to the frozen product, or None if there can be none."""
+        if self.lora is None or self.tp_group.size() > 1:
+            return None
+        return self.lora.as_one()
+
+    def _in_one(self, x: Tensor | WithRows, adapter: LowRank) -> tuple[Tensor, Tensor | None]:
+        """Return output and bias, adapters included."""
+        output = adapted_linear(x, self.weight, self._added_bias, adapter, in_fp8=self.in_fp8)
+        return output, self.bias if self.skip_bias_add else None
 
     @property
     def _added_bias(self) -> Tensor | None:
@@ -217,19 +243,21 @@ class _Adapted:
             return own
         assert metadata is not None  # it names the group that holds copies
         kept = {key: value for key, value in own.items() if MARK not in key}
-        return kept | self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata, self.tp_group)  # type: ignore[attr-defined]
+        return kept | self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata, self.tp_group)
 
 
 class AdaptedColumn(_Adapted):
     """Goes over a column-parallel linear of any precision; adapters are there once `attach_adapters` has put them."""
 
     sequence_parallel: bool
-    tp_group: dist.ProcessGroup
 
     def forward(
         self, input_: Tensor | WithRows, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return output and bias."""
+        adapter = self.as_one()
+        if adapter is not None:
+            return self._in_one(input_, adapter)
         output, bias = super().forward(input_, weight, runtime_gather_output)  # type: ignore[misc]
         if self.lora is None:
             return output, bias
@@ -245,10 +273,12 @@ class AdaptedRow(_Adapted):
     """Goes over a row-parallel linear of any precision; adapters are there once `attach_adapters` has put them."""
 
     sequence_parallel: bool
-    tp_group: dist.ProcessGroup
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return output and bias."""
+        adapter = self.as_one()
+        if adapter is not None:
+            return self._in_one(input_, adapter)
         output, bias = super().forward(input_)  # type: ignore[misc]
         if self.lora is None:
             return output, bias

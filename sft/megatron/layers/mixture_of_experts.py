@@ -43,8 +43,8 @@ from sft.megatron.core import (
     tensor_parallel,
 )
 from sft.megatron.layers.expert_lora import ExpertAdapters
-from sft.megatron.layers.fused import await_weights
 from sft.megatron.layers.router import Router
+from sft.megatron.layers.weights_in_use import await_weights
 from sft.megatron.parallel.experts import mark_as_experts, plan_exchange
 from sft.models.architecture import Experts
 
