@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
 from launcher.contract.errors import ConfigError, did_you_mean
+from launcher.contract.resources import packaged
 
-_FILE = Path(__file__).with_name("gpu_kinds.yaml")
+_FILE = "gpu_kinds.yaml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class GpuKind:
 @functools.cache
 def gpu_kinds() -> tuple[GpuKind, ...]:
     """Return all kinds, in the order in which `match_gpu` tries them."""
-    values = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    values = yaml.safe_load(packaged(_FILE))
     return tuple(
         GpuKind(name=name, **{**figures, "names": tuple(figures["names"])}) for name, figures in values.items()
     )

@@ -53,6 +53,8 @@ class Manifest:
     parent_run: str | None = None
     group: str | None = None
     """The sweep it belongs to."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """File that a job starts from -> its SHA-256. Earlier versions wrote none."""
     jobs: tuple[Job, ...] = field(default_factory=tuple)
     """Every job of the run, oldest first. The file calls them `attempts`."""
 

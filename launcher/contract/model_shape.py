@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from launcher.contract.errors import ModelError, did_you_mean
+from launcher.contract.resources import packaged
 
 HfConfig = dict[str, Any]
 """A config.json as it was read. Its values are whatever the file holds: check them where they are used."""
 
-_NAMED = Path(__file__).with_name("model_shapes.yaml")
+_NAMED = "model_shapes.yaml"
 
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "smollm3")
 """Model types for which an absent `tie_word_embeddings` means true."""
@@ -213,7 +214,7 @@ def read_model_shape(model_dir: Path) -> ModelShape:
 
 def named_model_config(name: str) -> HfConfig:
     """Return the config.json of a model listed in model_shapes.yaml, for planning and benchmarks."""
-    values = yaml.safe_load(_NAMED.read_text(encoding="utf-8"))
+    values = yaml.safe_load(packaged(_NAMED))
     if name not in values:
         raise ModelError(f"{name!r} is not a known model size{did_you_mean(name, values)}; known: {', '.join(values)}")
     config: HfConfig = values[name]
@@ -222,4 +223,4 @@ def named_model_config(name: str) -> HfConfig:
 
 def named_model_shape(name: str) -> ModelShape:
     """Return the sizes of a model listed in model_shapes.yaml."""
-    return ModelShape.from_config(named_model_config(name), f"{_NAMED.name}: {name}")
+    return ModelShape.from_config(named_model_config(name), f"{_NAMED}: {name}")

@@ -1,7 +1,8 @@
 """Find templates and cluster files: in the user's own folders, else in the checkout or the installed package.
 
 Rejected: importlib.resources, which finds the folders only in a wheel. In a checkout they lie beside the package, where
-people look for them.
+people look for them. Files within the package `launcher.contract` are another matter: ranks read them, too, and import
+the package from an archive.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ def checkout_root() -> Path | None:
     """Return the top of the source tree that this package runs from, or None if it is installed."""
     root = _PACKAGE.parent
     return root if (root / "setup.cfg").is_file() and (root / "templates").is_dir() else None
+
+
+def packaged(name: str) -> bytes:
+    """Return the content of a file of the package `launcher.contract`, which may be imported from an archive."""
+    import pkgutil  # late: most commands read no such file
+
+    content = pkgutil.get_data("launcher.contract", name)
+    if content is None:
+        raise TypeError(f"the loader of launcher.contract has no get_data for {name}")
+    return content
 
 
 def own_folders(kind: Kind) -> list[Path]:

@@ -3,7 +3,7 @@
     RUN/
       config.yaml           the resolved config that every rank runs
       run.lock.yaml         the same with fingerprints of its files and its code; `submit` makes a new run of it
-      bundle/code/          a copy of the code at submit, which the ranks run; environment.json: Python and packages
+      bundle/code.zip       a copy of the code at submit, which the ranks import; environment.json: Python and packages
       job.sh                the batch script, exactly as submitted; runs again by hand
       submission.json       a submission that has begun and is not recorded yet
       manifest.json         who submitted what, when, from which code, with an entry for each job
@@ -72,6 +72,11 @@ class RunPaths:
     @property
     def code(self) -> Path:
         """Copy of the code, first on the PYTHONPATH of every rank."""
+        return self.root / "bundle" / "code.zip"
+
+    @property
+    def loose_code(self) -> Path:
+        """The same as a folder, in runs that an earlier version has made."""
         return self.root / "bundle" / "code"
 
     @property
@@ -220,15 +225,15 @@ def checkpoint_step(path: Path) -> int:
     return int(match.group(1))
 
 
-def write_atomic(path: Path, text: str, mode: int | None = None) -> None:
-    """Replace the file `path` by `text`, whole or not at all. By default its mode follows the umask."""
+def write_atomic(path: Path, content: str | bytes, mode: int | None = None) -> None:
+    """Replace the file `path` by `content`, whole or not at all. By default its mode follows the umask."""
     import tempfile  # late: it loads random and hashlib, for which a command that only reads need not wait
 
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, _umask_mode() if mode is None else mode)

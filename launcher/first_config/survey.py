@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.contract.flops import parameters
 from launcher.contract.model_shape import ModelShape
-from launcher.contract.named_templates import NAMES, needed_tokens, template_file
+from launcher.contract.named_templates import NAMES, named_template, needed_tokens
 from launcher.contract.rundir import read_json
 
 _HEAD = 4 << 20
@@ -39,6 +39,8 @@ class Survey:
     data: DataSurvey
     template: str | None
     """The chat template to name; None: the tokenizer's own, or none is needed."""
+    longest_row: int | None = None
+    """Tokens beyond which the model's RoPE would depend on the length of the batch; None where it never does."""
 
     @property
     def billions(self) -> float:
@@ -47,10 +49,10 @@ class Survey:
 
     @property
     def seq_length(self) -> int:
-        """A length that most rows fit into."""
+        """A length that most rows fit into, if the model takes it."""
         wanted = 4096 if self.data.longest is None else self.data.longest // _BYTES_PER_TOKEN
         fitting = next((length for length in _LENGTHS if length >= wanted), _LENGTHS[-1])
-        return min(fitting, self.shape.max_position_embeddings)
+        return min(fitting, self.longest_row or fitting, self.shape.max_position_embeddings)
 
 
 def survey_data(files: Sequence[Path]) -> DataSurvey:
@@ -80,8 +82,7 @@ def template_for(model: Path, data: DataSurvey) -> str | None:
     added = [settings.get("added_tokens_decoder"), (read_json(model / "tokenizer.json") or {}).get("added_tokens")]
     known = json.dumps(added, ensure_ascii=False)
     for name in NAMES:
-        file = template_file(name)
-        tokens = needed_tokens(file.read_text(encoding="utf-8")) if file is not None else []
+        tokens = needed_tokens(named_template(name))
         if tokens and all(f'"{token}"' in known for token in tokens):
             return name
     return "zephyr"

@@ -87,6 +87,8 @@ def _lora(answers: Answers, survey: Survey) -> list[Row]:
 def _data(answers: Answers, survey: Survey) -> list[Row]:
     longest = survey.data.longest
     reason = "a guess" if longest is None else f"the longest of the first rows has {longest:,} bytes"
+    if survey.seq_length == survey.longest_row:
+        reason += "; beyond this length the model's RoPE depends on the batch"
     rows: list[Row] = [
         (0, "data", None, "look at it before you train: python -m sft audit CONFIG"),
         (1, "train", list(answers.data), "" if survey.data.rows is None else f"about {survey.data.rows:,} rows"),

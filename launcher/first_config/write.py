@@ -13,6 +13,7 @@ from launcher.first_config.answers import Answers
 from launcher.first_config.survey import Survey, survey_data, template_for
 from launcher.first_config.text import config_text
 from launcher.planning.run_plan import gpu_of
+from launcher.submission.early_refusal import longest_row
 from launcher.submission.submission import Submission, make_submission, model_shape_of
 
 _MOST_DATA = 1_000_000_000
@@ -61,7 +62,10 @@ def _survey(config: LoadedConfig) -> Survey:
     spec = config.spec
     files = [Path(path) for path in spec.data.train]
     data = survey_data(files if all(file.exists() for file in files) else [])
-    return Survey(shape=model_shape_of(spec), data=data, template=template_for(Path(spec.model.path), data))
+    model = Path(spec.model.path)
+    return Survey(
+        shape=model_shape_of(spec), data=data, template=template_for(model, data), longest_row=longest_row(model)
+    )
 
 
 def _small(fetches: Sequence[Fetch]) -> list[Fetch]:

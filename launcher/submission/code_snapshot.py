@@ -1,28 +1,32 @@
-"""Copy the code that a run uses into its directory, so that later edits of the source tree do not change the run.
+"""Pack the code that a run uses into its directory, so that later edits of the source tree do not change the run.
 
-From a checkout, everything is copied that git would add (tracked files as they are now, untracked ones that are not
-ignored), without its tests and documentation. The snapshot is thus a checkout itself: `cd RUN/bundle/code && python -m
-launcher ...` runs this very version. An installed launcher is not copied: its version identifies it. Modules that a
-config names by import path are copied in both cases.
+From a checkout, everything is packed that git would add (tracked files as they are now, untracked ones that are not
+ignored), without its tests and documentation. Unpacked, the snapshot is thus a checkout itself, whose launcher is this
+very version. An installed launcher is not packed: its version identifies it. Modules that a config names by import path
+are packed in both cases.
 
-Rejected: `git archive` and a patch, unpacked by the job (one more thing that can fail after the wait in the queue), and
-a git worktree for each run (it stays tied to the repository).
+It is one zip file, which Python imports as it is. Rejected: the same as a folder (some 500 files that each rank looks up
+on the shared file system, and as many in every run's quota); an archive that each node unpacks to a disk of its own (one
+more thing that can fail after the wait in the queue, and containers see other disks); and a git worktree for each run
+(it stays tied to the repository).
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
-import shutil
 import subprocess
 import sysconfig
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.contract.errors import ConfigError
 from launcher.contract.resources import checkout_root
+from launcher.contract.rundir import write_atomic
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import values_under
 from launcher.contract.spec.rules import FUNCTION
@@ -31,7 +35,10 @@ LARGEST_FILE = 10 << 20
 """Bytes; a larger file is data, and is left out with a warning."""
 
 LARGEST_SNAPSHOT = 100 << 20
-"""Bytes, of which every run has a copy."""
+"""Bytes before compression, of which every run has a copy."""
+
+MOST_FILES = 60_000
+"""With more, Python would not import the archive: it would be one of the newer format with 64-bit numbers."""
 
 _OURS = ("launcher", "sft", "templates", "cluster_configs", "setup.cfg", "pyproject.toml", "README.md")
 _NOT_RUN = ("tests", "docs", "benchmarks", "scripts")
@@ -41,14 +48,14 @@ _CACHE = "__pycache__"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """What was copied."""
+    """What was packed."""
 
     files: int
     bytes: int
     sha256: str
-    """Over names and contents."""
+    """Over names and contents, not over the archive: compression differs between versions of zlib."""
     left_out: tuple[str, ...]
-    """Files over LARGEST_FILE."""
+    """Files over LARGEST_FILE, and those whose names an archive cannot hold."""
 
 
 def has_own_code(spec: RunSpec) -> bool:
@@ -57,17 +64,34 @@ def has_own_code(spec: RunSpec) -> bool:
 
 
 def take_snapshot(spec: RunSpec, target: Path) -> Snapshot:
-    """Copy the run's code to `target`, read-only, and return what was copied.
+    """Pack the run's code into the zip file `target`, read-only, and return what was packed.
 
-    Raise ConfigError where it is too much to be code.
+    The same files give the same bytes. Raise ConfigError where it is too much to be code.
     """
     kept, total, left_out = _within_limits(_sources(spec))
-    for name, path in kept.items():
-        copy = target / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-        copy.chmod(0o555 if os.access(path, os.X_OK) else 0o444)
-    return Snapshot(files=len(kept), bytes=total, sha256=digest(target), left_out=tuple(left_out))
+    files = {name: (path.read_bytes(), os.access(path, os.X_OK)) for name, path in sorted(kept.items())}
+    write_atomic(target, _packed(files), mode=0o444)
+    sha256 = digest_of((name, content) for name, (content, _) in files.items())
+    return Snapshot(files=len(kept), bytes=total, sha256=sha256, left_out=tuple(left_out))
+
+
+def _packed(files: Mapping[str, tuple[bytes, bool]]) -> bytes:
+    """Return a zip archive of name -> (content, whether it is a program), without times."""
+    packed = io.BytesIO()
+    folders = sorted({f"{folder}/" for name in files for folder in map(str, Path(name).parents) if folder != "."})
+    with zipfile.ZipFile(packed, "w") as archive:
+        for folder in folders:  # without an entry of its own, a folder is no namespace package
+            archive.writestr(_entry(folder, 0o40755), b"")
+        for name, (content, is_program) in files.items():
+            entry = _entry(name, 0o100555 if is_program else 0o100444)
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    return packed.getvalue()
+
+
+def _entry(name: str, mode: int) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)  # of 1980-01-01, the format's first day
+    entry.create_system, entry.external_attr = 3, mode << 16
+    return entry
 
 
 def travelling_code(spec: RunSpec) -> dict[str, Path]:
@@ -84,12 +108,12 @@ def travelling_code(spec: RunSpec) -> dict[str, Path]:
 
 
 def _within_limits(files: Mapping[str, Path]) -> tuple[dict[str, Path], int, list[str]]:
-    """Return the files that are small enough for code, their bytes in all, and the names of the others.
+    """Return the files that can be code, their bytes in all, and the names of the others.
 
-    Raise ConfigError where all of them together are too large.
+    Raise ConfigError where all of them together are too large or too many.
     """
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    left_out = sorted(name for name, size in sizes.items() if size > LARGEST_FILE)
+    left_out = sorted(name for name, size in sizes.items() if size > LARGEST_FILE or not _is_utf8(name))
     kept = {name: path for name, path in files.items() if name not in left_out}
     total = sum(sizes[name] for name in kept)
     if total > LARGEST_SNAPSHOT:
@@ -99,11 +123,24 @@ def _within_limits(files: Mapping[str, Path]) -> tuple[dict[str, Path], int, lis
             f"the code snapshot of {checkout_root()} would be {total >> 20} MiB, more than {LARGEST_SNAPSHOT >> 20}; "
             f"keep data out of the checkout or list it in .gitignore. Largest: {shown}"
         )
+    if len(kept) > MOST_FILES:
+        raise ConfigError(
+            f"the code snapshot of {checkout_root()} would have {len(kept):,} files, more than {MOST_FILES:,}; "
+            "keep data out of the checkout or list it in .gitignore"
+        )
     return kept, total, left_out
 
 
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def digest(folder: Path) -> str:
-    """Return one hash over the names and contents of all files below `folder` except Python's caches."""
+    """Return the `sha256` of a snapshot that an earlier version has made as a folder: one hash over the names and contents of all files below `folder` except Python's caches."""
     return digest_of((name, path.read_bytes()) for name, path in sorted(_below(folder).items()))
 
 

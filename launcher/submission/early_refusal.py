@@ -24,6 +24,22 @@ def check_early(spec: RunSpec) -> None:
         raise ConfigError(problems)
 
 
+def longest_row(model: Path) -> int | None:
+    """Return the tokens that a row may have for this model, or None where only its positions bound them.
+
+    Raise ModelError for a model that is not covered.
+    """
+    from sft.hf.checks import longest_row as of_architecture
+    from sft.models.registry import read_architecture
+
+    if not (model / "config.json").is_file() or is_checkpoint(model):
+        return None
+    try:
+        return of_architecture(read_architecture(model))
+    except ImportError:  # torch, as below: the checks of the finished config say what remains
+        return None
+
+
 def fetch_and_check(spec: RunSpec, fetches: Sequence[Fetch]) -> None:
     """Fetch what is still on the hub, and check the first rows of what has come. HubError or ConfigError."""
     fetch_now(fetches)

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import socket
 import sys
 import time
@@ -126,10 +127,15 @@ def read_lockfile(path: Path) -> Lock:
 
 def code_note(path: Path) -> str:
     """Return how to run the code that a lock file's run had, or nothing where that is gone or runs now."""
-    code = path.absolute().parent / "bundle" / "code"
-    if not (code / "launcher").is_dir() or Path(__file__).is_relative_to(code):
+    paths = RunPaths(path.absolute().parent)
+    unpack, folder = "", paths.loose_code
+    if paths.code.is_file():
+        folder = Path(f"{paths.name}-code")
+        unpack = f"python -m zipfile -e {shlex.quote(str(paths.code))} {folder} && "
+    elif not (folder / "launcher").is_dir() or Path(__file__).is_relative_to(folder):
         return ""
-    return f"code       of this launcher; for the run's own: cd {code} && python -m launcher submit {path.absolute()}"
+    submit = f"cd {shlex.quote(str(folder))} && python -m launcher submit {shlex.quote(str(path.absolute()))}"
+    return f"code       of this launcher; for the run's own: {unpack}{submit}"
 
 
 def _differences(then: Fingerprint, now: Fingerprint | None) -> str:

@@ -58,8 +58,8 @@ def render(
 ) -> str:
     """Return the batch script of a run.
 
-    `launcher_python` starts local ranks, and all of them where no runtime is configured; `source_root` is the checkout
-    to put on PYTHONPATH, if the launcher is not installed.
+    `launcher_python` starts local ranks, and all of them where no runtime is configured; `source_root` is the copy of
+    the code to put on PYTHONPATH, if the launcher is not installed.
     """
     name = template_name(spec.cluster)
     resources.find("templates", name)  # says where it looked, which Jinja2 does not
@@ -81,6 +81,7 @@ def render(
             python=_python(spec, mounts, launcher_python),
             launcher_python=launcher_python,
             source_root=str(source_root) if source_root else "",
+            code=str(paths.code.relative_to(paths.root)),
             secrets_file=str(secrets_file(spec, paths) or ""),
             secret_names=spec.secret_names,
             srun_args=_srun_args(spec, mounts),
@@ -104,7 +105,9 @@ def render_array(name: str, directives: Sequence[str], folder: Path, runs: Seque
     The array logs to `folder`.
     """
     template = _environment().get_template("array.sh.j2")
-    return template.render(name=name, directives=directives, folder=str(folder), runs=[str(run) for run in runs])
+    return template.render(
+        name=name, directives=directives, folder=str(folder), runs=[str(run) for run in runs], exit_codes=ExitCode
+    )
 
 
 def directives_of(script: str) -> list[str]:

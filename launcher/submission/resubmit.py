@@ -23,8 +23,6 @@ from launcher.contract.spec import RunSpec, read_resolved
 from launcher.runs.state import RunStatus, collect
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission.claim import claim
-from launcher.submission.code_snapshot import digest
-from launcher.submission.lockfile import read_lockfile
 from launcher.submission.names import free_name
 from launcher.submission.submission import Submission, make_submission
 from launcher.submission.submit import start
@@ -75,7 +73,6 @@ def same_run(paths: RunPaths) -> Job:
             )
         spec = read_resolved(paths.config)
         _check_place(paths, spec)
-        _check_code(paths)
         fetch_again(spec)
         job = start(paths, spec)
         if status.job_id is not None and status.job_id.text != job.id.text:
@@ -118,16 +115,6 @@ def fetch_again(spec: RunSpec) -> None:
             "set HF_HUB_CACHE to the one it was"
         )
     fetch_now(found.fetches)
-
-
-def _check_code(paths: RunPaths) -> None:
-    """Raise RunStateError where the run's copy of its code is not what was submitted first."""
-    then = read_lockfile(paths.lock).get("code") if paths.lock.is_file() else None
-    if then is not None and digest(paths.code) != then["sha256"]:
-        raise RunStateError(
-            f"{paths.code} was changed since run {paths.name} was submitted; restore it, "
-            f"or start a new run with the code that is here: `launcher submit {paths.lock}`"
-        )
 
 
 def child_submission(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -> Submission:

@@ -29,6 +29,7 @@ from launcher.submission.once import submit_once
 from launcher.submission.script import script_of
 from launcher.submission.secret_files import check_secrets, remove_secrets, write_secrets
 from launcher.submission.submission import Submission
+from launcher.submission.unchanged import check_unchanged, digests
 
 
 def submit(
@@ -72,6 +73,7 @@ def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[Dependency] = ()) 
     begun = intent.pending(paths)
     job = intent.find_job(paths, manifest.name, manifest.jobs, begun) if begun is not None else None
     if job is None:
+        check_unchanged(paths, manifest.digests)
         aside = paths.root / "submitit"
         aside.mkdir(exist_ok=True)
         request_of = decide_request(manifest.name, paths.script, aside, spec, waits_for)
@@ -151,6 +153,6 @@ def _fill_directory(submission: Submission, manifest: Manifest, diff: str) -> No
         write_atomic(submission.paths.source_diff, diff)
     code = take_snapshot(submission.spec, submission.paths.code) if has_own_code(submission.spec) else None
     if code is not None and code.left_out:
-        print(f"left out of the run's code, too large: {', '.join(code.left_out)}", file=sys.stderr)
+        print(f"left out of the run's code, too large or without a name in UTF-8: {', '.join(code.left_out)}", file=sys.stderr)
     write_lockfile(submission.paths, submission.spec, manifest, code)
-    write_manifest(submission.paths, manifest)
+    write_manifest(submission.paths, dataclasses.replace(manifest, digests=digests(submission.paths)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launcher.contract.errors import ConfigError, RunStateError
 from launcher.contract.exit_codes import ExitCode
-from launcher.contract.named_templates import template_file
+from launcher.contract.named_templates import template_bytes
 from launcher.contract.records import read_metrics
 from launcher.contract.rundir import RunPaths, append_event
 from launcher.contract.spec import RunSpec, read_resolved
@@ -68,7 +68,7 @@ def export_run(run_root: Path, step: int | None = None, *, out_dir: Path | None 
 def _write(sharded: Path, spec: RunSpec, out_dir: Path) -> None:
     model_dir = resolve_model_dir(spec, convert=False)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else None
-    template = template_file(spec.data.chat_template)
+    template = template_bytes(spec.data.chat_template)
     if spec.model.lora.rank is None:
         export_checkpoint(sharded, model_dir, out_dir, tokenizer_dir=tokenizer_dir, chat_template=template)
         return

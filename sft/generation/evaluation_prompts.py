@@ -7,7 +7,6 @@ function does not end the run at its first evaluation.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -20,6 +19,7 @@ from sft.data.reading.formats import after_system
 from sft.data.reading.messages import Message, read_messages, read_tools
 from sft.data.reading.row import load
 from sft.data.reading.token_rows import parse_ids
+from sft.runtime.own_code import import_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ def metric_function(name: str) -> Metric:
     """Import the function package.module:function. ConfigError where that fails."""
     package, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(package), function)
+        found = getattr(import_named(package), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"evaluation.metric: {name} cannot be imported: {error}") from error
     if not callable(found):

@@ -59,7 +59,7 @@ def export_adapter(
     *,
     merged: bool = False,
     tokenizer_dir: Path | None = None,
-    chat_template: Path | None = None,
+    chat_template: bytes | None = None,
 ) -> None:
     """Write the adapter in `checkpoint_dir` to `out_dir`, with `merged` also the adapted model."""
     architecture = read_architecture(model_dir)

@@ -27,6 +27,11 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
         raise ModelError(problems)
 
 
+def longest_row(architecture: Architecture) -> int | None:
+    """Return the tokens beyond which the model's RoPE depends on the length of the batch, or None where it never does."""
+    return min((rope.longest for rope in architecture.ropes if rope.longest is not None), default=None)
+
+
 def _lora_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
     lora, topo = spec.model.lora, spec.topology
     of_experts = expert_target_names(architecture, LoraSpec(rank=1))
@@ -48,7 +53,7 @@ def _position_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
         return [
             f"data.seq_length {length}: this model has learned {positions} positions; set it to at most {positions}"
         ]
-    longest = min((rope.longest for rope in architecture.ropes if rope.longest is not None), default=None)
+    longest = longest_row(architecture)
     answers = f" + evaluation.max_new_tokens {spec.evaluation.max_new_tokens}" if spec.evaluation.prompts else ""
     whole = length + (spec.evaluation.max_new_tokens if answers else 0)
     if longest is None or whole <= longest:

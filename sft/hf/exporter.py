@@ -66,7 +66,7 @@ def export_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     tokenizer_dir: Path | None = None,
-    chat_template: Path | None = None,
+    chat_template: bytes | None = None,
 ) -> None:
     """Write the model in `checkpoint_dir` to `out_dir`, with config and generation settings from `model_dir`.
 
@@ -218,7 +218,7 @@ def write_model(
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | None, directory: Path) -> None:
+def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: bytes | None, directory: Path) -> None:
     """Copy tokenizer, generation and image settings, and the chat template that the run was trained with."""
     found = {path for pattern in _TOKENIZER_FILES for path in tokenizer_dir.glob(pattern)}
     for path in [*sorted(found), *(model_dir / name for name in _MODEL_SETTINGS)]:
@@ -227,7 +227,7 @@ def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: Path | No
         elif path.is_file():
             shutil.copyfile(path, directory / path.name)
     if chat_template is not None:
-        shutil.copyfile(chat_template, directory / "chat_template.jinja")
+        (directory / "chat_template.jinja").write_bytes(chat_template)
         # Those of the tokenizer would be chosen for conversations with tools, which were trained with this one.
         shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
 

@@ -161,7 +161,7 @@ def _tensor_problems(
     problems = []
     for name, shape in wanted.items():
         if name not in files:
-            problems.append(f"{model_dir}: no tensor {name} in any weight file")
+            problems.append(f"{model_dir}: no tensor {name} in any weight file{_bare_model(name, files)}")
         elif name not in headers[files[name]]:
             problems.append(f"{model_dir / files[name]}: no tensor {name}, though {INDEX} names it")
         else:
@@ -180,6 +180,14 @@ def _tensor_problems(
         lost = [name for name in model.weights.carried if not any(own.startswith(name) for own in files)]
         problems += [f"{model_dir}: no tensor {name} in any weight file" for name in lost]
     return problems
+
+
+def _bare_model(name: str, files: Mapping[str, str]) -> str:
+    """Return what to do about files of the base model alone, whose names lack its name in front."""
+    inner = name.partition(".")[2]
+    if inner not in files:
+        return ""
+    return f", only {inner}; save the whole model (AutoModelForCausalLM), not the base model in it"
 
 
 def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture) -> list[str]:

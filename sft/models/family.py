@@ -25,6 +25,8 @@ class Family:
     out the vocabulary and the number of positions, which they set."""
     variants: Mapping[str, Config] = field(default_factory=dict)
     """By name: other settings of `small_config` that lead to another architecture or other files."""
+    base_prefix: str = ""
+    """What names of the base model's tensors begin with, if published files may leave it out."""
     multimodal: bool = False
     """Whether models of this type have other parts beside a language model, whose config is what `read` gets."""
     tied_by_default: bool = True

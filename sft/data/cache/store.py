@@ -143,6 +143,8 @@ class TokenCache:
     """How often each token ends an answer that is trained."""
     unread: Mapping[str, int]
     """Number of rows with each key that nothing reads, the most frequent ones."""
+    ignored_keys: tuple[str, ...]
+    """Keys that rows were allowed to have though nothing reads them (data.ignore_keys)."""
 
     @classmethod
     def open(cls, directory: Path) -> TokenCache:
@@ -169,6 +171,7 @@ class TokenCache:
                 checksums=checksums,
                 answer_ends=ends,
                 unread=dict(manifest["unread"]),
+                ignored_keys=tuple(map(str, manifest.get("ignored_keys", ()))),
                 **arrays,
             )
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

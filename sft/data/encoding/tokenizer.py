@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.contract.errors import ModelError
-from launcher.contract.named_templates import NAMES, NONE, fit_all, needed_tokens, template_file
+from launcher.contract.named_templates import NAMES, NONE, fit_all, needed_tokens, template_bytes
 from launcher.contract.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -110,12 +110,12 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> ChatTem
     """
     if spec.chat_template == NONE:
         return None
-    file = template_file(spec.chat_template)
-    if file is None:
+    content = template_bytes(spec.chat_template)
+    if content is None:
         return _own_templates(tokenizer.chat_template)
     try:
-        template = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        template = "\n".join(content.decode().replace("\r\n", "\n").split("\r"))  # as files are read as text
+    except UnicodeDecodeError as error:
         raise ModelError(f"data.chat_template: {spec.chat_template} cannot be read: {error}") from error
     if spec.chat_template in NAMES:
         _check_tokens(template, spec.chat_template, tokenizer)

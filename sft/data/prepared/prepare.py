@@ -22,12 +22,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from launcher.contract.errors import DataError
-from launcher.contract.named_templates import NONE, TOKENIZER, template_file
+from launcher.contract.named_templates import NONE, TOKENIZER, template_bytes
 from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.cache.build import Job, write_parts
 from sft.data.cache.store import FORMAT_VERSION, TokenCache, assemble, publish
 from sft.data.encoding.tokenizer import tokenizer_files
-from sft.data.prepared.report import check_columns_found, check_counts, check_lost, epoch_report, report
+from sft.data.prepared.report import check_columns_found, check_counts, check_ends, check_lost, epoch_report, report
 from sft.data.prepared.sources import DataSet, Sources, held_out_sets, joined, training_sets
 from sft.data.reading.files import digest, expand, file_identity, sha256_of
 from sft.data.reading.formats import check_columns, with_detected_form
@@ -39,10 +39,9 @@ CODE_VERSION = 5
 WAIT_SECONDS = 6 * 3600.0
 _POLL_SECONDS = 1.0
 _STALE_SECONDS = 2 * 86400.0
-_POLICIES = (
-    *("columns", "chat_template_kwargs", "loss_on", "on_mismatch", "seq_length", "length_policy"),
-    *("ignore_keys", "require_end_tokens"),
-)
+_POLICIES = ("columns", "chat_template_kwargs", "loss_on", "on_mismatch", "seq_length", "length_policy")
+_ONLY_REFUSE = {"ignore_keys": [], "require_end_tokens": True}
+"""Settings that decide whether rows are refused, and not what is made of them. Keys have these values for all runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +107,7 @@ def open_or_build(
             caches.append(_open_or_make(spec, source, tokenizer_dir, verify))
         else:
             caches.append(_wait_for(source, wait_seconds))
+        check_ends(caches[-1].counts, data_set.key, source.files, source.data)
         check_lost(caches[-1].counts, data_set.key, spec.data)
     train, held_out = caches[: len(training)], caches[len(training) :]
     return PreparedData(joined(training, train, spec.data), held_out[0] if held_out else None)
@@ -142,26 +142,26 @@ def _source(spec: RunSpec, data_set: DataSet, tokenizer_dir: Path, *, write_note
     data = with_detected_form(files, data_set.data, data_set.key)
     notes = spec.cache_dir / "digests"
     content = [digest(path, notes, write=write_notes) for path in files]
-    key = cache_key(data, content, tokenizer_dir, data_set.side)
-    directory = spec.cache_dir / "tokens" / key[:40]
-    return _Source(of=data_set, files=files, data=data, key=key, directory=directory)
+    # Earlier versions had all settings in the key. Checkpoints name it, so such a cache keeps it.
+    keys = [cache_key(data, content, tokenizer_dir, data_set.side, earlier=earlier) for earlier in (True, False)]
+    folder = spec.cache_dir / "tokens"
+    key = next((key for key in keys if (folder / key[:40]).is_dir()), keys[-1])
+    return _Source(of=data_set, files=files, data=data, key=key, directory=folder / key[:40])
 
 
-def cache_key(data: DataSpec, content: list[str], tokenizer_dir: Path, side: Side | None) -> str:
-    """Return the SHA-256 of everything that decides the cache's bytes."""
-    template, file = data.chat_template, template_file(data.chat_template)
-    if file is not None:
-        try:
-            template = sha256_of(file)
-        except OSError as error:
-            raise DataError(f"data.chat_template: {template} cannot be read: {error}") from error
+def cache_key(
+    data: DataSpec, content: list[str], tokenizer_dir: Path, side: Side | None, *, earlier: bool = False
+) -> str:
+    """Return the SHA-256 of everything that decides the cache's bytes, with `earlier` as earlier versions took it."""
+    template = template_bytes(data.chat_template)
     made_from = {
         "code": [CODE_VERSION, FORMAT_VERSION, version("transformers"), version("tokenizers")],
         "data": content,
         "format": data.format,
         "tokenizer": {str(path.relative_to(tokenizer_dir)): sha256_of(path) for path in tokenizer_files(tokenizer_dir)},
-        "template": template,
-        "policies": {name: getattr(data, name) for name in _POLICIES},
+        "template": data.chat_template if template is None else hashlib.sha256(template).hexdigest(),
+        "policies": {name: getattr(data, name) for name in _POLICIES}
+        | {name: getattr(data, name) if earlier else value for name, value in _ONLY_REFUSE.items()},
     }
     if side is not None:
         made_from["split"] = [data.validation_split, side]
@@ -175,37 +175,47 @@ def _asks_for_the_date(data: DataSpec, tokenizer_dir: Path) -> bool:
     # Only then does the date belong to the key: else every cache would be built again each day.
     if data.chat_template == NONE:
         return False
-    file = template_file(data.chat_template)
-    templates = [file] if file is not None else []
+    template = template_bytes(data.chat_template)
+    templates = [template] if template is not None else []
     if data.chat_template == TOKENIZER:
         templates = [
-            path for path in tokenizer_files(tokenizer_dir) if path.suffix == ".jinja" or "config" in path.name
+            path.read_bytes()
+            for path in tokenizer_files(tokenizer_dir)
+            if path.suffix == ".jinja" or "config" in path.name
         ]
-    return any(b"strftime_now" in path.read_bytes() for path in templates)
+    return any(b"strftime_now" in template for template in templates)
 
 
 def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path, verify: bool) -> TokenCache:
-    if source.directory.is_dir():  # without its manifest it is a damaged one
-        try:
-            cache = TokenCache.open(source.directory)
-            if verify:
-                cache.verify()
-            return cache
-        except DataError as error:
-            print(f"{error}; building it again", file=sys.stderr)
-            shutil.rmtree(source.directory)
+    cache = _opened(source, verify) if source.directory.is_dir() else None  # without its manifest it is a damaged one
+    if cache is not None and set(cache.ignored_keys) <= set(source.data.ignore_keys):
+        return cache
     parent = source.directory.parent
     parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(parent)
     aside = Path(tempfile.mkdtemp(prefix=f".{source.key[:12]}-", dir=parent))
     try:
         _build(spec, source, tokenizer_dir, aside)
+        if cache is not None:  # made with more keys let pass: rows that have none of them gave the same bytes again
+            return cache
         aside.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out of a shared cache
         publish(aside, source.directory)
-    except BaseException:
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
     return TokenCache.open(source.directory)
+
+
+def _opened(source: _Source, verify: bool) -> TokenCache | None:
+    """Return the cache that is there, or remove it and return None where it is damaged."""
+    try:
+        cache = TokenCache.open(source.directory)
+        if verify:
+            cache.verify()
+    except DataError as error:
+        print(f"{error}; building it again", file=sys.stderr)
+        shutil.rmtree(source.directory)
+        return None
+    return cache
 
 
 def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> None:
@@ -223,8 +233,9 @@ def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> 
         raise DataError(f"{source.of.key}: {', '.join(changed)} changed while being read; start again")
     check_columns_found(parts, source.of)
     files = [str(path) for path in source.files]
-    counts = assemble(aside, source.key, parts, files=files, format=source.data.format)
-    check_counts(counts, source.of.key, source.files, source.data)
+    ignored = sorted(source.data.ignore_keys)
+    counts = assemble(aside, source.key, parts, files=files, format=source.data.format, ignored_keys=ignored)
+    check_counts(counts, source.of.key, source.files)
 
 
 def _wait_for(source: _Source, wait_seconds: float) -> TokenCache:

@@ -108,7 +108,7 @@ def check_columns_found(parts: Sequence[Part], data_set: DataSet) -> None:
         raise DataError(problems)
 
 
-def check_counts(counts: Counts, key: str, files: Sequence[Path], data: DataSpec) -> None:
+def check_counts(counts: Counts, key: str, files: Sequence[Path]) -> None:
     """Raise DataError, naming `key` and `files`, for data that nothing can be learnt from."""
     names = ", ".join(map(str, files))
     if counts.rows == 0:
@@ -119,6 +119,11 @@ def check_counts(counts: Counts, key: str, files: Sequence[Path], data: DataSpec
             f"({counts.unsupervised:,} without an assistant turn or cut before one, {counts.too_long:,} too long); "
             "see data.loss_on, data.seq_length and data.length_policy"
         )
+
+
+def check_ends(counts: Counts, key: str, files: Sequence[Path], data: DataSpec) -> None:
+    """Raise DataError for data from which a model would not learn to stop, unless data.require_end_tokens is false."""
+    names = ", ".join(map(str, files))
     if counts.terminators == 0 and data.require_end_tokens:
         what = "token rows must hold one after each answer" if data.format == "tokens" else _TEMPLATE_WRITES_ENDS
         raise DataError(

@@ -94,5 +94,6 @@ FAMILY = Family(
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
+    base_prefix="transformer.",
     variants={"untied": {"activation_function": "gelu", "tie_word_embeddings": False}},
 )

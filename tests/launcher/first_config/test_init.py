@@ -131,6 +131,26 @@ def test_a_model_without_a_chat_template_gets_one_that_fits(work: Path) -> None:
     assert template_for(model, rows) is None
 
 
+@pytest.mark.parametrize(("kind", "longest"), [("longrope", 1024), ("dynamic", 2048)])
+def test_rows_are_no_longer_than_the_models_rope_has_one_meaning(work: Path, kind: str, longest: int) -> None:
+    """As in Phi-4-mini, whose 131,072 positions are rotated otherwise beyond the first 4,096."""
+    rope = {"longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}, "dynamic": {"factor": 4.0}}[kind]
+    config = {
+        **MODEL,
+        "model_type": "phi3" if kind == "longrope" else "llama",
+        "original_max_position_embeddings": 1024,
+        "max_position_embeddings": 8192 if kind == "longrope" else 2048,
+        "pad_token_id": 0,
+        "rope_scaling": {"type": kind, **rope},
+    }
+    (work / "model" / "config.json").write_text(json.dumps(config))
+    (work / "rows.jsonl").write_text(json.dumps({"prompt": "a" * 9000, "completion": "b"}) + "\n")
+    assert main(["init", "--model", "model", "--data", "rows.jsonl", "--cluster", "local", "--gpus", "0"]) == 0
+    assert written()["data"]["seq_length"] == longest
+    assert "beyond this length the model's RoPE depends on the batch" in Path("cfg.yaml").read_text()
+    assert main(["submit", "cfg.yaml", "--dry-run"]) == 0
+
+
 def test_rows_are_counted_from_heads(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"text": "0123456789"}\n' * 500_000)

@@ -24,7 +24,7 @@ from sft.models.registry import SUPPORTED, read_architecture
 from sft.models.stored_tensors import weight_map
 from tests.parity.runs import make_run, run_training
 from tests.ranks import run_ranks
-from tests.sft.hf_cases import example_ids, hf_logits, run_spec, save_hf_model, save_sharded
+from tests.sft.hf_cases import drop_prefix, example_ids, hf_logits, run_spec, save_hf_model, save_sharded
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -90,6 +90,17 @@ def test_round_trip_is_bitwise(
     assert torch.equal(hf_logits(tmp_path / "export", ids), hf_logits(model, ids))
 
 
+def test_gpt2_as_published_keeps_its_names(tmp_path: Path) -> None:
+    model = save_hf_model("gpt2", tmp_path / "model")
+    drop_prefix(model, "transformer.")
+    run_ranks(1, save_sharded, run_spec(model, 1), tmp_path / "sharded", init=True)
+    export_checkpoint(tmp_path / "sharded", model, tmp_path / "export")
+    expect_equal(weights(tmp_path / "export"), weights(model))
+    assert "wte.weight" in weights(model)
+    ids = example_ids()
+    assert torch.equal(hf_logits(tmp_path / "export", ids), hf_logits(model, ids))
+
+
 def test_the_whole_directory(source: Path, checkpoint: Path, tmp_path: Path) -> None:
     export = tmp_path / "export"
     (source / "notes.txt").touch()
@@ -138,7 +149,7 @@ def test_a_source_without_weights_takes_the_checkpoints_type(source: Path, check
 def test_the_template_of_the_run_goes_along(source: Path, checkpoint: Path, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0]['content'] }}")
-    export_checkpoint(checkpoint, source, tmp_path / "export", chat_template=template)
+    export_checkpoint(checkpoint, source, tmp_path / "export", chat_template=template.read_bytes())
     assert (tmp_path / "export/chat_template.jinja").read_text() == template.read_text()
 
 

@@ -24,6 +24,7 @@ from tests.sft.hf_cases import (
     CASES,
     VOCAB_SIZE,
     build_and_load,
+    drop_prefix,
     example_ids,
     hf_logits,
     rank_logits,
@@ -247,6 +248,30 @@ def test_missing_tensor(single: Path) -> None:
     assert problems(single) == [f"{single}: no tensor model.norm.weight in any weight file"]
     with pytest.raises(ModelError, match=r"no tensor model\.norm\.weight in any weight file"):
         load(Chunk(single), single)
+
+
+def test_files_of_a_bare_base_model_are_refused_with_what_to_do(single: Path) -> None:
+    drop_prefix(single, "model.")
+    (first, *_) = problems(single)
+    assert first == (
+        f"{single}: no tensor model.embed_tokens.weight in any weight file, only embed_tokens.weight; save the whole "
+        "model (AutoModelForCausalLM), not the base model in it"
+    )
+
+
+def test_gpt2_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Without `transformer.` in front of its names, and with the causal masks of old versions."""
+    save_hf_model("gpt2", tmp_path)
+    whole, published = Chunk(tmp_path), Chunk(tmp_path)
+    load(whole, tmp_path)
+    drop_prefix(tmp_path, "transformer.")
+    rewrite(tmp_path, h__0__attn__bias=torch.ones(1, 1, 8, 8))
+    check_model_files(tmp_path, read_architecture(tmp_path))
+    load(published, tmp_path)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, published.get_parameter(name)), name
+    (tmp_path / "model.safetensors").unlink()
+    assert read_architecture(tmp_path).weights.embedding_name == "transformer.wte.weight"
 
 
 def test_wrong_shape(single: Path) -> None:

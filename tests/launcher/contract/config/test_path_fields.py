@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -94,8 +95,8 @@ def test_code_and_secrets_are_found_the_same_way(folder: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(folder)
     spec = RunSpec(data=WiderData(clean="cleaning:strip", password_env="DATA_PASSWORD"), env_from=["HF_TOKEN"])
     assert spec.secret_names == ("HF_TOKEN", "DATA_PASSWORD")
-    take_snapshot(spec, folder / "code")
-    assert (folder / "code" / "cleaning.py").read_bytes() == (folder / "cleaning.py").read_bytes()
+    take_snapshot(spec, folder / "code.zip")
+    assert zipfile.ZipFile(folder / "code.zip").read("cleaning.py") == (folder / "cleaning.py").read_bytes()
     wrong = dataclasses.replace(spec, cluster=ClusterSpec(env={"DATA_PASSWORD": "x"}))
     assert ("data.password_env", "DATA_PASSWORD is set by cluster.env; drop one") in set(spec_problems(wrong))
 

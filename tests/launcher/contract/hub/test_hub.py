@@ -181,6 +181,34 @@ def test_a_lock_file_is_submitted_again_with_another_cache(
     assert again.spec.model.revision == submission.spec.model.revision
 
 
+def test_the_tokenizer_of_another_repository_is_fetched_on_another_machine(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.submission.lockfile import submission_of_lockfile
+    from launcher.submission.resubmit import fetch_again
+    from launcher.submission.submission import make_submission
+    from launcher.submission.submit import prepare
+
+    hub.model("org/words", {"tokenizer.json": b'{"first": 1}', "tokenizer_config.json": b"{}"})
+    submission = make_submission(Path("cfg.yaml"), ["model.tokenizer=org/words"])
+    prepare(submission, ["launcher"], group="g")
+    assert "/models--org--words/snapshots/" in str(submission.spec.model.tokenizer)
+    hub.model("org/words", {"tokenizer.json": b'{"second": 2}', "tokenizer_config.json": b"{}"})
+    (tmp_path / "hf").rename(tmp_path / "gone")
+    listing_of.cache_clear()
+    fetch_again(read_resolved(submission.paths.config))  # in the cache that the run's config names
+    again, _ = submission_of_lockfile(submission.paths.lock, [], None)
+    prepare(again, ["launcher"], group="g")
+    assert (Path(str(again.spec.model.tokenizer)) / "tokenizer.json").read_bytes() == b'{"first": 1}'
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "other"))
+    (tmp_path / "hf").rename(tmp_path / "gone-as-well")
+    listing_of.cache_clear()
+    elsewhere, _ = submission_of_lockfile(submission.paths.lock, ["name=elsewhere"], None)
+    prepare(elsewhere, ["launcher"], group="g")
+    assert str(elsewhere.spec.model.tokenizer).startswith(str(tmp_path / "other"))
+    assert (Path(str(elsewhere.spec.model.tokenizer)) / "tokenizer.json").read_bytes() == b'{"first": 1}'
+
+
 def test_a_cut_connection_goes_on_where_it_was(hub: HubServer) -> None:
     weights = bytes(12 << 20)
     hub.model("org/model", {**MODEL_FILES, "model.safetensors": weights})

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from launcher.contract.errors import DataError, ModelError
-from launcher.contract.named_templates import NAMES, fit_all, needed_tokens, template_file
+from launcher.contract.named_templates import NAMES, fit_all, named_template, needed_tokens
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.masking import Encoder
 from sft.data.encoding.tokenizer import ChatTemplates, chat_template
@@ -52,9 +52,8 @@ EXPECTED = {
 
 def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
     tokenizer = sentencepiece_like()
-    file = template_file(name)
-    assert file is not None
-    tokens = [AddedToken(token, special=True, normalized=False) for token in needed_tokens(file.read_text())]
+    needed = needed_tokens(named_template(name))
+    tokens = [AddedToken(token, special=True, normalized=False) for token in needed]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})  # type: ignore[dict-item]
     return tokenizer
 
@@ -154,8 +153,6 @@ def test_an_export_has_the_named_template_and_no_other(tmp_path: Path) -> None:
     tokenizer.chat_template = {"default": DEFAULT, "tool_use": WITH_TOOLS}
     tokenizer.save_pretrained(source)
     target.mkdir()
-    copy_settings(source, source, template_file("chatml"), target)
+    copy_settings(source, source, named_template("chatml").encode(), target)
     exported = PreTrainedTokenizerFast.from_pretrained(target)
-    file = template_file("chatml")
-    assert file is not None
-    assert exported.get_chat_template(tools=[TOOL]) == file.read_text()  # type: ignore[list-item]
+    assert exported.get_chat_template(tools=[TOOL]) == named_template("chatml")  # type: ignore[list-item]
