@@ -153,6 +153,9 @@ def _fill_directory(submission: Submission, manifest: Manifest, diff: str) -> No
         write_atomic(submission.paths.source_diff, diff)
     code = take_snapshot(submission.spec, submission.paths.code) if has_own_code(submission.spec) else None
     if code is not None and code.left_out:
-        print(f"left out of the run's code, too large or without a name in UTF-8: {', '.join(code.left_out)}", file=sys.stderr)
+        print(
+            f"left out of the run's code, too large or without a name in UTF-8: {', '.join(code.left_out)}",
+            file=sys.stderr,
+        )
     write_lockfile(submission.paths, submission.spec, manifest, code)
     write_manifest(submission.paths, dataclasses.replace(manifest, digests=digests(submission.paths)))

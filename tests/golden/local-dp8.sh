@@ -35,6 +35,9 @@ fail() { # CODE TEXT: end for a reason that people read in status and --why
   detail=$2
   exit "$1"
 }
+unchanged() { # FILE: whether a file of the run is what was submitted, by the digest in its manifest
+  (cd "$run_dir" && sed -n "s|^ *\"$1\": \"\([0-9a-f]*\)\",*\$|\1  $1|p" manifest.json | sha256sum --check --status --strict -)
+}
 last_words() { tail -n 1 "$log_dir/batch.log" | tr -d '\000-\037' | cut -c 1-200; }
 how_ended() {
   local text=${detail//\\/\\\\}
@@ -89,6 +92,7 @@ holder_state() { :; }
 nodes_down() { :; }
 follow() { # CODE [ACTION]: restart in the same process, whose id the launcher has recorded
   case ${2-} in requeue | resubmit) ;; *) return ;; esac
+  unchanged job.sh || { echo "job.sh is not what was submitted, so the run does not go on"; return; }
   trap - EXIT
   exec "$BASH" "$run_dir/job.sh"
 }

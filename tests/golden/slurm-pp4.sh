@@ -46,6 +46,9 @@ fail() { # CODE TEXT: end for a reason that people read in status and --why
   detail=$2
   exit "$1"
 }
+unchanged() { # FILE: whether a file of the run is what was submitted, by the digest in its manifest
+  (cd "$run_dir" && sed -n "s|^ *\"$1\": \"\([0-9a-f]*\)\",*\$|\1  $1|p" manifest.json | sha256sum --check --status --strict -)
+}
 last_words() { tail -n 1 "$log_dir/batch.log" | tr -d '\000-\037' | cut -c 1-200; }
 how_ended() {
   local text=${detail//\\/\\\\}
@@ -131,6 +134,7 @@ follow() { # CODE [ACTION [NODES]]
 }
 resubmit() { # [NODES TO AVOID]: submit the run's next job, without this job's variables in its environment
   local avoid=${1-} begun=$run_dir/submission.json name inherited=() said new token pause excluded=' ExcNodeList=([^ (]+)'
+  unchanged job.sh || { echo "job.sh is not what was submitted, so the run does not go on"; return; }
   for name in $(compgen -e); do
     case $name in SLURM_CONF | SLURM_JWT) ;; SLURM* | SBATCH_* | SRUN_* | PMI* | *_VISIBLE_DEVICES | GPU_DEVICE_ORDINAL | SFT_ATTEMPT | SFT_END_TIME) inherited+=(-u "$name") ;; esac
   done

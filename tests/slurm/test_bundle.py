@@ -15,6 +15,20 @@ from tests.slurm.runs import CHECKOUT, loss_curve, make_workbench
 pytestmark = pytest.mark.slurm
 
 
+def test_damaged_code_is_noticed_before_any_rank_starts(slurm: SlurmCluster, tmp_path: Path) -> None:
+    bench = make_workbench(tmp_path / "bench", slurm)
+    run = bench.submit("damaged", "resources.extra_sbatch=[--hold]")
+    whole = run.code.read_bytes()
+    run.code.chmod(0o644)
+    run.code.write_bytes(whole[:-100])
+    slurm.run(["scontrol", "release", bench.status(run)["job"]])
+    bench.wait_for_state(run, "FAILED")
+    assert bench.status(run)["reason"].startswith("bundle/code.zip is not what was submitted")
+    assert not list(run.logs.rglob("rank-*.log"))
+    refused = bench.launcher("resubmit", str(run.root), check=False)
+    assert (refused.returncode, "code.zip is not what was submitted" in refused.stderr) == (4, True)
+
+
 def test_edits_after_submit_change_nothing(slurm: SlurmCluster, tmp_path: Path) -> None:
     source = tmp_path / "source"
     for part in ("launcher", "sft", "templates", "cluster_configs"):

@@ -141,6 +141,7 @@ def test_rows_are_no_longer_than_the_models_rope_has_one_meaning(work: Path, kin
         "original_max_position_embeddings": 1024,
         "max_position_embeddings": 8192 if kind == "longrope" else 2048,
         "pad_token_id": 0,
+        "rms_norm_eps": 1e-5,
         "rope_scaling": {"type": kind, **rope},
     }
     (work / "model" / "config.json").write_text(json.dumps(config))

@@ -63,7 +63,13 @@ def test_snapshot_is_the_working_tree(checkout: Path, tmp_path: Path) -> None:
     (checkout / "program").write_text("#!/bin/sh\n")
     (checkout / "program").chmod(0o755)
     taken = take_snapshot(RunSpec(), tmp_path / "code.zip")
-    assert names(tmp_path / "code.zip") == [".gitignore", "launcher/__init__.py", "program", "tracked.py", "ünträcked.py"]
+    assert names(tmp_path / "code.zip") == [
+        ".gitignore",
+        "launcher/__init__.py",
+        "program",
+        "tracked.py",
+        "ünträcked.py",
+    ]
     archive = zipfile.ZipFile(tmp_path / "code.zip")
     assert archive.read("tracked.py") == b"changed\n"
     assert [archive.getinfo(name).external_attr >> 16 & 0o777 for name in ("program", "tracked.py")] == [0o555, 0o444]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from launcher.contract.config.load import load_config
 from launcher.contract.errors import TemplateError
 from launcher.contract.lease import Owner, take
-from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.rundir import RunPaths, read_lines, write_json
 from launcher.contract.spec import (
     CheckpointSpec,
     ClusterSpec,
@@ -355,6 +356,27 @@ follow 75 resubmit
 """
 
 
+def own_submission(text: str, run: Path) -> str:
+    """The functions of a script with which it submits the run's next job, and that submission."""
+    (run / "job.sh").write_text(text)
+    write_json(run / "manifest.json", {"digests": {"job.sh": hashlib.sha256(text.encode()).hexdigest()}})
+    functions = text[text.index("job_view() {") : text.index("\nlight_process -m launcher.attempts.attempt begin")]
+    unchanged = text[text.index("unchanged() {") : text.index("last_words() {")]
+    return f"set -uo pipefail\nrun_dir={run}\n{unchanged}\n{functions}\n{OWN_SUBMISSION}"
+
+
+def test_a_changed_script_is_not_submitted_by_the_run_itself(tmp_path: Path, commands: Commands) -> None:
+    commands.add("sbatch", "echo 9")
+    commands.add("squeue", "")
+    commands.add("scontrol", "")
+    program = own_submission(script(make_spec(cluster=ClusterSpec(scheduler="slurm"))), tmp_path)
+    with (tmp_path / "job.sh").open("a") as file:
+        file.write("# changed\n")
+    subprocess.run(["bash", "-c", program], check=True, capture_output=True)
+    assert commands.calls("sbatch") == []
+    assert "job.sh is not what was submitted, so the run does not go on" in (tmp_path / "batch.log").read_text()
+
+
 @pytest.mark.parametrize("answer", ["echo Welcome; echo '9;far'; echo 'charged to 5'", "echo 'sent'"])
 def test_the_runs_own_submission(tmp_path: Path, commands: Commands, answer: str) -> None:
     """The new job is found in what a site's sbatch prints, or else by the token in its comment."""
@@ -368,8 +390,7 @@ def test_the_runs_own_submission(tmp_path: Path, commands: Commands, answer: str
     commands.add("scontrol", 'case "$*" in "show job"*) echo "JobState=RUNNING ExcNodeList=node[3-4] x=y" ;; esac')
     resources = ResourcesSpec(nodes=2, gpus_per_node=4, extra_sbatch=["--comment=mine", "--clusters=far,near"])
     text = script(make_spec(cluster=ClusterSpec(scheduler="slurm"), resources=resources))
-    functions = text[text.index("job_view() {") : text.index("\nlight_process -m launcher.attempts.attempt begin")]
-    program = f"set -uo pipefail\nrun_dir={tmp_path}\n{functions}\n{OWN_SUBMISSION}"
+    program = own_submission(text, tmp_path)
     subprocess.run(["bash", "-c", program], check=True, capture_output=True)
     given = (tmp_path / "given").read_text().splitlines()
     assert [word for word in given if word.startswith(("--clusters", "--exclude"))] == [
@@ -390,8 +411,7 @@ def test_a_submission_of_which_nothing_is_known_is_left_to_be_found(tmp_path: Pa
     commands.add("squeue", "exit 1")
     commands.add("scontrol", "exit 1")
     text = script(make_spec(cluster=ClusterSpec(scheduler="slurm")))
-    functions = text[text.index("job_view() {") : text.index("\nlight_process -m launcher.attempts.attempt begin")]
-    program = f"set -uo pipefail\nrun_dir={tmp_path}\n{functions}\n{OWN_SUBMISSION}"
+    program = own_submission(text, tmp_path)
     subprocess.run(["bash", "-c", program], check=False, capture_output=True)
     assert not (tmp_path / "events.jsonl").exists()
     begun = intent.pending(RunPaths(tmp_path))

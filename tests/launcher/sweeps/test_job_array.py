@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.contract.exit_codes import ExitCode
-from launcher.contract.manifest import read_manifest
+from launcher.contract.manifest import read_manifest, write_manifest
 from launcher.contract.rundir import RunPaths
+from launcher.submission.unchanged import digests
 from tests.launcher.conftest import Commands
 from tests.launcher.submission.test_submit_once import in_child
 
@@ -60,6 +62,9 @@ def test_one_job_for_all_runs(jobs: Path, workdir: Path, capsys: pytest.CaptureF
         subprocess.run(["shellcheck", f"{jobs}.script"], check=True)
     RUNS[2].script.write_text("#!/bin/bash\necho this is 2\n")
     element = {**os.environ, "SLURM_ARRAY_TASK_ID": "2"}
+    done = subprocess.run(["bash", f"{jobs}.script"], env=element, capture_output=True, text=True)
+    assert (done.returncode, f"{RUNS[2].script.absolute()} is not what was submitted" in done.stdout) == (2, True)
+    write_manifest(RUNS[2], dataclasses.replace(read_manifest(RUNS[2]), digests=digests(RUNS[2])))
     done = subprocess.run(["bash", f"{jobs}.script"], env=element, capture_output=True, text=True)
     assert done.stdout == "this is 2\n"
     assert main(WORDS) == ExitCode.CONFLICT

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from launcher.contract.errors import DataError, LauncherError
+from launcher.contract.rundir import write_json
 from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec
 from sft.data.cache import build, progress
-from sft.data.cache.store import MANIFEST, TokenCache
+from sft.data.cache.store import MANIFEST, TokenCache, _digest
 from sft.data.prepared import prepare
-from sft.data.prepared.prepare import check_vocabulary, open_or_build, prepare_data
+from sft.data.prepared.prepare import cache_key, check_vocabulary, open_or_build, prepare_data
 from sft.data.prepared.report import report
+from sft.data.reading.files import sha256_of
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_tokenizer, write_jsonl
 
@@ -76,6 +78,55 @@ def test_every_input_has_a_key_of_its_own(tmp_path: Path, tokenizer_dir: Path) -
     assert len(set(keys)) == len(keys)
     write_jsonl(tmp_path / "train.jsonl", make_chat_rows(40, 3))
     assert open_or_build(base, tokenizer_dir, build=True).train.key not in keys
+
+
+ENDLESS = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+
+
+def rows_of(tmp_path: Path, **data: Any) -> RunSpec:
+    return spec_of(tmp_path, train=[str(tmp_path / "rows.jsonl")], **data)
+
+
+def test_settings_that_only_refuse_rows_are_no_part_of_the_key(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """A run may go on with another of them, and data that it would refuse are refused all the same."""
+    write_jsonl(tmp_path / "rows.jsonl", ENDLESS)
+    lenient = rows_of(tmp_path, require_end_tokens=False)
+    key = open_or_build(lenient, tokenizer_dir, build=True).train.key
+    for build in (True, False):
+        with pytest.raises(DataError, match=r"no answer in .* ends with a trained end token"):
+            open_or_build(rows_of(tmp_path), tokenizer_dir, build=build)
+    assert open_or_build(lenient, tokenizer_dir, build=False).train.key == key
+
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b", "context": "c"}] * 3)
+    lenient = rows_of(tmp_path, ignore_keys=["context", "documents"])
+    key = open_or_build(lenient, tokenizer_dir, build=True).train.key
+    with pytest.raises(DataError, match="context would be left out of training"):
+        open_or_build(rows_of(tmp_path, ignore_keys=["documents"]), tokenizer_dir, build=True)
+    assert open_or_build(rows_of(tmp_path, ignore_keys=["context"]), tokenizer_dir, build=True).train.key == key
+    assert not list((lenient.cache_dir / "tokens").glob(".*"))
+
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    keys = {
+        open_or_build(rows_of(tmp_path, **given), tokenizer_dir, build=True).train.key
+        for given in ({}, {"ignore_keys": ["context"]}, {"require_end_tokens": False})
+    }
+    assert len(keys) == 1
+
+
+def test_a_cache_of_an_earlier_version_keeps_its_key(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Checkpoints name it: with another key a run that an earlier version began would not go on."""
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    spec = rows_of(tmp_path, ignore_keys=["context"])
+    new = open_or_build(spec, tokenizer_dir, build=True).train
+    data = dataclasses.replace(spec.data, format="prompt_completion")
+    earlier = cache_key(data, [sha256_of(tmp_path / "rows.jsonl")], tokenizer_dir, None, earlier=True)
+    assert earlier != new.key
+    manifest = json.loads((new.directory / MANIFEST).read_text())
+    del manifest["sha256"], manifest["ignored_keys"]
+    manifest["key"] = earlier
+    write_json(new.directory / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+    new.directory.rename(new.directory.with_name(earlier[:40]))
+    assert open_or_build(spec, tokenizer_dir, build=True, verify=True).train.key == earlier
 
 
 def test_what_does_not_change_tokens_does_not_change_the_key(tmp_path: Path, tokenizer_dir: Path) -> None:
