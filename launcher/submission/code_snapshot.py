@@ -5,10 +5,10 @@ ignored), without its tests and documentation. Unpacked, the snapshot is thus a 
 very version. An installed launcher is not packed: its version identifies it. Modules that a config names by import path
 are packed in both cases.
 
-It is one zip file, which Python imports as it is. Rejected: the same as a folder (some 500 files that each rank looks up
-on the shared file system, and as many in every run's quota); an archive that each node unpacks to a disk of its own (one
-more thing that can fail after the wait in the queue, and containers see other disks); and a git worktree for each run
-(it stays tied to the repository).
+It is one zip file, which Python imports as it is. Rejected: the same as a folder (500 files that each rank looks up on
+the shared file system, and as many in every run's quota); an archive that each node unpacks to a disk of its own
+(one more thing that can fail after the wait in the queue, and containers see other disks); and a git worktree for each
+run (it stays tied to the repository).
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _is_utf8(name: str) -> bool:
 
 
 def digest(folder: Path) -> str:
-    """Return the `sha256` of a snapshot that an earlier version has made as a folder: one hash over the names and contents of all files below `folder` except Python's caches."""
+    """Return the `sha256` of a snapshot that an earlier version has made as a folder, without Python's caches."""
     return digest_of((name, path.read_bytes()) for name, path in sorted(_below(folder).items()))
 
 

@@ -28,7 +28,7 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
 
 
 def longest_row(architecture: Architecture) -> int | None:
-    """Return the tokens beyond which the model's RoPE depends on the length of the batch, or None where it never does."""
+    """Return the tokens beyond which RoPE depends on the length of the batch, or None where it never does."""
     return min((rope.longest for rope in architecture.ropes if rope.longest is not None), default=None)
 
 

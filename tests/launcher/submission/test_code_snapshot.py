@@ -102,7 +102,8 @@ from launcher.contract.named_templates import NAMES, named_template
 from sft.models.registry import read_architecture
 
 assert all(map(named_template, NAMES)) and gpu_kinds() and named_model_shape("llama2-7b")
-print({module.__file__.partition(".zip/")[0] for name, module in sys.modules.items() if name.split(".")[0] in ("sft", "launcher")})
+ours = [module for name, module in sys.modules.items() if name.split(".")[0] in ("sft", "launcher")]
+print({module.__file__.partition(".zip/")[0] for module in ours})
 """
 
 

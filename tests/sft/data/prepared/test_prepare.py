@@ -92,9 +92,9 @@ def test_settings_that_only_refuse_rows_are_no_part_of_the_key(tmp_path: Path, t
     write_jsonl(tmp_path / "rows.jsonl", ENDLESS)
     lenient = rows_of(tmp_path, require_end_tokens=False)
     key = open_or_build(lenient, tokenizer_dir, build=True).train.key
-    for build in (True, False):
+    for may_build in (True, False):
         with pytest.raises(DataError, match=r"no answer in .* ends with a trained end token"):
-            open_or_build(rows_of(tmp_path), tokenizer_dir, build=build)
+            open_or_build(rows_of(tmp_path), tokenizer_dir, build=may_build)
     assert open_or_build(lenient, tokenizer_dir, build=False).train.key == key
 
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b", "context": "c"}] * 3)
