@@ -10,6 +10,7 @@ All of it is in events.jsonl (`restart_decided`, `lease_taken_over`, `lease_refu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from launcher.attempts.cause import Cause, Diagnosis, classify
 from launcher.attempts.evidence import gather
+from launcher.attempts.in_place import Allocation, bad_nodes, next_nodes, with_silent_nodes
 from launcher.attempts.restart import LEAST_STEPS, Action, Decision, Past, decide
 from launcher.contract.errors import LauncherError, RunStateError
 from launcher.contract.exit_codes import ExitCode
@@ -24,7 +26,7 @@ from launcher.contract.job import AttemptName
 from launcher.contract.job_state import JobState
 from launcher.contract.lease import Owner, release, take
 from launcher.contract.prometheus_file import Standing, write_prometheus
-from launcher.contract.records import is_number, read_events
+from launcher.contract.records import is_number, read_events, read_metrics
 from launcher.contract.rundir import RunPaths, append_event, checkpoint_step
 from launcher.contract.spec import read_resolved
 from launcher.scheduler.base import JobView, Scheduler
@@ -54,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             command.add_argument("--exit-code", type=int, required=True, help="how the attempt ended")
             command.add_argument("--job", default="", help="what the scheduler says of this job")
+            command.add_argument("--nodes", default="", help="all nodes of the job, in its order")
+            command.add_argument("--nodes-used", default="", help="those that ranks ran on")
+            command.add_argument("--nodes-usable", default="", help="those on which ranks may start again")
+            command.add_argument("--nodes-draining", default="", help="those that the site takes out of service")
     options = parser.parse_args(arguments)
     try:
         return int(options.run_command(options))
@@ -93,11 +99,16 @@ def end(options: argparse.Namespace) -> int:
     job = scheduler.read_view(options.job)
     events = read_events(paths)
     evidence = gather(paths, scheduler, options.attempt, options.exit_code, job, options.job_id, events)
-    diagnosis = classify(evidence)
+    allocation = _allocation(options)
+    diagnosis = with_silent_nodes(classify(evidence), allocation)
+    nodes = _nodes_in_place(paths, options.attempt, diagnosis, allocation, events)
     requeued = job is not None and job.restarts > (AttemptName(options.attempt).restart or 0)
-    decision = _decide(paths, options.attempt, options.exit_code, diagnosis, events, requeued=requeued)
+    decision = _decide(paths, options.attempt, options.exit_code, diagnosis, events, requeued=requeued, nodes=nodes)
     print(f"{diagnosis.cause.value} ({diagnosis.detail}): {decision.action.value}; {decision.reason}", file=sys.stderr)
     _tell_dashboards(paths, Standing(attempt=options.attempt, active=False, exit_code=options.exit_code))
+    if decision.action is Action.IN_PLACE:
+        print(f"{decision.action.value} {_hand_over(paths, options)} {','.join(nodes or ())}".rstrip())
+        return int(ExitCode.OK)
     release(paths, _owner(options))
     print(f"{decision.action.value} {_avoided(diagnosis, job)}".rstrip())
     return int(ExitCode.OK)
@@ -109,6 +120,41 @@ def _tell_dashboards(paths: RunPaths, standing: Standing) -> None:
         write_prometheus(read_resolved(paths.config), paths, standing)
     except OSError as error:
         print(f"metrics.prometheus: {error}", file=sys.stderr)
+
+
+def _allocation(options: argparse.Namespace) -> Allocation:
+    texts = (options.nodes, options.nodes_used, options.nodes_usable, options.nodes_draining)
+    hosts, used, usable, draining = (tuple(filter(None, text.split(","))) for text in texts)
+    return Allocation(hosts=hosts, used=used, usable=usable, draining=draining)
+
+
+def _nodes_in_place(
+    paths: RunPaths,
+    attempt: str,
+    diagnosis: Diagnosis,
+    allocation: Allocation,
+    events: Sequence[Mapping[str, Any]],
+) -> tuple[str, ...] | None:
+    """Return the nodes for a restart in place, or None where it cannot be. A scheduler without nodes needs none."""
+    spec = read_resolved(paths.config)
+    if not scheduler_of(spec.cluster.scheduler).capabilities.allocates_nodes:
+        return ()
+    avoid = bad_nodes(events, attempt) | set(diagnosis.nodes)
+    return next_nodes(allocation, spec.resources.nodes, avoid)
+
+
+def _hand_over(paths: RunPaths, options: argparse.Namespace) -> str:
+    """Give the lease to the attempt that follows in place, and return its name, or `-` where only its script knows it.
+
+    From here on the ranks of this attempt cannot write, wherever one may still be alive.
+    """
+    owner = _owner(options)
+    following = AttemptName(options.attempt).next_in_place
+    if following is None:
+        release(paths, owner)
+        return "-"
+    take(paths, dataclasses.replace(owner, attempt=following))
+    return following
 
 
 def _owner(options: argparse.Namespace) -> Owner:
@@ -156,8 +202,9 @@ def _decide(
     events: Sequence[Mapping[str, Any]],
     *,
     requeued: bool,
+    nodes: tuple[str, ...] | None = None,
 ) -> Decision:
-    """Apply the run's policy, record the decision and return it."""
+    """Apply the run's policy, record the decision and return it. `nodes` are those for a restart in place."""
     spec = read_resolved(paths.config)
     decided = _since_submitted(events)
     step = max(map(checkpoint_step, paths.complete_checkpoints()), default=0)
@@ -171,6 +218,7 @@ def _decide(
         progressed=progressed,
         requeued=requeued,
         requeues=scheduler_of(spec.cluster.scheduler).capabilities.requeues,
+        in_place=nodes is not None,
     )
     append_event(
         paths,
@@ -186,8 +234,19 @@ def _decide(
         step=step,
         progressed=progressed,
         **({"avoid": list(diagnosis.nodes)} if diagnosis.nodes else {}),
+        **(_place(paths, nodes or ()) if decision.action is Action.IN_PLACE else {}),
     )
     return decision
+
+
+def _place(paths: RunPaths, nodes: Sequence[str]) -> dict[str, object]:
+    """Return where ranks start again, and how far they had come: what the restart costs is counted from there."""
+    reached = max((line["step"] for line in read_metrics(paths)), default=0)
+    try:
+        reached_at = paths.metrics.stat().st_mtime
+    except FileNotFoundError:
+        return {"nodes": list(nodes)}
+    return {"nodes": list(nodes), "reached": reached, "reached_at": reached_at}
 
 
 def _is_decision(event: Mapping[str, Any]) -> bool:

@@ -33,11 +33,16 @@ _REMEDY = {
     Cause.DISK_FULL: "free space, or keep fewer checkpoints (checkpoint.keep_last)",
 }
 
+_ENDS_THE_JOB = (Cause.PREEMPTED, Cause.TIMEOUT)
+"""Causes after which a job may not keep its nodes."""
+
 
 class Action(StrEnum):
     """What the batch script does now."""
 
     REQUEUE = "requeue"
+    IN_PLACE = "in_place"
+    """The ranks start again within the job, on its own nodes."""
     RESUBMIT = "resubmit"
     LEAVE = "leave"
     """The scheduler starts the job again by itself."""
@@ -48,7 +53,7 @@ class Action(StrEnum):
     @property
     def goes_on(self) -> bool:
         """Another attempt follows by itself."""
-        return self in (Action.REQUEUE, Action.RESUBMIT, Action.LEAVE)
+        return self in (Action.REQUEUE, Action.IN_PLACE, Action.RESUBMIT, Action.LEAVE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,11 +85,12 @@ def decide(
     progressed: bool,
     requeued: bool = False,
     requeues: bool = True,
+    in_place: bool = False,
 ) -> Decision:
     """Return what follows an attempt.
 
     `requeued`: the scheduler has already put the job back into the queue. `requeues`: it can do that, and gives a job
-    its whole time limit again.
+    its whole time limit again. `in_place`: the job has enough nodes to start the ranks on again.
     """
     refused = _refusal(diagnosis.cause, exit_code, policy, requeues=requeues)
     stop = Action.WITHDRAW if requeued else Action.STOP
@@ -97,8 +103,15 @@ def decide(
     left = budget if progressed else budget - used - 1
     why = "it wrote a checkpoint, so this restart is free" if progressed else f"restart {used + 1} of {budget} without"
     reason = why if progressed else f"{why} progress"
-    action = Action.LEAVE if requeued else Action(policy.how)
+    action = Action.LEAVE if requeued else _way_on(diagnosis.cause, policy, in_place=in_place)
     return Decision(action=action, reason=reason, budget=budget, left=left)
+
+
+def _way_on(cause: Cause, policy: RestartSpec, *, in_place: bool) -> Action:
+    """Return how the run goes on."""
+    if policy.how != "in_place":
+        return Action(policy.how)
+    return Action.IN_PLACE if in_place and cause not in _ENDS_THE_JOB else Action.REQUEUE
 
 
 def spent(cause: Cause, past: Sequence[Past]) -> int:

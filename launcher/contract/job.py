@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from launcher.contract.schedulers import SchedulerName, scheduler_name
 
-_RESTART = re.compile(r"(?P<job>.+)\.(?P<restart>[0-9]+)")
+_STARTED = re.compile(r"(?P<job>[^.]+)\.(?P<restart>[0-9]+)(?:-(?P<generation>[0-9]+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,23 +94,39 @@ def _number(value: object) -> float:
 
 @dataclass(frozen=True, slots=True)
 class AttemptName:
-    """The name of an attempt, which is also that of its folder of logs: `<job id>.<restart count>`, or `local-<n>`."""
+    """The name of an attempt, which is also that of its folder of logs.
+
+    `<job id>.<restart count>`, or `local-<n>` on this machine. Where ranks were started again in place, within one
+    start of their job, the number of those restarts follows: `<job id>.<restart count>-<generation>`.
+    """
 
     text: str
 
     @property
     def job(self) -> str | None:
-        """The job's id where the name is `<job id>.<restart count>`, otherwise None."""
-        match = _RESTART.fullmatch(self.text)
+        """The job's id where the name has one, otherwise None."""
+        match = _STARTED.fullmatch(self.text)
         return match["job"] if match else None
 
     @property
     def restart(self) -> int | None:
         """How often the scheduler had started the job before, or None where the name does not say."""
-        match = _RESTART.fullmatch(self.text)
+        match = _STARTED.fullmatch(self.text)
         return int(match["restart"]) if match else None
+
+    @property
+    def generation(self) -> int:
+        """How often ranks had been started in place before, within this start of the job."""
+        match = _STARTED.fullmatch(self.text)
+        return int(match["generation"] or 0) if match else 0
+
+    @property
+    def next_in_place(self) -> str | None:
+        """The attempt that follows in place, or None where the name does not tell."""
+        job, restart = self.job, self.restart
+        return None if job is None else f"{job}.{restart}-{self.generation + 1}"
 
     @property
     def scheduler(self) -> SchedulerName:
         """The scheduler of an attempt whose event does not name it, as in runs of earlier versions."""
-        return "slurm" if _RESTART.fullmatch(self.text) else "local"
+        return "slurm" if _STARTED.fullmatch(self.text) else "local"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import socket
 import tempfile
@@ -66,10 +67,10 @@ class Owner:
         return cls(attempt=attempt, job_id=job_id, cluster=cluster, host=host, pid=number, process_start=start)
 
     @property
-    def restart(self) -> int | None:
-        """How often a scheduler had started the job before, or None where no scheduler starts jobs again."""
+    def start(self) -> tuple[int, int] | None:
+        """How often the job, and in it the ranks, had been started; None where no scheduler starts jobs again."""
         name = AttemptName(self.attempt)
-        return name.restart if name.job == self.job_id else None
+        return None if name.restart is None or name.job != self.job_id else (name.restart, name.generation)
 
     def is_same(self, other: Owner) -> bool:
         """Return whether both are processes of one attempt."""
@@ -142,7 +143,7 @@ def why_void(current: Owner, claimant: Owner, age: float, state: JobState = JobS
 
     `age` is the time since its last renewal in seconds, `state` that of its job.
     """
-    before, now = current.restart, claimant.restart
+    before, now = current.start, claimant.start
     same_job = current.is_of_job(claimant.job_id, claimant.cluster)
     if same_job and before is not None and now is not None and now > before:
         return "its job was started again"
@@ -164,6 +165,8 @@ class Keeper:
         self._owner = owner
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._looked = -math.inf
+        """When `confirm` last looked at the file."""
         self.lost = False
         """Another attempt holds the run, so this one may no longer write to it."""
 
@@ -181,6 +184,18 @@ class Keeper:
         """Renew once, now."""
         with contextlib.suppress(OSError):  # a file system that is away for a while does not end the lease
             self.lost = self.lost or not renew(self._paths, self._owner)
+
+    def confirm(self, max_age: float = 0.0) -> None:
+        """Raise RunStateError if another attempt holds the run. A look that is at most `max_age` seconds old counts."""
+        if time.monotonic() - self._looked > max_age:
+            self._looked = time.monotonic()
+            with contextlib.suppress(OSError):  # if the file system is away, what is to be written fails by itself
+                current = holder(self._paths)
+                self.lost = self.lost or current is None or not current.is_same(self._owner)
+        if self.lost:
+            raise RunStateError(
+                f"another attempt has taken over run {self._paths.name}; {self._owner.attempt} writes no more"
+            )
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):

@@ -27,15 +27,23 @@ class Capabilities:
     """One submission can make many jobs that differ by a number."""
     inherits_environment: bool = False
     """A job has the environment of the shell that submits it, so secrets need no file."""
+    restarts_in_place: bool = False
+    """Its template can start the ranks of a job again while the job keeps its nodes."""
     srun: bool = False
     """Ranks are started by srun, whose plugins (pyxis) are at hand."""
 
 
 CAPABILITIES: dict[SchedulerName, Capabilities] = {
     "slurm": Capabilities(
-        allocates_nodes=True, requeues=True, forgets_jobs=True, dependencies=True, arrays=True, srun=True
+        allocates_nodes=True,
+        requeues=True,
+        forgets_jobs=True,
+        dependencies=True,
+        arrays=True,
+        restarts_in_place=True,
+        srun=True,
     ),
-    "local": Capabilities(inherits_environment=True),
+    "local": Capabilities(inherits_environment=True, restarts_in_place=True),
 }
 
 

@@ -109,7 +109,7 @@ def run_cost(spec: RunSpec, candidate: Candidate | None) -> RunCost | None:
     """
     if not spec.resources.gpus_per_node:
         return None
-    world = spec.resources.world_size
+    world = spec.resources.allocated_nodes * spec.resources.ranks_per_node
     if spec.train.max_steps is not None and candidate is not None:
         hours = spec.train.max_steps * candidate.time.total * world / 3600
         why = f"{spec.train.max_steps:,} steps of at most {spec.data.seq_length:,} tokens a row"

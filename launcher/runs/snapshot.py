@@ -25,7 +25,7 @@ _PHASES = {
     "exported": "ending",
 }
 
-_GOES_ON = ("requeue", "resubmit", "leave")
+_GOES_ON = ("requeue", "in_place", "resubmit", "leave")
 """Decisions (launcher/attempts/restart.py) after which another attempt follows by itself."""
 
 

@@ -21,6 +21,7 @@ from launcher.contract import resources
 from launcher.contract.errors import TemplateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths
+from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import ClusterSpec, RunSpec
 from launcher.contract.spec.fields import path_fields
 from launcher.contract.topology import Topology
@@ -73,6 +74,8 @@ def render(
             runtime=spec.cluster.runtime,
             resources=spec.resources,
             checkpoint=spec.checkpoint,
+            restart=spec.restart,
+            supervises=_supervises(spec),
             has_preflight=spec.has_preflight,
             preflight_seconds=spec.preflight.timeout_seconds,
             notify=spec.notify,
@@ -92,6 +95,11 @@ def render(
     except jinja2.TemplateError as error:
         line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise TemplateError(f"template {name}{line} does not render: {error}") from None
+
+
+def _supervises(spec: RunSpec) -> bool:
+    """Return whether the script itself looks after the nodes of its job, and starts ranks on them again."""
+    return spec.restart.how == "in_place" and CAPABILITIES[spec.cluster.scheduler].allocates_nodes
 
 
 def template_name(cluster: ClusterSpec) -> str:

@@ -23,11 +23,12 @@ def outline(submission: Submission) -> str:
     spec, topology = submission.spec, submission.topology
     resources = spec.resources
     device = f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else "CPU"
+    spare = f" and {resources.spare_nodes} spare" if resources.spare_nodes else ""
     chosen = " (topology: auto)" if "plan" in submission.config.sources.values() else ""
     return "\n".join(
         [
             f"run        {spec.name} on cluster {spec.cluster.name} ({spec.cluster.scheduler})",
-            f"nodes      {resources.nodes} x {resources.ranks_per_node} ranks ({device})",
+            f"nodes      {resources.nodes} x {resources.ranks_per_node} ranks ({device}){spare}",
             f"topology   {topology.describe()}{chosen}",
             *_stages(submission),
             f"batch      {describe_batch(spec, topology)}",

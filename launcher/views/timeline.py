@@ -86,7 +86,7 @@ def _why(events: Sequence[JsonObject], end: JsonObject | None) -> str:
     if decided is None:
         return str((end or {}).get("detail", ""))
     cause, detail = str(decided.get("cause", "")).replace("_", " "), decided.get("detail")
-    return f"{cause}{f': {detail}' if detail else ''} → {decided.get('decision', '?')}"
+    return f"{cause}{f': {detail}' if detail else ''} → {str(decided.get('decision', '?')).replace('_', ' ')}"
 
 
 def resumed_at(events: Sequence[JsonObject]) -> list[float]:

@@ -15,6 +15,7 @@ _TOLD: dict[str, Callable[[JsonObject], str]] = {
     ),
     "attempt_started": lambda event: f"attempt {event['attempt']} started on {event.get('nodes') or event['host']}",
     "training_started": lambda event: f"training began after step {event['step']} of {event['max_steps']}",
+    "restarted_in_place": lambda event: f"the same job trains on{_cost(event)}",
     "metrics_lost": lambda event: (
         "metrics.jsonl has no line for steps " + ", ".join(f"{first + 1} to {last}" for first, last in event["steps"])
     ),
@@ -56,12 +57,19 @@ def _decision(event: JsonObject) -> str:
     budget = "" if event.get("budget") is None else f" [{event['budget_left']} of {event['budget']} restarts left]"
     avoid = f", avoiding {', '.join(event['avoid'])}" if event.get("avoid") else ""
     cause = str(event["cause"]).replace("_", " ")
+    nodes = f" on {', '.join(event['nodes'])}" if event.get("nodes") else ""
     lines = (
         f"attempt {event['attempt']} ended with exit code {event['exit_code']}",
         f"cause: {cause} ({event['detail']})",
-        f"decision: {event['decision']}{avoid}: {event['reason']}{budget}",
+        f"decision: {str(event['decision']).replace('_', ' ')}{nodes}{avoid}: {event['reason']}{budget}",
     )
     return f"\n{'':21}".join(lines)
+
+
+def _cost(event: JsonObject) -> str:
+    if "steps_lost" not in event:
+        return ""
+    return f": {event['steps_lost']} steps to do again, {float(event['seconds_lost']):.0f} s without training"
 
 
 def _end(event: JsonObject) -> str:

@@ -71,8 +71,11 @@ class Saved:
 class CheckpointSaver:
     """Saves checkpoints. Methods are collective: every rank calls them in the same order. Properties are not."""
 
-    def __init__(self, control: ControlGroup) -> None:
+    def __init__(self, control: ControlGroup, attempt: str) -> None:
         self._control = control
+        self._suffix = f"{attempt}.partial"  # two attempts must not write into one directory, even where one is dead
+        self.may_write: Callable[[], None] = lambda: None
+        """On the first rank: raises where another attempt has the run, and nothing may be changed any more."""
         self._leader = torch.distributed.get_rank() == 0
         self._save: _Save | None = None
 
@@ -94,7 +97,7 @@ class CheckpointSaver:
         """
         if self._save is not None:
             raise RuntimeError("a save is still in flight")
-        save = _Save(target, target.parent / f".{target.name}.partial", trainer, time.perf_counter())
+        save = _Save(target, target.parent / f".{target.name}.{self._suffix}", trainer, time.perf_counter())
         needed = self._control.total(checkpoint_files.local_bytes(state))
         self._attempt(save, lambda: self._make_room(save, needed))
         self._attempt(save, lambda: self._plan(save, state, copy))
@@ -126,6 +129,7 @@ class CheckpointSaver:
 
     def _make_room(self, save: _Save, needed: int) -> None:
         if self._leader:
+            self.may_write()
             checkpoint_files.remove_leftovers(save.aside.parent)
             shutil.rmtree(save.aside, ignore_errors=True)  # whatever it is named
             (save.aside / SHARDED).mkdir(parents=True)
@@ -151,6 +155,7 @@ class CheckpointSaver:
             return
         checkpoint_files.write_synced(save.aside / TRAINER, save.trainer.to_json())
         checkpoint_files.seal(save.aside, {name: value for part in gathered for name, value in part.items()})
+        self.may_write()
         checkpoint_files.remove(save.target)
         save.aside.rename(save.target)
         sync_path(save.target.parent)

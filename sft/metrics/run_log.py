@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NotRequired, TypedDict
 
@@ -17,6 +18,7 @@ import torch
 
 from launcher.contract.prometheus_file import Standing, newest_losses, write_prometheus
 from launcher.contract.records import read_events, read_metrics
+from launcher.contract.restart_cost import restart_cost
 from launcher.contract.rundir import JsonObject, RunPaths, append_event, append_line, write_atomic, write_json
 from launcher.contract.spec import RunSpec
 from sft.engine.results import StepResult
@@ -28,6 +30,8 @@ _PROGRESS_INTERVAL_SECONDS = 2.0
 """progress.json goes to a shared file system, where each write costs something and nobody reads more often."""
 _DASHBOARD_INTERVAL_SECONDS = 15.0
 """Prometheus asks no more often, and the file is made from all that the run has written."""
+_CONFIRM_SECONDS = 1.0
+"""Age of the last look at the lease with which a line may be written. A look reads a small file."""
 _BAR_WIDTH = 20
 _NAMED_GAPS = 3
 """Number of gaps in metrics.jsonl that a line names; one is the rule, and a garbled file can have hundreds."""
@@ -60,7 +64,9 @@ class RunLog:
         max_steps: int,
         is_writer: bool,
         utilization: Utilization | None = None,
+        may_write: Callable[[float], None] | None = None,
     ) -> None:
+        """`may_write` raises where this rank may no longer write, as seen at most so many seconds ago."""
         self.paths = paths
         self.max_steps = max_steps
         self.is_writer = is_writer
@@ -72,6 +78,7 @@ class RunLog:
         self._checkpoint: str | None = None
         self._record: dict[str, object] = {}
         self._utilization = utilization
+        self._may_write = may_write
         self._loggers: MetricLoggers | None = None
         self._held_out: dict[str, float] = {}
         self._tokens = 0
@@ -88,6 +95,7 @@ class RunLog:
         """Note that training begins after `step` steps, from `source`, and remove metrics of later steps."""
         self._began = time.monotonic()
         if self.is_writer:
+            self._confirm(0.0)
             # An earlier attempt may have gone further than its last checkpoint: those steps are done again now.
             kept = [record for record in read_metrics(self.paths) if record["step"] <= step]
             self._tell_of_lost_metrics(kept, step)
@@ -97,6 +105,9 @@ class RunLog:
             self._loggers = MetricLoggers(self._spec, self.paths, step, self.say)
         self.say(f"resuming after step {step} from {source}" if step else f"starting from {source}")
         self.event("training_started", step=step, max_steps=self.max_steps)
+        cost = restart_cost(read_events(self.paths), step, time.time()) if self.is_writer else None
+        if cost is not None:
+            self.event("restarted_in_place", **cost)
 
     def _tell_of_lost_metrics(self, kept: list[JsonObject], step: int) -> None:
         """Say where metrics.jsonl has no lines for steps before `step`, which curves will lack from now on."""
@@ -124,6 +135,7 @@ class RunLog:
     def metrics(self, **fields: object) -> None:
         """Append a line to metrics.jsonl on rank 0, and pass its numbers to the loggers."""
         if self.is_writer:
+            self._confirm(_CONFIRM_SECONDS)
             append_line(self.paths.metrics, fields)
             self._held_out |= newest_losses([fields])
             if self._loggers is not None:
@@ -186,7 +198,12 @@ class RunLog:
         self._tokens, self._squared_lengths, self._seconds = 0, 0, 0.0
         return speed
 
+    def _confirm(self, max_age: float) -> None:
+        if self._may_write is not None:
+            self._may_write(max_age)
+
     def _write_progress(self) -> None:
+        self._confirm(_CONFIRM_SECONDS)
         self._last_written = time.time()
         head = {"attempt": self._attempt, "max_steps": self.max_steps}
         tail = {"checkpoint": self._checkpoint, "time": self._last_written}

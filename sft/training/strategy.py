@@ -22,6 +22,7 @@ from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.core import parallel_state
 from sft.megatron.parallel.groups import ControlGroup, init_model_parallel
 from sft.runtime.lightning import DDPStrategy
+from sft.runtime.rank_env import RankEnv
 
 if TYPE_CHECKING:
     from sft.engine.module import SFTGPT
@@ -50,7 +51,7 @@ class MegatronStrategy(DDPStrategy):
         super().setup_environment()
         init_model_parallel(self.topology, self.seed)
         self.control = ControlGroup()
-        self.saver = CheckpointSaver(self.control)
+        self.saver = CheckpointSaver(self.control, RankEnv.from_environ().attempt)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, object]:

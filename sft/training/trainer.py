@@ -130,7 +130,15 @@ def _train(
     data = SFTDataModule(spec, topology, prepared)
     held_out = held_out_batches(spec, topology, data, tokenizer_dir, build=leader)
     mfu = utilization(spec, architecture.shape, topology.world_size)
-    log = RunLog(paths, spec, attempt=env.attempt, max_steps=data.max_steps, is_writer=leader, utilization=mfu)
+    log = RunLog(
+        paths,
+        spec,
+        attempt=env.attempt,
+        max_steps=data.max_steps,
+        is_writer=leader,
+        utilization=mfu,
+        may_write=lease.confirm if lease is not None else None,
+    )
     resume = _resume_point(spec, paths)
     done = _nothing_to_do(spec, resume, data.max_steps)
     if done:

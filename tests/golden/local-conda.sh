@@ -107,7 +107,7 @@ job_view() { :; }
 holder_state() { :; }
 nodes_down() { :; }
 follow() { # CODE [ACTION]: restart in the same process, whose id the launcher has recorded
-  case ${2-} in requeue | resubmit) ;; *) return ;; esac
+  case ${2-} in requeue | in_place | resubmit) ;; *) return ;; esac
   unchanged job.sh || { echo "job.sh is not what was submitted, so the run does not go on"; return; }
   trap - EXIT
   exec "$BASH" "$run_dir/job.sh"

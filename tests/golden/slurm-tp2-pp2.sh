@@ -103,7 +103,7 @@ nodes_down() { # nodes of the last attempt that Slurm has lost
   nodes=$(sed -n 's/.*"event":"attempt_started".*"nodes":"\([^"]*\)".*/\1/p' "$run_dir/events.jsonl" 2>/dev/null | tail -n 1)
   [ -z "$nodes" ] || sinfo --noheader --Node --nodes="$nodes" --states=down,fail --format=%N 2>/dev/null | sort -u | paste -sd,
 }
-follow() { # CODE [ACTION [NODES]]
+follow() { # CODE [ACTION [NODES TO AVOID]], or CODE in_place ATTEMPT NODES
   local action=${2-} avoid=${3-} view tries=0
   trap '' TERM # a requeue ends every process of the job, even the command that asks for it
   if [ -z "$action" ] && [ "$1" -eq 75 ] && [[ "$(job_view)" == *JobState=RUNNING* ]]; then

@@ -195,6 +195,10 @@ class SlurmCluster:
         self._daemons.stop(f"slurmd-{name}", how=signal.SIGKILL)
         kill_all_with(self._node_env(name))
 
+    def kill_slurmd(self, name: str) -> None:
+        """Take the node's slurmd away, while what runs on the node goes on: nobody can end it now."""
+        self._daemons.stop(f"slurmd-{name}", how=signal.SIGKILL)
+
     def start_node(self, name: str) -> None:
         """Switch a killed node on again and wait until it answers.
 

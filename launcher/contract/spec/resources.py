@@ -14,6 +14,9 @@ class ResourcesSpec:
 
     nodes: Annotated[int, AtLeast(1)] = 1
     """Number of nodes."""
+    spare_nodes: Annotated[int, AtLeast(0)] = 0
+    """Further nodes that the job holds idle, to replace bad ones where restart.how is in_place. They cost as much as
+    the others."""
     gpus_per_node: Annotated[int, AtLeast(0)] = 0
     """GPUs on each node; with 0 the ranks train on CPUs over gloo."""
     tasks_per_node: Annotated[int | None, AtLeast(1)] = None
@@ -57,3 +60,8 @@ class ResourcesSpec:
     def world_size(self) -> int:
         """Number of ranks in the job."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def allocated_nodes(self) -> int:
+        """Nodes that the job holds, spare ones included."""
+        return self.nodes + self.spare_nodes

@@ -93,6 +93,8 @@ class CheckpointCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop.install()
+        if self._lease is not None:
+            cast(MegatronStrategy, trainer.strategy).saver.may_write = self._lease.confirm
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         strategy = cast(MegatronStrategy, trainer.strategy)

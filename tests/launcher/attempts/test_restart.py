@@ -133,6 +133,20 @@ def test_ways_to_go_on() -> None:
     assert decide(timeout, 75, [], RestartSpec(timeout=0), progressed=True).action is Action.STOP
 
 
+@pytest.mark.parametrize("cause", [cause for cause in Cause if hasattr(RestartSpec, cause.value)])
+def test_in_place_where_the_job_keeps_its_nodes(cause: Cause) -> None:
+    policy = RestartSpec(how="in_place", disk_full=1)
+    way = decide(diagnosis(cause), 1, [], policy, progressed=True, in_place=True).action
+    assert way is (Action.REQUEUE if cause in (Cause.TIMEOUT, Cause.PREEMPTED) else Action.IN_PLACE)
+    assert decide(diagnosis(cause), 1, [], policy, progressed=True).action is Action.REQUEUE
+    assert (
+        decide(diagnosis(cause), 1, [], RestartSpec(disk_full=1), progressed=True, in_place=True).action
+        is Action.REQUEUE
+    )
+    left = decide(diagnosis(cause), 1, [], policy, progressed=True, in_place=True, requeued=True)
+    assert left.action is Action.LEAVE
+
+
 def test_job_as_scontrol_shows_it() -> None:
     text = (
         "JobId=7 JobName=a JobState=COMPLETING Reason=None Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 "

@@ -23,6 +23,7 @@ SLURM_JOB = {"job_id": "123_4", "scheduler": "slurm", "submitted_at": 5.5, "toke
     ("text", "job", "restart", "scheduler"),
     [
         ("7.0", "7", 0, "slurm"),
+        ("7.2-11", "7", 2, "slurm"),
         ("123_4.12", "123_4", 12, "slurm"),
         ("local-3", None, None, "local"),
         ("by-hand", None, None, "local"),
@@ -33,6 +34,14 @@ SLURM_JOB = {"job_id": "123_4", "scheduler": "slurm", "submitted_at": 5.5, "toke
 def test_names_of_attempts(text: str, job: str | None, restart: int | None, scheduler: str) -> None:
     name = AttemptName(text)
     assert (name.job, name.restart, name.scheduler) == (job, restart, scheduler)
+
+
+def test_the_attempt_that_follows_in_place() -> None:
+    assert [AttemptName(text).next_in_place for text in ("7.0", "123_4.2-9", "local-3")] == [
+        "7.0-1",
+        "123_4.2-10",
+        None,
+    ]
 
 
 def test_a_job_is_its_id_scheduler_and_token_together() -> None:

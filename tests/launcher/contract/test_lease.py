@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -57,6 +58,29 @@ def test_same_job_started_again_takes_over_but_not_back(run: RunPaths) -> None:
     with pytest.raises(RunStateError):
         take(run, FIRST)
     assert list(run.root.iterdir()) == [run.lease]
+
+
+def test_ranks_started_again_in_place_follow_in_order(run: RunPaths) -> None:
+    names = ("7.0", "7.0-2", "7.0-10", "7.1", "7.1-1")
+    owners = [Owner(attempt=name, job_id="7") for name in names]
+    for earlier, later in itertools.pairwise(owners):
+        assert why_void(earlier, later, 0.0, JobState.RUNNING) == "its job was started again"
+        assert why_void(later, earlier, 0.0, JobState.RUNNING) is None
+
+
+def test_a_look_at_the_lease_before_a_write(run: RunPaths) -> None:
+    """An old look is no look; and nothing brings back a lease that was lost."""
+    take(run, FIRST)
+    keeper = Keeper(run, FIRST)
+    keeper.confirm()
+    take(run, AGAIN)
+    keeper.confirm(max_age=60.0)
+    for _ in range(2):
+        with pytest.raises(RunStateError, match=r"7\.0 writes no more"):
+            keeper.confirm()
+    release(run, AGAIN)
+    with pytest.raises(RunStateError):
+        keeper.confirm(max_age=60.0)
 
 
 def test_owner_known_to_be_gone(run: RunPaths) -> None:

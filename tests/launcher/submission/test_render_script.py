@@ -7,7 +7,10 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from launcher.contract.spec import (
     ModelSpec,
     NotifySpec,
     ResourcesSpec,
+    RestartSpec,
     RunSpec,
     RuntimeSpec,
     TopologySpec,
@@ -106,6 +110,11 @@ def golden_scripts() -> dict[str, RunSpec]:
         resources=everything,
         notify=NotifySpec(email="me@example.org"),
         checkpoint=CheckpointSpec(export=False),
+    )
+    specs["slurm-in-place"] = make_spec(
+        cluster=dataclasses.replace(slurm, srun_args=["--mpi=none"]),
+        resources=dataclasses.replace(make_spec().resources, spare_nodes=1),
+        restart=RestartSpec(how="in_place"),
     )
     return specs
 
@@ -206,6 +215,43 @@ def test_the_scheduler_is_asked_about_the_job_that_holds_the_lease(
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert [call.split("--jobs=")[1].split()[0] for call in commands.calls("squeue")] == asked
     assert done.stdout == "RUNNING\n" * len(asked)
+
+
+def in_place_script() -> str:
+    return script(golden_scripts()["slurm-in-place"])
+
+
+def test_what_is_left_of_ranks_on_a_node_is_ended() -> None:
+    """Also a stopped process; not that of another job or node. This machine stands for both nodes."""
+    text = in_place_script()
+    sweep = text[text.index("sweep=") : text.index("nodes_in() {")]
+    job = f"test-{os.getpid()}"
+
+    def start(of: str, node: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "SFT_RANKS_OF": of, "SLURMD_NODENAME": node}
+        process = subprocess.Popen(["sleep", "60"], env=environment)
+        while b"sleep" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():  # then it has its environment, too
+            time.sleep(0.01)
+        return process
+
+    left = [start(job, "n1"), start(job, "n1")]
+    others = [start(job, "n2"), start(f"{job}1", "n1")]
+    try:
+        left[0].send_signal(signal.SIGSTOP)
+        reaper = threading.Thread(target=lambda: [process.wait() for process in left])
+        reaper.start()
+        look = f'{sweep}\nbash -c "$sweep" bash {job}'
+        done = subprocess.run(
+            ["bash", "-uc", look], env={**os.environ, "SLURMD_NODENAME": "n1"}, capture_output=True, text=True
+        )
+        reaper.join()
+        assert (done.returncode, done.stdout, done.stderr) == (0, "n1\n", "")
+        assert [process.returncode for process in left] == [-signal.SIGKILL] * 2
+        assert [process.poll() for process in others] == [None, None]
+    finally:
+        for process in (*left, *others):
+            process.kill()
+            process.wait()
 
 
 def test_cpu_ranks_get_nothing_of_cuda() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from launcher.contract.errors import RunStateError
+from launcher.contract.lease import Keeper, Owner, take
 from launcher.contract.records import read_events, read_metrics
 from launcher.contract.rundir import RunPaths, append_event
 from launcher.contract.spec import LoggingSpec, MetricsSpec, RunSpec
@@ -93,3 +96,35 @@ def test_dashboards_get_the_newest_numbers(place: str, tmp_path: Path, capsys: p
         assert 'sft_loss{run="run"} 2.0\n' in text
         assert 'sft_eval_loss{run="run",set=""} 4.5\n' in text
     assert said.count("the file is no longer written") == (place != "true")
+
+
+def test_what_another_attempt_has_is_not_written(tmp_path: Path) -> None:
+    """A rank 0 that was taken for dead and goes on: neither metrics nor progress, nor the cut that a start makes."""
+    paths = RunPaths(tmp_path)
+    take(paths, Owner(attempt="7.0", job_id="7"))
+    keeper = Keeper(paths, Owner(attempt="7.0", job_id="7"))
+    log = RunLog(paths, SPEC, attempt="7.0", max_steps=50, is_writer=True, may_write=keeper.confirm)
+    log.begin(0, "a model")
+    log.metrics(step=5, loss=1.0)
+    take(paths, Owner(attempt="7.0-1", job_id="7"))
+    paths.metrics.write_text(lines(5, 10))
+    for write in (lambda: log.begin(0, "a model"), lambda: log.metrics(step=6), lambda: log.checkpoint_saved("x")):
+        log._record = {"step": 5}
+        with pytest.raises(RunStateError, match=r"7\.0 writes no more"):
+            write()
+    assert paths.metrics.read_text() == lines(5, 10)
+    assert not paths.progress.exists()
+    log.close()
+
+
+def test_a_restart_in_place_is_told_with_its_cost(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    paths.metrics.write_text(lines(5, 10))
+    fields = {"attempt": "7.0", "cause": "hang", "decision": "in_place", "reached": 10, "reached_at": 0.0}
+    append_event(paths, "restart_decided", **fields, detail="x", exit_code=76, reason="y", nodes=["n1", "n3"])
+    resumed(paths, 5)
+    (told,) = [event for event in read_events(paths) if event["event"] == "restarted_in_place"]
+    assert (told["after"], told["cause"], told["step"], told["steps_lost"]) == ("7.0", "hang", 5, 5)
+    why = explain(paths)
+    assert "decision: in place on n1, n3: y" in why
+    assert re.search(r"the same job trains on: 5 steps to do again, \d+ s without training", why)

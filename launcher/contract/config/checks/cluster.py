@@ -38,8 +38,29 @@ def scheduler_problems(spec: RunSpec) -> Iterator[Problem]:
             "resources.nodes",
             f"{resources.nodes} on cluster {cluster.name}, which is this machine alone; set it to 1",
         )
+    yield from _in_place_problems(spec)
     if set("%\\") & set(spec.run_root):  # both mean something in sbatch's --output and in submitit's folders
         yield "run_root", f"{spec.run_root!r} holds % or a backslash, which Slurm reads as part of a pattern"
+
+
+def _in_place_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield what a restart in place, or nodes held for one, would ask in vain."""
+    resources, cluster = spec.resources, spec.cluster
+    can = CAPABILITIES[cluster.scheduler]
+    in_place = spec.restart.how == "in_place"
+    if in_place and not can.restarts_in_place:
+        yield "restart.how", f"in_place: jobs of cluster {cluster.name} cannot start their ranks again; use requeue"
+    if not resources.spare_nodes:
+        return
+    if not can.allocates_nodes:
+        why = f"{resources.spare_nodes} on cluster {cluster.name}, which is this machine alone; set it to 0"
+        yield "resources.spare_nodes", why
+    elif not in_place:
+        yield (
+            "resources.spare_nodes",
+            f"{resources.spare_nodes} with restart.how {spec.restart.how}: only restart.how in_place uses spare nodes, "
+            "and they would be paid for in vain; set one of the two",
+        )
 
 
 def runtime_problems(spec: RunSpec) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from launcher.contract.config.checks import spec_problems
 from launcher.contract.config.load import load_config
 from launcher.contract.errors import ConfigError
 from launcher.contract.secret_names import is_secret_name
-from launcher.contract.spec import ClusterSpec, LoraSpec, ModelSpec, RunSpec, TrainSpec
+from launcher.contract.spec import ClusterSpec, LoraSpec, ModelSpec, ResourcesSpec, RestartSpec, RunSpec, TrainSpec
 
 CFG = Path("cfg.yaml")
 
@@ -49,6 +49,8 @@ CFG = Path("cfg.yaml")
         ("cluster.env.A-B=1", "cluster.env: 'A-B' is not the name of an environment variable"),
         ("cluster.env.HF_TOKEN=x", "cluster.env: HF_TOKEN looks like a secret, and would be stored in the run "),
         ("resources.nodes=2", "resources.nodes: 2 on cluster local, which is this machine alone; set it to 1"),
+        ("resources.spare_nodes=1", "resources.spare_nodes: 1 on cluster local, which is this machine alone; "),
+        ("restart.node_seconds=0", "restart.node_seconds: 0 is not above 0"),
         ("run_root=a%j", "run_root: '"),
         ("cluster.runtime.kind=venv", "cluster.runtime.path: missing; runtime kind venv needs it"),
         ("cluster.runtime.kind=apptainer", "cluster.runtime.image: missing; runtime kind apptainer needs it"),
@@ -123,3 +125,17 @@ def test_an_environment_variable_is_spelled_out(workdir: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(CFG, ["model.path=${MODELS}/a"])
     assert caught.value.problems[0].endswith("not found; an environment variable is ${oc.env:MODELS}")
+
+
+def test_spare_nodes_are_for_restarts_in_place() -> None:
+    def found(how: str, spare: int) -> list[str]:
+        cluster = ClusterSpec(name="c", scheduler="slurm")
+        resources, restart = ResourcesSpec(nodes=2, spare_nodes=spare), RestartSpec(how=how)  # type: ignore[arg-type]
+        spec = RunSpec(cluster=cluster, resources=resources, restart=restart)
+        return [f"{key}: {why}" for key, why in spec_problems(spec) if key in ("resources.spare_nodes", "restart.how")]
+
+    assert found("in_place", 1) == found("in_place", 0) == found("requeue", 0) == []
+    assert found("requeue", 1) == [
+        "resources.spare_nodes: 1 with restart.how requeue: only restart.how in_place uses spare nodes, and they would "
+        "be paid for in vain; set one of the two"
+    ]

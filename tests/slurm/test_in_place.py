@@ -1,0 +1,212 @@
+"""Restarts in place: a run that loses a rank or a node goes on in the same job, with the curve of an undisturbed one.
+
+All of it is slow: by default the unit tests stand for the decisions, and the fault matrix for the faults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from launcher.contract.job import AttemptName
+from launcher.contract.rundir import RunPaths
+from tests.slurm.cluster import SlurmCluster, why_unavailable
+from tests.slurm.matrix import PATIENCE, TWO_RANKS, decided, job_of, rank_python, wait_for_end
+from tests.slurm.processes import wait_until
+from tests.slurm.runs import Workbench, events, loss_curve, make_workbench, wait_for_checkpoint
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
+
+IN_PLACE = (*TWO_RANKS, "restart.how=in_place", "resources.spare_nodes=1")
+QUICK_WATCHDOG = ("watchdog.floor_seconds=15", "watchdog.checkpoint_seconds=60")
+NO_BUDGET = ("restart.unknown=1000", "restart.communication=1000")
+"""For kills that leave no time for progress."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A cluster, and the run that the others are compared with."""
+
+    bench: Workbench
+    undisturbed: RunPaths
+
+
+@pytest.fixture(scope="module", params=["without-sacct", "with-sacct"])
+def on(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    accounting = request.param == "with-sacct"
+    if reason := why_unavailable(accounting=accounting):
+        pytest.skip(reason)
+    with SlurmCluster(tmp_path_factory.mktemp("inplace"), accounting=accounting) as cluster:
+        bench = make_workbench(tmp_path_factory.mktemp("runs"), cluster)
+        yield Bench(bench, wait_for_end(bench, bench.submit("undisturbed", *TWO_RANKS)))
+
+
+def begin(on: Bench, name: str, *overrides: str) -> RunPaths:
+    run = on.bench.submit(name, *IN_PLACE, *overrides)
+    wait_for_checkpoint(run, PATIENCE)
+    return run
+
+
+def rank(run: RunPaths, number: int) -> int:
+    return rank_python(job_of(run), rank=number, ranks=2)
+
+
+def start_seconds(run: RunPaths) -> float:
+    """How long the first ranks took from the script's start to training: the model's own start."""
+    return float(events(run, "training_started")[0]["time"] - events(run, "attempt_started")[0]["time"])
+
+
+def check(on: Bench, run: RunPaths, cause: str, since: float) -> None:
+    """One restart in place, in time, in the same job, and the curve of the undisturbed run."""
+    assert decided(run) == [(cause, "in_place"), ("done", "stop")]
+    job = job_of(run)
+    assert [event["attempt"] for event in events(run, "attempt_started")] == [f"{job}.0", f"{job}.0-1"]
+    (restarted,) = events(run, "restarted_in_place")
+    assert restarted["cause"] == cause
+    took = restarted["time"] - since
+    print(f"{run.name}: trained again {took:.1f} s later, own start {start_seconds(run):.1f} s; {restarted}")
+    assert took < 60 + start_seconds(run)
+    assert loss_curve(run) == loss_curve(on.undisturbed)
+    assert not run.lease.exists()
+    why = on.bench.launcher("status", "--why", str(run.root)).stdout
+    assert "decision: in place on node" in why
+    assert "the same job trains on: " in why
+
+
+def test_killed_rank(on: Bench) -> None:
+    run = begin(on, "killed")
+    os.kill(rank(run, 1), signal.SIGKILL)
+    since = time.time()
+    wait_for_end(on.bench, run)
+    check(on, run, "unknown", since)
+    first, second = events(run, "attempt_started")
+    assert first["nodes"] == second["nodes"]
+
+
+def test_stopped_rank(on: Bench) -> None:
+    run = begin(on, "stopped", *QUICK_WATCHDOG)
+    os.kill(rank(run, 1), signal.SIGSTOP)
+    wait_for_end(on.bench, run)
+    (hang,) = events(run, "hang_detected")
+    check(on, run, "hang", hang["time"])
+
+
+@contextlib.contextmanager
+def lost(on: Bench, node: str) -> Iterator[None]:
+    """A power cut, and the node's return."""
+    on.bench.cluster.kill_node(node)
+    try:
+        yield
+    finally:
+        on.bench.cluster.start_node(node)
+
+
+def test_lost_node(on: Bench) -> None:
+    """The spare node takes its place, long before a queue could."""
+    run = begin(on, "lost")
+    nodes = on.bench.cluster.nodes_of(job_of(run))
+    since = time.time()
+    with lost(on, nodes[1]):
+        wait_for_end(on.bench, run)
+    check(on, run, "node_failure", since)
+    first, second = events(run, "attempt_started")
+    assert (first["nodes"], second["nodes"]) == (",".join(nodes[:2]), f"{nodes[0]},{nodes[2]}")
+
+
+def test_lost_node_without_a_spare_one(on: Bench) -> None:
+    """Slurm ends the job, as it does with restart.how requeue."""
+    run = begin(on, "none-spare", "resources.spare_nodes=0")
+    with lost(on, on.bench.cluster.nodes_of(job_of(run))[1]):
+        wait_for_end(on.bench, run)
+    causes = decided(run)
+    assert causes[-1] == ("done", "stop")
+    assert {decision for _, decision in causes[:-1]} <= {"requeue", "leave"}
+    assert loss_curve(run) == loss_curve(on.undisturbed)
+
+
+def test_two_nodes_lost_of_one_spare(on: Bench) -> None:
+    """What cannot be done in place is requeued."""
+    run = begin(on, "two-lost")
+    nodes = on.bench.cluster.nodes_of(job_of(run))
+    with lost(on, nodes[1]), lost(on, nodes[2]):
+        wait_until(lambda: len(decided(run)) == 1, "the decision", timeout=PATIENCE)
+    wait_for_end(on.bench, run)
+    assert decided(run) == [("node_failure", "requeue"), ("done", "stop")]
+    assert loss_curve(run) == loss_curve(on.undisturbed)
+
+
+def test_lost_node_of_the_script(on: Bench) -> None:
+    """Nobody is left to decide, and --no-kill keeps Slurm from ending the job: another node has it requeued."""
+    run = begin(on, "script-lost")
+    with lost(on, on.bench.cluster.nodes_of(job_of(run))[0]):
+        wait_for_end(on.bench, run)
+    assert decided(run) == [("node_failure", "leave"), ("done", "stop")]
+    job = job_of(run)
+    assert [event["attempt"] for event in events(run, "attempt_started")] == [f"{job}.0", f"{job}.1"]
+    assert loss_curve(run) == loss_curve(on.undisturbed)
+
+
+def test_rank_that_lives_on_a_node_without_an_answer(on: Bench) -> None:
+    """Its node's slurmd is gone, so that nobody can end it. It wakes up when the others train again."""
+    run = begin(on, "awake", *QUICK_WATCHDOG)
+    cluster = on.bench.cluster
+    node, old = cluster.nodes_of(job_of(run))[1], rank(run, 1)
+    os.kill(old, signal.SIGSTOP)
+    cluster.kill_slurmd(node)
+    try:
+        wait_until(lambda: bool(events(run, "restarted_in_place")), "training to go on", timeout=PATIENCE)
+        os.kill(old, signal.SIGCONT)
+        wait_for_end(on.bench, run)
+    finally:
+        cluster.kill_node(node)
+        cluster.start_node(node)
+    check(on, run, "node_failure", events(run, "hang_detected")[0]["time"])
+
+
+KILLS = int(os.environ.get("SFT_RANDOM_KILLS", "50"))
+SEED = int(os.environ.get("SFT_RANDOM_SEED", "19"))
+LONG = "train.max_steps=600"
+
+
+def test_random_kills(on: Bench, request: pytest.FixtureRequest) -> None:
+    """At any moment: while ranks load, train or save, and while they come up after the kill before."""
+    if "with-sacct" in request.node.name:
+        pytest.skip("accounting has no part in it, and it takes a quarter of an hour")
+    reference = on.bench.submit("reference", *TWO_RANKS, LONG)
+    wait_for_end(on.bench, reference)
+    chance = random.Random(SEED)
+    run = on.bench.submit("random", *IN_PLACE, *NO_BUDGET, LONG)
+    done = 0
+    while done < KILLS:
+        wait_until(lambda: _alive(run) is not None, "ranks", timeout=PATIENCE, interval=0.05)
+        time.sleep(chance.uniform(0.0, 8.0))
+        victim = _alive(run, chance.randrange(2))
+        if events(run, "training_finished"):
+            break
+        if victim is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+                done += 1
+            wait_until(lambda: _alive(run) != victim, "the ranks to end", timeout=PATIENCE, interval=0.05)
+            wait_until(lambda: len(decided(run)) >= 1, "a decision", timeout=PATIENCE, interval=0.05)
+    wait_for_end(on.bench, run)
+    print(f"{done} kills, {len(events(run, 'restarted_in_place'))} restarts that trained")
+    assert done == KILLS
+    assert {decision for _, decision in decided(run)[:-1]} == {"in_place"}
+    assert {AttemptName(event["attempt"]).restart for event in events(run, "attempt_started")} == {0}
+    assert loss_curve(run) == loss_curve(reference)
+
+
+def _alive(run: RunPaths, number: int = 0) -> int | None:
+    """The process of a rank, if it lives."""
+    try:
+        return rank(run, number)
+    except (AssertionError, OSError, IndexError):
+        return None
