@@ -35,7 +35,7 @@ class Allocation:
 
     @property
     def silent(self) -> tuple[str, ...]:
-        """Nodes that ranks ran on and that are not usable; none where no node is, since that is not a node's fault."""
+        """The nodes that ranks ran on and that are not usable. None where no node is: that is not a node's fault."""
         return tuple(host for host in self.used if host not in self.usable) if self.usable else ()
 
 

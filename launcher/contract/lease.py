@@ -68,7 +68,7 @@ class Owner:
 
     @property
     def start(self) -> tuple[int, int] | None:
-        """How often the job, and in it the ranks, had been started; None where no scheduler starts jobs again."""
+        """How often the job, and in it its ranks, had been started. None where no scheduler starts jobs again."""
         name = AttemptName(self.attempt)
         return None if name.restart is None or name.job != self.job_id else (name.restart, name.generation)
 

@@ -224,8 +224,8 @@ guard='while sleep 15; do
 done'
 watch_this_node() {
   local node others=()
-  for node in "${hosts[@]}"; do [ "$node" = "${allocated[0]}" ] || others+=("$node"); done
-  [ -n "${others[*]-}" ] || others=("${allocated[@]:1}")
+  for node in "${hosts[@]}"; do [ "$node" = "${allocated[0]}" ] || others+=("$node"); done # these are known to be well
+  [[ $SFT_ATTEMPT == *-* && -n ${others[*]-} ]] || others=("${allocated[@]:1}")
   others=("${others[@]:0:2}")
   env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK \
     srun --export=ALL "${host_args[@]}" --nodes="${#others[@]}" --ntasks="${#others[@]}" --ntasks-per-node=1 --nodelist="$(IFS=,; echo "${others[*]}")" \

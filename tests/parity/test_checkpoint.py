@@ -20,13 +20,17 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import sft.checkpoint.files
 import sft.checkpoint.save
+from launcher.contract.errors import RunStateError
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.lease import Owner, holder, take
 from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.versions import parse_version
 from sft.__main__ import main
 from sft.checkpoint.files import changed_bytes, damage
 from sft.checkpoint.load import newest_usable
+from sft.checkpoint.save import CheckpointSaver
 from sft.megatron.core import __version__ as megatron_version
+from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
 from tests.ranks import run_ranks
 from tests.tiers import thinned
@@ -313,6 +317,39 @@ def stop_after_third_step(config: Path, name: str) -> int:
 
     sft.engine.module.SFTGPT.training_step = step  # type: ignore[method-assign]
     return main(["train", str(config)])
+
+
+def error_after_a_hand_over(config: Path, before: str) -> str:
+    """Train while another attempt takes the run, just before something is written; return what ended the training."""
+    paths = RunPaths(config.parent)
+    following = Owner(attempt="7.0-1", job_id="7")
+    save = CheckpointSaver.begin if before == "begin" else CheckpointSaver._publish
+
+    def late(saver: CheckpointSaver, *arguments: Any, **options: Any) -> None:
+        if paths.complete_checkpoints():
+            take(paths, following)
+            others.mkdir()
+        save(saver, *arguments, **options)
+
+    setattr(CheckpointSaver, save.__name__, late)
+    os.environ["SFT_ATTEMPT"] = "7.0"
+    take(paths, Owner(attempt="7.0", job_id="7"))
+    others = paths.checkpoint(4).with_name(".step-00000004.7.0-1.partial")
+    try:
+        train(config)
+    except RunStateError as error:
+        return f"{error}; {'kept' if others.is_dir() else 'removed'}"
+    return "it wrote on"
+
+
+@pytest.mark.parametrize("before", ["begin", "publish"])
+def test_a_run_that_has_changed_hands_is_left_alone(before: str, tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """As by a rank that was taken for dead: it publishes no checkpoint, and touches nothing of the ranks after it."""
+    paths = make_run(tmp_path, *material, ranks=1, max_steps=6, every=2, asynchronous=False)
+    (said,) = run_ranks(1, error_after_a_hand_over, paths.config, before)
+    assert said == "another attempt has taken over run run; 7.0 writes no more; kept"
+    assert [path.name for path in paths.complete_checkpoints()] == ["step-00000002"]
+    assert str(getattr(holder(paths), "attempt", "")) == "7.0-1"
 
 
 def events(paths: RunPaths, name: str) -> list[dict[str, object]]:

@@ -18,7 +18,7 @@ import pytest
 from launcher.contract.job import AttemptName
 from launcher.contract.rundir import RunPaths
 from tests.slurm.cluster import SlurmCluster, why_unavailable
-from tests.slurm.matrix import PATIENCE, TWO_RANKS, decided, job_of, rank_python, wait_for_end
+from tests.slurm.matrix import PATIENCE, TWO_RANKS, decided, job_of, rank_python, wait_for_decisions, wait_for_end
 from tests.slurm.processes import wait_until
 from tests.slurm.runs import Workbench, events, loss_curve, make_workbench, wait_for_checkpoint
 
@@ -184,18 +184,12 @@ def test_random_kills(on: Bench, request: pytest.FixtureRequest) -> None:
     chance = random.Random(SEED)
     run = on.bench.submit("random", *IN_PLACE, *NO_BUDGET, LONG)
     done = 0
-    while done < KILLS:
-        wait_until(lambda: _alive(run) is not None, "ranks", timeout=PATIENCE, interval=0.05)
+    while done < KILLS and not events(run, "training_finished"):
+        wait_until(lambda: bool(_process(run, 0)), "ranks", timeout=PATIENCE, interval=0.05)
         time.sleep(chance.uniform(0.0, 8.0))
-        victim = _alive(run, chance.randrange(2))
-        if events(run, "training_finished"):
-            break
-        if victim is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
-                done += 1
-            wait_until(lambda: _alive(run) != victim, "the ranks to end", timeout=PATIENCE, interval=0.05)
-            wait_until(lambda: len(decided(run)) >= 1, "a decision", timeout=PATIENCE, interval=0.05)
+        if _kill(run, chance.randrange(2)):
+            done += 1
+            wait_for_decisions(run, done)
     wait_for_end(on.bench, run)
     print(f"{done} kills, {len(events(run, 'restarted_in_place'))} restarts that trained")
     assert done == KILLS
@@ -204,9 +198,19 @@ def test_random_kills(on: Bench, request: pytest.FixtureRequest) -> None:
     assert loss_curve(run) == loss_curve(reference)
 
 
-def _alive(run: RunPaths, number: int = 0) -> int | None:
+def _process(run: RunPaths, number: int) -> int | None:
     """The process of a rank, if it lives."""
     try:
         return rank(run, number)
     except (AssertionError, OSError, IndexError):
         return None
+
+
+def _kill(run: RunPaths, number: int) -> bool:
+    """Kill a rank, if it lives."""
+    process = _process(run, number)
+    with contextlib.suppress(ProcessLookupError):
+        if process is not None:
+            os.kill(process, signal.SIGKILL)
+            return True
+    return False

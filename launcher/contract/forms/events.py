@@ -152,6 +152,23 @@ class TrainingStarted(OfAttempt):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RestartedInPlace(OfAttempt):
+    """Training goes on in the same job."""
+
+    event: Literal["restarted_in_place"]
+    after: str
+    """The attempt before."""
+    cause: CauseName
+    """Why that one ended."""
+    step: int
+    """Training goes on after this step."""
+    steps_lost: int = 0
+    """Steps to do again; absent where the attempt before had logged none."""
+    seconds_lost: float = 0.0
+    """Since the last logged step; absent where the attempt before had logged none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricsLost(OfAttempt):
     """metrics.jsonl has no line for steps that are done."""
 
@@ -307,8 +324,9 @@ class RestartDecided(OfAttempt):
     """Why it ended."""
     detail: str
     """What that was concluded from."""
-    decision: Literal["requeue", "resubmit", "leave", "stop", "withdraw"]
-    """What follows; `leave`: Slurm starts the job again by itself; `withdraw`: Slurm would, and must not."""
+    decision: Literal["requeue", "in_place", "resubmit", "leave", "stop", "withdraw"]
+    """What follows; `in_place`: the ranks start again within the job; `leave`: Slurm starts the job again by itself;
+    `withdraw`: Slurm would, and must not."""
     reason: str
     """Why, and what to change before the next try."""
     budget: int | None
@@ -321,6 +339,12 @@ class RestartDecided(OfAttempt):
     """Whether the attempt wrote one that counts."""
     avoid: tuple[str, ...] = ()
     """Nodes that the run keeps away from, from now on."""
+    nodes: tuple[str, ...] = ()
+    """In place: where the ranks start again; empty where the scheduler has no nodes."""
+    reached: int = 0
+    """In place: the last step that was logged."""
+    reached_at: float = 0.0
+    """In place: when that was, in seconds since the epoch; absent where no step was logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +377,7 @@ EVENTS = (
     Prepared,
     PreflightFailed,
     TrainingStarted,
+    RestartedInPlace,
     MetricsLost,
     CheckpointSaved,
     BadStep,

@@ -12,9 +12,9 @@ from launcher.contract.spec.rules import Above, AtLeast
 class RestartSpec:
     """When a run restarts by itself.
 
-    Each whole number is a budget: how often in a row the run restarts for this cause without progress, 0 for never.
-    Progress is a new checkpoint, two steps or more after the one before; a restart after it is free. Errors in code,
-    data or settings are never retried.
+    Each count is a budget: how often in a row the run restarts for this cause without progress, 0 for never. Progress
+    is a new checkpoint, two steps or more after the one before; a restart after it is free. Errors in code, data or
+    settings are never retried.
     """
 
     how: Literal["requeue", "in_place", "resubmit", "none"] = "requeue"

@@ -195,17 +195,20 @@ def test_ranks_by_hand_hold_the_run(
     wait_for(lambda: state() is JobState.COMPLETED)
 
 
-def test_local_run_is_started_again(workdir: Path, commands: Commands, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("how", ["requeue", "in_place"])
+def test_local_run_is_started_again(
+    how: str, workdir: Path, commands: Commands, capfd: pytest.CaptureFixture[str]
+) -> None:
     """In the same process, and with the same followers, until the budget is used up or it is done."""
     judge = f'[[ "$2" != launcher.attempts* ]] || exec {sys.executable} "$@"\n'
     killed = '[ "$3 ${RANK-}" != "train 1" ] || [ "$SFT_ATTEMPT" = local-3 ] || kill -9 $$\n'
     python = commands.add("killed-twice", judge + killed)
-    assert launch(f"cluster.runtime.python={python}", "--follow") == 0
+    assert launch(f"cluster.runtime.python={python}", f"restart.how={how}", "--follow") == 0
     out = capfd.readouterr().out
     for line in (
-        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 1 of 2 without progress",
+        f"unknown (killed by signal 9, and nothing says by whom): {how}; restart 1 of 2 without progress",
         "attempt local-1 ended with exit code 137",
-        "unknown (killed by signal 9, and nothing says by whom): requeue; restart 2 of 2 without progress",
+        f"unknown (killed by signal 9, and nothing says by whom): {how}; restart 2 of 2 without progress",
         "attempt local-2 ended with exit code 137",
         "attempt local-3 ended with exit code 0",
     ):
