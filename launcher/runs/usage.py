@@ -156,8 +156,8 @@ def _accounted(run: _Run, allocation: Allocation, span: Span | None) -> Use:
         cause="running" if running else (span.cause or None) if span else None,
         started=allocation.start,
         seconds=seconds,
-        nodes=allocation.nodes or resources.nodes,
-        gpus=resources.nodes * resources.gpus_per_node if allocation.gpus is None else allocation.gpus,
+        nodes=allocation.nodes or resources.allocated_nodes,
+        gpus=resources.allocated_nodes * resources.gpus_per_node if allocation.gpus is None else allocation.gpus,
         wasted_seconds=min(wasted, seconds),
         source="accounting",
     )
@@ -180,8 +180,8 @@ def _told(run: _Run, span: Span) -> Use:
         cause="running" if running else span.cause or None,
         started=span.began,
         seconds=seconds,
-        nodes=resources.nodes,
-        gpus=resources.nodes * resources.gpus_per_node,
+        nodes=resources.allocated_nodes,
+        gpus=resources.allocated_nodes * resources.gpus_per_node,
         wasted_seconds=min(span.wasted(end, running=running), seconds),
         source="events",
     )
