@@ -141,6 +141,7 @@ look_at_nodes() { # set `look` to what Python must know of the nodes: those with
   echo "nodes on which ranks may start: ${usable:-none}"
 }
 start_again() { # ATTEMPT NODES: run this script for them, in this shell, so that the job and its process stay the same
+  unchanged job.sh || { echo "job.sh is not what was submitted, so the run does not go on"; return; }
   trap - EXIT TERM
   kill "$guards"
   SFT_NEXT_ATTEMPT=$1 SFT_NODES=$2 PYTHONPATH=$given_pythonpath exec "$BASH" "$run_dir/job.sh"
