@@ -50,7 +50,8 @@ Tokens per second that were measured are in [benchmarks](../benchmarks/README.md
 ## Limits
 
 * Of multimodal models the language model is trained, on text.
-* Quantized weights are not read: use the unquantized model.
+* Quantized weights are not read, but for the MXFP4 of gpt-oss, which trains and is exported in bf16. Of other models
+  use the unquantized ones.
 * RoPE of type `dynamic` or `longrope` is covered up to the length from which it depends on the batch:
   `max_position_embeddings`, or `original_max_position_embeddings`. Longer rows are refused.
 * Norms over all heads (Olmo) need `topology.tensor_parallel` to be at most the number of KV heads.

@@ -33,6 +33,7 @@ from sft.hf.adapter import (
 )
 from sft.hf.expert_adapter import ExpertTarget, all_expert_targets, expert_target_names, weight_in_memory
 from sft.hf.exporter import (
+    check_export,
     copy_settings,
     file_dtypes,
     trained_dtypes,
@@ -40,7 +41,7 @@ from sft.hf.exporter import (
     write_config,
     write_model,
 )
-from sft.hf.files import WeightFiles, check_model_files, write_weights
+from sft.hf.files import WeightFiles, write_weights
 from sft.hf.sharded_reader import ShardedReader
 from sft.hf.trained_routers import frozen_parts, name_in_memory, trained_routers
 from sft.models.architecture import Architecture
@@ -78,7 +79,7 @@ def export_adapter(
             merge = _Merger(reader, model_dir, architecture, targets, of_experts, lora)
             write_model(merge.tensors_of, architecture, dtypes, model_dir, aside)
             write_config(model_dir, aside, trained_dtypes(architecture, dtypes))
-            check_model_files(aside, architecture)
+            check_export(aside, architecture)
 
 
 def adapted_model(directory: Path) -> Path | None:

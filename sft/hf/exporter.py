@@ -15,6 +15,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -90,7 +91,12 @@ def export_checkpoint(
         )
         copy_settings(model_dir, tokenizer_dir or model_dir, chat_template, aside)
         write_config(model_dir, aside, trained_dtypes(architecture, dtypes))
-        check_model_files(aside, architecture)
+        check_export(aside, architecture)
+
+
+def check_export(directory: Path, architecture: Architecture) -> None:
+    """Raise ModelError with what is wrong in the weight files of an export."""
+    check_model_files(directory, replace(architecture, weights=architecture.weights.unquantized()))
 
 
 @contextmanager
@@ -179,7 +185,10 @@ def file_dtypes(model_dir: Path, architecture: Architecture) -> dict[str, torch.
     """Return the number type of every tensor of a model directory."""
     files = weight_map(model_dir)
     headers = {file: read_header(model_dir / file) for file in set(files.values())}
-    return {name: _DTYPES[headers[files[name]][name].dtype] for name in architecture.weights.hf_shapes()}
+    return {
+        name: torch.bfloat16 if name in architecture.weights.mxfp4 else _DTYPES[headers[files[name]][name].dtype]
+        for name in architecture.weights.hf_shapes()
+    }
 
 
 def write_model(
@@ -233,13 +242,17 @@ def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: bytes | N
 
 
 def write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Write the source's config.json, with another number type where the weights have one."""
+    """Write the source's config.json, with another number type where the weights have one, and no quantization."""
     config: dict[str, object] = read_json(model_dir / "config.json") or {}
+    quantized = config.pop("quantization_config", None) is not None
     used = set(dtypes.values())
     dtype = str(used.pop()).removeprefix("torch.") if len(used) == 1 else None
     stated = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     if dtype is None or all(config.get(key) == dtype for key in stated):
-        shutil.copyfile(model_dir / "config.json", directory / "config.json")
+        if quantized:
+            write_json(directory / "config.json", config)
+        else:
+            shutil.copyfile(model_dir / "config.json", directory / "config.json")
     else:
         text = config.get("text_config")
         inner = {"text_config": text | {key: dtype for key in stated if key in text}} if isinstance(text, dict) else {}

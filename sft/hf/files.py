@@ -21,24 +21,20 @@ from safetensors.torch import save_file
 
 from launcher.contract.errors import ModelError
 from launcher.contract.rundir import sync_path
+from sft.hf import mxfp4
+from sft.hf.sliceable import Sliceable
 from sft.models.architecture import Architecture
 from sft.models.stored_tensors import INDEX, TensorHeader, read_header, weight_map
 from sft.models.weight_map import ParameterMap, Piece
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_BYTES = ("U8",)
 _SHOWN = 3
 _ROWS_COMPARED = 4096
 _END_BYTES = 2**20
 
 _COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of the names of RoPE's frequencies and GPT-2's causal masks."""
-
-
-class Sliceable(Protocol):
-    """A tensor of which only the part is read by which it is indexed."""
-
-    def __getitem__(self, index: slice | tuple[int | slice, ...], /) -> torch.Tensor:
-        """Return that part. Slices have no step."""
 
 
 class _FileTensor(Sliceable, Protocol):
@@ -70,9 +66,23 @@ class WeightFiles:
         self.model_dir = model_dir
         self._files = weight_map(model_dir)
         self._open: dict[str, _WeightFile] = {}
+        self._dequantized: mxfp4.Mxfp4Tensor | None = None
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Sliceable:
         """Return an object whose indexing reads only those rows and columns of `name`."""
+        if name not in self._files and mxfp4.stored_names(name)[0] in self._files:
+            return self._of_mxfp4(name, shape)
+        return self._stored(name, shape, _FLOATS)
+
+    def _of_mxfp4(self, name: str, shape: tuple[int, ...]) -> Sliceable:
+        """Return a tensor whose files hold blocks and scales. The latest stays, with what was read of it."""
+        if self._dequantized is None or self._dequantized.name != name:
+            names, shapes = mxfp4.stored_names(name), mxfp4.stored_shapes(shape)
+            parts = (self._stored(part, size, _BYTES) for part, size in zip(names, shapes, strict=True))
+            self._dequantized = mxfp4.Mxfp4Tensor(name, *parts)
+        return self._dequantized
+
+    def _stored(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> _FileTensor:
         if name not in self._files:
             raise ModelError(f"{self.model_dir}: no tensor {name} in any weight file")
         path = self.model_dir / self._files[name]
@@ -80,7 +90,7 @@ class WeightFiles:
             found = self._opened(path).get_slice(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: tensor {name} cannot be read ({error})") from None
-        problem = _problem(path, name, found.get_dtype(), tuple(found.get_shape()), shape)
+        problem = _problem(path, name, found.get_dtype(), tuple(found.get_shape()), shape, dtypes)
         if problem:
             raise ModelError(problem)
         return found
@@ -157,16 +167,16 @@ def _tensor_problems(
     model_dir: Path, files: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorHeader]], model: Architecture
 ) -> list[str]:
     """Return what is wrong with the tensors of complete files."""
-    wanted = model.weights.hf_shapes()
+    wanted = _stored_shapes(model)
     problems = []
-    for name, shape in wanted.items():
+    for name, (shape, dtypes) in wanted.items():
         if name not in files:
             problems.append(f"{model_dir}: no tensor {name} in any weight file{_bare_model(name, files)}")
         elif name not in headers[files[name]]:
             problems.append(f"{model_dir / files[name]}: no tensor {name}, though {INDEX} names it")
         else:
             found = headers[files[name]][name]
-            problem = _problem(model_dir / files[name], name, found.dtype, found.shape, shape)
+            problem = _problem(model_dir / files[name], name, found.dtype, found.shape, shape, dtypes)
             problems += [problem] if problem else []
     # A weight that no layer takes would be lost without a word, and again at export. Old files keep what is computed,
     # and a tied model's head may be there as a copy of its embedding.
@@ -190,6 +200,18 @@ def _bare_model(name: str, files: Mapping[str, str]) -> str:
     return f", only {inner}; save the whole model (AutoModelForCausalLM), not the base model in it"
 
 
+def _stored_shapes(model: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Return shape and possible number types of each tensor of the files."""
+    found: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    for name, shape in model.weights.hf_shapes().items():
+        if name in model.weights.mxfp4:
+            parts = zip(mxfp4.stored_names(name), mxfp4.stored_shapes(shape), strict=True)
+            found |= {part: (size, _BYTES) for part, size in parts}
+        else:
+            found[name] = (shape, _FLOATS)
+    return found
+
+
 def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture) -> list[str]:
     """Return whether a tied model's second copy of its embedding is none: transformers unties two that differ."""
     shape = (model.shape.vocab_size, model.shape.hidden_size)
@@ -203,10 +225,12 @@ def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture
     return [f"{model_dir}: config.json ties the embeddings, but {names[0]} differs from {names[1]}"]
 
 
-def _problem(path: Path, name: str, dtype: str, found: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
+def _problem(
+    path: Path, name: str, dtype: str, found: tuple[int, ...], shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> str | None:
     """Return why this tensor is not the one that the config describes, or None."""
     if found != shape:
         return f"{path}: tensor {name} is {list(found)}; by config.json it should be {list(shape)}"
-    if dtype not in _FLOATS:
-        return f"{path}: tensor {name} is {dtype}; supported are {', '.join(_FLOATS)}"
+    if dtype not in dtypes:
+        return f"{path}: tensor {name} is {dtype}; supported are {', '.join(dtypes)}"
     return None

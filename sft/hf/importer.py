@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from sft.hf.adapter import MARK as ADAPTER_MARK
-from sft.hf.files import Sliceable, WeightFiles, read_piece
+from sft.hf.files import WeightFiles, read_piece
+from sft.hf.sliceable import Sliceable
 from sft.models.architecture import Architecture
 from sft.models.weight_map import ParameterMap, RankPlace, canonical_name, rank_part
 

@@ -37,6 +37,9 @@ FINAL_NORM_BIAS = "decoder.final_layernorm.bias"
 SHARED_EXPERT = "mlp.shared."
 """What the names of a shared expert's parameters begin with, within a layer."""
 
+MXFP4_BLOCK = 32
+"""Neighbouring inputs of a matrix in MXFP4 that have one scale."""
+
 LANGUAGE_MODULE = "model.language_model."
 """The language model's place in transformers' multimodal models."""
 
@@ -69,7 +72,7 @@ class Piece:
     def cut(self, first: int, last: int) -> Piece:
         """Return the piece's own rows `first` to `last`."""
         kept = range(self.start, self.stop, self.step)[first:last]
-        return replace(self, start=kept.start, stop=min(kept.stop, self.stop))
+        return replace(self, start=kept.start, stop=kept[-1] + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +154,9 @@ class WeightMap:
     because the last pipeline stage then holds a copy of it."""
     layers: tuple[Mapping[str, ParameterMap], ...]
     """For each layer its parameters, by their names within the layer."""
+    mxfp4: frozenset[str] = frozenset()
+    """Hugging Face names of tensors of which the source's files hold blocks and scales (sft.hf.mxfp4). Exports have
+    the tensors themselves."""
     head: str = "lm_head.weight"
     """Hugging Face name of the output layer, even where it is tied to the embedding."""
     language_prefix: str | None = None
@@ -178,6 +184,10 @@ class WeightMap:
         if self.language_prefix is None:
             return name
         return LANGUAGE_MODULE + name.removeprefix(self.language_prefix)
+
+    def unquantized(self) -> WeightMap:
+        """Return the map of the same model's export."""
+        return replace(self, mxfp4=frozenset())
 
     def renamed(self, rename: Callable[[str], str]) -> WeightMap:
         """Return the map with other Hugging Face names."""

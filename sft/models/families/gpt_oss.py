@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from launcher.contract.model_shape import ModelShape
@@ -10,7 +11,7 @@ from sft.models.config_reader import ConfigReader
 from sft.models.families.gemma2 import alternating_windows
 from sft.models.family import Family
 from sft.models.llama_like import FC1, SILU, SMALL, Biases, Layer, attention_part, rope_of, weight_map
-from sft.models.weight_map import ParameterMap, Piece, vector, whole
+from sft.models.weight_map import MXFP4_BLOCK, ParameterMap, Piece, WeightMap, vector, whole
 
 _THETA = 150000.0
 
@@ -27,14 +28,35 @@ def _read(config: ConfigReader) -> Architecture:
         DecoderLayer(attention=Attention(window=window, sinks=True, qkv_bias=biased, output_bias=biased), mlp=experts)
         for window in alternating_windows(config, interval=2)
     )
+    weights = weight_map(shape, partial(_layer, biases=Biases(attention=biased)))
     return Architecture(
         shape=shape,
         layers=layers,
-        weights=weight_map(shape, partial(_layer, biases=Biases(attention=biased))),
+        weights=replace(weights, mxfp4=_matrices(weights)) if _is_mxfp4(config) else weights,
         layernorm_epsilon=config.number("rms_norm_eps", 1e-5),
         rope=rope_of(config, default_theta=_THETA),
         norm="late_rounded_rms",
     )
+
+
+def _is_mxfp4(config: ConfigReader) -> bool:
+    """Return whether the files hold experts in MXFP4, as published ones do. Other quantizations are refused."""
+    settings = config.values.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "mxfp4":
+        return False
+    config.asked.add("quantization_config")
+    if config.shape.hidden_size % MXFP4_BLOCK or config.shape.expert_ffn_hidden_size % MXFP4_BLOCK:
+        config.refuse(
+            f"quantization_config mxfp4: hidden_size {config.shape.hidden_size} and intermediate_size "
+            f"{config.shape.expert_ffn_hidden_size} must be multiples of {MXFP4_BLOCK}"
+        )
+    return True
+
+
+def _matrices(weights: WeightMap) -> frozenset[str]:
+    """Return the tensors that hold the matrices of experts."""
+    maps = [part for layer in weights.layers for part in layer.values() if part.experts and part.columns is not None]
+    return frozenset(part.pieces[0].name for part in maps)
 
 
 def _experts(config: ConfigReader) -> Experts:

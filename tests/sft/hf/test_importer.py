@@ -15,8 +15,9 @@ from torch import nn
 import sft.hf.importer
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import RunSpec
-from sft.hf.files import Sliceable, WeightFiles, check_model_files
+from sft.hf.files import WeightFiles, check_model_files
 from sft.hf.importer import load_hf_weights
+from sft.hf.sliceable import Sliceable
 from sft.models.registry import SUPPORTED, read_architecture
 from sft.models.weight_map import RankPlace
 from tests.ranks import run_ranks

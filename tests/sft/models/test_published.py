@@ -219,7 +219,60 @@ QWEN3_30B_A3B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+GPT_OSS_20B = {
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+GPT_OSS_120B = {
+    **GPT_OSS_20B,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt_oss": GPT_OSS_20B,
+    "gpt_oss 120b": GPT_OSS_120B,
     "glm4_moe": GLM_45_AIR,
     "olmoe": OLMOE_1B_7B,
     "qwen2_moe": QWEN15_MOE,
@@ -249,7 +302,15 @@ def test_published_configs(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("glm4_moe", 106.9), ("olmoe", 6.92), ("qwen2_moe", 14.3), ("qwen3_moe", 30.5)]
+    ("name", "billions"),
+    [
+        ("glm4_moe", 106.9),
+        ("gpt_oss", 20.9),
+        ("gpt_oss 120b", 116.8),
+        ("olmoe", 6.92),
+        ("qwen2_moe", 14.3),
+        ("qwen3_moe", 30.5),
+    ],
 )
 def test_the_weights_of_published_models_with_experts(name: str, billions: float, tmp_path: Path) -> None:
     """As their cards have them, and none has the loss for even loads by its config."""
@@ -258,14 +319,15 @@ def test_the_weights_of_published_models_with_experts(name: str, billions: float
     assert RunSpec().train.router_aux_loss == 0
 
 
-def expect_rotation(rope: Rope | None, theirs: torch.Tensor, magnitude: float) -> None:
+def expect_rotation(rope: Rope | None, theirs: torch.Tensor, magnitude: float, head_dim: int = 128) -> None:
     assert rope is not None
-    assert torch.equal(rope.inverse_frequencies(128), theirs)
+    assert torch.equal(rope.inverse_frequencies(head_dim), theirs)
     assert rope.attention_factor == pytest.approx(magnitude, rel=1e-12)
 
 
 def test_positions_rotate_as_in_transformers(tmp_path: Path) -> None:
     from transformers import AutoConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
     from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
     from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
@@ -277,6 +339,10 @@ def test_positions_rotate_as_in_transformers(tmp_path: Path) -> None:
     architecture, config = read("phi3")
     expect_rotation(architecture.rope, (rotary := Phi3RotaryEmbedding(config)).inv_freq, rotary.attention_scaling)
     assert architecture.rope.longest == 4096
+    architecture, config = read("gpt_oss")
+    rotary = GptOssRotaryEmbedding(config)
+    expect_rotation(architecture.rope, rotary.inv_freq, rotary.attention_scaling, head_dim=64)
+    assert [layer.attention.window for layer in architecture.layers[:2]] == [128, None]
     architecture, config = read("ministral3")
     expect_rotation(architecture.rope, (rotary := Ministral3RotaryEmbedding(config)).inv_freq, rotary.attention_scaling)
     for name in ("olmo3", "olmo3 of another theta"):
