@@ -13,6 +13,8 @@ from launcher.contract.spec import LoraSpec
 
 _FUSED = ("phi3",)
 """Model types whose files have Q, K and V in one matrix, and gate and up projection in another."""
+_JOINED_EXPERTS = ("gpt_oss",)
+"""Model types whose files have the matrices of all experts in one tensor. Those take no adapters."""
 _NUMBERED_EXPERTS = ("mixtral",)
 """Model types that call the matrices of an expert w1, w3 and w2."""
 
@@ -47,6 +49,8 @@ def layer_adapters(shape: ModelShape, lora: LoraSpec, *, dense: bool = False) ->
 
 def expert_adapters(shape: ModelShape, lora: LoraSpec) -> int:
     """Return what is trained of one expert."""
+    if shape.model_type in _JOINED_EXPERTS:
+        return 0
     names = ("w1", "w3", "w2") if shape.model_type in _NUMBERED_EXPERTS else ("gate_proj", "up_proj", "down_proj")
     hidden, width = shape.hidden_size, shape.expert_ffn_hidden_size
     sides = ((hidden, width), (hidden, width), (width, hidden))
