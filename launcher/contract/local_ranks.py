@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -43,8 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_ranks(options.command, options.ranks, options.log_dir, options.grace)
 
 
-def run_ranks(command: Sequence[str], ranks: int, log_dir: Path, grace: float = GRACE_SECONDS) -> int:
-    """Run `command` once for each rank and return the exit code of the first rank that failed, or 0."""
+def run_ranks(
+    command: Sequence[str],
+    ranks: int,
+    log_dir: Path,
+    grace: float = GRACE_SECONDS,
+    variables: Mapping[str, str] | None = None,
+) -> int:
+    """Run `command` once for each rank and return the exit code of the first rank that failed, or 0.
+
+    Each rank has this process's environment, with `variables` in place of what it says otherwise.
+    """
+    environment = {**os.environ, **(variables or {})}
     log_dir.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen[bytes]] = []
 
@@ -55,7 +65,7 @@ def run_ranks(command: Sequence[str], ranks: int, log_dir: Path, grace: float = 
     try:
         with held_port() as port:
             for rank in range(ranks):
-                processes.append(_start(command, rank, ranks, port, log_dir / f"rank-{rank}.log"))
+                processes.append(_start(command, environment, rank, ranks, port, log_dir / f"rank-{rank}.log"))
             return _attend(processes, grace, log_dir / "failure")
     finally:
         _signal_all(processes, signal.SIGKILL)
@@ -65,9 +75,11 @@ def run_ranks(command: Sequence[str], ranks: int, log_dir: Path, grace: float = 
             signal.signal(number, handler)
 
 
-def _start(command: Sequence[str], rank: int, ranks: int, port: int, log: Path) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], shared: Mapping[str, str], rank: int, ranks: int, port: int, log: Path
+) -> subprocess.Popen[bytes]:
     environment = {
-        **os.environ,
+        **shared,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),

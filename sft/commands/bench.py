@@ -23,8 +23,9 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.local_ranks import run_ranks
 from launcher.contract.model_shape import named_model_shape
 from launcher.contract.rundir import write_json
+from sft.bench.environment import contender_variables
 from sft.bench.result import Result
-from sft.bench.topology import parse_topology, replica_size
+from sft.bench.topology import parse_topology
 
 _PACKAGES = (
     "torch",
@@ -109,13 +110,9 @@ def _run(contender: str, workload: Mapping[str, object], settings: Mapping[str, 
         folder = Path(name)
         request_file, result_file = folder / "request.json", folder / "result.json"
         write_json(request_file, {"contender": contender, "workload": workload, "settings": settings})
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        # As in the batch script: with one hardware queue, collectives of a model's ranks start before the computation
-        # that is to hide them.
-        model_parallel = replica_size(parse_topology(str(settings.get("topology", "dp")))) > 1
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1" if model_parallel else "32"
         command = [sys.executable, "-m", "sft.bench.contender", str(request_file), str(result_file)]
-        code = run_ranks(command, gpus, folder / "logs")
+        variables = contender_variables(gpus, str(settings.get("topology", "dp")), os.environ)
+        code = run_ranks(command, gpus, folder / "logs", variables=variables)
         if code == 0 and result_file.exists():
             return Result(**json.loads(result_file.read_text(encoding="utf-8")))
         log = (folder / "logs" / "rank-0.log").read_text(encoding="utf-8", errors="replace")

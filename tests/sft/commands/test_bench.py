@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.contract.errors import TopologyError
+from launcher.contract.errors import ConfigError, TopologyError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.model_shape import named_model_shape
 from launcher.contract.spec import TopologySpec
 from launcher.contract.topology import build_topology
 from sft.__main__ import main
+from sft.bench.environment import contender_variables
 from sft.bench.ours import BenchData, run_spec
 from sft.bench.overlap import busy, exposed, union
 from sft.bench.phases import PhaseTimers
@@ -51,6 +52,39 @@ def test_wrong_words_end_it_with_2(arguments: list[str], message: str, capsys: p
 def test_rows_of_a_micro_batch(layout: str, rows: int, micro_batches: int, expected: int) -> None:
     """A GPU's rows times the GPUs of a model, cut; a pipeline of two has eight micro-batches if there are as many."""
     assert micro_batch_rows(parse_topology(layout), rows, micro_batches) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "expected"),
+    [(1, None, "0"), (2, None, "0,1"), (1, "3,5", "3"), (2, "GPU-ab, GPU-cd,GPU-ef", "GPU-ab,GPU-cd"), (2, "", "")],
+)
+def test_a_contender_sees_its_own_gpus_alone(gpus: int, visible: str | None, expected: str) -> None:
+    """TRL on one GPU of several would wrap its model in torch's DataParallel."""
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert contender_variables(gpus, "dp", environ)["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_the_processes_of_a_contender_have_these_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\necho "rank $RANK of $WORLD_SIZE sees $CUDA_VISIBLE_DEVICES"\nexit 3\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setattr("sft.commands.bench.sys.executable", str(interpreter))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
+    assert main(["bench", "--vs", "trl", "--gpus", "1", "2", "--vs-parallel", "ddp"]) == ExitCode.FAILURE
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rank 0")]
+    assert told == 2 * ["rank 0 of 1 sees 5"] + 2 * ["rank 0 of 2 sees 5,6"]
+
+
+def test_more_gpus_than_are_visible_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--gpus 2: CUDA_VISIBLE_DEVICES names only 1"):
+        contender_variables(2, "dp", {"CUDA_VISIBLE_DEVICES": "3"})
+
+
+@pytest.mark.parametrize(("layout", "queues"), [("dp", "32"), ("tp2+sp", "1"), ("pp2", "1")])
+def test_model_parallel_contenders_have_one_hardware_queue(layout: str, queues: str) -> None:
+    assert contender_variables(2, layout, {})["CUDA_DEVICE_MAX_CONNECTIONS"] == queues
 
 
 @pytest.mark.parametrize("layout", ["dp", "tp2+sp", "pp2", "tp2+cp2"])
