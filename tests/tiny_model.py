@@ -49,6 +49,7 @@ def make_tiny_model(
     layers: int = 4,
     heads: int = 4,
     kv_heads: int = 2,
+    head_dim: int = 16,
     tied: bool = False,
     family: Literal["llama", "qwen2", "qwen3"] = "llama",
     seed: int = 0,
@@ -62,7 +63,7 @@ def make_tiny_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         initializer_range=0.08,
@@ -135,6 +136,11 @@ def _unsettle_vectors(model: torch.nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-def make_material(root: Path, rows: int, *, tied: bool = False) -> tuple[Path, Path]:
+FLASH4_HEAD_DIM = 32
+"""The smallest head that FlashAttention-4 takes: packed runs on a GPU have it, so that it is what they compute with."""
+
+
+def make_material(root: Path, rows: int, *, tied: bool = False, head_dim: int = 16) -> tuple[Path, Path]:
     """A model directory and a file of this many chat rows: what most runs of the tests need."""
-    return make_tiny_model(root / "model", tied=tied), write_jsonl(root / "chat.jsonl", make_chat_rows(rows, seed=3))
+    model = make_tiny_model(root / "model", tied=tied, head_dim=head_dim)
+    return model, write_jsonl(root / "chat.jsonl", make_chat_rows(rows, seed=3))

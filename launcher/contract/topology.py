@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from launcher.contract.divisors import divisors, nearest_multiples, shown_numbers
 from launcher.contract.errors import TopologyError
 from launcher.contract.model_shape import ModelShape
-from launcher.contract.spec import RunSpec, TopologySpec
+from launcher.contract.spec import Fp8Spec, RunSpec, TopologySpec
 from launcher.contract.spec.fields import field_problems, rule_problems
 from launcher.contract.stages import balanced_split, chunk_ranges
 
@@ -306,6 +306,7 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
     yield from _expert_count_problems(spec, shape)
     if spec.train.precision == "fp8":
         yield from _fp8_problems(shape, spec.topology.tensor_parallel)
+        yield from _fp8_layer_problems(shape, spec.train.fp8)
     if spec.data.seq_length > shape.max_position_embeddings:
         yield (
             f"data.seq_length {spec.data.seq_length} is longer than the model's "
@@ -397,6 +398,16 @@ def _fp8_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
                 f"train.precision fp8 needs multiples of 16, and {what} on a rank of tensor_parallel {tensor} is "
                 f"{size:g}; set train.precision to bf16, or another tensor_parallel"
             )
+
+
+def _fp8_layer_problems(shape: ModelShape, fp8: Fp8Spec) -> Iterator[str]:
+    """Yield that so many layers are to compute in bf16 that none is left."""
+    in_bf16 = fp8.bf16_first_layers + fp8.bf16_last_layers
+    if in_bf16 >= shape.num_layers:
+        yield (
+            f"train.fp8.bf16_first_layers {fp8.bf16_first_layers} + bf16_last_layers {fp8.bf16_last_layers} = "
+            f"{in_bf16} leave none of the {shape.num_layers} layers in fp8; set train.precision to bf16, or fewer"
+        )
 
 
 def _heads_fit(shape: ModelShape, tensor: int) -> bool:

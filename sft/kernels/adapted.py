@@ -19,7 +19,7 @@ from torch import Tensor
 from sft.kernels import fp8
 from sft.kernels.autograd import Context
 from sft.kernels.gated import Gate
-from sft.kernels.linear import as_rows, gated_gradient, gated_product
+from sft.kernels.linear import GradientForm, as_rows, gated_gradient, gated_product, input_gradient
 
 
 class LowRank(NamedTuple):
@@ -33,14 +33,19 @@ class LowRank(NamedTuple):
 
 
 def adapted_linear(
-    x: Tensor | fp8.WithRows, weight: Tensor, bias: Tensor | None, adapter: LowRank, *, in_fp8: bool = False
+    x: Tensor | fp8.WithRows,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: LowRank,
+    *,
+    fp8_gradients: GradientForm | None = None,
 ) -> Tensor:
     """Return x @ (weight + adapter)^T + bias, [..., rows], of x [..., columns].
 
-    Weight and bias get no gradient. With `in_fp8` the frozen product is one of fp8.
+    Weight and bias get no gradient. With `fp8_gradients`, the form of gradients, the frozen product is one of fp8.
     """
-    low = fp8.rows_of(x) if in_fp8 else None
-    output: Tensor = _AdaptedLinear.apply(fp8.unquantized(x), low, weight, bias, *adapter)
+    low = None if fp8_gradients is None else fp8.rows_of(x)
+    output: Tensor = _AdaptedLinear.apply(fp8.unquantized(x), low, weight, bias, *adapter, fp8_gradients or "bf16")
     return output
 
 
@@ -52,24 +57,25 @@ def adapted_gated_mlp(
     of_down: LowRank,
     gate: Gate = "silu",
     *,
-    in_fp8: bool = False,
+    fp8_gradients: tuple[GradientForm, ...] | None = None,
 ) -> Tensor:
     """Return `sft.kernels.linear.gated_mlp` with an adapter on each of its two weights, which get no gradient."""
-    low = fp8.rows_of(x) if in_fp8 else None
-    output: Tensor = _AdaptedMLP.apply(fp8.unquantized(x), low, up, down, *of_up, *of_down, gate)
+    low = None if fp8_gradients is None else fp8.rows_of(x)
+    forms = fp8_gradients or ("bf16", "bf16")
+    output: Tensor = _AdaptedMLP.apply(fp8.unquantized(x), low, up, down, *of_up, *of_down, gate, forms)
     return output
 
 
 class _LinearContext(Context, Protocol):
     scale: float
-    in_fp8: bool
+    gradients: GradientForm
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: _LinearContext, x: Tensor, low: fp8.Rows | None, weight: Tensor, bias: Tensor | None,
-        down: Tensor, up: Tensor, scale: float,
+        down: Tensor, up: Tensor, scale: float, gradients: GradientForm,
     ) -> Tensor:  # fmt: skip
         rows = as_rows(x)
         output = _product(rows, low, weight)
@@ -77,7 +83,7 @@ class _AdaptedLinear(torch.autograd.Function):
             output += bias
         hidden = _add_adapter(output, rows, down, up, scale)
         ctx.save_for_backward(rows, hidden, weight, down, up)
-        ctx.scale, ctx.in_fp8 = scale, low is not None
+        ctx.scale, ctx.gradients = scale, gradients
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -87,15 +93,16 @@ class _AdaptedLinear(torch.autograd.Function):
         hidden_grad, up_grad = _hidden_gradient(own, hidden, up, ctx.scale)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = _input_gradient(own, weight, in_fp8=ctx.in_fp8).addmm_(hidden_grad, down)
+            x_grad = input_gradient(own, weight, ctx.gradients).addmm_(hidden_grad, down)
             x_grad = x_grad.view(*grad.shape[:-1], -1)
-        return x_grad, None, None, None, hidden_grad.t() @ rows, up_grad, None
+        return x_grad, None, None, None, hidden_grad.t() @ rows, up_grad, None, None
 
 
 class _MLPContext(Context, Protocol):
     scales: tuple[float, float]
-    in_fp8: bool
     gate: Gate
+    gradients: tuple[GradientForm, GradientForm]
+    """For `up` and for `down`."""
 
 
 class _AdaptedMLP(torch.autograd.Function):
@@ -103,6 +110,7 @@ class _AdaptedMLP(torch.autograd.Function):
     def forward(
         ctx: _MLPContext, x: Tensor, low: fp8.Rows | None, up: Tensor, down: Tensor,
         up_a: Tensor, up_b: Tensor, up_scale: float, down_a: Tensor, down_b: Tensor, down_scale: float, gate: Gate,
+        gradients: tuple[GradientForm, GradientForm],
     ) -> Tensor:  # fmt: skip
         rows = as_rows(x)
         mixed = _product(rows, low, up)
@@ -112,7 +120,7 @@ class _AdaptedMLP(torch.autograd.Function):
         down_hidden = _add_adapter(output, product, down_a, down_b, down_scale)
         # Backward writes `product` again, as without adapters: it is a fifth of what a layer keeps.
         ctx.save_for_backward(rows, mixed, up_hidden, down_hidden, up, down, up_a, up_b, down_a, down_b)
-        ctx.scales, ctx.in_fp8, ctx.gate = (up_scale, down_scale), low is not None, gate
+        ctx.scales, ctx.gate, ctx.gradients = (up_scale, down_scale), gate, gradients
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -120,18 +128,19 @@ class _AdaptedMLP(torch.autograd.Function):
         rows, mixed, up_hidden, down_hidden, up, down, up_a, up_b, down_a, down_b = ctx.saved_tensors
         own = as_rows(grad)
         hidden_grad, down_b_grad = _hidden_gradient(own, down_hidden, down_b, ctx.scales[1])
-        product_grad = _input_gradient(own, down, in_fp8=ctx.in_fp8).addmm_(hidden_grad, down_a)
-        product, mixed_grad, low = gated_gradient(product_grad, mixed, ctx.gate, quantize=ctx.in_fp8)
+        form, of_down = ctx.gradients
+        product_grad = input_gradient(own, down, of_down).addmm_(hidden_grad, down_a)
+        product, mixed_grad, low = gated_gradient(product_grad, mixed, ctx.gate, None if form == "bf16" else form)
         del product_grad  # these are the largest tensors of a layer: each is freed before the next is made
         down_a_grad = hidden_grad.t() @ product
         del product
         hidden_grad, up_b_grad = _hidden_gradient(mixed_grad, up_hidden, up_b, ctx.scales[0])
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = _input_gradient(mixed_grad, up, in_fp8=ctx.in_fp8, low=low).addmm_(hidden_grad, up_a)
+            x_grad = input_gradient(mixed_grad, up, form, low).addmm_(hidden_grad, up_a)
             x_grad = x_grad.view(*grad.shape[:-1], -1)
         up_a_grad = hidden_grad.t() @ rows
-        return x_grad, None, None, None, up_a_grad, up_b_grad, None, down_a_grad, down_b_grad, None, None
+        return x_grad, None, None, None, up_a_grad, up_b_grad, None, down_a_grad, down_b_grad, None, None, None
 
 
 def _product(rows: Tensor, low: fp8.Rows | None, weight: Tensor) -> Tensor:
@@ -148,10 +157,3 @@ def _add_adapter(output: Tensor, rows: Tensor, down: Tensor, up: Tensor, scale: 
 def _hidden_gradient(grad: Tensor, hidden: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of rows @ down^T and of `up`, from that of the output, `grad` [tokens, rows of up]."""
     return (grad @ up).mul_(scale), grad.t() @ hidden
-
-
-def _input_gradient(grad: Tensor, weight: Tensor, *, in_fp8: bool, low: fp8.Rows | None = None) -> Tensor:
-    """Return grad @ weight; `low` is `grad` in fp8 where the caller has it."""
-    if not in_fp8:
-        return grad @ weight
-    return fp8.product(fp8.quantize(grad) if low is None else low, fp8.quantize_transposed(weight), grad.dtype)

@@ -1,4 +1,4 @@
-"""Matrix products in fp8 (E4M3, arXiv:2209.05433) with a scale for each row of both factors.
+"""Matrix products in fp8 (E4M3 or E5M2, arXiv:2209.05433) with a scale for each row of both factors.
 
 The more values share a scale, the more of the small ones round to zero, so each token and each output channel has its
 own. Scales come from the values themselves, not from earlier steps: there is no history to save, and a resumed run
@@ -11,15 +11,19 @@ rounded values are multiplied in fp32, for tests.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sft.kernels.gradient_buffer import has_gradient
 
-DTYPE = torch.float8_e4m3fn
-LARGEST = 448.0
-"""The largest finite value of E4M3."""
+Format = Literal["e4m3", "e5m2"]
+"""E4M3 keeps 3 bits after the leading one and values down to 4e-6 of the row's largest, E5M2 2 bits, and down to 3e-10.
+"""
+DTYPES: dict[Format, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+LARGEST: dict[Format, float] = {"e4m3": 448.0, "e5m2": 57344.0}
+"""The largest finite value of each."""
 _SMALLEST = 1e-12
 """Lower bound of a row's largest value, so that a row of zeros has a scale other than 0."""
 _PEAKS = "fp8_column_peaks"
@@ -42,14 +46,14 @@ class WithRows:
     rows: Rows
 
 
-def quantize(x: Tensor) -> Rows:
+def quantize(x: Tensor, form: Format = "e4m3") -> Rows:
     """Return contiguous `x` [rows, columns] in fp8."""
     if x.is_cuda:
         from sft.kernels.triton import fp8 as triton_fp8  # installed with CUDA builds of torch only
 
-        return Rows(*triton_fp8.rows(x))
-    scales = x.float().abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST) / LARGEST
-    return Rows((x.float() * (1 / scales)).to(DTYPE), scales)
+        return Rows(*triton_fp8.rows(x, DTYPES[form], LARGEST[form]))
+    scales = x.float().abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST) / LARGEST[form]
+    return Rows((x.float() * (1 / scales)).to(DTYPES[form]), scales)
 
 
 def quantize_transposed(weight: Tensor) -> Rows:
@@ -80,7 +84,10 @@ def rows_of(x: Tensor | WithRows) -> Rows:
 
 
 def product(a: Rows, b: Rows, dtype: torch.dtype) -> Tensor:
-    """Return a @ b^T, [rows of a, rows of b], in `dtype`. On a GPU both dimensions of b must be multiples of 16."""
+    """Return a @ b^T, [rows of a, rows of b], in `dtype`.
+
+    b is in E4M3. On a GPU both of its dimensions must be multiples of 16.
+    """
     if a.values.is_cuda:
         # Fast accumulation sums in the tensor cores alone: quicker than moving partial sums to fp32, and less exact.
         result: Tensor = torch._scaled_mm(

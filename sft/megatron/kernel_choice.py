@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launcher.contract.errors import ModelError
@@ -45,9 +46,7 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
     fused = spec.train.kernels == "fused"
     if spec.train.kernels == "auto":
         fused = on_gpu and importlib.util.find_spec("triton") is not None
-    precision: str = spec.train.precision
-    if precision == "fp8" and any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
-        precision = "fp8, those of experts in bf16"
+    precision = ", ".join(_precision(spec, architecture))
     because = _unfused_part(spec, architecture)
     if not fused or because is not None:
         return Kernels(fused=fused, plain_layers_because=because if fused else None, precision=precision)
@@ -64,6 +63,24 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
         attention_text=text if by_kernel else "torch's",
         precision=precision,
     )
+
+
+def _precision(spec: RunSpec, architecture: Architecture) -> Iterator[str]:
+    """Yield the precision of products and, with fp8, what of them is otherwise."""
+    yield spec.train.precision
+    if spec.train.precision != "fp8":
+        return
+    fp8 = spec.train.fp8
+    if any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
+        yield "those of experts in bf16"
+    for place, layers in (("first", fp8.bf16_first_layers), ("last", fp8.bf16_last_layers)):
+        if layers:
+            yield f"those of the {place} {layers} layers in bf16"
+    if fp8.gradients != "e4m3":
+        yield f"gradients in {fp8.gradients}"
+    if fp8.bf16_gradients:
+        yield f"gradients of {' and '.join(fp8.bf16_gradients)} in bf16"
+    yield f"evaluation in {'fp8' if fp8.evaluation else 'bf16'}"
 
 
 def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Kernel:

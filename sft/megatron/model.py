@@ -27,6 +27,7 @@ from sft.megatron.core import (
 )
 from sft.megatron.kernel_choice import Kernels
 from sft.megatron.layers.biases import drop_absent_biases
+from sft.megatron.layers.fp8 import set_fp8_options
 from sft.megatron.layers.lora import attach_adapters
 from sft.megatron.layers.noisy_embedding import NoisyEmbedding, TokenSeeds
 from sft.megatron.layers.router import tell_documents
@@ -240,7 +241,8 @@ def _build_chunk(
     spec: RunSpec, architecture: Architecture, config: TransformerConfig, kernels: Kernels, vp_stage: int | None
 ) -> SFTGPTModel:
     shape, rope, lora = architecture.shape, architecture.rope, spec.model.lora
-    options = LayerOptions(kernels=kernels, adapted=lora.rank is not None, fp8=spec.train.precision == "fp8")
+    in_fp8 = spec.train.fp8 if spec.train.precision == "fp8" else None
+    options = LayerOptions(kernels=kernels, adapted=lora.rank is not None, fp8=in_fp8)
     chunk = SFTGPTModel(
         config,
         decoder_spec(architecture, options, _layer_numbers(config, vp_stage)),
@@ -264,6 +266,8 @@ def _build_chunk(
         multiply_embedding(
             chunk, architecture.embedding_multiplier, rounded=architecture.embedding_multiplier_is_rounded
         )
+    if in_fp8 is not None:
+        set_fp8_options(chunk, in_fp8)
     chunk.label_smoothing = spec.train.label_smoothing
     if kernels.fused:
         use_direct_lookup(chunk)

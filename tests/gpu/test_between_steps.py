@@ -19,7 +19,7 @@ from tests.parity.test_checkpoint import train_with_slow_disk
 from tests.parity.test_generation import NEW_TOKENS, QUESTIONS, answers_of, transformers_answer
 from tests.parity.test_guard import train_with_bad_steps
 from tests.ranks import run_ranks
-from tests.tiny_model import make_material, write_jsonl
+from tests.tiny_model import FLASH4_HEAD_DIM, make_material, write_jsonl
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_material(tmp_path_factory.mktemp("material"), 100)
+    return make_material(tmp_path_factory.mktemp("material"), 100, head_dim=FLASH4_HEAD_DIM)
 
 
 def train_without_waiting(config: Path) -> ExitCode:

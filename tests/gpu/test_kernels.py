@@ -13,7 +13,7 @@ from torch import Tensor
 from sft.kernels import adamw, attention, fp8, norm
 from sft.kernels.embedding import lookup
 from sft.kernels.gated import Gate, gated
-from sft.kernels.linear import fp8_linear, gated_mlp
+from sft.kernels.linear import GradientForm, fp8_linear, gated_mlp
 from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
 from sft.kernels.loss_form import LossForm
 from sft.kernels.masked_attention import attention_in_blocks, causal_mask
@@ -309,19 +309,38 @@ def test_rows_in_fp8(shape: tuple[int, int]) -> None:
         own = found.values.float() * found.scales
         unit = found.scales * 2.0**-9  # the smallest number that is not 0
         assert ((own - exact.float()).abs() <= exact.float().abs() / 16 + unit).all()
+    wide = fp8.quantize(x, "e5m2")
+    assert wide.values.dtype == torch.float8_e5m2
+    error = (wide.values.float() * wide.scales - x.float()).abs()
+    assert (error <= x.float().abs() / 8 + wide.scales * 2.0**-16).all()
 
 
 FP8_TOLERANCE = 6e-2
 """A product of two rounded factors is off by 3.75e-2 in norm; an MLP has two in a row."""
 
 
-def test_linear_in_fp8() -> None:
+FORMS: tuple[GradientForm, ...] = ("e4m3", "e5m2", "bf16")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_in_fp8(form: GradientForm) -> None:
     weight = drawn(160, 96) * 0.1
-    assert_equal(fp8_linear, lambda x, weight: x @ weight.t(), [drawn(33, 2, 96), weight], tolerance=FP8_TOLERANCE)
+    tolerance = 2 * FP8_TOLERANCE if form == "e5m2" else FP8_TOLERANCE  # which has one bit less
+    assert_equal(
+        lambda x, weight: fp8_linear(x, weight, form),
+        lambda x, weight: x @ weight.t(),
+        [drawn(33, 2, 96), weight],
+        tolerance=tolerance,
+    )
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("width", [48, 8192])
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
-def test_mlp_in_fp8(gate: Gate, width: int) -> None:
+def test_mlp_in_fp8(gate: Gate, width: int, form: GradientForm) -> None:
     inputs = [drawn(33, 2, 96), drawn(2 * width, 96) * 0.1, drawn(96, width) * 0.1]
-    assert_equal(lambda x, up, down: gated_mlp(x, up, down, gate, in_fp8=True), plain_mlp(gate), inputs, tolerance=1e-1)
+
+    def in_fp8(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return gated_mlp(x, up, down, gate, fp8_gradients=(form, form))
+
+    assert_equal(in_fp8, plain_mlp(gate), inputs, tolerance=2e-1 if form == "e5m2" else 1e-1)

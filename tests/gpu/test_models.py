@@ -12,7 +12,7 @@ from sft.models.registry import SUPPORTED
 from tests.parity.runs import curve, reference_curve, run_training
 from tests.parity.test_families import family_model
 from tests.parity.test_lora import ALL, STEPS, adapted, expected_curve, lora_run
-from tests.tiny_model import make_chat_rows, write_jsonl
+from tests.tiny_model import FLASH4_HEAD_DIM, make_chat_rows, write_jsonl
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +54,7 @@ def test_lora_follows_reference(precision: str, recompute: str, tmp_path: Path, 
 
 def test_lora_over_fp8_stays_near_fp32(tmp_path: Path, chat: Path) -> None:
     """Frozen products in fp8 by the GPU's library, adapters in bf16, in fused layers."""
-    model = family_model(tmp_path / "model", "llama")
+    model = family_model(tmp_path / "model", "llama", head_dim=FLASH4_HEAD_DIM)
     expected = expected_curve(tmp_path / "reference", model, chat, lambda spec: adapted(model, ALL, spec.train.seed))
     settings = {"precision": "fp8", "kernels": "fused", "packing": True}
     paths = lora_run(tmp_path, model, chat, ALL, ranks=1, gpus_per_node=1, max_steps=STEPS, **settings)

@@ -12,7 +12,7 @@ import torch
 from sft.megatron.layers.core_attention import CoreAttention
 from sft.megatron.layers.packed_rows import packed_sequences
 from tests.parity.runs import curve, make_run, reference_curve, run_training
-from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
+from tests.tiny_model import FLASH4_HEAD_DIM, make_chat_rows, make_tiny_model, write_jsonl
 
 pytestmark = [
     pytest.mark.gpu,
@@ -138,7 +138,7 @@ def test_attention_waits_for_nothing(window: int | None) -> None:
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
 def test_packed_training_follows_reference(precision: str, tolerance: float, tmp_path: Path) -> None:
-    model = make_tiny_model(tmp_path / "model")
+    model = make_tiny_model(tmp_path / "model", head_dim=FLASH4_HEAD_DIM)
     chat = write_jsonl(tmp_path / "chat.jsonl", make_chat_rows(100, seed=3))
     expected = reference_curve(tmp_path / "reference", model, chat, steps=15, lr=1e-3)
     paths = make_run(

@@ -11,7 +11,7 @@ import torch
 from tests.parity.runs import curve, make_run, run_training
 from tests.parity.test_lora import lora_run
 from tests.parity.test_recipes import FULL, LORA, LORA_SETTINGS, STEPS, Curve, full_curve, peft_curve
-from tests.tiny_model import make_material
+from tests.tiny_model import FLASH4_HEAD_DIM, make_material
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +30,7 @@ CASES: dict[str, tuple[dict[str, Any], int, float]] = {
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_material(tmp_path_factory.mktemp("material"), 36)
+    return make_material(tmp_path_factory.mktemp("material"), 36, head_dim=FLASH4_HEAD_DIM)
 
 
 @pytest.fixture(scope="module")

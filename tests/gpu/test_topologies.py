@@ -16,7 +16,7 @@ import torch
 
 from launcher.contract.rundir import RunPaths
 from tests.parity.runs import curve, make_run, reference_curve, run_training
-from tests.tiny_model import make_material
+from tests.tiny_model import FLASH4_HEAD_DIM, make_material
 
 GPUS = torch.cuda.device_count()
 pytestmark = [
@@ -57,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def material(root: Path) -> tuple[Path, Path]:
-    return make_material(root / "material", 100)
+    return make_material(root / "material", 100, head_dim=FLASH4_HEAD_DIM)
 
 
 def prepared(root: Path, material: tuple[Path, Path], layout: str, form: str, **settings: Any) -> RunPaths:

@@ -10,7 +10,7 @@ import torch
 
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
-from tests.tiny_model import make_material
+from tests.tiny_model import FLASH4_HEAD_DIM, make_material
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_material(tmp_path_factory.mktemp("material"), 100)
+    return make_material(tmp_path_factory.mktemp("material"), 100, head_dim=FLASH4_HEAD_DIM)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from launcher.contract.spec.resources import ResourcesSpec
 from launcher.contract.spec.restart import RestartSpec
 from launcher.contract.spec.run import RunSpec
 from launcher.contract.spec.topology import TopologySpec
-from launcher.contract.spec.train import EarlyStoppingSpec, OptimizerSpec, TrainSpec
+from launcher.contract.spec.train import EarlyStoppingSpec, Fp8Spec, OptimizerSpec, TrainSpec
 from launcher.contract.spec.watchdog import WatchdogSpec
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "DataSpec",
     "EarlyStoppingSpec",
     "EvaluationSpec",
+    "Fp8Spec",
     "HubSpec",
     "LoggingSpec",
     "LoraSpec",

@@ -65,6 +65,29 @@ class OptimizerSpec:
     and traffic, and loses small contributions: of many micro-batches those of the last ones most."""
 
 
+FP8_LINEARS = ("qkv", "proj", "fc1", "fc2")
+"""The linears of a layer: attention's two projections, and those of the MLP."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Spec:
+    """What is in fp8 with train.precision fp8."""
+
+    evaluation: bool = False
+    """Evaluate in fp8 as well: held-out losses and answers. By default they are computed in bf16, like the exported
+    model that you will use, which takes an evaluation about a fifth longer."""
+    bf16_first_layers: Annotated[int, AtLeast(0)] = 0
+    """So many layers at the beginning of the model compute in bf16."""
+    bf16_last_layers: Annotated[int, AtLeast(0)] = 0
+    """So many layers at the end of the model compute in bf16."""
+    gradients: Literal["e4m3", "e5m2"] = "e4m3"
+    """The form of gradients in the products that make gradients of inputs. e5m2 rounds by up to an eighth
+    instead of a sixteenth, and keeps values down to 3e-10 of the largest of a token instead of 4e-6."""
+    bf16_gradients: list[str] = field(default_factory=list)
+    """Linears whose gradients of inputs are computed in bf16: qkv, proj (attention's projections), fc1, fc2 (those of
+    the MLP). With all four, fp8 is left to the forward pass."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EarlyStoppingSpec:
     """End the training when evaluations no longer improve."""
@@ -100,7 +123,7 @@ class TrainSpec:
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     """bf16 keeps fp32 master weights and reduces gradients in fp32. fp8 is bf16 except for the products of the layers'
     linears, forward and for gradients of inputs, which are in fp8 (E4M3, a scale for each token and each output
-    channel); it needs GPUs from Ada and Hopper on."""
+    channel) while it trains; it needs GPUs from Ada and Hopper on. See `fp8`."""
     kernels: Literal["auto", "plain", "fused"] = "auto"
     """plain: torch's own operations; fused: RMSNorm with the residual addition, RoPE, SwiGLU and GeGLU, LM head with
     cross-entropy at supervised positions only, and weight gradients added to the buffer by the product itself, in
@@ -141,6 +164,8 @@ class TrainSpec:
     infinity are bad."""
     deterministic: bool = False
     """Refuse kernels whose result depends on timing."""
+    fp8: Fp8Spec = field(default_factory=Fp8Spec)
+    """What is in fp8 with precision fp8."""
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     """AdamW and its schedule."""
     early_stopping: EarlyStoppingSpec = field(default_factory=EarlyStoppingSpec)

@@ -13,28 +13,30 @@ from torch import Tensor
 
 from sft.kernels.triton.gated import activated
 
-DTYPE = torch.float8_e4m3fn
-_LARGEST = tl.constexpr(448.0)  # of E4M3
+E4M3 = torch.float8_e4m3fn
+_E4M3_LARGEST = 448.0
+LARGEST = tl.constexpr(_E4M3_LARGEST)
+"""The largest finite value of E4M3."""
 _SMALLEST = tl.constexpr(1e-12)  # keeps the scale of a row of zeros above 0
 _TILE = 64  # rows and columns of a block that is transposed
 _WIDE = 256  # columns of a program that looks for the largest value of each
 
 
 @triton.jit
-def store_row(x, y_ptr, scale_ptr, row, columns, column, inside):
-    # The scale maps the row's largest value to the largest of fp8.
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST) / _LARGEST
+def store_row(x, y_ptr, scale_ptr, row, columns, column, inside, LIMIT: tl.constexpr):
+    # The scale maps the row's largest value to the largest of this fp8.
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST) / LIMIT
     tl.store(scale_ptr + row, scale)
     tl.store(y_ptr + row * columns + column, (x * (1.0 / scale)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _rows(x_ptr, y_ptr, scale_ptr, columns, BLOCK: tl.constexpr):
+def _rows(x_ptr, y_ptr, scale_ptr, columns, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     x = tl.load(x_ptr + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-    store_row(x, y_ptr, scale_ptr, row, columns, column, inside)
+    store_row(x, y_ptr, scale_ptr, row, columns, column, inside, LIMIT)
 
 
 @triton.jit
@@ -57,7 +59,7 @@ def _transposed(x_ptr, peak_ptr, y_ptr, scale_ptr, rows, columns, TILE: tl.const
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     peak = tl.load(peak_ptr + column, mask=column < columns, other=1.0)
-    scale = tl.maximum(peak, _SMALLEST) / _LARGEST
+    scale = tl.maximum(peak, _SMALLEST) / LARGEST
     factor = 1.0 / scale
     x = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
     y = (x * factor[None, :]).to(y_ptr.dtype.element_ty)
@@ -76,13 +78,14 @@ def _gated(x_ptr, y_ptr, scale_ptr, width, GELU: tl.constexpr, BLOCK: tl.constex
     # Rounded as the bf16 version stores it, so that both versions quantize the same values.
     value, _ = activated(gate, GELU)
     y = (value * up).to(x_ptr.dtype.element_ty).to(tl.float32)
-    store_row(y, y_ptr, scale_ptr, row, width, column, inside)
+    store_row(y, y_ptr, scale_ptr, row, width, column, inside, LARGEST)
 
 
 @triton.jit
 def _gated_backward(
-    grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width, GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad_ptr, x_ptr, y_ptr, low_ptr, scale_ptr, width,
+    GELU: tl.constexpr, QUANTIZE: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -99,19 +102,22 @@ def _gated_backward(
     if QUANTIZE:
         # Gate and up are one row of the product that follows, and share its scale.
         peak = tl.maximum(tl.max(tl.abs(gate_grad), axis=0), tl.max(tl.abs(up_grad), axis=0))
-        scale = tl.maximum(peak, _SMALLEST) / _LARGEST
+        scale = tl.maximum(peak, _SMALLEST) / LIMIT
         factor = 1.0 / scale
         tl.store(scale_ptr + row, scale)
         tl.store(low_ptr + first, (gate_grad * factor).to(low_ptr.dtype.element_ty), mask=inside)
         tl.store(low_ptr + second, (up_grad * factor).to(low_ptr.dtype.element_ty), mask=inside)
 
 
-def rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return contiguous `x` [rows, columns] as fp8 values and the fp32 scale of each row, [rows, 1]."""
+def rows(x: Tensor, dtype: torch.dtype = E4M3, largest: float = _E4M3_LARGEST) -> tuple[Tensor, Tensor]:
+    """Return contiguous `x` [rows, columns] as fp8 values and the fp32 scale of each row, [rows, 1].
+
+    `largest` is the largest finite value of `dtype`.
+    """
     count, columns = x.shape
-    y, scale = empty_rows(x, count, columns)
+    y, scale = empty_rows(x, count, columns, dtype)
     block = triton.next_power_of_2(columns)
-    _rows[(count,)](x, y, scale, columns, BLOCK=block, num_warps=_warps(block))
+    _rows[(count,)](x, y, scale, columns, LIMIT=largest, BLOCK=block, num_warps=_warps(block))
     return y, scale
 
 
@@ -147,26 +153,28 @@ def gated(x: Tensor, gate: str) -> tuple[Tensor, Tensor]:
 
 
 def gated_backward(
-    grad: Tensor, x: Tensor, gate: str, *, quantize: bool
+    grad: Tensor, x: Tensor, gate: str, quantized: tuple[torch.dtype, float] | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Overwrite `x` = [gate, up] with its gradient, and return activation(gate) * up.
 
-    With `quantize` also return the gradient of `x` as fp8 values and scales.
+    With `quantized`, a type of fp8 and its largest finite value, also return the gradient of `x` as values of that type
+    and scales.
     """
     count, width = grad.shape
     y = torch.empty_like(grad)
-    low = empty_rows(x, *x.shape) if quantize else None
+    dtype, largest = quantized or (E4M3, _E4M3_LARGEST)
+    low = None if quantized is None else empty_rows(x, x.shape[0], x.shape[1], dtype)
     block = triton.next_power_of_2(width)
     _gated_backward[(count,)](
         grad, x, y, x if low is None else low[0], x if low is None else low[1], width,
-        GELU=gate == "gelu_tanh", QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
+        GELU=gate == "gelu_tanh", QUANTIZE=quantized is not None, LIMIT=largest, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return y, low
 
 
-def empty_rows(x: Tensor, count: int, columns: int) -> tuple[Tensor, Tensor]:
+def empty_rows(x: Tensor, count: int, columns: int, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
     """Return uninitialized fp8 values [count, columns] and scales [count, 1] on the device of `x`."""
-    values = torch.empty(count, columns, dtype=DTYPE, device=x.device)
+    values = torch.empty(count, columns, dtype=dtype, device=x.device)
     return values, torch.empty(count, 1, dtype=torch.float32, device=x.device)
 
 

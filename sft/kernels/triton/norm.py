@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sft.kernels.triton.fp8 import empty_rows, store_row
+from sft.kernels.triton.fp8 import LARGEST, empty_rows, store_row
 
 _PROGRAMS_PER_PROCESSOR = 4
 
@@ -41,7 +41,7 @@ def _forward(
     tl.store(normed_ptr + row * columns + column, normed, mask=inside)
     if QUANTIZE:
         # From the rounded norm, so that fp8 values are the same as those of a norm read back from memory.
-        store_row(normed.to(tl.float32), low_ptr, scale_ptr, row, columns, column, inside)
+        store_row(normed.to(tl.float32), low_ptr, scale_ptr, row, columns, column, inside, LARGEST)
 
 
 @triton.jit

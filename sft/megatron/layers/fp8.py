@@ -8,18 +8,48 @@ pass instead of gathered again.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from launcher.contract.errors import ModelError
+from launcher.contract.spec import Fp8Spec
 from sft.kernels.fp8 import WithRows, unquantized
-from sft.kernels.linear import fp8_linear
+from sft.kernels.linear import GradientForm, fp8_linear
 from sft.megatron.core import tensor_parallel
 
 _LEAST = (8, 9)
 """Compute capability from which on GPUs have products in fp8."""
 
 
-class Fp8ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+class Fp8Linear:
+    """What both linears have in common: when their products are in fp8, and which."""
+
+    training: bool
+    gradients: GradientForm = "e4m3"
+    """How gradients of outputs enter the products for gradients of inputs."""
+    evaluates_in_fp8 = False
+
+    @property
+    def computes_in_fp8(self) -> bool:
+        """Whether products are in fp8 now: in training and, if that is asked for, in evaluation mode."""
+        return self.training or self.evaluates_in_fp8
+
+
+def fp8_gradients(*linears: object) -> tuple[GradientForm, ...] | None:
+    """Return how gradients enter the products of linears that compute in fp8 now, or None if they do not."""
+    forms = tuple(each.gradients for each in linears if isinstance(each, Fp8Linear) and each.computes_in_fp8)
+    return forms if len(forms) == len(linears) else None
+
+
+def set_fp8_options(model_chunk: nn.Module, options: Fp8Spec) -> None:
+    """Tell every linear of a chunk that has products in fp8 how they are to be computed."""
+    for name, module in model_chunk.named_modules():
+        if isinstance(module, Fp8Linear):
+            in_bf16 = name.rpartition(".linear_")[2] in options.bf16_gradients
+            module.gradients = "bf16" if in_bf16 else options.gradients
+            module.evaluates_in_fp8 = options.evaluation
+
+
+class Fp8ColumnParallelLinear(Fp8Linear, tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
     """Rows of the weight split over tensor parallel ranks."""
 
     def whole_input(self, x: Tensor | WithRows) -> Tensor | WithRows:
@@ -37,13 +67,16 @@ class Fp8ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):  # type: ig
         self, input_: Tensor | WithRows, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output, split over ranks, and the bias where it is added later."""
-        output = fp8_linear(self.whole_input(input_), self.weight)
+        if not self.computes_in_fp8:
+            in_bf16: tuple[Tensor, Tensor | None] = super().forward(unquantized(input_), weight, runtime_gather_output)
+            return in_bf16
+        output = fp8_linear(self.whole_input(input_), self.weight, self.gradients)
         if self.bias is None or self.skip_bias_add:
             return output, self.bias
         return output + self.bias, None
 
 
-class Fp8RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[misc]
+class Fp8RowParallelLinear(Fp8Linear, tensor_parallel.RowParallelLinear):  # type: ignore[misc]
     """Columns of the weight split over tensor parallel ranks."""
 
     def reduced(self, partial: Tensor) -> Tensor:
@@ -54,8 +87,11 @@ class Fp8RowParallelLinear(tensor_parallel.RowParallelLinear):  # type: ignore[m
         whole: Tensor = tensor_parallel.reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
         return whole
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **_: object) -> Tensor:
-        return fp8_linear(input, weight)
+    def _forward_impl(self, input: Tensor, weight: Tensor, **others: object) -> Tensor:
+        if not self.computes_in_fp8:
+            in_bf16: Tensor = super()._forward_impl(input=input, weight=weight, **others)
+            return in_bf16
+        return fp8_linear(input, weight, self.gradients)
 
 
 def check_fp8_device() -> None:

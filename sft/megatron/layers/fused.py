@@ -7,7 +7,7 @@ operations, which is how their wiring is compared with the plain layers under ev
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ from sft.kernels.rope import rotate, split_and_rotate
 from sft.megatron.core import MLP, IdentityOp, TransformerConfig, TransformerLayer, tensor_parallel
 from sft.megatron.layers.attention import RotarySelfAttention
 from sft.megatron.layers.core_attention import CoreAttention
-from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear
+from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear, fp8_gradients
 from sft.megatron.layers.lora import AdaptedColumn
 from sft.megatron.layers.norms import RMSNorm
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.weights_in_use import await_weights
 
+_LINEARS_ALONE = (tensor_parallel.ColumnParallelLinear, Fp8ColumnParallelLinear)
 _DENSE_KERNELS = [
     SDPBackend.CUDNN_ATTENTION,  # 1.5 times as fast as FlashAttention-2 on an H200
     SDPBackend.FLASH_ATTENTION,
@@ -40,11 +41,17 @@ class FusedRMSNorm(RMSNorm):
     """RMSNorm that also carries the residual stream."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, in_fp8: bool = False, **others: object
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        in_fp8: Literal["always", "in_training", "never"] = "never",
+        **others: object,
     ) -> None:
         super().__init__(config, hidden_size, eps, **others)
         # With sequence parallel the output is gathered before the product, in bf16: rows in fp8 would be made in vain.
-        self._in_fp8 = in_fp8 and not config.sequence_parallel
+        self._when_in_fp8 = "never" if config.sequence_parallel else in_fp8
         self._centered: bool = config.layernorm_zero_centered_gamma
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,13 +61,13 @@ class FusedRMSNorm(RMSNorm):
     def fork(self, x: Tensor) -> tuple[Tensor | WithRows, Tensor]:
         """Return (norm of x, x)."""
         await_weights(self)  # the layer calls this method and not the module
-        return norm.fork(x, self.weight, self._epsilon, centered=self._centered, in_fp8=self._in_fp8)
+        return norm.fork(x, self.weight, self._epsilon, centered=self._centered, in_fp8=self._makes_rows)
 
     def add_and_fork(self, branch: Tensor, residual: Tensor) -> tuple[Tensor | WithRows, Tensor]:
         """Return the `fork` of branch + residual."""
         await_weights(self)
         return norm.add_and_fork(
-            branch, residual, self.weight, self._epsilon, centered=self._centered, in_fp8=self._in_fp8
+            branch, residual, self.weight, self._epsilon, centered=self._centered, in_fp8=self._makes_rows
         )
 
     def forget(self, normed: Tensor | WithRows, residual: Tensor, branch: Tensor) -> None:
@@ -68,6 +75,11 @@ class FusedRMSNorm(RMSNorm):
         if branch.requires_grad:
             values = unquantized(normed)
             norm.forget(values, residual, self.weight, self._epsilon, branch, centered=self._centered)
+
+    @property
+    def _makes_rows(self) -> bool:
+        """Whether the product that takes this norm is in fp8 now."""
+        return self._when_in_fp8 == "always" or (self._when_in_fp8 == "in_training" and self.training)
 
     @property
     def _epsilon(self) -> float:
@@ -87,18 +99,19 @@ class FusedMLP(MLP):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor | WithRows, *_: object, **__: object) -> tuple[Tensor, Tensor | None]:
         """Return the output and no bias."""
         up, down = self.linear_fc1, self.linear_fc2
+        forms = fp8_gradients(up, down)
         if isinstance(up, AdaptedColumn):
             of_up, of_down = up.as_one(), down.as_one()
             if of_up is not None and of_down is not None:
                 weights = up.weight, down.weight
-                return adapted_gated_mlp(hidden_states, *weights, of_up, of_down, self.gate, in_fp8=up.in_fp8), None
+                return adapted_gated_mlp(hidden_states, *weights, of_up, of_down, self.gate, fp8_gradients=forms), None
         # The exact types: adapters subclass these linears.
-        if type(up) is Fp8ColumnParallelLinear:
+        if type(up) is Fp8ColumnParallelLinear and forms is not None:
             await_weights(up)
             await_weights(down)
             inputs = up.whole_input(hidden_states)
-            return down.reduced(gated_mlp(inputs, up.weight, down.weight, self.gate, in_fp8=True)), None
-        if type(up) is tensor_parallel.ColumnParallelLinear and up.tp_group.size() == 1:
+            return down.reduced(gated_mlp(inputs, up.weight, down.weight, self.gate, fp8_gradients=forms)), None
+        if type(up) in _LINEARS_ALONE and up.tp_group.size() == 1:
             await_weights(up)
             await_weights(down)
             return gated_mlp(hidden_states, up.weight, down.weight, self.gate), None

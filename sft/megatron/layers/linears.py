@@ -22,13 +22,9 @@ class LoraRowParallelLinear(AdaptedRow, tensor_parallel.RowParallelLinear):  # t
 class LoraFp8ColumnParallelLinear(AdaptedColumn, Fp8ColumnParallelLinear):
     """The frozen product in fp8, adapters in bf16."""
 
-    in_fp8 = True
-
 
 class LoraFp8RowParallelLinear(AdaptedRow, Fp8RowParallelLinear):
     """The frozen product in fp8, adapters in bf16."""
-
-    in_fp8 = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ from sft.megatron.core import (
 )
 from sft.megatron.layers.dora import RowNorms
 from sft.megatron.layers.expert_lora import ExpertAdapters
+from sft.megatron.layers.fp8 import fp8_gradients
 from sft.megatron.layers.mixture_of_experts import ExpertMLP
 from sft.megatron.layers.router import routers_of
 from sft.models.architecture import Architecture
@@ -211,8 +212,6 @@ class _Adapted:
     bias: Tensor | None
     skip_bias_add: bool
     tp_group: dist.ProcessGroup
-    in_fp8 = False
-    """Whether the frozen product is one of fp8."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -226,7 +225,9 @@ class _Adapted:
 
     def _in_one(self, x: Tensor | WithRows, adapter: LowRank) -> tuple[Tensor, Tensor | None]:
         """Return output and bias, adapters included."""
-        output = adapted_linear(x, self.weight, self._added_bias, adapter, in_fp8=self.in_fp8)
+        forms = fp8_gradients(self)
+        form = None if forms is None else forms[0]
+        output = adapted_linear(x, self.weight, self._added_bias, adapter, fp8_gradients=form)
         return output, self.bias if self.skip_bias_add else None
 
     @property

@@ -10,11 +10,12 @@ and from 0.18 on the MLP is a partial function, on which setting `module` is ign
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import nn
 
+from launcher.contract.spec import Fp8Spec
 from sft.megatron.core import (
     MLP,
     AttnMaskType,
@@ -61,8 +62,14 @@ class LayerOptions:
     kernels: Kernels
     adapted: bool = False
     """Whether linears can have adapters."""
-    fp8: bool = False
-    """Whether products of linears are in fp8."""
+    fp8: Fp8Spec | None = None
+    """What is in fp8; None where no product is."""
+
+    def fp8_in(self, layer_number: int, layers: int) -> bool:
+        """Return whether products of this layer's linears are in fp8, counted from 1 of so many."""
+        if self.fp8 is None:
+            return False
+        return self.fp8.bf16_first_layers < layer_number <= layers - self.fp8.bf16_last_layers
 
 
 def decoder_spec(
@@ -79,8 +86,9 @@ def layer_spec(architecture: Architecture, options: LayerOptions, layer_number: 
     """Return the spec of one layer, counted from 1 in the whole model."""
     layer = architecture.layers[layer_number - 1]
     fused = options.kernels.fused_layers
-    linears = choose_linears(fp8=options.fp8, adapted=options.adapted)
-    before_attention, before_mlp = _norms_before(architecture, layer, options)
+    in_fp8 = options.fp8_in(layer_number, len(architecture.layers))
+    linears = choose_linears(fp8=in_fp8, adapted=options.adapted)
+    before_attention, before_mlp = _norms_before(architecture, layer, options if in_fp8 else replace(options, fp8=None))
     submodules = TransformerLayerSubmodules(
         input_layernorm=before_attention,
         self_attention=_attention_spec(architecture, layer.attention, options.kernels, linears),
@@ -131,7 +139,10 @@ def _norm_before_product(
 ) -> ModuleSpec | type[nn.Module]:
     """Return the norm whose output goes into linear_qkv, linear_fc1 or to experts, whose products are not in fp8."""
     if options.kernels.fused_layers:
-        spec: ModuleSpec = ModuleSpec(module=FusedRMSNorm, params={"in_fp8": options.fp8 and not experts})
+        rows = "never"
+        if options.fp8 is not None and not experts:
+            rows = "always" if options.fp8.evaluation else "in_training"
+        spec: ModuleSpec = ModuleSpec(module=FusedRMSNorm, params={"in_fp8": rows})
         return spec
     return PLAIN_NORMS[architecture.norm]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.contract.errors import TopologyError
 from launcher.contract.model_shape import ModelShape
-from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
+from launcher.contract.spec import DataSpec, Fp8Spec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.topology import build_topology
 
 SMOLLM = ModelShape(
@@ -236,3 +236,16 @@ def test_fp8_needs_sides_of_sixteens() -> None:
         "train.precision fp8 needs multiples of 16, and feed-forward size on a rank of tensor_parallel 1 is 1544; "
         "set train.precision to bf16, or another tensor_parallel"
     ]
+
+
+def test_some_layer_is_in_fp8() -> None:
+    shape = dataclasses.replace(SMOLLM, num_layers=4)
+
+    def train(first: int, last: int) -> RunSpec:
+        spec = make(tasks=1)
+        fp8 = Fp8Spec(bf16_first_layers=first, bf16_last_layers=last)
+        return dataclasses.replace(spec, train=dataclasses.replace(spec.train, precision="fp8", fp8=fp8))
+
+    assert build_topology(train(2, 1), shape).world_size == 1
+    with pytest.raises(TopologyError, match="first_layers 2 \\+ bf16_last_layers 2 = 4 leave none of the 4 layers"):
+        build_topology(train(2, 2), shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sft.kernels import fp8
 from sft.kernels.adapted import LowRank, adapted_gated_mlp, adapted_linear
 from sft.kernels.gated import Gate
-from sft.kernels.linear import gated_mlp
+from sft.kernels.linear import GradientForm, gated_mlp
 
 HIDDEN, WIDTH, RANK = 16, 48, 3
 
@@ -67,7 +67,7 @@ def test_fp8_rounds_the_frozen_product_alone() -> None:
     x, weight = random(7, HIDDEN, dtype=torch.float32), random(WIDTH, HIDDEN, dtype=torch.float32).detach()
     own = adapter(WIDTH, HIDDEN, 0.7, torch.float32)
     grad = random(7, WIDTH, dtype=torch.float32).detach()
-    output = adapted_linear(x, weight, None, own, in_fp8=True)
+    output = adapted_linear(x, weight, None, own, fp8_gradients="e4m3")
     output.backward(grad)
     low, there, back = (fp8.quantize(each) for each in (x.detach(), weight, grad))
     with torch.no_grad():
@@ -79,7 +79,8 @@ def test_fp8_rounds_the_frozen_product_alone() -> None:
         torch.testing.assert_close(own.up.grad, 0.7 * grad.t() @ (x @ own.down.t()))
 
 
-def test_mlp_over_fp8_is_the_frozen_one_where_the_adapters_are_zero() -> None:
+@pytest.mark.parametrize("forms", [("e4m3", "e4m3"), ("e5m2", "bf16"), ("bf16", "e4m3")])
+def test_mlp_over_fp8_is_the_frozen_one_where_the_adapters_are_zero(forms: tuple[GradientForm, GradientForm]) -> None:
     x = random(7, HIDDEN, dtype=torch.float32)
     up, down = (random(*shape, dtype=torch.float32).detach() for shape in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)))
     zeros = [
@@ -87,7 +88,8 @@ def test_mlp_over_fp8_is_the_frozen_one_where_the_adapters_are_zero() -> None:
         for rows, columns in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH))
     ]
     again = copied(x)
-    output, expected = adapted_gated_mlp(x, up, down, *zeros, in_fp8=True), gated_mlp(again, up, down, in_fp8=True)
+    output = adapted_gated_mlp(x, up, down, *zeros, fp8_gradients=forms)
+    expected = gated_mlp(again, up, down, fp8_gradients=forms)
     for result in (output, expected):
         result.square().sum().backward()
     torch.testing.assert_close(output, expected)

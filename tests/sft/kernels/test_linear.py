@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sft.kernels import fp8
 from sft.kernels.gated import Gate
-from sft.kernels.linear import fp8_linear, gated_mlp
+from sft.kernels.linear import GradientForm, fp8_linear, gated_mlp
 from sft.kernels.weight_gradient import weight_gradient
 
 HIDDEN, WIDTH = 16, 48
@@ -43,10 +43,13 @@ def test_frozen_weights_have_no_gradient() -> None:
     assert x.grad is not None and up.grad is None and down.grad is None
 
 
-def rounded(x: Tensor, rows: bool) -> Tensor:
-    """Return the matrix rounded to fp8 with a scale for each row, or column, that maps its largest value to 448."""
-    scale = x.detach().float().abs().amax(dim=1 if rows else 0, keepdim=True).clamp(min=1e-12) / 448
-    return (x.detach().float() / scale).to(torch.float8_e4m3fn).float() * scale
+LARGEST = {torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}
+
+
+def rounded(x: Tensor, rows: bool, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """Return the matrix rounded to fp8 with a scale for each row, or column, that maps its largest to that of fp8."""
+    scale = x.detach().float().abs().amax(dim=1 if rows else 0, keepdim=True).clamp(min=1e-12) / LARGEST[dtype]
+    return (x.detach().float() / scale).to(dtype).float() * scale
 
 
 def test_fp8_rounds_tokens_and_channels_and_not_weight_gradients() -> None:
@@ -57,6 +60,59 @@ def test_fp8_rounds_tokens_and_channels_and_not_weight_gradients() -> None:
     torch.testing.assert_close(output, rounded(x, True) @ rounded(weight, True).t(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, rounded(grad, True) @ rounded(weight, False), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight.grad, grad.t() @ x.detach())
+
+
+def gradients(form: GradientForm, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the input by a linear in fp8, and the weight, a random matrix that goes with `grad`."""
+    x, weight = random(7, HIDDEN, dtype=torch.float32), random(WIDTH, HIDDEN, dtype=torch.float32)
+    fp8_linear(x, weight, form).backward(grad)
+    assert x.grad is not None
+    return x.grad, weight.detach()
+
+
+def test_gradients_in_e5m2_and_bf16() -> None:
+    grad = random(7, WIDTH, dtype=torch.float32).detach()
+    found, weight = gradients("e5m2", grad)
+    torch.testing.assert_close(
+        found, rounded(grad, True, torch.float8_e5m2) @ rounded(weight, False), rtol=1e-5, atol=1e-5
+    )
+    found, weight = gradients("bf16", grad)
+    torch.testing.assert_close(found, grad @ weight)
+
+
+def test_what_e5m2_keeps_beside_a_large_value() -> None:
+    """A value that is 2**-20 of the largest of its token is lost in E4M3."""
+    grad = torch.zeros(7, WIDTH)
+    grad[:, 0], grad[:, 1] = 1.0, 2.0**-20
+    weight = torch.zeros(WIDTH, HIDDEN)
+    weight[1, 0] = 1.0
+    kept = {}
+    for form in ("e4m3", "e5m2"):
+        x = torch.zeros(7, HIDDEN, requires_grad=True)
+        fp8_linear(x, weight, form).backward(grad)
+        assert x.grad is not None
+        kept[form] = float(x.grad[0, 0])
+    assert kept == {"e4m3": 0.0, "e5m2": pytest.approx(2.0**-20, rel=0.13)}
+
+
+@pytest.mark.parametrize("forms", [("bf16", "bf16"), ("e4m3", "bf16"), ("bf16", "e5m2")])
+def test_each_product_of_an_mlp_has_gradients_of_its_own(forms: tuple[GradientForm, GradientForm]) -> None:
+    """The definition, written out: forward in fp8, and each gradient of an input as its form says."""
+    x, up, down = (random(*shape, dtype=torch.float32) for shape in ((7, HIDDEN), (2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+    grad = random(7, HIDDEN, dtype=torch.float32).detach()
+    gated_mlp(x, up, down, fp8_gradients=forms).backward(grad)
+    mixed = (rounded(x, True) @ rounded(up, True).t()).requires_grad_()
+    values, linear = mixed.chunk(2, dim=-1)
+    inner = input_gradient(grad, down.detach(), forms[1])
+    (outer,) = torch.autograd.grad(F.silu(values) * linear, mixed, inner)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, input_gradient(outer, up.detach(), forms[0]), rtol=1e-5, atol=1e-5)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, form: GradientForm) -> Tensor:
+    if form == "bf16":
+        return grad @ weight
+    return rounded(grad, True, fp8.DTYPES[form]) @ rounded(weight, False)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 3e4])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from launcher.contract.hardware import gpu_kinds
-from launcher.contract.spec import OptimizerSpec, RunSpec, TrainSpec
+from launcher.contract.spec import Fp8Spec, OptimizerSpec, RunSpec, TrainSpec
 from launcher.contract.spec.fields import Problem
 from launcher.contract.spec.model import ALL_LINEAR
 from launcher.contract.spec.rules import shown
+from launcher.contract.spec.train import FP8_LINEARS
 from launcher.contract.steps import share_of_steps
 
 
@@ -86,9 +88,20 @@ def _shape_problems(optimizer: OptimizerSpec) -> Iterator[Problem]:
 
 
 def fp8_problems(spec: RunSpec) -> Iterator[Problem]:
-    """Yield why fp8 cannot be, before the ranks find out."""
+    """Yield why fp8 cannot be, before the ranks find out, and settings of it that have no meaning."""
+    fp8 = spec.train.fp8
     if spec.train.precision != "fp8":
+        given = {name: value for name, value in dataclasses.asdict(fp8).items() if value != getattr(Fp8Spec(), name)}
+        for name, value in given.items():
+            yield f"train.fp8.{name}", f"{shown(value)} needs train.precision fp8, which is {spec.train.precision}"
         return
+    for name in fp8.bf16_gradients:
+        if name not in FP8_LINEARS:
+            yield "train.fp8.bf16_gradients", f"{name!r} is no linear of a layer; known are {', '.join(FP8_LINEARS)}"
+    if len(set(fp8.bf16_gradients)) < len(fp8.bf16_gradients):
+        yield "train.fp8.bf16_gradients", f"{fp8.bf16_gradients} names a linear twice"
+    if fp8.gradients != "e4m3" and set(fp8.bf16_gradients) >= set(FP8_LINEARS):
+        yield "train.fp8.gradients", f"{fp8.gradients} is of no use where train.fp8.bf16_gradients names every linear"
     name = (spec.cluster.gpu or spec.cluster.gpu_type or "").lower()
     if any(kind.name == name and kind.fp8_tflops is None for kind in gpu_kinds()):
         yield "train.precision", f"fp8 on GPUs of kind {name}, which have no fp8 products; set it to bf16"

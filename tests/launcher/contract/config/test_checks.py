@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,16 @@ from launcher.contract.config.checks import spec_problems
 from launcher.contract.config.load import load_config
 from launcher.contract.errors import ConfigError
 from launcher.contract.secret_names import is_secret_name
-from launcher.contract.spec import ClusterSpec, LoraSpec, ModelSpec, ResourcesSpec, RestartSpec, RunSpec, TrainSpec
+from launcher.contract.spec import (
+    ClusterSpec,
+    Fp8Spec,
+    LoraSpec,
+    ModelSpec,
+    ResourcesSpec,
+    RestartSpec,
+    RunSpec,
+    TrainSpec,
+)
 
 CFG = Path("cfg.yaml")
 
@@ -106,6 +116,28 @@ def test_time_limits_slurm_takes(workdir: Path, limit: str) -> None:
 )
 def test_names_of_secrets(name: str, secret: bool) -> None:
     assert is_secret_name(name) is secret
+
+
+def test_settings_of_fp8() -> None:
+    """Without it they would be of no effect; a linear that does not exist has no gradients."""
+    given = Fp8Spec(bf16_first_layers=1, evaluation=True)
+    assert {key: text for key, text in spec_problems(RunSpec(train=TrainSpec(fp8=given))) if "fp8" in key} == {
+        "train.fp8.evaluation": "True needs train.precision fp8, which is bf16",
+        "train.fp8.bf16_first_layers": "1 needs train.precision fp8, which is bf16",
+    }
+
+    def problems(**settings: Any) -> dict[str, str]:
+        train = TrainSpec(precision="fp8", fp8=Fp8Spec(**settings))
+        return {key: text for key, text in spec_problems(RunSpec(train=train)) if "fp8" in key}
+
+    assert not problems(evaluation=True, bf16_last_layers=2, gradients="e5m2", bf16_gradients=["fc1", "proj"])
+    assert problems(bf16_gradients=["fc3"]) == {
+        "train.fp8.bf16_gradients": "'fc3' is no linear of a layer; known are qkv, proj, fc1, fc2"
+    }
+    assert "twice" in problems(bf16_gradients=["fc1", "fc1"])["train.fp8.bf16_gradients"]
+    every = ["qkv", "proj", "fc1", "fc2"]
+    assert problems(bf16_gradients=every).keys() == set()
+    assert "of no use" in problems(bf16_gradients=every, gradients="e5m2")["train.fp8.gradients"]
 
 
 def test_fp8_where_it_cannot_be() -> None:
