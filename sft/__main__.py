@@ -20,6 +20,7 @@ from launcher.contract.versions import check_versions
 from sft.commands.bench_arguments import add_arguments
 from sft.runtime.error_record import record_error
 from sft.runtime.imports import uncollected
+from sft.runtime.start_clock import StartClock
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,13 +139,15 @@ def _preflight(options: argparse.Namespace) -> ExitCode:
 
 
 def _train(options: argparse.Namespace) -> ExitCode:
+    clock = StartClock.from_environ()
     with uncollected():
         from sft.training.trainer import train
+    clock.end("imports")
 
     # After the import, because Lightning sets the level of its loggers when it is imported.
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return train(options.path)
+    return train(options.path, clock)
 
 
 def _export(options: argparse.Namespace) -> ExitCode:

@@ -54,6 +54,8 @@ class RunStatus:
     """Its newest complete checkpoint."""
     mfu: float | None = None
     """Share of the GPUs' peak that the model's own products took."""
+    first_step_seconds: float | None = None
+    """How long after its submission the newest attempt had done its first step."""
     exit_code: int | None = None
     """How the newest attempt ended; null while it has not, or if another one follows by itself."""
     reason: str = ""
@@ -188,6 +190,7 @@ def _row(item: Snapshot, answers: Mapping[SchedulerName, Answer]) -> RunStatus:
         loss=numbers.get("loss"),
         tokens_per_second=numbers.get("tokens_per_second"),
         mfu=numbers.get("mfu"),
+        first_step_seconds=numbers.get("first_step_seconds"),
         eta_seconds=numbers.get("eta_seconds") if state is JobState.RUNNING else None,
         checkpoint=checkpoints[-1].name if checkpoints else None,
         exit_code=item.exit_code,

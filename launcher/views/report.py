@@ -16,7 +16,7 @@ from launcher.contract.spec import RunSpec, read_resolved
 from launcher.runs.state import RunStatus, collect
 from launcher.views.charts import charts
 from launcher.views.text import duration, local_time
-from launcher.views.timeline import bars, event_row, resumed_at
+from launcher.views.timeline import bars, event_row, first_steps, resumed_at
 
 _TEMPLATE = "report.html.j2"
 _MOST_EVENTS = 500
@@ -55,6 +55,7 @@ def _page_values(paths: RunPaths) -> dict[str, object]:
         "tiles": _tiles(status, metrics),
         "charts": charts(metrics, resumed_at(events)),
         "bars": bars(events, manifest.created_at, _newest_step(metrics)),
+        "first_steps": first_steps(events),
         "topology": [(name.replace("_", " "), value) for name, value in manifest.topology.items() if name != "summary"],
         "against": against,
         "changes": changes,
@@ -79,6 +80,7 @@ def _tiles(status: RunStatus, metrics: Sequence[JsonObject]) -> list[tuple[str, 
         ("tokens/s", None if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}"),
         ("MFU", None if status.mfu is None else f"{status.mfu:.1%}"),
         ("ETA", None if status.eta_seconds is None else duration(status.eta_seconds)),
+        ("first step after", None if status.first_step_seconds is None else duration(status.first_step_seconds)),
         ("checkpoint", status.checkpoint),
     ]
     return [(name, value) for name, value in tiles if value is not None]

@@ -89,6 +89,23 @@ def _why(events: Sequence[JsonObject], end: JsonObject | None) -> str:
     return f"{cause}{f': {detail}' if detail else ''} → {str(decided.get('decision', '?')).replace('_', ' ')}"
 
 
+def first_steps(events: Sequence[JsonObject]) -> list[tuple[str, str]]:
+    """Return each attempt that has come to its first step, with what `first_step` says of it."""
+    return [
+        (str(event.get("attempt")), first_step(event))
+        for event in events
+        if event["event"] == "first_step" and isinstance(event.get("phases"), dict) and is_number(event.get("seconds"))
+    ]
+
+
+def first_step(event: JsonObject) -> str:
+    """Return what a `first_step` event says: how long the step took to come, and which phases that was made of."""
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in event["phases"].items())
+    warm_up = event.get("warm_up")
+    more = f" ({warm_up:.1f} more than the second)" if is_number(warm_up) else ""
+    return f"first step done {event['seconds']:.1f} s after submission: {parts}{more}"
+
+
 def resumed_at(events: Sequence[JsonObject]) -> list[float]:
     """Return the steps after which a later attempt resumed training."""
     begun = [event.get("step") for event in events if event["event"] == "training_started"]

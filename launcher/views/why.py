@@ -8,6 +8,7 @@ from launcher.contract.records import read_events
 from launcher.contract.rundir import JsonObject, RunPaths
 from launcher.runs.snapshot import meaning_of
 from launcher.views.text import local_time
+from launcher.views.timeline import first_step
 
 _TOLD: dict[str, Callable[[JsonObject], str]] = {
     "submitted": lambda event: (
@@ -16,6 +17,7 @@ _TOLD: dict[str, Callable[[JsonObject], str]] = {
     "attempt_started": lambda event: f"attempt {event['attempt']} started on {event.get('nodes') or event['host']}",
     "training_started": lambda event: f"training began after step {event['step']} of {event['max_steps']}",
     "restarted_in_place": lambda event: f"the same job trains on{_cost(event)}",
+    "first_step": lambda event: first_step(event),
     "metrics_lost": lambda event: (
         "metrics.jsonl has no line for steps " + ", ".join(f"{first + 1} to {last}" for first, last in event["steps"])
     ),

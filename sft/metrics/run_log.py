@@ -85,6 +85,7 @@ class RunLog:
         self._squared_lengths = 0
         self._seconds = 0.0
         self._began = time.monotonic()
+        self._first_step: dict[str, float] = {}
 
     @property
     def seconds(self) -> float:
@@ -146,6 +147,10 @@ class RunLog:
         if self._loggers is not None:
             self._loggers.close()
 
+    def first_step_after(self, seconds: float) -> None:
+        """Show in progress.json from now on how long after the submission the first step was done."""
+        self._first_step = {"first_step_seconds": round(seconds, 3)}
+
     def checkpoint_saved(self, name: str) -> None:
         """Show `name` as the newest checkpoint in progress.json from now on."""
         self._checkpoint = name
@@ -205,7 +210,7 @@ class RunLog:
     def _write_progress(self) -> None:
         self._confirm(_CONFIRM_SECONDS)
         self._last_written = time.time()
-        head = {"attempt": self._attempt, "max_steps": self.max_steps}
+        head = {"attempt": self._attempt, "max_steps": self.max_steps, **self._first_step}
         tail = {"checkpoint": self._checkpoint, "time": self._last_written}
         write_json(self.paths.progress, {**head, **self._record, **tail})
         if self._last_written >= self._dashboard_due or self._record.get("step") == self.max_steps:

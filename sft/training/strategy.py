@@ -21,8 +21,10 @@ from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.core import parallel_state
 from sft.megatron.parallel.groups import ControlGroup, init_model_parallel
+from sft.runtime import lightning as pl
 from sft.runtime.lightning import DDPStrategy
 from sft.runtime.rank_env import RankEnv
+from sft.runtime.start_clock import StartClock
 
 if TYPE_CHECKING:
     from sft.engine.module import SFTGPT
@@ -33,8 +35,11 @@ class MegatronStrategy(DDPStrategy):
 
     strategy_name = "megatron"
 
-    def __init__(self, topology: Topology, seed: int, data_key: Mapping[str, object]) -> None:
+    def __init__(
+        self, topology: Topology, seed: int, data_key: Mapping[str, object], clock: StartClock | None = None
+    ) -> None:
         super().__init__()
+        self._clock = clock or StartClock()
         self.topology = topology
         self.seed = seed
         self.data_key = data_key
@@ -52,6 +57,12 @@ class MegatronStrategy(DDPStrategy):
         init_model_parallel(self.topology, self.seed)
         self.control = ControlGroup()
         self.saver = CheckpointSaver(self.control, RankEnv.from_environ().attempt)
+        self._clock.end("process groups")
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        self._clock.end("weights")
+        super().setup(trainer)
+        self._clock.end("optimizer")
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, object]:
@@ -101,6 +112,7 @@ class MegatronStrategy(DDPStrategy):
         Where the checkpoint is damaged, an older one beside it is loaded.
         """
         self.resumed_from, counters = self.load_weights(Path(checkpoint_path))
+        self._clock.end("checkpoint")
         return counters
 
     def load_weights(self, source: Path) -> tuple[Path, dict[str, object]]:

@@ -37,12 +37,14 @@ from sft.models.registry import read_architecture
 from sft.runtime import lightning as pl
 from sft.runtime.deadline import Deadline
 from sft.runtime.rank_env import RankEnv
+from sft.runtime.start_clock import StartClock
 from sft.runtime.stop import StopFlag
 from sft.training.callbacks.bad_steps import GuardCallback
 from sft.training.callbacks.checkpoints import CheckpointCallback
 from sft.training.callbacks.early_stopping import EarlyStopping
 from sft.training.callbacks.evaluation import EvaluationCallback, held_out_batches
 from sft.training.callbacks.progress import ProgressCallback
+from sft.training.callbacks.startup import StartupCallback
 from sft.training.callbacks.watchdog_marks import watched
 from sft.training.cluster_environment import RankClusterEnvironment
 from sft.training.datamodule import SFTDataModule
@@ -57,6 +59,7 @@ def megatron_trainer(
     max_steps: int,
     data_key: Mapping[str, object],
     callbacks: Sequence[pl.Callback] = (),
+    clock: StartClock | None = None,
 ) -> pl.Trainer:
     """Return a Lightning trainer for SFTGPT on this rank, on CPU or GPU as the config says.
 
@@ -76,7 +79,7 @@ def megatron_trainer(
             accelerator="gpu" if on_gpu else "cpu",
             devices=topology.ranks_per_node,
             num_nodes=spec.resources.nodes,
-            strategy=MegatronStrategy(topology, spec.train.seed, data_key),
+            strategy=MegatronStrategy(topology, spec.train.seed, data_key, clock),
             plugins=[RankClusterEnvironment(env)],
             callbacks=list(callbacks),
             max_steps=max_steps,
@@ -91,24 +94,27 @@ def megatron_trainer(
         )
 
 
-def train(config: Path) -> ExitCode:
+def train(config: Path, clock: StartClock | None = None) -> ExitCode:
     """Train the run whose resolved config is `config`, from its newest complete checkpoint if it has one.
 
     Every rank calls this. Returns OK when all steps are done or early stopping ended the run, REQUEUE when the run was
-    asked to stop before that.
+    asked to stop before that. `clock` has measured what happened before.
     """
-    return train_run(read_resolved(config), RunPaths(config.resolve().parent))
+    return train_run(read_resolved(config), RunPaths(config.resolve().parent), clock=clock)
 
 
-def train_run(spec: RunSpec, paths: RunPaths, metric: Metric | None = None) -> ExitCode:
+def train_run(
+    spec: RunSpec, paths: RunPaths, metric: Metric | None = None, clock: StartClock | None = None
+) -> ExitCode:
     """Do what `train` does, for another program. `metric` replaces the function that evaluation.metric names."""
+    clock = clock or StartClock()
     env = RankEnv.from_environ()
     stop = StopFlag()
     stop.install()
     holding = held(paths, env.attempt) if env.rank == 0 else contextlib.nullcontext()
     watchdog = Watchdog(spec.watchdog, paths, env)
     with holding as lease, watchdog, answering(paths.root, env, watchdog.place):
-        return _train(spec, paths, env, stop, lease, watchdog, metric)
+        return _train(spec, paths, env, stop, lease, watchdog, metric, clock)
 
 
 def _train(
@@ -119,6 +125,7 @@ def _train(
     lease: Keeper | None,
     watchdog: Watchdog,
     metric: Metric | None,
+    clock: StartClock,
 ) -> ExitCode:
     """Train while this attempt holds the run. `lease` is None on all ranks but the first."""
     leader = env.rank == 0
@@ -154,14 +161,15 @@ def _train(
     # Their order matters at each step boundary: each uses the results of those before it.
     deadline = Deadline.from_environ(spec.resources.signal_seconds)
     saves = CheckpointCallback(spec.checkpoint_ranking, stop, deadline, lease, evaluation, guard, log)
-    callbacks = [progress, guard, evaluation, saves]
+    callbacks = [StartupCallback(clock, log, env.attempt), progress, guard, evaluation, saves]
     steps, key = data.max_steps, data.data_key
     trainer = megatron_trainer(
-        spec, topology, env, max_steps=steps, data_key=key, callbacks=watched(callbacks, watchdog)
+        spec, topology, env, max_steps=steps, data_key=key, callbacks=watched(callbacks, watchdog), clock=clock
     )
     module = SFTGPT(spec, architecture, topology, model_dir, steps)
     log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
     log.say(choose_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0).describe())
+    clock.end("data")
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
     # srun ends all ranks when one exits with another code than 0: none may exit while another is still writing.
     cast(MegatronStrategy, trainer.strategy).control.barrier()

@@ -3,6 +3,10 @@
 # shellcheck disable=SC1090,SC1091,SC2016,SC2054,SC2064,SC2317 # quoted values are data; traps and sourced files are intended
 set -uo pipefail
 
+begins() { # VARIABLE: tell the ranks when a phase of this script began (sft/runtime/start_clock.py)
+  export "$1=$(date +%s.%N)"
+}
+begins SFT_BEGAN_SCRIPT
 run_dir=/shared/runs/demo
 config=$run_dir/config.yaml
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK NODE_RANK MASTER_ADDR MASTER_PORT # of a shell inside torchrun
@@ -110,7 +114,9 @@ started
 
 rc=0
 echo "prepare"
+begins SFT_BEGAN_PREPARE
 one_process -m sft prepare "$config" || exit
+begins SFT_BEGAN_RANKS
 echo "train: tp4 = 4 ranks"
 attended /opt/python -m launcher.contract.local_ranks --ranks 4 --log-dir "$log_dir" \
   -- "${python[@]}" -m sft train "$config" || rc=$?

@@ -14,6 +14,10 @@
 # shellcheck disable=SC1090,SC1091,SC2016,SC2054,SC2064,SC2317 # quoted values are data; traps and sourced files are intended
 set -uo pipefail
 
+begins() { # VARIABLE: tell the ranks when a phase of this script began (sft/runtime/start_clock.py)
+  export "$1=$(date +%s.%N)"
+}
+begins SFT_BEGAN_SCRIPT
 run_dir=/shared/runs/demo
 config=$run_dir/config.yaml
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK NODE_RANK MASTER_ADDR MASTER_PORT # of a shell inside torchrun
@@ -182,17 +186,20 @@ started
 
 rc=0
 echo "prepare"
+begins SFT_BEGAN_PREPARE
 one_process -m sft prepare "$config" || exit
 MASTER_ADDR=${hosts[0]}
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000)) # below the kernel's range for client ports
 while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_ADDR MASTER_PORT
 echo "preflight of 2 nodes"
+begins SFT_BEGAN_PREFLIGHT
 # One task on each node. Only the exit code of the first counts: it knows what all of them found and which are silent.
 SFT_HOSTS="${hosts[*]}" env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK \
   srun --export=ALL "${srun_args[@]}" --nodes=2 --ntasks=2 --ntasks-per-node=1 \
   --kill-on-bad-exit=0 --wait=120 --unbuffered \
   bash -c '"$@"; code=$?; [ "$SLURM_PROCID" -ne 0 ] || exit "$code"' bash "${python[@]}" -m sft preflight "$config" || exit
+begins SFT_BEGAN_RANKS
 echo "train: dp8 = 8 ranks, rendezvous $MASTER_ADDR:$MASTER_PORT"
 # srun exits with the highest code of all ranks, which is that of a rank it killed. The first to fail has the cause.
 rank_main='trap : TERM USR2; "$@"; code=$?

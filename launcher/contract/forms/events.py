@@ -169,6 +169,25 @@ class RestartedInPlace(OfAttempt):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstStep(OfAttempt):
+    """The first two steps of an attempt are done, or its only one: what the first has waited for."""
+
+    event: Literal["first_step"]
+    step: int
+    """The first step."""
+    seconds: float
+    """From the submission, or the end of the attempt before, to the end of that step."""
+    phases: dict[str, float]
+    """Seconds of each phase, in their order, which add up to `seconds`: queue (to the begin of the batch script),
+    script (its environment, and the lease of the run), prepare, preflight (where it is enabled), start of ranks (until
+    rank 0's Python runs), imports, data (config, tokens, order of batches), process groups, weights (the model is built
+    and filled), optimizer, checkpoint (in an attempt that goes on), start of the loop, evaluation and first batch,
+    first step."""
+    warm_up: float = 0.0
+    """Seconds that the first step took longer than the second: compiling kernels, making communicators."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricsLost(OfAttempt):
     """metrics.jsonl has no line for steps that are done."""
 
@@ -378,6 +397,7 @@ EVENTS = (
     PreflightFailed,
     TrainingStarted,
     RestartedInPlace,
+    FirstStep,
     MetricsLost,
     CheckpointSaved,
     BadStep,

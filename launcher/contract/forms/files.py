@@ -40,6 +40,8 @@ class Progress:
     """Seconds until the last step."""
     mfu: float = 0.0
     """On GPUs: share of their peak that the model's own products took."""
+    first_step_seconds: float = 0.0
+    """Once the first step is done: its time since the submission, or since the end of the attempt before."""
 
 
 @dataclass(frozen=True, kw_only=True)
