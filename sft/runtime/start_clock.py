@@ -45,6 +45,8 @@ class StartClock:
         Its next phase begins when this process began.
         """
         began = {name: float(environ[key]) for key, name in _OF_SCRIPT.items() if key in environ}
+        # A script that runs again in the same shell may do less than the first time.
+        began = {name: at for name, at in began.items() if at >= began.get(_SCRIPT, at)}
         edges = [*began.values(), process_began(clock)]
         made = cls(edges[0], clock=clock)
         for name, end in zip(began, edges[1:], strict=True):

@@ -42,6 +42,8 @@ def test_what_the_batch_script_tells() -> None:
         "prepare": 3.25,
         "start of ranks": pytest.approx(began - 14.25, abs=0.1),
     }
+    of_an_earlier_start = {**environ, "SFT_BEGAN_PREFLIGHT": "9"}
+    assert list(StartClock.from_environ(of_an_earlier_start).phases) == ["script", "prepare", "start of ranks"]
     assert list(StartClock.from_environ({**environ, "SFT_BEGAN_PREFLIGHT": "12"}).phases) == [
         "script",
         "prepare",
