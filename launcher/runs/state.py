@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.contract.errors import LauncherError
-from launcher.contract.job import Job, JobId
+from launcher.contract.job import AttemptName, Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths, checkpoint_step
 from launcher.contract.schedulers import CAPABILITIES, SchedulerName
@@ -155,7 +155,7 @@ def _judge(item: Snapshot, record: JobRecord | None, answer: Answer) -> tuple[Jo
 
 def _judge_record(item: Snapshot, record: JobRecord) -> tuple[JobState, str]:
     if record.state is JobState.RUNNING:
-        return record.state, item.phase
+        return record.state, _at_work(item)
     if record.state is JobState.FAILED:
         latest = item if item.own_state is not None else snapshot(item.paths)  # it may have ended since the first look
         if latest.own_state is not None:
@@ -163,6 +163,12 @@ def _judge_record(item: Snapshot, record: JobRecord) -> tuple[JobState, str]:
         if record.exit_code is not None:
             return record.state, f"ended with exit code {record.exit_code}"
     return record.state, record.reason
+
+
+def _at_work(item: Snapshot) -> str:
+    """Return what a run does now, and which restart in place within its job that is."""
+    restarts = AttemptName(item.attempt or "").generation
+    return f"{item.phase}, restart {restarts} in place" if restarts else item.phase
 
 
 def _own_word(item: Snapshot) -> tuple[JobState, str]:

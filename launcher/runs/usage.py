@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.contract.errors import ConfigError, LauncherError, did_you_mean
-from launcher.contract.job import Job, JobId
+from launcher.contract.job import AttemptName, Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.manifest import Manifest, read_manifest
 from launcher.contract.records import read_events, read_progress
@@ -124,10 +124,10 @@ def _uses_of(run: _Run, accounts: dict[JobId, list[Allocation]]) -> list[Use]:
     left = list(run.spans)
     for job in run.jobs:
         for allocation in accounts.get(job.id, []):
-            span = next((span for span in left if _belongs(span, allocation)), None)
-            if span is not None:
-                left.remove(span)
-            found.append(_accounted(run, allocation, span))
+            first = next((span for span in left if _belongs(span, allocation)), None)
+            own = [span for span in left if first is not None and _is_of_start(span, first)]
+            left = [span for span in left if span not in own]
+            found.append(_accounted(run, allocation, own))
     accounted = [job.id for job in run.jobs if job.id in accounts]
     others = [span for span in left if not any(job.is_job(span.job, span.cluster) for job in accounted)]
     return sorted([*found, *(_told(run, span) for span in others)], key=lambda use: use.started)
@@ -140,11 +140,20 @@ def _belongs(span: Span, allocation: Allocation) -> bool:
     return allocation.start - _NEAR_SECONDS <= span.began <= end + _NEAR_SECONDS
 
 
-def _accounted(run: _Run, allocation: Allocation, span: Span | None) -> Use:
+def _is_of_start(span: Span, first: Span) -> bool:
+    """Return whether an attempt is `first`, or has followed it in place, within the same start of its job."""
+    own, other = AttemptName(span.attempt), AttemptName(first.attempt)
+    return span is first or (own.job is not None and (own.job, own.restart) == (other.job, other.restart))
+
+
+def _accounted(run: _Run, allocation: Allocation, spans: Sequence[Span]) -> Use:
+    """Return what the accounting says of one start of a job, in which ranks may have started again and again."""
     running, seconds = allocation.end is None, allocation.seconds
+    span = spans[-1] if spans else None
     if span is not None:
         end = time.time() if allocation.end is None else allocation.end
-        wasted = span.wasted(end, running=running)
+        before = sum(one.wasted(one.last if one.ended is None else one.ended, running=False) for one in spans[:-1])
+        wasted = before + span.wasted(end, running=running)
     else:
         wasted = 0.0 if running or allocation.state is JobState.COMPLETED else seconds
     resources = run.spec.resources

@@ -220,7 +220,7 @@ wait_for_instead() { # JOB: have our jobs that wait for this one wait for that o
 # With --no-kill, a job that loses the node of this script holds its other nodes to the end of its time. Two of them watch.
 guard='while sleep 15; do
   view=$(scontrol show job -o "$1") || continue
-  [[ $view == *" JobState=RUNNING "* && $view == *" Restarts=$2 "* ]] || exit 0
+  [[ $view == *" JobState=RUNNING "* && $view == *" Restarts=$2 "* ]] || continue
   [[ $view =~ " BatchHost="([^ ]+) ]] && batch=${BASH_REMATCH[1]} || continue
   [[ $view =~ " NodeList="([^ ]+) ]] && left=" $(scontrol show hostnames "${BASH_REMATCH[1]}" | paste -sd " ") " || continue
   [[ $left != *" $batch "* ]] || continue

@@ -110,6 +110,19 @@ def test_forgotten_job_is_judged_by_its_own_last_word(
     assert state_of(paths) == (state, reason)
 
 
+def test_a_run_that_started_again_in_place_is_at_work(tmp_path: Path, silent: Commands) -> None:
+    """Between two starts of the ranks as well: the end of the attempt before settles nothing."""
+    squeue_says(silent, "RUNNING")
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    append_event(paths, "restart_decided", attempt="7.0", decision="in_place", cause="hang")
+    ended(paths, 76)
+    assert state_of(paths) == (JobState.RUNNING, "preparing")
+    started(paths, "7.0-1")
+    append_event(paths, "training_started", attempt="7.0-1", step=0)
+    assert state_of(paths) == (JobState.RUNNING, "training, restart 1 in place")
+
+
 def test_rank_that_failed_first_is_named(tmp_path: Path, silent: Commands) -> None:
     paths = make_run(tmp_path, "a")
     started(paths)

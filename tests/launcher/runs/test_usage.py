@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.contract.rundir import RunPaths, append_line
-from launcher.contract.spec import ClusterSpec, ResourcesSpec, RunSpec, sealed
+from launcher.contract.spec import ClusterSpec, ResourcesSpec, RestartSpec, RunSpec, read_resolved, sealed
 from launcher.scheduler.slurm.accounts import gpus_in, parse_uses
 from tests.launcher.conftest import Commands
 from tests.launcher.runs.test_state import make_run, silent
@@ -127,6 +128,32 @@ def test_hours_by_accounting(tmp_path: Path, commands: Commands, capsys: pytest.
     assert total["wasted_gpu_hours"] == 4 + 2
     assert set(usage(capsys, tmp_path, "--by=state")) == {"REQUEUED", "COMPLETED", "NODE_FAIL", "total"}
     assert len(commands.calls("sacct")) <= 4  # one for states and one for hours, each time
+
+
+def test_restarts_in_place_share_an_allocation(
+    tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Spare nodes included; without accounting each start of the ranks has its own hours."""
+    commands.add("squeue", "")
+    begin, end = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(BEGAN + at)) for at in (0, 3600))
+    line = f"7|COMPLETED|3600|{begin}|{end}|3|cpu=6,gres/gpu=12,node=3|sbatch --comment=sft-{'7':0>32} job.sh"
+    run = run_of(tmp_path, "a", "7")
+    spec = read_resolved(run.config)
+    resources, how = dataclasses.replace(spec.resources, spare_nodes=1), RestartSpec(how="in_place")
+    run.config.write_text(sealed(dataclasses.replace(spec, resources=resources, restart=how)))
+    attempt(run, "7.0", 0, 1000, saves=(700,), code=76)
+    attempt(run, "7.0-1", 1000, 1900, saves=(1800,), code=76)
+    attempt(run, "7.0-2", 1900, 3600)
+    wasted = 12 * (300 + 100) / 3600
+    answers = (
+        (f"cat <<'E'\n{SACCT}\n{line}\nE", 1),
+        ("echo 'Slurm accounting storage is disabled' >&2; exit 1", 3),
+    )
+    for answer, count in answers:
+        commands.add("sacct", answer)
+        total = usage(capsys, tmp_path)["total"]
+        assert (total["gpu_hours"], total["attempts"]) == (12, count)
+        assert total["wasted_gpu_hours"] == pytest.approx(wasted)
 
 
 def test_a_run_that_runs_and_one_that_died_silently(

@@ -254,6 +254,65 @@ def test_what_is_left_of_ranks_on_a_node_is_ended() -> None:
             process.wait()
 
 
+def run_functions(text: str, program: str, seconds: float = 30.0) -> str:
+    """Run bash with the functions of a script, up to where it takes the run, and return what it prints."""
+    functions = text[text.index("host_args=(") : text.index("\nlight_process -m launcher.attempts.attempt begin")]
+    functions = functions.removesuffix("watch_this_node")
+    whole = f"set -uo pipefail\njob_id=7 SFT_ATTEMPT=7.0 node_list=n1,n2\n{functions}\n{program}"
+    done = subprocess.run(["bash", "-c", whole], capture_output=True, text=True, timeout=seconds, check=True)
+    return done.stdout
+
+
+LOOK = """\
+allocated=(n1 n2 n3 n4 n5)
+look=()
+look_at_nodes
+printf '%s\\n' "${look[@]}"
+"""
+
+
+def test_nodes_that_answer_are_usable(commands: Commands) -> None:
+    """Of five one is down, one hangs, and one cannot end a process."""
+    spec = golden_scripts()["slurm-in-place"]
+    spec = dataclasses.replace(spec, restart=RestartSpec(how="in_place", node_seconds=1))
+    commands.add("scontrol", "echo 'JobId=7 JobState=RUNNING'")
+    commands.add("sinfo", 'case "$*" in *states=down,fail*) echo n4 ;; *states=drain*) echo n5; echo n5 ;; esac')
+    answer = 'n2) sleep 60 ;; n3) exit 1 ;; *) echo "$node" ;; esac'
+    commands.add("srun", f"given=$*; node=${{given#*--nodelist=}}; node=${{node%% *}}; case $node in {answer}")
+    said = run_functions(script(spec), LOOK).splitlines()
+    words = dict(zip(said[1::2], said[2::2], strict=True))
+    assert sorted(words.pop("--nodes-usable").split(",")) == ["n1", "n5"]
+    assert words == {"--nodes": "n1,n2,n3,n4,n5", "--nodes-used": "n1,n2", "--nodes-draining": "n5"}
+    asked = [call for call in commands.calls("srun") if "--nodelist=" in call]
+    assert len(asked) == 4
+    commands.add("scontrol", "echo 'JobId=7 JobState=COMPLETING'")  # such a job is over
+    assert run_functions(script(spec), LOOK).split() == []
+
+
+@pytest.mark.parametrize(
+    ("view", "done"),
+    [
+        ("JobState=RUNNING Restarts=0 NodeList=n2,n3 BatchHost=n1 NumNodes=2", ["requeue 7"]),
+        ("JobState=RUNNING Restarts=0 NodeList=n10,n2 BatchHost=n1 NumNodes=2", ["requeue 7"]),
+        ("JobState=RUNNING Restarts=0 NodeList=n1,n3 BatchHost=n1 NumNodes=2", []),
+        ("JobState=RUNNING Restarts=1 NodeList=n2,n3 BatchHost=n1 NumNodes=2", []),  # another start of the job
+        ("JobState=COMPLETING Restarts=0 NodeList=n2,n3 BatchHost=n1 NumNodes=2", []),
+        ("slurm_load_jobs error: Unable to contact slurm controller", []),
+    ],
+)
+def test_a_job_that_has_lost_the_node_of_its_script_is_requeued(
+    view: str, done: list[str], tmp_path: Path, commands: Commands
+) -> None:
+    """The guard on another node; its time stands still after the second wait."""
+    hosts = 'tr , "\\n" <<<"$3"'
+    said = f"echo 'JobId=7 ReqNodeList=(null) ExcNodeList=(null) {view} '"
+    commands.add("scontrol", f'case "$*" in "show job"*) {said} ;; "show hostnames"*) {hosts} ;; esac')
+    commands.add("sleep", f'echo "$1" >>{tmp_path}/waits; [ "$(wc -l <{tmp_path}/waits)" -lt 3 ]')
+    run_functions(in_place_script(), 'SLURM_PROCID=1 bash -c "$guard" bash 7 0 || true')
+    assert [call for call in commands.calls("scontrol") if not call.startswith("show")] == done
+    assert (tmp_path / "waits").read_text().split() == (["15", "60", "15"] if done else ["15"] * 3)
+
+
 def test_cpu_ranks_get_nothing_of_cuda() -> None:
     spec = make_spec(cluster=ClusterSpec(scheduler="slurm"), resources=ResourcesSpec(nodes=2, tasks_per_node=4))
     assert "CUDA" not in script(spec)
