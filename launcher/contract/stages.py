@@ -18,9 +18,9 @@ from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
 
 
-def even_split(layers: int, chunks: int) -> tuple[int, ...]:
+def even_split(layers: int, model_chunks: int) -> tuple[int, ...]:
     """Return equally many layers for each model chunk, or () where they do not divide."""
-    return () if not chunks or layers % chunks else (layers // chunks,) * chunks
+    return () if not model_chunks or layers % model_chunks else (layers // model_chunks,) * model_chunks
 
 
 @lru_cache(maxsize=1024)
@@ -40,27 +40,27 @@ def balanced_split(spec: RunSpec, shape: ModelShape) -> tuple[int, ...]:
     # The forward pass is a third of forward and backward pass together.
     passes, head_passes = (4, 3) if spec.train.recompute in ("full", "offload") else (1, 1)
     costs = tuple(passes * operations for operations in layers)
-    chunks = spec.topology.pipeline_parallel * spec.topology.virtual_pipeline
-    return split_by_cost(costs, head_passes * head_operations(shape), chunks)
+    model_chunks = spec.topology.pipeline_parallel * spec.topology.virtual_pipeline
+    return split_by_cost(costs, head_passes * head_operations(shape), model_chunks)
 
 
 @lru_cache(maxsize=1024)
-def split_by_cost(costs: tuple[int, ...], head: int, chunks: int) -> tuple[int, ...]:
-    """Return how many layers each of `chunks` model chunks has, at least one.
+def split_by_cost(costs: tuple[int, ...], head: int, model_chunks: int) -> tuple[int, ...]:
+    """Return how many layers each of `model_chunks` chunks has, at least one.
 
     The costliest chunk costs as little as possible, the last one with the `head` behind its layers. Among such splits
     it is one whose costs are most alike by the sum of their squares, and among those the one with fewer layers in
     earlier chunks, which hold the activations of more micro-batches.
     """
-    assert 0 < chunks <= len(costs)
-    limit = _least_maximum(costs, head, chunks)
+    assert 0 < model_chunks <= len(costs)
+    limit = _least_maximum(costs, head, model_chunks)
     sums = [0, *accumulate(costs)]
     count = len(costs)
     # rest[start] is the least sum of squares of the chunks that have the layers from `start` on, the last chunk first.
     rest: list[int | None] = [_squared(sums[count] - sums[start] + head, limit) for start in range(count)]
     rest.append(None)
     choices: list[list[int]] = []
-    for _ in range(chunks - 1):
+    for _ in range(model_chunks - 1):
         rest, ends = _with_one_more(sums, rest, limit)
         choices.append(ends)
     split, start = [], 0
@@ -88,19 +88,19 @@ def _squared(cost: int, limit: int) -> int | None:
     return cost * cost if cost <= limit else None
 
 
-def _least_maximum(costs: Sequence[int], head: int, chunks: int) -> int:
+def _least_maximum(costs: Sequence[int], head: int, model_chunks: int) -> int:
     """Return the cost of the costliest chunk in the best split, by bisection."""
     low, high = max(*costs, costs[-1] + head), sum(costs) + head
     while low < high:
         middle = (low + high) // 2
-        if _fits(costs, head, chunks, middle):
+        if _fits(costs, head, model_chunks, middle):
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _fits(costs: Sequence[int], head: int, chunks: int, limit: int) -> bool:
+def _fits(costs: Sequence[int], head: int, model_chunks: int, limit: int) -> bool:
     """Return whether no chunk need cost more than `limit`, which is at least the cost of each layer."""
     needed, filled = 1, head
     # From the last layer, whose chunk has the head. Fewer chunks than there are can always be cut further.
@@ -108,4 +108,4 @@ def _fits(costs: Sequence[int], head: int, chunks: int, limit: int) -> bool:
         if filled + cost > limit:
             needed, filled = needed + 1, 0
         filled += cost
-    return needed <= chunks
+    return needed <= model_chunks
