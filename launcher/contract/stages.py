@@ -40,28 +40,31 @@ def balanced_split(spec: RunSpec, shape: ModelShape) -> tuple[int, ...]:
     # The forward pass is a third of forward and backward pass together.
     passes, head_passes = (4, 3) if spec.train.recompute in ("full", "offload") else (1, 1)
     costs = tuple(passes * operations for operations in layers)
-    model_chunks = spec.topology.pipeline_parallel * spec.topology.virtual_pipeline
-    return split_by_cost(costs, head_passes * head_operations(shape), model_chunks)
+    return split_by_cost(
+        costs, head_passes * head_operations(shape), spec.topology.pipeline_parallel, spec.topology.virtual_pipeline
+    )
 
 
 @lru_cache(maxsize=1024)
-def split_by_cost(costs: tuple[int, ...], head: int, model_chunks: int) -> tuple[int, ...]:
-    """Return how many layers each of `model_chunks` chunks has, at least one.
+def split_by_cost(costs: tuple[int, ...], head: int, stages: int, virtual: int) -> tuple[int, ...]:
+    """Return how many layers each model chunk has, at least one.
 
     The costliest chunk costs as little as possible, the last one with the `head` behind its layers. Among such splits
-    it is one whose costs are most alike by the sum of their squares, and among those the one with fewer layers in
-    earlier chunks, which hold the activations of more micro-batches.
+    it is one whose costs are most alike by the sum of their squares; among those the one whose last stage, which has
+    the head, costs least; and among those the one with fewer layers in earlier chunks, which hold the activations of
+    more micro-batches.
     """
-    assert 0 < model_chunks <= len(costs)
+    model_chunks, count = stages * virtual, len(costs)
+    assert 0 < model_chunks <= count
     limit = _least_maximum(costs, head, model_chunks)
-    sums = [0, *accumulate(costs)]
-    count = len(costs)
-    # rest[start] is the least sum of squares of the chunks that have the layers from `start` on, the last chunk first.
-    rest: list[int | None] = [_squared(sums[count] - sums[start] + head, limit) for start in range(count)]
+    sums = (0, *accumulate(costs))
+    scale = sums[count] + head + 1
+    # rest[start] is the price of the chunks that have the layers from `start` on. The last chunk comes first.
+    rest = [_price(sums[count] - sums[start] + head, limit, scale, of_last=True) for start in range(count)]
     rest.append(None)
     choices: list[list[int]] = []
-    for _ in range(model_chunks - 1):
-        rest, ends = _with_one_more(sums, rest, limit)
+    for chunk in reversed(range(model_chunks - 1)):
+        rest, ends = _with_one_more(sums, rest, limit, scale, of_last=chunk % stages == stages - 1)
         choices.append(ends)
     split, start = [], 0
     for ends in reversed(choices):
@@ -70,22 +73,32 @@ def split_by_cost(costs: tuple[int, ...], head: int, model_chunks: int) -> tuple
     return (*split, count - start)
 
 
-def _with_one_more(sums: Sequence[int], rest: Sequence[int | None], limit: int) -> tuple[list[int | None], list[int]]:
-    """Return the least sums of squares with one chunk more in front, and where that chunk then ends, by its start."""
+def _with_one_more(
+    sums: Sequence[int], rest: Sequence[int | None], limit: int, scale: int, *, of_last: bool
+) -> tuple[list[int | None], list[int]]:
+    """Return the least prices with one chunk more in front, and where that chunk then ends, by its start."""
     best: list[int | None] = [None] * len(rest)
     ends = [0] * len(rest)
     for start in range(len(rest) - 1):
+        least: int | None = None
         for end in range(start + 1, len(rest)):
-            own, behind = _squared(sums[end] - sums[start], limit), rest[end]
+            own, behind = _price(sums[end] - sums[start], limit, scale, of_last=of_last), rest[end]
             if own is None:
                 break
-            if behind is not None and (best[start] is None or own + behind < best[start]):  # type: ignore[operator]
-                best[start], ends[start] = own + behind, end
+            if behind is not None and (least is None or own + behind < least):
+                least, ends[start] = own + behind, end
+        best[start] = least
     return best, ends
 
 
-def _squared(cost: int, limit: int) -> int | None:
-    return cost * cost if cost <= limit else None
+def _price(cost: int, limit: int, scale: int, *, of_last: bool) -> int | None:
+    """Return the square of a chunk's cost and, of far less weight, the cost itself on the last stage.
+
+    None above the limit.
+    """
+    if cost > limit:
+        return None
+    return cost * cost * scale + (cost if of_last else 0)
 
 
 def _least_maximum(costs: Sequence[int], head: int, model_chunks: int) -> int:

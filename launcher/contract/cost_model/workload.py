@@ -127,11 +127,17 @@ def layer_counts(shape: ModelShape, topology: Topology) -> tuple[tuple[int, int]
 
 @lru_cache(maxsize=1024)
 def _layer_counts(split: tuple[int, ...], stages: int, dense_layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    chunks = chunk_ranges(split)
+    by_chunk = chunk_layer_counts(split, dense_layers)
+    by_stage = [by_chunk[stage::stages] for stage in range(stages)]
+    return tuple((sum(usual for usual, _ in held), sum(dense for _, dense in held)) for held in by_stage)
+
+
+@lru_cache(maxsize=1024)
+def chunk_layer_counts(split: tuple[int, ...], dense_layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Return what `layer_counts` does for each model chunk, in the model's order."""
     found = []
-    for stage in range(stages):
-        layers = [layer for chunk in chunks[stage::stages] for layer in chunk]
-        dense = sum(layer in dense_layers for layer in layers)
+    for layers in chunk_ranges(split):
+        dense = sum(layer in layers for layer in dense_layers)
         found.append((len(layers) - dense, dense))
     return tuple(found)
 

@@ -32,13 +32,15 @@ def chunk_costs(split: tuple[int, ...], costs: list[int], head: int) -> list[int
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=8), st.integers(0, 12), st.data())
 def test_no_split_is_better(costs: list[int], head: int, data: st.DataObject) -> None:
-    chunks = data.draw(st.integers(1, len(costs)))
+    stages = data.draw(st.integers(1, len(costs)))
+    virtual = data.draw(st.integers(1, len(costs) // stages))
 
-    def order(split: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    def order(split: tuple[int, ...]) -> tuple[int, int, int, tuple[int, ...]]:
         by_chunk = chunk_costs(split, costs, head)
-        return max(by_chunk), sum(cost * cost for cost in by_chunk), split
+        return max(by_chunk), sum(cost * cost for cost in by_chunk), sum(by_chunk[stages - 1 :: stages]), split
 
-    assert split_by_cost(tuple(costs), head, chunks) == min(all_splits(len(costs), chunks), key=order)
+    best = min(all_splits(len(costs), stages * virtual), key=order)
+    assert split_by_cost(tuple(costs), head, stages, virtual) == best
 
 
 def test_even_splits() -> None:
