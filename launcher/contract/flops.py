@@ -75,13 +75,16 @@ def parameters(shape: ModelShape) -> int:
     return non_embedding_parameters(shape) + embedding_parameters(shape) * (1 if shape.tied_embeddings else 2)
 
 
-def training_flops(shape: ModelShape, lengths: Iterable[int]) -> int:
-    """Return the operations of forward and backward passes over examples of these lengths in tokens."""
+def training_flops(shape: ModelShape, lengths: Iterable[int], lora: LoraSpec = _ALL_WEIGHTS) -> int:
+    """Return the operations of forward and backward passes over examples of these lengths in tokens.
+
+    If `lora` has a rank, only adapters are trained.
+    """
     tokens = squares = 0
     for length in lengths:
         tokens += length
         squares += length * length
-    return training_flops_of(shape, tokens, squares)
+    return training_flops_of(shape, tokens, squares, lora)
 
 
 def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int, lora: LoraSpec = _ALL_WEIGHTS) -> int:

@@ -169,7 +169,10 @@ class BenchModule(SFTGPT):
                 "attention": self.kernels.attention if self.kernels.fused_layers else "torch",
             }
             loss = self.last_step.loss.item()
-            self.result = self.clock.result("ours", settings, self.architecture.shape, loss, self._expected())
+            rank = self.spec.model.lora.rank
+            self.result = self.clock.result(
+                "ours", settings, self.architecture.shape, loss, self._expected(), lora_rank=rank
+            )
             self.result.phases_ms.update(self.timers.milliseconds(self.result.steps, self.result.step_ms))
             self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self._profile.__enter__()

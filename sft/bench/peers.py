@@ -141,7 +141,8 @@ def run_trl(
     timed = [each for step in pending[warmup:] for each in step]
     clock.lengths = [int(length) for each in timed for length in each.diff().tolist()]
     settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
-    return clock.result("trl", settings, workload.model_shape, float(output.training_loss))
+    loss, rank = float(output.training_loss), workload.lora_rank
+    return clock.result("trl", settings, workload.model_shape, loss, lora_rank=rank)
 
 
 def _trl_arguments(*, on_gpu: bool) -> dict[str, object]:
@@ -241,7 +242,8 @@ def run_transformers(
         clock.after_step([length for _, lengths, _ in parts for length in lengths], slots, targets)
     settings = _settings(workload, weights, kernel)
     settings |= {"experts": experts} if workload.model_shape.num_experts else {}
-    return clock.result("transformers", settings, workload.model_shape, float(loss))
+    rank = workload.lora_rank
+    return clock.result("transformers", settings, workload.model_shape, float(loss), lora_rank=rank)
 
 
 def _peft_config(workload: Workload) -> PeftConfig | None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from launcher.contract.flops import mfu, training_flops
 from launcher.contract.hardware import match_gpu
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import LoraSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,15 +104,18 @@ class StepClock:
         shape: ModelShape,
         loss: float,
         expected: float | None = None,
+        *,
+        lora_rank: int | None = None,
     ) -> Result:
         """Return what was measured after the warm-up, with the memory of the GPU that had most.
 
+        With `lora_rank` adapters of that rank on all linear layers are what was trained.
         Raise RuntimeError if the last step has not ended.
         """
         if not self.over:
             raise RuntimeError(f"{self._done - self._warmup} steps were timed, not {self._steps}")
         seconds = self._elapsed * self._gpus
-        flops = training_flops(shape, self.lengths)
+        flops = training_flops(shape, self.lengths, LoraSpec(rank=lora_rank))
         kind = match_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         peak = _highest(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
         reserved = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0

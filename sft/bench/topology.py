@@ -74,7 +74,7 @@ def expected_tokens_per_second(
     rows = spec.train.global_batch_size // spec.data.seq_length
     workload = Workload(
         shape=shape, seq_length=spec.data.seq_length, rows=rows, attended=attended, fill=fill,
-        precision=spec.train.precision,
+        precision=spec.train.precision, lora=spec.model.lora,
     )  # fmt: skip
     layout = Layout(topology=topology, recompute=spec.train.recompute)
     return round(evaluate(workload, layout, gpu, CURRENT).tokens_per_second / topology.world_size, 1)
