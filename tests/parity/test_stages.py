@@ -96,7 +96,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "windows_gemma2": ("gemma2", {"num_hidden_layers": 5}, 4, {"pipeline_parallel": 4}),
     "windows_gemma3": ("gemma3_text", {"num_hidden_layers": 7}, 2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
     "learned_positions": ("gpt2", {"num_hidden_layers": 3}, 2, {"pipeline_parallel": 2}),
-    "no_rope_layers": ("smollm3", {"num_hidden_layers": 5}, 2, {"pipeline_parallel": 2}),
+    "no_rope_layers": (
+        "smollm3",
+        {"num_hidden_layers": 5, "no_rope_layers": [1, 0, 1, 1, 0]},
+        2,
+        {"pipeline_parallel": 2},
+    ),
 }
 
 
