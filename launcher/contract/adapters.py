@@ -15,6 +15,8 @@ _FUSED = ("phi3",)
 """Model types whose files have Q, K and V in one matrix, and gate and up projection in another."""
 _JOINED_EXPERTS = ("gpt_oss",)
 """Model types whose files have the matrices of all experts in one tensor. Those take no adapters."""
+_JOINED = ("qwen3_next",)
+"""Model types whose files have the projection of linear attention in two matrices, others in four."""
 _NUMBERED_EXPERTS = ("mixtral",)
 """Model types that call the matrices of an expert w1, w3 and w2."""
 
@@ -35,14 +37,15 @@ class _Linear:
         return lora.rank * (self.inputs + self.outputs) + (self.outputs if lora.dora else 0)
 
 
-def layer_adapters(shape: ModelShape, lora: LoraSpec, *, dense: bool = False) -> int:
+def layer_adapters(shape: ModelShape, lora: LoraSpec, *, dense: bool = False, linear: bool = False) -> int:
     """Return what is trained of a decoder layer outside its experts. `dense` is for one that has none in such a model.
 
+    `linear` is for a layer with linear attention.
     That is adapters of attention and of the MLP or shared expert, and the router where it is trained.
     """
     routed = bool(shape.num_experts) and not dense
     width = shape.shared_expert_size if routed else shape.ffn_hidden_size
-    linears = _attention(shape) + (_mlp(shape, width) if width else [])
+    linears = (_linear_attention(shape) if linear else _attention(shape)) + (_mlp(shape, width) if width else [])
     router = shape.num_experts * shape.hidden_size if routed and lora.router else 0
     return sum(linear.parameters(lora) for linear in linears) + router
 
@@ -60,9 +63,10 @@ def expert_adapters(shape: ModelShape, lora: LoraSpec) -> int:
 
 def active_adapters(shape: ModelShape, lora: LoraSpec) -> int:
     """Return what is trained of all layers and works for one token: of experts those that it goes to."""
-    dense = len(shape.dense_layers)
+    dense, linear = len(shape.dense_layers), len(shape.linear_layers)
+    more = linear * (layer_adapters(shape, lora, linear=True) - layer_adapters(shape, lora)) if linear else 0
     usual = layer_adapters(shape, lora) + shape.experts_per_token * expert_adapters(shape, lora)
-    return (shape.num_layers - dense) * usual + dense * layer_adapters(shape, lora, dense=True)
+    return (shape.num_layers - dense) * usual + dense * layer_adapters(shape, lora, dense=True) + more
 
 
 def _attention(shape: ModelShape) -> list[_Linear]:
@@ -72,9 +76,29 @@ def _attention(shape: ModelShape) -> list[_Linear]:
     if shape.model_type in _FUSED:
         return [_Linear("qkv_proj", hidden, queries + 2 * groups), output]
     return [
-        _Linear("q_proj", hidden, queries),
+        _Linear("q_proj", hidden, 2 * queries if shape.output_gate else queries),
         _Linear("k_proj", hidden, groups),
         _Linear("v_proj", hidden, groups),
+        output,
+    ]
+
+
+def _linear_attention(shape: ModelShape) -> list[_Linear]:
+    hidden, sizes = shape.hidden_size, shape.linear
+    assert sizes is not None
+    output = _Linear("out_proj", sizes.values, hidden)
+    if shape.model_type in _JOINED:
+        heads = 2 * sizes.value_heads
+        return [
+            _Linear("in_proj_qkvz", hidden, sizes.projected - heads),
+            _Linear("in_proj_ba", hidden, heads),
+            output,
+        ]
+    return [
+        _Linear("in_proj_qkv", hidden, sizes.convolved),
+        _Linear("in_proj_z", hidden, sizes.values),
+        _Linear("in_proj_b", hidden, sizes.value_heads),
+        _Linear("in_proj_a", hidden, sizes.value_heads),
         output,
     ]
 

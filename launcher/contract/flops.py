@@ -6,7 +6,9 @@ pass and 4 in the backward pass. An embedding lookup costs nothing, the output l
 Attention costs 6 * layers * (heads * head size) * s a token, where s is the length of the token's own example, packed
 or not. That is half of 12 * layers * hidden * s (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, appendix),
 because with a causal mask a token attends to half of its example on average. In layers with a sliding window w it
-attends to w - w^2 / 2s, where s is longer than w; s is then the mean over all tokens.
+attends to w - w^2 / 2s, where s is longer than w; s is then the mean over all tokens. Linear attention costs 18 * value
+heads * key size * value size a token: 6 operations for each number of its state (what it has under the key, what it
+gets, what the query reads), three times that with the backward pass.
 
 With LoRA the frozen weights have no gradient of their own, and cost 4 operations a token each; adapters cost 6.
 
@@ -34,33 +36,50 @@ def active_expert_parameters(shape: ModelShape) -> int:
     return expert_parameters(shape) // shape.num_experts * shape.experts_per_token
 
 
-def layer_matmul_parameters(shape: ModelShape, *, active: bool = False, dense: bool = False) -> int:
+def layer_matmul_parameters(
+    shape: ModelShape, *, active: bool = False, dense: bool = False, linear: bool = False
+) -> int:
     """Return the weights of the linear layers in one decoder layer (q, k, v, output projection, MLP) without biases.
 
     In a mixture of experts, `active` counts only the experts that one token goes to, and `dense` is for a layer that
-    has an MLP instead.
+    has an MLP instead. `linear` is for a layer with linear attention.
     """
-    queries = shape.num_attention_heads * shape.head_dim
-    keys_and_values = 2 * shape.num_query_groups * shape.head_dim
-    attention = shape.hidden_size * (2 * queries + keys_and_values)
     width, router = shape.ffn_hidden_size, 0
     if shape.num_experts and not dense:
         whole = shape.num_experts * shape.expert_ffn_hidden_size + shape.shared_expert_size
         width = shape.active_ffn_size if active else whole
         router = (shape.num_experts + shape.weighted_shared_expert) * shape.hidden_size
-    return attention + (3 if shape.gated_mlp else 2) * shape.hidden_size * width + router
+    mlp = (3 if shape.gated_mlp else 2) * shape.hidden_size * width + router
+    return attention_parameters(shape, linear=linear) + mlp
+
+
+def attention_parameters(shape: ModelShape, *, linear: bool = False) -> int:
+    """Return the weights of the projections of attention, or of linear attention, in one decoder layer."""
+    if linear:
+        assert shape.linear is not None
+        return shape.hidden_size * (shape.linear.projected + shape.linear.values)
+    queries = shape.num_attention_heads * shape.head_dim
+    keys_and_values = 2 * shape.num_query_groups * shape.head_dim
+    return shape.hidden_size * ((3 if shape.output_gate else 2) * queries + keys_and_values)
 
 
 def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
     """Return the weights of linear layers and norms, which are all but those of embedding and output layer."""
-    dense = len(shape.dense_layers)
+    dense, linear = len(shape.dense_layers), len(shape.linear_layers)
     layers = (shape.num_layers - dense) * layer_matmul_parameters(shape, active=active)
     layers += dense * layer_matmul_parameters(shape, dense=True)
-    return layers + shape.num_layers * layer_norm_parameters(shape) + shape.hidden_size
+    layers += (shape.num_layers - linear) * layer_norm_parameters(shape)
+    if linear:
+        layers += linear * (attention_parameters(shape, linear=True) - attention_parameters(shape))
+        layers += linear * layer_norm_parameters(shape, linear=True)
+    return layers + shape.hidden_size
 
 
-def layer_norm_parameters(shape: ModelShape) -> int:
-    """Return the weights of the norms in one decoder layer."""
+def layer_norm_parameters(shape: ModelShape, *, linear: bool = False) -> int:
+    """Return the weights of the norms in one decoder layer. Linear attention has a convolution and a few more."""
+    if linear:
+        assert shape.linear is not None
+        return shape.layer_norms * shape.hidden_size + shape.linear.parameters
     heads = 2 * shape.qk_norm + (shape.num_attention_heads + shape.num_query_groups) * shape.width_norm
     return shape.layer_norms * shape.hidden_size + heads * shape.head_dim
 
@@ -96,19 +115,25 @@ def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int, lora
     adapted = lora.rank is not None
     products = tokens * (4 * weights + 6 * active_adapters(shape, lora) if adapted else 6 * weights)
     in_window = min(squared_lengths, round(tokens * _in_window(shape, squared_lengths / tokens))) if tokens else 0
-    squares = (shape.num_layers - shape.windowed_layers) * squared_lengths + shape.windowed_layers * in_window
+    linear = len(shape.linear_layers)
+    everywhere = shape.num_layers - shape.windowed_layers - linear
+    squares = everywhere * squared_lengths + shape.windowed_layers * in_window
+    products += linear * tokens * linear_attention_flops(shape)
     return products + 6 * shape.num_attention_heads * shape.head_dim * squares
 
 
 def layer_operations(shape: ModelShape, length: int) -> list[int]:
     """Return the operations a token of forward and backward pass in each layer, for examples of `length` tokens.
 
-    Attention counts in every layer as in the mean of them, with and without a window.
+    Attention counts in every layer that has it as in the mean of them, with and without a window.
     """
     attention = round(6 * shape.num_attention_heads * shape.head_dim * mean_attended(shape, length))
-    usual = layer_matmul_parameters(shape, active=True)
-    dense = layer_matmul_parameters(shape, dense=True)
-    return [6 * (dense if index in shape.dense_layers else usual) + attention for index in range(shape.num_layers)]
+    found = []
+    for index in range(shape.num_layers):
+        linear, dense = index in shape.linear_layers, index in shape.dense_layers
+        products = 6 * layer_matmul_parameters(shape, active=not dense, dense=dense, linear=linear)
+        found.append(products + (linear_attention_flops(shape) if linear else attention))
+    return found
 
 
 def head_operations(shape: ModelShape) -> int:
@@ -116,9 +141,19 @@ def head_operations(shape: ModelShape) -> int:
     return 6 * embedding_parameters(shape)
 
 
+def linear_attention_flops(shape: ModelShape) -> int:
+    """Return the operations of one layer's linear attention for a token, forward and backward, without projections."""
+    linear = shape.linear
+    return 0 if linear is None else 18 * linear.value_heads * linear.key_dim * linear.value_dim
+
+
 def mean_attended(shape: ModelShape, length: float) -> float:
-    """Return twice the positions that a token of an example of `length` attends to, on average over layers."""
-    return length + (_in_window(shape, length) - length) * shape.windowed_layers / shape.num_layers
+    """Return twice the positions that a token of an example of `length` attends to, on average over layers.
+
+    Layers with linear attention are left out.
+    """
+    layers = shape.num_layers - len(shape.linear_layers)
+    return length + (_in_window(shape, length) - length) * shape.windowed_layers / layers
 
 
 def _in_window(shape: ModelShape, length: float) -> float:

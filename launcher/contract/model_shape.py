@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from launcher.contract.errors import ModelError, did_you_mean
+from launcher.contract.linear_attention import HYBRID, LinearAttention, read_linear_layers
 from launcher.contract.resources import packaged
 
 HfConfig = dict[str, Any]
@@ -30,11 +31,13 @@ _LANGUAGE_MODELS: dict[str, HfConfig] = {
         "max_position_embeddings": 131072,
     },
     "mistral3": {"model_type": "mistral"},
+    "qwen3_5": {"model_type": "qwen3_5_text"},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text"},
 }
 """Multimodal model types, and what their `text_config` means where it leaves out the language model's type or sizes."""
 
 _FOUR_NORMS = ("gemma2", "gemma3_text")
-_QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe")
+_QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe", *HYBRID)
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WIDTH_NORM = ("olmo2", "olmo3", "olmoe")
@@ -85,6 +88,12 @@ class ModelShape:
     """Whether each layer norms heads of queries and keys, with a weight of head_dim for each."""
     width_norm: bool = False
     """Whether each layer norms all query heads together, and all key heads, with a weight of all their sizes."""
+    output_gate: bool = False
+    """Whether attention has a gate for each of its outputs, which the projection of queries also makes."""
+    linear: LinearAttention | None = None
+    """The linear attention that some layers have."""
+    linear_layers: tuple[int, ...] = ()
+    """Those layers, counted from 0."""
     window: int | None = None
     """Positions that a token sees in layers with a sliding window, itself included."""
     windowed_layers: int = 0
@@ -109,6 +118,8 @@ class ModelShape:
             named = {ours: config.get(theirs, config.get(ours)) for ours, theirs in _GPT2_KEYS.items()}
             config = config | named | {"num_key_value_heads": None, "head_dim": None}  # GPT-2 reads neither
             config["intermediate_size"] = config.get("intermediate_size") or 4 * (config.get("hidden_size") or 0)
+        if model_type == "qwen3_5_moe_text":  # none of its layers is dense
+            config = {"intermediate_size": config.get("moe_intermediate_size"), **config}
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         missing = [key for key in needed if not isinstance(config.get(key), int)]
         if missing:
@@ -129,6 +140,7 @@ class ModelShape:
             layer_norms=4 if model_type in _FOUR_NORMS else 2,
             qk_norm=model_type in _QK_NORM or bool(config.get("use_qk_norm")),
             width_norm=model_type in _WIDTH_NORM,
+            **read_linear_layers(config, model_type, config["num_hidden_layers"], where),
             **_windows(config, model_type),
             **_expert_sizes(config),
             weighted_shared_expert="shared_expert_intermediate_size" in config,

@@ -301,6 +301,7 @@ def _expert_problems(spec: RunSpec) -> Iterator[str]:
 def _model_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
     """Yield sizes of the model that the topology cannot cut."""
     yield from _head_problems(shape, spec.topology.tensor_parallel)
+    yield from _linear_head_problems(shape, spec.topology)
     yield from _layer_problems(shape, spec.topology)
     yield from _feed_forward_problems(shape, spec.topology.tensor_parallel)
     yield from _expert_count_problems(spec, shape)
@@ -324,6 +325,23 @@ def _head_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
         else f"{shape.num_query_groups} KV heads are neither a multiple nor a divisor of tensor_parallel {tensor}"
     )
     yield f"{what}; valid here: {shown_numbers(valid)}"
+
+
+def _linear_head_problems(shape: ModelShape, topo: TopologySpec) -> Iterator[str]:
+    """Yield linear attention whose key heads tensor and context parallel ranks cannot share."""
+    if shape.linear is None:
+        return
+    heads, tensor, context = shape.linear.key_heads, topo.tensor_parallel, topo.context_parallel
+    if heads % tensor:
+        yield (
+            f"{heads} key heads of linear attention do not divide by tensor_parallel {tensor}; "
+            f"valid here: {shown_numbers(divisors(heads))}"
+        )
+    elif heads % (tensor * context):
+        yield (
+            f"{heads} key heads of linear attention do not divide by tensor_parallel {tensor} x context_parallel "
+            f"{context} = {tensor * context}; valid context_parallel here: {shown_numbers(divisors(heads // tensor))}"
+        )
 
 
 def _layer_problems(shape: ModelShape, topo: TopologySpec) -> Iterator[str]:
@@ -385,13 +403,16 @@ def _expert_count_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
 
 def _fp8_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
     """Yield weights with a side that is no multiple of 16 on each rank, which fp8 products do not take."""
-    heads = shape.num_attention_heads + 2 * max(shape.num_query_groups, tensor)
+    heads = (1 + shape.output_gate) * shape.num_attention_heads + 2 * max(shape.num_query_groups, tensor)
     sizes = {
         "hidden size": shape.hidden_size,
         "feed-forward size": shape.ffn_hidden_size / tensor,
         "query heads": shape.num_attention_heads * shape.head_dim / tensor,
         "heads of Q, K and V": heads * shape.head_dim / tensor,
     }
+    if shape.linear is not None:
+        sizes["what linear attention projects"] = shape.linear.projected / tensor
+        sizes["values of linear attention"] = shape.linear.values / tensor
     for what, size in sizes.items():
         if size % 16:
             yield (

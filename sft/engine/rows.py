@@ -13,7 +13,7 @@ def rows_of(batch: MicroBatch, routers: RouterStep | None) -> Rows | None:
     """Return what the layers must know, or None where it is nothing. A model without experts has no `routers`."""
     documents = None if routers is None else routers.documents(batch)
     if batch.context_share is not None:
-        return shared_rows(batch.context_share, documents)
+        return shared_rows(batch.context_share, documents, batch.seq_lengths)
     if batch.cu_seqlens is None or batch.seq_lengths is None:
         return padded_rows(batch.tokens.size(1), documents)
     return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids.flatten(), documents)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import LoraSpec, RunSpec
-from launcher.contract.topology import expert_tensor_parallel
-from sft.hf.adapter import lora_problems
-from sft.hf.expert_adapter import expert_lora_problems, expert_target_names
+from launcher.contract.stages import chunk_ranges
+from launcher.contract.topology import expert_tensor_parallel, layers_per_stage
+from sft.hf.adapter import all_targets, lora_problems, target_names
+from sft.hf.expert_adapter import all_expert_targets, expert_lora_problems, expert_target_names
 from sft.hf.learning_rates import rate_problems
 from sft.hf.trained_routers import router_problems
-from sft.models.architecture import Architecture
+from sft.models.architecture import Architecture, Experts
 
 
 def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
@@ -22,6 +23,7 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
         *router_problems(spec.model.lora, architecture),
     ]
     if not problems:  # the names of adapters come from targets that exist
+        problems += _stage_problems(spec, architecture)
         problems += rate_problems(spec.train.optimizer, spec.model.lora, architecture)
     if problems:
         raise ModelError(problems)
@@ -37,6 +39,32 @@ def _lora_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
     of_experts = expert_target_names(architecture, LoraSpec(rank=1))
     problems = lora_problems(lora, architecture, topo.tensor_parallel, of_experts)
     return problems or expert_lora_problems(lora, architecture, expert_tensor_parallel(topo))
+
+
+def _stage_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
+    """Return whether pipeline stages would have nothing to train: a target need not be in every layer."""
+    lora, topo, shape = spec.model.lora, spec.topology, architecture.shape
+    chunks = topo.pipeline_parallel * topo.virtual_pipeline
+    if lora.rank is None or topo.pipeline_parallel == 1 or chunks > shape.num_layers:
+        return []
+    trained = {target.layer for target in all_targets(architecture, lora)}
+    trained |= {target.layer for target in all_expert_targets(architecture, lora)}
+    if lora.router:
+        trained |= {index for index, layer in enumerate(architecture.layers) if isinstance(layer.mlp, Experts)}
+    ranges = chunk_ranges(layers_per_stage(spec, shape))
+    idle = [
+        stage
+        for stage in range(topo.pipeline_parallel)
+        if not any(layer in trained for own in ranges[stage :: topo.pipeline_parallel] for layer in own)
+    ]
+    if not idle:
+        return []
+    names = ", ".join(target_names(architecture, LoraSpec(rank=1)))
+    return [
+        f"model.lora.targets: none of {', '.join(lora.names)} is in the layers of pipeline stage "
+        f"{', '.join(map(str, idle))} of {topo.pipeline_parallel}, which would train nothing; add a layer that it has "
+        f"({names}), or set another topology.pipeline_parallel"
+    ]
 
 
 def _router_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
@@ -67,7 +95,7 @@ def _position_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
 def _head_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
     """Return whether ranks would share a key head that is normed together with the others."""
     ranks, groups = spec.topology.tensor_parallel, architecture.shape.num_query_groups
-    if ranks <= groups or not any(layer.attention.width_norm for layer in architecture.layers):
+    if ranks <= groups or not any(attention.width_norm for attention in architecture.attentions):
         return []
     return [
         f"topology.tensor_parallel {ranks}: this model norms its {groups} key heads together, which more ranks than "

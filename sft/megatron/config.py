@@ -35,7 +35,7 @@ def transformer_config(
     spec: RunSpec, architecture: Architecture, topology: Topology, kernels: Kernels, *, on_gpu: bool
 ) -> TransformerConfig:
     """Return Megatron-core's configuration of this model under this topology."""
-    shape, layers = architecture.shape, architecture.layers
+    shape, layers, attentions = architecture.shape, architecture.layers, architecture.attentions
     dtype = torch.float32 if spec.train.precision == "fp32" else torch.bfloat16
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -50,10 +50,13 @@ def transformer_config(
         activation_func=_ACTIVATIONS[_same(layer.mlp.activation for layer in layers)],
         layernorm_zero_centered_gamma=architecture.norm == "zero_centered_rms",
         # One switch each; `drop_absent_biases` takes off what a layer does not have.
-        add_bias_linear=any(layer.mlp.bias or layer.attention.output_bias for layer in layers),
-        add_qkv_bias=any(layer.attention.qkv_bias for layer in layers),
+        add_bias_linear=any(
+            (*(layer.mlp.bias for layer in layers), *(attention.output_bias for attention in attentions))
+        ),
+        add_qkv_bias=any(attention.qkv_bias for attention in attentions),
         # Of norms that each rank has whole; it adds up their gradients. Those over all heads are split.
-        qk_layernorm=_same(layer.attention.qk_norm for layer in layers),
+        qk_layernorm=_same(attention.qk_norm for attention in attentions),
+        attention_output_gate=_same(attention.output_gate for attention in attentions),
         attention_dropout=spec.model.attention_dropout,
         hidden_dropout=spec.model.hidden_dropout,
         bf16=dtype == torch.bfloat16,

@@ -59,7 +59,7 @@ with warnings.catch_warnings():
         TransformerLayerSubmodules,
         get_transformer_layer_offset,
     )
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 
     from sft.megatron.patches.catalogue import PATCHES
     from sft.megatron.patches.patch import install
@@ -109,5 +109,6 @@ __all__ = [
     "get_transformer_layer_offset",
     "make_sharded_tensors_for_checkpoint",
     "parallel_state",
+    "sharded_state_dict_default",
     "tensor_parallel",
 ]

@@ -7,7 +7,7 @@ slice, so that one seed gives one model under every topology. So do LoRA adapter
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from sft.models.architecture import Architecture
 
 INITIAL_STD = 0.02
 """Standard deviation of random matrices, the usual `initializer_range`."""
-_KEPT = 3
+_KEPT = 4
 
 
 def load_initial_weights(
@@ -39,7 +39,11 @@ def load_initial_weights(
     ]
     place = rank_place()
     if spec.model.init == "random":
-        source = RandomWeights(spec.train.seed, norm=0.0 if architecture.norm == "zero_centered_rms" else 1.0)
+        source = RandomWeights(
+            spec.train.seed,
+            norm=0.0 if architecture.norm == "zero_centered_rms" else 1.0,
+            gated_norms=_gated_norms(architecture),
+        )
         fill_parameters(model_chunks, architecture, source, place=place, layer_offsets=offsets)
     else:
         load_hf_weights(model_chunks, architecture, model_dir, place=place, layer_offsets=offsets)
@@ -50,19 +54,26 @@ def load_initial_weights(
         reset_adapters(model_chunks, spec.train.seed)
 
 
+def _gated_norms(architecture: Architecture) -> set[str]:
+    """Return the norms of linear attention: plain ones, whatever the others are."""
+    maps = (layer.get("self_attention.norm.weight") for layer in architecture.weights.layers)
+    return {own.pieces[0].name for own in maps if own is not None}
+
+
 class RandomWeights:
     """A source of weights like sft.hf.files.WeightFiles: matrices and sinks from a normal distribution, biases 0.
 
-    `norm` is what norms are filled with.
+    `norm` is what norms are filled with, but `gated_norms`, which are 1.
     """
 
-    def __init__(self, seed: int, *, norm: float = 1.0) -> None:
+    def __init__(self, seed: int, *, norm: float = 1.0, gated_norms: Collection[str] = ()) -> None:
         self._seed = seed
         self._norm = norm
+        self._gated_norms = gated_norms
         self._recent: dict[str, Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return the whole tensor `name`. A parameter's pieces come from up to three in turn, so three are kept."""
+        """Return the whole tensor `name`. A parameter's pieces come from up to four in turn, so four are kept."""
         if name not in self._recent:
             while len(self._recent) >= _KEPT:
                 del self._recent[next(iter(self._recent))]
@@ -73,7 +84,7 @@ class RandomWeights:
         if name.endswith("bias"):
             return torch.zeros(shape, device="cpu")
         if len(shape) == 1 and not name.endswith(".sinks"):
-            return torch.full(shape, self._norm, device="cpu")
+            return torch.full(shape, 1.0 if name in self._gated_norms else self._norm, device="cpu")
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return torch.randn(shape, generator=generator, device="cpu") * INITIAL_STD

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import RunSpec
-from sft.kernels import attention
+from sft.kernels import attention, gated_delta
 from sft.models.architecture import Architecture, DenseMLP, Experts
 
 
@@ -24,6 +24,10 @@ class Kernels:
     """The kernel for rows whose sequences are given by offsets, in fused layers on a GPU."""
     attention_text: str = "torch's"
     """What to call the attention kernel."""
+    linear_attention: gated_delta.Kernel = "torch"
+    """The kernels of linear attention."""
+    linear_attention_text: str | None = None
+    """What to call them; None where the model has none."""
     precision: str = "bf16"
 
     @property
@@ -34,6 +38,8 @@ class Kernels:
     def describe(self) -> str:
         """Return one line for people."""
         products = f"products in {self.precision}"
+        if self.linear_attention_text is not None:
+            products = f"linear attention {self.linear_attention_text}, {products}"
         if not self.fused:
             return f"kernels: plain, {products}"
         if self.plain_layers_because is not None:
@@ -48,8 +54,10 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
         fused = on_gpu and importlib.util.find_spec("triton") is not None
     precision = ", ".join(_precision(spec, architecture))
     because = _unfused_part(spec, architecture)
+    linear, linear_text = _linear_attention(spec, architecture, on_gpu=on_gpu)
+    common = Kernels(fused=fused, precision=precision, linear_attention=linear, linear_attention_text=linear_text)
     if not fused or because is not None:
-        return Kernels(fused=fused, plain_layers_because=because if fused else None, precision=precision)
+        return replace(common, plain_layers_because=because if fused else None)
     kernel = attention_kernel(spec, architecture)
     by_offsets = on_gpu and (
         spec.data.packing or spec.topology.context_parallel > 1 or _is_windowed(architecture, spec.data.seq_length)
@@ -57,12 +65,7 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
     by_kernel = by_offsets and not _is_capped(architecture)
     broken = attention.broken_flash4() if by_kernel and spec.train.attention == "auto" else None
     text = f"{kernel} (flash-attn-4 cannot be imported: {broken})" if broken else kernel
-    return Kernels(
-        fused=True,
-        attention=kernel,
-        attention_text=text if by_kernel else "torch's",
-        precision=precision,
-    )
+    return replace(common, attention=kernel, attention_text=text if by_kernel else "torch's")
 
 
 def _precision(spec: RunSpec, architecture: Architecture) -> Iterator[str]:
@@ -105,13 +108,45 @@ def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Ker
     return attention.fastest_kernel(head_dim) if chosen == "auto" else chosen
 
 
+def _linear_attention(
+    spec: RunSpec, architecture: Architecture, *, on_gpu: bool
+) -> tuple[gated_delta.Kernel, str | None]:
+    """Return what train.linear_attention means here and what to call it, or raise ModelError if it cannot be used."""
+    chosen = spec.train.linear_attention
+    if architecture.shape.linear is None:
+        if chosen == "auto":
+            return "torch", None
+        raise ModelError(
+            f"train.linear_attention {chosen}: a {architecture.shape.model_type} model has no linear attention; set it "
+            "to auto"
+        )
+    if chosen == "torch":
+        return "torch", "torch's"
+    because = _no_fla_because(spec, on_gpu=on_gpu)
+    if because is None:
+        return "fla", "fla"
+    if chosen == "fla":
+        raise ModelError(f"train.linear_attention fla cannot be used: {because}; set it to auto")
+    return "torch", f"torch's ({because})"
+
+
+def _no_fla_because(spec: RunSpec, *, on_gpu: bool) -> str | None:
+    if not on_gpu:
+        return "fla needs a GPU"
+    if spec.train.precision == "fp32":
+        return "fla does not compute in fp32"
+    if spec.train.deterministic and spec.train.linear_attention == "auto":
+        return "train.deterministic"  # fla times its kernels as a run begins, and takes the fastest
+    return gated_delta.fla_problem()
+
+
 def _is_capped(architecture: Architecture) -> bool:
-    return all(layer.attention.score_softcap is not None for layer in architecture.layers)
+    return all(attention.score_softcap is not None for attention in architecture.attentions)
 
 
 def _is_windowed(architecture: Architecture, length: int) -> bool:
     """Return whether some layer hides positions of rows of this length."""
-    windows = (layer.attention.window for layer in architecture.layers)
+    windows = (attention.window for attention in architecture.attentions)
     return any(window is not None and window < length for window in windows)
 
 
@@ -125,7 +160,7 @@ def _unfused_part(spec: RunSpec, architecture: Architecture) -> str | None:
         return "no norms before attention and MLP"
     if not all(_has_fused_mlp(layer.mlp) for layer in architecture.layers):
         return "MLPs other than SwiGLU and GeGLU without biases"
-    if any(layer.attention.output_bias for layer in architecture.layers):
+    if any(attention.output_bias for attention in architecture.attentions):
         return "a bias on the attention's output"
     return None if spec.model.hidden_dropout == 0 else "model.hidden_dropout"
 

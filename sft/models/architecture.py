@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.contract.linear_attention import LinearAttention
 from launcher.contract.model_shape import ModelShape
 from sft.models.rope import Rope
 from sft.models.weight_map import WeightMap
@@ -61,6 +62,8 @@ class Attention:
     softmax_scale: float | None = None
     """Factor on the scores; None is 1 / sqrt(head_dim)."""
     query_scale: QueryScale | None = None
+    output_gate: bool = False
+    """Whether each output is multiplied by the sigmoid of a number that the projection of queries also makes."""
     score_softcap: float | None = None
     """c: scores s become c * tanh(s / c) before the mask; None leaves them."""
     sinks: bool = False
@@ -123,7 +126,7 @@ class Experts:
 class DecoderLayer:
     """One layer: h = x + m * after(attention(before(x))), then h + m * after(mlp(before(h)))."""
 
-    attention: Attention
+    attention: Attention | LinearAttention
     mlp: DenseMLP | Experts
     norm_before: bool = True
     """Whether `before` is a norm."""
@@ -155,9 +158,14 @@ class Architecture:
     """c: logits z become c * tanh(z / c); None leaves them."""
 
     @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Return the attention of each layer that has one, and no linear one."""
+        return tuple(layer.attention for layer in self.layers if isinstance(layer.attention, Attention))
+
+    @property
     def ropes(self) -> tuple[Rope, ...]:
         """Return the different rotary positions of the layers, the model's first."""
-        own = [layer.attention.rope for layer in self.layers]
+        own = [attention.rope for attention in self.attentions]
         return tuple(dict.fromkeys(rope for rope in (self.rope, *own) if rope is not None))
 
     def rope_of(self, attention: Attention) -> Rope | None:

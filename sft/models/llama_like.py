@@ -6,7 +6,7 @@ is made of would have to be read in two files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.contract.model_shape import ModelShape
@@ -162,6 +162,11 @@ def weight_map(
     `dense` maps those layers of a mixture of experts that have none. For `carried` see WeightMap.
     """
     kinds = [dense or layer if index in shape.dense_layers else layer for index in range(shape.num_layers)]
+    return weight_map_of(shape, kinds, carried=carried)
+
+
+def weight_map_of(shape: ModelShape, layers: Sequence[LayerMap], *, carried: tuple[str, ...] = ()) -> WeightMap:
+    """Return the map of a model with Llama's names, whose layers have a map each."""
     hidden = shape.hidden_size
     embedding = "model.embed_tokens.weight"
     head = embedding if shape.tied_embeddings else "lm_head.weight"
@@ -171,7 +176,7 @@ def weight_map(
             FINAL_NORM: vector("model.norm.weight", hidden),
             OUTPUT: vocabulary(head, shape.vocab_size, hidden),
         },
-        layers=tuple(kind(shape, f"model.layers.{index}.") for index, kind in enumerate(kinds)),
+        layers=tuple(kind(shape, f"model.layers.{index}.") for index, kind in enumerate(layers)),
         carried=carried,
     )
 

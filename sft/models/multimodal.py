@@ -79,7 +79,7 @@ def inside(architecture: Architecture, place: LanguageModel) -> Architecture:
     weights = architecture.weights.renamed(rename)
     own = {*weights.hf_shapes(), place.head}
     others = sorted(name for name in place.stored if name not in own and not name.startswith(place.prefix))
-    carried = (*map(rename, weights.carried), *others)
+    carried = (*(rename(name) for name in weights.carried if name.startswith("model.")), *others)
     return replace(
         architecture,
         weights=replace(weights, head=place.head, language_prefix=place.prefix, carried=carried),

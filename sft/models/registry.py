@@ -37,7 +37,10 @@ SUPPORTED = (
     "qwen2",
     "qwen2_moe",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "smollm3",
 )
 """The model types that are covered; each is a module of `sft.models.families`."""

@@ -90,6 +90,8 @@ class ParameterMap:
     """The files hold the transposed matrix, [input, output]."""
     frozen: bool = False
     """It is never trained: a buffer, which keeps the precision of its files."""
+    depthwise: bool = False
+    """The files hold [rows, 1, columns]: the weights of a convolution that does not mix its channels."""
     experts: int = 0
     """Number of experts whose matrices these are, equally many blocks for each; 0 for a parameter without experts."""
 
@@ -106,7 +108,9 @@ class ParameterMap:
     def place(self, piece: Piece, columns: slice = slice(None)) -> tuple[int | slice, ...]:
         """Return where in its tensor a piece lies. What is there is the transpose of the rows where `transposed`."""
         rows = slice(piece.start, piece.stop, piece.step)
-        own = (rows,) if self.columns is None else (columns, rows) if self.transposed else (rows, columns)
+        own: tuple[int | slice, ...] = (rows,) if self.columns is None else (rows, columns)
+        if self.transposed or self.depthwise:
+            own = (columns, rows) if self.transposed else (rows, 0, columns)
         return own if piece.expert is None else (piece.expert, *own)
 
     def hf_shapes(self, columns: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -120,7 +124,9 @@ class ParameterMap:
                 experts[piece.name] = max(piece.expert + 1, experts.get(piece.name, 0))
         shapes = {}
         for name, count in rows.items():
-            own = (count,) if columns is None else (columns, count) if self.transposed else (count, columns)
+            own: tuple[int, ...] = (count,) if columns is None else (count, columns)
+            if columns is not None and (self.transposed or self.depthwise):
+                own = (columns, count) if self.transposed else (count, 1, columns)
             shapes[name] = (experts[name], *own) if name in experts else own
         return shapes
 
@@ -160,7 +166,10 @@ class WeightMap:
     head: str = "lm_head.weight"
     """Hugging Face name of the output layer, even where it is tied to the embedding."""
     language_prefix: str | None = None
-    """What names of the language model's tensors begin with in the files of a multimodal model; None for others."""
+    """What names of the language model's tensors begin with in files that hold it inside a multimodal model; None for
+    others."""
+    module_prefix: str = LANGUAGE_MODULE
+    """What those of its modules begin with."""
     carried: tuple[str, ...] = ()
     """Beginnings of the names of tensors that the files hold and no layer is built of, such as those of vision towers
     and of heads that predict further tokens. Imports leave them, and exports have them as the source has them."""
@@ -183,7 +192,7 @@ class WeightMap:
         """
         if self.language_prefix is None:
             return name
-        return LANGUAGE_MODULE + name.removeprefix(self.language_prefix)
+        return self.module_prefix + name.removeprefix(self.language_prefix)
 
     def unquantized(self) -> WeightMap:
         """Return the map of the same model's export."""

@@ -64,7 +64,10 @@ def model_object(architecture: Architecture, dtype: str) -> Built:
         )
     module, model, config = CLASSES[shape.model_type]
     fields = _sizes(shape, dtype) | {"layernorm_epsilon": architecture.layernorm_epsilon}
-    layer = architecture.layers[0]  # NeMo's classes know models of equal layers only
+    layer, attention = (
+        architecture.layers[0],
+        architecture.attentions[0],
+    )  # NeMo's classes know models of equal layers only
     if architecture.rope is None:
         fields |= _gpt2(layer)
     else:
@@ -72,10 +75,10 @@ def model_object(architecture: Architecture, dtype: str) -> Built:
         fields |= _PLAIN | scaling | {"position_embedding_type": "rope", "activation_func": _function("silu")}
         config = _LLAMA31 if "scale_factor" in scaling else config
         if shape.model_type == "mistral":
-            window = layer.attention.window
+            window = attention.window
             fields |= {"window_size": [window, 0] if window else None, "cp_comm_type": None}
         if shape.model_type in ("qwen2", "qwen3"):
-            fields |= {"add_qkv_bias": layer.attention.qkv_bias, "qk_layernorm": layer.attention.qk_norm}
+            fields |= {"add_qkv_bias": attention.qkv_bias, "qk_layernorm": attention.qk_norm}
     tokenizer = Built(of=Name(*_TOKENIZER_CLASS), arguments={"pretrained_model_name": TOKENIZER})
     built = Built(of=Name(module, config), arguments=fields)
     return Built(of=Name(module, model), arguments={"config": built, "tokenizer": tokenizer})
@@ -92,7 +95,8 @@ def _absent_in_nemo(architecture: Architecture) -> str | None:
         return "YaRN positions"
     if rope.longest is not None:
         return "positions that depend on the length of a batch"
-    if any(layer.attention.output_bias or layer.mlp.bias for layer in architecture.layers):
+    biases = *(layer.mlp.bias for layer in architecture.layers), *(own.output_bias for own in architecture.attentions)
+    if any(biases):
         return "biases on its attention's output or its MLP"
     if any(layer.mlp.activation != "silu" for layer in architecture.layers):
         return "an activation other than SiLU"

@@ -92,9 +92,7 @@ def _parameter(parameter_map: ParameterMap, files: WeightFiles, shapes: Mapping[
 def _extra_states(architecture: Architecture) -> dict[str, None]:
     """Return the keys under which modules keep the scales of fp8 training, of which there are none."""
     layers = architecture.shape.num_layers
-    norms = (
-        ("self_attention.q_layernorm", "self_attention.k_layernorm") if architecture.layers[0].attention.qk_norm else ()
-    )
+    norms = ("self_attention.q_layernorm", "self_attention.k_layernorm") if architecture.attentions[0].qk_norm else ()
     keys = [
         f"{_PREFIX}decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
         for module in (*_LAYER_MODULES, *norms)

@@ -123,6 +123,13 @@ LORA_PASSES = 8
 """Reads and writes of an adapted linear's inputs and outputs that the adapter adds, forward and backward: its products
 read the input again and write a second output, which is then added. Counted, not measured."""
 
+LINEAR_ATTENTION_EFFICIENCY = 0.1
+"""Part of the bf16 peak that the gated delta rule reaches, counted as in `launcher.contract.flops`; assumed, not
+measured. Working in chunks takes about twice these operations."""
+LINEAR_ATTENTION_PASSES = 12
+"""Reads and writes of queries, keys, values, gates and outputs in convolution, rule and gated norm. Counted, not
+measured."""
+
 MATMUL_EXPOSED_TRAFFIC = 0.6
 """Part of a product's reads and writes that its arithmetic does not hide: small products are slower than the peak
 product. From a profile (docs/explanation/planning.md)."""

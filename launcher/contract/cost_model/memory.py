@@ -15,16 +15,21 @@ from launcher.contract.cost_model.workload import (
     Layout,
     Workload,
     layer_counts,
+    linear_counts,
+    linear_share,
     stage_expert_parameters,
     stage_parameters,
     trained_parameters,
 )
+from launcher.contract.model_shape import ModelShape
 from launcher.contract.topology import Topology
 
 GIB = 2**30
 EXPERT_IMBALANCE = 1.5
 """Assumed: the busiest expert parallel rank's tokens over the mean. Routers of published models are not balanced on the
 data of fine-tuning; with a few ranks, of many experts each, they rarely exceed this."""
+LINEAR_CHUNK = 64
+"""Tokens of a chunk of linear attention: each head keeps what a token has to do with those of its chunk."""
 EXPERT_ROWS_KEPT = 2
 """Hidden-sized rows kept for each expert of a token: what goes into it and what comes out."""
 
@@ -67,8 +72,8 @@ def largest_stage(workload: Workload, layout: Layout, implementation: Implementa
     layers, as earlier stages have more micro-batches in flight.
     """
     stages = range(layout.topology.pipeline_parallel)
-    counts = layer_counts(workload.shape, layout.topology)
-    first_with = {counts[stage]: stage for stage in reversed(stages)}
+    counts, linear = (of(workload.shape, layout.topology) for of in (layer_counts, linear_counts))
+    first_with = {(counts[stage], linear[stage]): stage for stage in reversed(stages)}
     return max(
         (stage_memory(workload, layout, implementation, stage) for stage in {0, *first_with.values(), stages[-1]}),
         key=lambda memory: memory.total,
@@ -110,15 +115,11 @@ def layer_activation_bytes(
     shape, topology = workload.shape, layout.topology
     tensor = topology.tensor_parallel
     sequence = tensor if topology.sequence_parallel else 1
-    queries = shape.num_attention_heads * shape.head_dim / tensor
-    groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
-    outputs = 1 if layout.recompute == "selective" else 2  # the kernel's own, and the projection's input
     norms = 2 if layout.recompute == "norms" else 4  # inputs and outputs of two norms
     norms += shape.layer_norms - 2  # inputs of norms behind attention and MLP, whose outputs are only added
     per_token = norms * shape.hidden_size / sequence
-    # With context parallelism attention keeps keys and values of the whole row, unless it gathers them again.
-    shared_rows = 1 if layout.recompute == "selective" else topology.context_parallel
-    per_token += queries + 2 * groups * shared_rows + outputs * queries
+    linear = linear_share(shape)
+    per_token += (1 - linear) * _kept_by_attention(shape, layout) + linear * _kept_by_linear_attention(shape, layout)
     mlp = implementation.saved_mlp if shape.gated_mlp else 2
     whole = (tensor == 1 or workload.precision == "fp8") and not workload.adapted
     if implementation.spares_mlp_output and shape.gated_mlp and whole:
@@ -134,6 +135,30 @@ def layer_activation_bytes(
         )
     per_token += mlp * shape.ffn_hidden_size / tensor
     return per_token * workload.width * _micro_batch_tokens(workload, topology)
+
+
+def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
+    """Return the numbers for each token that attention keeps between its projections."""
+    tensor = layout.topology.tensor_parallel
+    queries = shape.num_attention_heads * shape.head_dim / tensor
+    groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
+    outputs = 1 if layout.recompute == "selective" else 2  # the kernel's own, and the projection's input
+    outputs += 2 * shape.output_gate  # the gate, and its sigmoid
+    # With context parallelism attention keeps keys and values of the whole row, unless it gathers them again.
+    shared_rows = 1 if layout.recompute == "selective" else layout.topology.context_parallel
+    return queries + 2 * groups * shared_rows + outputs * queries
+
+
+def _kept_by_linear_attention(shape: ModelShape, layout: Layout) -> float:
+    """Return the same for linear attention, with the kernels of flash-linear-attention."""
+    sizes = shape.linear
+    if sizes is None:
+        return 0.0
+    kept = sizes.projected + sizes.values  # outputs of the one projection, inputs of the other
+    if layout.recompute != "selective":
+        normed = 2 * sizes.keys  # queries and keys
+        kept += sizes.convolved + normed + sizes.value_heads * LINEAR_CHUNK + sizes.values
+    return kept / layout.topology.tensor_parallel
 
 
 def busiest_rank(topology: Topology) -> float:

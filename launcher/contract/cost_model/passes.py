@@ -9,10 +9,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from launcher.contract.cost_model.implementation import LORA_PASSES, MATMUL_EXPOSED_TRAFFIC, Implementation
+from launcher.contract.cost_model.implementation import (
+    LINEAR_ATTENTION_EFFICIENCY,
+    LINEAR_ATTENTION_PASSES,
+    LORA_PASSES,
+    MATMUL_EXPOSED_TRAFFIC,
+    Implementation,
+)
 from launcher.contract.cost_model.memory import busiest_rank
-from launcher.contract.cost_model.workload import Layout, Workload, layer_parameters
-from launcher.contract.flops import active_expert_parameters, mean_attended
+from launcher.contract.cost_model.workload import Layout, Workload, layer_parameters, linear_share
+from launcher.contract.flops import active_expert_parameters, linear_attention_flops, mean_attended
 from launcher.contract.hardware import GpuKind
 from launcher.contract.topology import Topology
 
@@ -55,19 +61,27 @@ class Pass:
 def layer_pass(
     workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation, *, dense: bool = False
 ) -> Pass:
-    """Return the times of a decoder layer. `dense` is for one without experts in a model that has some."""
+    """Return the times of a decoder layer, of the mean of those with and without linear attention.
+
+    `dense` is for one without experts in a model that has some.
+    """
     shape, tensor = workload.shape, topology.tensor_parallel
     tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel
     queries, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     width = shape.ffn_hidden_size if dense else shape.active_ffn_size
     up = 2 if shape.gated_mlp else 1
-    outer = 4 * shape.hidden_size + (2 * queries + 2 * groups + (up + 1) * width) / tensor
+    linear = linear_share(shape)
+    projected: float = (3 if shape.output_gate else 2) * queries + 2 * groups
     weights: float = layer_parameters(shape, tensor, active=not dense, dense=dense)
+    if shape.linear is not None:
+        projected += linear * (shape.linear.projected + shape.linear.values - projected)
+        weights += linear * (layer_parameters(shape, tensor, active=not dense, dense=dense, linear=True) - weights)
+    outer = 4 * shape.hidden_size + (projected + (up + 1) * width) / tensor
     if shape.num_experts and not dense:  # the slowest rank counts, and the others wait for it
         weights += (busiest_rank(topology) - 1) * active_expert_parameters(shape) / tensor
     # with a causal mask 6 * s operations a token and head dimension, forward and backward together
     attended = mean_attended(shape, workload.attended)
-    attention = 6 * queries / tensor * tokens * attended
+    attention = (1 - linear) * 6 * queries / tensor * tokens * attended
     sequence = tensor if topology.sequence_parallel else 1
     moved = implementation.passes_hidden * shape.hidden_size / sequence
     moved += implementation.passes_ffn * width / tensor
@@ -77,7 +91,7 @@ def layer_pass(
     attention_rate = gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, attended)
     return Pass(
         matmul=_products(workload, gpu, implementation, weights, tokens, outer),
-        attention=attention / attention_rate,
+        attention=attention / attention_rate + linear * _linear_attention(workload, topology, gpu),
         elementwise=moved * workload.width * tokens / memory_rate(gpu),
         tensor_parallel=collectives * workload.width * exposed,
         context_parallel=_gathered_rows(workload, topology, gpu),
@@ -87,14 +101,29 @@ def layer_pass(
     )
 
 
+def _linear_attention(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
+    """Return the seconds a layer and micro-batch for convolution, rule and gated norm of linear attention."""
+    shape, sizes = workload.shape, workload.shape.linear
+    if sizes is None:
+        return 0.0
+    tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel / topology.tensor_parallel
+    rule = tokens * linear_attention_flops(shape) / (gpu.bf16_tflops * 1e12 * LINEAR_ATTENTION_EFFICIENCY)
+    moved = LINEAR_ATTENTION_PASSES * (sizes.convolved + 2 * sizes.values) * workload.width * tokens
+    return rule + moved / memory_rate(gpu)
+
+
 def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
     """Return the seconds a layer and micro-batch for gathering keys and values of whole rows and returning gradients.
 
-    No computation hides them.
+    Linear attention exchanges tokens for heads instead. No computation hides either.
     """
     shape, tensor, context = workload.shape, topology.tensor_parallel, topology.context_parallel
     groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
-    size = 2 * groups * topology.micro_batch_size * workload.seq_length * workload.width
+    size = 2 * groups
+    if shape.linear is not None:
+        exchanged = (shape.linear.convolved + 2 * shape.linear.value_heads + shape.linear.values) / tensor / context
+        size += linear_share(shape) * (exchanged - size)
+    size *= topology.micro_batch_size * workload.seq_length * workload.width
     return 2 * ring(context) * size / link_rate(gpu, crosses=tensor * context > topology.ranks_per_node)
 
 

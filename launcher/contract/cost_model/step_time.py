@@ -26,6 +26,7 @@ from launcher.contract.cost_model.workload import (
     Workload,
     chunk_layer_counts,
     layer_counts,
+    linear_counts,
     trained_parameters,
 )
 from launcher.contract.hardware import GpuKind
@@ -159,11 +160,12 @@ def _stages(
 ) -> list[_Stage]:
     """Return the times of every stage. Those that hold the same are computed once."""
     topology = layout.topology
-    known: dict[tuple[int, int, bool, bool], _Stage] = {}
+    linear = linear_counts(workload.shape, topology)
+    known: dict[tuple[int, int, int, bool, bool], _Stage] = {}
     stages = []
     for number, counts in enumerate(layer_counts(workload.shape, topology)):
         last = number == topology.pipeline_parallel - 1
-        key = (*counts, number == 0, last)
+        key = (*counts, linear[number], number == 0, last)
         if key not in known:
             trained, head = trained_parameters(workload, topology, number), parts.head if last else Pass()
             known[key] = _stage(parts.layers(counts), head, trained, workload, layout, gpu, implementation)

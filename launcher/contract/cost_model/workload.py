@@ -84,19 +84,28 @@ def expert_layer_parameters(shape: ModelShape, topology: Topology) -> int:
     return expert_parameters(shape) // (topology.expert_parallel * topology.expert_tensor_parallel)
 
 
-def layer_parameters(shape: ModelShape, tensor_parallel: int, *, active: bool = False, dense: bool = False) -> int:
+def layer_parameters(
+    shape: ModelShape, tensor_parallel: int, *, active: bool = False, dense: bool = False, linear: bool = False
+) -> int:
     """Return a decoder layer's weights on one tensor parallel rank. If tp exceeds the KV heads, ranks share them.
 
     Of experts, `active` counts those that one token goes to, which tensor parallel ranks compute together; else none.
-    `dense` is for a layer of such a model that has an MLP instead.
+    `dense` is for a layer of such a model that has an MLP instead, `linear` for one with linear attention.
     """
+    products = layer_matmul_parameters(shape, active=active, dense=dense, linear=linear)
+    products -= 0 if active or dense else expert_parameters(shape)
+    if linear:
+        return products // tensor_parallel + layer_norm_parameters(shape, linear=True)
     queries = shape.num_attention_heads * shape.head_dim
     groups = max(shape.num_query_groups, tensor_parallel)
     repeated = 2 * (groups - shape.num_query_groups) * shape.head_dim * shape.hidden_size
     assert queries % tensor_parallel == 0
-    products = layer_matmul_parameters(shape, active=active, dense=dense)
-    products -= 0 if active or dense else expert_parameters(shape)
     return (products + repeated) // tensor_parallel + layer_norm_parameters(shape)
+
+
+def linear_share(shape: ModelShape) -> float:
+    """Return the share of the layers that have linear attention."""
+    return len(shape.linear_layers) / shape.num_layers
 
 
 def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
@@ -105,6 +114,9 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     embedding = -(-shape.vocab_size // tensor) * shape.hidden_size
     usual, dense = layer_counts(shape, topology)[stage]
     count = usual * layer_parameters(shape, tensor) + dense * layer_parameters(shape, tensor, dense=True)
+    linear = linear_counts(shape, topology)[stage]
+    if linear:
+        count += linear * (layer_parameters(shape, tensor, linear=True) - layer_parameters(shape, tensor))
     if stage == 0:
         count += embedding
     if stage == stages - 1:
@@ -123,6 +135,12 @@ def stage_expert_parameters(shape: ModelShape, topology: Topology, stage: int) -
 def layer_counts(shape: ModelShape, topology: Topology) -> tuple[tuple[int, int], ...]:
     """Return the numbers of each stage's usual layers, and of those without experts in a model that has some."""
     return _layer_counts(topology.layers_per_stage, topology.pipeline_parallel, shape.dense_layers)
+
+
+def linear_counts(shape: ModelShape, topology: Topology) -> tuple[int, ...]:
+    """Return how many layers of each stage have linear attention."""
+    counts = _layer_counts(topology.layers_per_stage, topology.pipeline_parallel, shape.linear_layers)
+    return tuple(linear for _, linear in counts)
 
 
 @lru_cache(maxsize=1024)
@@ -153,4 +171,6 @@ def trained_parameters(workload: Workload, topology: Topology, stage: int) -> tu
     usual, dense = layer_counts(shape, topology)[stage]
     held = usual * shape.num_experts // topology.expert_parallel
     layers = usual * layer_adapters(shape, lora) + dense * layer_adapters(shape, lora, dense=True)
+    linear = linear_counts(shape, topology)[stage]
+    layers += linear * (layer_adapters(shape, lora, linear=True) - layer_adapters(shape, lora)) if linear else 0
     return layers, held * expert_adapters(shape, lora)

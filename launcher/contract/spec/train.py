@@ -132,6 +132,10 @@ class TrainSpec:
     """Attention kernel of fused layers on a GPU, for packed rows and rows longer than a sliding window. flash2: the one
     in torch; flash4: the package flash-attn-4, for Hopper and Blackwell and heads of 32, 64, 96 or 128; auto: flash4
     where it is installed and works, and `deterministic` is off. Capped scores (Gemma 2) are computed without either."""
+    linear_attention: Literal["auto", "torch", "fla"] = "auto"
+    """Kernels of linear attention (Qwen3-Next, Qwen3.5). torch: its own operations, in chunks; fla: the package
+    flash-linear-attention, on a GPU and not in fp32; auto: fla where it is installed and works, and `deterministic` is
+    off."""
     recompute: Literal["none", "norms", "selective", "full", "offload"] = "none"
     """Activations that are computed again in the backward pass. norms: outputs of norms, a sixth of what layers keep,
     for under 1 % of the time; selective: attention's core; full: whole layers, which keep their inputs; offload: whole

@@ -5,6 +5,7 @@ Megatron-core's own has one RoPE for all layers, whose magnitude comes from a fo
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sft.kernels.fp8 import WithRows
@@ -14,6 +15,9 @@ from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.query_scale import scaled_by_position
 from sft.megatron.parallel.documents import Rows
 from sft.models.architecture import QueryScale
+
+Heads = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Query, key, value, and the gate of the output where there is one."""
 
 
 class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
@@ -56,7 +60,7 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         packed = packed_seq_params
         # The angles of shared rows are those of their tokens already, one after the other (`SFTGPTModel`).
         positions = packed.positions if isinstance(packed, PackedSequences) else None
-        query, key, value = self._heads(hidden_states, angles, positions)
+        query, key, value, gate = self._heads(hidden_states, angles, positions)
         if self._query_scale is not None:
             own = None if packed is None else packed.positions
             query = scaled_by_position(query, self._query_scale, own, begin)
@@ -70,25 +74,35 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
             )
         else:
             context = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed)
-        output: tuple[Tensor, Tensor | None] = self.linear_proj(
-            context.reshape(context.shape[0], -1, context.shape[-1])
-        )
+        context = context.reshape(context.shape[0], -1, context.shape[-1])
+        if gate is not None:
+            context = context * torch.sigmoid(gate.flatten(2))
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(context)
         return output
 
-    def _heads(
-        self, hidden_states: Tensor | WithRows, angles: Tensor | None, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, [s, b, heads, dim], rotated where this layer does.
+    def _heads(self, hidden_states: Tensor | WithRows, angles: Tensor | None, positions: Tensor | None) -> Heads:
+        """Return query, key and value, [s, b, heads, dim], rotated where this layer does, and the gate if there is one.
 
         `angles` are [positions, pairs]; `positions` are those of the tokens, [s], or None where they lie in order.
         """
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        query, key, value, gate = self._projected(hidden_states)
         if angles is None or not self._rotary:
-            return query, key, value
+            return query, key, value, gate
         # Rounded to the activations' type before the products, as transformers and Megatron-core do.
         cos, sin = self._tables(angles, positions, query.shape[0])
         cos, sin = cos.to(query.dtype), sin.to(query.dtype)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        return rotate(query, cos, sin), rotate(key, cos, sin), value, gate
+
+    def _projected(self, hidden_states: Tensor | WithRows) -> Heads:
+        """Return query, key and value, [s, b, heads, dim], and the gate of the output if there is one."""
+        if not self.config.attention_output_gate:
+            return *self.get_query_key_value_tensors(hidden_states), None
+        query, key, value, gate = self.get_query_key_value_tensors(hidden_states, output_gate=True)
+        heads = query.size(2)
+        if gate.size(2) != heads:  # more ranks than KV heads: Megatron-core gives this rank its queries, but all gates
+            rank = self.pg_collection.tp.rank() % (gate.size(2) // heads)
+            gate = gate[:, :, rank * heads : (rank + 1) * heads]
+        return query, key, value, gate
 
     def _tables(self, angles: Tensor, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of the tokens, [s, 1, 1, pairs], times the magnitude."""

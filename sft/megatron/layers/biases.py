@@ -7,7 +7,7 @@ one, all are built with it, and those that the model does not have are taken off
 from __future__ import annotations
 
 from sft.megatron.core import GPTModel
-from sft.models.architecture import Architecture, DecoderLayer, Experts
+from sft.models.architecture import Architecture, Attention, DecoderLayer, Experts
 
 
 def drop_absent_biases(model_chunk: GPTModel, architecture: Architecture) -> None:
@@ -20,10 +20,12 @@ def drop_absent_biases(model_chunk: GPTModel, architecture: Architecture) -> Non
 
 def _biased(layer: DecoderLayer) -> dict[str, bool]:
     """Return by name which linear layers of a layer have a bias. Experts build their products themselves."""
-    attention = {
-        "self_attention.linear_qkv": layer.attention.qkv_bias,
-        "self_attention.linear_proj": layer.attention.output_bias,
-    }
+    attention = {}
+    if isinstance(layer.attention, Attention):  # linear attention builds its products itself
+        attention = {
+            "self_attention.linear_qkv": layer.attention.qkv_bias,
+            "self_attention.linear_proj": layer.attention.output_bias,
+        }
     if isinstance(layer.mlp, Experts):
         return attention
     return attention | {"mlp.linear_fc1": layer.mlp.bias, "mlp.linear_fc2": layer.mlp.bias}

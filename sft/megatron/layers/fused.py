@@ -20,7 +20,7 @@ from sft.kernels.gated import Gate, gated
 from sft.kernels.linear import gated_mlp
 from sft.kernels.rope import rotate, split_and_rotate
 from sft.megatron.core import MLP, IdentityOp, TransformerConfig, TransformerLayer, tensor_parallel
-from sft.megatron.layers.attention import RotarySelfAttention
+from sft.megatron.layers.attention import Heads, RotarySelfAttention
 from sft.megatron.layers.core_attention import CoreAttention
 from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear, fp8_gradients
 from sft.megatron.layers.lora import AdaptedColumn
@@ -152,9 +152,7 @@ class FusedCoreAttention(CoreAttention):
 class FusedSelfAttention(RotarySelfAttention):
     """Self-attention that splits and rotates its QKV projection in one pass."""
 
-    def _heads(
-        self, hidden_states: Tensor | WithRows, angles: Tensor | None, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, hidden_states: Tensor | WithRows, angles: Tensor | None, positions: Tensor | None) -> Heads:
         assert angles is not None  # fused layers belong to models with RoPE in some layers
         if not self._rotary:
             # A rotation by 0 changes no bit, and the one pass that splits the heads stays.
@@ -162,16 +160,17 @@ class FusedSelfAttention(RotarySelfAttention):
         magnitude = self._magnitude if self._rotary else 1.0
         groups = self.num_query_groups_per_partition
         normed = not isinstance(self.q_layernorm, IdentityOp | None)
-        if not normed and self.config.num_query_groups >= self.world_size:
+        plain = not normed and not self.config.attention_output_gate
+        if plain and self.config.num_query_groups >= self.world_size:
             mixed, _ = self.linear_qkv(hidden_states)
             queries = self.num_attention_heads_per_partition // groups
-            return split_and_rotate(mixed, groups, queries, angles, positions, magnitude)
-        # Norms between projection and RoPE, or a projection that is gathered first: Megatron-core splits.
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
+            return *split_and_rotate(mixed, groups, queries, angles, positions, magnitude), None
+        # Norms between projection and RoPE, a gate, or a projection that is gathered first: Megatron-core splits.
+        query, key, value, gate = self._projected(hidden_states)
         if not self._rotary:
-            return query, key, value
+            return query, key, value, gate
         cos, sin = self._tables(angles, positions, query.shape[0])
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        return rotate(query, cos, sin), rotate(key, cos, sin), value, gate
 
 
 class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]

@@ -15,6 +15,7 @@ from functools import partial
 
 from torch import nn
 
+from launcher.contract.linear_attention import LinearAttention
 from launcher.contract.spec import Fp8Spec
 from sft.megatron.core import (
     MLP,
@@ -38,6 +39,7 @@ from sft.megatron.layers.fused import (
     FusedSelfAttention,
     FusedTransformerLayer,
 )
+from sft.megatron.layers.gated_delta import GatedDeltaNet
 from sft.megatron.layers.linears import Linears, choose_linears
 from sft.megatron.layers.mixture_of_experts import ExpertMLP
 from sft.megatron.layers.norms import PLAIN_NORMS
@@ -147,7 +149,12 @@ def _norm_before_product(
     return PLAIN_NORMS[architecture.norm]
 
 
-def _attention_spec(architecture: Architecture, attention: Attention, kernels: Kernels, linears: Linears) -> ModuleSpec:
+def _attention_spec(
+    architecture: Architecture, attention: Attention | LinearAttention, kernels: Kernels, linears: Linears
+) -> ModuleSpec:
+    if isinstance(attention, LinearAttention):
+        own = {"sizes": attention, "linears": linears, "kernel": kernels.linear_attention}
+        return ModuleSpec(module=GatedDeltaNet, params=own)
     fused = kernels.fused_layers
     query_norm, key_norm = _norms_of_heads(architecture, attention, fused=fused)
     core = {

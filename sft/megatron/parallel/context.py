@@ -28,9 +28,13 @@ class SharedRows(Rows):
     slices: tuple[ContextSlice, ...] = ()
     positions: Tensor | None = None
     """Place of each token of the part in its own sequence, [s]."""
+    seq_lengths: tuple[int, ...] | None = None
+    """Lengths of the sequences of the whole row, on the host; None where each row is one sequence."""
 
 
-def shared_rows(share: ContextShare, documents: Documents | None = None) -> SharedRows:
+def shared_rows(
+    share: ContextShare, documents: Documents | None = None, seq_lengths: tuple[int, ...] | None = None
+) -> SharedRows:
     """What the layers must know of this rank's part.
 
     The format says that tensors keep the dimension of rows: with `thd`, packed rows', Megatron-core would turn queries
@@ -43,6 +47,7 @@ def shared_rows(share: ContextShare, documents: Documents | None = None) -> Shar
         slices=share.slices,
         positions=share.positions,
         documents=documents,
+        seq_lengths=seq_lengths,
     )
 
 

@@ -46,7 +46,8 @@ def test_every_family(case: str, name: str, tmp_path: Path) -> None:
     active = 0
     for layer in range(shape.num_layers):
         dense = layer in shape.dense_layers
-        assert layer_adapters(shape, lora, dense=dense) == of_layer(architecture, lora, layer)
+        linear = layer in shape.linear_layers
+        assert layer_adapters(shape, lora, dense=dense, linear=linear) == of_layer(architecture, lora, layer)
         active += of_layer(architecture, lora, layer)
         if shape.num_experts and not dense:
             assert expert_adapters(shape, lora) == of_expert(architecture, lora, layer)

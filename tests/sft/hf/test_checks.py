@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.contract.errors import ModelError
-from launcher.contract.spec import DataSpec, EvaluationSpec, RunSpec, TopologySpec
+from launcher.contract.spec import DataSpec, EvaluationSpec, LoraSpec, ModelSpec, RunSpec, TopologySpec
 from sft.hf.checks import check_model_settings
 from sft.models.registry import read_architecture
 from tests.sft.hf_cases import save_config
@@ -57,4 +57,23 @@ def test_key_heads_that_are_normed_together_are_not_shared(tmp_path: Path) -> No
     assert str(caught.value) == (
         "topology.tensor_parallel 6: this model norms its 3 key heads together, which more ranks than heads cannot; "
         "set it to at most 3"
+    )
+
+
+def test_a_pipeline_stage_without_a_target_is_refused(tmp_path: Path) -> None:
+    """Of four layers only the last has full attention, and with it q_proj."""
+    architecture = read_architecture(save_config("qwen3_5_text", tmp_path))
+
+    def spec(*targets: str, **topology: int) -> RunSpec:
+        lora = LoraSpec(rank=2, targets=list(targets))
+        return RunSpec(model=ModelSpec(lora=lora), topology=TopologySpec(**topology))
+
+    check_model_settings(spec("q_proj"), architecture)
+    check_model_settings(spec("q_proj", "out_proj", pipeline_parallel=2), architecture)
+    check_model_settings(spec("down_proj", pipeline_parallel=4), architecture)
+    with pytest.raises(ModelError) as caught:
+        check_model_settings(spec("q_proj", pipeline_parallel=2), architecture)
+    assert str(caught.value).startswith(
+        "model.lora.targets: none of q_proj is in the layers of pipeline stage 0 of 2, which would train nothing; add "
+        "a layer that it has (in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, out_proj, gate_proj, up_proj, down_proj, "
     )

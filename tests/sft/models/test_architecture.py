@@ -58,7 +58,7 @@ def refusal(directory: Path, **changes: Any) -> list[str]:
 
 
 def windows(architecture: Architecture) -> list[int | None]:
-    return [layer.attention.window for layer in architecture.layers]
+    return [attention.window for attention in architecture.attentions]
 
 
 def test_plain_llama(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_windows_of_qwen2_moe_are_in_other_layers_than_qwen2s(
 ) -> None:
     small = family("qwen2_moe").small_config
     found = read_architecture(write_config(tmp_path, **{**small, "model_type": "qwen2_moe", **changes}))
-    assert [layer.attention.window for layer in found.layers] == windows
+    assert [attention.window for attention in found.attentions] == windows
     assert found.shape.windowed_layers == sum(window is not None for window in windows)
 
 

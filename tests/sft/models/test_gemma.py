@@ -59,7 +59,7 @@ def test_gemma2_without_caps(tmp_path: Path) -> None:
     """A cap of null is none; a cap left out is the default."""
     caps = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
     gemma = read_architecture(write_config(tmp_path, **GEMMA2, **caps))
-    assert (gemma.layers[0].attention.score_softcap, gemma.logits_softcap) == (None, None)
+    assert (gemma.attentions[0].score_softcap, gemma.logits_softcap) == (None, None)
 
 
 @pytest.mark.parametrize("name", ROPES)

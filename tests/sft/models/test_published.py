@@ -349,5 +349,5 @@ def test_positions_rotate_as_in_transformers(tmp_path: Path) -> None:
         architecture, config = read(name)
         rotary = Olmo3RotaryEmbedding(config)
         expect_rotation(architecture.rope, rotary.full_attention_inv_freq, rotary.full_attention_attention_scaling)
-        in_window = architecture.layers[0].attention.rope
+        in_window = architecture.attentions[0].rope
         expect_rotation(in_window, rotary.sliding_attention_inv_freq, rotary.sliding_attention_attention_scaling)
