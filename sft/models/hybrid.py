@@ -14,8 +14,7 @@ from launcher.contract.linear_attention import LinearAttention
 from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Attention
 from sft.models.config_reader import ConfigReader
-from sft.models.families.qwen3 import head_norms
-from sft.models.llama_like import QKV, Layer, LayerMap, attention_part, llama_layer, rope_of
+from sft.models.llama_like import QKV, Layer, LayerMap, attention_part, head_norms, llama_layer, rope_of
 from sft.models.rope import Rope
 from sft.models.weight_map import ParameterMap, Piece, vector, whole
 

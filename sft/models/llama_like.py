@@ -211,6 +211,14 @@ def attention_part(shape: ModelShape, prefix: str, biases: Biases = NO_BIASES) -
     return {name: part for name, part in llama_layer(shape, prefix, biases).items() if not name.startswith("mlp.")}
 
 
+def head_norms(shape: ModelShape, prefix: str) -> Layer:
+    """Return the maps of the norms on the heads of queries and keys."""
+    return {
+        f"self_attention.{which}_layernorm.weight": vector(f"{prefix}self_attn.{which}_norm.weight", shape.head_dim)
+        for which in ("q", "k")
+    }
+
+
 def separate_experts(
     shape: ModelShape, router: str, expert: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 ) -> Layer:

@@ -9,9 +9,8 @@ from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.families.gemma2 import GELU_TANH, alternating_windows, layer_with_four_norms
-from sft.models.families.qwen3 import head_norms
 from sft.models.family import Config, Family
-from sft.models.llama_like import SMALL, Layer, rope_of, weight_map
+from sft.models.llama_like import SMALL, Layer, head_norms, rope_of, weight_map
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 """Those that do not depend on the length of a batch."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts, SharedExpert
 from sft.models.config_reader import ConfigReader
-from sft.models.families.qwen3 import head_norms
 from sft.models.family import Family
 from sft.models.llama_like import (
     QKV_BIAS,
@@ -17,6 +16,7 @@ from sft.models.llama_like import (
     Layer,
     LayerMap,
     attention_part,
+    head_norms,
     llama_layer,
     rope_of,
     separate_experts,

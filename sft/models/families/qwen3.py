@@ -6,8 +6,16 @@ from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.llama_like import ACTIVATIONS, SMALL, Layer, llama_layer, rope_of, weight_map, windows_by_layer
-from sft.models.weight_map import vector
+from sft.models.llama_like import (
+    ACTIVATIONS,
+    SMALL,
+    Layer,
+    head_norms,
+    llama_layer,
+    rope_of,
+    weight_map,
+    windows_by_layer,
+)
 
 
 def _read(config: ConfigReader) -> Architecture:
@@ -30,14 +38,6 @@ def _read(config: ConfigReader) -> Architecture:
 
 def _layer(shape: ModelShape, prefix: str) -> Layer:
     return llama_layer(shape, prefix) | head_norms(shape, prefix)
-
-
-def head_norms(shape: ModelShape, prefix: str) -> Layer:
-    """Return the maps of the norms on the heads of queries and keys."""
-    return {
-        f"self_attention.{which}_layernorm.weight": vector(f"{prefix}self_attn.{which}_norm.weight", shape.head_dim)
-        for which in ("q", "k")
-    }
 
 
 FAMILY = Family(

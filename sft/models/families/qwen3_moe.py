@@ -5,13 +5,13 @@ from __future__ import annotations
 from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts
 from sft.models.config_reader import ConfigReader
-from sft.models.families.qwen3 import head_norms
 from sft.models.family import Family
 from sft.models.llama_like import (
     SILU,
     SMALL,
     Layer,
     attention_part,
+    head_norms,
     llama_layer,
     rope_of,
     separate_experts,
