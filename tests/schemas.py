@@ -7,13 +7,16 @@ because this version's page would not have it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import typing
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
+from launcher.api.answers import ANSWERS
 from launcher.contract.forms.schemas import Schema, read_schema
 from launcher.contract.rundir import RunPaths, read_lines
 
@@ -35,7 +38,31 @@ def problems_of_run(root: Path) -> list[str]:
 
 def runs_below(folder: Path) -> Iterator[Path]:
     """Run directories that a submission or the ranks themselves have made."""
-    return (config.parent for config in folder.rglob("config.yaml") if (config.parent / "events.jsonl").is_file())
+    for place, folders, files in os.walk(folder):
+        if {"config.yaml", "events.jsonl"} <= set(files):
+            folders.clear()
+            yield Path(place)
+
+
+def problems_of_answer(value: object, text: str) -> list[str]:
+    """What is wrong with what `print_json` prints of dataclasses."""
+    names = [name for name, form in ANSWERS.items() if _is_of(value, form)]
+    assert names or isinstance(value, dict), f"{type(value)} is in no form of launcher.api.answers"
+    return problems(names[0], json.loads(text)) if names else []
+
+
+def _is_of(value: object, form: object) -> bool:
+    kinds = typing.get_args(form) or (form,)
+    if isinstance(value, list | tuple):
+        return typing.get_origin(form) is tuple and all(isinstance(item, kinds[0]) for item in value)
+    return typing.get_origin(form) is not tuple and isinstance(value, tuple(kinds))
+
+
+def checked_output(words: Sequence[str], text: str) -> None:
+    """Hold the output of `launcher WORDS` in a process of its own to its schema, if it is JSON."""
+    if "--json" in words and text:
+        found = problems("why" if "--why" in words else words[0], json.loads(text))
+        assert not found, "\n".join(found)
 
 
 def _records(paths: RunPaths) -> Iterator[tuple[str, object]]:

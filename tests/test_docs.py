@@ -9,12 +9,16 @@ import itertools
 import re
 import shlex
 from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
 import yaml
 
 from launcher.__main__ import build_parser
+from launcher.contract.forms.page import json_reference
+from launcher.contract.forms.schemas import read_schema, schema_names
 from launcher.contract.rundir import RunPaths
 
 ROOT = Path(__file__).parents[1]
@@ -264,3 +268,20 @@ def test_configs_have_only_keys_that_exist(page: Path) -> None:
             key = re.sub(r"^data\.sources\.\w+", "data.sources.NAME", leaf)
             forms = (key, f"cluster.{key}")
             assert any(form in known or mappings.match(form) for form in forms), leaf
+
+
+def made_schemas() -> dict[str, object]:
+    loader = SourceFileLoader("schemas", str(ROOT / "scripts" / "schemas"))
+    spec = spec_from_loader("schemas", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return dict(module.schemas())
+
+
+def test_schemas_and_page_are_up_to_date() -> None:
+    """Renew them with scripts/schemas."""
+    pytest.importorskip("pydantic", reason="schemas are made with pydantic")
+    made = made_schemas()
+    assert {name: read_schema(name) for name in schema_names()} == made
+    assert (ROOT / "docs" / "reference" / "json.md").read_text() == json_reference()

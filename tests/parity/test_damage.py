@@ -70,7 +70,7 @@ class Trial:
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
     material = make_material(tmp_path_factory.mktemp("material"), 36, tied=True)
-    folder = tmp_path_factory.mktemp("runs") / "runs"
+    folder = tmp_path_factory.mktemp("damaged") / "runs"
     paths = make_run(folder, *material, ranks=1, max_steps=STEPS, every=2, keep_last=9, min_free_gb=0)
     paths.config.write_text(sealed(read_resolved(paths.config)))
     job = Job.from_json({"job_id": "1", "scheduler": "local", "submitted_at": 1.0})

@@ -15,6 +15,7 @@ import yaml
 
 from launcher.contract.job_state import JobState
 from launcher.contract.rundir import RunPaths, read_lines
+from tests.schemas import checked_output
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.processes import wait_until
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
@@ -46,7 +47,9 @@ class Workbench:
         self, *arguments: str, check: bool = True, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """`python -m launcher ARGUMENTS` from the checkout, as a user of the cluster would call it; more in `env`."""
-        return self.cluster.run([sys.executable, "-m", "launcher", *arguments], check=check, cwd=CHECKOUT, env=env)
+        done = self.cluster.run([sys.executable, "-m", "launcher", *arguments], check=check, cwd=CHECKOUT, env=env)
+        checked_output(arguments, done.stdout)
+        return done
 
     def submit(self, name: str, *overrides: str, env: Mapping[str, str] | None = None) -> RunPaths:
         self.launcher("submit", str(self.config), f"name={name}", *overrides, env=env)

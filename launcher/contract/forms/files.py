@@ -5,7 +5,7 @@ Their schemas and docs/reference/json.md are made from this file. Tests hold eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from launcher.contract.forms.events import CheckedNode, RankPosition
@@ -90,6 +90,8 @@ class ManifestFile:
     """The sweep that it belongs to."""
     attempts: tuple[ManifestJob, ...]
     """Every job, oldest first."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """File that a job starts from to its SHA-256."""
 
 
 @dataclass(frozen=True, kw_only=True)

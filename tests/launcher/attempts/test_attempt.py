@@ -34,12 +34,14 @@ def end_of_attempt(run: RunPaths, number: int, step: int, capsys: pytest.Capture
     return capsys.readouterr().out.split()[0]
 
 
+@pytest.mark.handmade_records
 def test_a_step_an_attempt_is_no_progress(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     """As where a deadline lies in the past: each attempt trains one step, saves it and stops."""
     answers = [end_of_attempt(run, number, step=1 + number, capsys=capsys) for number in range(4)]
     assert answers == ["requeue", "requeue", "requeue", "stop"]
 
 
+@pytest.mark.handmade_records
 def test_two_steps_are(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     answers = [end_of_attempt(run, number, step=2 + 2 * number, capsys=capsys) for number in range(6)]
     assert answers == ["requeue"] * 6

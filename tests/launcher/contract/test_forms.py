@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import jsonschema
@@ -17,28 +16,16 @@ from launcher.__main__ import build_parser, main
 from launcher.api.answers import ANSWERS, FILES
 from launcher.attempts.cause import Cause
 from launcher.attempts.restart import Action
+from launcher.commands.arguments import json_text
 from launcher.contract.forms.events import EVENTS, CauseName
 from launcher.contract.forms.page import json_reference
 from launcher.contract.forms.schemas import FOLDER, read_schema, schema_names
+from launcher.contract.job_state import JobState
+from launcher.contract.rundir import RunPaths, append_event
+from launcher.runs.state import RunStatus
+from tests.schemas import problems_of_answer, problems_of_run, runs_below
 
 ROOT = Path(__file__).parents[3]
-
-
-def made_schemas() -> dict[str, object]:
-    loader = SourceFileLoader("schemas", str(ROOT / "scripts" / "schemas"))
-    spec = spec_from_loader("schemas", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return dict(module.schemas())
-
-
-def test_schemas_and_page_are_up_to_date() -> None:
-    """Renew them with scripts/schemas."""
-    pytest.importorskip("pydantic", reason="schemas are made with pydantic")
-    made = made_schemas()
-    assert {name: read_schema(name) for name in schema_names()} == made
-    assert (ROOT / "docs" / "reference" / "json.md").read_text() == json_reference()
 
 
 def test_every_schema_is_one() -> None:
@@ -86,3 +73,29 @@ def test_dataclass_modules_need_no_pydantic() -> None:
     tell = "import sys, launcher.api.answers; print('pydantic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", tell], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_field_that_no_schema_has_is_seen(tmp_path: Path) -> None:
+    """The test of the tests' own look at what they make (tests/schemas.py)."""
+    run = RunPaths(tmp_path / "run")
+    run.logs.mkdir(parents=True)
+    run.config.touch()
+    append_event(run, "prepared", attempt="7.0")
+    assert list(runs_below(tmp_path)) == [run.root]
+    assert problems_of_run(run.root) == []
+    run.events.unlink()
+    append_event(run, "prepared", attempt="7.0", colour="red")
+    append_event(run, "prepared")
+    append_event(run, "unheard_of", attempt="7.0")
+    found = problems_of_run(run.root)
+    run.events.unlink()
+    assert ["'colour' was unexpected" in found[0], "'attempt' is a required" in found[1]] == [True, True]
+    assert found[2].startswith("run: events: ")
+
+
+def test_an_answer_of_another_type_is_seen() -> None:
+    row = RunStatus(run="a", directory="/a", state=JobState.RUNNING)
+    assert problems_of_answer((row,), json_text((row,))) == []
+    wrong = dataclasses.replace(row, step="3")  # type: ignore[arg-type]
+    (problem,) = problems_of_answer((wrong,), json_text((wrong,)))
+    assert problem.startswith("status[0].step: '3' is not valid")

@@ -86,6 +86,7 @@ def hang(*hosts: str, told_apart: bool = True) -> dict[str, Any]:
     return {"event": "hang_detected", "attempt": "2.0", "step": 7, "told_apart": told_apart, "behind": behind}
 
 
+@pytest.mark.handmade_records
 def test_events_of_this_cluster_s_runs_are_evidence(tmp_path: Path) -> None:
     cluster = ClusterSpec(name="c", node_ledger=str(tmp_path / "ledger.json"))
     runs = [

@@ -41,6 +41,7 @@ def test_job_of_a_waiting_run_is_named(workdir: Path, parent: RunPaths, commands
     assert "--dependency=afterok:7 " in commands.calls("sbatch")[-1]
 
 
+@pytest.mark.handmade_records
 def test_finished_run_is_not_waited_for(workdir: Path, parent: RunPaths, commands: Commands) -> None:
     append_event(parent, "attempt_started", attempt="7.0", job_id="7")
     append_event(parent, "attempt_ended", attempt="7.0", exit_code=0)

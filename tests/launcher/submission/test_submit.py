@@ -278,6 +278,7 @@ def test_logs_before_the_first_rank_show_the_batch_log(workdir: Path, capsys: py
     assert capsys.readouterr().out == "preparing\n"
 
 
+@pytest.mark.handmade_records
 def test_moved_run_goes_on_as_a_run_of_its_own(
     workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,6 +152,7 @@ def test_scheduler_that_cannot_be_asked(
     assert [job.id.text for job in read_manifest(RUN).jobs] == ["1"]
 
 
+@pytest.mark.handmade_records
 def test_accounts_and_the_jobs_own_word_are_asked(workdir: Path, jobs: Path, commands: Commands) -> None:
     """A job that the queue has forgotten: sacct keeps the command line, or the job has said that it started."""
     commands.add("sbatch", f"{QUEUE}enter; kill -9 $$")
@@ -208,6 +209,7 @@ def test_local_run_of_a_killed_launcher_is_adopted(
     assert processes.start_ticks(int(job.id.text)) is None
 
 
+@pytest.mark.handmade_records
 def test_local_run_of_a_killed_launcher_is_cancelled(
     workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ class _Page(html.parser.HTMLParser):
         self.words.append(data)
 
 
+@pytest.mark.handmade_records
 def test_page_holds_everything_and_asks_for_nothing(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--debug", "report", str(run.root)]) == 0
     assert capsys.readouterr().out.strip() == str(run.root / "report.html")
@@ -99,6 +100,7 @@ def test_page_holds_everything_and_asks_for_nothing(run: RunPaths, capsys: pytes
         assert words in shown, words
 
 
+@pytest.mark.handmade_records
 def test_curves_of_experts(run: RunPaths) -> None:
     """Only of models that have some: the page above has none of them."""
     names = ("expert_load", "rank_load", "entropy", "aux_loss", "dead_experts", "max_logit")
@@ -112,6 +114,7 @@ def test_curves_of_experts(run: RunPaths) -> None:
         assert words in shown, words
 
 
+@pytest.mark.handmade_records
 def test_text_stays_text(run: RunPaths) -> None:
     write_report(run, run.root / "report.html")
     text = (run.root / "report.html").read_text()
@@ -127,6 +130,7 @@ def test_run_that_has_not_started(tmp_path: Path, commands: Commands) -> None:
     assert "none has started" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.handmade_records
 def test_unwritable_target_is_said(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     (run.root / "file").touch()
     assert main(["report", str(run.root), "--output", str(run.root / "file" / "page.html")]) == 4
