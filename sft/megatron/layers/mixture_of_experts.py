@@ -12,7 +12,7 @@ tensor and expert parallelism meet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,19 +105,30 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
         """Return the output, [s, b, h] as the input is, and no bias."""
+        return self._routed(hidden_states), None
+
+    def _routed(self, hidden_states: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        """Return what the chosen experts make of each token. `meanwhile` is called while tokens are on their way."""
         weights, chosen = self.router(hidden_states)
         tokens, weights, chosen = self._shared(hidden_states), self._shared(weights), self._gathered(chosen)
         assignment = assign(chosen.flatten(0, 1), self._count)
         rows, weights = to_experts(tokens.flatten(0, 1), assignment), sort_rows(weights.flatten(), assignment)
-        output = sum_of_experts(self._computed(rows, weights, assignment), assignment)
-        return self._reduced(output.view_as(tokens)), None
+        output = sum_of_experts(self._computed(rows, weights, assignment, meanwhile), assignment)
+        return self._reduced(output.view_as(tokens))
 
-    def _computed(self, rows: Tensor, weights: Tensor, assignment: Assignment) -> Tensor:
+    def _computed(
+        self, rows: Tensor, weights: Tensor, assignment: Assignment, meanwhile: Callable[[], None] | None
+    ) -> Tensor:
         """Return what the experts make of rows that are sorted by expert, wherever those are held."""
         if self._owners.size() == 1:
+            if meanwhile is not None:
+                meanwhile()
             return self._products(rows, weights, assignment.ends)
         exchange = plan_exchange(assignment.counts(), self._owners)
-        rows, weights = exchange.to_owners(rows), exchange.to_owners(weights)
+        sent = exchange.send(rows), exchange.send(weights)
+        if meanwhile is not None:
+            meanwhile()
+        rows, weights = (each.arrived() for each in sent)
         own = assign(exchange.experts.unsqueeze(-1), self._held)
         computed = self._products(to_experts(rows, own), sort_rows(weights, own), own.ends)
         return exchange.back(unsort_rows(computed, own))

@@ -57,11 +57,14 @@ class SharedExpertMLP(ExpertMLP):
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
         """Return the output, [s, b, h] as the input is, and no bias."""
-        routed = super().forward(hidden_states)[0]
-        shared: Tensor = self.shared(hidden_states)[0]
-        if self.shared_weight is not None:
-            shared = self.shared_weight(hidden_states) * shared
-        return routed + shared, None
+        shared: list[Tensor] = []
+        routed = self._routed(hidden_states, lambda: shared.append(self._of_all(hidden_states)))
+        return routed + shared[0], None
+
+    def _of_all(self, hidden_states: Tensor) -> Tensor:
+        """Return what the expert that every token meets makes of each."""
+        output: Tensor = self.shared(hidden_states)[0]
+        return output if self.shared_weight is None else self.shared_weight(hidden_states) * output
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: Any = None
