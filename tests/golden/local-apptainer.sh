@@ -69,17 +69,18 @@ export PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=1
 python=(apptainer exec --bind /scratch:/scratch --bind /data:/data --bind /models/llama:/models/llama --bind /shared/runs/.cache:/shared/runs/.cache --bind /shared/runs/demo:/shared/runs/demo /images/sft.sif python)
 
-child='' stopped=''
+child='' stopped='' told=''
 stop() {
   echo "asked to stop by $1"
-  stopped=1
-  if [ -n "$child" ]; then kill -s "$1" "$child"; fi
+  stopped=$1
+  if [ -n "$child" ]; then told=1; kill -s "$1" "$child"; fi
 }
 for signal in TERM INT USR2; do trap "stop $signal" "$signal"; done
 attended() { # run a command in the background, so that signals reach it while it runs
   [ -z "$stopped" ] || return 143
   "$@" &
   child=$!
+  [ -z "$stopped" ] || [ -n "$told" ] || kill -s "$stopped" "$child" # asked before this shell knew the process
   local code
   while true; do
     wait "$child"

@@ -72,17 +72,18 @@ set +u # activation scripts read variables that may be unset
 set -u
 python=(python)
 
-child='' stopped=''
+child='' stopped='' told=''
 stop() {
   echo "asked to stop by $1"
-  stopped=1
-  if [ -n "$child" ]; then kill -s "$1" "$child"; fi
+  stopped=$1
+  if [ -n "$child" ]; then told=1; kill -s "$1" "$child"; fi
 }
 for signal in TERM INT USR2; do trap "stop $signal" "$signal"; done
 attended() { # run a command in the background, so that signals reach it while it runs
   [ -z "$stopped" ] || return 143
   "$@" &
   child=$!
+  [ -z "$stopped" ] || [ -n "$told" ] || kill -s "$stopped" "$child" # asked before this shell knew the process
   local code
   while true; do
     wait "$child"

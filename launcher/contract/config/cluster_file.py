@@ -46,6 +46,8 @@ def load_cluster(name: str) -> ClusterFile:
         raise ConfigError(problems)
     cluster = build(ClusterFile, schema, written)
     problems = [f"{written['host'].where}: {key}: {problem}" for key, problem in host_problems(cluster)]
+    ledger = (problem for key, problem in rule_problems(cluster) if key == "node_ledger")
+    problems += [f"{written['node_ledger'].where}: node_ledger: {problem}" for problem in ledger]
     if problems:
         raise ConfigError(problems)
     return cluster

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from launcher.contract.config.overrides import type_of
+from launcher.contract.config.yaml_leaves import MOST_ITEMS, WHY_FEW
 from launcher.contract.errors import did_you_mean
 from launcher.contract.leaves import Leaf, Leaves, describe
 from launcher.contract.secret_names import is_secret_name
@@ -27,10 +28,6 @@ _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^}\s,'\"]*)")
 _BARE_NAME = re.compile(r"\$\{\s*([A-Za-z_]\w*)\s*\}")
 
 Section = TypeVar("Section")
-
-MOST_ITEMS = 20_000
-"""Items of a list; OmegaConf takes a third of a millisecond for each, and YAML as much on every rank."""
-WHY_FEW = "since each rank reads the list; join files into fewer, larger ones"
 
 
 def typed_spec(merged: Leaves) -> RunSpec:

@@ -19,6 +19,13 @@ from launcher.contract.spec.fields import FieldType, field_types, mapped_section
 SECTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 """Names that a user may give to a section."""
 
+MOST_ITEMS = 20_000
+"""Items of a list; OmegaConf takes a third of a millisecond for each, and YAML as much on every rank."""
+WHY_FEW = "since each rank reads the list; join files into fewer, larger ones"
+
+_MOST_SEPARATORS = 5 * MOST_ITEMS
+"""Lines and commas of a text, which are counted at once; PyYAML takes a minute for a list of a million items."""
+
 MOST_NODES = 1_000_000
 """A config of a few aliases can stand for more values than memory holds."""
 
@@ -46,6 +53,12 @@ def compose(text: str, shown: str) -> yaml.Node | None:
 
     Raise ConfigError where the text is not YAML, or the tree is too large to be walked.
     """
+    lines, commas = text.count("\n"), text.count(",")
+    if lines + commas > _MOST_SEPARATORS:
+        raise ConfigError(
+            f"{shown}: {lines:,} lines with {commas:,} commas, and at most {_MOST_SEPARATORS:,} of both are read: a "
+            f"list has at most {MOST_ITEMS:,} items, {WHY_FEW}"
+        )
     try:
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and _nodes(node, {}) > MOST_NODES:

@@ -11,6 +11,7 @@ from launcher.contract.spec.paths import ContainerImage, Directory, PathRule
 from launcher.contract.spec.rules import (
     BIND_MOUNT,
     ENVIRONMENT_NAME,
+    FROM_ROOT,
     HOST,
     SHELL_VARIABLE,
     SRUN_OPTION,
@@ -102,8 +103,9 @@ class ClusterSpec:
     """Python on the host that has the launcher's dependencies; the launcher's own code is sent."""
     host_options: list[str] = field(default_factory=list)
     """Further ssh options, one word per list item, e.g. [-J, gateway.site.org]."""
-    node_ledger: str | None = None
-    """File that records bad nodes; default one in ~/.local/state for each user."""
+    node_ledger: Annotated[str | None, FROM_ROOT] = None
+    """File that records bad nodes, from / or ~ on: commands in any folder mean the same one. Default: a file in
+    ~/.local/state for each user."""
     node_days: Annotated[float, AtLeast(0)] = 3.0
     """Days for which evidence against a node counts."""
     max_excluded: Annotated[int, AtLeast(0)] = 4

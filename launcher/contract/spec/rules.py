@@ -265,6 +265,9 @@ HOST = Pattern(re.compile(r"[A-Za-z0-9_.@:%\[\]][A-Za-z0-9_.@:%\[\]-]*"), "a hos
 FUNCTION = Pattern(re.compile(r"[\w.]+:\w+"), "package.module:function")
 """A function of the user's; its code goes into the run's snapshot."""
 BIND_MOUNT = Pattern(re.compile(r"[^:,]+:[^:,]+(:[^:,]+)?"), "SOURCE:TARGET[:OPTIONS]")
+FROM_ROOT = Pattern(
+    re.compile(r"[/~].*"), "a path from / or ~ on", "what it is relative to would depend on where a command is given"
+)
 SBATCH_OPTION = SbatchOption()
 SRUN_OPTION = Pattern(
     re.compile(r"-.*", re.DOTALL), "an option that starts with -", "one option per item, e.g. --mpi=none"

@@ -228,6 +228,8 @@ def hub_or_files(key: str, split: str) -> Rule:
     """Return the rule for data named by hub id or path, with the key of their split."""
 
     def rule(value: object, entries: Entries) -> Translation:
+        if value is None:
+            return Translation(note="not set")
         part = value_of(entries, split)
         settings: dict[str, object] = {key: [str(value)]}
         return Translation(settings | ({"data.hub.split": part} if part not in (None, "train") else {}))

@@ -67,6 +67,12 @@ def _loss_type(value: object, entries: Entries) -> Translation:
     raise Refused(f"{value!r} is not supported; nll is")
 
 
+def _bf16(value: object, entries: Entries) -> Translation:
+    if value is None and not value_of(entries, "fp16"):
+        return Translation({"train.precision": "bf16"}, "null is true, unless fp16 is")
+    return rules.flag({"train.precision": "bf16"}, {"train.precision": "fp32"})(value, entries)
+
+
 _MODEL: dict[str, Word] = {
     "model_name_or_path": at("model.path"),
     "model_revision": at("model.revision"),
@@ -131,6 +137,7 @@ WORDS: dict[str, Word] = {
     "per_device_train_batch_size": batch_word(("packing",), ("max_length", "max_seq_length"), 1024),
     **_MODEL,
     **_DATA,
+    "bf16": becomes("train.precision", _bf16),
 }
 
 ABSENT = (
@@ -138,6 +145,15 @@ ABSENT = (
     Absent(("lr_scheduler_type",), {"train.optimizer.schedule": "linear"}, "linear"),
     Absent(("adam_beta2",), {"train.optimizer.beta2": 0.999}, "0.999"),
     Absent(("seed",), {"train.seed": 42}, "42"),
+    Absent(("logging_steps", "logging_strategy"), {"logging.every": 10}, "10"),
+    Absent(("save_steps", "save_strategy"), {"checkpoint.every": 500}, "500"),
+    Absent(("save_total_limit",), {}, "all checkpoints; checkpoint.keep_last keeps 2 here, for going on after a fault"),
+    Absent(
+        ("gradient_checkpointing",),
+        {},
+        "true, for memory: what is trained is the same. Here train.recompute is none, which is faster; "
+        "`launcher plan` tells what fits",
+    ),
     Absent(
         ("router_aux_loss_coef",), {}, "that of the model's config, if it has experts; train.router_aux_loss is 0 here"
     ),

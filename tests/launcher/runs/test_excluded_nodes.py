@@ -47,6 +47,23 @@ def test_entries_lapse_and_repeats_count_once(tmp_path: Path) -> None:
     assert ledger.entries() == []
 
 
+def test_a_ledger_is_the_same_file_from_every_folder(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = tmp_path / "home" / "cluster_configs" / "site.yaml"
+    site.parent.mkdir(parents=True)
+    monkeypatch.setenv("SFT_LAUNCHER_HOME", str(tmp_path / "home"))
+    site.write_text("scheduler: slurm\nnode_ledger: nodes.json\n")
+    why = "node_ledger: 'nodes.json' is not a path from / or ~ on; what it is relative to would depend on where"
+    assert main(["nodes", "list", "--cluster", "site"]) == ExitCode.BAD_INPUT
+    assert f"{site}:2: {why}" in capsys.readouterr().err
+    assert main(["validate", "cfg.yaml", "--cluster", "site"]) == ExitCode.BAD_INPUT
+    assert f"{site}:2: cluster.{why}" in capsys.readouterr().err
+    for path in (f"{tmp_path}/nodes.json", "~/nodes.json"):
+        site.write_text(f"scheduler: slurm\nnode_ledger: {path}\n")
+        assert main(["nodes", "list", "--cluster", "site"]) == 0
+
+
 def test_a_file_that_is_no_ledger_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text("[{}]")
     with pytest.raises(LauncherError, match="is not a ledger of nodes"):

@@ -470,6 +470,21 @@ def own_submission(text: str, run: Path) -> str:
     return f"set -uo pipefail\nrun_dir={run}\n{unchanged}\n{functions}\n{OWN_SUBMISSION}"
 
 
+IN_THE_FIRST_INSTANT = """
+set -T
+trap '[ "$BASH_COMMAND" != "child=\\$!" ] || kill -TERM $$' DEBUG
+attended sleep 60
+echo "code $?"
+"""
+
+
+def test_a_signal_between_the_start_of_a_process_and_the_note_of_its_id_is_passed_on() -> None:
+    text = script(make_spec(resources=ResourcesSpec(tasks_per_node=4)))
+    functions = text[text.index("child='' stopped=''") : text.index("one_process() {")]
+    done = subprocess.run(["bash", "-c", functions + IN_THE_FIRST_INSTANT], capture_output=True, text=True, timeout=30)
+    assert done.stdout.splitlines() == ["asked to stop by TERM", "code 143"]
+
+
 def test_a_changed_script_is_not_submitted_by_the_run_itself(tmp_path: Path, commands: Commands) -> None:
     commands.add("sbatch", "echo 9")
     commands.add("squeue", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.contract.config.conversion import MOST_ITEMS, WHY_FEW
+from launcher.contract.config.yaml_leaves import MOST_ITEMS, WHY_FEW
 from launcher.contract.divisors import nearest_multiples, shown_numbers
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import Problem

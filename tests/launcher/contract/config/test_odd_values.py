@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from launcher.contract.config import conversion
+from launcher.contract.config import yaml_leaves
 from launcher.contract.config.load import load_config
 from launcher.contract.errors import ConfigError
 
@@ -67,4 +68,16 @@ def test_more_files_than_ranks_should_read_are_refused_at_once(tmp_path: Path, m
         (tmp_path / f"{name}.jsonl").touch()
     found = problems(tmp_path, DATA='"*.jsonl"')
     assert any(problem.startswith("cfg.yaml:4: data.train: 4 files, and at most 2 are read") for problem in found)
-    assert conversion.MOST_ITEMS == 20_000
+    assert yaml_leaves.MOST_ITEMS == 20_000
+
+
+@pytest.mark.parametrize("form", ["\n  - r/{}.jsonl", " r/{}.jsonl,"])
+def test_a_list_of_450000_files_is_refused_at_once(workdir: Path, form: str) -> None:
+    items = "".join(form.format(number) for number in range(450_000))
+    Path("cfg.yaml").write_text(f"data:\n train: {items if '-' in form else f'[{items}]'}\n")
+    began = time.process_time()
+    with pytest.raises(
+        ConfigError, match=r"450,00\d (lines|commas).* a list has at most 20,000 items, since each rank"
+    ):
+        load_config(Path("cfg.yaml"))
+    assert time.process_time() - began < 1  # PyYAML takes 20 s

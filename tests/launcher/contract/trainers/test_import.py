@@ -134,6 +134,8 @@ def test_trl() -> None:
         "logging.tensorboard": True,
         "train.optimizer.beta2": 0.999,
         "train.seed": 42,
+        "logging.every": 10,
+        "checkpoint.every": 500,
     }
 
 
@@ -261,6 +263,11 @@ def test_defaults_of_the_trainer_that_are_not_ours_are_written_down() -> None:
     said = notes({"model_name_or_path": "a", "dataset_name": "b"})
     assert said["per_device_train_batch_size"].startswith("not in the file; to TRL that means 8")
     assert said["assistant_only_loss"].startswith("not in the file; to TRL that means all tokens of messages")
+    assert said["gradient_checkpointing"].startswith("not in the file; to TRL that means true")
+    assert (found["checkpoint.every"], found["logging.every"]) == (500, 10)
+    assert "checkpoint.every" not in settings({"model_name_or_path": "a", "save_strategy": "no"})
+    assert "data.train" not in settings({"model_name_or_path": "a", "dataset_name": None})
+    assert settings({"model_name_or_path": "a", "bf16": None})["train.precision"] == "bf16"
 
 
 def test_a_limit_of_steps_goes_before_epochs() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.contract.config.load import load_config
+from launcher.contract.config.load import load_config, value_at
 from launcher.contract.errors import ConfigError
+from launcher.contract.nemo.entries import Entry
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import leaf_types
 from launcher.contract.trainers import axolotl, llama_factory, trl
@@ -21,8 +22,19 @@ from launcher.contract.trainers.word import Word
 TABLES = {"TRL": trl.WORDS, "axolotl": axolotl.WORDS, "LLaMA-Factory": llama_factory.WORDS}
 
 
-def fields_of(package: str, file: str, name: str) -> Iterator[str]:
-    """The fields of a dataclass in an installed package, without importing it."""
+TRL_CLASSES = [
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+    ("trl", "trainer/model_config.py", "ModelConfig"),
+    ("trl", "scripts/utils.py", "ScriptArguments"),
+    ("trl", "scripts/utils.py", "DatasetMixtureConfig"),
+]
+"""Later ones replace defaults of earlier ones."""
+
+
+def fields_of(package: str, file: str, name: str) -> Iterator[tuple[str, ast.expr | None]]:
+    """The fields of a dataclass in an installed package with what they are set to, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         pytest.skip(f"{package} is not installed")
@@ -30,22 +42,40 @@ def fields_of(package: str, file: str, name: str) -> Iterator[str]:
     (found,) = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name)
     for item in found.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and "ClassVar" not in ast.dump(item):
-            yield item.target.id
+            yield item.target.id, item.value
 
 
-@pytest.mark.parametrize(
-    ("package", "file", "name"),
-    [
-        ("transformers", "training_args.py", "TrainingArguments"),
-        ("trl", "trainer/sft_config.py", "SFTConfig"),
-        ("trl", "trainer/model_config.py", "ModelConfig"),
-        ("trl", "scripts/utils.py", "ScriptArguments"),
-        ("trl", "scripts/utils.py", "DatasetMixtureConfig"),
-    ],
-)
+SAME_ALL_THE_SAME = {"model_revision", "load_best_model_at_end"}
+"""main is what a hub id without a revision means; without checkpoint.keep_best the best checkpoint is the newest."""
+
+
+def default_of(value: ast.expr | None) -> tuple[object, ...]:
+    """The default in a field's value, as a tuple of one, or an empty tuple where a program would compute it."""
+    if isinstance(value, ast.Call):
+        value = next((word.value for word in value.keywords if word.arg == "default"), None)
+    return (ast.literal_eval(value),) if isinstance(value, ast.Constant | ast.UnaryOp) else ()
+
+
+@pytest.mark.parametrize(("package", "file", "name"), TRL_CLASSES)
 def test_every_key_of_trl_is_known(package: str, file: str, name: str) -> None:
-    unknown = [key for key in fields_of(package, file, name) if key not in trl.WORDS and not key.startswith("_")]
+    unknown = [key for key, _ in fields_of(package, file, name) if key not in trl.WORDS and not key.startswith("_")]
     assert unknown == []
+
+
+def test_every_default_of_trl_that_is_not_ours_is_told() -> None:
+    """A key that nobody writes has TRL's default there and ours here. Where these differ the import says so."""
+    found = (field for place in TRL_CLASSES for field in fields_of(*place))
+    defaults = {key: value for key, node in found for value in default_of(node)}
+    told = {key for absent in trl.ABSENT for key in absent.keys} | trl.DEFAULTS.keys()
+    entries = {key: Entry(value, "default") for key, value in defaults.items()}
+    silent = {}
+    for key in defaults.keys() - told - SAME_ALL_THE_SAME:
+        settings = trl.WORDS[key].rule(defaults[key], entries).settings if not key.startswith("_") else {}
+        differing = {name: value for name, value in settings.items() if value_at(RunSpec(), name) != value}
+        if differing:
+            silent[key] = differing
+    assert silent == {}
+    assert {"logging_steps", "learning_rate", "seed"} <= defaults.keys() & told
 
 
 @pytest.mark.parametrize("trainer", TABLES)
