@@ -1,8 +1,9 @@
 """The position of each rank when a run hangs, and which ranks are behind.
 
-There are no heartbeats. A rank keeps its position in its own memory. When one is overdue it asks for the positions of
-all, through the rendezvous store, and all publish theirs. A healthy run thus costs one query of a key every few
-seconds, answered from the memory of rank 0's process, and one rank writes to the shared file system after a hang.
+A rank keeps its position in its own memory. When one is overdue it asks for the positions of all, through the
+rendezvous store, and all publish theirs. One rank of each node shows there that it runs, for nodes whose ranks are all
+stopped. A healthy run thus costs a query of a key every few seconds and rank, and another for each node, answered from
+the memory of rank 0's process; one rank writes to the shared file system after a hang.
 Rejected: heartbeat files, which cost a shared file system one operation per rank and beat.
 """
 
@@ -141,6 +142,20 @@ class Board:
     def is_requested(self) -> bool:
         """Return whether any rank has asked for the positions."""
         return bool(self._call(lambda store: store.check(["asked"])))
+
+    def beat(self, text: str) -> None:
+        """Show that a rank of this node runs. `text` has to change from beat to beat."""
+        self._call(lambda store: store.set(f"beat/{self._env.first_of_node}", text))
+
+    def beats(self) -> dict[int, str]:
+        """Return the last beat of each other node by its first rank, without those that have not begun."""
+        nodes = range(0, self._env.world_size, self._env.local_world_size)
+        keys = {rank: f"beat/{rank}" for rank in nodes if rank != self._env.first_of_node}
+
+        def read(store: Store) -> dict[int, str]:
+            return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+
+        return self._call(read) or {}
 
     def close(self) -> None:
         """Let all ranks end."""

@@ -9,6 +9,9 @@ watchdog postpones again and again, writes the stacks; so does faulthandler's C 
 same host sends. A stopped process can write nothing; a rank on the same host reports the state of the process. In both
 cases the other ranks exit with 76, and Slurm or the local launcher ends the one that hangs. A run of one rank that
 holds the GIL is ended by faulthandler, whose exit code is 1.
+
+Where all ranks of a node are stopped, rank 0 misses what one of them shows every few seconds. Where those of rank 0's
+node are, the batch script sees that nobody renews the lease (templates/base.sh.j2).
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ from sft.runtime.rank_env import RankEnv
 
 _LOOK_SECONDS = 5.0
 """Time between two checks."""
+_LEFT = "left"
+"""What a node shows when its ranks have finished."""
 _NAMED = 8
 """Number of ranks that the event names; hang.json has all."""
 
@@ -93,6 +98,10 @@ class Watchdog:
         """Processes of the other ranks of this host, once all of them are known."""
         self._stopped_looks: Counter[int] = Counter()
         """Looks in a row at which each neighbour was stopped. Not the time: a suspended job has all ranks stopped."""
+        self._beats: dict[int, str] = {}
+        self._silent_looks: Counter[int] = Counter()
+        """Looks in a row at which each other node had shown nothing new, by its first rank. Only rank 0 looks."""
+        self._looks = 0
         self._stacks = paths.stacks(env.attempt, env.rank)
 
     def __enter__(self) -> Watchdog:
@@ -110,6 +119,8 @@ class Watchdog:
         if not self._spec.enabled:
             return
         self._stopped.set()
+        if self._shows_its_node:
+            self._board.beat(_LEFT)
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGQUIT)
         self._file.close()
@@ -161,9 +172,31 @@ class Watchdog:
             alone = self._env.world_size == 1
             with contextlib.suppress(ValueError):  # the file is closed: training has ended
                 faulthandler.dump_traceback_later(max(left, 0) + 3 * self._look, exit=alone, file=self._file)
-            overdue = left < 0 or (phase is not Phase.LOADING and self._has_stopped_neighbour())
+            overdue = left < 0 or (phase is not Phase.LOADING and self._sees_stopped_ranks())
             if (overdue or self._board.is_requested()) and not self._stopped.is_set():
                 self._end(allowed)
+
+    @property
+    def _shows_its_node(self) -> bool:
+        """Whether it is for this rank to show that its node's ranks run: rank 0 looks at all others."""
+        return self._env.local_rank == 0 and self._env.rank > 0
+
+    def _sees_stopped_ranks(self) -> bool:
+        """Return whether another rank of this host, or all ranks of another node, are stopped."""
+        self._looks += 1
+        if self._shows_its_node:
+            self._board.beat(str(self._looks))
+        return self._has_stopped_neighbour() or (self._env.rank == 0 and self._has_silent_node())
+
+    def _has_silent_node(self) -> bool:
+        """Return whether a node that had shown that it runs has shown nothing new for `floor_seconds`."""
+        if self._env.world_size == self._env.local_world_size:
+            return False
+        for rank, beat in self._board.beats().items():
+            silent = beat == self._beats.get(rank) and beat != _LEFT
+            self._silent_looks[rank] = self._silent_looks[rank] + 1 if silent else 0
+            self._beats[rank] = beat
+        return max(self._silent_looks.values(), default=0) * self._look > self._spec.floor_seconds
 
     def _has_stopped_neighbour(self) -> bool:
         """Return whether another rank of this host has been stopped for `floor_seconds`.
@@ -171,7 +204,7 @@ class Watchdog:
         Saves and evaluations may take an hour, and a stopped process is no part of that.
         """
         if not self._neighbours and self._env.local_world_size > 1:
-            first = self._env.rank - self._env.local_rank
+            first = self._env.first_of_node
             here = self._board.positions(range(first, first + self._env.local_world_size))
             if len(here) == self._env.local_world_size:
                 self._neighbours = [position.pid for position in here if position.rank != self._env.rank]
@@ -208,7 +241,7 @@ class Watchdog:
 
     def _probe_unresponsive_ranks(self) -> None:
         """On the lowest rank of this host that answered, make those that did not write their stacks."""
-        first = self._env.rank - self._env.local_rank
+        first = self._env.first_of_node
         here = self._board.positions(range(first, first + self._env.local_world_size))
         answered = [position.rank for position in here if position.answered]
         if not answered or self._env.rank != min(answered):

@@ -30,6 +30,11 @@ class RankEnv:
     attempt: str = "by-hand"
     """Name of this attempt in logs and events."""
 
+    @property
+    def first_of_node(self) -> int:
+        """The lowest rank on this node."""
+        return self.rank - self.local_rank
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> RankEnv:
         """Read torchrun's or srun's variables. Without either, this process is the only rank."""

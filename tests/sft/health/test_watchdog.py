@@ -130,6 +130,43 @@ def test_a_rank_that_is_stopped_in_a_save_is_named_long_before_a_save_is_overdue
     assert "stopped" in event["behind"][0]["process"]
 
 
+def on_two_nodes(monkeypatch: pytest.MonkeyPatch, each: int) -> None:
+    """Have each so many ranks of `hang` believe that they have a node of their own, and that they are in a save."""
+    place = f"local_rank=int(os.environ['RANK']) % {each}, local_world_size={each}"
+    env = f"import dataclasses\nenv = dataclasses.replace(RankEnv.from_environ(), {place})"
+    program = HANGING.replace("env = RankEnv.from_environ()", env).replace("Phase.STEP, 3", "Phase.CHECKPOINT, 3")
+    monkeypatch.setitem(globals(), "HANGING", program)
+
+
+FOUR_RANKS = pytest.param(2, marks=pytest.mark.slow)  # four processes that import torch
+
+
+@pytest.mark.parametrize("each", [1, FOUR_RANKS])
+def test_a_node_whose_ranks_are_all_stopped_in_a_save_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: int
+) -> None:
+    on_two_nodes(monkeypatch, each)
+    began = time.monotonic()
+    stop = f"pass\n    if env.rank >= {each}: time.sleep(3); os.kill(os.getpid(), 19)"
+    code, paths = hang(tmp_path, stop, ranks=2 * each)
+    assert code == ExitCode.HANG, paths.rank_log("a", 0).read_text()
+    assert time.monotonic() - began < 55, "a save may take 60 seconds here"
+    (event,) = read_lines(paths.events)
+    behind = [(place["rank"], place["answered"]) for place in event["behind"]]
+    assert behind == [(rank, False) for rank in range(each, 2 * each)]
+
+
+@pytest.mark.slow  # it waits for seven seconds
+def test_a_node_that_has_finished_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the 3 seconds after which a silent node would be."""
+    on_two_nodes(monkeypatch, 1)
+    action = "pass\n    time.sleep(2)\n    dist.barrier()\n    time.sleep(7 if env.rank == 0 else 0)"
+    monkeypatch.setitem(globals(), "HANGING", HANGING.rpartition("    dist.barrier()")[0])
+    code, paths = hang(tmp_path, action)
+    assert code == 0, paths.rank_log("a", 0).read_text()
+    assert not paths.events.exists()
+
+
 def test_a_stopped_rank_0_takes_the_store_with_it(tmp_path: Path) -> None:
     code, paths = hang(tmp_path, "pass\n    if env.rank == 0: os.kill(os.getpid(), 19)")
     assert code == ExitCode.HANG
