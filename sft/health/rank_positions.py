@@ -33,6 +33,8 @@ _WAITING = ("/torch/distributed/", "/megatron/core/pipeline_parallel/", "/megatr
 """Parts of the paths of source files in which the main thread waits for other ranks."""
 _STORE_SECONDS = 10.0
 """Time limit of the store's own operations."""
+_WAITS = 4
+"""Parts in which a call is waited for."""
 
 
 class Phase(IntEnum):
@@ -114,6 +116,8 @@ class Board:
         self._env = env
         self._store: Store | None = None
         self.lost = env.world_size == 1
+        self.silent = False
+        """The store is lost because it gave no answer: rank 0 is stopped. One that has ended refuses connections."""
 
     def join(self, position: Position) -> None:
         """Connect to the store, which must be up by now, and publish this rank's position."""
@@ -191,8 +195,9 @@ class Board:
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        thread.join(2 * _STORE_SECONDS)
-        self.lost = not result
+        for _ in range(_WAITS):  # not in one: after SIGCONT a suspended job finds that its time is up
+            thread.join(2 * _STORE_SECONDS / _WAITS)
+        self.lost, self.silent = not result, thread.is_alive()
         return result[0] if result else None
 
 

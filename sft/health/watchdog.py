@@ -10,8 +10,8 @@ same host sends. A stopped process can write nothing; a rank on the same host re
 cases the other ranks exit with 76, and Slurm or the local launcher ends the one that hangs. A run of one rank that
 holds the GIL is ended by faulthandler, whose exit code is 1.
 
-Where all ranks of a node are stopped, rank 0 misses what one of them shows every few seconds. Where those of rank 0's
-node are, the batch script sees that nobody renews the lease (templates/base.sh.j2).
+Where all ranks of a node are stopped, rank 0 misses what one of them shows every few seconds, and the other nodes miss
+the answers of rank 0's store. A run of which all ranks are stopped ends with its job's time.
 """
 
 from __future__ import annotations
@@ -186,13 +186,16 @@ class Watchdog:
         self._looks += 1
         if self._shows_its_node:
             self._board.beat(str(self._looks))
-        return self._has_stopped_neighbour() or (self._env.rank == 0 and self._has_silent_node())
+        self._silent_looks[0] = self._silent_looks[0] + 1 if self._board.silent else 0
+        return self._has_stopped_neighbour() or self._has_silent_node()
 
     def _has_silent_node(self) -> bool:
-        """Return whether a node that had shown that it runs has shown nothing new for `floor_seconds`."""
-        if self._env.world_size == self._env.local_world_size:
-            return False
-        for rank, beat in self._board.beats().items():
+        """Return whether a node that had shown that it runs has shown nothing new for `floor_seconds`.
+
+        Of rank 0's node the others know that its store gives no answers.
+        """
+        beats = self._board.beats() if self._env.rank == 0 and self._env.world_size > self._env.local_world_size else {}
+        for rank, beat in beats.items():
             silent = beat == self._beats.get(rank) and beat != _LEFT
             self._silent_looks[rank] = self._silent_looks[rank] + 1 if silent else 0
             self._beats[rank] = beat

@@ -156,6 +156,17 @@ def test_a_node_whose_ranks_are_all_stopped_in_a_save_is_missed(
     assert behind == [(rank, False) for rank in range(each, 2 * each)]
 
 
+@pytest.mark.slow  # the store's calls have to time out
+def test_a_stopped_node_of_rank_0_is_missed_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_two_nodes(monkeypatch, 1)
+    began = time.monotonic()
+    code, paths = hang(tmp_path, "pass\n    if env.rank == 0: time.sleep(3); os.kill(os.getpid(), 19)")
+    assert code == ExitCode.HANG, paths.rank_log("a", 1).read_text()
+    assert time.monotonic() - began < 55, "a save may take 60 seconds here"
+    (event,) = read_lines(paths.events)
+    assert [place["rank"] for place in event["behind"]] == [0]
+
+
 @pytest.mark.slow  # it waits for seven seconds
 def test_a_node_that_has_finished_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than the 3 seconds after which a silent node would be."""
