@@ -43,6 +43,8 @@ class Implementation:
     """Part of the tensor parallel collectives that no computation hides."""
     gathers_behind_forward: bool = False
     """Whether the distributed optimizer's all-gather of weights runs behind the next forward pass."""
+    adds_adapters_in_products: bool = False
+    """Whether frozen products add LoRA's adapters themselves, where one rank has them whole."""
     spares_mlp_output: bool = False
     """Whether SwiGLU's output is not kept where one rank has the whole MLP or products are in fp8."""
     fp8_efficiency: float | None = None
@@ -106,6 +108,7 @@ TRANSFORMER_ENGINE = Implementation(
 CURRENT = dataclasses.replace(
     FUSED,
     name="sft",
+    adds_adapters_in_products=True,
     spares_mlp_output=True,
     gathers_behind_forward=True,
     optimizer_bytes=34,
@@ -122,6 +125,9 @@ step of 3B."""
 LORA_PASSES = 8
 """Reads and writes of an adapted linear's inputs and outputs that the adapter adds, forward and backward: its products
 read the input again and write a second output, which is then added. Counted, not measured."""
+LORA_PASSES_IN_PRODUCTS = 4
+"""The same where the frozen product adds the adapter: the output is read and written once more by it, and so is the
+gradient of the input. Counted; a run of 8B is predicted to 3 % with it (docs/explanation/planning.md)."""
 
 LINEAR_ATTENTION_EFFICIENCY = 0.1
 """Part of the bf16 peak that the gated delta rule reaches, counted as in `launcher.contract.flops`; assumed, not

@@ -121,7 +121,9 @@ def layer_activation_bytes(
     linear = linear_share(shape)
     per_token += (1 - linear) * _kept_by_attention(shape, layout) + linear * _kept_by_linear_attention(shape, layout)
     mlp = implementation.saved_mlp if shape.gated_mlp else 2
-    whole = (tensor == 1 or workload.precision == "fp8") and not workload.adapted
+    whole = tensor == 1 or workload.precision == "fp8"
+    if workload.adapted:
+        whole = tensor == 1 and workload.adds_adapters_in_products
     if implementation.spares_mlp_output and shape.gated_mlp and whole:
         mlp -= 1
     if shape.num_experts and not dense:

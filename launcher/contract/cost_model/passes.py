@@ -13,6 +13,7 @@ from launcher.contract.cost_model.implementation import (
     LINEAR_ATTENTION_EFFICIENCY,
     LINEAR_ATTENTION_PASSES,
     LORA_PASSES,
+    LORA_PASSES_IN_PRODUCTS,
     MATMUL_EXPOSED_TRAFFIC,
     Implementation,
 )
@@ -85,7 +86,9 @@ def layer_pass(
     sequence = tensor if topology.sequence_parallel else 1
     moved = implementation.passes_hidden * shape.hidden_size / sequence
     moved += implementation.passes_ffn * width / tensor
-    moved += LORA_PASSES * outer if workload.adapted else 0
+    if workload.adapted:
+        one = tensor == 1 and implementation.adds_adapters_in_products and workload.adds_adapters_in_products
+        moved += (LORA_PASSES_IN_PRODUCTS if one else LORA_PASSES) * outer
     collectives = (10 if topology.sequence_parallel else 8) * ring(tensor) * tokens * shape.hidden_size
     exposed = implementation.tensor_parallel_exposed / link_rate(gpu, crosses=False)
     attention_rate = gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, attended)

@@ -54,6 +54,11 @@ class Workload:
         return self.lora.rank is not None
 
     @property
+    def adds_adapters_in_products(self) -> bool:
+        """Whether frozen products can add adapters themselves, where one tensor parallel rank has them whole."""
+        return self.adapted and not self.lora.dora and self.lora.dropout == 0.0
+
+    @property
     def width(self) -> int:
         """Bytes of an activation or weight."""
         return 4 if self.precision == "fp32" else 2

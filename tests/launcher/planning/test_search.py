@@ -212,6 +212,24 @@ def test_lora_needs_less_of_everything() -> None:
     assert best.memory.optimizer < 1
 
 
+def test_frozen_products_add_adapters_on_one_rank_alone() -> None:
+    """With dropout, or where ranks share a linear, an adapter is an operation of its own: more time, more memory."""
+    shape = named_model_shape("8b")
+
+    def judged(ranks: int = 1, **lora: object) -> tuple[float, float]:
+        spec = run(nodes=1, gpus=ranks, batch=8)
+        adapted = dataclasses.replace(spec, model=ModelSpec(lora=LoraSpec(rank=16, **lora)))  # type: ignore[arg-type]
+        topology = layout(tensor=ranks, layers=shape.num_layers)
+        found = evaluate(workload_of(adapted, shape), Layout(topology=topology, recompute="none"), H100, CURRENT)
+        return found.tokens_per_second, found.memory.activations
+
+    speed, kept = judged()
+    for other in (judged(dropout=0.1), judged(dora=True)):
+        assert other[0] < 0.95 * speed
+        assert other[1] > 1.1 * kept
+    assert judged(2) == judged(2, dropout=0.1)
+
+
 def test_adapters_of_experts_and_routers_are_counted() -> None:
     shape, spec = named_model_shape("30b-a3b"), run(nodes=1, gpus=1, batch=8)
 
