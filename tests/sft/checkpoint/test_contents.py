@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from launcher.contract.errors import CheckpointError
+from launcher.contract.topology import Topology
 from sft.checkpoint.contents import EarlyStoppingState, RankedStep, TrainerState
 
 WRITTEN = {
@@ -33,6 +35,45 @@ def test_files_of_earlier_runs_are_read_and_written_alike() -> None:
     assert state.best == (RankedStep(2, 2.25), RankedStep(4, 3))
     assert state.early_stopping == EarlyStoppingState(2.25, 2, 1)
     assert state.to_json() == text
+
+
+def topology_of(*layers: int) -> Topology:
+    return Topology(
+        world_size=2,
+        ranks_per_node=2,
+        tensor_parallel=1,
+        pipeline_parallel=2,
+        virtual_pipeline=1,
+        context_parallel=1,
+        data_parallel=1,
+        sequence_parallel=False,
+        micro_batch_size=1,
+        global_batch_size=8,
+        expert_parallel=1,
+        expert_tensor_parallel=1,
+        layers_per_stage=layers,
+    )
+
+
+def saved_under(topology: Topology) -> TrainerState:
+    state = TrainerState(lightning={}, topology=dataclasses.asdict(topology), data_key={})
+    return TrainerState.from_json(state.to_json())
+
+
+def test_another_split_of_layers_is_another_topology() -> None:
+    """Random generators go on under the same one alone."""
+    assert saved_under(topology_of(17, 15)).is_of(topology_of(17, 15))
+    assert not saved_under(topology_of(17, 15)).is_of(topology_of(16, 16))
+
+
+def test_a_checkpoint_that_names_no_split_had_equal_stages() -> None:
+    values = dataclasses.asdict(topology_of(16, 16))
+    for later in ("layers_per_stage", "expert_parallel", "expert_tensor_parallel"):
+        del values[later]
+    earlier = TrainerState(lightning={}, topology=values, data_key={})
+    assert earlier.is_of(topology_of(16, 16))
+    assert not earlier.is_of(topology_of(17, 15))
+    assert not earlier.is_of(topology_of(17, 16))  # which no equal stages add up to
 
 
 def test_callbacks_that_a_run_did_not_have() -> None:
