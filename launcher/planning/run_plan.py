@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from launcher.contract.cost_model.implementation import CURRENT
+from launcher.contract.cost_model.memory import largest_stage
 from launcher.contract.cost_model.predict import Candidate, evaluate
 from launcher.contract.cost_model.workload import Layout
 from launcher.contract.errors import ConfigError, TopologyError
@@ -14,6 +15,7 @@ from launcher.contract.hardware import GpuKind, gpu_kind, gpu_kinds
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
+from launcher.planning.leaner_stages import leaner_stages
 from launcher.planning.search import HEADROOM, SearchResult, nearest_fitting, search_layouts, workload_of
 
 
@@ -66,8 +68,18 @@ def check_fit(spec: RunSpec, predicted: Candidate, shape: ModelShape, gpu: GpuKi
     raise TopologyError(
         f"topology: {predicted.layout.describe()} needs {predicted.memory.total:.1f} GiB on {gpu.name} of "
         f"{gpu.memory_gib:.1f} GiB, {predicted.missing:.1f} GiB too much (stage {predicted.memory.stage}: "
-        f"{describe_memory(predicted)}); {_suggestion(spec, result)}"
+        f"{describe_memory(predicted)}); {_suggestion(spec, result)}{_leaner(result, predicted)}"
     )
+
+
+def _leaner(result: SearchResult, predicted: Candidate) -> str:
+    """Return how the same layout fits with other numbers of layers for its stages, or an empty text."""
+    layout = leaner_stages(result.workload, predicted.layout, HEADROOM * result.gpu.memory_gib)
+    if layout is None:
+        return ""
+    layers = ",".join(map(str, layout.topology.layers_per_stage))
+    needed = largest_stage(result.workload, layout, CURRENT).total
+    return f"; or keep this layout, with {needed:.1f} GiB: topology.layers_per_stage=[{layers}]"
 
 
 def unknown_gpu(spec: RunSpec) -> str:

@@ -469,6 +469,21 @@ def test_what_cannot_fit_is_refused_with_a_way_out(big: Path, capsys: pytest.Cap
     assert main(["validate", str(big), *words, "topology.check_memory=false"]) == 0
 
 
+def test_stages_that_do_not_fit_may_fit_with_other_numbers_of_layers(
+    big: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first stage holds most micro-batches; what is proposed is accepted."""
+    words = ["resources.nodes=1", "resources.gpus_per_node=4", "topology.pipeline_parallel=4", "data.seq_length=6144"]
+    words += ["train.micro_batch_size=2"]
+    assert main(["validate", str(big), *words, "topology.check_memory=false"]) == 0
+    assert main(["validate", str(big), *words]) == 2
+    error = capsys.readouterr().err
+    assert "GiB too much (stage 0: activations" in error
+    way_out = error.strip().rpartition(": ")[2]
+    assert way_out.startswith("topology.layers_per_stage=[")
+    assert main(["validate", str(big), *words, way_out]) == 0
+
+
 def test_costly_run_is_not_submitted_unasked(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", str(big)]) == 2  # pytest's stdin is no terminal
     error = capsys.readouterr().err
