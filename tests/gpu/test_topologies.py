@@ -32,7 +32,7 @@ PIPELINE = {"pipeline_parallel": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"topology": TENSOR},
     "tp-sp": {"topology": {**TENSOR, "sequence_parallel": True}},
-    "pp": {"topology": PIPELINE},
+    "pp": {"topology": {**PIPELINE, "layers_per_stage": [3, 1]}},
     "vpp": {"topology": {**PIPELINE, "virtual_pipeline": 2}},
     "dp": {},
     "dp-whole-optimizer": {"distributed": False},
