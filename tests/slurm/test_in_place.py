@@ -187,7 +187,11 @@ def test_random_kills(on: Bench, request: pytest.FixtureRequest) -> None:
     done = 0
     while done < KILLS and not events(run, "training_finished"):
         wait_until(lambda: bool(_process(run, 0)), "ranks", timeout=PATIENCE, interval=0.05)
-        time.sleep(chance.uniform(0.0, 8.0))
+        if chance.random() < 0.5:
+            time.sleep(chance.uniform(0.0, 1.0) * start_seconds(reference))
+        else:
+            wait_until(lambda: _trains(run), "training", timeout=PATIENCE, interval=0.05)
+            time.sleep(chance.uniform(0.0, 3.0))
         if _kill(run, chance.randrange(2)):
             done += 1
             wait_for_decisions(run, done)
@@ -197,6 +201,12 @@ def test_random_kills(on: Bench, request: pytest.FixtureRequest) -> None:
     assert {decision for _, decision in decided(run)[:-1]} == {"in_place"}
     assert {AttemptName(event["attempt"]).restart for event in events(run, "attempt_started")} == {0}
     assert loss_curve(run) == loss_curve(reference)
+
+
+def _trains(run: RunPaths) -> bool:
+    """Whether the newest ranks train, or did and ended."""
+    newest = events(run, "attempt_started")[-1]["attempt"]
+    return any(event["attempt"] == newest for event in events(run, "training_started"))
 
 
 def _process(run: RunPaths, number: int) -> int | None:

@@ -100,9 +100,9 @@ def end_with(
 ) -> str:
     """Begin and end an attempt; return what the shell is told."""
     call(run, capsys, "begin", attempt)
-    append_event(run, "attempt_started", attempt=attempt, job_id="7")
+    append_event(run, "attempt_started", attempt=attempt, job_id="7", host="n1")
     if fields:
-        append_event(run, "stop_requested", attempt=attempt, **fields)
+        append_event(run, "stop_requested", attempt=attempt, step=1, deadline=False, **fields)
     nodes = ("--nodes", "n1,n2,n3", "--nodes-used", "n1,n2", "--nodes-usable", usable)
     return call(run, capsys, "end", attempt, "--exit-code", str(code), *nodes)
 

@@ -19,6 +19,8 @@ from tests.schemas import problems
 
 __all__ = ["silent"]
 
+pytestmark = pytest.mark.handmade_records
+
 BEGAN = 1_700_000_000.0
 
 
