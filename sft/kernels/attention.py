@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Literal, Protocol
@@ -45,6 +46,16 @@ def flash4_takes(head_dim: int) -> bool:
     # Version 4.0.0b36 silently returns a wrong dQ on Hopper where head_dim rounded up to a multiple of 16 is not a
     # multiple of 32 (72, 80, 104, 112; seen at 80, issue 2896 of its repository).
     return head_dim % 32 == 0 and head_dim <= 128
+
+
+@functools.cache
+def flash4_trains_sinks() -> bool:
+    """Return whether the installed flash-attn-4 gives sinks a gradient. Earlier versions take them and give none."""
+    if not has_flash4():
+        return False
+    from flash_attn.cute import interface  # an optional package that takes seconds to import
+
+    return "learnable_sink" in inspect.signature(interface._flash_attn_bwd).parameters
 
 
 def has_flash4() -> bool:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sft.kernels.autograd import Context
 
+_COLUMNS = 1024
+
 
 def add_expert_bias(rows: Tensor, bias: Tensor, ends: Tensor, *, here: bool = True) -> Tensor:
     """Return rows [rows, width] + the bias [experts, width] of each row's expert, whose rows end where `ends` says.
@@ -18,6 +20,26 @@ def add_expert_bias(rows: Tensor, bias: Tensor, ends: Tensor, *, here: bool = Tr
     """
     output: Tensor = _AddExpertBias.apply(rows, bias, ends, here)
     return output
+
+
+def by_row(bias: Tensor, rows: int, ends: Tensor) -> Tensor:
+    """Return the bias [experts, width] of each of the sorted rows' experts, [rows, width]."""
+    # A search instead of repeating each expert by its number of rows, for which the host would have to know them.
+    return bias.index_select(0, torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True))
+
+
+def sums_by_expert(rows: Tensor, ends: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the sum of each expert's rows, [experts, width], of zeros where it has none, in fp32 or wider.
+
+    With `weights` [rows] each row is multiplied first.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    offsets = torch.cat([ends.new_zeros(1), ends]).long()
+    parts = []
+    for part in rows.split(_COLUMNS, dim=1):  # all of them at once would be twice the rows in bf16
+        values = part.to(wide).contiguous() if weights is None else part.to(wide) * weights.unsqueeze(-1)
+        parts.append(torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True))
+    return torch.cat(parts, dim=1)
 
 
 class _SavedType(Context, Protocol):
@@ -31,22 +53,10 @@ class _AddExpertBias(torch.autograd.Function):
     def forward(ctx: _SavedType, rows: Tensor, bias: Tensor, ends: Tensor, here: bool) -> Tensor:
         ctx.save_for_backward(ends)
         ctx.dtype = bias.dtype
-        if not here:
-            return rows.view_as(rows)
-        # A search instead of repeating each expert by its number of rows, for which the host would have to know them.
-        experts = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
-        return rows + bias.index_select(0, experts)
+        return rows + by_row(bias, len(rows), ends) if here else rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: _SavedType, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (ends,) = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return grads[0], None, None, None
-        wide = grads[0].to(torch.promote_types(ctx.dtype, torch.float32))
-        offsets = torch.cat([ends.new_zeros(1), ends]).long()
-        return (
-            grads[0],
-            torch.segment_reduce(wide, "sum", offsets=offsets, axis=0, unsafe=True).to(ctx.dtype),
-            None,
-            None,
-        )
+        own = sums_by_expert(grads[0], ends).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return grads[0], own, None, None

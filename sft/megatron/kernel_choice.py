@@ -60,7 +60,10 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
         return replace(common, plain_layers_because=because if fused else None)
     kernel = attention_kernel(spec, architecture)
     by_offsets = on_gpu and (
-        spec.data.packing or spec.topology.context_parallel > 1 or _is_windowed(architecture, spec.data.seq_length)
+        spec.data.packing
+        or spec.topology.context_parallel > 1
+        or _is_windowed(architecture, spec.data.seq_length)
+        or _has_sinks(architecture)
     )
     by_kernel = by_offsets and not _is_capped(architecture)
     broken = attention.broken_flash4() if by_kernel and spec.train.attention == "auto" else None
@@ -105,7 +108,15 @@ def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Ker
             "train.attention flash4 is not used for scores that are capped by tanh, as all of this model's are; set "
             "it to auto"
         )
-    return attention.fastest_kernel(head_dim) if chosen == "auto" else chosen
+    without_sinks = _has_sinks(architecture) and not attention.flash4_trains_sinks()
+    if chosen == "flash4" and without_sinks:
+        raise ModelError(
+            "train.attention flash4: the installed flash-attn-4 gives this model's trained sinks no gradient; install "
+            "version 4.0.0b36 or newer, or set it to auto"
+        )
+    if chosen == "auto":
+        return "flash2" if without_sinks else attention.fastest_kernel(head_dim)
+    return chosen
 
 
 def _linear_attention(
@@ -144,6 +155,10 @@ def _is_capped(architecture: Architecture) -> bool:
     return all(attention.score_softcap is not None for attention in architecture.attentions)
 
 
+def _has_sinks(architecture: Architecture) -> bool:
+    return any(attention.sinks for attention in architecture.attentions)
+
+
 def _is_windowed(architecture: Architecture, length: int) -> bool:
     """Return whether some layer hides positions of rows of this length."""
     windows = (attention.window for attention in architecture.attentions)
@@ -152,7 +167,8 @@ def _is_windowed(architecture: Architecture, length: int) -> bool:
 
 def _unfused_part(spec: RunSpec, architecture: Architecture) -> str | None:
     """Return what of the layers no fused kernel computes, or None."""
-    if architecture.norm not in ("rms", "zero_centered_rms"):
+    # Fused norms are rounded late, those of all models.
+    if architecture.norm not in ("rms", "late_rounded_rms", "zero_centered_rms"):
         return "norms other than RMSNorm"
     if architecture.rope is None:
         return "learned positions"
@@ -160,13 +176,11 @@ def _unfused_part(spec: RunSpec, architecture: Architecture) -> str | None:
         return "no norms before attention and MLP"
     if not all(_has_fused_mlp(layer.mlp) for layer in architecture.layers):
         return "MLPs other than SwiGLU and GeGLU without biases"
-    if any(attention.output_bias for attention in architecture.attentions):
-        return "a bias on the attention's output"
     return None if spec.model.hidden_dropout == 0 else "model.hidden_dropout"
 
 
 def _has_fused_mlp(mlp: DenseMLP | Experts) -> bool:
     known = ("silu",) if isinstance(mlp, Experts) else ("silu", "gelu_tanh")
     if isinstance(mlp, Experts) and mlp.clamped is not None:
-        return False
+        return mlp.bias
     return mlp.gated and not mlp.bias and mlp.activation in known

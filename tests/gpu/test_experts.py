@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.kernels.clamped_unit import clamped_unit
+from sft.kernels.clamped_experts import Unit, _weighted, _weighted_backward, clamped_experts, clamped_unit
 from sft.kernels.expert_bias import add_expert_bias
 from sft.kernels.expert_mlp import swiglu_experts
 from sft.kernels.grouped_experts import Assignment, assign, looped_products, sort_rows, sum_of_experts, to_experts
@@ -19,6 +19,8 @@ pytestmark = [
 ]
 
 EXPERTS, CHOSEN, HIDDEN, WIDTH = 16, 4, 512, 384
+UNIT: Unit = (1.702, 3.0)
+"""A limit that few values are near: what bf16 rounds across it has another gradient."""
 
 
 def choice(tokens: int) -> Assignment:
@@ -59,29 +61,80 @@ def test_experts(tokens: int) -> None:
 def test_biases_of_experts(tokens: int) -> None:
     """The last expert has no rows."""
     assignment = choice(tokens)
-    rows = len(assignment.source)
     experts = torch.repeat_interleave(torch.arange(EXPERTS, device="cuda"), assignment.counts())
-
-    def ours(x: Tensor, bias: Tensor) -> Tensor:
-        return clamped_unit(add_expert_bias(x, bias, assignment.ends), 1.702, 1.0)
-
-    def plain(x: Tensor, bias: Tensor) -> Tensor:
-        return clamped_unit(x + bias[experts], 1.702, 1.0)
-
-    # Far from the limits: what bf16 rounds across one of them has a gradient, or has none.
-    x = drawn(rows, 2 * WIDTH) / 8
-    assert_equal(ours, plain, [x, drawn(EXPERTS, 2 * WIDTH) / 8], tolerance=1e-2)
+    x = drawn(len(assignment.source), 2 * WIDTH)
+    assert_equal(
+        lambda x, bias: add_expert_bias(x, bias, assignment.ends),
+        lambda x, bias: x + bias[experts],
+        [x, drawn(EXPERTS, 2 * WIDTH)],
+    )
 
 
-def test_biases_wait_for_nothing() -> None:
+@pytest.mark.parametrize("adds_bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 45, 3000])
+def test_clamped_experts(tokens: int, adds_bias: bool) -> None:
+    assignment = choice(tokens)
+    experts = torch.repeat_interleave(torch.arange(EXPERTS, device="cuda"), assignment.counts())
+    x, weights, up, down = inputs(tokens)
+
+    def ours(x: Tensor, weights: Tensor, *biased: Tensor) -> Tensor:
+        rows, by_row = to_experts(x, assignment), sort_rows(weights.flatten(), assignment)
+        pairs = (biased[0], biased[1]), (biased[2], biased[3])
+        return sum_of_experts(
+            clamped_experts(rows, by_row, *pairs, assignment.ends, UNIT, adds_bias=adds_bias), assignment
+        )
+
+    def plain(x: Tensor, weights: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+        rows = x.repeat_interleave(CHOSEN, 0)[assignment.source]
+        mixed = looped_products(rows, up.view(EXPERTS, -1, HIDDEN), assignment.ends)
+        unit = clamped_unit(mixed + up_bias.view(EXPERTS, -1)[experts], UNIT)
+        rows = looped_products(unit, down.view(EXPERTS, HIDDEN, -1), assignment.ends)
+        # A part that adds no bias has its gradient all the same.
+        bias = down_bias.view(EXPERTS, -1)[experts]
+        rows = rows + (bias if adds_bias else bias - bias.detach())
+        return (rows[assignment.place].view(-1, CHOSEN, HIDDEN) * weights.unsqueeze(-1)).sum(1)
+
+    biases = drawn(EXPERTS * 2 * WIDTH, seed=5) / 4, drawn(EXPERTS * HIDDEN, seed=6)
+    assert_equal(ours, plain, [x, weights, up, biases[0], down, biases[1]], tolerance=2e-2)
+
+
+def test_the_clamped_units_kernel_clamps_as_torch_does() -> None:
+    """Values at a limit pass their gradient on, those beyond it none; fp32, where no rounding moves them."""
+    unit = (1.702, 1.0)
+    x = torch.tensor([[1.0, 1.1, -3.0, 0.4, 1.0, -1.0, 1.5, -1.5]], device="cuda").repeat(2, 1)
+    weights, grad = torch.tensor([0.5, 2.0], device="cuda"), torch.randn(2, 4, device="cuda")
+    exact, factor = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    expected = clamped_unit(exact, unit) * factor.unsqueeze(-1)
+    expected.backward(grad)
+    torch.testing.assert_close(_weighted(x, weights, unit), expected)
+    gated, mixed_grad, weights_grad = _weighted_backward(grad, x.clone(), weights, unit)
+    torch.testing.assert_close(gated, expected)
+    torch.testing.assert_close(mixed_grad, exact.grad)
+    torch.testing.assert_close(weights_grad, factor.grad)
+
+
+def test_clamped_experts_give_the_same_bits_twice_and_wait_for_nothing() -> None:
     assignment = choice(700)
-    x, bias = drawn(2800, HIDDEN).requires_grad_(), drawn(EXPERTS, HIDDEN).requires_grad_()
+    x, weights, up, down = inputs(700)
+    by_row = sort_rows(weights.flatten(), assignment)
+    biases = drawn(EXPERTS * 2 * WIDTH, seed=5), drawn(EXPERTS * HIDDEN, seed=6)
+
+    def run() -> list[Tensor]:
+        own = [tensor.clone().requires_grad_() for tensor in (to_experts(x, assignment), by_row, up, down, *biases)]
+        pairs = (own[2], own[4]), (own[3], own[5])
+        output = clamped_experts(own[0], own[1], *pairs, assignment.ends, UNIT)
+        output.float().square().sum().backward()
+        return [output.detach(), *(tensor.grad for tensor in own if tensor.grad is not None)]
+
+    first = run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        add_expert_bias(x, bias, assignment.ends).float().sum().backward()
+        second = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(first) == 7
+    assert all(one.equal(other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -196,7 +196,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the output, [s, b, h], and no context."""
         normed, residual = self.input_layernorm.fork(hidden_states)
-        branch, _ = self.self_attention(
+        branch, bias = self.self_attention(
             normed,
             kwargs.get("attention_mask"),
             rotary_pos_emb=kwargs["rotary_pos_emb"],
@@ -205,6 +205,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
         )
         if self.recompute_input_layernorm:
             self.input_layernorm.forget(normed, residual, branch)
+        branch = branch if bias is None else branch + bias
         normed, residual = self.pre_mlp_layernorm.add_and_fork(
             self._before_addition(branch, self.post_attention_layernorm), residual
         )

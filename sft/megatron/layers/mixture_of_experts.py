@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from launcher.contract.spec import LoraSpec
 from sft.hf.expert_adapter import ExpertTarget
-from sft.kernels.clamped_unit import clamped_unit
+from sft.kernels.clamped_experts import Unit, clamped_experts, clamped_unit
 from sft.kernels.expert_bias import add_expert_bias
 from sft.kernels.expert_mlp import swiglu_experts, weighted_swiglu
 from sft.kernels.grouped_experts import (
@@ -63,7 +63,7 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(count * rows, columns, dtype=config.params_dtype))
         mark_as_experts(self.weight, split=split)
         self.bias: nn.Parameter | None = None
-        self._adds_bias = split == 0 or parallel_state.get_expert_tensor_parallel_rank() == 0
+        self.adds_bias = split == 0 or parallel_state.get_expert_tensor_parallel_rank() == 0
         if biased:
             self.bias = nn.Parameter(torch.empty(count * rows, dtype=config.params_dtype))
             mark_as_experts(self.bias, split=0 if split == 0 else None)
@@ -73,7 +73,7 @@ class ExpertLinear(nn.Module):
         """Return the product of each expert's rows, which end where `ends` says, with its matrix, and its bias."""
         product = expert_products(rows, self.weight.view(self._count, -1, self.weight.size(1)), ends)
         if self.bias is not None:
-            product = add_expert_bias(product, self.bias.view(self._count, -1), ends, here=self._adds_bias)
+            product = add_expert_bias(product, self.bias.view(self._count, -1), ends, here=self.adds_bias)
         return product if self.lora is None else product + self.lora(rows, ends)
 
 
@@ -83,7 +83,8 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
     def __init__(self, config: TransformerConfig, *, experts: Experts, fused: bool = False, **_: object) -> None:
         super().__init__(config=config)
         self._fused = fused
-        self._clamped = experts.clamped
+        clamped = experts.clamped
+        self._unit: Unit | None = None if clamped is None else (clamped.slope, clamped.limit)
         self._count = experts.count
         self._owners = parallel_state.get_expert_model_parallel_group()
         self._held = experts.count // self._owners.size()
@@ -138,18 +139,28 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         if self._fused and self.linear_fc1.lora is None and self.linear_fc2.lora is None:
             await_weights(self.linear_fc1)
             await_weights(self.linear_fc2)
-            return swiglu_experts(rows, weights, self.linear_fc1.weight, self.linear_fc2.weight, ends)
+            return self._at_once(rows, weights, ends)
         mixed = self.linear_fc1(rows, ends)
-        if self._fused:
+        if self._fused and self._unit is None:
             weighted: Tensor = self.linear_fc2(weighted_swiglu(mixed, weights), ends)
             return weighted
-        product: Tensor = self.linear_fc2(self._unit(mixed), ends)
+        product: Tensor = self.linear_fc2(self._activated(mixed), ends)
         return (product * weights.unsqueeze(-1)).to(product.dtype)
 
-    def _unit(self, mixed: Tensor) -> Tensor:
+    def _at_once(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """Return the weighted outputs, by one operation."""
+        up, down = self.linear_fc1, self.linear_fc2
+        if self._unit is None:
+            return swiglu_experts(rows, weights, up.weight, down.weight, ends)
+        assert up.bias is not None
+        assert down.bias is not None
+        biased = (up.weight, up.bias), (down.weight, down.bias)
+        return clamped_experts(rows, weights, *biased, ends, self._unit, adds_bias=down.adds_bias)
+
+    def _activated(self, mixed: Tensor) -> Tensor:
         """Return the gated unit of [gate, up], without the weights of rows."""
-        if self._clamped is not None:
-            return clamped_unit(mixed, self._clamped.slope, self._clamped.limit)
+        if self._unit is not None:
+            return clamped_unit(mixed, self._unit)
         gate, up = mixed.chunk(2, dim=-1)
         return F.silu(gate) * up
 

@@ -118,7 +118,7 @@ FAMILY = Family(
     small_config={
         **SMALL,
         "head_dim": 16,
-        "num_local_experts": 6,
+        "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "sliding_window": 12,
         # One in a hundred values reaches it. With more, one whose rounding decides whether it does shows in gradients.

@@ -112,3 +112,17 @@ def test_half_installed_flash4_is_not_chosen(tmp_path: Path, monkeypatch: pytest
     finally:
         attention.broken_flash4.cache_clear()
         sys.modules.pop("flash_attn", None)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_sinks_go_to_flash4_where_it_trains_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier versions take sinks, too, and would leave them as they are."""
+    spec = run_spec(save_config("gpt_oss", tmp_path, head_dim=64), 1)
+    by_name = dataclasses.replace(spec, train=dataclasses.replace(spec.train, attention="flash4"))
+    architecture = read_architecture(tmp_path)
+    monkeypatch.setattr(attention, "flash4_trains_sinks", lambda: True)
+    assert attention_kernel(spec, architecture) == attention_kernel(by_name, architecture) == "flash4"
+    monkeypatch.setattr(attention, "flash4_trains_sinks", lambda: False)
+    assert attention_kernel(spec, architecture) == "flash2"
+    with pytest.raises(ModelError, match="trained sinks no gradient"):
+        attention_kernel(by_name, architecture)

@@ -1,12 +1,10 @@
-"""Biases and the clamped unit of experts."""
+"""Biases of experts."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
-from sft.kernels.clamped_unit import clamped_unit
 from sft.kernels.expert_bias import add_expert_bias
 
 ENDS = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
@@ -50,21 +48,3 @@ def test_gradients_of_half_precision_are_added_in_fp32() -> None:
     ends = torch.tensor([1024], dtype=torch.int32)
     add_expert_bias(torch.zeros(1024, 1, dtype=torch.bfloat16), bias, ends).sum().backward()
     assert bias.grad is not None and bias.grad.item() == 1024
-
-
-@pytest.mark.parametrize(("slope", "limit"), [(1.702, 7.0), (1.2, 0.5)])
-def test_the_clamped_unit_is_transformers(slope: float, limit: float) -> None:
-    from transformers import GptOssConfig
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-
-    config = GptOssConfig(
-        hidden_size=2, intermediate_size=2, num_local_experts=1, swiglu_alpha=slope, swiglu_limit=limit
-    )
-    mixed = 4 * drawn(5, 8)
-    found, exact = (mixed.clone().requires_grad_() for _ in range(2))
-    ours = clamped_unit(found, slope, limit)
-    theirs = GptOssExperts(config)._apply_gate(torch.stack(exact.chunk(2, dim=-1), dim=-1).flatten(-2))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-    for output in (ours, theirs):
-        output.square().sum().backward()
-    torch.testing.assert_close(found.grad, exact.grad, rtol=1e-12, atol=0)
