@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline_parallel": 2}),
     "pp2_vpp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
     "dp2": (2, {}),
-    "tp2_pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "tp2_pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2, "layers_per_stage": [3, 1]}),
     "cp2": (2, {"context_parallel": 2}),
 }
 Material = tuple[Path, Path, Path]
