@@ -159,6 +159,7 @@ class BenchModule(SFTGPT):
             train = self.spec.train
             settings: dict[str, object] = {
                 "layout": self.topology.describe(),
+                **({"stages": self.topology.describe_stages()} if self.topology.pipeline_parallel > 1 else {}),
                 "weights": "bf16 with fp32 master",
                 "rows": train.global_batch_size // self.spec.data.seq_length // self.topology.world_size,
                 "micro_batch_size": train.micro_batch_size,

@@ -167,7 +167,8 @@ def _train(
         spec, topology, env, max_steps=steps, data_key=key, callbacks=watched(callbacks, watchdog), clock=clock
     )
     module = SFTGPT(spec, architecture, topology, model_dir, steps)
-    log.say(f"{topology.describe()}; {describe_batch(spec, topology)}")
+    stages = f"; stages of {topology.describe_stages()}" if topology.pipeline_parallel > 1 else ""
+    log.say(f"{topology.describe()}{stages}; {describe_batch(spec, topology)}")
     log.say(choose_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0).describe())
     clock.end("data")
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)

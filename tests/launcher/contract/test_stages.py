@@ -80,6 +80,14 @@ def test_any_number_of_layers_goes_with_any_number_of_stages() -> None:
     assert build_topology(spec(2), dataclasses.replace(shape, num_layers=3)).layers_per_stage == (2, 1)
 
 
+def test_layers_in_fp8_make_the_output_layer_dearer() -> None:
+    """The output layer is in bf16 always."""
+    shape, run = named_model_shape("1b"), spec(2)
+    in_fp8 = dataclasses.replace(run, train=dataclasses.replace(run.train, precision="fp8"))
+    assert balanced_split(run, shape) == (10, 6)
+    assert balanced_split(in_fp8, shape) == (11, 5)
+
+
 def test_recomputed_layers_and_long_rows_make_the_output_layer_cheaper() -> None:
     shape = named_model_shape("8b")
     assert balanced_split(spec(4), shape)[-1] < balanced_split(spec(4, length=131_072), shape)[-1]
