@@ -35,6 +35,7 @@ _PACKAGES = (
     "transformers",
     "trl",
     "liger-kernel",
+    "nemo-automodel",
     "peft",
     "accelerate",
     "flash-attn-4",

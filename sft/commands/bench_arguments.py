@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])
     parser.add_argument("--recompute", nargs="+", default=["none"], choices=get_args(Recompute))
     parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--vs", nargs="+", default=[], choices=["trl", "transformers"], help="other trainers to run")
+    parser.add_argument(
+        "--vs", nargs="+", default=[], choices=["trl", "transformers", "automodel"], help="other trainers to run"
+    )
     parser.add_argument(
         "--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="precision of their weights"
     )

@@ -12,6 +12,7 @@ from launcher.contract.model_shape import named_model_shape
 from launcher.contract.spec import TopologySpec
 from launcher.contract.topology import build_topology
 from sft.__main__ import main
+from sft.bench.automodel import run_automodel
 from sft.bench.environment import contender_variables
 from sft.bench.ours import BenchData, run_spec
 from sft.bench.overlap import busy, exposed, union
@@ -97,6 +98,15 @@ def test_no_example_comes_twice(layout: str) -> None:
     ids = [slot for slot in slots if slot != EMPTY_SLOT]
     assert len(ids) == len(set(ids))
     assert sum(data.examples.lengths[ids]) > 0.9 * steps * 4 * workload.rows * workload.seq_length
+
+
+def test_automodel_is_refused_what_it_cannot_train_here() -> None:
+    for workload in (
+        Workload(shape="1b", data="ragged", seq_length=512, rows=2),
+        Workload(shape="1b", data="full", seq_length=512, rows=2, lora_rank=8),
+    ):
+        with pytest.raises(ValueError, match="automodel is run on `--data full` without LoRA"):
+            run_automodel(workload, micro_batches=1, warmup=1, steps=1)
 
 
 def test_exposed_communication() -> None:
