@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.contract.errors import ConfigError, ModelError
 from launcher.contract.hub.found import Fetch, fetch_now
+from launcher.contract.model_shape import read_model_shape
 from launcher.contract.nemo.checkpoint import is_checkpoint
 from launcher.contract.spec import RunSpec
 
@@ -19,9 +20,15 @@ def check_early(spec: RunSpec) -> None:
     """Raise ConfigError with everything that the model's config.json and the first rows of the data already tell."""
     from sft.data.reading.head import head_problems
 
-    problems = [*_model_problems(spec), *head_problems(spec.data)]
+    problems = [*_model_problems(spec), *head_problems(spec.data, _vocab_size(spec))]
     if problems:
         raise ConfigError(problems)
+
+
+def _vocab_size(spec: RunSpec) -> int | None:
+    directory = Path(spec.model.path)
+    has_config = (directory / "config.json").is_file() and not is_checkpoint(directory)
+    return read_model_shape(directory).vocab_size if has_config else None
 
 
 def longest_row(model: Path) -> int | None:

@@ -17,7 +17,7 @@ from launcher.contract.spec import DataSpec
 from sft.data.reading.arrow import ARROW_FILES
 from sft.data.reading.compressed import compression_of, kind_of
 from sft.data.reading.files import expand
-from sft.data.reading.formats import check_columns, parse_row, rows_of, with_detected_form
+from sft.data.reading.formats import Example, check_columns, parse_row, rows_of, with_detected_form
 from sft.data.reading.tables import as_json, holds_lines
 
 _FILES = 16
@@ -26,8 +26,11 @@ _WHOLE = 16 << 20
 """Bytes of the largest file that is read as a whole for its first rows."""
 
 
-def head_problems(data: DataSpec) -> list[str]:
-    """Return what is wrong with the first rows of the first files of each data set, one problem a file."""
+def head_problems(data: DataSpec, vocab_size: int | None = None) -> list[str]:
+    """Return what is wrong with the first rows of the first files of each data set, one problem a file.
+
+    `vocab_size` is the model's, where it is known: ids in rows must be below it.
+    """
     problems: dict[str, None] = {}
     columns = {f"data.sources.{name}.columns": source.columns for name, source in data.sources.items()}
     for key, names in {"data.columns": data.columns, **columns}.items():
@@ -36,7 +39,7 @@ def head_problems(data: DataSpec) -> list[str]:
         except DataError as error:
             problems |= dict.fromkeys(error.problems)
     for key, part in _data_sets(data):
-        problems |= dict.fromkeys(_set_problems(part, key))
+        problems |= dict.fromkeys(_set_problems(part, key, vocab_size))
     return list(problems)
 
 
@@ -53,7 +56,7 @@ def _data_sets(data: DataSpec) -> Iterator[tuple[str, DataSpec]]:
         yield f"data.validation_sets.{name}", dataclasses.replace(alone, train=[pattern])
 
 
-def _set_problems(data: DataSpec, key: str) -> Iterator[str]:
+def _set_problems(data: DataSpec, key: str, vocab_size: int | None) -> Iterator[str]:
     if not all(Path(pattern).exists() for pattern in data.train):
         return  # a glob of held-out files, or what is still on the hub
     try:
@@ -65,9 +68,19 @@ def _set_problems(data: DataSpec, key: str) -> Iterator[str]:
     for path in files:
         try:
             for where, row in itertools.islice(rows_of(path), _ROWS):
-                parse_row(as_json(row).encode(), where, data.format, data.columns, data.ignore_keys)
+                example = parse_row(as_json(row).encode(), where, data.format, data.columns, data.ignore_keys)
+                _check_ids(example, vocab_size)
         except DataError as error:
             yield error.problems[0]
+
+
+def _check_ids(example: Example, vocab_size: int | None) -> None:
+    largest = max(example.ids or (0,))
+    if vocab_size is not None and largest >= vocab_size:
+        raise DataError(
+            f"{example.where}: token id {largest} is not in the model's vocabulary of {vocab_size} (vocab_size in its "
+            "config.json); make the ids with its tokenizer"
+        )
 
 
 def _is_readable(path: Path) -> bool:

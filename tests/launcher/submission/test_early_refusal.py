@@ -56,6 +56,13 @@ def test_token_rows_of_several_sequences(workdir: Path) -> None:
     assert "position_ids" in problems()
 
 
+def test_token_rows_of_another_vocabulary(workdir: Path) -> None:
+    write_rows({"input_ids": [1, 255, 2], "labels": [1, 255, 2]})
+    make_submission(Path("cfg.yaml"))
+    write_rows({"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 256], "labels": [1, 256]})
+    assert "a.jsonl:2: token id 256 is not in the model's vocabulary of 256" in problems()
+
+
 def test_each_file_and_each_set_says_its_first_problem(workdir: Path) -> None:
     good = {"prompt": "a", "completion": "b"}
     write_rows(good, {"prompt": "a"})
