@@ -1,11 +1,14 @@
-# Two commands matter: `make run` trains the quickstart, `make test` runs the tests.
+# `make install` installs, `make run` trains the quickstart, `make test` runs the tests.
 # PYTHON=/path/to/python3.11 chooses another interpreter for .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-nemo lint format clean
+.PHONY: help install run test test-all test-nemo lint format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install:  ## Install what training needs into .venv, and nothing else
+	@scripts/bootstrap run
 
 run:  ## Fine-tune a real 135M model on this machine (about five minutes on two cores)
 	@scripts/bootstrap run

@@ -121,6 +121,7 @@ def _convert_into(source: Path, target: Path) -> None:
     from sft.hf.gguf import convert_gguf  # transformers takes seconds to import
     from sft.nemo.convert import convert_nemo
 
+    print(f"converting {source.name}, once", file=sys.stderr, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:12]}.", dir=target.parent))
     try:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, overload
 from launcher.api.checked import CheckedRun, CheckedSweep, validate
 from launcher.api.runs import Run, found
 from launcher.contract.job import JobId
+from launcher.contract.rundir import default_run_root
 from launcher.contract.schedulers import SchedulerName
-from launcher.runs.find import default_run_root, find_run
+from launcher.runs.find import find_run
 
 if TYPE_CHECKING:
     from launcher.contract.job import Job

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.api.runs import Run, selected
-from launcher.runs.find import default_run_root, find_run
+from launcher.contract.rundir import default_run_root
+from launcher.runs.find import find_run
 from launcher.runs.usage import Sum, Use, by_key, total, uses
 from launcher.views.stacks import Stacks, gather
 

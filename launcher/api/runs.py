@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.contract.rank_error import RankError
-from launcher.contract.rundir import JsonObject
-from launcher.runs.find import default_run_root, find_run
+from launcher.contract.rundir import JsonObject, default_run_root
+from launcher.runs.find import find_run
 from launcher.runs.state import RunStatus
 from launcher.views.log_files import Choice
 from launcher.views.logs import Logs, choose

@@ -44,7 +44,8 @@ def _stacks(options: argparse.Namespace) -> int:
 
 
 def _shell(options: argparse.Namespace) -> int:
-    from launcher.runs.find import default_run_root, find_run
+    from launcher.contract.rundir import default_run_root
+    from launcher.runs.find import find_run
     from launcher.submission.beside import live_attempt, shell_words
 
     paths = find_run(options.run, options.run_root or default_run_root())

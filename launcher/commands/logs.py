@@ -41,7 +41,8 @@ def add(commands: Subcommands) -> None:
 
 def _logs(options: argparse.Namespace) -> int:
     from launcher.api.runs import logs
-    from launcher.runs.find import default_run_root, find_run
+    from launcher.contract.rundir import default_run_root
+    from launcher.runs.find import find_run
     from launcher.views.log_files import Choice, parse_ranks
     from launcher.views.logs import show
 

@@ -83,8 +83,9 @@ def _existing(words: str, cluster: ClusterSpec) -> list[str]:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from launcher.contract.rundir import default_run_root
     from launcher.runs.excluded_nodes import describe, learn, ledger_of
-    from launcher.runs.find import all_runs, default_run_root
+    from launcher.runs.find import all_runs
 
     rows: list[NodeEvidence] = []
     for cluster in _clusters(options.cluster):

@@ -54,7 +54,7 @@ def _selection(options: argparse.Namespace) -> Selection:
 
 def _status(options: argparse.Namespace) -> int:
     from launcher.api.runs import status
-    from launcher.runs.find import default_run_root
+    from launcher.contract.rundir import default_run_root
     from launcher.views.status_table import status_table
     from launcher.views.text import terminal_width
 

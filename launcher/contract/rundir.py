@@ -190,6 +190,17 @@ class RunPaths:
         return complete_checkpoints(self.checkpoints)
 
 
+def default_run_root() -> Path:
+    """Return the folder in which runs are looked up when nothing else is said."""
+    return Path(os.environ.get("SFT_RUN_ROOT") or "runs")
+
+
+def named_run(place: Path) -> Path:
+    """Return the directory of the run that has this name where runs are looked up, or the path itself."""
+    of_name = default_run_root() / place
+    return of_name if not place.exists() and RunPaths(of_name).config.is_file() else place
+
+
 def group_file(run_root: Path, name: str) -> Path:
     """Return where the sweep `name` lists its runs and what was set in each."""
     return run_root / ".groups" / f"{name}.json"

@@ -32,7 +32,8 @@ class Answers:
         if self.name is not None:
             return self.name
         data = Path(self.data[0].partition(":")[0]).name.partition(".")[0]
-        words = [Path(self.model).name, data, "lora" if self.lora_rank else ""]
+        model = Path(self.model).name
+        words = [model.removesuffix(".gguf").removesuffix(".nemo"), data, "lora" if self.lora_rank else ""]
         clean = [re.sub(r"[^a-z0-9._-]+", "-", word.lower()).strip("-.") for word in words]
         return "-".join(word for word in clean if word)[:64] or "first"
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.contract.errors import ConfigError
-from launcher.contract.rundir import RunPaths, append_line, read_lines
-from launcher.runs.find import default_run_root
+from launcher.contract.rundir import RunPaths, append_line, default_run_root, read_lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from launcher.contract.errors import RunStateError, did_you_mean
 from launcher.contract.rundir import RunPaths, runs_of_group
-
-
-def default_run_root() -> Path:
-    """Return the folder in which runs are looked up when nothing else is said."""
-    return Path(os.environ.get("SFT_RUN_ROOT") or "runs")
 
 
 def all_runs(root: Path) -> list[RunPaths]:

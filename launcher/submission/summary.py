@@ -8,12 +8,12 @@ from pathlib import Path
 
 from launcher.contract.config.load import value_at
 from launcher.contract.job import JobId
+from launcher.contract.rundir import default_run_root
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import describe_batch
 from launcher.planning.run_plan import run_cost
 from launcher.runs import excluded_nodes
-from launcher.runs.find import default_run_root
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission.submission import Submission
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher.contract.errors import ConfigError, DataError, RunStateError
 from launcher.contract.exit_codes import ExitCode
-from launcher.contract.rundir import RunPaths
+from launcher.contract.rundir import RunPaths, named_run
 from launcher.contract.spec import DataSpec, EvaluationSpec, RunSpec, read_resolved
 from sft.commands.export import export_run
 from sft.data.encoding.tokenizer import load_tokenizer
@@ -58,6 +58,7 @@ def _model(place: Path, step: int | None) -> Iterator[tuple[Path, DataSpec, set[
 
     A checkpoint that was not exported is exported to a temporary directory.
     """
+    place = named_run(place)
     paths = RunPaths(place.resolve())
     if not paths.config.is_file():
         if step is not None:

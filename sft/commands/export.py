@@ -8,7 +8,7 @@ from launcher.contract.errors import ConfigError, RunStateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.named_templates import template_bytes
 from launcher.contract.records import read_metrics
-from launcher.contract.rundir import RunPaths, append_event
+from launcher.contract.rundir import RunPaths, append_event, named_run
 from launcher.contract.spec import RunSpec, read_resolved
 from sft.checkpoint.choose import Choice, choose
 from sft.checkpoint.contents import SHARDED
@@ -26,7 +26,7 @@ def export(run: Path, step: int | None = None, *, nemo2: bool = False) -> ExitCo
 
     With `nemo2` the same model is written to RUN/export_nemo2, too.
     """
-    paths = RunPaths(run.resolve())
+    paths = RunPaths(named_run(run).resolve())
     if not paths.config.is_file():
         raise RunStateError(f"{run}: no {paths.config.name}; it is not a run directory")
     spec = read_resolved(paths.config)

@@ -164,5 +164,6 @@ def test_rows_are_counted_from_heads(tmp_path: Path) -> None:
 
 def test_names_of_runs() -> None:
     base = {"cluster": "local", "gpus": 0}
+    assert Answers(model="package:m/Smol-Q4.gguf", data=("my.jsonl",), **base).run_name == "smol-q4-my"  # type: ignore[arg-type]
     assert Answers(model="Qwen/Qwen3-0.6B", data=("org/set:train",), **base).run_name == "qwen3-0.6b-set"  # type: ignore[arg-type]
     assert Answers(model="/m/A b", data=("x/*.jsonl",), **base, lora_rank=8).run_name == "a-b-lora"  # type: ignore[arg-type]

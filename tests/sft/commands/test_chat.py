@@ -82,13 +82,17 @@ def test_sampling_is_that_of_evaluations_and_repeats_itself(chat: Chat, model: P
     assert chat(model, "Who?", options=(*options, "--seed", "5")) != first
 
 
-def test_of_a_run_its_export_with_its_prompts_and_stop_tokens(chat: Chat, model: Path, tmp_path: Path) -> None:
+def test_of_a_run_its_export_with_its_prompts_and_stop_tokens(
+    chat: Chat, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = RunPaths(tmp_path / "run")
     shutil.copytree(model, paths.export)
     data = DataSpec(train=["x"], chat_template="zephyr")
     paths.config.write_text(to_yaml(RunSpec(name="run", model=ModelSpec(path=str(model)), data=data)))
     whole = by_hand(model, turn("user", "Who?") + ASK)
     assert chat(paths.root, "Who?") == f"{whole}\n"
+    monkeypatch.setenv("SFT_RUN_ROOT", str(tmp_path))
+    assert chat(Path("run"), "Who?") == f"{whole}\n"  # by its name, as the launcher takes it
     tokenizer = AutoTokenizer.from_pretrained(model)
     stop = tokenizer(whole, add_special_tokens=False)["input_ids"][2]
     record_stop_tokens(paths, [stop])
