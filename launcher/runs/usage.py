@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Literal, TypedDict
 
 from launcher.contract.errors import ConfigError, LauncherError, did_you_mean
-from launcher.contract.job import AttemptName, Job, JobId
+from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.manifest import Manifest, read_manifest
 from launcher.contract.records import read_events, read_progress
@@ -74,6 +75,21 @@ class Use:
         return self.nodes * self.seconds / _HOUR
 
 
+class _Names(TypedDict):
+    run: str
+    user: str
+    group: str | None
+
+
+class _Common(_Names):
+    """What all attempts of an allocation have in common."""
+
+    job: str
+    nodes: int
+    gpus: int
+    source: Literal["accounting", "events"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
     """What a run's files say."""
@@ -120,56 +136,52 @@ def _accounts(runs: Iterable[_Run]) -> dict[JobId, list[Allocation]]:
 
 
 def _uses_of(run: _Run, accounts: dict[JobId, list[Allocation]]) -> list[Use]:
-    found: list[Use] = []
-    left = list(run.spans)
-    for job in run.jobs:
-        for allocation in accounts.get(job.id, []):
-            first = next((span for span in left if _belongs(span, allocation)), None)
-            own = [span for span in left if first is not None and _is_of_start(span, first)]
-            left = [span for span in left if span not in own]
-            found.append(_accounted(run, allocation, own))
-    accounted = [job.id for job in run.jobs if job.id in accounts]
-    others = [span for span in left if not any(job.is_job(span.job, span.cluster) for job in accounted)]
+    allocations = [allocation for job in run.jobs for allocation in accounts.get(job.id, [])]
+    own: dict[int, list[Span]] = {number: [] for number in range(len(allocations))}
+    others = []
+    for span in run.spans:
+        here = [number for number, one in enumerate(allocations) if one.job.is_job(span.job, span.cluster)]
+        nearest = min(here, key=lambda number: _distance(span, allocations[number]), default=None)
+        if nearest is not None and _distance(span, allocations[nearest]) <= _NEAR_SECONDS:
+            own[nearest].append(span)
+        else:
+            others.append(span)
+    found = [use for number, one in enumerate(allocations) for use in _accounted(run, one, own[number])]
     return sorted([*found, *(_told(run, span) for span in others)], key=lambda use: use.started)
 
 
-def _belongs(span: Span, allocation: Allocation) -> bool:
-    if not allocation.job.is_job(span.job, span.cluster):
-        return False
+def _distance(span: Span, allocation: Allocation) -> float:
+    """Return how many seconds an attempt began before or behind an allocation, 0 within it."""
     end = time.time() if allocation.end is None else allocation.end
-    return allocation.start - _NEAR_SECONDS <= span.began <= end + _NEAR_SECONDS
+    return max(allocation.start - span.began, span.began - end, 0.0)
 
 
-def _is_of_start(span: Span, first: Span) -> bool:
-    """Return whether an attempt is `first`, or has followed it in place, within the same start of its job."""
-    own, other = AttemptName(span.attempt), AttemptName(first.attempt)
-    return span is first or (own.job is not None and (own.job, own.restart) == (other.job, other.restart))
-
-
-def _accounted(run: _Run, allocation: Allocation, spans: Sequence[Span]) -> Use:
-    """Return what the accounting says of one start of a job, in which ranks may have started again and again."""
-    running, seconds = allocation.end is None, allocation.seconds
-    span = spans[-1] if spans else None
-    if span is not None:
-        end = time.time() if allocation.end is None else allocation.end
-        before = sum(one.wasted(one.last if one.ended is None else one.ended, running=False) for one in spans[:-1])
-        wasted = before + span.wasted(end, running=running)
-    else:
-        wasted = 0.0 if running or allocation.state is JobState.COMPLETED else seconds
+def _accounted(run: _Run, allocation: Allocation, own: Sequence[Span]) -> Iterator[Use]:
+    """Yield what each attempt of an allocation has used: one, or with restarts in place several, or none that spoke."""
     resources = run.spec.resources
-    return Use(
+    common: _Common = {
         **_names(run),
-        job=allocation.job.text,
-        attempt=span.attempt if span else None,
-        state=allocation.state,
-        cause="running" if running else (span.cause or None) if span else None,
-        started=allocation.start,
-        seconds=seconds,
-        nodes=allocation.nodes or resources.allocated_nodes,
-        gpus=resources.allocated_nodes * resources.gpus_per_node if allocation.gpus is None else allocation.gpus,
-        wasted_seconds=min(wasted, seconds),
-        source="accounting",
-    )
+        "job": allocation.job.text,
+        "nodes": allocation.nodes or resources.allocated_nodes,
+        "gpus": resources.allocated_nodes * resources.gpus_per_node if allocation.gpus is None else allocation.gpus,
+        "source": "accounting",
+    }
+    running, begin, left = allocation.end is None, allocation.start, allocation.seconds
+    cause = "running" if running else None
+    if not own:
+        wasted = 0.0 if running or allocation.state is JobState.COMPLETED else left
+        times = {"started": begin, "seconds": left, "wasted_seconds": wasted}
+        yield Use(**common, **times, attempt=None, state=allocation.state, cause=cause)
+        return
+    for span, after in pairwise(own):
+        seconds = min(left, max(0.0, after.began - begin))
+        wasted = min(span.wasted(after.began, running=False), seconds)
+        times = {"started": begin, "seconds": seconds, "wasted_seconds": wasted}
+        yield Use(**common, **times, attempt=span.attempt, state=span.state, cause=span.cause or None)
+        begin, left = after.began, left - seconds
+    last, end = own[-1], time.time() if allocation.end is None else allocation.end
+    times = {"started": begin, "seconds": left, "wasted_seconds": min(last.wasted(end, running=running), left)}
+    yield Use(**common, **times, attempt=last.attempt, state=allocation.state, cause=cause or last.cause or None)
 
 
 def _told(run: _Run, span: Span) -> Use:
@@ -196,7 +208,7 @@ def _told(run: _Run, span: Span) -> Use:
     )
 
 
-def _names(run: _Run) -> dict[str, Any]:
+def _names(run: _Run) -> _Names:
     return {"run": run.paths.name, "user": run.manifest.submitter, "group": run.manifest.group}
 
 

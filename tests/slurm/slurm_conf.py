@@ -135,5 +135,6 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={layout.accounting_port}
 AccountingStoragePass={layout.munge_socket}
+AccountingStorageTRES=gres/gpu
 JobAcctGatherType=jobacct_gather/linux
 MinJobAge=2"""

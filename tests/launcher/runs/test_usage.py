@@ -135,7 +135,7 @@ def test_hours_by_accounting(tmp_path: Path, commands: Commands, capsys: pytest.
 def test_restarts_in_place_share_an_allocation(
     tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Spare nodes included; without accounting each start of the ranks has its own hours."""
+    """Spare nodes included, with accounting or without."""
     commands.add("squeue", "")
     begin, end = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(BEGAN + at)) for at in (0, 3600))
     line = f"7|COMPLETED|3600|{begin}|{end}|3|cpu=6,gres/gpu=12,node=3|sbatch --comment=sft-{'7':0>32} job.sh"
@@ -147,15 +147,31 @@ def test_restarts_in_place_share_an_allocation(
     attempt(run, "7.0-1", 1000, 1900, saves=(1800,), code=76)
     attempt(run, "7.0-2", 1900, 3600)
     wasted = 12 * (300 + 100) / 3600
-    answers = (
-        (f"cat <<'E'\n{SACCT}\n{line}\nE", 1),
-        ("echo 'Slurm accounting storage is disabled' >&2; exit 1", 3),
-    )
-    for answer, count in answers:
+    disabled = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
+    for answer in (f"cat <<'E'\n{SACCT}\n{line}\nE", disabled):
         commands.add("sacct", answer)
         total = usage(capsys, tmp_path)["total"]
-        assert (total["gpu_hours"], total["attempts"]) == (12, count)
+        assert (total["gpu_hours"], total["attempts"]) == (12, 3)
         assert total["wasted_gpu_hours"] == pytest.approx(wasted)
+
+
+def test_an_allocation_with_restarts_in_place(
+    tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its time is shared out among its attempts, and none is counted twice."""
+    commands.add("squeue", "")
+    begin, end = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(BEGAN + add)) for add in (0, 3600))
+    commands.add("sacct", f"printf '{SACCT}\\n7|COMPLETED|3600|{begin}|{end}|2|gres/gpu=8|x\\n'")
+    run = run_of(tmp_path, "a", "7")
+    attempt(run, "7.0", 5, 900, saves=(450,), code=76)
+    tell(run, "7.0-1", 910, "attempt_started", job_id="7")
+    tell(run, "7.0-1", 3590, "attempt_ended", exit_code=0)
+    sums = usage(capsys, tmp_path, "--by=state")
+    assert {word: (one["gpu_hours"], one["wasted_gpu_hours"]) for word, one in sums.items()} == {
+        "COMPLETED": (pytest.approx(8 * 2690 / 3600), 0.0),
+        "FAILED": (pytest.approx(8 * 910 / 3600), pytest.approx(8 * 460 / 3600)),
+        "total": (pytest.approx(8.0), pytest.approx(8 * 460 / 3600)),
+    }
 
 
 def test_a_run_that_runs_and_one_that_died_silently(
