@@ -6,6 +6,8 @@
       bundle/code.zip       a copy of the code at submit, which the ranks import; environment.json: Python and packages
       job.sh                the batch script, exactly as submitted; runs again by hand
       submission.json       a submission that has begun and is not recorded yet
+      candidates/<name>/    config.yaml and job.sh of each cluster or partition of a race (`submit --first-of`)
+      winner.json           which of them has started first, and so has the run
       manifest.json         who submitted what, when, from which code, with an entry for each job
       source.diff           uncommitted changes of the source tree at submit
       events.jsonl          what happened, one JSON object a line (launcher, batch script, rank 0)
@@ -94,6 +96,14 @@ class RunPaths:
     @property
     def submission(self) -> Path:
         return self.root / "submission.json"
+
+    @property
+    def candidates(self) -> Path:
+        return self.root / "candidates"
+
+    @property
+    def winner(self) -> Path:
+        return self.root / "winner.json"
 
     @property
     def source_diff(self) -> Path:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.contract import race
 from launcher.contract.errors import RunStateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.job import AttemptName, Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.manifest import Manifest, read_manifest
 from launcher.contract.records import read_events, read_progress
-from launcher.contract.rundir import RunPaths
+from launcher.contract.rundir import JsonObject, RunPaths
 from launcher.contract.schedulers import SchedulerName, scheduler_name
 from launcher.runs.first_failure import first_error, first_failure
 
@@ -44,6 +46,8 @@ class Snapshot:
     """How that attempt ended; None if it has not, or if another one follows by itself."""
     cancelled: bool
     progress: dict[str, Any]
+    rivals: tuple[Job, ...] = ()
+    """The other jobs of a race that none of them has won yet (`submit --first-of`)."""
     detail: str = ""
     """Why the attempt ended before it had the run, in the batch script's words."""
 
@@ -78,8 +82,7 @@ class Snapshot:
 
 def snapshot(paths: RunPaths) -> Snapshot:
     """Read the manifest, events and progress of a run. RunStateError where the manifest or an event's job cannot be."""
-    manifest = read_manifest(paths)
-    events = read_events(paths)
+    manifest, events, rivals = _without_losers(paths, read_manifest(paths), read_events(paths))
     job = _newest_job(manifest, events)
     of_job = [event for event in events if job is not None and job.id.is_job(event.get("job_id"), event.get("cluster"))]
     starts = [event for event in of_job if _starts_attempt(event)]
@@ -98,8 +101,34 @@ def snapshot(paths: RunPaths) -> Snapshot:
         exit_code=_exit_code(ends[-1]) if ends else None,
         cancelled=any(event.get("event") == "cancelled" for event in of_job),
         progress=read_progress(paths),
+        rivals=rivals,
         detail=str(ends[-1].get("detail", "")) if ends else "",
     )
+
+
+def _without_losers(
+    paths: RunPaths, manifest: Manifest, events: Sequence[JsonObject]
+) -> tuple[Manifest, list[JsonObject], tuple[Job, ...]]:
+    """Return manifest and events without a race's losers, and while it is open the jobs behind its first."""
+    candidates = race.entries(events)
+    if not candidates:
+        return manifest, list(events), ()
+
+    def is_of(job: Job, event: JsonObject) -> bool:
+        return job.id.is_job(event["job_id"], event.get("cluster", ""))
+
+    won = race.winner(paths)
+    if won is not None:
+        lost = [event for name, event in candidates.items() if name != won]
+        jobs = [job for job in manifest.jobs if not any(is_of(job, event) for event in lost)]
+        about = [(event["job_id"], event.get("cluster", "")) for event in lost]
+        others = [event for event in events if (event.get("job_id"), event.get("cluster", "")) not in about]
+        return dataclasses.replace(manifest, jobs=tuple(jobs)), others, ()
+    submitted = [event for event in events if event.get("event") == "submitted"]
+    if not submitted[-1].get("candidate"):  # none of them started, and the run was submitted again
+        return manifest, list(events), ()
+    of_race = [job for job in manifest.jobs if any(is_of(job, event) for event in candidates.values())]
+    return dataclasses.replace(manifest, jobs=tuple(of_race[:1])), list(events), tuple(of_race[1:])
 
 
 def _starts_attempt(event: Mapping[str, Any]) -> bool:

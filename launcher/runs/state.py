@@ -7,6 +7,7 @@ event, or is UNKNOWN; it is never taken for finished because the scheduler does 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pwd
 from collections.abc import Mapping, Sequence
@@ -101,8 +102,8 @@ def _ask(snapshots: Sequence[Snapshot], fresh: bool) -> dict[SchedulerName, Answ
     """Ask each scheduler once, for all jobs that may still change."""
     jobs: dict[SchedulerName, list[Job]] = {}
     going_on = [(item, item.job) for item in snapshots if item.job is not None and not _is_over(item)]
-    for _, job in going_on:
-        jobs.setdefault(job.id.scheduler, []).append(job)
+    for item, job in going_on:
+        jobs.setdefault(job.id.scheduler, []).extend([job, *item.rivals])
     owners = _owners([item for item, _ in going_on])
     return {name: scheduler_of(name).states(asked, owners, fresh=fresh) for name, asked in jobs.items()}
 
@@ -176,8 +177,18 @@ def _own_word(item: Snapshot) -> tuple[JobState, str]:
     return item.own_state, "" if item.own_state is JobState.COMPLETED else item.failure()
 
 
+def _first_of_race(item: Snapshot, answer: Answer | None) -> Snapshot:
+    """Return the run as that of the first of its race's jobs that may still start, if there is a race."""
+    if not item.rivals or item.job is None or answer is None:
+        return item
+    turns = [dataclasses.replace(item, job=job) for job in (item.job, *item.rivals)]
+    waiting = (turn for turn in turns if (record := _record_of(turn, answer)) is not None and record.state.active)
+    return next(waiting, item)
+
+
 def _row(item: Snapshot, answers: Mapping[SchedulerName, Answer]) -> RunStatus:
     answer = answers.get(item.job.id.scheduler) if item.job else None
+    item = _first_of_race(item, answer)
     record = _record_of(item, answer) if answer is not None else None
     state, reason = _judge(item, record, answer or Answer(records={}))
     numbers = item.numbers
@@ -200,6 +211,6 @@ def _row(item: Snapshot, answers: Mapping[SchedulerName, Answer]) -> RunStatus:
         eta_seconds=numbers.get("eta_seconds") if state is JobState.RUNNING else None,
         checkpoint=checkpoints[-1].name if checkpoints else None,
         exit_code=item.exit_code,
-        reason=reason,
+        reason=f"first of {len(item.rivals) + 1} to start: {reason}" if item.rivals and reason else reason,
         expected_start=record.expected_start if record and state is JobState.PENDING else None,
     )

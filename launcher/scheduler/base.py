@@ -34,6 +34,8 @@ class Intent:
     """The machine that submits."""
     clusters: str = ""
     """Which of several clusters may get the job, as the scheduler's own option says it; empty for the one at hand."""
+    candidate: str = ""
+    """Of a race the candidate whose job it is (launcher.contract.race)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +199,10 @@ class Scheduler(Protocol):
 
     def clusters_of(self, resources: ResourcesSpec) -> str:
         """Return which of several clusters a job with these resources is for, as the scheduler's own option says it."""
+        return ""
+
+    def cluster_at_hand(self) -> str:
+        """Return the name of the cluster at hand, where the scheduler can have several."""
         return ""
 
     def go_on_as(self, old: JobId, new: JobId) -> None:

@@ -119,7 +119,7 @@ def _program(live: LiveAttempt, what: str) -> list[str]:
 def _environment(live: LiveAttempt, *, in_container: bool) -> dict[str, str]:
     """Return our environment, with this launcher's code, or in a container, which sees no other, the run's copy."""
     environment = clean_environment()
-    code = live.paths.code if in_container and live.paths.code.is_dir() else checkout_root()
+    code = live.paths.code if in_container and live.paths.code.is_file() else checkout_root()
     if code is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [environment.get("PYTHONPATH")])])
     return environment

@@ -40,16 +40,20 @@ def cancel(runs: Sequence[RunPaths]) -> list[str]:
         raise SchedulerError(problem)
     done = []
     for paths, row in zip(runs, rows, strict=True):
-        job = snapshot(paths).job
+        item = snapshot(paths)
+        job = item.job
         if job is None:
             raise RunStateError(f"run {paths.name} has no job")
         if row.may_run_unseen:
             raise RunStateError(f"run {paths.name} cannot be cancelled from here: {row.reason}")
         if row.state is JobState.UNKNOWN:
             raise RunStateError(f"run {paths.name} was not cancelled: job {job.id}: {row.reason}")
-        append_event(paths, "cancelled", **job_fields(job.id))  # before the job ends, which looks for it
-        scheduler_of(job.id.scheduler).cancel(job)
-        done.append(f"cancelled run {row.run} (job {job.id})")
+        jobs = [job, *item.rivals]
+        for each in jobs:
+            append_event(paths, "cancelled", **job_fields(each.id))  # before the job ends, which looks for it
+            scheduler_of(each.id.scheduler).cancel(each)
+        plural = "s" if item.rivals else ""
+        done.append(f"cancelled run {row.run} (job{plural} {', '.join(str(each.id) for each in jobs)})")
         try:
             remove_secrets(read_resolved(paths.config), paths)
         except (ConfigError, OSError) as error:  # which must not keep the other runs alive
@@ -68,5 +72,5 @@ def _settle(paths: RunPaths) -> None:
             return
         job = intent.find_job(paths, manifest.name, manifest.jobs, begun)
         if job is not None:
-            record(paths, job)
+            record(paths, job, begun.candidate)
         intent.end(paths)

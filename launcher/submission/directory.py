@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher.contract import race
 from launcher.contract.errors import LauncherError, RunStateError
 from launcher.contract.manifest import read_manifest
+from launcher.contract.records import read_events
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import is_config_of
 from launcher.submission import intent
@@ -49,7 +51,7 @@ def is_unfinished(submission: Submission) -> bool:
     Otherwise empty it of what a killed launcher left there. RunStateError where it holds another run.
     """
     paths = submission.paths
-    begun = paths.manifest.is_file() and intent.pending(paths) is not None
+    begun = paths.manifest.is_file() and (intent.pending(paths) is not None or _race_has_begun(submission))
     if not begun and _has_jobs(paths):
         raise _exists(paths)
     if not begun:
@@ -63,6 +65,14 @@ def is_unfinished(submission: Submission) -> bool:
             f"finish it with `launcher resubmit {paths.name}`, or choose another name (name=...)"
         )
     return True
+
+
+def _race_has_begun(submission: Submission) -> bool:
+    """Return whether some, but not all, of a race's jobs were submitted, and none of them has started."""
+    paths = submission.paths
+    if not submission.candidate or not paths.candidates.is_dir() or race.winner(paths) is not None:
+        return False
+    return len(race.entries(read_events(paths))) < sum(1 for _ in paths.candidates.iterdir())
 
 
 def _exists(paths: RunPaths) -> RunStateError:

@@ -28,14 +28,18 @@ from launcher.scheduler.factory import scheduler_of
 _CLOCK_SKEW = 60.0  # between login and compute nodes
 
 
-def begin(paths: RunPaths, scheduler: SchedulerName, clusters: str = "") -> Intent:
-    """Write down, durably, that a job is about to be submitted. `clusters` are those that may get it."""
+def begin(paths: RunPaths, scheduler: SchedulerName, clusters: str = "", candidate: str = "") -> Intent:
+    """Write down, durably, that a job is about to be submitted. `clusters` are those that may get it.
+
+    `candidate` is the one of a race whose job it is.
+    """
     intent = Intent(
         token=f"sft-{secrets.token_hex(16)}",
         scheduler=scheduler,
         written_at=time.time(),
         host=socket.gethostname(),
         clusters=clusters,
+        candidate=candidate,
     )
     write_json(paths.submission, dataclasses.asdict(intent))
     return intent

@@ -19,14 +19,16 @@ def submit_once(
     clusters: str,
     request_of: Callable[[Intent], JobRequest],
     undo: Callable[[], None],
+    candidate: str = "",
 ) -> Job:
     """Submit and return the job. Where the answer leaves open whether there is one, look for it.
 
-    `recorded` are the jobs that the run is known to have; `clusters` may get the new one. Where there certainly is no
+    `recorded` are the jobs that the run is known to have; `clusters` may get the new one, which is that of `candidate`
+    in a race. Where there certainly is no
     job, the intent is removed and `undo` is called before the error is raised. Otherwise the intent stays, for the next
     call to find the job by.
     """
-    begun = intent.begin(paths, scheduler.name, clusters)
+    begun = intent.begin(paths, scheduler.name, clusters, candidate)
     try:
         request = request_of(begun)
         return scheduler.submit(request)

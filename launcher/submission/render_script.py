@@ -55,12 +55,18 @@ def _one_line(value: object) -> str:
 
 
 def render(
-    spec: RunSpec, topology: Topology, paths: RunPaths, launcher_python: str, source_root: Path | None = None
+    spec: RunSpec,
+    topology: Topology,
+    paths: RunPaths,
+    launcher_python: str,
+    source_root: Path | None = None,
+    *,
+    candidate: str = "",
 ) -> str:
     """Return the batch script of a run.
 
     `launcher_python` starts local ranks, and all of them where no runtime is configured; `source_root` is the copy of
-    the code to put on PYTHONPATH, if the launcher is not installed.
+    the code to put on PYTHONPATH, if the launcher is not installed. `candidate` is the script's own name in a race.
     """
     name = template_name(spec.cluster)
     resources.find("templates", name)  # says where it looked, which Jinja2 does not
@@ -91,6 +97,7 @@ def render(
             gpu_option=option,
             gpu_request=request,
             exit_codes=ExitCode,
+            candidate=candidate,
         )
     except jinja2.TemplateError as error:
         line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
@@ -176,7 +183,7 @@ def python_beside(spec: RunSpec, paths: RunPaths, launcher_python: str) -> tuple
 
     Without a container it is the launcher's own: an environment that has yet to be activated may have none.
     """
-    code = paths.code if paths.code.is_dir() else None
+    code = paths.code if paths.code.is_file() else None
     mounts, runtime = _mounts(spec, paths, code), spec.cluster.runtime
     in_container = runtime.kind in ("pyxis", "apptainer")
     return _srun_args(spec, mounts), _python(spec, mounts, launcher_python) if in_container else [launcher_python]

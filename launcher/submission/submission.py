@@ -34,6 +34,8 @@ class Submission:
     paths: RunPaths
     prediction: Candidate | None
     """Memory and speed of the topology; None without GPUs, or where their kind is not known."""
+    candidate: str = ""
+    """Its name in a race with other clusters or partitions (launcher.contract.race); empty where there is none."""
 
     @property
     def spec(self) -> RunSpec:

@@ -48,7 +48,7 @@ def submit(
     with claimed_directory(submission.paths):
         if not is_unfinished(submission):
             manifest, diff = describe_run(submission.paths.name, submission.topology, command, parent_run)
-            _fill_directory(submission, dataclasses.replace(manifest, group=group), diff)
+            fill_directory(submission, dataclasses.replace(manifest, group=group), diff)
         return start(submission.paths, submission.spec, waits_for)
 
 
@@ -61,7 +61,7 @@ def prepare(submission: Submission, command: Sequence[str], group: str) -> None:
                 f"the submission of run {submission.paths.name} was interrupted; finish or cancel it first"
             )
         manifest, diff = describe_run(submission.paths.name, submission.topology, command, None)
-        _fill_directory(submission, dataclasses.replace(manifest, group=group), diff)
+        fill_directory(submission, dataclasses.replace(manifest, group=group), diff)
 
 
 def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[Dependency] = ()) -> Job:
@@ -81,7 +81,7 @@ def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[Dependency] = ()) 
         scheduler = scheduler_of(spec.cluster.scheduler)
         clusters = scheduler.clusters_of(spec.resources)
         job = submit_once(paths, scheduler, manifest.jobs, clusters, request_of, lambda: remove_secrets(spec, paths))
-    record(paths, job)
+    record(paths, job, begun.candidate if begun is not None else "")
     intent.end(paths)
     return job
 
@@ -113,14 +113,15 @@ def decide_request(
     return request_of
 
 
-def record(paths: RunPaths, job: Job) -> None:
-    """Add a job to the run's manifest and events, unless it is there."""
+def record(paths: RunPaths, job: Job, candidate: str = "") -> None:
+    """Add a job, of a race that of `candidate`, to the run's manifest and events, unless it is there."""
     manifest = read_manifest(paths)
     if job.id not in [known.id for known in manifest.jobs]:
         write_manifest(paths, manifest.with_job(job))
     submitted = (event for event in read_events(paths) if event.get("event") == "submitted")
     if not any(job.id.is_job(event.get("job_id"), event.get("cluster")) for event in submitted):
-        append_event(paths, "submitted", **job_fields(job.id), scheduler=job.id.scheduler)
+        of_race = {"candidate": candidate} if candidate else {}
+        append_event(paths, "submitted", **job_fields(job.id), scheduler=job.id.scheduler, **of_race)
 
 
 def _nodes_to_exclude(spec: RunSpec) -> str | None:
@@ -143,7 +144,7 @@ def _unknown(hosts: Sequence[str], spec: RunSpec) -> list[str]:
     return []
 
 
-def _fill_directory(submission: Submission, manifest: Manifest, diff: str) -> None:
+def fill_directory(submission: Submission, manifest: Manifest, diff: str) -> None:
     """Write the files of a new run. The manifest comes last: it says that all of them are there."""
     script = script_of(submission)
     write_atomic(submission.paths.config, sealed(submission.spec))

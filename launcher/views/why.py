@@ -12,7 +12,9 @@ from launcher.views.timeline import first_step
 
 _TOLD: dict[str, Callable[[JsonObject], str]] = {
     "submitted": lambda event: (
-        f"submitted as {event['scheduler']} job {event['job_id']}" + (" by the run itself" if event.get("by") else "")
+        f"submitted as {event['scheduler']} job {event['job_id']}"
+        + (" by the run itself" if event.get("by") else "")
+        + (f" to {event['candidate']}, if it is the first to start" if event.get("candidate") else "")
     ),
     "attempt_started": lambda event: f"attempt {event['attempt']} started on {event.get('nodes') or event['host']}",
     "training_started": lambda event: f"training began after step {event['step']} of {event['max_steps']}",
@@ -27,6 +29,7 @@ _TOLD: dict[str, Callable[[JsonObject], str]] = {
         "preflight failed on " + ", ".join(str(node["host"]) for node in event.get("nodes", []))
     ),
     "lease_taken_over": lambda event: f"took over the lease of {event['holder']}",
+    "race_won": lambda event: f"job {event['job_id']}, on {event['candidate']}, was the first to start and has the run",
     "lease_refused": lambda event: f"attempt {event['attempt']} refused to start: {event['reason']}",
     "cancelled": lambda event: f"job {event['job_id']} was cancelled by `launcher cancel`",
     "training_finished": lambda event: f"training finished after step {event['step']}",

@@ -63,6 +63,8 @@ class Submitted(Event):
     """The same."""
     token: str = ""
     """Its mark, where the run submitted it itself."""
+    candidate: str = ""
+    """The cluster or partition that it is for, where it is one of several (`submit --first-of`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,17 @@ class LeaseRefused(OfAttempt):
     event: Literal["lease_refused"]
     reason: str
     """Who holds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceWon(OfAttempt):
+    """Of the jobs of `submit --first-of`, this one has started first and has the run."""
+
+    event: Literal["race_won"]
+    job_id: str
+    """Its job."""
+    candidate: str
+    """The cluster or partition that it is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +406,7 @@ EVENTS = (
     AttemptStarted,
     LeaseTakenOver,
     LeaseRefused,
+    RaceWon,
     Prepared,
     PreflightFailed,
     TrainingStarted,

@@ -88,6 +88,9 @@ class Slurm(Scheduler):
         given = _given(resources, "--clusters=")
         return given[0] if given else os.environ.get("SBATCH_CLUSTERS") or os.environ.get("SLURM_CLUSTERS") or ""
 
+    def cluster_at_hand(self) -> str:
+        return commands.local_cluster()
+
     def go_on_as(self, old: JobId, new: JobId) -> None:
         if _option(old.cluster) or _option(new.cluster):
             return  # scontrol changes jobs of the cluster at hand only
