@@ -49,6 +49,8 @@ class CheckedRun:
     """Directory of the run whose lockfile the config is, or whose checkpoint it goes on from."""
     note: str = ""
     """What differs from the time when the lockfile was written."""
+    race: tuple[Submission, ...] = ()
+    """The run on each of several clusters or partitions, where the first to start shall have it."""
 
     @property
     def submissions(self) -> tuple[Submission, ...]:
@@ -101,10 +103,11 @@ class CheckedSweep:
 
 
 def validate(
-    config: Path | str, overrides: Sequence[str] = (), *, cluster: str | None = None
+    config: Path | str, overrides: Sequence[str] = (), *, cluster: str | None = None, first_of: Sequence[str] = ()
 ) -> CheckedRun | CheckedSweep:
     """Check a run's YAML file, or a run's lockfile, with `KEY=VALUE` overrides and perhaps another cluster.
 
+    `first_of` are clusters or partitions, each of which shall get a job of the run; the first to start will have it.
     Raise ConfigError with all that is wrong: nothing was written, and a scheduler was not asked.
     """
     from launcher.submission.lockfile import code_note, is_lockfile, submission_of_lockfile
@@ -114,6 +117,8 @@ def validate(
 
     path = Path(config)
     sweep = read_sweep(path)
+    if first_of:
+        return _race(path, overrides, cluster, first_of, is_one_run=sweep is None and not is_lockfile(path))
     if sweep is not None:
         group, submissions = sweep_submissions(path, sweep, overrides, cluster)
         return CheckedSweep(group=group, submissions=tuple(submissions), sweep=sweep)
@@ -121,3 +126,15 @@ def validate(
         return CheckedRun(submission=make_submission(path, overrides, cluster))
     submission, parent = submission_of_lockfile(path, overrides, cluster)
     return CheckedRun(submission=submission, parent_run=parent, note=code_note(path))
+
+
+def _race(
+    path: Path, overrides: Sequence[str], cluster: str | None, words: Sequence[str], *, is_one_run: bool
+) -> CheckedRun:
+    from launcher.contract.errors import ConfigError
+    from launcher.submission.first_of import candidates
+
+    if not is_one_run:
+        raise ConfigError("--first-of is for the config of a single run, and this one is a sweep or a lock file")
+    found = candidates(path, overrides, cluster, words)
+    return CheckedRun(submission=found[0], race=found)

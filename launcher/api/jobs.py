@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -34,6 +35,8 @@ class SubmittedRun:
     """Whose id it is."""
     cluster: str = ""
     """The cluster that the job was sent to, where Slurm has several; empty for the one at hand."""
+    candidates: dict[str, str] = field(default_factory=dict)
+    """With --first-of, cluster or partition to the id of its job: the first to start has the run. Else empty."""
 
     @property
     def job_id(self) -> JobId:
@@ -113,8 +116,13 @@ def submit(
 
 def submit_run(checked: CheckedRun, command: Sequence[str]) -> SubmittedRun:
     """Submit a run whatever it costs. `command` is what the manifest says it was made by."""
+    from launcher.submission.first_of import submit_first_of
     from launcher.submission.submit import submit as submit_new
 
+    if checked.race:
+        jobs = submit_first_of(checked.race, command, checked.parent_run)
+        first = _submitted(checked.submission.paths, next(iter(jobs.values())))
+        return dataclasses.replace(first, candidates={name: job.id.text for name, job in jobs.items()})
     return _submitted(checked.submission.paths, submit_new(checked.submission, command, checked.parent_run))
 
 

@@ -45,6 +45,11 @@ def add(commands: Subcommands) -> None:
         help="what would change: against the script of RUN, or with --cluster against the config's own cluster",
     )
     submit.add_argument("--yes", action="store_true", help="do not ask before a run above resources.gpu_hour_limit")
+    submit.add_argument(
+        "--first-of",
+        metavar="A,B,...",
+        help="submit to each of these clusters or partitions; the first job to start has the run, the others end",
+    )
     submit.add_argument("--follow", action="store_true", help="show the logs until the run has ended")
 
 
@@ -59,7 +64,9 @@ def _checked(options: argparse.Namespace) -> CheckedRun | CheckedSweep:
     """Return the config with every check behind it."""
     from launcher.api.checked import CheckedRun, validate
 
-    checked = validate(options.config, options.overrides, cluster=options.cluster)
+    words = getattr(options, "first_of", None)
+    first_of = words.split(",") if words else ()
+    checked = validate(options.config, options.overrides, cluster=options.cluster, first_of=first_of)
     if isinstance(checked, CheckedRun) and checked.note:
         print(checked.note, file=sys.stderr)
     return checked
@@ -114,7 +121,8 @@ def _submit_run(options: argparse.Namespace, checked: CheckedRun) -> int:
     if options.json:
         print_json(job)
     else:
-        print(f"{outline(submission)}\n{next_steps(submission, job.job_id)}", flush=True)
+        raced = "".join(f"raced      job {text} on {name}\n" for name, text in job.candidates.items())
+        print(f"{outline(submission)}\n{raced}{next_steps(submission, job.job_id)}", flush=True)
     return follow_run(submission.paths, Choice()) if options.follow else int(ExitCode.OK)
 
 

@@ -4,8 +4,9 @@
     RUN/winner.json          which candidate has won
 
 The job that holds the run's lease decides the race, once and for good: it makes winner.json, which nobody replaces, and
-puts its own config and script in the place of the run's. A job of another candidate that starts all the same, even
-after the winner has ended and its lease is gone, finds the file and does not touch the run.
+puts its own config in the place of the run's. Later jobs of the run start from the winner's script. A job of another
+candidate that starts all the same, even after the winner has ended and its lease is gone, finds the file and does not
+touch the run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launcher.contract.errors import RunStateError
 from launcher.contract.rundir import JsonObject, RunPaths, read_json, sync_path, write_atomic
@@ -52,12 +54,16 @@ def decide(paths: RunPaths, candidate: str, job_id: str) -> str:
 
 
 def install(paths: RunPaths, candidate: str) -> None:
-    """Put the winner's config and script in the place of the run's. The caller holds the run's lease."""
-    own = candidate_paths(paths, candidate)
-    for source, target, mode in ((own.config, paths.config, None), (own.script, paths.script, 0o755)):
-        text = source.read_text(encoding="utf-8")
-        if text != target.read_text(encoding="utf-8"):
-            write_atomic(target, text, mode=mode)
+    """Put the winner's config in the place of the run's. The caller holds the run's lease."""
+    text = candidate_paths(paths, candidate).config.read_text(encoding="utf-8")
+    if text != paths.config.read_text(encoding="utf-8"):
+        write_atomic(paths.config, text)
+
+
+def script_of(paths: RunPaths) -> Path:
+    """Return the script by which a run goes on: its own, or that of the candidate that has won its race."""
+    won = winner(paths)
+    return paths.script if won is None else candidate_paths(paths, won).script
 
 
 def entries(events: Sequence[Mapping[str, object]]) -> dict[str, JsonObject]:

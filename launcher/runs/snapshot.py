@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,21 +114,21 @@ def _without_losers(
     if not candidates:
         return manifest, list(events), ()
 
-    def is_of(job: Job, event: JsonObject) -> bool:
-        return job.id.is_job(event["job_id"], event.get("cluster", ""))
+    def others(left_out: Collection[JsonObject]) -> tuple[Manifest, list[JsonObject]]:
+        names = [(event["job_id"], event.get("cluster", "")) for event in left_out]
+        jobs = tuple(job for job in manifest.jobs if not any(job.id.is_job(*name) for name in names))
+        told = [event for event in events if (event.get("job_id"), event.get("cluster", "")) not in names]
+        return dataclasses.replace(manifest, jobs=jobs), told
 
     won = race.winner(paths)
     if won is not None:
-        lost = [event for name, event in candidates.items() if name != won]
-        jobs = [job for job in manifest.jobs if not any(is_of(job, event) for event in lost)]
-        about = [(event["job_id"], event.get("cluster", "")) for event in lost]
-        others = [event for event in events if (event.get("job_id"), event.get("cluster", "")) not in about]
-        return dataclasses.replace(manifest, jobs=tuple(jobs)), others, ()
+        return *others([event for name, event in candidates.items() if name != won]), ()
     submitted = [event for event in events if event.get("event") == "submitted"]
     if not submitted[-1].get("candidate"):  # none of them started, and the run was submitted again
         return manifest, list(events), ()
-    of_race = [job for job in manifest.jobs if any(is_of(job, event) for event in candidates.values())]
-    return dataclasses.replace(manifest, jobs=tuple(of_race[:1])), list(events), tuple(of_race[1:])
+    behind = list(candidates.values())[1:]
+    rivals = [job for job in manifest.jobs if any(job.id.is_job(e["job_id"], e.get("cluster", "")) for e in behind)]
+    return *others(behind), tuple(rivals)
 
 
 def _starts_attempt(event: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.contract import race, resources
 from launcher.contract.arrival import arrival
+from launcher.contract.config.cluster_file import load_cluster
 from launcher.contract.errors import ConfigError, LauncherError, SchedulerError
 from launcher.contract.job import Job
 from launcher.contract.manifest import describe_run, read_manifest
@@ -40,6 +41,14 @@ def candidates(
     if bad or len(set(names)) < len(names) or len(names) < 2:
         raise ConfigError(f"--first-of {','.join(names)}: name two or more clusters or partitions, each once")
     known = {path.stem for folder in resources.search_path("cluster_configs") for path in folder.glob("*.yaml")}
+    hosts = {name: load_cluster(name).host for name in names if name in known and arrival() is None}
+    far = [
+        f"--first-of {name}: it is reached by ssh to {host}, and all must be of one site"
+        for name, host in hosts.items()
+        if host
+    ]
+    if far:
+        raise ConfigError(far)
     found = [
         make_submission(config, overrides, name)
         if name in known
@@ -58,8 +67,6 @@ def _difference(first: Submission, other: Submission) -> str | None:
     spec, cluster = other.spec, other.spec.cluster
     if not CAPABILITIES[cluster.scheduler].allocates_nodes:
         return f"cluster {cluster.name} has no queue, so its job would always start first"
-    if cluster.host is not None and arrival() is None:
-        return f"cluster {cluster.name} is reached by ssh to {cluster.host}; the candidates must share a file system"
     if _run_of(spec, first.spec) != first.spec or spec.run_root != first.spec.run_root:
         return (
             f"its cluster file changes more of the run than {first.candidate}'s: only cluster and resources may differ"

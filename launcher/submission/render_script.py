@@ -20,6 +20,7 @@ import jinja2
 from launcher.contract import resources
 from launcher.contract.errors import TemplateError
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.race import candidate_paths
 from launcher.contract.rundir import RunPaths
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import ClusterSpec, RunSpec
@@ -76,6 +77,7 @@ def render(
         template = _environment().get_template(name)
         return template.render(
             run=paths,
+            script=str((candidate_paths(paths, candidate) if candidate else paths).script.relative_to(paths.root)),
             cluster=spec.cluster,
             runtime=spec.cluster.runtime,
             resources=spec.resources,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from launcher.contract import race
 from launcher.contract.errors import RunStateError, SchedulerError
 from launcher.contract.job import Job, job_fields
 from launcher.contract.manifest import Manifest, describe_run, read_manifest, write_manifest
@@ -76,7 +77,7 @@ def start(paths: RunPaths, spec: RunSpec, waits_for: Sequence[Dependency] = ()) 
         check_unchanged(paths, manifest.digests)
         aside = paths.root / "submitit"
         aside.mkdir(exist_ok=True)
-        request_of = decide_request(manifest.name, paths.script, aside, spec, waits_for)
+        request_of = decide_request(manifest.name, race.script_of(paths), aside, spec, waits_for)
         write_secrets(spec, paths)
         scheduler = scheduler_of(spec.cluster.scheduler)
         clusters = scheduler.clusters_of(spec.resources)

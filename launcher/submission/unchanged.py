@@ -18,7 +18,8 @@ from launcher.submission.lockfile import read_lockfile
 
 def digests(paths: RunPaths) -> dict[str, str]:
     """Return file -> SHA-256 of those files that are there."""
-    files = (file for file in (paths.script, paths.code) if file.is_file())
+    of_race = sorted(paths.candidates.glob(f"*/{paths.script.name}"))
+    files = (file for file in (paths.script, *of_race, paths.code) if file.is_file())
     return {str(file.relative_to(paths.root)): _sha256(file) for file in files}
 
 

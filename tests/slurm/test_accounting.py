@@ -72,7 +72,10 @@ def test_usage_is_what_sacct_says(slurm_with_accounting: SlurmCluster, tmp_path:
     def all_ended() -> bool:
         return len(by_sacct()) == 4 and all(use["cause"] != "running" for use in told()["attempts"])
 
-    wait_until(all_ended, "sacct to know all ends", timeout=60, interval=1)
+    try:
+        wait_until(all_ended, "sacct to know all ends", timeout=60, interval=1)
+    except TimeoutError as late:
+        raise AssertionError(f"{late}\n{by_sacct()}\n{told()}") from None
     usage, seconds = told(), sum(seconds for _, seconds in by_sacct())
     assert seconds > 0
     assert usage["total"]["gpu_hours"] == pytest.approx(GPUS * seconds / 3600)

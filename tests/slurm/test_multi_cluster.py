@@ -59,6 +59,7 @@ def test_run_on_another_cluster(slurm_with_accounting: SlurmCluster, other: Slur
     bench.wait_for_state(run, "CANCELLED")
     _environment_names_the_cluster(bench, other, tmp_path)
     _goes_on_as_a_new_job_there(bench, other, tmp_path)
+    _races_with_a_job_there(bench, other, tmp_path)
 
 
 def _goes_on_as_a_new_job_there(bench: Workbench, other: SlurmCluster, tmp_path: Path) -> None:
@@ -73,6 +74,23 @@ def _goes_on_as_a_new_job_there(bench: Workbench, other: SlurmCluster, tmp_path:
     bench.wait_for_state(run, "COMPLETED")
     assert [event["cluster"] for event in events(run, "submitted")] == [there, there]
     assert [event["cluster"] for event in events(run, "attempt_started")] == [there, there]
+
+
+def _races_with_a_job_there(bench: Workbench, other: SlurmCluster, tmp_path: Path) -> None:
+    """This cluster is full, so the other one has the run, and its job ends the one that waits here."""
+    home = tmp_path / "home" / "cluster_configs"
+    home.mkdir(parents=True)
+    for name, cluster in (("here", bench.cluster), ("there", other)):
+        sent = f"resources: {{extra_sbatch: [--clusters={cluster.layout.cluster_name}]}}"
+        (home / f"{name}.yaml").write_text(f"scheduler: slurm\nruntime: {{python: {tmp_path}/python}}\n{sent}\n")
+    bench.cluster.run(["sbatch", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 300"])
+    words = ["submit", str(bench.config), "name=raced", *ALONE, "--first-of=here,there"]
+    bench.launcher(*words, env={"SFT_LAUNCHER_HOME": str(home.parent)})
+    run = bench.run_paths("raced")
+    bench.wait_for_state(run, "COMPLETED")
+    assert [event["cluster"] for event in events(run, "attempt_started")] == [other.layout.cluster_name] * 2
+    assert jobs_on(bench.cluster, "raced") == {}
+    assert bench.status(run)["cluster"] == other.layout.cluster_name
 
 
 def _environment_names_the_cluster(bench: Workbench, other: SlurmCluster, tmp_path: Path) -> None:
