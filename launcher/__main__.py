@@ -24,6 +24,7 @@ from launcher.commands import (
     status,
     submit,
     sweep,
+    top,
     usage,
 )
 from launcher.commands.arguments import Handler, command, json_text
@@ -113,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for family in (
-        *(submit, prepare, init, plan, status, logs, beside, usage, resubmit),
+        *(submit, prepare, init, plan, status, logs, top, beside, usage, resubmit),
         *(sweep, nodes, cluster, import_config, report),
     ):
         family.add(commands)

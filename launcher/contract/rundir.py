@@ -310,12 +310,12 @@ def read_lines(path: Path) -> Iterator[JsonObject]:
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            record = _record(line)
+            record = record_in(line)
             if record is not None:
                 yield record
 
 
-def _record(line: str) -> JsonObject | None:
+def record_in(line: str) -> JsonObject | None:
     """Return the JSON object in a line, or the last one where it was glued to torn ones, or None."""
     begins = (0, line.rfind('{"time"'), line.rfind('{"step"'))  # as lines of events and metrics begin
     for begin in (place for place in begins if place >= 0):

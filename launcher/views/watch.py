@@ -14,7 +14,7 @@ from launcher.runs.state import RunStatus
 from launcher.views.status_table import status_table
 
 _SECONDS = 5.0
-_COLOURS = {
+COLOURS = {
     JobState.RUNNING: "green",
     JobState.COMPLETED: "bold green",
     JobState.FAILED: "bold red",
@@ -65,7 +65,7 @@ def _screen() -> Iterator[Show]:
 
         def redraw(rows: Sequence[RunStatus], problem: str | None) -> None:
             text = Text(_text(rows, problem, shutil.get_terminal_size().columns), no_wrap=True)
-            for state, colour in _COLOURS.items():
+            for state, colour in COLOURS.items():
                 text.highlight_regex(rf"(?m)^\S+\s+{state.value}\b", colour)
             live.update(text, refresh=True)
 
