@@ -64,6 +64,10 @@ class CheckedRun:
 
         return script_of(self.submission)
 
+    def each(self) -> tuple[CheckedRun, ...]:
+        """Return the run on each cluster or partition of its race, or itself where there is none."""
+        return tuple(CheckedRun(submission=one) for one in self.race) or (self,)
+
     def expected_start(self) -> str:
         """Ask the scheduler when and where the job would start, and submit nothing."""
         from launcher.scheduler.factory import scheduler_of

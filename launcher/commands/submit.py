@@ -112,10 +112,14 @@ def _submit_run(options: argparse.Namespace, checked: CheckedRun) -> int:
 
     submission = checked.submission
     if options.dry_run:
-        print(f"{summary(submission)}\n\n{checked.script}", end="")
+        scripts = "\n".join(one.script for one in checked.each())
+        print(f"{summary(submission)}\n\n{scripts}", end="")
         return int(ExitCode.OK)
     if options.test_only:
-        print(f"{summary(submission)}\nstart      {checked.expected_start()}")
+        print(summary(submission))
+        for one in checked.each():
+            on = f"{one.submission.candidate}: " if one.submission.candidate else ""
+            print(f"start      {on}{one.expected_start()}")
         return int(ExitCode.OK)
     job = submit(checked, accept_cost=_accepted(checked, options.yes), command=options.command_line)
     if options.json:

@@ -102,6 +102,15 @@ def _start(candidate: str, job: str, won: list[str]) -> None:
         won.append(candidate)
 
 
+def test_a_look_at_all_of_them(paper: type[Paper], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SUBMIT, "--dry-run"]) == 0
+    scripts = capsys.readouterr().out
+    assert ("--candidate fast" in scripts, "--candidate large" in scripts) == (True, True)
+    assert main([*SUBMIT, "--test-only"]) == 0
+    assert capsys.readouterr().out.endswith("start      fast: not known\nstart      large: not known\n")
+    assert not Path("runs").exists()
+
+
 def test_cancel_and_resubmit_before_anything_started(paper: type[Paper], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(SUBMIT) == 0
     assert main(["resubmit", "first"]) == ExitCode.CONFLICT
