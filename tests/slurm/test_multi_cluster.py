@@ -88,7 +88,7 @@ def _races_with_a_job_there(bench: Workbench, other: SlurmCluster, tmp_path: Pat
     bench.launcher(*words, env={"SFT_LAUNCHER_HOME": str(home.parent)})
     run = bench.run_paths("raced")
     bench.wait_for_state(run, "COMPLETED")
-    assert [event["cluster"] for event in events(run, "attempt_started")] == [other.layout.cluster_name] * 2
+    assert [event["cluster"] for event in events(run, "attempt_started")] == [other.layout.cluster_name]
     assert jobs_on(bench.cluster, "raced") == {}
     assert bench.status(run)["cluster"] == other.layout.cluster_name
 
