@@ -99,6 +99,7 @@ def test_another_folder_and_none(run: RunPaths, tmp_path: Path) -> None:
     assert not run.prometheus.exists()
 
 
+@pytest.mark.handmade_records
 def test_an_attempt_begins_and_ends_in_it(run: RunPaths, tmp_path: Path) -> None:
     run.config.write_text(sealed(spec_of(run, "true")))
     words = [str(run.root), "--attempt=local-1", "--job-id=7", "--pid=1"]

@@ -96,6 +96,7 @@ def test_screen_fits(size: tuple[int, int], chosen: int) -> None:
         assert "no answer" in rows[-2]
 
 
+@pytest.mark.handmade_records
 def test_what_is_known_of_runs(tmp_path: Path) -> None:
     """Those at work first, then those that wait, then those that have ended, the newest first."""
     rows = []
