@@ -49,13 +49,14 @@ def flash4_takes(head_dim: int) -> bool:
 
 
 @functools.cache
-def flash4_trains_sinks() -> bool:
-    """Return whether the installed flash-attn-4 gives sinks a gradient. Earlier versions take them and give none."""
+def flash4_has_gradients_of(option: Literal["learnable_sink", "softcap"]) -> bool:
+    """Return whether the backward pass of the installed flash-attn-4 knows this option. That of early versions ignores
+    what their forward pass takes."""
     if not has_flash4():
         return False
     from flash_attn.cute import interface  # an optional package that takes seconds to import
 
-    return "learnable_sink" in inspect.signature(interface._flash_attn_bwd).parameters
+    return option in inspect.signature(interface._flash_attn_bwd).parameters
 
 
 def has_flash4() -> bool:
@@ -96,6 +97,7 @@ def flash(
     key_offsets: Tensor | None = None,
     longest_key: int | None = None,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return the causal attention of each packed sequence, [t, heads, dim], in the inputs' type (bf16 or fp16).
 
@@ -103,11 +105,13 @@ def flash(
     [sequences + 1]), `longest` the length of the longest; `scale` None means 1 / sqrt(dim). With a `window` a query
     sees that many positions at most, its own included. With `key_offsets` and `longest_key` a sequence may have more
     keys than queries (context parallelism): its queries are then the last of its positions. `sinks` [heads] are one
-    more entry of each head's softmax (sft.kernels.sinks).
+    more entry of each head's softmax (sft.kernels.sinks). With a `softcap` c, which flash4 alone has, scores s are
+    c * tanh(s / c).
     """
     keys = (offsets, longest) if key_offsets is None or longest_key is None else (key_offsets, longest_key)
     if kernel == "flash4":
-        return _flash4()(query, key, value, offsets, longest, *keys, scale, window, sinks)
+        return _flash4()(query, key, value, offsets, longest, *keys, scale, window, sinks, softcap)
+    assert softcap is None, "FlashAttention-2, as torch has it, caps no scores"
     context: Tensor = _Flash.apply(query, key, value, offsets, longest, *keys, scale, window, sinks)
     return context
 
@@ -130,8 +134,10 @@ def _flash4() -> Callable[..., Tensor]:
         scale: float | None,
         window: int | None,
         sinks: Tensor | None,
+        softcap: float | None,
     ) -> Tensor:
-        own = {} if sinks is None else {"learnable_sink": sinks}
+        own: dict[str, object] = {} if sinks is None else {"learnable_sink": sinks}
+        own |= {} if softcap is None else {"softcap": softcap}
         context: Tensor = flash_attn_varlen_func(
             query, key, value,
             cu_seqlens_q=offsets, cu_seqlens_k=key_offsets, max_seqlen_q=longest, max_seqlen_k=longest_key,

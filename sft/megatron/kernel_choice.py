@@ -64,8 +64,9 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
         or spec.topology.context_parallel > 1
         or _is_windowed(architecture, spec.data.seq_length)
         or _has_sinks(architecture)
+        or _is_capped(architecture)
     )
-    by_kernel = by_offsets and not _is_capped(architecture)
+    by_kernel = by_offsets and (kernel == "flash4" or not _is_capped(architecture))
     broken = attention.broken_flash4() if by_kernel and spec.train.attention == "auto" else None
     text = f"{kernel} (flash-attn-4 cannot be imported: {broken})" if broken else kernel
     return replace(common, attention=kernel, attention_text=text if by_kernel else "torch's")
@@ -103,20 +104,24 @@ def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Ker
             f"train.attention flash4 takes heads of 32, 64, 96 or 128; this model's are {head_dim}, whose gradients it "
             "gets wrong on Hopper; set it to auto"
         )
-    if chosen == "flash4" and _is_capped(architecture):
+    lacking = _without_gradients(architecture)
+    if chosen == "flash4" and lacking is not None:
         raise ModelError(
-            "train.attention flash4 is not used for scores that are capped by tanh, as all of this model's are; set "
-            "it to auto"
-        )
-    without_sinks = _has_sinks(architecture) and not attention.flash4_trains_sinks()
-    if chosen == "flash4" and without_sinks:
-        raise ModelError(
-            "train.attention flash4: the installed flash-attn-4 gives this model's trained sinks no gradient; install "
-            "version 4.0.0b36 or newer, or set it to auto"
+            f"train.attention flash4: the installed flash-attn-4 has no gradients of {lacking}; install version "
+            "4.0.0b36 or newer, or set it to auto"
         )
     if chosen == "auto":
-        return "flash2" if without_sinks else attention.fastest_kernel(head_dim)
+        return attention.fastest_kernel(head_dim) if lacking is None else "flash2"
     return chosen
+
+
+def _without_gradients(architecture: Architecture) -> str | None:
+    """Return what of this model's attention the installed flash-attn-4 computes forward alone, or None."""
+    if _is_capped(architecture) and not attention.flash4_has_gradients_of("softcap"):
+        return "scores that are capped by tanh, as all of this model's are"
+    if _has_sinks(architecture) and not attention.flash4_has_gradients_of("learnable_sink"):
+        return "this model's trained sinks"
+    return None
 
 
 def _linear_attention(

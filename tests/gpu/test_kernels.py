@@ -250,8 +250,8 @@ def test_packed_attention_with_sinks(
     heads: tuple[int, int], dim: int, window: int | None, kernel_name: attention.Kernel
 ) -> None:
     """Those of gpt-oss, of which some take most of a row's sum. Gradients are those of the sinks, too."""
-    if kernel_name == "flash4" and not attention.has_flash4():
-        pytest.skip("flash-attn-4 is not installed")
+    if kernel_name == "flash4" and not attention.flash4_has_gradients_of("learnable_sink"):
+        pytest.skip("flash-attn-4 is not installed, or a version without them")
     lengths = [700, 130, 64, 37, 1]
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
 
@@ -266,6 +266,33 @@ def test_packed_attention_with_sinks(
     shapes = [(sum(lengths), count, dim) for count in (heads[0], heads[1], heads[1])]
     inputs = [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     assert_equal(kernel, plain, [*inputs, 3 * drawn(heads[0])])
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # from within flash-attn-4's compiler
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "dim"), [((32, 16), 128), ((8, 2), 64)])
+@pytest.mark.parametrize("softcap", [50.0, 1.0])
+def test_packed_attention_with_capped_scores(
+    softcap: float, heads: tuple[int, int], dim: int, window: int | None
+) -> None:
+    """Those of Gemma 2 27B, and a cap that most scores are near."""
+    if not attention.flash4_has_gradients_of("softcap"):
+        pytest.skip("flash-attn-4 is not installed, or a version without them")
+    lengths = [700, 130, 64, 37, 1]
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = [tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)]
+        attended = [
+            attention_in_blocks(*part, cap=softcap, window=window, scale=0.2) for part in zip(*parts, strict=True)
+        ]
+        return torch.cat(attended, dim=1).transpose(0, 1)
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention.flash(query, key, value, offsets, max(lengths), 0.2, "flash4", window=window, softcap=softcap)
+
+    shapes = [(sum(lengths), count, dim) for count in (heads[0], heads[1], heads[1])]
+    assert_equal(kernel, plain, [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)], tolerance=1e-2)
 
 
 def test_products_are_added_in_fp32() -> None:

@@ -131,7 +131,8 @@ class TrainSpec:
     attention: Literal["auto", "flash2", "flash4"] = "auto"
     """Attention kernel of fused layers on a GPU, for packed rows and rows longer than a sliding window. flash2: the one
     in torch; flash4: the package flash-attn-4, for Hopper and Blackwell and heads of 32, 64, 96 or 128; auto: flash4
-    where it is installed and works, and `deterministic` is off. Capped scores (Gemma 2) are computed without either."""
+    where it is installed and works, and `deterministic` is off. Capped scores (Gemma 2) are computed by flash4 or by
+    none, and those of gpt-oss with their sinks by either."""
     linear_attention: Literal["auto", "torch", "fla"] = "auto"
     """Kernels of linear attention (Qwen3-Next, Qwen3.5). torch: its own operations, in chunks; fla: the package
     flash-linear-attention, on a GPU and not in fp32; auto: fla where it is installed and works, and `deterministic` is

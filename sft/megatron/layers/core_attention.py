@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,11 @@ from sft.megatron.core import (
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.parallel.context import SharedRows, gather_rows
 from sft.megatron.parallel.documents import Rows
+
+
+class _Special(TypedDict):
+    sinks: Tensor | None
+    softcap: float | None
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
@@ -99,15 +104,22 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
             return self._one_by_one(query, key, value, lengths, lengths).flatten(1)
 
+    @property
+    def _special(self) -> _Special:
+        """What kernels are told of this layer's softmax."""
+        return {"sinks": self.sinks, "softcap": self._softcap}
+
     def _has_kernel(self, query: Tensor) -> bool:
         """Return whether a kernel for many sequences can be used: they need half precision and have no dropout."""
         half = query.dtype in (torch.bfloat16, torch.float16)
-        return query.is_cuda and half and not (self.training and self._dropout) and self._softcap is None
+        capped = self._softcap is not None and self._kernel != "flash4"
+        return query.is_cuda and half and not (self.training and self._dropout) and not capped
 
     def _rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return the context of rows of one sequence each, [s, b, heads, dim], from tensors of that shape."""
         windowed = self._window is not None and self._window < len(key)
-        if (windowed or self.sinks is not None) and len(query) > 1 and self._has_kernel(query):
+        special = windowed or self.sinks is not None or self._softcap is not None
+        if special and len(query) > 1 and self._has_kernel(query):
             return self._rows_by_offsets(query, key, value)
         # [b, heads, s, dim]
         with self._own_stream():
@@ -115,7 +127,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return context.permute(2, 0, 1, 3)
 
     def _rows_by_offsets(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return what `_rows` does, by a kernel for many sequences: no other of torch's has windows or gives sums."""
+        """Return what `_rows` does, by a kernel for many sequences: no other has windows, caps, or gives sums."""
         rows = query.size(1)
         offsets, key_offsets = (
             torch.arange(rows + 1, dtype=torch.int32, device=query.device) * len(tensor) for tensor in (query, key)
@@ -123,7 +135,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         queries, keys, values = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         context = attention.flash(
             queries, keys, values, offsets, len(query), self._scale, self._kernel,
-            window=self._window, key_offsets=key_offsets, longest_key=len(key), sinks=self.sinks,
+            window=self._window, key_offsets=key_offsets, longest_key=len(key), **self._special,
         )  # fmt: skip
         return context.view(rows, len(query), *context.shape[1:]).transpose(0, 1)
 
@@ -145,7 +157,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         queries, keys, values = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         context = attention.flash(
             queries, keys, values, part.query_offsets, max(part.query_lengths), self._scale, self._kernel,
-            window=self._window, key_offsets=part.key_offsets, longest_key=max(part.key_lengths), sinks=self.sinks,
+            window=self._window, key_offsets=part.key_offsets, longest_key=max(part.key_lengths), **self._special,
         )  # fmt: skip
         return context.view(rows, length, *context.shape[1:]).transpose(0, 1)
 

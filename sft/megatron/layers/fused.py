@@ -145,7 +145,7 @@ class FusedCoreAttention(CoreAttention):
             return self._causal(*rows).transpose(1, 2).flatten(0, 1)
         return attention.flash(
             query, key, value, packed.cu_seqlens_q, longest, self._scale, self._kernel,
-            window=window, sinks=self.sinks,
+            window=window, **self._special,
         )  # fmt: skip
 
 

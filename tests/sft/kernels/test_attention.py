@@ -63,8 +63,9 @@ def test_asked_for_by_name_it_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_capped_scores_go_to_no_kernel(tmp_path: Path) -> None:
-    """Where one is asked for by name, that is said; else the run's log does not name one."""
+def test_capped_scores_go_to_flash4_or_to_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is asked for by name and has no gradients of them, that is said; else the run's log names none."""
+    monkeypatch.setattr(attention, "flash4_has_gradients_of", lambda option: option != "softcap")
     spec = run_spec(save_config("gemma2", tmp_path), 1)
     spec = dataclasses.replace(
         spec,
@@ -75,9 +76,14 @@ def test_capped_scores_go_to_no_kernel(tmp_path: Path) -> None:
     shape = dataclasses.replace(architecture.shape, head_dim=128)
     architecture = dataclasses.replace(architecture, shape=shape)
     assert "attention torch's" in choose_kernels(spec, architecture, on_gpu=True).describe()
-    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, attention="flash4"))
-    with pytest.raises(ModelError, match="flash4 is not used for scores that are capped by tanh"):
-        attention_kernel(spec, architecture)
+    by_name = dataclasses.replace(spec, train=dataclasses.replace(spec.train, attention="flash4"))
+    with pytest.raises(ModelError, match="has no gradients of scores that are capped by tanh"):
+        attention_kernel(by_name, architecture)
+    monkeypatch.setattr(attention, "flash4_has_gradients_of", lambda option: option == "softcap")
+    assert attention_kernel(by_name, architecture) == "flash4"
+    unpacked = dataclasses.replace(spec, data=dataclasses.replace(spec.data, packing=False, seq_length=8))
+    for each in (spec, unpacked):
+        assert "attention flash4" in choose_kernels(each, architecture, on_gpu=True).describe()
 
 
 @pytest.mark.usefixtures("hopper")
@@ -120,9 +126,9 @@ def test_sinks_go_to_flash4_where_it_trains_them(tmp_path: Path, monkeypatch: py
     spec = run_spec(save_config("gpt_oss", tmp_path, head_dim=64), 1)
     by_name = dataclasses.replace(spec, train=dataclasses.replace(spec.train, attention="flash4"))
     architecture = read_architecture(tmp_path)
-    monkeypatch.setattr(attention, "flash4_trains_sinks", lambda: True)
+    monkeypatch.setattr(attention, "flash4_has_gradients_of", lambda option: option == "learnable_sink")
     assert attention_kernel(spec, architecture) == attention_kernel(by_name, architecture) == "flash4"
-    monkeypatch.setattr(attention, "flash4_trains_sinks", lambda: False)
+    monkeypatch.setattr(attention, "flash4_has_gradients_of", lambda option: option != "learnable_sink")
     assert attention_kernel(spec, architecture) == "flash2"
-    with pytest.raises(ModelError, match="trained sinks no gradient"):
+    with pytest.raises(ModelError, match="no gradients of this model's trained sinks"):
         attention_kernel(by_name, architecture)
