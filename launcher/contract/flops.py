@@ -115,22 +115,19 @@ def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int, lora
     adapted = lora.rank is not None
     products = tokens * (4 * weights + 6 * active_adapters(shape, lora) if adapted else 6 * weights)
     in_window = min(squared_lengths, round(tokens * _in_window(shape, squared_lengths / tokens))) if tokens else 0
-    linear = len(shape.linear_layers)
-    everywhere = shape.num_layers - shape.windowed_layers - linear
-    squares = everywhere * squared_lengths + shape.windowed_layers * in_window
+    linear, windowed = len(shape.linear_layers), len(shape.windowed_layers)
+    squares = (shape.num_layers - windowed - linear) * squared_lengths + windowed * in_window
     products += linear * tokens * linear_attention_flops(shape)
     return products + 6 * shape.num_attention_heads * shape.head_dim * squares
 
 
 def layer_operations(shape: ModelShape, length: int) -> list[int]:
-    """Return the operations a token of forward and backward pass in each layer, for examples of `length` tokens.
-
-    Attention counts in every layer that has it as in the mean of them, with and without a window.
-    """
-    attention = round(6 * shape.num_attention_heads * shape.head_dim * mean_attended(shape, length))
+    """Return the operations a token of forward and backward pass in each layer, for examples of `length` tokens."""
     found = []
     for index in range(shape.num_layers):
         linear, dense = index in shape.linear_layers, index in shape.dense_layers
+        attended = _in_window(shape, length) if index in shape.windowed_layers else length
+        attention = round(6 * shape.num_attention_heads * shape.head_dim * attended)
         products = 6 * layer_matmul_parameters(shape, active=not dense, dense=dense, linear=linear)
         found.append(products + (linear_attention_flops(shape) if linear else attention))
     return found
@@ -153,7 +150,7 @@ def mean_attended(shape: ModelShape, length: float) -> float:
     Layers with linear attention are left out.
     """
     layers = shape.num_layers - len(shape.linear_layers)
-    return length + (_in_window(shape, length) - length) * shape.windowed_layers / layers
+    return length + (_in_window(shape, length) - length) * len(shape.windowed_layers) / layers
 
 
 def _in_window(shape: ModelShape, length: float) -> float:

@@ -96,8 +96,8 @@ class ModelShape:
     """Those layers, counted from 0."""
     window: int | None = None
     """Positions that a token sees in layers with a sliding window, itself included."""
-    windowed_layers: int = 0
-    """Layers that have the window."""
+    windowed_layers: tuple[int, ...] = ()
+    """Layers that have the window, counted from 0."""
 
     @property
     def active_ffn_size(self) -> int:
@@ -125,6 +125,7 @@ class ModelShape:
         if missing:
             raise ModelError(f"{where}: no integer {', '.join(missing)}; is this a decoder-only model's config?")
         heads: int = config["num_attention_heads"]
+        window, windowed = _windows(config, model_type)
         return cls(
             model_type=model_type,
             num_layers=config["num_hidden_layers"],
@@ -141,7 +142,8 @@ class ModelShape:
             qk_norm=model_type in _QK_NORM or bool(config.get("use_qk_norm")),
             width_norm=model_type in _WIDTH_NORM,
             **read_linear_layers(config, model_type, config["num_hidden_layers"], where),
-            **_windows(config, model_type),
+            window=window,
+            windowed_layers=windowed,
             **_expert_sizes(config),
             weighted_shared_expert="shared_expert_intermediate_size" in config,
             dense_layers=_dense_layers(config),
@@ -157,26 +159,27 @@ def language_model_config(config: HfConfig) -> HfConfig:
     return {**_LANGUAGE_MODELS.get(str(config.get("model_type")), {}), **text, **above}
 
 
-def _windows(config: HfConfig, model_type: str) -> dict[str, Any]:
-    """Return the window and how many layers have it, or nothing."""
-    layers: int = config["num_hidden_layers"]
+def _windows(config: HfConfig, model_type: str) -> tuple[int | None, tuple[int, ...]]:
+    """Return the window and which layers have it. None and () where no layer has one."""
+    layers = range(config["num_hidden_layers"])
     interval = _WINDOW_IN_ALL_BUT_EACH.get(model_type)
     window = config.get("sliding_window", 4096 if interval else None)
     if not isinstance(window, int):
-        return {}
-    kinds = config.get("layer_types")
+        return None, ()
+    kinds, bound = config.get("layer_types"), config.get("max_window_layers", 28)
+    used = bool(config.get("use_sliding_window"))
     if model_type in _WINDOW_IN_ALL:
-        count = layers
+        found = list(layers)
     elif isinstance(kinds, list):
-        count = kinds[:layers].count("sliding_attention")
+        found = [layer for layer, kind in zip(layers, kinds, strict=False) if kind == "sliding_attention"]
     elif model_type == "qwen2_moe":
-        below = min(layers, config.get("max_window_layers", 28))
-        count = -(-below // 2) if config.get("use_sliding_window") else 0
+        found = [layer for layer in layers if used and layer < bound and layer % 2 == 0]
     elif interval:
-        count = layers - layers // (config.get("sliding_window_pattern") or interval)
+        each = config.get("sliding_window_pattern") or interval
+        found = [layer for layer in layers if (layer + 1) % each]
     else:
-        count = max(layers - config.get("max_window_layers", 28), 0) if config.get("use_sliding_window") else 0
-    return {"window": window, "windowed_layers": count} if count else {}
+        found = [layer for layer in layers if used and layer >= bound]
+    return (window, tuple(found)) if found else (None, ())
 
 
 def _expert_sizes(config: HfConfig) -> dict[str, int]:

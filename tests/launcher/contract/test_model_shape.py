@@ -32,20 +32,20 @@ def test_embeddings_tied_where_the_config_does_not_say(model_type: str, tied: bo
 @pytest.mark.parametrize(
     ("config", "windowed"),
     [
-        ({"model_type": "mistral", "sliding_window": 32}, 4),
-        ({"model_type": "mistral", "sliding_window": None}, 0),
-        ({"model_type": "llama", "sliding_window": 32}, 0),
-        ({"model_type": "gemma2"}, 2),
-        ({"model_type": "gemma3_text"}, 4),
-        ({"model_type": "gemma3_text", "sliding_window_pattern": 2}, 2),
-        ({"model_type": "gemma3_text", "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, 1),
-        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 3}, 1),
-        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False, "max_window_layers": 3}, 0),
+        ({"model_type": "mistral", "sliding_window": 32}, (0, 1, 2, 3)),
+        ({"model_type": "mistral", "sliding_window": None}, ()),
+        ({"model_type": "llama", "sliding_window": 32}, ()),
+        ({"model_type": "gemma2"}, (0, 2)),
+        ({"model_type": "gemma3_text"}, (0, 1, 2, 3)),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 2}, (0, 2)),
+        ({"model_type": "gemma3_text", "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, (3,)),
+        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 3}, (3,)),
+        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False, "max_window_layers": 3}, ()),
     ],
 )
-def test_layers_with_a_window(config: dict[str, object], windowed: int) -> None:
+def test_layers_with_a_window(config: dict[str, object], windowed: tuple[int, ...]) -> None:
     shape = ModelShape.from_config({**MODEL, **config}, "here")
-    assert (shape.windowed_layers, shape.window is None) == (windowed, windowed == 0)
+    assert (shape.windowed_layers, shape.window is None) == (windowed, not windowed)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,13 @@ def test_recomputed_layers_and_long_rows_make_the_output_layer_cheaper() -> None
     assert costs == sorted(costs)
 
 
+def test_layers_with_a_window_cost_less_in_long_rows() -> None:
+    """Of a model whose first half sees 4,096 positions, that half has more layers."""
+    windowed = dataclasses.replace(named_model_shape("8b"), window=4096, windowed_layers=tuple(range(16)))
+    assert balanced_split(spec(2), windowed) == balanced_split(spec(2), named_model_shape("8b")) == (17, 15)
+    assert balanced_split(spec(2, length=131_072), windowed)[0] > 20
+
+
 def test_dense_layers_of_a_model_with_experts_have_their_own_cost() -> None:
     """A dense layer of GLM-4.5-Air computes as much as an expert layer; one that is far wider counts for more."""
     shape = named_model_shape("106b-a12b")

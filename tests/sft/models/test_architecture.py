@@ -307,8 +307,9 @@ def test_the_planner_counts_what_the_files_hold(case: str, tmp_path: Path) -> No
     uncounted = {tensor for tensor in tensors if tensor.endswith(("bias", "sinks", "wpe.weight"))}
     weights = sum(math.prod(shape) for tensor, shape in tensors.items() if tensor not in uncounted)
     assert parameters(found.shape) == weights
-    own = [window for window in windows(found) if window is not None]
-    assert (found.shape.windowed_layers, found.shape.window) == (len(own), own[0] if own else None)
+    own = {layer: window for layer, window in enumerate(windows(found)) if window is not None}
+    assert found.shape.windowed_layers == tuple(own)
+    assert {found.shape.window} == set(own.values() or [None])
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -362,7 +363,7 @@ def test_windows_of_qwen2_moe_are_in_other_layers_than_qwen2s(
     small = family("qwen2_moe").small_config
     found = read_architecture(write_config(tmp_path, **{**small, "model_type": "qwen2_moe", **changes}))
     assert [attention.window for attention in found.attentions] == windows
-    assert found.shape.windowed_layers == sum(window is not None for window in windows)
+    assert found.shape.windowed_layers == tuple(layer for layer, window in enumerate(windows) if window is not None)
 
 
 @pytest.mark.parametrize(
