@@ -13,8 +13,8 @@ from launcher.contract.spec import LoraSpec
 
 _FUSED = ("phi3",)
 """Model types whose files have Q, K and V in one matrix, and gate and up projection in another."""
-_JOINED_EXPERTS = ("gpt_oss",)
-"""Model types whose files have the matrices of all experts in one tensor. Those take no adapters."""
+_JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
+"""Model types whose published files have the matrices of all experts in one tensor. Those take no adapters."""
 _JOINED = ("qwen3_next",)
 """Model types whose files have the projection of linear attention in two matrices, others in four."""
 _NUMBERED_EXPERTS = ("mixtral",)

@@ -14,7 +14,17 @@ from launcher.contract.linear_attention import LinearAttention
 from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Attention
 from sft.models.config_reader import ConfigReader
-from sft.models.llama_like import QKV, Layer, LayerMap, attention_part, head_norms, llama_layer, rope_of
+from sft.models.llama_like import (
+    QKV,
+    Layer,
+    LayerMap,
+    attention_part,
+    head_norms,
+    llama_layer,
+    rope_of,
+    separate_experts,
+    shared_expert,
+)
 from sft.models.rope import Rope
 from sft.models.weight_map import ParameterMap, Piece, vector, whole
 
@@ -101,6 +111,15 @@ def linear_attention(shape: ModelShape, prefix: str, *, joined: bool) -> Layer:
 def dense_mlp(shape: ModelShape, prefix: str) -> Layer:
     """Return the maps of a layer's MLP."""
     return {name: part for name, part in llama_layer(shape, prefix).items() if name.startswith("mlp.")}
+
+
+def weighted_experts(shape: ModelShape, prefix: str) -> Layer:
+    """Return the maps of experts, three tensors for each, and of a shared one that each token weights."""
+    mlp = f"{prefix}mlp."
+    return {
+        **separate_experts(shape, f"{mlp}gate.weight", f"{mlp}experts.{{}}."),
+        **shared_expert(shape, f"{mlp}shared_expert.", weight=f"{mlp}shared_expert_gate.weight"),
+    }
 
 
 def hybrid_layers(shape: ModelShape, mlps: Sequence[LayerMap], *, joined: bool) -> list[LayerMap]:

@@ -86,6 +86,19 @@ def inside(architecture: Architecture, place: LanguageModel) -> Architecture:
     )
 
 
+def with_nested_names(architecture: Architecture, model_dir: Path) -> Architecture:
+    """Return the architecture of a language model by itself with the names that its files have.
+
+    They may be those of the multimodal model that it comes from: transformers writes such files, too. Its modules have
+    the names of the language model all the same.
+    """
+    nested = has_weights(model_dir) and any(name.startswith(LANGUAGE_MODULE) for name in weight_map(model_dir))
+    if not nested:
+        return architecture
+    found = inside(architecture, find_language_model(model_dir, ties=architecture.shape.tied_embeddings))
+    return replace(found, weights=replace(found.weights, module_prefix="model."))
+
+
 def _begin_alike(model_dir: Path, files: Mapping[str, str], *names: str) -> bool:
     """Return whether the first rows of two tensors are the same. That all rows are is checked before training."""
     import torch

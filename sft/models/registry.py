@@ -13,8 +13,9 @@ from launcher.contract.model_shape import language_model_config, read_model_shap
 from sft.models.architecture import Architecture
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.multimodal import find_language_model, inside
+from sft.models.multimodal import find_language_model, inside, with_nested_names
 from sft.models.stored_names import with_stored_names
+from sft.models.stored_tensors import has_weights, weight_map
 
 SUPPORTED = (
     "gemma",
@@ -38,6 +39,8 @@ SUPPORTED = (
     "qwen2_moe",
     "qwen3",
     "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
@@ -100,14 +103,18 @@ def read_architecture(model_dir: Path) -> Architecture:
             f"{', '.join(SUPPORTED)}"
         )
     found = family(model_type)
+    stored = tuple(weight_map(model_dir)) if found.many_forms and has_weights(model_dir) else ()
     if values is whole:
-        architecture = _read_checked(path, ConfigReader(values, shape), found)
+        architecture = _read_checked(path, ConfigReader(values, shape, stored), found)
+        if found.nested_names:
+            return with_nested_names(architecture, model_dir)
         return with_stored_names(architecture, model_dir, found.base_prefix) if found.base_prefix else architecture
     if not found.multimodal:
         raise ModelError(f"{path}: text_config is not supported in a {model_type} config")
     place = find_language_model(model_dir, ties=bool(whole.get("tie_word_embeddings", found.tied_by_default)))
     values = {**values, "tie_word_embeddings": place.tied}
-    return inside(_read_checked(path, ConfigReader(values, replace(shape, tied_embeddings=place.tied)), found), place)
+    config = ConfigReader(values, replace(shape, tied_embeddings=place.tied), stored)
+    return inside(_read_checked(path, config, found), place)
 
 
 def _read_checked(path: Path, config: ConfigReader, found: Family) -> Architecture:

@@ -48,4 +48,5 @@ FAMILY = Family(
             "linear_num_value_heads": 12,
         }
     },
+    nested_names=True,
 )

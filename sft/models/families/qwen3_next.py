@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture, DecoderLayer, DenseMLP, Experts, SharedExpert
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.hybrid import SMALL_LINEAR, dense_mlp, hybrid_attention, hybrid_layers, hybrid_rope
-from sft.models.llama_like import SILU, SMALL, Layer, separate_experts, shared_expert, weight_map_of
+from sft.models.hybrid import SMALL_LINEAR, dense_mlp, hybrid_attention, hybrid_layers, hybrid_rope, weighted_experts
+from sft.models.llama_like import SILU, SMALL, weight_map_of
 
 
 def _read(config: ConfigReader) -> Architecture:
@@ -30,7 +29,7 @@ def _read(config: ConfigReader) -> Architecture:
         DecoderLayer(attention=attention, mlp=dense if layer in shape.dense_layers else experts)
         for layer, attention in enumerate(hybrid_attention(config))
     ]
-    maps = [dense_mlp if layer in shape.dense_layers else _experts for layer in range(shape.num_layers)]
+    maps = [dense_mlp if layer in shape.dense_layers else weighted_experts for layer in range(shape.num_layers)]
     return Architecture(
         shape=shape,
         layers=tuple(layers),
@@ -39,14 +38,6 @@ def _read(config: ConfigReader) -> Architecture:
         rope=hybrid_rope(config),
         norm="zero_centered_rms",
     )
-
-
-def _experts(shape: ModelShape, prefix: str) -> Layer:
-    mlp = f"{prefix}mlp."
-    return {
-        **separate_experts(shape, f"{mlp}gate.weight", f"{mlp}experts.{{}}."),
-        **shared_expert(shape, f"{mlp}shared_expert.", weight=f"{mlp}shared_expert_gate.weight"),
-    }
 
 
 FAMILY = Family(

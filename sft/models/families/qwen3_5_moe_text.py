@@ -1,0 +1,72 @@
+"""The language model of Qwen3.5 and 3.6 with experts by itself: Qwen3-Next's layers, with experts in all of them.
+
+Published files hold all experts of a layer in two tensors, and those that transformers writes three for each expert.
+"""
+
+from __future__ import annotations
+
+from launcher.contract.model_shape import ModelShape
+from sft.models.architecture import Architecture, DecoderLayer, Experts, SharedExpert
+from sft.models.config_reader import ConfigReader
+from sft.models.families import qwen3_5_text
+from sft.models.family import Family
+from sft.models.hybrid import hybrid_attention, hybrid_layers, hybrid_rope, weighted_experts
+from sft.models.llama_like import FC1, SILU, Layer, shared_expert, weight_map_of
+from sft.models.weight_map import ParameterMap, Piece, whole
+
+
+def _read(config: ConfigReader) -> Architecture:
+    shape = config.shape
+    config.require("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    config.require("shared_expert_intermediate_size")
+    experts = Experts(
+        count=shape.num_experts,
+        chosen=shape.experts_per_token,
+        width=shape.expert_ffn_hidden_size,
+        normalized=True,
+        shared=SharedExpert(width=shape.shared_expert_size, weighted=True),
+        activation=config.choice("hidden_act", SILU),
+    )
+    separate = any(name.endswith(".experts.0.down_proj.weight") for name in config.stored)
+    kinds = [weighted_experts if separate else _joined] * shape.num_layers
+    return Architecture(
+        shape=shape,
+        layers=tuple(DecoderLayer(attention=attention, mlp=experts) for attention in hybrid_attention(config)),
+        weights=weight_map_of(shape, hybrid_layers(shape, kinds, joined=False), carried=("mtp.",)),
+        layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
+        rope=hybrid_rope(config),
+        norm="zero_centered_rms",
+    )
+
+
+def _joined(shape: ModelShape, prefix: str) -> Layer:
+    """Return the maps of experts of which two tensors hold all: first gate, then up rows, and the down projections."""
+    mlp = f"{prefix}mlp."
+    hidden, width, count = shape.hidden_size, shape.expert_ffn_hidden_size, shape.num_experts
+    halves = tuple(
+        (Piece(f"{mlp}experts.gate_up_proj", first, first + width, expert),)
+        for expert in range(count)
+        for first in (0, width)
+    )
+    outputs = tuple((Piece(f"{mlp}experts.down_proj", 0, hidden, expert),) for expert in range(count))
+    return {
+        "mlp.router.weight": whole(f"{mlp}gate.weight", count, hidden, None),
+        FC1: ParameterMap(blocks=halves, columns=hidden, experts=count),
+        "mlp.linear_fc2.weight": ParameterMap(blocks=outputs, columns=width, split=1, experts=count),
+        **shared_expert(shape, f"{mlp}shared_expert.", weight=f"{mlp}shared_expert_gate.weight"),
+    }
+
+
+FAMILY = Family(
+    model_type="qwen3_5_moe_text",
+    read=_read,
+    small_config={
+        **{key: value for key, value in qwen3_5_text.FAMILY.small_config.items() if key != "intermediate_size"},
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 36,
+    },
+    many_forms=True,
+    nested_names=True,
+)
