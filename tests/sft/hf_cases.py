@@ -32,7 +32,9 @@ OF_TEXT = [name for name in SUPPORTED if not family(name).multimodal]
 
 LIKE_LLAMA = {"gemma", "granite", "mistral", "olmo2", "olmoe", "qwen2", "qwen2_moe", "qwen3"}
 """Families with nothing of their own in what documents, answers and adapters do to a layer."""
-DISTINCT = [name for name in OF_TEXT if name not in LIKE_LLAMA]
+LIKE_QWEN3_5 = {"qwen3_5_moe_text", "qwen3_next"}
+"""The same, beside the dense one with linear attention: they have experts, as others have."""
+DISTINCT = [name for name in OF_TEXT if name not in LIKE_LLAMA | LIKE_QWEN3_5]
 """What such grids run by default; a new family is among them."""
 
 

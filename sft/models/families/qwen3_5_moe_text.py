@@ -27,7 +27,9 @@ def _read(config: ConfigReader) -> Architecture:
         shared=SharedExpert(width=shape.shared_expert_size, weighted=True),
         activation=config.choice("hidden_act", SILU),
     )
-    separate = any(name.endswith(".experts.0.down_proj.weight") for name in config.stored)
+    # The head that predicts further tokens (mtp) has experts in a form of its own.
+    own = (name for name in config.stored if not name.startswith("mtp."))
+    separate = any(name.endswith(".experts.0.down_proj.weight") for name in own)
     kinds = [weighted_experts if separate else _joined] * shape.num_layers
     return Architecture(
         shape=shape,

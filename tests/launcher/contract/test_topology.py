@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.contract.errors import TopologyError
+from launcher.contract.linear_attention import LinearAttention
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import DataSpec, Fp8Spec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.topology import build_topology
@@ -249,3 +250,31 @@ def test_some_layer_is_in_fp8() -> None:
     assert build_topology(train(2, 1), shape).world_size == 1
     with pytest.raises(TopologyError, match="first_layers 2 \\+ bf16_last_layers 2 = 4 leave none of the 4 layers"):
         build_topology(train(2, 2), shape)
+
+
+def test_heads_of_linear_attention_are_shared_evenly() -> None:
+    """By tensor parallel ranks, and among them by those that share rows."""
+    sizes = LinearAttention(key_heads=6, value_heads=12, key_dim=8, value_dim=8, kernel=4)
+    shape = dataclasses.replace(
+        SMOLLM, num_attention_heads=12, num_query_groups=12, linear=sizes, linear_layers=(0, 1), num_layers=4
+    )
+
+    def problems(tensor: int, context: int = 1) -> list[str]:
+        spec = RunSpec(
+            resources=ResourcesSpec(tasks_per_node=tensor * context),
+            topology=TopologySpec(tensor_parallel=tensor, context_parallel=context),
+            data=DataSpec(seq_length=48),
+            train=TrainSpec(global_batch_size=4),
+        )
+        try:
+            build_topology(spec, shape)
+        except TopologyError as error:
+            return list(error.problems)
+        return []
+
+    assert not problems(3) and not problems(3, 2) and not problems(1, 6)
+    assert problems(4) == ["6 key heads of linear attention do not divide by tensor_parallel 4; valid here: 1, 2, 3, 6"]
+    assert problems(3, 4) == [
+        "6 key heads of linear attention do not divide by tensor_parallel 3 x context_parallel 4 = 12; valid "
+        "context_parallel here: 1, 2"
+    ]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.contract.errors import ModelError
+from sft.kernels import gated_delta
 from sft.kernels.gated_delta import CHUNK, documents_of, gated_convolution, gated_delta_rule
+from sft.megatron.kernel_choice import choose_kernels
+from sft.models.registry import read_architecture
+from tests.sft.hf_cases import run_spec, save_config
 
 KEY_HEADS, HEADS, KEY_DIM, VALUE_DIM = 2, 4, 6, 5
 LENGTHS = [(1,), (5,), (CHUNK,), (3 * CHUNK + 7,), (70, 200, 5, CHUNK, 130), (2, 2, 2)]
@@ -115,6 +122,31 @@ def test_half_precision_is_computed_in_fp32() -> None:
     assert (output.dtype, state.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(output, wide.bfloat16())
     assert (exact - wide).abs().max() > 0
+
+
+def choice(tmp_path: Path, case: str, *, on_gpu: bool, **train: object) -> str:
+    spec = run_spec(save_config(case, tmp_path), 1)
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, **train))  # type: ignore[arg-type]
+    return choose_kernels(spec, read_architecture(tmp_path), on_gpu=on_gpu).describe()
+
+
+def test_the_log_says_what_computes_linear_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And why it is not the package's kernels. Asked for by name, they are refused for the same reason."""
+    case = "qwen3_5_text"
+    assert "linear attention" not in choice(tmp_path, "llama", on_gpu=False)
+    assert "linear attention torch's (fla needs a GPU)" in choice(tmp_path, case, on_gpu=False)
+    assert "torch's (fla does not compute in fp32)" in choice(tmp_path, case, on_gpu=True, precision="fp32")
+    half = {"on_gpu": True, "precision": "bf16"}
+    assert "torch's (train.deterministic)" in choice(tmp_path, case, **half, deterministic=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(gated_delta, "fla_problem", lambda: "it is not installed")
+    assert "torch's (it is not installed)" in choice(tmp_path, case, **half)  # type: ignore[arg-type]
+    assert "linear attention torch's, " in choice(tmp_path, case, **half, linear_attention="torch")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="linear_attention fla cannot be used: it is not installed; set it to auto"):
+        choice(tmp_path, case, **half, linear_attention="fla")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"linear_attention torch: a llama model has no linear attention"):
+        choice(tmp_path, "llama", on_gpu=False, linear_attention="torch")
+    monkeypatch.setattr(gated_delta, "fla_problem", lambda: None)
+    assert "linear attention fla, " in choice(tmp_path, case, **half)  # type: ignore[arg-type]
 
 
 def test_where_documents_lie() -> None:
