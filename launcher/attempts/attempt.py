@@ -19,8 +19,8 @@ from typing import Any
 from launcher.attempts.cause import Cause, Diagnosis, classify
 from launcher.attempts.evidence import gather
 from launcher.attempts.in_place import Allocation, bad_nodes, next_nodes, with_silent_nodes
+from launcher.attempts.race_entry import has_lost, wins
 from launcher.attempts.restart import LEAST_STEPS, Action, Decision, Past, decide
-from launcher.contract import race
 from launcher.contract.errors import LauncherError, RunStateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.job import AttemptName
@@ -77,7 +77,7 @@ def begin(options: argparse.Namespace) -> int:
     """Take the lease. Return exit code 4 where another attempt holds it, 93 where the policy forbids this start."""
     paths = RunPaths(options.run.absolute())
     owner = _owner(options)
-    if _has_lost(paths, options):
+    if has_lost(paths, options.candidate, options.attempt):
         return int(ExitCode.CONFLICT)
     try:
         void = take(paths, owner, _holder_state(paths, options.holder_state))
@@ -87,7 +87,7 @@ def begin(options: argparse.Namespace) -> int:
     if void is not None:
         append_event(paths, "lease_taken_over", attempt=options.attempt, holder=void)
         print(f"took over the run from {void}", file=sys.stderr)
-    if options.candidate and not _wins(paths, options):
+    if options.candidate and not wins(paths, options.candidate, options.attempt, options.job_id):
         release(paths, owner)
         return int(ExitCode.CONFLICT)
     decision = _judge_predecessor(paths, options)
@@ -97,31 +97,6 @@ def begin(options: argparse.Namespace) -> int:
         return int(ExitCode.NEVER_REQUEUE)
     _tell_dashboards(paths, Standing(attempt=options.attempt, active=True))
     return int(ExitCode.OK)
-
-
-def _has_lost(paths: RunPaths, options: argparse.Namespace) -> bool:
-    """Return whether another candidate has won the race. Then even the lease is not this job's to take."""
-    won = race.winner(paths) if options.candidate else None
-    if won in (None, options.candidate):
-        return False
-    reason = f"{won} was the first to start, and this job is for {options.candidate}"
-    append_event(paths, "lease_refused", attempt=options.attempt, reason=reason)
-    print(f"error: {reason}", file=sys.stderr)
-    return True
-
-
-def _wins(paths: RunPaths, options: argparse.Namespace) -> bool:
-    """Decide the race, with the lease in hand, and return whether this job has won it. Print the jobs that lost."""
-    if race.decide(paths, options.candidate, options.job_id) != options.candidate:
-        return not _has_lost(paths, options)
-    race.install(paths, options.candidate)
-    events = read_events(paths)
-    if not any(event["event"] == "race_won" for event in events):
-        append_event(paths, "race_won", attempt=options.attempt, job_id=options.job_id, candidate=options.candidate)
-    for name, event in race.entries(events).items():
-        if name != options.candidate:
-            print(f"rival {event['job_id']} {event.get('cluster', '')}".rstrip())
-    return True
 
 
 def end(options: argparse.Namespace) -> int:

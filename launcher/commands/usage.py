@@ -44,10 +44,13 @@ def _usage(options: argparse.Namespace) -> int:
     told = usage(options.runs, root=options.run_root, select=select, by=options.by)
     if options.json:
         print_json(told)
-    else:
+        return int(ExitCode.OK)
+    if told.attempts:
         print(_table(told))
-        for problem in told.unreadable:
-            print(f"not counted: {problem}", file=sys.stderr)
+    else:
+        print("no attempt has started", file=sys.stderr)
+    for problem in told.unreadable:
+        print(f"not counted: {problem}", file=sys.stderr)
     return int(ExitCode.OK)
 
 

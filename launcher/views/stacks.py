@@ -8,7 +8,8 @@ from itertools import groupby
 
 from launcher.contract.rundir import JsonObject
 
-_INSTALLED = "/site-packages/"
+_CODE = ("/site-packages/", "/bundle/code.zip/")
+"""Where packages and a run's own code are."""
 MAIN = "MainThread"
 
 
@@ -169,4 +170,6 @@ def _counted(count: int, noun: str) -> str:
 
 def _short(file: str) -> str:
     """Return the path from the package on."""
-    return file.rpartition(_INSTALLED)[2]
+    for folder in _CODE:
+        file = file.rpartition(folder)[2]
+    return file

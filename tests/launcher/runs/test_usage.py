@@ -193,6 +193,8 @@ def test_a_run_that_runs_and_one_that_died_silently(
 
 
 def test_table_and_refusals(tmp_path: Path, silent: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", "--run-root", str(tmp_path)]) == 0
+    assert capsys.readouterr() == ("", "no attempt has started\n")
     attempt(run_of(tmp_path, "a", "7"), "7.0", 0, 3600, saves=(1800,), code=1)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "manifest.json").write_text("{")

@@ -18,13 +18,14 @@ def frame(rank: int, function: str, thread: str = "MainThread") -> JsonObject:
 def test_groups() -> None:
     stuck = [rank for rank in range(8) if rank not in (2, 5, 6)]
     lines = [line for rank in stuck for line in (about(rank), frame(rank, "all_reduce"))]
-    lines += [about(2, phase="data"), frame(2, "read"), frame(2, "keep", "lease")]
+    own_code = {"file": "/runs/first/bundle/code.zip/sft/b.py"}
+    lines += [about(2, phase="data"), frame(2, "read") | own_code, frame(2, "keep", "lease")]
     lines += [about(5, answered=False, process="T (stopped)", phase=None, step=None, seconds=None)]
     text = render(gather("first", "7.0", 2, 8, reversed(lines)))
     assert text.split("\n\n") == [
         "run first, attempt 7.0: 7 ranks on 2 nodes",
         "rank 5 (node1, process 105): no answer; the process is T (stopped): stopped",
-        "rank 2 (node0, process 102): data after step 12, for 5 s\n    sft/a.py:7 read",
+        "rank 2 (node0, process 102): data after step 12, for 5 s\n    sft/b.py:7 read",
         "ranks 0-1,3-4,7: step after step 12, for 3 to 10 s\n    sft/a.py:7 all_reduce",
         "rank 6: no process; it is starting or ending, or its node does not answer",
     ]
