@@ -172,6 +172,23 @@ def test_nobody_else_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert list(lines_of_node(tmp_path, "local-1", 1.0)) == []
 
 
+ANOTHER_USER = """
+import os, socket, sys
+os.setgid(65534)
+os.setuid(65534)
+rank = socket.socket(socket.AF_UNIX)
+rank.connect("\\0" + sys.argv[1])
+print(len(rank.recv(100)))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_user_is_told_nothing(ranks: list[subprocess.Popen[str]], run: Path) -> None:
+    _, address = rank_sockets.addresses(run, "local-1")[0]
+    command = [sys.executable, "-c", ANOTHER_USER, address.removeprefix("\0")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "0\n"
+
+
 def test_attempts_and_runs_have_sockets_of_their_own(tmp_path: Path) -> None:
     names = {
         rank_sockets.prefix(run, attempt) for run in (tmp_path / "a", tmp_path / "b") for attempt in ("1.0", "1.1")
