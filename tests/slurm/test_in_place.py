@@ -21,6 +21,7 @@ from tests.slurm.cluster import SlurmCluster, why_unavailable
 from tests.slurm.matrix import PATIENCE, TWO_RANKS, decided, job_of, rank_python, wait_for_decisions, wait_for_end
 from tests.slurm.processes import wait_until
 from tests.slurm.runs import Workbench, events, loss_curve, make_workbench, wait_for_checkpoint
+from tests.slurm.test_faults import PYTHON_WITH_A_BAD_NODE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -120,6 +121,25 @@ def test_lost_node(on: Bench) -> None:
     assert (first["nodes"], second["nodes"]) == (",".join(nodes[:2]), f"{nodes[0]},{nodes[2]}")
 
 
+def test_bad_node(on: Bench) -> None:
+    """A node that fails its preflight is left out, although it answers; the spare one is looked at, too."""
+    python = on.bench.root / "bad" / "python"
+    python.parent.mkdir()
+    python.write_text(PYTHON_WITH_A_BAD_NODE)
+    python.chmod(0o755)
+    look = ("preflight.enabled=auto", "preflight.min_shm_mib=64", "preflight.timeout_seconds=240")
+    run = begin(on, "bad-node", *look, f"cluster.runtime.python={python}")
+    wait_for_end(on.bench, run)
+    assert decided(run) == [("bad_node", "in_place"), ("done", "stop")]
+    (failed,) = events(run, "preflight_failed")
+    first, second = (event["nodes"].split(",") for event in events(run, "attempt_started"))
+    bad = failed["nodes"][0]["host"]
+    assert bad in first
+    assert len(second) == 2
+    assert bad not in second
+    assert loss_curve(run) == loss_curve(on.undisturbed)
+
+
 def test_lost_node_without_a_spare_one(on: Bench) -> None:
     """Slurm ends the job, as it does with restart.how requeue."""
     run = begin(on, "none-spare", "resources.spare_nodes=0")
@@ -173,7 +193,8 @@ def test_rank_that_lives_on_a_node_without_an_answer(on: Bench) -> None:
 
 KILLS = int(os.environ.get("SFT_RANDOM_KILLS", "50"))
 SEED = int(os.environ.get("SFT_RANDOM_SEED", "19"))
-LONG = "train.max_steps=600"
+LONG = "train.max_steps=2000"
+"""More than fifty kills leave time for."""
 
 
 def test_random_kills(on: Bench, request: pytest.FixtureRequest) -> None:
@@ -191,7 +212,7 @@ def test_random_kills(on: Bench, request: pytest.FixtureRequest) -> None:
             time.sleep(chance.uniform(0.0, 1.0) * start_seconds(reference))
         else:
             wait_until(lambda: _trains(run), "training", timeout=PATIENCE, interval=0.05)
-            time.sleep(chance.uniform(0.0, 3.0))
+            time.sleep(chance.uniform(0.0, 2.0))
         if _kill(run, chance.randrange(2)):
             done += 1
             wait_for_decisions(run, done)
