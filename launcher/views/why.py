@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from launcher.contract.records import read_events
 from launcher.contract.rundir import JsonObject, RunPaths
 from launcher.runs.snapshot import meaning_of
 from launcher.views.text import local_time
 from launcher.views.timeline import first_step
+
+_NAMED = 8
+"""Number of nodes that a line names; the event has all."""
 
 _TOLD: dict[str, Callable[[JsonObject], str]] = {
     "submitted": lambda event: (
@@ -62,7 +65,7 @@ def _decision(event: JsonObject) -> str:
     budget = "" if event.get("budget") is None else f" [{event['budget_left']} of {event['budget']} restarts left]"
     avoid = f", avoiding {', '.join(event['avoid'])}" if event.get("avoid") else ""
     cause = str(event["cause"]).replace("_", " ")
-    nodes = f" on {', '.join(event['nodes'])}" if event.get("nodes") else ""
+    nodes = f" on {_some(event['nodes'])}" if event.get("nodes") else ""
     lines = (
         f"attempt {event['attempt']} ended with exit code {event['exit_code']}",
         f"cause: {cause} ({event['detail']})",
@@ -71,7 +74,14 @@ def _decision(event: JsonObject) -> str:
     return f"\n{'':21}".join(lines)
 
 
+def _some(nodes: Sequence[str]) -> str:
+    """Return the first names of a list that may be as long as the job is large."""
+    more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
+    return ", ".join(nodes[:_NAMED]) + more
+
+
 def _cost(event: JsonObject) -> str:
+    """Return what a restart in place has cost, where that is known."""
     if "steps_lost" not in event:
         return ""
     return f": {event['steps_lost']} steps to do again, {float(event['seconds_lost']):.0f} s without training"

@@ -51,6 +51,19 @@ def test_history_of_a_run_that_was_started_again(run: RunPaths) -> None:
     assert [event["decision"] for event in decisions(run)] == ["requeue"]
 
 
+def test_history_of_a_restart_in_place(run: RunPaths) -> None:
+    decision = {"cause": "hang", "detail": "x", "decision": "in_place", "reason": "again", "exit_code": 76}
+    nodes = [f"n{number}" for number in range(1, 13)]
+    append_event(run, "restart_decided", attempt="7.0", nodes=nodes, budget=2, budget_left=1, **decision)
+    append_event(run, "restarted_in_place", attempt="7.0-1", steps_lost=3, seconds_lost=41.7)
+    append_event(run, "restarted_in_place", attempt="7.0-2")
+    assert told(run)[2:] == [
+        "decision: in place on n1, n2, n3, n4, n5, n6, n7, n8 and 4 more: again [1 of 2 restarts left]",
+        "the same job trains on: 3 steps to do again, 42 s without training",
+        "the same job trains on",
+    ]
+
+
 @pytest.mark.parametrize(
     ("event", "fields", "line"),
     [
