@@ -57,7 +57,7 @@ class Mxfp4Tensor:
         for by itself.
         """
         if isinstance(index, slice):
-            return self._read(index).transpose(1, 2)
+            return self._read(index).transpose(1, 2).contiguous()
         expert, inputs, outputs = index
         assert isinstance(expert, int)
         assert isinstance(inputs, slice)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.parity
 STEPS = 2
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp1_recomputed": (1, {}, {"recompute": "full"}),
+    "tp1_attention_recomputed": (1, {}, {"recompute": "selective", "packing": True, "kernels": "fused"}),
     "tp2": (2, {"tensor_parallel": 2}, {}),
     "tp2_sp_norms_recomputed": (
         2,

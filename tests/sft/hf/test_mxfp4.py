@@ -12,14 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.contract.errors import ModelError
+from launcher.contract.spec import LoraSpec
+from sft.commands.export import export_run
 from sft.hf.exporter import export_checkpoint
 from sft.hf.files import check_model_files
 from sft.hf.loaded_model import load_transformers_model
 from sft.hf.mxfp4 import dequantized
 from sft.models.registry import read_architecture
+from tests.parity.runs import run_training
+from tests.parity.test_families import family_model
+from tests.parity.test_lora import lora_run
 from tests.ranks import run_ranks
 from tests.sft.hf.test_exporter import weights
 from tests.sft.hf_cases import example_ids, hf_logits, rank_logits, run_spec, save_hf_model, save_sharded
+from tests.tiny_model import make_chat_rows, write_jsonl
 
 QUANTIZED = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 SIZES: dict[str, Any] = {
@@ -43,7 +49,11 @@ def draw_mxfp4(experts: int, outputs: int, inputs: int) -> tuple[torch.Tensor, t
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """A tiny model in the form of the published files."""
-    directory = save_hf_model("gpt_oss", tmp_path / "published", dtype=torch.bfloat16, **SIZES)
+    return quantized(save_hf_model("gpt_oss", tmp_path / "published", dtype=torch.bfloat16, **SIZES))
+
+
+def quantized(directory: Path) -> Path:
+    """Put drawn blocks and scales in place of the experts' matrices, and say so in the config."""
     tensors = load_file(directory / "model.safetensors")
     for layer in range(2):
         for name, (outputs, inputs) in {"gate_up_proj": (128, 64), "down_proj": (64, 64)}.items():
@@ -105,6 +115,26 @@ def test_logits_and_export_are_those_of_transformers(
     _, report = load_transformers_model(tmp_path / "export", torch.float32, output_loading_info=True)  # type: ignore[misc]
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
+
+
+@pytest.mark.parity
+def test_adapters_over_published_files_are_merged_into_bf16(tmp_path: Path) -> None:
+    """Attention is adapted; the experts of the merged model are those of the source, dequantized."""
+    chat = write_jsonl(tmp_path / "chat.jsonl", make_chat_rows(12, seed=3))
+    directory = quantized(family_model(tmp_path / "model", "gpt_oss", **SIZES))
+    lora = LoraSpec(rank=2)
+    paths = lora_run(tmp_path, directory, chat, lora, ranks=1, max_steps=2, export_merged=True, precision="bf16")
+    run_training(paths, 1)
+    export_run(paths.root)
+    found = weights(paths.export)
+    loaded = load_transformers_model(directory, torch.float32).state_dict()
+    assert found.keys() == loaded.keys()
+    changed = {name for name, tensor in found.items() if not torch.equal(tensor.float(), loaded[name].float())}
+    assert changed == {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in range(2) for name in "qkvo"}
+    assert {tensor.dtype for name, tensor in found.items() if ".experts." in name and "bias" not in name} == {
+        torch.bfloat16
+    }
+    assert "quantization_config" not in json.loads((paths.export / "config.json").read_text())
 
 
 def test_files_that_are_not_what_the_config_says_are_refused(published: Path, tmp_path: Path) -> None:
