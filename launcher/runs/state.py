@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import pwd
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from launcher.contract.schedulers import CAPABILITIES, SchedulerName
 from launcher.runs.snapshot import Snapshot, snapshot
 from launcher.scheduler.base import Answer, JobRecord
 from launcher.scheduler.factory import scheduler_of
+
+_SILENT_MINUTES = 15
+"""More than an owner may be silent before its lease counts as void, since clocks of nodes and file systems differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +173,18 @@ def _judge_record(item: Snapshot, record: JobRecord) -> tuple[JobState, str]:
 def _at_work(item: Snapshot) -> str:
     """Return what a run does now, and which restart in place within its job that is."""
     restarts = AttemptName(item.attempt or "").generation
-    return f"{item.phase}, restart {restarts} in place" if restarts else item.phase
+    phase = f"{item.phase}, restart {restarts} in place" if restarts else item.phase
+    return phase + _silence(item.paths) if item.phase == "training" else phase
+
+
+def _silence(paths: RunPaths) -> str:
+    """Return a word on ranks that show no sign of life: while they train, rank 0 renews the lease each minute."""
+    try:
+        silent = time.time() - paths.lease.stat().st_mtime
+    except FileNotFoundError:
+        return ""
+    minutes = int(silent // 60)
+    return f"; no sign of life for {minutes} min, its ranks may be stopped" if minutes >= _SILENT_MINUTES else ""
 
 
 def _own_word(item: Snapshot) -> tuple[JobState, str]:

@@ -191,7 +191,12 @@ def _finish(step: int, guard: GuardCallback, evaluation: EvaluationCallback, spe
 
 
 def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | None:
-    """Return why there is nothing left to train after this checkpoint, or None."""
+    """Return why there is nothing left to train after this checkpoint, or None.
+
+    Raise ConfigError for a number of steps that no config may have: earlier versions wrote no digest of config.yaml.
+    """
+    if max_steps < 1:
+        raise ConfigError(f"train.max_steps {max_steps} in {spec.name}'s config.yaml is below 1: the file is damaged")
     if resume is None:
         return None
     if checkpoint_step(resume) >= max_steps:

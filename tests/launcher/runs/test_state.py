@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from launcher.commands.arguments import json_text
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.jsonable import jsonable
+from launcher.contract.lease import Owner, take
 from launcher.contract.manifest import Manifest, read_manifest, write_manifest
 from launcher.contract.processes import start_ticks
 from launcher.contract.rundir import COMPLETE, RunPaths, append_event, write_json
@@ -256,6 +258,21 @@ def test_progress_and_checkpoint_are_shown(tmp_path: Path, commands: Commands) -
     (head, line) = status_table(collect([paths])[0]).splitlines()
     assert " ".join(head.split()) == "RUN STATE ATTEMPT JOB STEP LOSS TOKENS/S MFU ETA CHECKPOINT REASON"
     assert " ".join(line.split()) == "a RUNNING 7.0 7 5/20 1.2346 12,346 - 1:02:05 step-00000004 preparing"
+
+
+def test_a_run_whose_ranks_are_all_stopped_is_told(tmp_path: Path, commands: Commands) -> None:
+    """Nobody is left in it who could notice."""
+    squeue_says(commands, "RUNNING")
+    paths = make_run(tmp_path, "a")
+    started(paths)
+    take(paths, Owner(attempt="7.0", job_id="7"))
+    old = time.time() - 26 * 60
+    os.utime(paths.lease, (old, old))
+    assert state_of(paths)[1] == "preparing"  # nobody renews it there
+    append_event(paths, "training_started", attempt="7.0", step=0)
+    assert state_of(paths)[1] == "training; no sign of life for 26 min, its ranks may be stopped"
+    os.utime(paths.lease)
+    assert state_of(paths)[1] == "training"
 
 
 def test_unreadable_run_does_not_hide_the_others(tmp_path: Path, silent: Commands) -> None:

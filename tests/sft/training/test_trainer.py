@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.contract.errors import CheckpointError
+from launcher.contract.errors import CheckpointError, ConfigError
 from launcher.contract.rundir import COMPLETE, RunPaths
 from launcher.contract.spec import EarlyStoppingSpec, RunSpec, TrainSpec
 from sft.checkpoint.contents import TrainerState
@@ -43,6 +43,8 @@ def test_early_stopping_is_read_from_the_checkpoint(tmp_path: Path) -> None:
     assert _nothing_to_do(SPEC, sealed(tmp_path / "a", 1), 9) is None
     assert _nothing_to_do(SPEC, sealed(tmp_path / "b", 2), 9) == "training ended early after step 4"
     assert _nothing_to_do(SPEC, sealed(tmp_path / "c", 0), 4) == "all 4 steps are done"
+    with pytest.raises(ConfigError, match=r"train\.max_steps -2 in .* is below 1: the file is damaged"):
+        _nothing_to_do(SPEC, sealed(tmp_path / "d", 0), -2)
 
 
 def test_a_damaged_file_of_the_right_size_is_left_to_the_checksums(tmp_path: Path) -> None:
