@@ -8,11 +8,14 @@ Rejected: textual, which brings a framework and its dependencies for what rich's
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -54,7 +57,7 @@ def watch_all(pick: Pick) -> None:
 class _Top:
     pick: Pick
     goes_on: bool = True
-    view: View = field(default_factory=View)
+    view: View = field(default_factory=lambda: View(message="looking at the runs ..."))
     lines: list[TopLine] = field(default_factory=list)
     looks: Looks = field(default_factory=Looks)
     asked: str = ""
@@ -62,8 +65,11 @@ class _Top:
     running: subprocess.Popen[str] | None = None
     outside: list[str] | None = None
     """A command that has the terminal to itself."""
+    look: Future[tuple[Sequence[RunStatus], str | None]] | None = None
+    """A look at the runs that is under way: a scheduler may take its time, and keys must not wait for it."""
     due: float = 0.0
-    message_until: float = 0.0
+    message_until: float = math.inf
+    """The first message stays until the first look has ended."""
 
     @property
     def chosen(self) -> TopLine | None:
@@ -73,8 +79,7 @@ class _Top:
         """Draw and read keys, until the terminal is needed for something else."""
         drawn = None
         while self.goes_on and self.outside is None:
-            if time.monotonic() >= self.due:
-                self._look()
+            self._look()
             self._attend()
             size = shutil.get_terminal_size()
             now = (self.view, tuple(self.lines), size, int(time.time()))
@@ -97,13 +102,20 @@ class _Top:
         self.due = 0.0
 
     def _look(self) -> None:
+        """Begin a look at the runs when it is time, and show what it has found when it has ended."""
+        if self.look is None and time.monotonic() >= self.due:
+            self.look = _in_background(self.pick)
+        if self.look is None or not self.look.done():
+            return
+        rows, problem = self.look.result()
+        self.look, self.due = None, time.monotonic() + _LOOK_SECONDS
+        if self.message_until == math.inf:
+            self.message_until = 0.0
         chosen = self.chosen
-        rows, problem = self.pick()
         self.lines = self.looks.lines(rows)
         names = [line.row.directory for line in self.lines]
         place = names.index(chosen.row.directory) if chosen and chosen.row.directory in names else self.view.chosen
         self.view = dataclasses.replace(self.view, chosen=place, problem=problem)
-        self.due = time.monotonic() + _LOOK_SECONDS
 
     def _attend(self) -> None:
         """Tell what a command said once it has ended, and forget old messages."""
@@ -111,7 +123,8 @@ class _Top:
             said, _ = self.running.communicate()
             self._say((said.strip().splitlines() or ["done"])[-1])
             self.running, self.due = None, 0.0
-        if self.view.message and not self.asked and self.running is None and time.monotonic() > self.message_until:
+        is_old = time.monotonic() > self.message_until
+        if self.view.message and not self.asked and self.running is None and is_old:
             self.view = dataclasses.replace(self.view, message="")
 
     def _say(self, text: str) -> None:
@@ -155,6 +168,20 @@ class _Top:
         last = max(0, len(self.lines) - 1)
         place = {"home": 0, "end": last}.get(key, self.view.chosen + by)
         self.view = dataclasses.replace(self.view, chosen=max(0, min(last, place)))
+
+
+def _in_background(pick: Pick) -> Future[tuple[Sequence[RunStatus], str | None]]:
+    """Return what `pick` will have returned. The thread is a daemon, or it would hold up the end of the program."""
+    answer: Future[tuple[Sequence[RunStatus], str | None]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(pick())
+        except BaseException as error:  # for the thread that asks for the result
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer
 
 
 def _command(*words: str) -> list[str]:

@@ -128,6 +128,20 @@ def test_one_screen_where_there_is_no_terminal(
     assert "a" in capsys.readouterr().out.splitlines()[2].split()
 
 
+def test_keys_do_not_wait_for_the_scheduler(tmp_path: Path, commands: Commands) -> None:
+    commands.add("squeue", "sleep 600")
+    make_run(tmp_path / "runs", "one", job_id="1")
+    shown = Terminal(tmp_path / "runs")
+    try:
+        shown.wait_for("looking at the runs")
+        shown.press("q")
+        assert shown.process.wait(5) == 0
+    finally:
+        shown.process.kill()
+        shown.process.wait()
+        os.close(shown.ours)
+
+
 def test_refusal_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["top"]) == 2
