@@ -38,18 +38,24 @@ def of_expert(architecture: Architecture, lora: LoraSpec, layer: int) -> int:
     return sum(lora.rank * (target.columns + target.rows) for target in expert_targets(architecture, lora, layer))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("case", ADAPTABLE)
-def test_every_family(case: str, name: str, tmp_path: Path) -> None:
-    architecture, lora = read_architecture(save_config(case, tmp_path)), SETTINGS[name]
+def test_every_family(case: str, tmp_path: Path) -> None:
+    architecture = read_architecture(save_config(case, tmp_path))
+    for name, lora in SETTINGS.items():
+        expect_same_sizes(architecture, lora, name)
+
+
+def expect_same_sizes(architecture: Architecture, lora: LoraSpec, name: str) -> None:
     shape = architecture.shape
     active = 0
     for layer in range(shape.num_layers):
         dense = layer in shape.dense_layers
         linear = layer in shape.linear_layers
-        assert layer_adapters(shape, lora, dense=dense, linear=linear) == of_layer(architecture, lora, layer)
-        active += of_layer(architecture, lora, layer)
+        own = of_layer(architecture, lora, layer)
+        assert layer_adapters(shape, lora, dense=dense, linear=linear) == own, name
+        active += own
         if shape.num_experts and not dense:
-            assert expert_adapters(shape, lora) == of_expert(architecture, lora, layer)
-            active += shape.experts_per_token * of_expert(architecture, lora, layer)
-    assert active_adapters(shape, lora) == active > 0
+            of_one = of_expert(architecture, lora, layer)
+            assert expert_adapters(shape, lora) == of_one, name
+            active += shape.experts_per_token * of_one
+    assert active_adapters(shape, lora) == active > 0, name
