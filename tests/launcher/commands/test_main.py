@@ -129,9 +129,9 @@ def test_config_on_standard_input(
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json([{"loss": float("nan"), "deep": [(float("inf"), 1.5)], "text": "NaN"}])
+    print_json({"loss": float("nan"), "deep": [(float("inf"), 1.5)], "text": "NaN"})
     shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert shown == [{"loss": None, "deep": [[None, 1.5]], "text": "NaN"}]
+    assert shown == {"loss": None, "deep": [[None, 1.5]], "text": "NaN"}
 
 
 def test_deleted_working_directory(tmp_path: Path) -> None:
