@@ -62,6 +62,7 @@ class _ClampedExperts(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.unit, ctx.adds_bias, count = unit, adds_bias, len(ends)
         mixed = expert_products(rows, up.view(count, -1, up.size(1)), ends)
+        # In place: the product is this function's own, and as large as anything in the layer.
         mixed += by_row(up_bias.view(count, -1), len(rows), ends)
         ctx.save_for_backward(rows, weights, mixed, up, up_bias, down, down_bias, ends)
         output = expert_products(_weighted(mixed, weights, unit), down.view(count, -1, down.size(1)), ends)
@@ -78,9 +79,11 @@ class _ClampedExperts(torch.autograd.Function):
         gated, mixed_grad, weights_grad = _weighted_backward(gated_grad, mixed, weights, ctx.unit)
         del gated_grad  # these are the largest tensors of a layer: each is freed before the next is made
         if ctx.adds_bias:
+            # The output is weights * (unit @ down^T + bias); of the first term the kernel has made the gradient.
             weights_grad += (_wide(grad) * by_row(down_bias.view(count, -1), len(rows), ends)).sum(-1)
         down_grad = expert_weight_gradients(down, count, grad, gated, ends) if wants_down else None
         del gated
+        # Whole on every rank, also on one that adds no bias: the gradient of the sum is that of each of its parts.
         own_down = sums_by_expert(grad, ends, weights).to(down_bias.dtype).flatten() if wants_down_bias else None
         rows_grad = expert_products(mixed_grad, up.view(count, -1, up.size(1)).transpose(1, 2), ends)
         up_grad = expert_weight_gradients(up, count, mixed_grad, rows, ends) if wants_up else None
@@ -109,6 +112,8 @@ def _weighted_backward(grad: Tensor, mixed: Tensor, weights: Tensor, unit: Unit)
     slope, limit = unit
     (raw_gate, raw_up), (gate, up) = _wide(mixed).chunk(2, dim=-1), _clamped(_wide(mixed), unit)
     sigmoid, column = torch.sigmoid(slope * gate), weights.unsqueeze(-1)
+    # With t(g) = g * sigmoid(a g), t'(g) = sigmoid(a g) + a t(g) * (1 - sigmoid(a g)). What is beyond the limit passes
+    # no gradient on, and what is at it does, as with torch's clamp.
     swish, own = gate * sigmoid, _wide(grad) * column
     gate_grad = own * (up + 1) * (sigmoid + slope * swish * (1 - sigmoid)) * (raw_gate <= limit)
     up_grad = own * swish * (raw_up.abs() <= limit)

@@ -34,6 +34,7 @@ def sums_by_expert(rows: Tensor, ends: Tensor, weights: Tensor | None = None) ->
     With `weights` [rows] each row is multiplied first.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
+    # Each sum is made by one thread from first to last: without atomic additions, two runs give the same bits.
     offsets = torch.cat([ends.new_zeros(1), ends]).long()
     parts = []
     for part in rows.split(_COLUMNS, dim=1):  # all of them at once would be twice the rows in bf16

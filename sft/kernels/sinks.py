@@ -19,6 +19,8 @@ from torch import Tensor
 
 def with_sinks(context: Tensor, log_sum: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Return O' [tokens, heads, dim] in the context's type and L' [heads, tokens], of those without sinks [heads]."""
+    # A kernel that orders its sums otherwise must not be taken for one that does not.
+    assert log_sum.shape == (context.size(1), context.size(0)), (log_sum.shape, context.shape)
     sums = torch.logaddexp(log_sum, sinks.to(log_sum.dtype)[:, None])
     kept = torch.exp(log_sum - sums).t().unsqueeze(-1)
     return (context * kept).to(context.dtype), sums
@@ -26,6 +28,7 @@ def with_sinks(context: Tensor, log_sum: Tensor, sinks: Tensor) -> tuple[Tensor,
 
 def sinks_gradient(grad: Tensor, context: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
     """Return the gradient of the sinks, [heads], from that of the context O', and L'."""
+    # Autograd's softmax calls it the sum of probabilities times their gradients. With O' in hand it is one product.
     correction = (grad.to(log_sum.dtype) * context.to(log_sum.dtype)).sum(-1)
     own = torch.exp(sinks.to(log_sum.dtype)[:, None] - log_sum)
     return -(own * correction.t()).sum(1).to(sinks.dtype)

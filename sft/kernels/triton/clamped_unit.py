@@ -41,7 +41,8 @@ def _backward(grad_ptr, x_ptr, weights_ptr, y_ptr, weights_grad_ptr, width, slop
         gated = (up + 1) * swish
         total += grad * gated
         own = grad * weight
-        # What is clamped passes no gradient on.
+        # Of t(g) = g * sigmoid(a g) the derivative is sigmoid + a * t * (1 - sigmoid). What is clamped passes no
+        # gradient on, and a value at the limit does.
         gate_grad = tl.where(raw_gate <= limit, own * (up + 1) * (sigmoid + slope * swish * (1 - sigmoid)), 0.0)
         up_grad = tl.where(tl.abs(raw_up) <= limit, own * swish, 0.0)
         tl.store(x_ptr + row * 2 * width + column, gate_grad.to(x_ptr.dtype.element_ty), mask=inside)

@@ -141,26 +141,30 @@ def test_ranks_together_hold_every_row_once(size: int, family: str) -> None:
         assert sorted(rows) == sorted(whole)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(("family", "count"), [("qwen3_moe", 2 * 4 * 3), ("mixtral", 2 * 4 * 3), ("gpt_oss", 2 * 4)])
 @pytest.mark.parametrize(("owners", "sharers"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
-def test_ranks_together_hold_every_number_of_every_expert_once(family: str, owners: int, sharers: int) -> None:
+def test_ranks_together_hold_every_number_of_every_expert_once(
+    family: str, count: int, owners: int, sharers: int
+) -> None:
+    """Those of gpt-oss are in tensors of all experts, in which gate and up rows alternate; each sharer has a copy of
+    its second bias."""
     model = architecture(family)
     tensors = {name: torch.zeros(shape) for name, shape in model.weights.hf_shapes().items()}
     for layout in model.weights.parameters().values():
         if not layout.experts:
             continue
-        assert layout.columns is not None
         rows = layout.rows // owners // (sharers if layout.split == 0 else 1)
-        shape = (rows, layout.columns // (sharers if layout.split == 1 else 1))
+        columns_of_rank = [] if layout.columns is None else [layout.columns // (sharers if layout.split == 1 else 1)]
+        shape = (rows, *columns_of_rank)
         for owner in range(owners):
-            for sharer in range(sharers):
+            for sharer in range(1 if layout.split is None else sharers):
                 place = RankPlace(experts=(owner, owners), expert_tensor=(sharer, sharers))
                 pieces, columns = rank_part(layout, place, shape)
                 assert sum(piece.rows for piece in pieces) == rows
                 for piece in pieces:
-                    tensors[piece.name][piece.start : piece.stop, columns] += 1
+                    tensors[piece.name][layout.place(piece, columns)] += 1
     of_experts = [tensor for name, tensor in tensors.items() if ".experts." in name]
-    assert len(of_experts) == 2 * 4 * 3
+    assert len(of_experts) == count
     assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in of_experts)
 
 
