@@ -21,6 +21,7 @@ from launcher.contract.nemo.checkpoint import SUFFIX as NEMO
 from launcher.contract.nemo.checkpoint import is_checkpoint
 from launcher.contract.rundir import COMPLETE, sync_path
 from launcher.contract.spec import RunSpec
+from sft.data.reading.files import file_identity, remembered_digest
 from sft.hf.files import sync_files
 
 PACKAGE = "package:"
@@ -36,7 +37,7 @@ def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
     source = locate(spec.model.path)
     if source.is_dir() and not is_checkpoint(source):
         return source
-    target = spec.cache_dir / "models" / _content_hash(source)
+    target = spec.cache_dir / "models" / _digest(source, spec.cache_dir / "digests", write=convert)
     problem = _damage(target, compare_bytes=convert)
     if problem is None:
         return target
@@ -102,10 +103,19 @@ def _package_file(place: str) -> Path:
     return next((Path(folder) / file for folder in folders if (Path(folder) / file).exists()), Path(folders[0]) / file)
 
 
+def _digest(source: Path, notes: Path, *, write: bool) -> str:
+    """Return the hash of a checkpoint's content, which is read once: `prepare` notes it down for ranks and restarts."""
+    identity = [number for item in _files(source) for number in file_identity(item)]
+    return remembered_digest(source, identity, notes, _content_hash, write=write)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+
+
 def _content_hash(path: Path) -> str:
     digest = hashlib.sha256()
-    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
-    for item in files:
+    for item in _files(path):
         digest.update(str(item.relative_to(path)).encode() if path.is_dir() else b"")
         with item.open("rb") as file:
             while block := file.read(_BLOCK):

@@ -56,7 +56,14 @@ class SFTGPT(pl.LightningModule):
     """A GPTModel, spread over ranks, that is fine-tuned."""
 
     def __init__(
-        self, spec: RunSpec, architecture: Architecture, topology: Topology, model_dir: Path, max_steps: int
+        self,
+        spec: RunSpec,
+        architecture: Architecture,
+        topology: Topology,
+        model_dir: Path,
+        max_steps: int,
+        *,
+        resumes: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -65,6 +72,8 @@ class SFTGPT(pl.LightningModule):
         self.topology = topology
         self.model_dir = model_dir
         self.max_steps = max_steps
+        self.resumes = resumes
+        """Whether a checkpoint fills the weights after they are built."""
         self.model_chunks: list[DistributedDataParallel] = []
         self.judge = StepJudge(spec.train.spike_factor)
         self.last_step: StepResult | None = None
@@ -79,7 +88,15 @@ class SFTGPT(pl.LightningModule):
         """Build this rank's chunks and load its slices of the weights."""
         device = self.trainer.strategy.root_device
         model_chunks = self.build(on_gpu=device.type == "cuda")
-        load_initial_weights(model_chunks, self.spec, self.architecture, self.config, self.model_dir)
+        load_initial_weights(
+            model_chunks,
+            self.spec,
+            self.architecture,
+            self.config,
+            self.model_dir,
+            ranks_per_node=self.topology.ranks_per_node,
+            resumes=self.resumes,
+        )
         self.gpt = torch.nn.ModuleList(model_chunk.to(device) for model_chunk in model_chunks)
 
     def build(self, *, on_gpu: bool) -> list[SFTGPTModel]:

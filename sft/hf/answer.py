@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from launcher.contract.rundir import RunPaths, append_line, read_lines
 from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.encoding.prompt import Prompt, PromptWriter
 from sft.data.encoding.tokenizer import chat_template, load_tokenizer
-from sft.hf.loaded_model import load_transformers_model
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -47,9 +45,11 @@ def answer(
 def load_for_answers(model_dir: Path) -> Any:
     """Return the model in a directory, or the one that its adapter belongs to with the adapter added."""
     # Slow to import, and few runs ask for answers.
+    import torch
     from transformers.utils import logging
 
     from sft.hf.adapter_export import adapted_model, add_adapter
+    from sft.hf.loaded_model import load_transformers_model
 
     # A bar that is rewritten in place would be one long line of a log.
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -90,6 +90,8 @@ def record_answers(paths: RunPaths, spec: RunSpec, model_dir: Path, label: Liter
 
 
 def _answer_one(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_new_tokens: int) -> str:
+    import torch
+
     ids = torch.tensor([prompt.ids], device=model.device)
     # Sampling settings that the model brings along would only be warned about; greedy is what is compared.
     with torch.no_grad():

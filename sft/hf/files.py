@@ -10,14 +10,12 @@ be read without reading all of it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from launcher.contract.errors import ModelError
 from launcher.contract.rundir import sync_path
@@ -26,6 +24,9 @@ from sft.hf.sliceable import Sliceable
 from sft.models.architecture import Architecture
 from sft.models.stored_tensors import INDEX, TensorHeader, read_header, weight_map
 from sft.models.weight_map import ParameterMap, Piece
+
+if TYPE_CHECKING:
+    import torch
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _BYTES = ("U8",)
@@ -95,6 +96,13 @@ class WeightFiles:
             raise ModelError(problem)
         return found
 
+    def places(self, names: Iterable[str]) -> list[tuple[Path, int, int]]:
+        """Return file, first byte and end of each of these tensors, as far as they are there."""
+        stored = {own for name in names for own in (name, *mxfp4.stored_names(name)) if own in self._files}
+        headers = {file: read_header(self.model_dir / file) for file in {self._files[name] for name in stored}}
+        found = ((self._files[name], headers[self._files[name]][name]) for name in stored)
+        return [(self.model_dir / file, header.begin, header.begin + header.size) for file, header in found]
+
     def sizes(self, beginnings: tuple[str, ...]) -> dict[str, int]:
         """Return the bytes of each tensor whose name begins with one of these."""
         files = {name: file for name, file in self._files.items() if name.startswith(beginnings)}
@@ -151,6 +159,8 @@ def weights_identity(model_dir: Path) -> str:
 
 def write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write one weight file with the permissions of the umask (the library's own mode is owner only)."""
+    from safetensors.torch import save_file
+
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
@@ -214,6 +224,8 @@ def _stored_shapes(model: Architecture) -> dict[str, tuple[tuple[int, ...], tupl
 
 def _tied_head_problems(model_dir: Path, head: TensorHeader, model: Architecture) -> list[str]:
     """Return whether a tied model's second copy of its embedding is none: transformers unties two that differ."""
+    import torch
+
     shape = (model.shape.vocab_size, model.shape.hidden_size)
     if head.shape == shape:
         files = WeightFiles(model_dir)

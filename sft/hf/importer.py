@@ -37,9 +37,25 @@ def load_hf_weights(
     *,
     place: RankPlace,
     layer_offsets: Sequence[int],
+    only_frozen: bool = False,
 ) -> None:
     """Fill every parameter of `model_chunks` from the files of `model_dir`, or raise ModelError."""
-    fill_parameters(model_chunks, architecture, WeightFiles(model_dir), place=place, layer_offsets=layer_offsets)
+    source = WeightFiles(model_dir)
+    fill_parameters(
+        model_chunks, architecture, source, place=place, layer_offsets=layer_offsets, only_frozen=only_frozen
+    )
+
+
+def needed_tensors(
+    model_chunks: Sequence[nn.Module], architecture: Architecture, *, place: RankPlace, layer_offsets: Sequence[int]
+) -> set[str]:
+    """Return the names of the tensors from which this rank's parameters are filled."""
+    found: set[str] = set()
+    for model_chunk, offset in zip(model_chunks, layer_offsets, strict=True):
+        for name, parameter in _named_weights(model_chunk, offset, architecture).items():
+            pieces, _ = rank_part(architecture.weights[name], place, parameter.shape)
+            found |= {piece.name for piece in pieces}
+    return found
 
 
 def fill_parameters(
@@ -49,10 +65,12 @@ def fill_parameters(
     *,
     place: RankPlace,
     layer_offsets: Sequence[int],
+    only_frozen: bool = False,
 ) -> None:
     """Fill every parameter of `model_chunks` but adapters, in its own dtype and on its own device.
 
-    `place` says which part of each this rank holds, `layer_offsets` the global index of each chunk's first layer.
+    `place` says which part of each this rank holds, `layer_offsets` the global index of each chunk's first layer. With
+    `only_frozen`, parameters that are trained become NaN and nothing of them is read: a checkpoint has to fill them.
     """
     shapes = architecture.weights.hf_shapes()
     for model_chunk, offset in zip(model_chunks, layer_offsets, strict=True):
@@ -63,6 +81,9 @@ def fill_parameters(
             if parameter_map is None:
                 raise ValueError(f"parameter {name} has no counterpart in a {architecture.shape.model_type} model")
             _check_built(name, parameter, parameter_map, place)
+            if only_frozen and not parameter_map.frozen:
+                parameter.data.fill_(torch.nan)
+                continue
             _fill(parameter, parameter_map, source, shapes, place)
 
 

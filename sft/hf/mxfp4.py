@@ -11,12 +11,14 @@ Training is in full precision, and so are exports.
 from __future__ import annotations
 
 import functools
-
-import torch
+from typing import TYPE_CHECKING
 
 from launcher.contract.errors import ModelError
 from sft.hf.sliceable import Sliceable
 from sft.models.weight_map import MXFP4_BLOCK
+
+if TYPE_CHECKING:  # names and shapes are checked without torch
+    import torch
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SCALE_OF_ONE = 127
@@ -37,6 +39,8 @@ def stored_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, .
 
 def dequantized(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return the numbers in bf16, [..., input], of blocks [..., input / 32, 16] and scales [..., input / 32]."""
+    import torch
+
     pairs = _pairs().index_select(0, blocks.flatten().int()).view(torch.bfloat16)
     factors = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - _SCALE_OF_ONE).bfloat16()
     return pairs.view(*scales.shape, MXFP4_BLOCK).mul_(factors.unsqueeze(-1)).flatten(-2)
@@ -78,6 +82,8 @@ class Mxfp4Tensor:
 @functools.cache
 def _pairs() -> torch.Tensor:
     """Return the two bf16 numbers of each byte, as the bits of one int32, [256]."""
+    import torch
+
     values = torch.tensor([*_MAGNITUDES, *(-size for size in _MAGNITUDES)], dtype=torch.bfloat16)
     byte = torch.arange(256)
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=-1).view(torch.int32).flatten()

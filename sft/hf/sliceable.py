@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # what is checked before a rank starts needs no torch
+    import torch
 
 
 class Sliceable(Protocol):

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from launcher.contract.spec import RunSpec
-from sft.hf.files import weights_identity
-from sft.hf.importer import fill_parameters, load_hf_weights
+from sft.hf.files import WeightFiles, weights_identity
+from sft.hf.importer import fill_parameters, load_hf_weights, needed_tensors
+from sft.hf.read_ahead import available_memory, joined, read_ahead
 from sft.megatron.core import TransformerConfig, get_transformer_layer_offset
 from sft.megatron.layers.lora import reset_adapters
-from sft.megatron.parallel.groups import rank_place
+from sft.megatron.parallel.groups import node_ranks, rank_place
 from sft.models.architecture import Architecture
 
 INITIAL_STD = 0.02
@@ -32,21 +33,34 @@ def load_initial_weights(
     architecture: Architecture,
     config: TransformerConfig,
     model_dir: Path,
+    *,
+    ranks_per_node: int = 1,
+    resumes: bool = False,
 ) -> None:
-    """Fill this rank's model chunks with the weights that the run starts from."""
+    """Fill this rank's model chunks with the weights that the run starts from.
+
+    Where the run `resumes`, only those that are not in its checkpoints are read: all of a run with adapters, and else
+    buffers.
+    """
     offsets = [
         get_transformer_layer_offset(config, getattr(model_chunk, "vp_stage", None)) for model_chunk in model_chunks
     ]
     place = rank_place()
+    only_frozen = resumes and spec.model.lora.rank is None
     if spec.model.init == "random":
         source = RandomWeights(
             spec.train.seed,
             norm=0.0 if architecture.norm == "zero_centered_rms" else 1.0,
             gated_norms=_gated_norms(architecture),
         )
-        fill_parameters(model_chunks, architecture, source, place=place, layer_offsets=offsets)
+        fill_parameters(model_chunks, architecture, source, place=place, layer_offsets=offsets, only_frozen=only_frozen)
     else:
-        load_hf_weights(model_chunks, architecture, model_dir, place=place, layer_offsets=offsets)
+        if not only_frozen:
+            needed = needed_tensors(model_chunks, architecture, place=place, layer_offsets=offsets)
+            _read_ahead_together(model_dir, needed, ranks_per_node)
+        load_hf_weights(
+            model_chunks, architecture, model_dir, place=place, layer_offsets=offsets, only_frozen=only_frozen
+        )
     if spec.model.lora.rank is not None:
         base = weights_identity(model_dir)
         for model_chunk in model_chunks:
@@ -58,6 +72,16 @@ def _gated_norms(architecture: Architecture) -> set[str]:
     """Return the norms of linear attention: plain ones, whatever the others are."""
     maps = (layer.get("self_attention.norm.weight") for layer in architecture.weights.layers)
     return {own.pieces[0].name for own in maps if own is not None}
+
+
+def _read_ahead_together(model_dir: Path, needed: set[str], ranks_per_node: int) -> None:
+    """Read the tensors that this node's ranks need into its page cache, a share by each, and wait for all of them."""
+    with node_ranks(ranks_per_node) as node:
+        wanted = set().union(*node.gather(needed))
+        ranges = joined(WeightFiles(model_dir).places(wanted))
+        if sum(end - begin for _, begin, end in ranges) < available_memory() // 2:  # else the cache would not hold them
+            read_ahead(ranges, node.rank, node.size)
+        node.barrier()
 
 
 class RandomWeights:

@@ -20,6 +20,8 @@ class TensorHeader:
     shape: tuple[int, ...]
     size: int
     """Bytes."""
+    begin: int
+    """The first of them in the file."""
 
 
 def has_weights(model_dir: Path) -> bool:
@@ -59,10 +61,9 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         found = {
-            name: TensorHeader(
-                entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
-            )
+            name: TensorHeader(entry["dtype"], tuple(entry["shape"]), end - begin, 8 + length + begin)
             for name, entry in tensors.items()
+            for begin, end in [entry["data_offsets"]]
         }
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; {INDEX} names it") from None

@@ -166,7 +166,7 @@ def _train(
     trainer = megatron_trainer(
         spec, topology, env, max_steps=steps, data_key=key, callbacks=watched(callbacks, watchdog), clock=clock
     )
-    module = SFTGPT(spec, architecture, topology, model_dir, steps)
+    module = SFTGPT(spec, architecture, topology, model_dir, steps, resumes=resume is not None)
     stages = f"; stages of {topology.describe_stages()}" if topology.pipeline_parallel > 1 else ""
     log.say(f"{topology.describe()}{stages}; {describe_batch(spec, topology)}")
     log.say(choose_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0).describe())

@@ -74,6 +74,21 @@ def test_trap_21_other_topology_goes_on(
     assert found[1] == pytest.approx(expected[1], rel=3e-5)
 
 
+def test_a_run_that_goes_on_reads_no_weights_of_its_model(
+    tmp_path: Path, material: tuple[Path, Path], full: RunPaths
+) -> None:
+    """Those of its checkpoint would replace them. Integers in the model's file are refused by whoever reads them."""
+    other = shutil.copytree(material[0], tmp_path / "other")
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"I32"'))
+    paths = interrupted(tmp_path, (other, material[1]), full, 1)
+    run_training(paths, 1)
+    assert curve(paths)[0] == pytest.approx(curve(full)[0], rel=1e-5)
+    fresh = make_run(tmp_path, other, material[1], ranks=1, name="fresh", **SETTINGS)
+    with pytest.raises(AssertionError, match="is I32; supported are"):
+        run_training(fresh, 1)
+
+
 def test_steps_after_the_checkpoint_are_logged_once(
     tmp_path: Path, material: tuple[Path, Path], full: RunPaths
 ) -> None:

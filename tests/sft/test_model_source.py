@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,36 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(gguf_convert, "convert_gguf", convert)
     return done
+
+
+def test_a_checkpoint_is_read_once_to_tell_it_apart(
+    tmp_path: Path, counted: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `prepare`, for all ranks and later attempts; counted by the kernel. A changed file is read again."""
+    monkeypatch.setattr("sft.data.reading.files._SETTLED_SECONDS", -1.0)
+    size, source = 8 << 20, tmp_path / "large.gguf"
+    source.write_bytes(os.urandom(size))
+    spec = spec_of(source, tmp_path / "cache")
+    found, first = bytes_read(lambda: resolve_model_dir(spec))
+    assert first > size
+    again, by_rank = bytes_read(lambda: resolve_model_dir(spec, convert=False))
+    assert again == found
+    assert by_rank < size / 10
+    source.write_bytes(os.urandom(size))
+    assert resolve_model_dir(spec) != found
+    assert len(counted) == 2
+
+
+def bytes_read(work: Callable[[], Path]) -> tuple[Path, int]:
+    """Return the result of `work`, and how many bytes this process has read meanwhile, from disk or cache."""
+
+    def read() -> int:
+        line = Path("/proc/self/io").read_text(encoding="ascii").splitlines()[0]
+        return int(line.removeprefix("rchar:"))
+
+    before = read()
+    result = work()
+    return result, read() - before
 
 
 def test_converted_once_by_content(tmp_path: Path, counted: list[Path]) -> None:

@@ -15,7 +15,7 @@ import glob
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,15 +101,24 @@ def digest(path: Path, notes: Path, *, write: bool) -> str:
 
     With `write` a digest that had to be computed is stored there.
     """
-    identity = file_identity(path)
+    return remembered_digest(path, file_identity(path), notes, sha256_of, write=write)
+
+
+def remembered_digest(
+    path: Path, identity: Sequence[int], notes: Path, compute: Callable[[Path], str], *, write: bool
+) -> str:
+    """Return what `compute` makes of a file or folder, or made of it when its `identity` was the same.
+
+    The identity holds sizes, and times in nanoseconds. With `write` a digest that had to be computed is stored.
+    """
     note = notes / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
     known = _noted(note)
-    if known.get("identity") == identity and _SHA256.fullmatch(str(known.get("sha256"))):
+    if known.get("identity") == list(identity) and _SHA256.fullmatch(str(known.get("sha256"))):
         return str(known["sha256"])
-    value = sha256_of(path)
-    if write and time.time() - max(identity[1:]) / 1e9 > _SETTLED_SECONDS:
+    value = compute(path)
+    if write and time.time() - max(identity) / 1e9 > _SETTLED_SECONDS:
         with contextlib.suppress(OSError):  # a shared cache may be read-only: the digest is computed again then
-            write_json(note, {"path": str(path), "identity": identity, "sha256": value})
+            write_json(note, {"path": str(path), "identity": list(identity), "sha256": value})
     return value
 
 

@@ -6,7 +6,8 @@ stop costs no GPU synchronisation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -69,11 +70,33 @@ def sum_over(values: Tensor, group: dist.ProcessGroup) -> None:
 T = TypeVar("T")
 
 
-class ControlGroup:
-    """Small messages between all ranks, over gloo."""
+@contextlib.contextmanager
+def node_ranks(ranks_per_node: int) -> Iterator[ControlGroup]:
+    """Yield a group of the ranks of this node, of which each has as many, for the time of the block."""
+    first = dist.get_rank() // ranks_per_node * ranks_per_node
+    ranks = list(range(first, first + ranks_per_node))
+    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    try:
+        yield ControlGroup(group)
+    finally:
+        dist.destroy_process_group(group)
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+
+class ControlGroup:
+    """Small messages between all ranks, or those of a group, over gloo."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = dist.new_group(backend="gloo") if group is None else group
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among those of the group."""
+        return self._group.rank()
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self._group.size()
 
     def any(self, flag: bool) -> bool:
         """Return whether it is true on any rank."""
