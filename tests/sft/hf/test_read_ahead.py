@@ -99,7 +99,7 @@ def count_while_loading(config: Path, together: bool) -> tuple[int, list[float]]
 
 
 def test_a_node_reads_each_byte_once_and_each_rank_its_share(uncached: Path, tmp_path: Path) -> None:
-    """Two replicas of two tensor parallel ranks. Seen to fail without reading ahead: one rank then reads most.
+    """Two replicas of two tensor parallel ranks. Seen to fail without reading ahead: some ranks then read nothing.
 
     Values are those that the ranks read by themselves.
     """
@@ -115,4 +115,4 @@ def test_a_node_reads_each_byte_once_and_each_rank_its_share(uncached: Path, tmp
     assert size > 9 * PIECE
     counts = [count for count, _ in found]
     assert 0.7 * size < sum(counts) < 1.05 * size
-    assert max(counts) < 0.4 * size
+    assert min(counts) > 0.1 * size
