@@ -13,9 +13,11 @@ from launcher import __version__
 from launcher.commands import (
     beside,
     cluster,
+    explain,
     import_config,
     init,
     logs,
+    mcp,
     nodes,
     plan,
     prepare,
@@ -115,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for family in (
         *(submit, prepare, init, plan, status, logs, top, beside, usage, resubmit),
-        *(sweep, nodes, cluster, import_config, report),
+        *(sweep, nodes, cluster, import_config, report, explain, mcp),
     ):
         family.add(commands)
     completion = command(commands, "completion", _completion, "print a shell completion script")

@@ -17,6 +17,7 @@ from launcher.api.checked import CheckedRun, CheckedSweep, ValidRun, ValidSweep,
 from launcher.api.jobs import Cancelled, Resubmitted, SubmittedRun, SubmittedSweep, cancel, resubmit, resubmit_failed
 from launcher.api.jobs import submit as submit
 from launcher.api.live import Usage, stacks, usage
+from launcher.api.meanings import Explained, explain
 from launcher.api.plans import Layout, Plan, PlannedSize, plan
 from launcher.api.runs import Report, States, Why, list_runs, logs, report, results, status, wait, why
 from launcher.views.logs import Logs
@@ -26,6 +27,7 @@ __all__ = [
     "Cancelled",
     "CheckedRun",
     "CheckedSweep",
+    "Explained",
     "Layout",
     "Logs",
     "Plan",
@@ -41,6 +43,7 @@ __all__ = [
     "ValidSweep",
     "Why",
     "cancel",
+    "explain",
     "list_runs",
     "logs",
     "plan",

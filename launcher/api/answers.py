@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from launcher.api.checked import ValidRun, ValidSweep
 from launcher.api.jobs import Cancelled, Resubmitted, SubmittedRun, SubmittedSweep
 from launcher.api.live import Usage
+from launcher.api.meanings import Explained
 from launcher.api.plans import PlannedSize
 from launcher.api.runs import Report, Why
 from launcher.clusters.check import CheckedCluster
@@ -25,15 +26,18 @@ from launcher.runs.excluded_nodes import NodeEvidence
 from launcher.runs.listing import ListedRun
 from launcher.runs.state import RunStatus
 from launcher.sweeps.groups import RunResult
+from launcher.views.logs import LogText
 from launcher.views.stacks import Stacks
 
 ANSWERS: Mapping[str, object] = {
     "validate": ValidRun | ValidSweep,
+    "explain": tuple[Explained, ...],
     "plan": tuple[PlannedSize, ...],
     "submit": SubmittedRun | SubmittedSweep,
     "resubmit": SubmittedRun | Resubmitted,
     "status": tuple[RunStatus, ...],
     "why": tuple[Why, ...],
+    "logs": LogText,
     "list": tuple[ListedRun, ...],
     "stacks": Stacks,
     "usage": Usage,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.contract.errors import LauncherError
 from launcher.contract.rank_error import RankError
 from launcher.contract.rundir import JsonObject, default_run_root
 from launcher.runs.find import find_run
@@ -15,6 +17,7 @@ from launcher.views.log_files import Choice
 from launcher.views.logs import Logs, choose
 
 if TYPE_CHECKING:
+    from launcher.attempts.remedies import Remedy
     from launcher.contract.rundir import RunPaths
     from launcher.runs.listing import ListedRun
     from launcher.runs.selection import Selection
@@ -45,6 +48,8 @@ class Why:
     """The events that matter in words, one line each with its local time."""
     error: RankError | None
     """The error that the first failing rank of the newest attempt recorded, in full."""
+    remedies: tuple[Remedy, ...]
+    """What to set before the next try, by the newest decision's cause; empty where nothing is known to help."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,10 +105,16 @@ def why(runs: Sequence[Run] = (), *, root: Path | None = None, select: Selection
 
 
 def _why(paths: RunPaths) -> Why:
+    from launcher.attempts.remedies import remedies
+    from launcher.contract.spec import read_resolved
     from launcher.runs.first_failure import newest_error
     from launcher.views.why import decisions, explain
 
-    return Why(run=paths.name, decisions=decisions(paths), history=explain(paths), error=newest_error(paths))
+    decided, error = decisions(paths), newest_error(paths)
+    helps: tuple[Remedy, ...] = ()
+    with contextlib.suppress(LauncherError):  # a config that is damaged must not hide the history
+        helps = tuple(remedies(read_resolved(paths.config), decided[-1], error)) if decided else ()
+    return Why(run=paths.name, decisions=decided, history=explain(paths), error=error, remedies=helps)
 
 
 def logs(run: Run, choice: Choice | None = None, *, root: Path | None = None) -> Logs:

@@ -10,6 +10,8 @@ from launcher.commands.arguments import (
     Subcommands,
     cluster_option,
     command,
+    json_option,
+    print_json,
     run_argument,
     runs_argument,
 )
@@ -33,6 +35,8 @@ def add(commands: Subcommands) -> None:
     which.add_argument("--failed", action="store_true", help="last words of the rank that failed first")
     parser.add_argument("--attempt", metavar="A", help="default: the newest")
     parser.add_argument("-f", "--follow", action="store_true", help="print more as it comes, until the attempt ends")
+    parser.add_argument("--lines", type=int, default=100, metavar="N", help="of --json: the last N (default 100)")
+    json_option(parser)
     wait = command(commands, "wait", _wait, "wait until runs have ended; exits with the first code that is not 0")
     runs_argument(wait, "+")
     cluster_option(wait)
@@ -53,9 +57,13 @@ def _logs(options: argparse.Namespace) -> int:
         failed=options.failed,
         attempt=options.attempt,
     )
-    if options.follow and not options.failed:
+    if options.follow and not options.failed and not options.json:
         return follow_run(find_run(options.run, options.run_root or default_run_root()), choice)
-    show(logs(options.run, choice, root=options.run_root))
+    found = logs(options.run, choice, root=options.run_root)
+    if options.json:
+        print_json(found.text(max(1, options.lines)))
+    else:
+        show(found)
     return int(ExitCode.OK)
 
 

@@ -16,3 +16,9 @@ def time_limit_minutes(text: str | None) -> float | None:
     else:  # MM[:SS]
         hours, (minutes, seconds) = 0, [*parts, 0][:2]
     return (int(days or 0) * 24 + hours) * 60 + minutes + seconds / 60
+
+
+def as_time_limit(minutes: float) -> str:
+    """Return minutes as H:MM:SS, which Slurm reads with any number of hours."""
+    seconds = round(60 * minutes)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -20,6 +20,22 @@ _ASK_SECONDS = 10.0  # between questions to the scheduler while following
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LogText:
+    """What `logs --json` prints."""
+
+    run: str
+    """The run's name."""
+    attempt: str | None
+    """The attempt; null where none has started yet."""
+    files: tuple[str, ...]
+    """The log files that were asked for, as far as they exist."""
+    text: str
+    """Their last lines, or the last words of the rank that failed first."""
+    note: str
+    """Why a log is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Logs:
     """The logs of an attempt: where they are, or the last words of the rank that failed first."""
 
@@ -39,6 +55,10 @@ class Logs:
         if self.words or len(self.files) == 1:
             return self.words or last_lines(Path(self.files[0]), lines)
         return "\n".join(f"==> {Path(file).name}\n{last_lines(Path(file), lines)}" for file in self.files)
+
+    def text(self, lines: int) -> LogText:
+        """Return what programs are told."""
+        return LogText(run=self.run, attempt=self.attempt, files=self.files, text=self.tail(lines), note=self.note)
 
 
 def choose(paths: RunPaths, choice: Choice) -> Logs:

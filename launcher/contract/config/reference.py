@@ -6,7 +6,8 @@ import ast
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import ANY_NAME, FieldType, field_rules, field_types, mapped_section, section_type
 from launcher.contract.spec.rules import Above, AtLeast, Fraction, Names, Probability, Required
 
+_BAR = "\\|"
 _INTRO = """# Config reference
 
 Every key of a run's YAML file. `launcher reference` prints this page from the source.
@@ -22,24 +24,53 @@ Any key can be set on the command line too: `launcher submit cfg.yaml train.max_
 """
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyReference:
+    """One key of the config."""
+
+    key: str
+    value: str
+    """What a value must be, in words."""
+    default: str
+    meaning: str
+
+
+def key_reference() -> list[KeyReference]:
+    """Return every key of the config, in the order of the page."""
+    return [row for _, _, rows in _sections(RunSpec, "") for row in rows]
+
+
 def config_reference() -> str:
     """Return the whole page."""
-    return _INTRO + "".join(_sections(RunSpec, ""))
+    return _INTRO + "".join(_table(*section) for section in _sections(RunSpec, ""))
 
 
-def _sections(section: type, prefix: str) -> Iterator[str]:
-    """Yield this section's table, then those of its subsections."""
+def _table(title: str, about: str, rows: Sequence[KeyReference]) -> str:
+    head = f"\n## {title}\n\n{about}\n\n| key | value | default | meaning |\n|---|---|---|---|\n"
+    return head + "".join(map(_line, rows))
+
+
+def _line(row: KeyReference) -> str:
+    cells = (f"`{row.key}`", row.value, row.default, row.meaning)
+    return f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |\n"
+
+
+def _sections(section: type, prefix: str) -> Iterator[tuple[str, str, list[KeyReference]]]:
+    """Yield title, description and keys of this section, then those of its subsections."""
     types = field_types(section)
     inner = {name: below for name, kind in types.items() if (below := section_type(kind) or mapped_section(kind))}
-    title = prefix.rstrip(".") or "top level"
-    about = inspect.cleandoc(section.__doc__ or "")
-    yield f"\n## {title}\n\n{about}\n\n| key | value | default | meaning |\n|---|---|---|---|\n"
     docs = _class_docs(Path(sys.modules[section.__module__].__file__ or ""))[section.__name__]
-    for item in dataclasses.fields(section):
-        if item.name not in inner:
-            cells = (f"`{prefix}{item.name}`", _value(section, item.name), _default(section, item), docs[item.name])
-            row = " | ".join(cell.replace("|", "\\|") for cell in cells)
-            yield f"| {row} |\n"
+    rows = [
+        KeyReference(
+            key=f"{prefix}{item.name}",
+            value=_value(section, item.name),
+            default=_default(section, item),
+            meaning=docs[item.name],
+        )
+        for item in dataclasses.fields(section)
+        if item.name not in inner
+    ]
+    yield prefix.rstrip(".") or "top level", inspect.cleandoc(section.__doc__ or ""), rows
     for name, below in inner.items():
         named = f"{name}.{ANY_NAME}" if is_dict(types[name]) else name
         yield from _sections(below, f"{prefix}{named}.")

@@ -21,11 +21,13 @@ infinity) are null in the output of commands. From Python, [`launcher.api`](api.
 """
 _COMMANDS = {
     "validate": "`launcher validate --json`: of a config for one run, or of a sweep.",
+    "explain": "`launcher explain --json`: a list, with an entry for each key of a section.",
     "plan": "`launcher plan --json`: a list, with an entry for each number of GPUs.",
     "submit": "`launcher submit --json`: of one run, or of a sweep.",
     "resubmit": "`launcher resubmit --json`: of one run, or of the failed runs of a sweep.",
     "status": "`launcher status --json`: a list, with an entry for each run. Numbers are those of the newest attempt.",
     "why": "`launcher status --why --json`: a list, with an entry for each run.",
+    "logs": "`launcher logs --json`: the end of the logs.",
     "list": "`launcher list --json`: a list, with an entry for each run.",
     "stacks": "`launcher stacks --json`: where the ranks of a run stand now.",
     "usage": "`launcher usage --json`.",

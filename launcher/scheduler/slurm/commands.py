@@ -158,6 +158,19 @@ def _config() -> dict[str, str]:
     return dict(re.findall(r"^(\w+)\s*=\s*(\S+)", _run(["scontrol", "show", "config"]), re.MULTILINE))
 
 
+def own_accounts() -> list[str]:
+    """Return the accounts that this user may submit under, as accounting has them."""
+    asked = [
+        "sacctmgr",
+        "--noheader",
+        "--parsable2",
+        "show",
+        "associations",
+        f"user={pwd.getpwuid(os.getuid()).pw_name}",
+    ]
+    return [line for line in _run([*asked, "format=Account"]).splitlines() if line]
+
+
 def cancel(job_id: str, clusters: str = "") -> None:
     """Cancel a job. One that has ended already is no error. SchedulerError where Slurm says that it knows none."""
     said = _answer(["scancel", *_at(clusters), job_id]).stderr

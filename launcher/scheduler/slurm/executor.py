@@ -20,6 +20,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from launcher.contract.errors import SchedulerError
 from launcher.scheduler.base import SubmissionUnknown
 from launcher.scheduler.slurm.environment import clean_environment
+from launcher.scheduler.slurm.refusals import advice
 
 SBATCH_TIMEOUT = 60
 """Seconds for sbatch to answer; a loaded controller takes some."""
@@ -62,7 +63,7 @@ class ScriptSlurmExecutor(SlurmExecutor):
                 raise SubmissionUnknown(f"sbatch was ended by signal {-code}") from None
             if any(words in str(error).lower() for words in _LOST):
                 raise SubmissionUnknown(f"sbatch lost the controller's answer:\n{_said(error)}") from None
-            raise SchedulerError(f"sbatch refused the job:\n{_said(error)}") from None
+            raise SchedulerError(f"sbatch refused the job:\n{_said(error)}{advice(str(error))}") from None
         except FailedSubmissionError as error:
             raise SubmissionUnknown(f"sbatch answered without a job id: {error}") from None
         except KeyboardInterrupt:
