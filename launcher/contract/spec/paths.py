@@ -20,6 +20,7 @@ from launcher.contract.package_files import missing_package_file, package_file
 from launcher.contract.rundir import COMPLETE
 
 _MODEL_FILES = (".gguf", ".nemo")
+_GLOB = frozenset("*?[")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class ExistingDirectory(PathRule):
     may_come_later: ClassVar[bool] = True
 
     def problem(self, path: str, section: object) -> str | None:
-        return None if Path(path).is_dir() else f"{path} is not a directory"
+        return None if Path(path).is_dir() else f"{path} is not a directory{_near(path)}"
 
     def mount(self, path: str) -> Path | None:
         return _hub_cache(path) or Path(path)
@@ -118,7 +119,8 @@ class ExistingFile(PathRule):
         if Path(path).is_file():
             return None
         words = f" (nor one of the words {', '.join(self.words)})" if self.words else ""
-        return f"{path} is not a file{words}{did_you_mean(Path(path).name, self.words)}"
+        near = did_you_mean(Path(path).name, self.words) or _near(path)
+        return f"{path} is not a file{words}{near}"
 
     def mount(self, path: str) -> Path | None:
         return Path(path).parent
@@ -144,7 +146,7 @@ class Files(PathRule):
     def problem(self, path: str, section: object) -> str | None:
         if snapshot_of(path) is not None:
             return None  # it may have yet to be fetched: launcher.contract.hub sees to it
-        return None if Path(path).exists() or _matches(path) else f"no file matches {path}"
+        return None if Path(path).exists() or _matches(path) else f"no file matches {path}{_near(path)}"
 
     def mount(self, path: str) -> Path | None:
         if (cache := _hub_cache(path)) is not None:
@@ -174,7 +176,9 @@ class ModelPath(PathRule):
         model = Path(path)
         if model.is_dir() or (model.is_file() and model.suffix in _MODEL_FILES):
             return None
-        return f"{path} {'is neither a directory nor a .gguf or .nemo file' if model.exists() else 'does not exist'}"
+        if model.exists():
+            return f"{path} is neither a directory nor a .gguf or .nemo file"
+        return f"{path} does not exist{_near(path)}"
 
     def mount(self, path: str) -> Path | None:
         if path.startswith("package:"):
@@ -234,8 +238,18 @@ def _hub_cache(path: str) -> Path | None:
     return None if snapshot is None else snapshot.cache
 
 
+def _near(path: str) -> str:
+    """Return a hint at the file of the same folder with the closest name, to be put behind a message."""
+    wanted = Path(path)
+    try:
+        names = [entry.name for entry in os.scandir(wanted.parent)]
+    except (OSError, ValueError):
+        return ""
+    return "" if wanted.name in names or set(path) & _GLOB else did_you_mean(wanted.name, names)
+
+
 def _matches(pattern: str) -> list[str]:
-    if not set(pattern) & set("*?["):
+    if not set(pattern) & _GLOB:
         return []
     try:
         return sorted(map(str, Path("/").glob(pattern.removeprefix("/"))))

@@ -59,6 +59,11 @@ def test_made_absolute(folder: Path) -> None:
 
 def test_checked(folder: Path) -> None:
     assert list(file_problems(with_absolute_paths(wider_run("words/glossary.txt", short="lists/a.txt")))) == []
+    misspelled = with_absolute_paths(wider_run("words/glosary.txt", short="lists/a.text"))
+    assert list(file_problems(misspelled)) == [
+        ("data.glossary", f"{folder}/words/glosary.txt is not a file; did you mean 'glossary.txt'?"),
+        ("data.dictionaries", f"short: no file matches {folder}/lists/a.text; did you mean 'a.txt'?"),
+    ]
     wrong = with_absolute_paths(wider_run("words", short="lists/c*"))
     assert list(file_problems(wrong)) == [
         ("data.glossary", f"{folder}/words is not a file"),
