@@ -59,9 +59,9 @@ def _init(options: argparse.Namespace) -> int:
     print(options.output.read_text(encoding="utf-8"))
     for note in submission.config.notes:
         print(f"hub    {note}")
-    print(
-        f"wrote  {options.output}\nnext   launcher validate {options.output}\n       launcher submit {options.output}"
-    )
+    print(f"wrote  {options.output}")
+    print(f"next   python -m sft audit {options.output}     # which tokens will be trained")
+    print(f"       launcher submit {options.output}")
     return int(ExitCode.OK)
 
 
