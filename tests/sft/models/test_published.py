@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.contract.errors import ModelError
 from launcher.contract.flops import parameters
+from launcher.contract.model_shape import named_model_config
 from launcher.contract.spec import RunSpec
 from sft.models.registry import read_architecture
 from sft.models.rope import Rope
@@ -270,7 +272,38 @@ GPT_OSS_120B = {
     "num_hidden_layers": 36,
     "num_local_experts": 128,
 }
+QWEN3_NEXT_80B = {
+    **named_model_config("80b-a3b"),
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "router_aux_loss_coef": 0.001,
+}
+QWEN3_5_35B_A3B = {
+    "model_type": "qwen3_5_moe",
+    "text_config": {
+        **named_model_config("qwen3.5-35b-a3b"),
+        "attn_output_gate": True,
+        "hidden_act": "silu",
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 10,
+        "mtp_num_hidden_layers": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+    },
+    "tie_word_embeddings": False,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_5": {"model_type": "qwen3_5", "text_config": named_model_config("qwen3.5-9b")},
+    "qwen3_5_moe": QWEN3_5_35B_A3B,
+    "qwen3_next": QWEN3_NEXT_80B,
     "gpt_oss": GPT_OSS_20B,
     "gpt_oss 120b": GPT_OSS_120B,
     "glm4_moe": GLM_45_AIR,
@@ -310,6 +343,8 @@ def test_published_configs(name: str, tmp_path: Path) -> None:
         ("olmoe", 6.92),
         ("qwen2_moe", 14.3),
         ("qwen3_moe", 30.5),
+        ("qwen3_5_moe", 34.7),
+        ("qwen3_next", 79.7),
     ],
 )
 def test_the_weights_of_published_models_with_experts(name: str, billions: float, tmp_path: Path) -> None:
@@ -351,3 +386,45 @@ def test_positions_rotate_as_in_transformers(tmp_path: Path) -> None:
         expect_rotation(architecture.rope, rotary.full_attention_inv_freq, rotary.full_attention_attention_scaling)
         in_window = architecture.attentions[0].rope
         expect_rotation(in_window, rotary.sliding_attention_inv_freq, rotary.sliding_attention_attention_scaling)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe", "qwen3_next"])
+def test_positions_of_text_rotate_as_in_transformers(name: str, tmp_path: Path) -> None:
+    """A quarter of each head, and the three kinds of positions of images are one."""
+    from transformers import AutoConfig
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEmbedding
+
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    architecture, config = read_architecture(tmp_path), AutoConfig.from_pretrained(tmp_path).get_text_config()
+    kind = Qwen3NextRotaryEmbedding if name == "qwen3_next" else Qwen3_5TextRotaryEmbedding
+    rotary = kind(config)
+    expect_rotation(architecture.rope, rotary.inv_freq, rotary.attention_scaling, architecture.shape.head_dim)
+    positions = torch.arange(50)[None]
+    cos, _ = rotary(torch.zeros(1), positions)
+    angles = positions[0, :, None].float() * rotary.inv_freq
+    assert torch.equal(cos[0], torch.cat([angles, angles], dim=-1).cos())
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"attn_output_gate": False}, "attn_output_gate false is not supported"),
+        ({"attention_bias": True}, "attention_bias true is not supported"),
+        ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim 1 is not supported; it must be above 1"),
+        ({"layer_types": ["linear_attention"] * 48}, "no layer has full attention; at least one must"),
+        (
+            {"layer_types": ["sliding_attention", *["full_attention"] * 47]},
+            "layer_types has 'sliding_attention'; only full_attention and linear_attention are supported",
+        ),
+        ({"linear_num_value_heads": 24}, "linear_num_key_heads 16, linear_num_value_heads 24"),
+        ({"linear_key_head_dim": None}, "linear_key_head_dim None"),
+        ({"full_attention_interval": 0}, "full_attention_interval 0 is not a whole number above 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_linear_attention_is_not_built_for(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_NEXT_80B | change))
+    with pytest.raises(ModelError) as caught:
+        read_architecture(tmp_path)
+    assert problem in str(caught.value)
