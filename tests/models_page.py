@@ -55,8 +55,8 @@ Tokens per second that were measured are in [benchmarks](../benchmarks/README.md
 * RoPE of type `dynamic` or `longrope` is covered up to the length from which it depends on the batch:
   `max_position_embeddings`, or `original_max_position_embeddings`. Longer rows are refused.
 * Norms over all heads (Olmo) need `topology.tensor_parallel` to be at most the number of KV heads.
-* The experts of gpt-oss and of Qwen3.5, whose published files hold all of a layer in one tensor, take no adapters. Names
-  such as `gate_proj` then mean the shared expert alone.
+* The experts of gpt-oss and of Qwen3.5, whose published files hold all of a layer in one tensor, take no adapters.
+  Names such as `gate_proj` then mean the shared expert alone.
 * Linear attention (Qwen3.5, Qwen3-Next) needs key heads that `topology.tensor_parallel` x `context_parallel` divides.
   Where only some layers have a layer that `model.lora.targets` names, each pipeline stage needs one.
 * Weights of a bf16 run are in bf16, also those that files hold in fp32, such as decays (`A_log`) of linear attention.

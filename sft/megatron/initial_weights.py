@@ -48,11 +48,7 @@ def load_initial_weights(
     place = rank_place()
     only_frozen = resumes and spec.model.lora.rank is None
     if spec.model.init == "random":
-        source = RandomWeights(
-            spec.train.seed,
-            norm=0.0 if architecture.norm == "zero_centered_rms" else 1.0,
-            gated_norms=_gated_norms(architecture),
-        )
+        source = RandomWeights.of(architecture, spec.train.seed)
         fill_parameters(model_chunks, architecture, source, place=place, layer_offsets=offsets, only_frozen=only_frozen)
     else:
         if not only_frozen:
@@ -66,12 +62,6 @@ def load_initial_weights(
         for model_chunk in model_chunks:
             model_chunk.base_weights = base  # type: ignore[assignment]
         reset_adapters(model_chunks, spec.train.seed)
-
-
-def _gated_norms(architecture: Architecture) -> set[str]:
-    """Return the norms of linear attention: plain ones, whatever the others are."""
-    maps = (layer.get("self_attention.norm.weight") for layer in architecture.weights.layers)
-    return {own.pieces[0].name for own in maps if own is not None}
 
 
 def _read_ahead_together(model_dir: Path, needed: set[str], ranks_per_node: int) -> None:
@@ -95,6 +85,14 @@ class RandomWeights:
         self._norm = norm
         self._gated_norms = gated_norms
         self._recent: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, architecture: Architecture, seed: int) -> RandomWeights:
+        """Return the weights that make a model of this architecture, whose norms then change no size."""
+        # The norms of linear attention are plain ones, whatever the others are.
+        maps = (layer.get("self_attention.norm.weight") for layer in architecture.weights.layers)
+        gated = {own.pieces[0].name for own in maps if own is not None}
+        return cls(seed, norm=0.0 if architecture.norm == "zero_centered_rms" else 1.0, gated_norms=gated)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the whole tensor `name`. A parameter's pieces come from up to four in turn, so four are kept."""
