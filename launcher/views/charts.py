@@ -13,7 +13,7 @@ _OTHERS = ("#c2415d", "#4f9da6", "#7a7a2e", "#555")  # of further held-out data 
 
 _UNITS = {
     "loss": "nats per trained token",
-    "tokens/s": "tokens per second, all GPUs together",
+    "tokens/s": "tokens per second, all ranks together",
     "gradient norm": "norm before clipping",
     "MFU": "fraction of the GPUs' peak FLOP/s",
 }

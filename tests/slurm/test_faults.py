@@ -331,6 +331,25 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(run: RunPaths, uninterrupte
     assert loss_curve(run) == loss_curve(uninterrupted)
 
 
+def stopped_node(bench: Workbench) -> RunPaths:
+    """The only rank of the second node, so that nobody on it is left."""
+    run = bench.submit("stopped-node", *TWO_RANKS, "watchdog.floor_seconds=15")
+    wait_for_checkpoint(run, PATIENCE)
+    for pid in rank_processes(job_of(run), rank=1, ranks=2):
+        os.kill(pid, signal.SIGSTOP)
+    return wait_for_end(bench, run)
+
+
+@pytest.mark.slow  # stopped processes that take each other for the rest of a node are in tests/sft/health
+@row(stopped_node)
+def test_a_node_whose_ranks_are_all_stopped_is_named_and_the_run_goes_on(run: RunPaths, curve: object) -> None:
+    (hang,) = events(run, "hang_detected")
+    (behind,) = hang["behind"]
+    assert (behind["rank"], behind["answered"]) == (1, False)
+    assert decided(run) == [("hang", "requeue"), ("done", "stop")]
+    assert loss_curve(run) == curve
+
+
 PYTHON_WITH_A_BAD_NODE = f"""#!/bin/bash
 # Python on every node; where the first preflight's second task ran, with a /dev/shm too small, as containers have it.
 bad=$(dirname "$0")/bad-host
