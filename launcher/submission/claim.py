@@ -40,7 +40,7 @@ def _take(root: Path, create: bool) -> int:
             with contextlib.suppress(FileExistsError):
                 root.mkdir(mode=0o700)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:  # the holder removed its directory
             if create:
                 continue

@@ -32,6 +32,8 @@ def claimed_directory(paths: RunPaths) -> Iterator[None]:
         try:
             paths.root.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(claim(paths.root, create=True))
+            if _is_foreign(paths.root):  # somebody put it there since the first look
+                raise _exists(paths)
         except OSError as error:
             raise LauncherError(f"run_root: {paths.root} cannot be created: {error.strerror}") from None
         try:

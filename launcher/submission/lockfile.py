@@ -119,7 +119,12 @@ def _changes(then: Fingerprints, now: Fingerprints, overrides: Sequence[str]) ->
 
 def read_lockfile(path: Path) -> Lock:
     """Return the `lock` section, or raise ConfigError where it is missing or damaged."""
-    lock = yaml.safe_load(read_text(path)).get("lock")
+    try:
+        document = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: lock: missing or damaged ({said}); restore it from the run's directory") from None
+    lock = document.get("lock") if isinstance(document, dict) else None
     if not isinstance(lock, dict) or not isinstance(lock.get("files"), dict):
         raise ConfigError(f"{path}: lock: missing or damaged; to submit it as a config, give it another name")
     return cast(Lock, lock)

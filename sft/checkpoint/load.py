@@ -15,6 +15,7 @@ from launcher.contract.rundir import checkpoint_step, complete_checkpoints
 from launcher.contract.versions import parse_version
 from sft.checkpoint.contents import SHARDED, TrainerState
 from sft.checkpoint.files import changed_bytes, damage
+from sft.checkpoint.pickles import refuse_code
 from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
 from sft.megatron.core import __version__ as megatron_version
@@ -71,6 +72,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
             "model"
         )
     _check_version(source, trainer)
+    refuse_code(source / SHARDED)
     _check_rate_groups(source, trainer, rate_groups(module.spec.train.optimizer))
     same_topology = trainer.is_of(module.topology)
     hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]

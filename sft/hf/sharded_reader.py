@@ -59,7 +59,7 @@ class ShardedReader:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._metadata = _read_index(directory)
+        self._metadata = read_index(directory)
         self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -125,7 +125,8 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into an index")
 
 
-def _read_index(directory: Path) -> Metadata:
+def read_index(directory: Path) -> Metadata:
+    """Return the index of a sharded checkpoint. CheckpointError where it is not one, or names what would run code."""
     path = directory / INDEX
     try:
         with path.open("rb") as file:

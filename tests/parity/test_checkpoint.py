@@ -26,7 +26,7 @@ from launcher.contract.lease import Owner, holder, take
 from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.versions import parse_version
 from sft.__main__ import main
-from sft.checkpoint.files import changed_bytes, damage
+from sft.checkpoint.files import changed_bytes, damage, seal
 from sft.checkpoint.load import newest_usable
 from sft.checkpoint.save import CheckpointSaver
 from sft.megatron.core import __version__ as megatron_version
@@ -189,6 +189,28 @@ def test_no_undamaged_checkpoint_is_an_error(tmp_path: Path, material: tuple[Pat
     paths = make_run(tmp_path, *material, ranks=1, max_steps=4)
     flip_a_bit(paths.checkpoint(2))
     assert run_ranks(1, exit_code, paths.config) == [ExitCode.IO_ERROR]
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.canary,))
+
+
+def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """Its checksums are right: whoever makes one makes those as well. tests/sft/checkpoint/test_pickles.py has more."""
+    paths = make_run(tmp_path, *material, ranks=1, max_steps=2)
+    run_training(paths, 1)
+    torch.save({"state": Bomb(tmp_path / "ran")}, paths.checkpoint(2) / "sharded" / "common.pt")
+    (paths.checkpoint(2) / "COMPLETE").unlink()
+    seal(paths.checkpoint(2), {})
+    again = make_run(tmp_path, *material, ranks=1, max_steps=4)
+    assert "loading it could run code" in run_ranks(1, error_of_train, again.config)[0]
+    assert not (tmp_path / "ran").exists()
 
 
 def flip_a_bit(checkpoint: Path) -> None:

@@ -1,0 +1,43 @@
+"""A config, a cluster file or a lockfile is data: nothing in it is run, and it reads no variable of the shell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.__main__ import main
+from launcher.contract.exit_codes import ExitCode
+
+TAGS = ("!!python/object/apply:os.system ['touch ran']", "!!python/name:os.system ''", "!!python/module:os ''")
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_yaml_makes_no_objects(workdir: Path, capsys: pytest.CaptureFixture[str], tag: str) -> None:
+    config = Path("cfg.yaml").read_text()
+    Path("cfg.yaml").write_text(f"{config}env_from: {tag}\n")
+    assert main(["validate", "cfg.yaml"]) == ExitCode.BAD_INPUT
+    Path("cfg.yaml").write_text(config)
+    assert main(["validate", "cfg.yaml", f"env_from={tag}"]) == ExitCode.BAD_INPUT
+    Path("cluster_configs").mkdir()
+    Path("cluster_configs/evil.yaml").write_text(f"scheduler: local\nenv_from: {tag}\n")
+    assert main(["validate", "cfg.yaml", "--cluster", "evil"]) == ExitCode.BAD_INPUT
+    Path("run.lock.yaml").write_text(f"{config}lock: {tag}\n")
+    assert main(["validate", "run.lock.yaml"]) == ExitCode.BAD_INPUT
+    assert not Path("ran").exists()
+    assert "a bug" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["${oc.env:A_TOKEN}", "${env:A_TOKEN}", "$A_TOKEN", "{{ env.A_TOKEN }}"])
+def test_a_value_reads_no_secret_of_the_environment(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """Or a shared config could have a secret of whoever submits it written into the run directory."""
+    monkeypatch.setenv("A_TOKEN", "correct-horse")
+    config = Path("cfg.yaml")
+    config.write_text(config.read_text().replace("seq_length: 128", f"seq_length: 128, cache_dir: '/c/{text}'"))
+    for words in (["validate", "cfg.yaml", "--json"], ["submit", "cfg.yaml", "--dry-run"]):
+        main(words)
+        shown = capsys.readouterr()
+        assert "A_TOKEN" in shown.out + shown.err
+        assert "correct-horse" not in shown.out + shown.err
