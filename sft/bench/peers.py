@@ -39,11 +39,11 @@ Experts = Literal["liger", "grouped"]
 def packed_flash(
     module: object, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, *, scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, kernel: attention.Kernel = "flash2",
-    **_: object,
+    sliding_window: int | None = None, s_aux: Tensor | None = None, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Return the attention [1, t, heads, dim] of query [1, heads, t, dim], key and value [1, groups, t, dim].
 
-    transformers calls this with the packed sequences' offsets.
+    transformers calls this with the packed sequences' offsets, and where a model has them with a window and sinks.
     """
     assert cu_seq_lens_q is not None and max_length_q is not None, "only for packed rows"
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -54,7 +54,9 @@ def packed_flash(
         whole = [attend(*part) for part in zip(*parts, strict=True)]
         return torch.cat(whole, dim=2).transpose(1, 2), None
     query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
-    return attention.flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, kernel)[None], None
+    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    packed = cu_seq_lens_q, max_length_q, scaling, kernel
+    return attention.flash(query, key, value, *packed, window=window, sinks=s_aux)[None], None
 
 
 def _kernel(chosen: Chosen, workload: Workload) -> attention.Kernel:

@@ -8,7 +8,6 @@ tokens are trained. With `full` each row is one example and every token is train
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.contract.model_shape import ModelShape, named_model_config, named_model_shape
+from launcher.contract.model_shape import ModelShape, named_model_config
 
 MEDIAN_LENGTH = 375
 LONGEST = 4_000
@@ -45,8 +44,7 @@ class Workload:
 
     @property
     def model_shape(self) -> ModelShape:
-        shape = named_model_shape(self.shape)
-        return shape if self.layers is None else dataclasses.replace(shape, num_layers=self.layers)
+        return ModelShape.from_config(self.model_config, self.shape)
 
     @property
     def model_config(self) -> dict[str, Any]:

@@ -100,6 +100,11 @@ def test_no_example_comes_twice(layout: str) -> None:
     assert sum(data.examples.lengths[ids]) > 0.9 * steps * 4 * workload.rows * workload.seq_length
 
 
+def test_fewer_layers_are_the_first_ones() -> None:
+    shape = Workload(shape="qwen3.5-4b", data="full", seq_length=512, rows=1, layers=6).model_shape
+    assert (shape.num_layers, shape.linear_layers) == (6, (0, 1, 2, 4, 5))
+
+
 def test_automodel_is_refused_what_it_cannot_train_here() -> None:
     for workload in (
         Workload(shape="1b", data="ragged", seq_length=512, rows=2),
