@@ -47,7 +47,7 @@ class Tool:
 
     @property
     def input_schema(self) -> Schema:
-        """The schema of the arguments; no others are taken."""
+        """The schema of the arguments, of which no others are taken."""
         required = [*self.required, *(["confirm"] if "confirm" in self.arguments else [])]
         return {
             "type": "object",

@@ -58,7 +58,7 @@ def _title(lines: Sequence[TopLine], width: int) -> Text:
 
 
 def _layout(width: int) -> list[tuple[str, int]]:
-    """Return the columns that there is room for, with their widths; the run's name gets what is left."""
+    """Return the columns that there is room for, with their widths. The run's name gets what is left."""
     wanted = [("STATE", 11), ("STEP", 11), ("LOSS", 7), ("CURVE", _CURVE), ("GPUS", 4), ("FAULTS", 6)]
     wanted += [("ETA", 9), ("TOKENS/S", 10), ("MFU", 6)]
     least = 16

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 from typing import Literal
@@ -24,11 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.contract.versions import parse_version
+
 Kernel = Literal["torch", "fla"]
 """The rule below, or the Triton kernels of the package flash-linear-attention."""
 
 CHUNK = 64
 """Tokens of a chunk. Longer ones cost more in the triangular systems, shorter ones take more steps."""
+_WRONG_ON_HOPPER = "3.4.0", "3.7.1"
+"""From which version of Triton on, and up to which, the backward pass of flash-linear-attention is wrong there."""
 _EPSILON = 1e-6
 """Added to squared lengths of queries and keys, as transformers does."""
 
@@ -76,7 +81,20 @@ def fla_problem() -> str | None:
         return "they need a GPU"
     if importlib.util.find_spec("fla") is None:
         return "the package flash-linear-attention is not installed"
-    return _broken_fla()
+    return _wrong_triton() or _broken_fla()
+
+
+def _wrong_triton() -> str | None:
+    """Return why the installed Triton compiles wrong kernels here, or None."""
+    # The package itself says so only in its first backward pass (issue 640 of its repository), and takes tilelang's
+    # kernels for those of Triton where they are installed.
+    if torch.cuda.get_device_capability()[0] != 9 or importlib.util.find_spec("tilelang") is not None:
+        return None
+    found = importlib.metadata.version("triton")
+    first, mended = _WRONG_ON_HOPPER
+    if not parse_version(first) <= parse_version(found) < parse_version(mended):
+        return None
+    return f"Triton {found} compiles its backward pass wrongly for Hopper GPUs; install {mended} or newer, or tilelang"
 
 
 @functools.cache

@@ -265,7 +265,10 @@ def test_packed_attention_with_sinks(
 
     shapes = [(sum(lengths), count, dim) for count in (heads[0], heads[1], heads[1])]
     inputs = [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    assert_equal(kernel, plain, [*inputs, 3 * drawn(heads[0])])
+    # The backward pass takes the output rounded to bf16. Where a token sees itself alone, what is left of the gradients
+    # after the softmax's correction is small beside what they are the difference of: 0.9 % by arithmetic. Sinks of few
+    # heads are sums of random signs, off by up to 0.6 %.
+    assert_equal(kernel, plain, [*inputs, 3 * drawn(heads[0])], tolerance=1.5e-2 if window == 1 else 1e-2)
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # from within flash-attn-4's compiler

@@ -149,6 +149,30 @@ def test_the_log_says_what_computes_linear_attention(tmp_path: Path, monkeypatch
     assert "linear attention fla, " in choice(tmp_path, case, **half)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("capability", "triton", "tilelang", "refused"),
+    [
+        ((9, 0), "3.6.0", False, True),
+        ((9, 0), "3.6.0", True, False),
+        ((9, 0), "3.7.1", False, False),
+        ((9, 0), "3.3.1", False, False),
+        ((10, 0), "3.6.0", False, False),
+    ],
+)
+def test_kernels_that_triton_compiles_wrongly_are_not_used(
+    capability: tuple[int, int], triton: str, tilelang: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package raises an error about it, but only in the backward pass of the first step."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(gated_delta.importlib.metadata, "version", lambda name: triton)
+    found = {"fla": True, "tilelang": tilelang}
+    monkeypatch.setattr(gated_delta.importlib.util, "find_spec", lambda name: found[name] or None)
+    monkeypatch.setattr(gated_delta, "_broken_fla", lambda: None)
+    problem = gated_delta.fla_problem()
+    assert (problem is not None and "install 3.7.1 or newer, or tilelang" in problem) == refused
+
+
 def test_where_documents_lie() -> None:
     lengths = (3, 130, 64)
     documents = documents_of(lengths, CPU)
