@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
@@ -27,6 +27,7 @@ from launcher.contract.errors import DataError, ModelError
 from sft.data.encoding.tokenizer import control_tokens
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
@@ -74,6 +75,13 @@ class ControlTokens:
         self._hidden = re.compile(f"[{chr(_PLACEHOLDERS)}-{chr(_PLACEHOLDERS + len(spellings))}]")
         self._spelling_ids = spellings
         self.ids = np.array(sorted(spellings.values()), dtype=np.int32)
+        self._control = np.zeros(max([*tokenizer.get_vocab().values(), *self.ids]) + 1, dtype=np.bool_)
+        self._control[self.ids] = True
+        self._backend = _backend_of(tokenizer)
+
+    def among(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return which of a tokenizer's ids are those of control tokens."""
+        return self._control[ids]
 
     def hide(self, content: str) -> str:
         """Return `content` with placeholders for control tokens, or raise DataError if it holds one already."""
@@ -155,7 +163,7 @@ class ControlTokens:
 
     def _written(self, tokens: Tokenized) -> NDArray[np.bool_]:
         """Return which tokens are control tokens that the template wrote."""
-        written = np.isin(tokens.ids, self.ids)
+        written = self.among(tokens.ids)
         # The id alone does not decide: `<unk>` also stands for text that the tokenizer does not know.
         for index in np.flatnonzero(written):
             spelled = tokens.text[int(tokens.begins[index]) : int(tokens.ends[index])].strip()
@@ -191,20 +199,46 @@ class ControlTokens:
         return Tokenized(piece, tokens.ids[first:], begins, tokens.ends[first:] - len(anchor))
 
     def _encode(self, text: str, **options: bool) -> Tokenized:
-        encoded = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            **options,
-        )
-        offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        if self._backend is None or options:
+            encoded = self._tokenizer(
+                text,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                **options,
+            )
+            ids, places = encoded["input_ids"], encoded["offset_mapping"]
+        else:
+            self._backend.encode_special_tokens = False  # a call with options may have set it
+            direct = self._backend.encode(text, add_special_tokens=False)
+            ids, places = direct.ids, direct.offsets
+        # From a flat iterator: of a list of pairs, NumPy would look at each pair first.
+        numbers = np.fromiter(chain.from_iterable(places), dtype=np.int64, count=2 * len(places))
+        offsets = numbers.reshape(-1, 2)
         starts, ends = offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
         # Some tokenizers do not count the space before a word among its characters: let a token begin where the one
         # before it ends. Tokens that are bytes of one character all begin where that character does.
         begins = np.minimum(starts, np.concatenate([[0], ends[:-1]])) if len(ends) else starts
-        return Tokenized(text, np.array(encoded["input_ids"], dtype=np.int32), begins, ends)
+        return Tokenized(text, np.array(ids, dtype=np.int32), begins, ends)
+
+
+def _backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """Return what a fast tokenizer calls, or None for one that does more than to call it.
+
+    Called directly it takes two thirds of the time: what transformers makes of the answer is not needed here.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    ways = ("__call__", "_encode_plus")
+    known = (getattr(PreTrainedTokenizerFast, name, None) for name in ways)
+    if any(way is None or getattr(type(tokenizer), name) is not way for name, way in zip(ways, known, strict=True)):
+        return None
+    backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    # As transformers does at each call: a tokenizer.json may ask for either.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _join(pieces: list[Tokenized]) -> Tokenized:

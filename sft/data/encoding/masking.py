@@ -165,7 +165,7 @@ class Encoder:
         tokens = controls.tokenize(rendered.text)
         weights = np.zeros(len(tokens.ids), dtype=np.float32)
         ends = np.zeros(len(tokens.ids), dtype=np.bool_)
-        is_control = np.isin(tokens.ids, controls.ids)
+        is_control = controls.among(tokens.ids)
         crossing = 0
         for begin, end, weight in _revealed(rendered, controls):
             near = _between(tokens, begin, end)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from launcher.contract.errors import DataError, ModelError
 from launcher.contract.spec import DataSpec
@@ -159,3 +161,35 @@ def test_a_tokenizer_without_offsets_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.raises(ModelError, match="which characters a token stands for"):
         encoded(tokenizer, "hi", "yo")
+
+
+def by_transformers(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, byte_level, sentencepiece_like])
+def test_ids_and_places_are_those_that_transformers_gives(make: Callable[[], PreTrainedTokenizerBase]) -> None:
+    """Also where the tokenizer's file asks for truncation and padding, and after a call for plain text."""
+    tokenizer, plain = make(), make()
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend.enable_truncation(3)
+    backend.enable_padding(length=40)
+    controls = ControlTokens(tokenizer)
+    text = "<|im_start|>user\nI saw \u00e9 otters.<|im_end|>\n"
+    tokenizer(text, split_special_tokens=True)
+    found = controls.tokenize(text)
+    assert found.ids.tolist() == by_transformers(plain, text)
+    assert found.begins[0] == 0 and found.ends[-1] == len(text)
+    assert controls.among(found.ids).tolist() == [each in controls.ids for each in found.ids]
+
+
+def test_a_tokenizer_that_does_more_than_its_file_says_is_asked_itself() -> None:
+    class Lowered(PreTrainedTokenizerFast):
+        def _encode_plus(self, text: str, **others: object) -> object:
+            return super()._encode_plus(text.lower(), **others)
+
+    tokenizer = make_tokenizer()
+    tokenizer.__class__ = Lowered
+    text = "I saw OTTERS."
+    found = ControlTokens(tokenizer).tokenize(text)
+    assert found.ids.tolist() == by_transformers(make_tokenizer(), text.lower())
