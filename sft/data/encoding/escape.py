@@ -234,7 +234,7 @@ def _backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     known = (getattr(PreTrainedTokenizerFast, name, None) for name in ways)
     if any(way is None or getattr(type(tokenizer), name) is not way for name, way in zip(ways, known, strict=True)):
         return None
-    backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Tokenizer = tokenizer.backend_tokenizer
     # As transformers does at each call: a tokenizer.json may ask for either.
     backend.no_truncation()
     backend.no_padding()
