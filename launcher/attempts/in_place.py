@@ -51,11 +51,14 @@ def next_nodes(allocation: Allocation, wanted: int, avoid: Collection[str]) -> t
 
 
 def with_silent_nodes(diagnosis: Diagnosis, allocation: Allocation) -> Diagnosis:
-    """Return the diagnosis, or that of a lost node where one gives no answer and the cause found may follow from it."""
+    """Return the diagnosis, or that of a lost node where one gives no answer and the cause found may follow from it.
+
+    The node is not to be avoided for ever: it may come back, and a requeued job on a small cluster would never start.
+    """
     if not allocation.silent or diagnosis.cause not in _BY_A_LOST_NODE:
         return diagnosis
     detail = f"{', '.join(allocation.silent)} gives no answer; {diagnosis.detail}"
-    return dataclasses.replace(diagnosis, cause=Cause.NODE_FAILURE, detail=detail, nodes=allocation.silent)
+    return dataclasses.replace(diagnosis, cause=Cause.NODE_FAILURE, detail=detail)
 
 
 def bad_nodes(events: Sequence[Mapping[str, object]], attempt: str) -> set[str]:

@@ -123,13 +123,16 @@ def test_lost_node(on: Bench) -> None:
 
 def test_bad_node(on: Bench) -> None:
     """A node that fails its preflight is left out, although it answers; the spare one is looked at, too."""
-    python = on.bench.root / "bad" / "python"
-    python.parent.mkdir()
+    folder = on.bench.root / "bad"  # runs elsewhere must not learn of the node
+    folder.mkdir()
+    python = folder / "python"
     python.write_text(PYTHON_WITH_A_BAD_NODE)
     python.chmod(0o755)
     look = ("preflight.enabled=auto", "preflight.min_shm_mib=64", "preflight.timeout_seconds=240")
-    run = begin(on, "bad-node", *look, f"cluster.runtime.python={python}")
-    wait_for_end(on.bench, run)
+    state = {"XDG_STATE_HOME": str(folder / "state")}
+    words = (*IN_PLACE, *look, f"cluster.runtime.python={python}", f"run_root={folder}")
+    on.bench.submit("bad-node", *words, env=state)
+    run = wait_for_end(on.bench, RunPaths(folder / "bad-node"))
     assert decided(run) == [("bad_node", "in_place"), ("done", "stop")]
     (failed,) = events(run, "preflight_failed")
     first, second = (event["nodes"].split(",") for event in events(run, "attempt_started"))

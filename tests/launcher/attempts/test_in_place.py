@@ -56,7 +56,8 @@ def test_a_node_without_an_answer_is_the_cause(cause: Cause, usable: str, found:
     seen = Allocation(hosts=FOUR, used=("n1", "n2"), usable=tuple(usable.split()))
     diagnosis = with_silent_nodes(Diagnosis(cause=cause, detail="x"), seen)
     assert diagnosis.cause is found
-    assert diagnosis.nodes == (("n2",) if found is Cause.NODE_FAILURE else ())
+    assert ("n2 gives no answer" in diagnosis.detail) == (found is Cause.NODE_FAILURE)
+    assert diagnosis.nodes == ()  # or a requeued job might find too few nodes for ever
 
 
 def test_bad_nodes_of_this_start_of_the_job() -> None:
@@ -121,11 +122,12 @@ def test_ranks_before_may_write_no_more(run: RunPaths, capsys: pytest.CaptureFix
     assert not [event for event in read_events(run) if event["event"].startswith("lease")]
     (decided,) = [event for event in read_events(run) if event["event"] == "restart_decided"]
     assert (decided["cause"], decided["decision"]) == ("node_failure", "in_place")
-    assert (decided["nodes"], decided["avoid"]) == (["n1", "n3"], ["n2"])
+    assert decided["nodes"] == ["n1", "n3"]
+    assert "avoid" not in decided
 
 
 def test_what_remains_is_requeued(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
-    assert end_with(run, capsys, "7.0", "n1").startswith("requeue n2")
+    assert end_with(run, capsys, "7.0", "n1") == "requeue"
     assert holder(run) is None
     assert end_with(run, capsys, "7.1", "n1,n2,n3", code=75, signal="SIGUSR2").startswith("requeue")
     assert end_with(run, capsys, "7.2", "n1,n2,n3", code=75, signal="SIGTERM").startswith("requeue")
