@@ -12,8 +12,9 @@ pytest.importorskip("mcp", reason="the extra mcp is not installed")
 
 from tests.launcher.mcp.client import Agent, as_agent
 from tests.slurm.cluster import SlurmCluster
+from tests.slurm.matrix import TWO_RANKS
 from tests.slurm.runs import make_workbench
-from tests.slurm.test_faults import PYTHON_WITH_A_BAD_NODE, TWO_RANKS
+from tests.slurm.test_faults import PYTHON_WITH_A_BAD_NODE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]  # two attempts with preflight; test_faults has the fault itself
 
