@@ -21,7 +21,7 @@ from sft.hf.exporter import export_checkpoint
 from sft.models.registry import read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.reference import Curve
-from tests.parity.runs import curve, make_run, reference_curve, run_training
+from tests.parity.runs import copy_start, curve, make_run, reference_curve, run_training
 from tests.parity.test_context_parallel import gradients_of_second
 from tests.parity.test_families import family_model
 from tests.parity.test_grid import STEPS, assert_gradients_equal
@@ -124,6 +124,32 @@ def test_no_gradient_reaches_a_neighbour_across_ranks(
         assert sorted(gradients) == list(range(sum(lengths)))
         assert all(gradients[place] > 0 for place in second[:-1])
         assert not any(value for place, value in gradients.items() if place not in second)
+
+
+@pytest.mark.slow  # by default test_exporter.py reads what two tensor parallel ranks have written
+@pytest.mark.parametrize(
+    ("ranks", "topology"),
+    [
+        pytest.param(2, {"pipeline_parallel": 2, "virtual_pipeline": 2}, id="pp2_vpp2"),
+        pytest.param(2, {"context_parallel": 2}, id="cp2"),
+        pytest.param(4, {"tensor_parallel": 4}, id="tp4"),
+        pytest.param(1, {}, id="tp1"),
+    ],
+)
+def test_a_checkpoint_goes_on_under_another_topology(
+    ranks: int, topology: dict[str, Any], tmp_path: Path, chat: Path, models: dict[str, Path]
+) -> None:
+    """Projection, convolution and decays are cut by heads, and the optimizer's state follows them."""
+    settings: dict[str, Any] = {"max_steps": 4, "every": 2, "keep_last": 9, "packing": True, **RATE}
+    model = models["qwen3_5_text"]
+    full = make_run(tmp_path / "full", model, chat, ranks=2, topology={"tensor_parallel": 2}, **settings)
+    run_training(full, 2)
+    paths = make_run(tmp_path / "other", model, chat, ranks=ranks, topology=topology, **settings)
+    copy_start(full, paths, 2)
+    run_training(paths, ranks)
+    whole, resumed = curve(full), curve(paths)
+    assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
+    assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
 
 
 def as_published(directory: Path) -> Path:
