@@ -73,13 +73,15 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def node_ranks(ranks_per_node: int) -> Iterator[ControlGroup]:
     """Yield a group of the ranks of this node, of which each has as many, for the time of the block."""
-    first = dist.get_rank() // ranks_per_node * ranks_per_node
-    ranks = list(range(first, first + ranks_per_node))
-    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    # All ranks make the groups of all nodes. With `use_local_synchronization`, by which each makes its own alone, two
+    # pipeline stages of two tensor parallel ranks waited for each other for ever (test_families.py, tp2_pp2_plain).
+    firsts = range(0, dist.get_world_size(), ranks_per_node)
+    groups = [dist.new_group(list(range(first, first + ranks_per_node)), backend="gloo") for first in firsts]
+    own = groups[dist.get_rank() // ranks_per_node]
     try:
-        yield ControlGroup(group)
+        yield ControlGroup(own)
     finally:
-        dist.destroy_process_group(group)
+        dist.destroy_process_group(own)
 
 
 class ControlGroup:
