@@ -53,7 +53,7 @@ def measured(arguments: argparse.Namespace, folder: Path) -> str:
         "logging.plot": "false",
     }
     common = [f"{key}={value}" for key, value in given.items()] + arguments.set
-    goes_on = f"checkpoint.resume_from={folder / 'cached' / 'checkpoints'}"
+    goes_on = f"checkpoint.resume_from={RunPaths(folder / 'cached').checkpoint(2)}"
     ways = {"new": [], "cached": [], "goes on": [goes_on]}
     found: dict[str, dict[str, float]] = {}
     for steps, (name, own) in zip((2, 2, 4), ways.items(), strict=True):
