@@ -100,7 +100,7 @@ def _parallel_settings(topology: Topology, on_gpu: bool) -> dict[str, object]:
         "tensor_model_parallel_size": topology.tensor_parallel,
         "pipeline_model_parallel_size": topology.pipeline_parallel,
         "virtual_pipeline_model_parallel_size": topology.virtual_pipeline if interleaved else None,
-        "pipeline_model_parallel_layout": _contents_of_chunks(topology) if topology.pipeline_parallel > 1 else None,
+        "pipeline_model_parallel_layout": contents_of_chunks(topology) if topology.pipeline_parallel > 1 else None,
         "context_parallel_size": topology.context_parallel,
         "sequence_parallel": topology.sequence_parallel,
         "overlap_p2p_comm": interleaved,
@@ -109,7 +109,7 @@ def _parallel_settings(topology: Topology, on_gpu: bool) -> dict[str, object]:
     }
 
 
-def _contents_of_chunks(topology: Topology) -> list[list[str]]:
+def contents_of_chunks(topology: Topology) -> list[list[str]]:
     """Return what each model chunk holds, in Megatron-core's words and in the model's order.
 
     It is the one setting that all versions read in each place where they number layers.

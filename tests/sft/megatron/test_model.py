@@ -17,6 +17,7 @@ from launcher.contract.errors import TopologyError
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.topology import build_topology
+from sft.megatron.config import contents_of_chunks
 from sft.megatron.core import TransformerConfig, get_num_layers_to_build, parallel_state
 from tests.launcher.contract.test_topology import SMOLLM
 
@@ -56,8 +57,11 @@ def specs(draw: st.DrawFn) -> RunSpec:
     )
 
 
-def megatron_problem(spec: RunSpec, shape: ModelShape) -> str | None:
-    """What Megatron-core says against this layout while it builds groups, configuration, stages and batches."""
+def megatron_problem(spec: RunSpec, shape: ModelShape, layout: list[list[str]] | None) -> str | None:
+    """What Megatron-core says against this topology while it builds groups, configuration, stages and batches.
+
+    `layout` is what each stage holds; None for stages of equal numbers of layers.
+    """
     from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
     from megatron.core.utils import divide
 
@@ -84,6 +88,7 @@ def megatron_problem(spec: RunSpec, shape: ModelShape) -> str | None:
             context_parallel_size=topo.context_parallel,
             sequence_parallel=topo.sequence_parallel,
             pipeline_dtype=torch.float32,
+            pipeline_model_parallel_layout=layout,
         )
         get_num_layers_to_build(config, vp_stage=None if virtual is None else 0)
         divide(shape.ffn_hidden_size, topo.tensor_parallel)  # what its column parallel linear does
@@ -105,11 +110,12 @@ def megatron_problem(spec: RunSpec, shape: ModelShape) -> str | None:
 @settings(max_examples=100)
 @given(specs(), shapes)
 def test_megatron_core_agrees(spec: RunSpec, shape: ModelShape) -> None:
-    problem = megatron_problem(spec, shape)
     try:
-        build_topology(spec, shape)
+        topology = build_topology(spec, shape)
     except TopologyError as error:
+        problem = megatron_problem(spec, shape, None)
         theirs = [rule for rule in error.problems if not any(part in rule for part in OURS)]
         assert problem is not None or not theirs, error
     else:
-        assert problem is None, problem
+        layout = contents_of_chunks(topology) if topology.pipeline_parallel > 1 else None
+        assert megatron_problem(spec, shape, layout) is None
