@@ -72,7 +72,9 @@ def test_refusal_has_slurms_words(tmp_path: Path, sbatch: Commands, capsys: pyte
     sbatch.add("sbatch", "echo 'sbatch: error: invalid partition specified: nope' >&2; exit 1")
     with pytest.raises(SchedulerError) as caught:
         ScriptSlurmExecutor(tmp_path, SCRIPT).submit_script()
-    assert str(caught.value) == "sbatch refused the job:\n  sbatch: error: invalid partition specified: nope"
+    words, hint = str(caught.value).rsplit("\n", 1)
+    assert words == "sbatch refused the job:\n  sbatch: error: invalid partition specified: nope"
+    assert hint == "set resources.partition"  # which ones there are, the fake does not tell
     assert not isinstance(caught.value, SubmissionUnknown)
     assert capsys.readouterr().err == ""  # they are in the error, and are said once
 
