@@ -47,13 +47,8 @@ def test_trap_22_bf16_stays_near_fp32(tmp_path: Path, material: tuple[Path, Path
     assert abs(mean_residual(paths, reference)) < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("kernels", "tensor_parallel"),
-    [
-        ("fused", 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fused", 1), ("plain", 1), ("plain", 2))),
-    ],
-)
+@pytest.mark.slow  # test_lora_fp8.py and test_fp8_options.py train in fp8 by default
+@pytest.mark.parametrize(("kernels", "tensor_parallel"), [("fused", 2), ("fused", 1), ("plain", 1), ("plain", 2)])
 def test_fp8_stays_near_fp32(
     kernels: str, tensor_parallel: int, tmp_path: Path, material: tuple[Path, Path], reference: Curve
 ) -> None:

@@ -48,6 +48,7 @@ def _is_over(bench: Workbench, run: RunPaths) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_the_one_that_waits_is_cancelled(bench: Workbench, slurm: SlurmCluster) -> None:
     """And the run goes on after a requeue with the winner's settings, whose job the launcher knows."""
     python, _ = site(bench, "site")
