@@ -206,7 +206,7 @@ def test_table_and_refusals(tmp_path: Path, silent: Commands, capsys: pytest.Cap
     assert total.split()[0] == "total"
     assert source == "from the runs' own events"
     assert said.err.startswith("not counted: odd: ")
-    assert main(["usage", "--run-root", str(tmp_path), "--by=resources.acount"]) == 2
+    assert main(["usage", "--run-root", str(tmp_path), "--by=resources.acc0unt"]) == 2
     assert "did you mean 'resources.account'?" in capsys.readouterr().err
 
 
