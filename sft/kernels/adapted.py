@@ -19,7 +19,7 @@ from torch import Tensor
 from sft.kernels import fp8
 from sft.kernels.autograd import Context
 from sft.kernels.gated import Gate
-from sft.kernels.linear import GradientForm, as_rows, gated_gradient, gated_product, input_gradient
+from sft.kernels.linear import GradientForm, as_rows, forward_product, gated_gradient, gated_product, input_gradient
 
 
 class LowRank(NamedTuple):
@@ -78,7 +78,7 @@ class _AdaptedLinear(torch.autograd.Function):
         down: Tensor, up: Tensor, scale: float, gradients: GradientForm,
     ) -> Tensor:  # fmt: skip
         rows = as_rows(x)
-        output = _product(rows, low, weight)
+        output = forward_product(rows, low, weight)
         if bias is not None:
             output += bias
         hidden = _add_adapter(output, rows, down, up, scale)
@@ -113,10 +113,10 @@ class _AdaptedMLP(torch.autograd.Function):
         gradients: tuple[GradientForm, GradientForm],
     ) -> Tensor:  # fmt: skip
         rows = as_rows(x)
-        mixed = _product(rows, low, up)
+        mixed = forward_product(rows, low, up)
         up_hidden = _add_adapter(mixed, rows, up_a, up_b, up_scale)
         product = gated_product(mixed, gate)
-        output = _product(product, None if low is None else fp8.quantize(product), down)
+        output = forward_product(product, None if low is None else fp8.quantize(product), down)
         down_hidden = _add_adapter(output, product, down_a, down_b, down_scale)
         # Backward writes `product` again, as without adapters: it is a fifth of what a layer keeps.
         ctx.save_for_backward(rows, mixed, up_hidden, down_hidden, up, down, up_a, up_b, down_a, down_b)
@@ -141,10 +141,6 @@ class _AdaptedMLP(torch.autograd.Function):
             x_grad = x_grad.view(*grad.shape[:-1], -1)
         up_a_grad = hidden_grad.t() @ rows
         return x_grad, None, None, None, up_a_grad, up_b_grad, None, down_a_grad, down_b_grad, None, None, None
-
-
-def _product(rows: Tensor, low: fp8.Rows | None, weight: Tensor) -> Tensor:
-    return rows @ weight.t() if low is None else fp8.product(low, fp8.quantize(weight), rows.dtype)
 
 
 def _add_adapter(output: Tensor, rows: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -58,10 +58,10 @@ class _Fp8Context(Context, Protocol):
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Fp8Context, x: Tensor, low: fp8.Rows, weight: Tensor, gradients: GradientForm) -> Tensor:
-        ctx.save_for_backward(as_rows(x), weight)
+        rows = as_rows(x)
+        ctx.save_for_backward(rows, weight)
         ctx.gradients = gradients
-        output = fp8.product(low, fp8.quantize(weight), x.dtype)
-        return output.view(*x.shape[:-1], -1)
+        return forward_product(rows, low, weight).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: _Fp8Context, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
@@ -93,11 +93,10 @@ class _GatedMLP(torch.autograd.Function):
         gradients: tuple[GradientForm, GradientForm],
     ) -> Tensor:
         rows = as_rows(x)
+        mixed = forward_product(rows, low, up)
         if low is not None:
-            mixed = fp8.product(low, fp8.quantize(up), x.dtype)
             output = fp8.product(_gated_rows(mixed, gate), fp8.quantize(down), x.dtype)
         else:
-            mixed = rows @ up.t()
             output = gated_product(mixed, gate) @ down.t()
         ctx.save_for_backward(rows, mixed, up, down)
         ctx.gate, ctx.gradients = gate, gradients
@@ -116,6 +115,11 @@ class _GatedMLP(torch.autograd.Function):
         x_grad = input_gradient(mixed_grad, up, of_up, low)
         up_grad = weight_gradient(up, mixed_grad, rows) if ctx.needs_input_grad[2] else None
         return x_grad.view(*grad.shape[:-1], -1), None, up_grad, down_grad, None, None
+
+
+def forward_product(rows: Tensor, low: fp8.Rows | None, weight: Tensor) -> Tensor:
+    """Return rows @ weight^T, [tokens, out], in fp8 where `low` is `rows` in it."""
+    return rows @ weight.t() if low is None else fp8.product(low, fp8.quantize(weight), rows.dtype)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, form: GradientForm, low: fp8.Rows | None = None) -> Tensor:

@@ -100,11 +100,9 @@ class FusedMLP(MLP):  # type: ignore[misc]
         """Return the output and no bias."""
         up, down = self.linear_fc1, self.linear_fc2
         forms = fp8_gradients(up, down)
-        if isinstance(up, AdaptedColumn):
-            of_up, of_down = up.as_one(), down.as_one()
-            if of_up is not None and of_down is not None:
-                weights = up.weight, down.weight
-                return adapted_gated_mlp(hidden_states, *weights, of_up, of_down, self.gate, fp8_gradients=forms), None
+        if isinstance(up, AdaptedColumn) and up.adds_adapters and down.adds_adapters:
+            parts = up.weight, down.weight, up.as_one(), down.as_one()
+            return adapted_gated_mlp(hidden_states, *parts, self.gate, fp8_gradients=forms), None
         # The exact types: adapters subclass these linears.
         if type(up) is Fp8ColumnParallelLinear and forms is not None:
             await_weights(up)

@@ -127,10 +127,13 @@ class Adapters(nn.ModuleDict):
         for part, own in zip(self._parts(), torch.split(by_target[:-1], sizes), strict=True):
             part.set_magnitudes(own)
 
-    def as_one(self) -> LowRank | None:
-        """Return all targets' adapters as one, or None where more than two products make them."""
-        if self.norms is not None or self._drops:
-            return None
+    @property
+    def two_products(self) -> bool:
+        """Whether two products are all that the adapters are now."""
+        return self.norms is None and not self._drops
+
+    def as_one(self) -> LowRank:
+        """Return all targets' adapters as one."""
         return LowRank(self._down_weight(), self.up_weight(), self.scale)
 
     def down(self, x: Tensor, *, own_part: bool) -> Tensor:
@@ -217,17 +220,21 @@ class _Adapted:
         super().__init__(*args, **kwargs)
         self.lora: Adapters | None = None
 
-    def as_one(self) -> LowRank | None:
-        """Return the adapters for an operation that adds them to the frozen product, or None if there can be none."""
-        if self.lora is None or self.tp_group.size() > 1:
-            return None
+    @property
+    def adds_adapters(self) -> bool:
+        """Whether there are adapters that the frozen product can add itself."""
+        return self.lora is not None and self.tp_group.size() == 1 and self.lora.two_products
+
+    def as_one(self) -> LowRank:
+        """Return the adapters, which `adds_adapters` says are there, for an operation that adds them."""
+        assert self.lora is not None
         return self.lora.as_one()
 
-    def _in_one(self, x: Tensor | WithRows, adapter: LowRank) -> tuple[Tensor, Tensor | None]:
+    def _in_one(self, x: Tensor | WithRows) -> tuple[Tensor, Tensor | None]:
         """Return output and bias, adapters included."""
         forms = fp8_gradients(self)
         form = None if forms is None else forms[0]
-        output = adapted_linear(x, self.weight, self._added_bias, adapter, fp8_gradients=form)
+        output = adapted_linear(x, self.weight, self._added_bias, self.as_one(), fp8_gradients=form)
         return output, self.bias if self.skip_bias_add else None
 
     @property
@@ -256,9 +263,8 @@ class AdaptedColumn(_Adapted):
         self, input_: Tensor | WithRows, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return output and bias."""
-        adapter = self.as_one()
-        if adapter is not None:
-            return self._in_one(input_, adapter)
+        if self.adds_adapters:
+            return self._in_one(input_)
         output, bias = super().forward(input_, weight, runtime_gather_output)  # type: ignore[misc]
         if self.lora is None:
             return output, bias
@@ -277,9 +283,8 @@ class AdaptedRow(_Adapted):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return output and bias."""
-        adapter = self.as_one()
-        if adapter is not None:
-            return self._in_one(input_, adapter)
+        if self.adds_adapters:
+            return self._in_one(input_)
         output, bias = super().forward(input_)  # type: ignore[misc]
         if self.lora is None:
             return output, bias
