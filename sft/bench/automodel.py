@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.bench.peers import packed_batches
+from sft.bench.peers import packed_batches, train_in_a_loop
 from sft.bench.result import Result, StepClock
 from sft.bench.workload import Workload
 
@@ -30,29 +30,17 @@ def run_automodel(workload: Workload, *, micro_batches: int, warmup: int, steps:
         raise ValueError("automodel is run on `--data full` without LoRA: its packed rows need Transformer Engine")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(workload, device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
-    )
-    clock, loss = StepClock(warmup, steps), torch.zeros((), device=device)
-    batches = iter(packed_batches(workload, warmup + steps, micro_batches))
-    for parts in zip(*[batches] * micro_batches, strict=True):
-        clock.before_step()
-        loss = torch.zeros((), device=device)
-        targets = sum(supervised for _, _, supervised in parts)
-        for batch, lengths, _supervised in parts:
-            rows = batch["input_ids"].view(len(lengths), -1).to(device, non_blocking=True)
-            hidden = model.model(rows)
-            share = _summed_loss(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, rows[:, 1:].flatten()) / targets
-            share.backward()
-            loss += share.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        slots = sum(batch["input_ids"].numel() for batch, _, _ in parts)
-        clock.after_step([length for _, lengths, _ in parts for length in lengths], slots, targets)
+
+    def share_of(batch: dict[str, Tensor], lengths: list[int], targets: int) -> Tensor:
+        rows = batch["input_ids"].view(len(lengths), -1).to(device, non_blocking=True)
+        hidden = model.model(rows)
+        return _summed_loss(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, rows[:, 1:].flatten()) / targets
+
+    clock, batches = StepClock(warmup, steps), packed_batches(workload, warmup + steps, micro_batches)
+    loss = train_in_a_loop(clock, batches, micro_batches, model, share_of)
     settings: dict[str, object] = {"weights": "bf16", "rows": workload.rows, "attention": "sdpa"}
     settings |= {"experts": "grouped"} if workload.model_shape.num_experts else {}
-    return clock.result("automodel", settings, workload.model_shape, float(loss))
+    return clock.result("automodel", settings, workload.model_shape, loss)
 
 
 def _model(workload: Workload, device: torch.device) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +35,8 @@ ATTENTION = "packed_offsets"
 Weights = Literal["fp32", "bf16"]
 Chosen = Literal["auto", "flash2", "flash4"]
 Experts = Literal["liger", "grouped"]
+PackedBatch = tuple[dict[str, Tensor], list[int], int]
+"""Inputs of a model, lengths of their examples, and how many of their tokens are targets."""
 
 
 def packed_flash(
@@ -220,21 +223,46 @@ def run_transformers(
         import peft
 
         model = peft.get_peft_model(model, adapted)
+
+    def share_of(batch: dict[str, Tensor], lengths: list[int], targets: int) -> Tensor:
+        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        with torch.autocast(device, torch.bfloat16, enabled=weights == "fp32" or adapted is not None):
+            share: Tensor = model(
+                **moved, max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False,
+                num_items_in_batch=targets,
+            ).loss  # fmt: skip
+        return share
+
+    clock, batches = StepClock(warmup, steps), packed_batches(workload, warmup + steps, micro_batches)
+    loss = train_in_a_loop(clock, batches, micro_batches, model, share_of)
+    settings = _settings(workload, weights, kernel)
+    settings |= {"experts": experts} if workload.model_shape.num_experts else {}
+    rank = workload.lora_rank
+    return clock.result("transformers", settings, workload.model_shape, loss, lora_rank=rank)
+
+
+def train_in_a_loop(
+    clock: StepClock,
+    batches: list[PackedBatch],
+    micro_batches: int,
+    model: torch.nn.Module,
+    share_of: Callable[[dict[str, Tensor], list[int], int], Tensor],
+) -> float:
+    """Train with AdamW in a plain loop, each step timed, and return the last step's loss.
+
+    `share_of` makes a micro-batch's share of it, from its inputs, the lengths of its examples and the targets of the
+    whole step.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=on_gpu)
-    clock, loss = StepClock(warmup, steps), torch.zeros(())
-    batches = iter(packed_batches(workload, warmup + steps, micro_batches))
-    for parts in zip(*[batches] * micro_batches, strict=True):
+    device = trained[0].device
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+    loss, waiting = torch.zeros(()), iter(batches)
+    for parts in zip(*[waiting] * micro_batches, strict=True):
         clock.before_step()
         loss = torch.zeros((), device=device)
         targets = sum(supervised for _, _, supervised in parts)
         for batch, lengths, _ in parts:
-            moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            with torch.autocast(device, torch.bfloat16, enabled=weights == "fp32" or adapted is not None):
-                share = model(
-                    **moved, max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False,
-                    num_items_in_batch=targets,
-                ).loss  # fmt: skip
+            share = share_of(batch, lengths, targets)
             share.backward()
             loss += share.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -242,10 +270,7 @@ def run_transformers(
         optimizer.zero_grad(set_to_none=True)
         slots = sum(batch["input_ids"].numel() for batch, _, _ in parts)
         clock.after_step([length for _, lengths, _ in parts for length in lengths], slots, targets)
-    settings = _settings(workload, weights, kernel)
-    settings |= {"experts": experts} if workload.model_shape.num_experts else {}
-    rank = workload.lora_rank
-    return clock.result("transformers", settings, workload.model_shape, float(loss), lora_rank=rank)
+    return float(loss)
 
 
 def _peft_config(workload: Workload) -> PeftConfig | None:
@@ -269,10 +294,8 @@ def _settings(workload: Workload, weights: Weights, kernel: attention.Kernel) ->
     return {**made, "attention": kernel, "lora": workload.lora_rank}
 
 
-def packed_batches(
-    workload: Workload, steps: int, micro_batches: int = 1
-) -> list[tuple[dict[str, Tensor], list[int], int]]:
-    """Return input, lengths of examples and number of targets of each micro-batch, its packed rows concatenated."""
+def packed_batches(workload: Workload, steps: int, micro_batches: int = 1) -> list[PackedBatch]:
+    """Return the micro-batches of so many steps, of each its packed rows concatenated."""
     examples = [
         (ids[: workload.seq_length], trained[: workload.seq_length]) for ids, trained in workload.examples(steps)
     ]
