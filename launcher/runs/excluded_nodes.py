@@ -203,17 +203,4 @@ def _evidence(event: dict[str, Any], paths: RunPaths, days: float) -> Iterator[E
 def describe(cluster: str, entries: Sequence[Entry], most: int) -> list[NodeEvidence]:
     """Return the rows of `launcher nodes`."""
     out = excluded(entries, most)
-    return [
-        NodeEvidence(
-            cluster=cluster,
-            host=entry.host,
-            kind=entry.kind,
-            why=entry.why,
-            time=entry.time,
-            expires=entry.expires,
-            run=entry.run,
-            attempt=entry.attempt,
-            excluded=entry.host in out,
-        )
-        for entry in entries
-    ]
+    return [NodeEvidence(cluster=cluster, **dataclasses.asdict(entry), excluded=entry.host in out) for entry in entries]

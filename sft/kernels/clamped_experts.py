@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sft.kernels.autograd import Context
 from sft.kernels.expert_bias import by_row, sums_by_expert
-from sft.kernels.grouped_experts import expert_products, expert_weight_gradients
+from sft.kernels.grouped_experts import expert_products, expert_weight_gradients, wide
 
 Unit = tuple[float, float]
 """Slope and limit of the unit (up + 1) * gate * sigmoid(slope * gate): the gate is at most the limit before, the up
@@ -80,7 +80,7 @@ class _ClampedExperts(torch.autograd.Function):
         del gated_grad  # these are the largest tensors of a layer: each is freed before the next is made
         if ctx.adds_bias:
             # The output is weights * (unit @ down^T + bias); of the first term the kernel has made the gradient.
-            weights_grad += (_wide(grad) * by_row(down_bias.view(count, -1), len(rows), ends)).sum(-1)
+            weights_grad += (wide(grad) * by_row(down_bias.view(count, -1), len(rows), ends)).sum(-1)
         down_grad = expert_weight_gradients(down, count, grad, gated, ends) if wants_down else None
         del gated
         # Whole on every rank, also on one that adds no bias: the gradient of the sum is that of each of its parts.
@@ -97,7 +97,7 @@ def _weighted(mixed: Tensor, weights: Tensor, unit: Unit) -> Tensor:
         from sft.kernels.triton import clamped_unit as triton_unit  # installed with CUDA builds of torch only
 
         return triton_unit.weighted(mixed, weights, *unit)
-    return (clamped_unit(_wide(mixed), unit) * weights.unsqueeze(-1)).to(mixed.dtype)
+    return (clamped_unit(wide(mixed), unit) * weights.unsqueeze(-1)).to(mixed.dtype)
 
 
 def _weighted_backward(grad: Tensor, mixed: Tensor, weights: Tensor, unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,15 +110,15 @@ def _weighted_backward(grad: Tensor, mixed: Tensor, weights: Tensor, unit: Unit)
 
         return triton_unit.weighted_backward(grad, mixed, weights, *unit)
     slope, limit = unit
-    (raw_gate, raw_up), (gate, up) = _wide(mixed).chunk(2, dim=-1), _clamped(_wide(mixed), unit)
+    (raw_gate, raw_up), (gate, up) = wide(mixed).chunk(2, dim=-1), _clamped(wide(mixed), unit)
     sigmoid, column = torch.sigmoid(slope * gate), weights.unsqueeze(-1)
     # With t(g) = g * sigmoid(a g), t'(g) = sigmoid(a g) + a t(g) * (1 - sigmoid(a g)). What is beyond the limit passes
     # no gradient on, and what is at it does, as with torch's clamp.
-    swish, own = gate * sigmoid, _wide(grad) * column
+    swish, own = gate * sigmoid, wide(grad) * column
     gate_grad = own * (up + 1) * (sigmoid + slope * swish * (1 - sigmoid)) * (raw_gate <= limit)
     up_grad = own * swish * (raw_up.abs() <= limit)
     gated = (up + 1) * swish
-    weights_grad = (_wide(grad) * gated).sum(-1)
+    weights_grad = (wide(grad) * gated).sum(-1)
     return (gated * column).to(mixed.dtype), torch.cat([gate_grad, up_grad], dim=-1).to(mixed.dtype), weights_grad
 
 
@@ -127,8 +127,3 @@ def _clamped(mixed: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
     gate, up = mixed.chunk(2, dim=-1)
     _, limit = unit
     return gate.clamp(max=limit), up.clamp(-limit, limit)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Return values in fp32, or in the wider type that they have."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

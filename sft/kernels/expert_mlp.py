@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sft.kernels.autograd import Context
-from sft.kernels.grouped_experts import expert_products, expert_weight_gradients
+from sft.kernels.grouped_experts import expert_products, expert_weight_gradients, wide
 
 
 def swiglu_experts(rows: Tensor, weights: Tensor, up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _weighted(mixed: Tensor, weights: Tensor) -> Tensor:
         from sft.kernels.triton import experts as triton_experts  # installed with CUDA builds of torch only
 
         return triton_experts.weighted_swiglu(mixed, weights)
-    gate, up = _wide(mixed).chunk(2, dim=-1)
+    gate, up = wide(mixed).chunk(2, dim=-1)
     return (F.silu(gate) * up * weights.unsqueeze(-1)).to(mixed.dtype)
 
 
@@ -95,16 +95,11 @@ def _weighted_backward(grad: Tensor, mixed: Tensor, weights: Tensor) -> tuple[Te
         from sft.kernels.triton import experts as triton_experts
 
         return triton_experts.weighted_swiglu_backward(grad, mixed, weights)
-    gate, up = _wide(mixed).chunk(2, dim=-1)
+    gate, up = wide(mixed).chunk(2, dim=-1)
     sigmoid, silu, column = torch.sigmoid(gate), F.silu(gate), weights.unsqueeze(-1)
-    own = _wide(grad) * column
+    own = wide(grad) * column
     # silu(g) = g * sigmoid(g), so silu'(g) = sigmoid(g) + silu(g) * (1 - sigmoid(g)).
     gate_grad = own * up * (sigmoid + silu * (1 - sigmoid))
     mixed_grad = torch.cat([gate_grad, own * silu], dim=-1).to(mixed.dtype)
-    weights_grad = (_wide(grad) * silu * up).sum(-1)
+    weights_grad = (wide(grad) * silu * up).sum(-1)
     return (silu * up * column).to(mixed.dtype), mixed_grad, weights_grad
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Return values in fp32, or in the wider type that they have."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

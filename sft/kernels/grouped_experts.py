@@ -211,3 +211,8 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Order, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0].index_select(0, ctx.inverse), None, None
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return values in fp32, or in the wider type that they have."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.spec import (
@@ -82,6 +84,15 @@ def copy_start(full: RunPaths, paths: RunPaths, step: int) -> None:
     """Give a run the checkpoint and the log that another one had after `step`."""
     shutil.copytree(full.checkpoint(step), paths.checkpoint(step))
     paths.metrics.write_text("".join(full.metrics.read_text().splitlines(keepends=True)[:step]))
+
+
+def expect_same_end(full: RunPaths, paths: RunPaths, ranks: int) -> None:
+    """Train `paths`, on so many ranks, from the checkpoint after two steps of `full`: it ends as `full` has."""
+    copy_start(full, paths, 2)
+    run_training(paths, ranks)
+    whole, resumed = curve(full), curve(paths)
+    assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
+    assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
 
 
 def curve(paths: RunPaths) -> tuple[list[float], list[float]]:

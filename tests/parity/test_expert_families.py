@@ -24,7 +24,7 @@ from sft.hf.sharded_reader import ShardedReader
 from sft.hf.trained_routers import router_problems
 from sft.models.registry import read_architecture
 from tests.parity.gradients import join, train_and_capture
-from tests.parity.runs import copy_start, curve, make_run, reference_curve, run_training
+from tests.parity.runs import curve, expect_same_end, make_run, reference_curve, run_training
 from tests.parity.test_expert_lora import with_expert_adapters
 from tests.parity.test_experts import LAYOUTS
 from tests.parity.test_families import RATE, family_model
@@ -98,11 +98,7 @@ def test_a_checkpoint_of_unequal_layers_goes_on_under_another_topology(
     keys = ShardedReader(full.checkpoint(2) / "sharded").keys()
     assert {"decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.3.mlp.router.bias"} <= keys
     paths = make_run(tmp_path / "other", glm, chat, ranks=ranks, topology=topology, **settings)
-    copy_start(full, paths, 2)
-    run_training(paths, ranks)
-    whole, resumed = curve(full), curve(paths)
-    assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
-    assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
+    expect_same_end(full, paths, ranks)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +118,7 @@ def test_a_checkpoint_of_biases_and_sinks_goes_on_under_another_topology(
     full = make_run(tmp_path / "full", model, chat, ranks=2, topology={"tensor_parallel": 2}, **settings)
     run_training(full, 2)
     paths = make_run(tmp_path / "other", model, chat, ranks=ranks, topology=topology, **settings)
-    copy_start(full, paths, 2)
-    run_training(paths, ranks)
-    whole, resumed = curve(full), curve(paths)
-    assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
-    assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
+    expect_same_end(full, paths, ranks)
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])
@@ -137,11 +129,7 @@ def test_a_stage_without_experts_saves_the_step_of_the_others(distributed: bool,
     full = make_run(tmp_path / "full", model, chat, ranks=2, topology={"pipeline_parallel": 2}, **settings)
     run_training(full, 2)
     paths = make_run(tmp_path / "other", model, chat, ranks=1, **settings)
-    copy_start(full, paths, 2)
-    run_training(paths, 1)
-    whole, resumed = curve(full), curve(paths)
-    assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
-    assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
+    expect_same_end(full, paths, 1)
 
 
 def test_what_is_not_trained_comes_out_as_it_was(

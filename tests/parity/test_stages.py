@@ -11,7 +11,7 @@ from sft.checkpoint.contents import TrainerState
 from sft.hf.exporter import export_checkpoint
 from sft.models.registry import read_architecture
 from tests.parity.gradients import join, train_and_capture
-from tests.parity.runs import copy_start, curve, make_run, reference_curve, run_training
+from tests.parity.runs import copy_start, curve, expect_same_end, make_run, reference_curve, run_training
 from tests.parity.test_families import RATE, family_model
 from tests.parity.test_grid import assert_gradients_equal
 from tests.parity.test_lora import ALL, adapted, expect_curve, expected_curve, lora_run
@@ -145,11 +145,7 @@ def test_a_checkpoint_goes_on_under_another_split(
     full = make_run(tmp_path / "full", model, chat, ranks=2, topology=first, **settings)
     run_training(full, 2)
     paths = make_run(tmp_path / "other", model, chat, ranks=ranks, topology=topology, **settings)
-    copy_start(full, paths, 2)
-    run_training(paths, ranks)
-    whole, resumed = curve(full), curve(paths)
-    assert resumed[0] == pytest.approx(whole[0], rel=1e-5)
-    assert resumed[1] == pytest.approx(whole[1], rel=3e-5)
+    expect_same_end(full, paths, ranks)
 
 
 @pytest.mark.slow
