@@ -115,9 +115,9 @@ class Curve:
     grad_norms: list[float]
 
 
-def expected_curve(root: Path, directory: Path, chat: Path, build: Callable[[RunSpec], Any]) -> Curve:
+def expected_curve(root: Path, directory: Path, chat: Path, build: Callable[[RunSpec], Any], **settings: Any) -> Curve:
     """Train the adapters of a model of our making by the definition: sum(w * nll) / sum(w), clipped, AdamW."""
-    spec = read_resolved(make_run(root, directory, chat, ranks=1, max_steps=STEPS).config)
+    spec = read_resolved(make_run(root, directory, chat, ranks=1, max_steps=STEPS, **settings).config)
     cache = open_or_build(spec, directory, build=True).train
     schedule = batch_schedule(spec, cache, shuffle=True)
     made, settings = build(spec).train(), spec.train.optimizer
@@ -193,11 +193,14 @@ def test_family_follows_reference_under_tp2_pp2(case: str, tmp_path: Path, chat:
     if architecture.shape.num_experts:  # whose adapters are in test_expert_lora.py
         of_attention = [own.name for own in all_targets(architecture, ALL) if own.linear.startswith("self_attention.")]
         lora = dataclasses.replace(ALL, targets=list(dict.fromkeys(of_attention)))
+    # The first steps of AdamW have the size of the rate whatever the gradient's, also of an element whose gradient is
+    # rounding: one of qwen3_5_moe_text is 2e-7 on one rank and -3e-9 on two, and moves its router past a near tie.
+    optimizer = {"eps": 1e-3}
     expected = expected_curve(
-        tmp_path / "reference", directory, chat, lambda spec: adapted(directory, lora, spec.train.seed)
+        tmp_path / "reference", directory, chat, lambda spec: adapted(directory, lora, spec.train.seed), **optimizer
     )
     topology = {"tensor_parallel": 2, "pipeline_parallel": 2}
-    paths = lora_run(tmp_path, directory, chat, lora, ranks=4, topology=topology, max_steps=STEPS)
+    paths = lora_run(tmp_path, directory, chat, lora, ranks=4, topology=topology, max_steps=STEPS, **optimizer)
     run_training(paths, 4)
     expect_curve(paths, expected)
 
