@@ -19,6 +19,7 @@ from sft.data.reading.formats import after_system
 from sft.data.reading.messages import Message, read_messages, read_tools
 from sft.data.reading.row import load
 from sft.data.reading.token_rows import parse_ids
+from sft.data.reading.unread import refuse_in_prompt
 from sft.runtime.own_code import import_named
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def _prompt(line: bytes, where: str, writer: PromptWriter, spec: RunSpec) -> Pro
         raise DataError(f"{where}: a row has prompt (a text) or messages")
     if "input_ids" in row and isinstance(question, str):
         return Prompt(question, tuple(parse_ids(row, "input_ids", where)))
+    refuse_in_prompt(row, where, spec.data.ignore_keys)
     tools = read_tools(row.get("tools"), f"{where}: 'tools'")
     if "messages" in row:
         turns = read_messages(row["messages"], f"{where}: messages", {})

@@ -26,7 +26,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
@@ -38,7 +38,7 @@ from sft.data.encoding.long_chat import LONG, Place, chained_places
 from sft.data.encoding.tokenizer import ChatTemplates
 from sft.data.encoding.written import WrittenParts, describe
 from sft.data.reading.formats import Example
-from sft.data.reading.messages import Message, TemplateMessage, Tool
+from sft.data.reading.messages import REASONING, Message, TemplateMessage, Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,11 +47,6 @@ Span = tuple[int, int, float]
 """First character, the one after the last, and the loss weight."""
 
 _RESERVED = ("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt")
-_REASONING: tuple[Literal["reasoning_content", "reasoning", "thinking"], ...] = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)
 _LONGEST_END = 64
 """Characters in which the end token behind a content is looked for."""
 _SPLIT_HINT = "; the mask would be wrong. data.on_mismatch split trains each such turn in a text of its own"
@@ -185,7 +180,7 @@ class ChatRenderer:
     def _weights(self, messages: Sequence[Message]) -> list[float | None]:
         """Return the loss weight of each turn. With loss_on all, None for a turn whose row gives none."""
         if self._spec.loss_on == "all":
-            return [message.weight for message in messages]
+            return [None if message.is_context else message.weight for message in messages]
         answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
         chosen = set(answers[-1:] if self._spec.loss_on == "last_assistant" else answers)
         weights: list[float | None] = []
@@ -203,8 +198,9 @@ class _Conversation:
     def __init__(self, renderer: ChatRenderer, example: Example) -> None:
         self._renderer = renderer
         self._controls = renderer.controls
-        self._messages = [self._controls.hide_in(message.for_template()) for message in example.messages]
-        self._tools = [self._controls.hide_in(tool) for tool in example.tools] or None
+        self._spelled = [message.for_template() for message in example.messages], list(example.tools)
+        self._messages = [self._controls.hide_in(message) for message in self._spelled[0]]
+        self._tools = [self._controls.hide_in(tool) for tool in self._spelled[1]] or None
         self._known: dict[tuple[int, bool], str] = {}
 
     def everything(self, weights: Sequence[float | None]) -> Rendered:
@@ -353,7 +349,7 @@ class _Conversation:
         """Raise DataError if the template left out a part of an answer: another answer would be trained."""
         message = self._messages[turn]
         parts: list[tuple[str, str]] = [("content", message["content"])] if message["content"] else []
-        parts += [(key, message[key]) for key in _REASONING if key in message]
+        parts += [(key, message[key]) for key in REASONING if key in message]
         parts += [("tool_calls", call["function"]["name"]) for call in message.get("tool_calls", ())]
         missing = [key for key, part in parts if not _holds(said, part)]
         if missing:
@@ -364,6 +360,8 @@ class _Conversation:
 
         Answers would be trained without what they answer.
         """
+        if self._controls.hides_in(text):
+            self._require_plain(count)
         messages = self._messages[:count]
         left_out = self._renderer.written.left_out(messages, self._tools)
         if left_out:
@@ -371,6 +369,19 @@ class _Conversation:
         for turn, message in enumerate(messages):
             if message["role"] != "assistant" and message["content"] and not _holds(text, message["content"]):
                 raise DataError(f"message {turn + 1} ({message['role']}): the chat template does not write its content")
+
+    def _require_plain(self, count: int) -> None:
+        """Raise DataError if the template takes special tokens that content spells for marks, and not for text.
+
+        It may refuse them, or take reasoning out between them. Hidden, they would be trained as letters instead.
+        """
+        messages, tools = self._spelled
+        seen = self._renderer.apply(messages[:count], tools or None, False)
+        if seen != self._controls.reveal(self._render(count, False)):
+            raise DataError(
+                "the chat template reads special tokens that the content spells, and here they are text; give reasoning "
+                "and calls in keys of their own (reasoning_content, tool_calls)"
+            )
 
     def _difference(self, what: str, expected: str, actual: str) -> str:
         """Return `what` with the places where two texts begin to differ, control tokens spelled out."""

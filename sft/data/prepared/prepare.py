@@ -163,6 +163,8 @@ def cache_key(
         "policies": {name: getattr(data, name) for name in _POLICIES}
         | {name: getattr(data, name) if earlier else value for name, value in _ONLY_REFUSE.items()},
     }
+    if data.loss_on == "all" and data.format == "prompt_completion":
+        made_from["prompts"] = "trained"  # earlier versions left out those that are lists of messages
     if side is not None:
         made_from["split"] = [data.validation_split, side]
     if _asks_for_the_date(data, tokenizer_dir):

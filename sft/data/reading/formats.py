@@ -143,8 +143,8 @@ def _pair(
             raise DataError(f"{where}: {columns['input']!r} cannot be added to a prompt that is a list of messages")
         questions = read_messages(prompt, f"{where}: {prompt_key}", columns, ignored)
         answers = read_messages(completion, f"{where}: {completion_key}", columns, ignored)
-        untrained = tuple(dataclasses.replace(message, weight=message.weight or 0.0) for message in questions)
-        turns = after_system(row, (*untrained, *answers), where, columns)
+        context = (message if message.weight is not None else _as_context(message) for message in questions)
+        turns = after_system(row, (*context, *answers), where, columns)
         return Example(where=where, messages=turns, tools=tools)
     question = get_text(row, prompt_key, where)
     if has_more:
@@ -154,6 +154,11 @@ def _pair(
     if len(turns) > 2 or tools:  # only a conversation can hold them
         return Example(where=where, messages=turns, tools=tools)
     return Example(where=where, prompt=question, completion=answer)
+
+
+def _as_context(message: Message) -> Message:
+    """Return a turn of a prompt whose row does not say what it weighs."""
+    return dataclasses.replace(message, weight=0.0, is_context=True)
 
 
 def after_system(row: Row, turns: tuple[Message, ...], where: str, columns: Mapping[str, str]) -> tuple[Message, ...]:

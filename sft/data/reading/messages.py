@@ -30,6 +30,13 @@ _TEXT_KEYS: tuple[Literal["reasoning_content", "reasoning", "thinking", "tool_ca
 )
 """Keys of a message, all texts, that templates look for beside role and content."""
 
+REASONING: tuple[Literal["reasoning_content", "reasoning", "thinking"], ...] = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+"""Those of them that hold what an assistant thinks before it answers."""
+
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -104,6 +111,8 @@ class Message:
     extra: Extra = field(default_factory=Extra)
     train: bool = False
     """Whether the row asks to train this turn, whatever its role."""
+    is_context: bool = False
+    """Whether it belongs to a prompt, of which nothing is trained but with data.loss_on all."""
 
     def for_template(self) -> TemplateMessage:
         """Return the message as templates read it."""
@@ -118,11 +127,13 @@ def read_messages(
     messages = []
     for item, at in _items(value, where, "messages", "role and content"):
         refuse_in_turn(item, at, ignored)
-        role = get_text(item, role_key, at)
+        role = _role(item, role_key, at)
         extra: Extra = {}
         for name in _TEXT_KEYS:
             if item.get(name) is not None:
                 extra[name] = text(item[name], f"{at}: {name!r}")
+                if extra[name] and role != "assistant" and name in REASONING:
+                    raise DataError(f"{at}: {name!r} of a turn of {role!r}: only an assistant's turn has reasoning")
         if item.get("tool_calls") not in (None, []):
             extra["tool_calls"] = _tool_calls(item["tool_calls"], f"{at}: tool_calls")
         content = _content(item, content_key, at, "tool_calls" in extra)
@@ -201,6 +212,14 @@ def _items(value: object, where: str, what: str, keys: str) -> list[tuple[Row, s
     return [(item, f"{where}[{index}]") for index, item in enumerate(value)]
 
 
+def _role(item: Row, key: str, at: str) -> str:
+    """Return the role of a turn, or raise DataError for another word for the assistant: its turns would be no answers."""
+    role = get_text(item, key, at)
+    if role != "assistant" and _SHAREGPT_ROLES.get(role.strip().lower()) == "assistant":
+        raise DataError(f"{at}: the turns of role {role!r} would not be trained; an answer's role is 'assistant'")
+    return role
+
+
 def _content(item: Row, key: str, at: str, has_calls: bool) -> str | None:
     """Return the text of a turn, the parts of a list joined as they are."""
     value = find(item, key)
@@ -224,17 +243,30 @@ def _tool_calls(value: object, where: str) -> list[ToolCall]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"{where}: a call must be an object with name and arguments, found {kind(call)}")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = parse_json(arguments, f"{where}: arguments of {function['name']!r}")
-        if not isinstance(arguments, dict):
-            raise DataError(f"{where}: arguments of {function['name']!r} must be an object, found {kind(arguments)}")
+        arguments = _arguments(call, function, where)
         check_texts([function["name"], arguments], where)
         tool_call = ToolCall(type="function", function={"name": function["name"], "arguments": arguments})
         if isinstance(call.get("id"), str):
             tool_call["id"] = call["id"]
         calls.append(tool_call)
     return calls
+
+
+def _arguments(call: Row, function: Row, where: str) -> Mapping[str, object]:
+    """Return the arguments of a call, or raise DataError where they have another name or form than templates read."""
+    name, known = function["name"], ("name", "function", "id", "type", "index")
+    if "arguments" not in function:
+        others = [key for key, value in {**call, **function}.items() if key not in known and value is not None]
+        if others:  # not a call without arguments, which it would be trained as
+            raise DataError(f"{where}: the call of {name!r} has no 'arguments' beside its name; found {names(others)}")
+    if function.get("content_type") not in (None, "json"):
+        raise DataError(f"{where}: content_type {function['content_type']!r} of {name!r} is not read; only json is")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, f"{where}: arguments of {name!r}")
+    if not isinstance(arguments, dict):
+        raise DataError(f"{where}: arguments of {name!r} must be an object, found {kind(arguments)}")
+    return arguments
 
 
 def _weight(item: Row, at: str) -> float | None:

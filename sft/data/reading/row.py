@@ -7,6 +7,7 @@ item of `instances`. A key that is present as written comes first, because names
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 
 from launcher.contract.errors import DataError, did_you_mean
@@ -30,7 +31,7 @@ MISSING = object()
 def load(line: bytes, where: str) -> dict[str, object]:
     """Return the JSON object in one line, or raise DataError beginning with `where`."""
     try:
-        row: object = json.loads(line.decode("utf-8-sig").rstrip())
+        row: object = json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=one_value_each)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
@@ -39,12 +40,22 @@ def load(line: bytes, where: str) -> dict[str, object]:
         raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}{hint}") from None
     except RecursionError:
         raise DataError(f"{where}: {TOO_DEEP}") from None
-    except ValueError as error:  # a number of more digits than Python converts
+    except ValueError as error:  # a key with two values, or a number of more digits than Python converts
         raise DataError(f"{where}: malformed JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: {kind(row)}, where a JSON object is needed; a data file holds one object a line")
     check_depth(row, line.count(b"[") + line.count(b"{"), where)
     return row
+
+
+def one_value_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return the pairs of a JSON object as a dict, or raise ValueError for a key with two values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):  # Python's own reader, like most, would keep the last value without a word
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f"key {key!r} has two values in one object; keep one of them")
+    return found
 
 
 def find(row: object, key: str) -> object:
@@ -84,9 +95,11 @@ def text(value: object, where: str) -> str:
 
 
 def check_texts(value: object, where: str) -> None:
-    """Raise DataError if any text in a JSON value, keys included, holds half a surrogate pair."""
+    """Raise DataError if a JSON value holds a text that UTF-8 cannot encode, keys included, or no finite number."""
     if isinstance(value, str):
         text(value, where)
+    elif isinstance(value, float) and not math.isfinite(value):  # which Python reads and writes, and JSON does not have
+        raise DataError(f"{where} holds the number {value}, which JSON does not have; write null or a text")
     elif isinstance(value, Mapping):
         for name, item in value.items():
             text(name, where)
@@ -99,7 +112,7 @@ def check_texts(value: object, where: str) -> None:
 def parse_json(value: str, where: str) -> object:
     """Return the value of JSON that a column holds as text, or raise DataError."""
     try:
-        parsed: object = json.loads(value)
+        parsed: object = json.loads(value, object_pairs_hook=one_value_each)
     except RecursionError:
         raise DataError(f"{where}: {TOO_DEEP}") from None
     except ValueError as error:

@@ -52,6 +52,12 @@ def with_form_of(row: Row, where: str, data: DataSpec) -> DataSpec:
         return dataclasses.replace(data, format="prompt_completion", columns=columns)
     if data.format != "auto":
         return data
+    several = [name for name in fitting if name != "text"]
+    if len(several) > 1:
+        raise DataError(
+            f"{where}: the keys {names(row)} fit several formats, of which only one would be trained; set data.format "
+            f"to {' or '.join(several)}"
+        )
     if fitting:
         return dataclasses.replace(data, format=fitting[0])
     _refuse_other_objectives(row, where)

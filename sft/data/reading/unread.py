@@ -56,6 +56,9 @@ _CHANGES = {
 }
 """Keys that change what should be trained, unless data.columns names them."""
 
+_CHANGES_PROMPT = (*_MEDIA, *_SYSTEM, "functions", "documents", "chat_template_kwargs", "history")
+"""Keys beside the messages of a prompt that change what is asked."""
+
 _CHANGES_TURN = (
     *(*_MEDIA, "function_call", "functions", "documents", "reasoning_details", "thought", "thoughts"),
     *("loss", "training", "train_detail", "training_detail", "loss_weight", "loss_scale", "prefix"),
@@ -97,6 +100,16 @@ def refuse_in_turn(item: Row, where: str, ignored: Collection[str], *, sharegpt:
         raise DataError(
             f"{where}: {', '.join(changing)} would be left out of training; {_hint(changing[0])}remove it from the "
             "data, or let it pass with data.ignore_keys"
+        )
+
+
+def refuse_in_prompt(row: Row, where: str, ignored: Collection[str]) -> None:
+    """Raise DataError where a row that is to be answered has a key that nothing reads, and that is part of the prompt."""
+    changing = [key for key in _CHANGES_PROMPT if not _is_empty(row.get(key)) and key not in ignored]
+    if changing:
+        raise DataError(
+            f"{where}: {', '.join(changing)} would be left out of the prompt; write it into 'system' or the messages, "
+            "remove it, or let it pass with data.ignore_keys"
         )
 
 

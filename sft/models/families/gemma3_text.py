@@ -55,6 +55,8 @@ def _rope_settings(config: ConfigReader) -> tuple[Config, Config]:
     if not isinstance(scaling, dict):
         config.refuse(f"rope_scaling {scaling!r} is not supported; it must hold settings")
         scaling = {}
+    if "type" in scaling and "rope_type" not in scaling:
+        config.refuse("rope_scaling with type: transformers reads rope_type alone in this family, and would not scale")
     if not isinstance(stated, dict) or not stated.keys() <= {"full_attention", "sliding_attention"}:
         config.refuse("rope_parameters must hold settings for full_attention and for sliding_attention")
         stated = {}

@@ -71,6 +71,7 @@ def test_without_a_template_the_text_is_the_prompt(tmp_path: Path) -> None:
         ({"question": "?"}, r"prompts.jsonl:1: a row has prompt \(a text\) or messages"),
         ({"prompt": 3}, r"prompts.jsonl:1: a row has prompt"),
         ({"messages": "?"}, r"prompts.jsonl:1: messages"),
+        ({"prompt": "?", "system_prompt": "Be brief."}, r"prompts.jsonl:1: system_prompt would be left out of the"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -99,6 +99,11 @@ def test_an_earlier_files_pattern(tmp_path: Path) -> None:
             "layer_types has 'chunked_attention'; only full_attention and sliding_attention are supported",
         ),
         (
+            # Seen to scale, where transformers takes rope_type alone.
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            "rope_scaling with type: transformers reads rope_type alone in this family, and would not scale",
+        ),
+        (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
             "rope_parameters must hold settings for full_attention and for sliding_attention",
         ),

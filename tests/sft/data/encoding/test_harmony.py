@@ -135,3 +135,29 @@ def test_a_second_call_that_the_template_drops_is_refused(tokenizer: PreTrainedT
     calls = {**CALL, "tool_calls": [*CALL["tool_calls"], other]}
     with pytest.raises(DataError, match=r"message 2 \(assistant\): the chat template does not write its tool call"):
         trained(tokenizer, [QUESTION, calls, RESULT, ANSWER], TOOLS)
+
+
+MARKED = "<|channel|>analysis<|message|>Two and two.<|end|><|start|>assistant<|channel|>final<|message|>It is 4."
+
+
+def test_content_with_the_marks_of_channels_is_refused_where_the_template_refuses_it(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Seen to train the marks as letters: hidden, they did not meet the check that gpt-oss's template makes."""
+    made = copy.deepcopy(tokenizer)
+    refuse = "{% if '<|channel|>' in message.content %}{{ raise_exception('give thinking by itself') }}{% endif %}"
+    made.chat_template = CHANNELS.replace("{%- for message in messages -%}", "{%- for message in messages -%}" + refuse)
+    with pytest.raises(DataError, match="the chat template refuses the first 2 messages: give thinking by itself"):
+        trained(made, [QUESTION, {"role": "assistant", "content": MARKED}])
+
+
+def test_content_whose_marks_the_template_reads_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As templates do that take reasoning out of content, in a tokenizer where its marks are special tokens."""
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = CHANNELS.replace(
+        "say('final', message.content,", "say('final', message.content.split('<|message|>')[-1],"
+    )
+    with pytest.raises(DataError, match=r"the chat template reads special tokens that the content spells.*in keys"):
+        trained(made, [QUESTION, {"role": "assistant", "content": MARKED}])
+    texts, _ = trained(tokenizer, [{"role": "user", "content": MARKED}, {"role": "assistant", "content": MARKED}])
+    assert texts == [f"<|channel|>final<|message|>{MARKED}<|return|>"]

@@ -420,3 +420,19 @@ def test_smollm2_on_gsm8k_has_the_known_number_of_targets() -> None:
     for row, got in zip(rows, encoded, strict=True):
         turns = chat(row.prompt, row.completion or "")
         assert got.ids.tolist() == library_ids(tokenizer, turns)
+
+
+def test_all_of_a_prompt_is_trained_with_loss_on_all_whatever_its_form() -> None:
+    """Seen to leave out the prompt where it is a list of messages."""
+    tokenizer = make_tokenizer()
+    spec = DataSpec(loss_on="all", format="prompt_completion")
+    turns: dict[str, Any] = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yo"}]}
+    rows = ({"prompt": "hi", "completion": "yo"}, turns)
+    texts, lists = (
+        encode(parse_row(json.dumps(row).encode(), "a.jsonl:1", "prompt_completion", {}), tokenizer, spec) for row in rows
+    )
+    assert lists.ids.tolist() == texts.ids.tolist()
+    assert lists.weights.tolist() == texts.weights.tolist() == [0.0] + [1.0] * (len(texts.ids) - 1)
+    turns["prompt"][0]["weight"] = 0
+    asked = encode(parse_row(json.dumps(turns).encode(), "a.jsonl:1", "prompt_completion", {}), tokenizer, spec)
+    assert 0 < asked.weights.sum() < texts.weights.sum()

@@ -272,6 +272,24 @@ def test_tool_calls_come_in_one_form() -> None:
             "arguments of 'f' must be an object, found an empty array",
         ),
         ({"tool_calls": [{"name": "\ud800"}]}, "holds half a surrogate pair"),
+        (
+            {"tool_calls": [{"name": "f", "parameters": {"x": 1}}]},
+            "the call of 'f' has no 'arguments' beside its name; found 'parameters'",
+        ),
+        (
+            {"tool_calls": [{"type": "function", "function": {"name": "f"}, "arguments": {"x": 1}}]},
+            "the call of 'f' has no 'arguments' beside its name; found 'arguments'",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": {}, "content_type": "code"}]},
+            "content_type 'code' of 'f' is not read; only json is",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]},
+            "arguments of 'f' is not JSON (key 'x' has two values in one object",
+        ),
+        ({"tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}, "holds the number nan, which JSON does not"),
+        ({"tool_calls": [{"name": "f", "arguments": '{"x": -Infinity}'}]}, "holds the number -inf"),
     ],
 )
 def test_a_bad_tool_call_is_named(row: dict[str, Any], message: str) -> None:
@@ -322,3 +340,48 @@ def test_an_unknown_column_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(DataError, match=r"data\.columns: unknown name 'promt'; did you mean 'prompt'\?"):
         check_columns({"promt": "question"}, "data.columns")
     check_columns({"prompt": "question", "completion": "answer"}, "data.columns")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"messages": [{"role": "user", "content": "A", "content": "B"}]}',
+        b'{"messages": [{"role": "user", "content": "A"}], "messages": []}',
+    ],
+)
+def test_a_key_with_two_values_is_refused(line: bytes) -> None:
+    """Seen to train the last one, as Python reads it; two equal values say one thing."""
+    with pytest.raises(DataError, match=r"a\.jsonl:3: malformed JSON: key '(content|messages)' has two values"):
+        parse(line)
+    assert parse(b'{"text": "x", "text": "x"}', "text").text == "x"
+
+
+@pytest.mark.parametrize("role", ["gpt", "model", "Assistant", "assistant "])
+def test_another_word_for_the_assistant_is_refused(role: str) -> None:
+    """Seen to be a turn that nothing is trained of: such rows were dropped, or lost their last answers."""
+    with pytest.raises(DataError, match=rf"messages\[1\]: the turns of role '{role}' would not be trained"):
+        parse({"messages": [{"role": "user", "content": "hi"}, {"role": role, "content": "yo"}]})
+
+
+def test_reasoning_of_another_than_the_assistant_is_refused() -> None:
+    """Templates leave it out without a word."""
+    turn = {"role": "user", "content": "hi", "reasoning_content": "hm"}
+    with pytest.raises(DataError, match=r"messages\[0\]: 'reasoning_content' of a turn of 'user'"):
+        parse({"messages": [turn]})
+    assert parse({"messages": [{**turn, "reasoning_content": ""}]}).messages[0].content == "hi"
+
+
+@pytest.mark.parametrize(
+    ("row", "formats"),
+    [
+        ({"prompt": "hi", "completion": "yo", "messages": CHAT}, "prompt_completion or messages"),
+        ({"input_ids": [1], "labels": [1], "messages": CHAT}, "messages or tokens"),
+    ],
+)
+def test_rows_of_several_formats_need_a_choice(row: dict[str, Any], formats: str, tmp_path: Path) -> None:
+    """Seen to train the first that fits."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({**row, "text": "hi yo"}))
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: the keys .* fit several formats.* data\.format to {formats}"):
+        with_detected_form([file], DataSpec(), "data.train")
+    assert with_detected_form([file], DataSpec(format="messages"), "data.train").format == "messages"

@@ -242,3 +242,11 @@ def test_real_nested_rows(tmp_path: Path, tokenizer_dir: Path) -> None:
     file = shared("self_instruct_seed_tasks.jsonl")
     counts = cache_of(file, tokenizer_dir, tmp_path, columns=columns).counts
     assert (counts.rows, counts.examples, counts.terminators) == (175, 175, 175)
+
+
+def test_a_key_with_two_values_is_refused_in_an_array(tmp_path: Path) -> None:
+    """Seen to keep the last one without a word."""
+    array = tmp_path / "a.json"
+    array.write_text('[{"a": 1},\n {"a": 1, "a": 2}]')
+    with pytest.raises(DataError, match=r"a\.json:2: malformed JSON: key 'a' has two values in one object"):
+        list(read_rows(array))
