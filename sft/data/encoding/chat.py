@@ -379,8 +379,8 @@ class _Conversation:
         seen = self._renderer.apply(messages[:count], tools or None, False)
         if seen != self._controls.reveal(self._render(count, False)):
             raise DataError(
-                "the chat template reads special tokens that the content spells, and here they are text; give reasoning "
-                "and calls in keys of their own (reasoning_content, tool_calls)"
+                "the chat template reads special tokens that the content spells, and here they are text; give "
+                "reasoning and calls in keys of their own (reasoning_content, tool_calls)"
             )
 
     def _difference(self, what: str, expected: str, actual: str) -> str:

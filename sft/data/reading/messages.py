@@ -213,7 +213,7 @@ def _items(value: object, where: str, what: str, keys: str) -> list[tuple[Row, s
 
 
 def _role(item: Row, key: str, at: str) -> str:
-    """Return the role of a turn, or raise DataError for another word for the assistant: its turns would be no answers."""
+    """Return the role of a turn, or raise DataError for another word for the assistant, whose turns are the answers."""
     role = get_text(item, key, at)
     if role != "assistant" and _SHAREGPT_ROLES.get(role.strip().lower()) == "assistant":
         raise DataError(f"{at}: the turns of role {role!r} would not be trained; an answer's role is 'assistant'")

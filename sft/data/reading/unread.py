@@ -104,7 +104,7 @@ def refuse_in_turn(item: Row, where: str, ignored: Collection[str], *, sharegpt:
 
 
 def refuse_in_prompt(row: Row, where: str, ignored: Collection[str]) -> None:
-    """Raise DataError where a row that is to be answered has a key that nothing reads, and that is part of the prompt."""
+    """Raise DataError where a row that is to be answered has a key that nothing reads, and that changes the prompt."""
     changing = [key for key in _CHANGES_PROMPT if not _is_empty(row.get(key)) and key not in ignored]
     if changing:
         raise DataError(

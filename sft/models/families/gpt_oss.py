@@ -21,7 +21,9 @@ def _read(config: ConfigReader) -> Architecture:
     # Defaults of transformers that a file without them need not have meant: those of the 120b model.
     config.require("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "sliding_window")
     if not (config.values.get("rope_parameters") or config.values.get("rope_scaling")):
-        config.require("rope_parameters")
+        config.refuse(
+            "no rope_parameters, which a gpt_oss config must state"
+        )  # null is another default in transformers
     biased = config.flag("attention_bias", default=True)
     experts = _experts(config)
     layers = tuple(

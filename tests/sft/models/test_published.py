@@ -428,3 +428,11 @@ def test_what_linear_attention_is_not_built_for(change: dict[str, Any], problem:
     with pytest.raises(ModelError) as caught:
         read_architecture(tmp_path)
     assert problem in str(caught.value)
+
+
+def test_gpt_oss_states_its_positions(tmp_path: Path) -> None:
+    """Seen to be plain with null, for which transformers takes YaRN by 32."""
+    config = {key: value for key, value in GPT_OSS_20B.items() if key != "rope_scaling"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_parameters": None}))
+    with pytest.raises(ModelError, match="no rope_parameters, which a gpt_oss config must state"):
+        read_architecture(tmp_path)

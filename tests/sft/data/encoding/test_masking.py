@@ -426,11 +426,13 @@ def test_all_of_a_prompt_is_trained_with_loss_on_all_whatever_its_form() -> None
     """Seen to leave out the prompt where it is a list of messages."""
     tokenizer = make_tokenizer()
     spec = DataSpec(loss_on="all", format="prompt_completion")
-    turns: dict[str, Any] = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yo"}]}
+    turns: dict[str, Any] = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "completion": [{"role": "assistant", "content": "yo"}],
+    }
     rows = ({"prompt": "hi", "completion": "yo"}, turns)
-    texts, lists = (
-        encode(parse_row(json.dumps(row).encode(), "a.jsonl:1", "prompt_completion", {}), tokenizer, spec) for row in rows
-    )
+    examples = [parse_row(json.dumps(row).encode(), "a.jsonl:1", "prompt_completion", {}) for row in rows]
+    texts, lists = (encode(example, tokenizer, spec) for example in examples)
     assert lists.ids.tolist() == texts.ids.tolist()
     assert lists.weights.tolist() == texts.weights.tolist() == [0.0] + [1.0] * (len(texts.ids) - 1)
     turns["prompt"][0]["weight"] = 0
