@@ -40,6 +40,8 @@ _FOUR_NORMS = ("gemma2", "gemma3_text")
 _QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe", *HYBRID)
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
+_WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)
+"""Model types whose layers all have it where `use_sliding_window` is true, and none otherwise."""
 _WIDTH_NORM = ("olmo2", "olmo3", "olmoe")
 _WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
 """Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""
@@ -170,6 +172,8 @@ def _windows(config: HfConfig, model_type: str) -> tuple[int | None, tuple[int, 
     used = bool(config.get("use_sliding_window"))
     if model_type in _WINDOW_IN_ALL:
         found = list(layers)
+    elif model_type in _WINDOW_IN_ALL_OR_NONE:
+        found = list(layers) if used else []
     elif isinstance(kinds, list):
         found = [layer for layer, kind in zip(layers, kinds, strict=False) if kind == "sliding_attention"]
     elif model_type == "qwen2_moe":

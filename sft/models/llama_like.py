@@ -96,6 +96,12 @@ def rope_of(
     return rope
 
 
+def refuse_earlier_type(config: ConfigReader, scaling: Mapping[str, object]) -> None:
+    """Refuse `type` in the `rope_scaling` of a family with a RoPE for each kind of layer: nobody would read it."""
+    if "type" in scaling and "rope_type" not in scaling:
+        config.refuse("rope_scaling with type: transformers reads rope_type alone in this family, and would not scale")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Biases:
     """Which linear layers have a bias."""

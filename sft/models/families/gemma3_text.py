@@ -10,7 +10,7 @@ from sft.models.architecture import Architecture, Attention, DecoderLayer, Dense
 from sft.models.config_reader import ConfigReader
 from sft.models.families.gemma2 import GELU_TANH, alternating_windows, layer_with_four_norms
 from sft.models.family import Config, Family
-from sft.models.llama_like import SMALL, Layer, head_norms, rope_of, weight_map
+from sft.models.llama_like import SMALL, Layer, head_norms, refuse_earlier_type, rope_of, weight_map
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 """Those that do not depend on the length of a batch."""
@@ -55,8 +55,7 @@ def _rope_settings(config: ConfigReader) -> tuple[Config, Config]:
     if not isinstance(scaling, dict):
         config.refuse(f"rope_scaling {scaling!r} is not supported; it must hold settings")
         scaling = {}
-    if "type" in scaling and "rope_type" not in scaling:
-        config.refuse("rope_scaling with type: transformers reads rope_type alone in this family, and would not scale")
+    refuse_earlier_type(config, scaling)
     if not isinstance(stated, dict) or not stated.keys() <= {"full_attention", "sliding_attention"}:
         config.refuse("rope_parameters must hold settings for full_attention and for sliding_attention")
         stated = {}

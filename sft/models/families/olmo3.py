@@ -9,7 +9,7 @@ from sft.models.config_reader import ConfigReader
 from sft.models.families.gemma2 import alternating_windows
 from sft.models.families.olmo2 import olmo_layer
 from sft.models.family import Config, Family
-from sft.models.llama_like import ACTIVATIONS, SMALL, rope_of, weight_map
+from sft.models.llama_like import ACTIVATIONS, SMALL, refuse_earlier_type, rope_of, weight_map
 
 _THETA = 500000.0
 
@@ -57,7 +57,9 @@ def _rope_settings(config: ConfigReader) -> tuple[Config, Config]:
         stated = {}
     everywhere, in_window = (dict(stated.get(kind) or {}) for kind in kinds)
     scaling = config.values.get("rope_scaling")
-    everywhere |= scaling if isinstance(scaling, dict) else {}
+    if isinstance(scaling, dict):
+        refuse_earlier_type(config, scaling)
+        everywhere |= scaling
     everywhere.setdefault("rope_theta", config.values.get("rope_theta", _THETA))
     in_window.setdefault("rope_theta", _THETA)
     if not everywhere.get("truncate", True):

@@ -16,7 +16,7 @@ from sft.models.llama_like import (
     rope_of,
     separate_experts,
     weight_map,
-    windows_by_layer,
+    window_of_every_layer,
 )
 
 
@@ -38,11 +38,13 @@ def _read(config: ConfigReader) -> Architecture:
         activation=activation,
     )
     dense = DenseMLP(width=shape.ffn_hidden_size, activation=activation)
+    # Unlike Qwen 3's: of all layers, whatever max_window_layers and layer_types say.
+    window = window_of_every_layer(config) if config.flag("use_sliding_window", default=False) else None
     layers = [
         DecoderLayer(
             attention=Attention(window=window, qk_norm=True), mlp=dense if index in shape.dense_layers else experts
         )
-        for index, window in enumerate(windows_by_layer(config))
+        for index in range(shape.num_layers)
     ]
     return Architecture(
         shape=shape,

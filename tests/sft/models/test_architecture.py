@@ -367,6 +367,19 @@ def test_windows_of_qwen2_moe_are_in_other_layers_than_qwen2s(
 
 
 @pytest.mark.parametrize(
+    ("used", "windows"),
+    [(True, [9] * 4), (False, [None] * 4)],
+)
+def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: list[int | None], tmp_path: Path) -> None:
+    """Seen to be in those from max_window_layers on, as in Qwen 3; the logits were other ones than transformers'."""
+    changes = {"use_sliding_window": used, "sliding_window": 9, "max_window_layers": 2}
+    small = family("qwen3_moe").small_config
+    found = read_architecture(write_config(tmp_path, **{**small, "model_type": "qwen3_moe", **changes}))
+    assert [attention.window for attention in found.attentions] == windows
+    assert found.shape.windowed_layers == tuple(layer for layer, window in enumerate(windows) if window is not None)
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("glm4_moe", {"n_group": 3}, "n_group 3: 8 experts are no such number of equal groups"),
@@ -397,3 +410,12 @@ def test_windows_of_qwen2_moe_are_in_other_layers_than_qwen2s(
 )
 def test_refusals_of_models_with_experts(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert refusal(tmp_path, **{**family(name).small_config, "model_type": name, **changes}) == [message]
+
+
+def test_olmo3_takes_no_earlier_name_of_a_scaling(tmp_path: Path) -> None:
+    """Seen to scale, where transformers takes rope_type alone."""
+    small = {key: value for key, value in family("olmo3").small_config.items() if key != "rope_parameters"}
+    scaling = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert refusal(tmp_path, **{**small, "model_type": "olmo3", **scaling}) == [
+        "rope_scaling with type: transformers reads rope_type alone in this family, and would not scale"
+    ]
