@@ -41,7 +41,7 @@ transformers' eager model in fp32:
 | packed rows against single ones, no bit of which changes with a neighbour | `tests/parity/test_documents.py` |
 | packed rows that two ranks share | `tests/parity/test_context_parallel.py` |
 | answers with a cache of keys and values | `tests/parity/test_generation.py` |
-| adapters | `tests/parity/test_lora.py` |
+| adapters | `tests/parity/test_lora.py`, of experts `tests/parity/test_expert_lora.py` and `test_joined_experts.py` |
 | the rest of a multimodal model byte for byte, loaded without a missing key | `tests/parity/test_multimodal.py` |
 | five steps on one GPU in fp32 and bf16 | `tests/gpu/test_models.py` |
 
@@ -55,8 +55,7 @@ Tokens per second that were measured are in [benchmarks](../benchmarks/README.md
 * RoPE of type `dynamic` or `longrope` is covered up to the length from which it depends on the batch:
   `max_position_embeddings`, or `original_max_position_embeddings`. Longer rows are refused.
 * Norms over all heads (Olmo) need `topology.tensor_parallel` to be at most the number of KV heads.
-* The experts of gpt-oss and of Qwen3.5, whose published files hold all of a layer in one tensor, take no adapters.
-  Names such as `gate_proj` then mean the shared expert alone.
+* Adapters of experts need whole experts on a rank ([LoRA](how-to/lora.md)).
 * Linear attention (Qwen3.5, Qwen3-Next) needs key heads that `topology.tensor_parallel` x `context_parallel` divides.
   Where only some layers have a layer that `model.lora.targets` names, each pipeline stage needs one.
 * Of the newest types `gpt_oss` (bf16) and `qwen3_5_text` (fp32) have followed the reference on a GPU (H200). `gpt_oss`

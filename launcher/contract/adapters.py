@@ -14,7 +14,7 @@ from launcher.contract.spec import LoraSpec
 _FUSED = ("phi3",)
 """Model types whose files have Q, K and V in one matrix, and gate and up projection in another."""
 _JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
-"""Model types whose published files have the matrices of all experts in one tensor. Those take no adapters."""
+"""Model types whose published files have the matrices of all experts in one tensor, gate and up projection in one."""
 _JOINED = ("qwen3_next",)
 """Model types whose files have the projection of linear attention in two matrices, others in four."""
 _NUMBERED_EXPERTS = ("mixtral",)
@@ -52,13 +52,16 @@ def layer_adapters(shape: ModelShape, lora: LoraSpec, *, dense: bool = False, li
 
 def expert_adapters(shape: ModelShape, lora: LoraSpec) -> int:
     """Return what is trained of one expert."""
-    if shape.model_type in _JOINED_EXPERTS:
-        return 0
-    names = ("w1", "w3", "w2") if shape.model_type in _NUMBERED_EXPERTS else ("gate_proj", "up_proj", "down_proj")
     hidden, width = shape.hidden_size, shape.expert_ffn_hidden_size
-    sides = ((hidden, width), (hidden, width), (width, hidden))
+    down = width, hidden
+    if shape.model_type in _JOINED_EXPERTS:
+        sides = {"experts.gate_up_proj": (hidden, 2 * width), "experts.down_proj": down}
+    elif shape.model_type in _NUMBERED_EXPERTS:
+        sides = {"w1": (hidden, width), "w3": (hidden, width), "w2": down}
+    else:
+        sides = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": down}
     plain = LoraSpec(rank=lora.rank, targets=lora.targets)
-    return sum(_Linear(name, *side).parameters(plain) for name, side in zip(names, sides, strict=True))
+    return sum(_Linear(name, *side).parameters(plain) for name, side in sides.items())
 
 
 def active_adapters(shape: ModelShape, lora: LoraSpec) -> int:

@@ -201,17 +201,22 @@ def lora_problems(
 
 
 def peft_config(
-    lora: LoraSpec, architecture: Architecture, base: Path, of_experts: Sequence[str] = ()
+    lora: LoraSpec,
+    architecture: Architecture,
+    base: Path,
+    of_experts: Sequence[str] = (),
+    parameters: Sequence[str] = (),
 ) -> dict[str, object]:
     """Return adapter_config.json: what PEFT needs to put the adapter on the model in `base`.
 
     A model of the hub is named by its id and commit: its path in the cache means nothing elsewhere. `of_experts` names
-    the adapted layers of experts.
+    the adapted layers of experts, `parameters` the ends of the names of adapted tensors that hold all of a layer's.
     """
     assert lora.rank is not None
     snapshot = snapshot_of(str(base))
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    return {
+    of_tensors = {"target_parameters": list(parameters)} if parameters else {}
+    return of_tensors | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base) if snapshot is None else snapshot.repository.id,

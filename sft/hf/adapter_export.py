@@ -31,7 +31,7 @@ from sft.hf.adapter import (
     merged_weight,
     peft_config,
 )
-from sft.hf.expert_adapter import ExpertTarget, all_expert_targets, expert_target_names, weight_in_memory
+from sft.hf.expert_adapter import ExpertTarget, all_expert_targets, weight_in_memory
 from sft.hf.exporter import (
     check_export,
     copy_settings,
@@ -42,6 +42,7 @@ from sft.hf.exporter import (
     write_model,
 )
 from sft.hf.files import WeightFiles, write_weights
+from sft.hf.joined_experts import add_joined, is_wrapper, joined, merged_tensor, wrappers
 from sft.hf.sharded_reader import ShardedReader
 from sft.hf.trained_routers import frozen_parts, name_in_memory, trained_routers
 from sft.models.architecture import Architecture
@@ -72,8 +73,9 @@ def export_adapter(
         own = aside / MERGED_ADAPTER if merged else aside
         own.mkdir(exist_ok=True)
         _write_adapter(reader, targets, of_experts, architecture, WeightFiles(model_dir), own, lora)
-        names = expert_target_names(architecture, lora)
-        write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir, names))
+        names = list(dict.fromkeys(target.name for target in of_experts if target.tensor is None))
+        parameters = list(dict.fromkeys(f"mlp.{target.name}" for target in of_experts if target.tensor is not None))
+        write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir, names, parameters))
         if merged:
             dtypes = file_dtypes(model_dir, architecture)
             merge = _Merger(reader, model_dir, architecture, targets, of_experts, lora)
@@ -104,14 +106,19 @@ def add_adapter(model: torch.nn.Module, directory: Path) -> None:
     config = read_json(directory / ADAPTER_CONFIG) or {}
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     tensors = load_file(directory / ADAPTER_WEIGHTS)
+    parameters = config.get("target_parameters") or []
     for name, a in tensors.items():
         prefix, found, _ = name.partition(".lora_A.")
+        module = prefix.removeprefix(PEFT_PREFIX)
         if found:
-            weight = weight_in_memory(model, prefix.removeprefix(PEFT_PREFIX))
             adapter = AdapterTensors(a, tensors[f"{prefix}.lora_B.weight"], tensors.get(f"{prefix}.{MAGNITUDE}"))
+            if is_wrapper(module, parameters):
+                add_joined(model, module, adapter, scale, parameters)
+                continue
+            weight = weight_in_memory(model, module)
             weight.copy_(merged_weight(weight, adapter, scale))
         elif ".lora_" not in name:
-            model.state_dict()[name.removeprefix(PEFT_PREFIX)].copy_(a)
+            model.state_dict()[module].copy_(a)
 
 
 class _Merger:
@@ -131,7 +138,9 @@ class _Merger:
         self._architecture = architecture
         self._shapes = architecture.weights.hf_shapes()
         self._targets = {f"{target.module}.weight": target for target in targets}
-        self._of_experts = {f"{module}.weight": target for target in of_experts for module in target.modules}
+        separate = [target for target in of_experts if target.tensor is None]
+        self._of_experts = {f"{module}.weight": target for target in separate for module in target.modules}
+        self._joined = {target.tensor: target for target in of_experts if target.tensor is not None}
         # Those of all experts of a layer are read together, and gate and up projections are asked for in turn.
         self._adapters_of = lru_cache(maxsize=2)(self._read_experts)
         self._lora = lora
@@ -150,6 +159,10 @@ class _Merger:
             return merged_weight(whole, self._targets[name].read(self._reader, dora=self._lora.dora), self._lora.scale)
         if name in self._of_experts:
             return merged_weight(whole, self._adapters_of(self._of_experts[name])[name], self._lora.scale)
+        if name in self._joined:
+            target = self._joined[name]
+            adapters = [adapter for _, adapter in target.read(self._reader)]
+            return merged_tensor(whole, adapters, self._lora.scale, transposed=target.transposed)
         return whole
 
     def _read_experts(self, target: ExpertTarget) -> dict[str, AdapterTensors]:
@@ -170,7 +183,12 @@ def _write_adapter(
     tensors: dict[str, torch.Tensor] = {}
     for target in targets:
         tensors |= target.read(reader, dora=lora.dora).named(architecture.weights.module(target.module))
+    modules = wrappers([target.tensor for target in of_experts if target.tensor is not None])
     for experts in of_experts:
+        if experts.tensor is not None:
+            adapters = joined([adapter for _, adapter in experts.read(reader)])
+            tensors |= adapters.named(architecture.weights.module(modules[experts.tensor]))
+            continue
         for module, adapter in experts.read(reader):
             tensors |= adapter.named(architecture.weights.module(module))
     for name, tensor in trained_routers(architecture, lora).items():

@@ -1,8 +1,9 @@
 """Low-rank adapters of experts by Hugging Face names: each matrix of each expert has one of its own.
 
 Files name them by expert (`experts.3.gate_proj`), which engines read and PEFT takes for models whose experts
-transformers keeps in one tensor. A checkpoint holds those of all experts one below the other, so that it does not
-depend on which rank has which expert.
+transformers keeps in one tensor. Where the model's own files hold all experts in one tensor, gate and up projection
+are one matrix of it with one adapter, and an adapter's files hold those of all experts (sft.hf.joined_experts).
+A checkpoint holds those of all experts one below the other, so that it does not depend on which rank has which expert.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import MARK, AdapterTensors, CheckpointTensors, initial_a
+from sft.hf.joined_experts import JOINED
 from sft.hf.trained_routers import module_in_memory
 from sft.models.architecture import Architecture, Experts
-from sft.models.weight_map import ParameterMap, checkpoint_key
+from sft.models.weight_map import ParameterMap, Piece, checkpoint_key
 
 if TYPE_CHECKING:  # settings are checked without torch
     import torch
@@ -31,20 +33,41 @@ class ExpertTarget:
     """One matrix of every expert of a layer."""
 
     name: str
-    """gate_proj and the like."""
+    """What model.lora.targets calls it: gate_proj and the like, or experts.gate_up_proj, a tensor of all experts."""
     modules: tuple[str, ...]
-    """The whole Hugging Face name of each expert's layer."""
+    """The whole Hugging Face name of each expert's layer. In a tensor of all experts they have none: what it would
+    be."""
     layer: int
     linear: str
     """The Megatron-core linear that holds the experts' rows, within the layer."""
-    rows: int
+    order: tuple[int, ...]
+    """For each row of an expert's matrix there its row in the files."""
     columns: int
+    tensor: str | None
+    """The tensor of the files that holds the matrices of all experts; None where each has a tensor of its own."""
+    transposed: bool
+    """Whether that tensor holds matrices [input, output]."""
     stacked: bool
     """Whether checkpoints stack the layers of this model (`WeightMap.stacked`)."""
 
+    @property
+    def rows(self) -> int:
+        """Return the rows of an expert's matrix."""
+        return len(self.order)
+
+    @property
+    def key(self) -> str:
+        """Return what it is called among the adapters of its linear."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Return the Hugging Face names of what has the adapters: each expert's layer, or the tensor of all."""
+        return self.modules if self.tensor is None else (self.tensor,)
+
     def parameter(self, which: str) -> str:
         """Return the name of the parameter `lora_A` or `lora_B` in the whole model."""
-        return f"decoder.layers.{self.layer}.{self.linear}{MARK}{self.name}.{which}"
+        return f"decoder.layers.{self.layer}.{self.linear}{MARK}{self.key}.{which}"
 
     def checkpoint_key(self, which: str) -> tuple[str, int | None]:
         """Return the key of that parameter in a sharded checkpoint, and its index there."""
@@ -55,11 +78,14 @@ class ExpertTarget:
         return initial_a(self.modules[expert], rank, self.columns, seed)
 
     def read(self, source: CheckpointTensors) -> Iterator[tuple[str, AdapterTensors]]:
-        """Yield each expert's layer with its adapter of a sharded checkpoint."""
+        """Yield each expert's layer with its adapter of a sharded checkpoint, rows in the order of the files."""
+        import torch
+
         halves = (source.tensor(*self.checkpoint_key(which)) for which in ("lora_A", "lora_B"))
         by_expert = (half.chunk(len(self.modules)) for half in halves)
+        places = torch.tensor(self.order)
         for module, a, b in zip(self.modules, *by_expert, strict=True):
-            yield module, AdapterTensors(a, b)
+            yield module, AdapterTensors(a, torch.empty_like(b).index_copy_(0, places, b))
 
 
 def expert_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> list[ExpertTarget]:
@@ -69,7 +95,7 @@ def expert_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> li
     return [
         target
         for parameter, parameter_map in architecture.weights.layers[layer].items()
-        if parameter_map.experts and parameter_map.pieces[0].expert is None  # a tensor for each matrix of each expert
+        if parameter_map.experts and parameter_map.columns is not None
         for target in _targets_of(parameter.removesuffix(_WEIGHT), parameter_map, layer, architecture)
         if not lora.names or target.name in lora.names
     ]
@@ -102,21 +128,37 @@ def weight_in_memory(model: torch.nn.Module, module: str) -> torch.Tensor:
 def _targets_of(
     linear: str, parameter_map: ParameterMap, layer: int, architecture: Architecture
 ) -> Iterator[ExpertTarget]:
-    """Yield the matrices that each expert has in one linear: gate and up projection, or the down projection."""
-    each = len(parameter_map.blocks) // parameter_map.experts
+    """Yield the matrices that each expert has in one linear: gate and up projection, one of both, or the down one."""
     assert parameter_map.columns is not None
-    for first in range(each):
-        blocks = parameter_map.blocks[first::each]
-        modules = tuple(block[0].name.removesuffix(_WEIGHT) for block in blocks)
+    tensor = parameter_map.pieces[0].name if parameter_map.pieces[0].expert is not None else None
+    blocks = len(parameter_map.blocks) // parameter_map.experts
+    together = 1 if tensor is None else blocks
+    for first in range(0, blocks, together):
+        by_expert = [
+            [piece for block in parameter_map.blocks[begin : begin + together] for piece in block]
+            for begin in range(first, len(parameter_map.blocks), blocks)
+        ]
+        modules = tuple(_module_of(pieces[0]) for pieces in by_expert)
+        own = modules[0].rpartition(".")[2]
         yield ExpertTarget(
-            name=modules[0].rpartition(".")[2],
+            name=own if tensor is None else f"{JOINED}{own}",
             modules=modules,
             layer=layer,
             linear=linear,
-            rows=blocks[0][0].rows,
+            order=tuple(row for piece in by_expert[0] for row in range(piece.start, piece.stop, piece.step)),
             columns=parameter_map.columns,
+            tensor=tensor,
+            transposed=parameter_map.transposed,
             stacked=architecture.weights.stacked,
         )
+
+
+def _module_of(piece: Piece) -> str:
+    """Return the name of an expert's layer, also where it is a part of a tensor."""
+    if piece.expert is None:
+        return piece.name.removesuffix(_WEIGHT)
+    experts, _, own = piece.name.rpartition(".")
+    return f"{experts}.{piece.expert}.{own}"
 
 
 def expert_lora_problems(lora: LoraSpec, architecture: Architecture, expert_tensor_parallel: int) -> list[str]:
@@ -141,8 +183,9 @@ def expert_lora_problems(lora: LoraSpec, architecture: Architecture, expert_tens
             f"model.lora.dropout {lora.dropout:g}: adapters of experts ({shown}) take none, nor do they in PEFT; set "
             "it to 0"
         )
-    pair = [target.name for target in expert_targets(architecture, LoraSpec(rank=1), targets[0].layer)][:2]
-    if len(set(pair) & set(names)) == 1:
+    every = expert_targets(architecture, LoraSpec(rank=1), targets[0].layer)
+    pair = [target.name for target in every if target.linear == every[0].linear]
+    if len(pair) == 2 and len(set(pair) & set(names)) == 1:
         problems.append(
             f"model.lora.targets: {pair[0]} and {pair[1]} of experts are one matrix in transformers; name both or none"
         )

@@ -82,7 +82,7 @@ def _trained(lora: LoraSpec, architecture: Architecture) -> dict[str, list[str]]
         adapters = {name: [tensor] for name, tensor in trained_routers(architecture, lora).items()}
         adapters |= {
             target.parameter(half): [
-                f"{architecture.weights.module(module)}.{half}.weight" for module in target.modules
+                f"{architecture.weights.module(module)}.{half}.weight" for module in target.adapted
             ]
             for target in all_expert_targets(architecture, lora)
             for half in ("lora_A", "lora_B")

@@ -50,6 +50,18 @@ def join(by_rank: list[list[list[Part]]], architecture: Architecture) -> list[di
     return [_join_step([part for rank in step for part in rank], architecture) for step in zip(*by_rank, strict=True)]
 
 
+def largest_differences(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], count: int = 5
+) -> dict[str, float]:
+    """The gradients that differ most, with the norms of their differences over those expected."""
+    tiny = 1e-30  # an expert without tokens has no gradient on either side
+    errors = {
+        name: float((found[name] - gradient).norm() / gradient.norm().clamp_min(tiny))
+        for name, gradient in expected.items()
+    }
+    return dict(sorted(errors.items(), key=lambda item: -item[1])[:count])
+
+
 def _join_step(parts: list[Part], architecture: Architecture) -> dict[str, torch.Tensor]:
     maps = architecture.weights.parameters().values()
     frozen = {piece.name for parameter_map in maps if parameter_map.frozen for piece in parameter_map.pieces}

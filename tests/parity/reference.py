@@ -6,6 +6,7 @@ their own.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ class Curve:
     gradients: list[dict[str, torch.Tensor]]
     balance: list[float]
     """Mean over examples and layers of the loss that evens out the use of experts."""
+    margins: list[float]
+    """How far the nearest choice of an expert was from another one, in the router's logits; infinite without one.
+    Rounding that is larger chooses otherwise, and from there on training is another."""
 
 
 def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, schedule: BatchSchedule, steps: int) -> Curve:
@@ -46,7 +50,7 @@ def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, schedule:
     model.get_input_embeddings().padding_idx = None
     model.train()
     optimizer = torch.optim.AdamW(_groups(model, spec.train.optimizer), **_adamw(spec.train.optimizer))
-    losses, norms, first_step, gradients, balance = [], [], {}, [], []
+    losses, norms, first_step, gradients, balance, margins = [], [], {}, [], [], []
     routers = RouterWatch(model)
     for step in range(steps):
         examples = [int(example) for example in schedule.examples_at(step) if example != EMPTY_SLOT]
@@ -66,7 +70,8 @@ def train_reference(spec: RunSpec, model_dir: Path, cache: TokenCache, schedule:
         optimizer.step()
         losses.append(float(total.detach() / weight))
         balance.append(float(uneven.detach()) / (len(examples) * max(1, routers.layers)))
-    return Curve(losses, norms, first_step, gradients, balance)
+        margins.append(routers.take_margin())
+    return Curve(losses, norms, first_step, gradients, balance, margins)
 
 
 class RouterWatch:
@@ -74,6 +79,7 @@ class RouterWatch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._sigmoid = model.config.model_type.startswith("glm4")
+        self._margin = math.inf
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]
         self.layers = len(routers)
@@ -83,11 +89,18 @@ class RouterWatch:
     def take(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """By layer, of the example that was last computed: logits, probabilities, chosen experts."""
         seen, self._seen[:] = list(self._seen), []
+        self._margin = min([self._margin, *(_margin(logits.detach(), chosen) for logits, chosen in seen)])
         scores = [logits.sigmoid() if self._sigmoid else logits.softmax(-1) for logits, _ in seen]
         return [
             (logits, score / score.sum(-1, keepdim=True), chosen)
             for (logits, chosen), score in zip(seen, scores, strict=True)
         ]
+
+    def take_margin(self) -> float:
+        """The smallest margin of a choice since the last call. With sigmoids a bias chooses, too: it is infinite."""
+        self.take()
+        found, self._margin = self._margin, math.inf
+        return math.inf if self._sigmoid else found
 
     def loss(self) -> torch.Tensor:
         """Summed over layers, of the example that was last computed: E * sum of f * P, share and mean probability."""
@@ -97,6 +110,12 @@ class RouterWatch:
             share = torch.bincount(chosen.flatten(), minlength=count) / chosen.numel()
             found = found + count * (share * mean).sum()
         return found
+
+
+def _margin(logits: torch.Tensor, chosen: torch.Tensor) -> float:
+    """Of tokens' logits [tokens, experts], the smallest step from a chosen expert down to one that is not."""
+    best = logits.topk(chosen.size(-1) + 1).values
+    return float((best[:, -2] - best[:, -1]).min())
 
 
 def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:

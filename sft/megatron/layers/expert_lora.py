@@ -44,10 +44,11 @@ class ExpertAdapters(nn.ModuleDict):
     """The adapters of one linear of experts, by the names of their targets."""
 
     def __init__(
-        self, targets: Sequence[ExpertTarget], lora: LoraSpec, weight: Tensor, *, first: int, held: int, matrices: int
+        self, targets: Sequence[ExpertTarget], lora: LoraSpec, weight: Tensor, *, first: int, held: int
     ) -> None:
-        super().__init__({target.name: ExpertAdapter(target, lora, weight, first, held) for target in targets})
-        assert len(targets) == matrices, "gate and up projection have adapters together"
+        super().__init__({target.key: ExpertAdapter(target, lora, weight, first, held) for target in targets})
+        rows = held * sum(target.rows for target in targets)
+        assert rows == len(weight), "gate and up projection have adapters together, or one"
         self._held = held
         self._scale = lora.scale
 

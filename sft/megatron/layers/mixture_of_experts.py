@@ -99,10 +99,10 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
     def adapt(self, lora: LoraSpec, targets: Sequence[ExpertTarget]) -> None:
         """Give this rank's experts their adapters."""
         first = self._owners.rank() * self._held
-        for name, linear, matrices in (("mlp.linear_fc1", self.linear_fc1, 2), ("mlp.linear_fc2", self.linear_fc2, 1)):
+        for name, linear in (("mlp.linear_fc1", self.linear_fc1), ("mlp.linear_fc2", self.linear_fc2)):
             own = [target for target in targets if target.linear == name]
             if own:
-                linear.lora = ExpertAdapters(own, lora, linear.weight, first=first, held=self._held, matrices=matrices)
+                linear.lora = ExpertAdapters(own, lora, linear.weight, first=first, held=self._held)
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
         """Return the output, [s, b, h] as the input is, and no bias."""

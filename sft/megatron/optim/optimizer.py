@@ -56,6 +56,8 @@ def build_optimizer(
         overlap_param_gather=any(model_chunk.ddp_config.overlap_param_gather for model_chunk in model_chunks),
     )
     optimizer = get_megatron_optimizer(config, list(model_chunks), overrides_of(config, multipliers))
+    # Where experts alone are adapted there is one for all other weights, of which there are none: it cannot be saved.
+    optimizer.chained_optimizers = [part for part in _parts(optimizer) if part.optimizer is not None]
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             group.update(fused=True, foreach=False)  # only the fused one skips a step on the device

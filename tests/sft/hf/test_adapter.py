@@ -58,19 +58,22 @@ def test_a_fused_tensor_is_one_target() -> None:
     assert found["gate_up_proj"].block_rows == [12, 12]
 
 
-def test_experts_in_one_tensor_are_no_targets() -> None:
-    """Those of gpt-oss, by whatever name."""
+def test_experts_in_one_tensor_are_targets_by_names_of_their_own() -> None:
+    """Those of gpt-oss: gate and up projection, whose rows alternate in the files, have one adapter."""
     model = architecture("gpt_oss")
-    assert list(dict.fromkeys(target.name for target in all_targets(model, LoraSpec(rank=2)))) == [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    ]
-    assert not all_expert_targets(model, LoraSpec(rank=2))
+    every = LoraSpec(rank=2)
+    assert expert_target_names(model, every) == ["experts.gate_up_proj", "experts.down_proj"]
+    up, down = all_expert_targets(model, every)[:2]
+    width = up.rows // 2
+    assert up.order == (*range(0, 2 * width, 2), *range(1, 2 * width, 2))
+    assert (up.tensor, down.rows, down.columns) == ("model.layers.0.mlp.experts.gate_up_proj", up.columns, width)
+    assert up.modules[1] == "model.layers.0.mlp.experts.1.gate_up_proj"
+    assert up.parameter("lora_A") == "decoder.layers.0.mlp.linear_fc1.lora.gate_up_proj.lora_A"
     lora = LoraSpec(rank=2, targets=["q_proj", "down_proj"])
-    assert lora_problems(lora, model, 1, expert_target_names(model, lora)) == [
-        "model.lora.targets: a gpt_oss model has no linear layer down_proj; it has q_proj, k_proj, v_proj, o_proj"
+    assert not all_expert_targets(model, lora)
+    assert lora_problems(lora, model, 1, expert_target_names(model, every)) == [
+        "model.lora.targets: a gpt_oss model has no linear layer down_proj; it has q_proj, k_proj, v_proj, o_proj, "
+        "experts.gate_up_proj, experts.down_proj"
     ]
 
 

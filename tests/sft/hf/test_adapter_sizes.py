@@ -18,7 +18,7 @@ ADAPTABLE = [case for case in CASES if not case.startswith("gpt2")]
 SETTINGS = {
     "all": LoraSpec(rank=4),
     "dora": LoraSpec(rank=4, dora=True),
-    "some": LoraSpec(rank=3, targets=["q_proj", "o_proj", "qkv_proj", "down_proj", "w1"]),
+    "some": LoraSpec(rank=3, targets=["q_proj", "o_proj", "qkv_proj", "down_proj", "w1", "experts.down_proj"]),
     "router": LoraSpec(rank=2, router=True),
 }
 
