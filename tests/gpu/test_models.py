@@ -11,6 +11,7 @@ import torch
 
 from sft.models.registry import SUPPORTED, read_architecture
 from tests.parity.gradients import join, largest_differences, train_and_capture
+from tests.parity.reference import Curve
 from tests.parity.runs import curve, reference_curve, run_training
 from tests.parity.test_families import RATE, family_model
 from tests.parity.test_lora import ALL, STEPS, adapted, expected_curve, lora_run
@@ -27,12 +28,29 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", make_chat_rows(36, seed=3))
 
 
+NEAR = 2e-5
+"""A margin of a router that a GPU's rounding may cross: a token then has another expert, and losses differ by 1e-4 to
+1e-3 from that step on. Where nothing crosses one they differ by 1e-6."""
+
+
+def without_near_ties(root: Path, model: Path) -> tuple[Path, Curve]:
+    """The first of some data on which no router of the reference is near a tie, and the reference's training."""
+    for seed in range(3, 40):
+        data = root / f"data-{seed}"
+        data.mkdir()
+        chat = write_jsonl(data / "chat.jsonl", make_chat_rows(36, seed=seed))
+        expected = reference_curve(data / "reference", model, chat, steps=STEPS, **RATE)
+        if min(expected.margins) > NEAR:
+            return chat, expected
+    raise AssertionError("every one of them has a near tie")
+
+
 @pytest.mark.parametrize("family", SUPPORTED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_family_follows_reference(family: str, precision: str, tmp_path: Path, chat: Path) -> None:
+def test_family_follows_reference(family: str, precision: str, tmp_path: Path) -> None:
     """In fp32 with every gradient of the first step; what differs most in each is printed, and shown of a failure."""
     model = family_model(tmp_path / "model", family)
-    expected = reference_curve(tmp_path / "reference", model, chat, steps=STEPS, **RATE)
+    chat, expected = without_near_ties(tmp_path, model)
     full = dataclasses.replace(ALL, rank=None, alpha=None)
     settings: dict[str, Any] = {"max_steps": STEPS, "precision": precision, **RATE}
     paths = lora_run(tmp_path, model, chat, full, ranks=1, gpus_per_node=1, **settings)
