@@ -215,9 +215,7 @@ def names_of(model: Any) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_checkpoint_goes_on_with_other_owners(
-    case: str, tmp_path: Path, models: dict[str, Path], chat: Path
-) -> None:
+def test_a_checkpoint_goes_on_with_other_owners(case: str, tmp_path: Path, models: dict[str, Path], chat: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "every": 2, "keep_last": 9}
     topology = {"expert_parallel": 2}
     full = lora_run(tmp_path / "full", models[case], chat, LORA, ranks=2, topology=topology, **settings)

@@ -159,7 +159,9 @@ _MODEL: dict[str, Word] = {
     "lora_dropout": beside("model.lora.dropout", "adapter"),
     "lora_target_modules": beside("model.lora.targets", "adapter"),
     "lora_target_linear": beside("model.lora.targets: all-linear", "adapter"),
-    "lora_target_parameters": missing("model.lora.targets names tensors of all experts, too: experts.gate_up_proj, experts.down_proj"),
+    "lora_target_parameters": missing(
+        "model.lora.targets names tensors of all experts, too: experts.gate_up_proj, experts.down_proj"
+    ),
     "lora_modules_to_save": missing("only adapters are trained with model.lora.rank"),
     "lora_fan_in_fan_out": missing("the model's files say how their matrices lie"),
     "peft_use_dora": at("model.lora.dora"),

@@ -86,7 +86,9 @@ _MODEL: dict[str, Word] = {
     "lora_alpha": beside("model.lora.alpha", "use_peft"),
     "lora_dropout": beside("model.lora.dropout", "use_peft"),
     "lora_target_modules": beside("model.lora.targets", "use_peft"),
-    "lora_target_parameters": missing("model.lora.targets names tensors of all experts, too: experts.gate_up_proj, experts.down_proj"),
+    "lora_target_parameters": missing(
+        "model.lora.targets names tensors of all experts, too: experts.gate_up_proj, experts.down_proj"
+    ),
     "lora_modules_to_save": missing("only adapters are trained with model.lora.rank"),
     "lora_task_type": missing("models are causal language models", "CAUSAL_LM"),
     "use_rslora": at("model.lora.rslora"),
