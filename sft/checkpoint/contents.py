@@ -114,12 +114,16 @@ class TrainerState:
     versions: Mapping[str, str] = field(default_factory=dict)
     rate_groups: Sequence[str] = ()
     """What gave parameters learning rates of their own: the optimizer's states are in groups by it."""
+    adapters: Mapping[str, object] | None = None
+    """What its adapters are, by config key; empty where all weights are trained, None in earlier checkpoints."""
 
     def to_json(self) -> str:
         """Return the content of trainer.json."""
         values = dataclasses.asdict(self)
         if not self.rate_groups:
             del values["rate_groups"]
+        if self.adapters is None:
+            del values["adapters"]
         return json.dumps({"format": FORMAT} | values, indent=1)
 
     @classmethod
@@ -140,7 +144,15 @@ class TrainerState:
         groups = values.get("rate_groups") or []
         if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
             raise ValueError(f"rate_groups is {groups!r}")
-        return cls(lightning=lightning, topology=topology, data_key=key, versions=versions, rate_groups=groups)
+        adapters = None if values.get("adapters") is None else _checked(values, "adapters", dict)
+        return cls(
+            lightning=lightning,
+            topology=topology,
+            data_key=key,
+            versions=versions,
+            rate_groups=groups,
+            adapters=adapters,
+        )
 
     @classmethod
     def read(cls, checkpoint: Path) -> TrainerState:

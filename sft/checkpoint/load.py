@@ -16,6 +16,7 @@ from launcher.contract.versions import parse_version
 from sft.checkpoint.contents import SHARDED, TrainerState
 from sft.checkpoint.files import changed_bytes, damage
 from sft.checkpoint.pickles import refuse_code
+from sft.hf.checks import trained_adapters
 from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
 from sft.megatron.core import __version__ as megatron_version
@@ -62,7 +63,7 @@ def load_newest(
 def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, object]) -> dict[str, object]:
     """Fill model, optimizer and, under the same topology, random generators. Return Lightning's counters.
 
-    ConfigError where the run has other data than the one that wrote the checkpoint.
+    ConfigError where the run has other data or adapters than the one that wrote the checkpoint.
     """
     trainer = read_trainer_state(source)
     if trainer.data_key != data_key:
@@ -71,6 +72,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
             "on would repeat or skip examples. Put that back, or start a new run with model.path set to the exported "
             "model"
         )
+    _check_adapters(source, trainer, trained_adapters(module.spec.model.lora, module.architecture))
     _check_version(source, trainer)
     refuse_code(source / SHARDED)
     _check_rate_groups(source, trainer, rate_groups(module.spec.train.optimizer))
@@ -96,6 +98,16 @@ def _check_version(source: Path, trainer: TrainerState) -> None:
         raise CheckpointError(
             f"{source} was written with Megatron-core {writer}, and {megatron_version} cannot read it: the "
             f"files changed in {_COMMON_MOVED_IN}; install megatron-core>={_COMMON_MOVED_IN} for the ranks"
+        )
+
+
+def _check_adapters(source: Path, trainer: TrainerState, adapters: Mapping[str, object]) -> None:
+    """Raise ConfigError where a checkpoint holds other adapters than this run trains, or would scale otherwise."""
+    if trainer.adapters is not None and trainer.adapters != adapters:
+        raise ConfigError(
+            f"{source} was written by a run that trained something else: {_differences(trainer.adapters, adapters)}. "
+            "Going on would lose adapters, or change what they do. Put that back, or start a new run with model.path "
+            "set to the exported model"
         )
 
 

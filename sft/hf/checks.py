@@ -29,6 +29,20 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
         raise ModelError(problems)
 
 
+def trained_adapters(lora: LoraSpec, architecture: Architecture) -> dict[str, object]:
+    """Return what decides what a run's adapters are and do, by config key; nothing where all weights are trained."""
+    if lora.rank is None:
+        return {}
+    names = [*target_names(architecture, lora), *expert_target_names(architecture, lora)]
+    return {
+        "model.lora.rank": lora.rank,
+        "model.lora.alpha as a scale": lora.scale,
+        "model.lora.dora": lora.dora,
+        "model.lora.targets": list(dict.fromkeys(names)),
+        "model.lora.router": lora.router,
+    }
+
+
 def longest_row(architecture: Architecture) -> int | None:
     """Return the tokens beyond which RoPE depends on the length of the batch, or None where it never does."""
     return min((rope.longest for rope in architecture.ropes if rope.longest is not None), default=None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.contract.errors import CheckpointError
+from launcher.contract.errors import CheckpointError, ConfigError
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 from sft.hf.checks import check_model_settings
@@ -212,7 +212,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
             return super().load_state_dict(state_dict, strict, assign)
         adapters = dict(state_dict)
         if adapters.pop(_BASE, None) != self.base_weights:
-            raise CheckpointError(
+            raise ConfigError(
                 "the checkpoint's adapters were trained on other weights than those in model.path; put model.path back"
             )
         wanted = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

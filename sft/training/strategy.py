@@ -17,6 +17,7 @@ from launcher.contract.topology import Topology
 from sft.checkpoint.contents import TrainerState
 from sft.checkpoint.load import load_newest, sharded_state
 from sft.checkpoint.save import CheckpointSaver
+from sft.hf.checks import trained_adapters
 from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.core import parallel_state
@@ -102,6 +103,7 @@ class MegatronStrategy(DDPStrategy):
             data_key=self.data_key,
             versions={"torch": torch.__version__, "megatron_core": megatron_version},
             rate_groups=rate_groups(module.spec.train.optimizer),
+            adapters=trained_adapters(module.spec.model.lora, module.architecture),
         )
         state = sharded_state(module, loading=False)
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from launcher.contract.errors import CheckpointError, ModelError
+from launcher.contract.errors import ConfigError, ModelError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import LoraSpec, RunSpec, read_resolved, to_yaml
@@ -291,9 +291,21 @@ def test_adapters_of_other_weights_are_not_resumed(tmp_path: Path, chat: Path, f
     assert "trained on other weights than those in model.path" in run_ranks(1, error_of_train, paths.config)[0]
 
 
+def test_fewer_adapters_than_a_checkpoint_holds_are_not_resumed(
+    tmp_path: Path, model: Path, chat: Path, finished: RunPaths
+) -> None:
+    """Seen to go on without those that are not among the targets any more, with exit code 0."""
+    fewer = dataclasses.replace(ALL, targets=["q_proj", "v_proj"])
+    paths = lora_run(tmp_path, model, chat, fewer, ranks=1, max_steps=6, every=3, keep_last=9)
+    shutil.copytree(finished.checkpoint(3), paths.checkpoint(3))
+    error = run_ranks(1, error_of_train, paths.config)[0]
+    assert 'model.lora.targets was ["q_proj", "k_proj"' in error
+    assert 'is ["q_proj", "v_proj"]' in error
+
+
 def error_of_train(config: Path) -> str:
     """Runs on a rank: the message that training ends with."""
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(ConfigError) as caught:
         train(config)
     return str(caught.value)
 

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.contract.errors import CheckpointError
+from launcher.contract.errors import CheckpointError, ConfigError
+from launcher.contract.spec import LoraSpec
 from sft.checkpoint import load
 from sft.checkpoint.contents import TrainerState
+from sft.hf.checks import trained_adapters
+from sft.models.registry import read_architecture
+from tests.sft.hf_cases import save_config
 
 
 @pytest.mark.parametrize(
@@ -32,3 +36,28 @@ def test_checkpoints_of_other_versions(
         return
     with pytest.raises(CheckpointError, match=rf"step-00000002 was written with Megatron-core {writer.split('+')[0]}"):
         load._check_version(Path("step-00000002"), state)
+
+
+@pytest.mark.parametrize(
+    ("now", "differs"),
+    [
+        (LoraSpec(rank=4, alpha=800), "model.lora.alpha as a scale was 2.0, is 200.0"),
+        (LoraSpec(rank=4, alpha=8, rslora=True), "model.lora.alpha as a scale was 2.0, is 4.0"),
+        (LoraSpec(rank=2, alpha=4), "model.lora.rank was 4, is 2"),
+        (LoraSpec(rank=4, alpha=8, dora=True), "model.lora.dora was false, is true"),
+        (LoraSpec(rank=4, alpha=8, targets=["q_proj"]), r'model.lora.targets was \["q_proj", .*, is \["q_proj"\]'),
+        (LoraSpec(), "model.lora.rank was 4, is unset"),
+    ],
+)
+def test_other_adapters_than_those_of_a_checkpoint_are_refused(now: LoraSpec, differs: str, tmp_path: Path) -> None:
+    """Seen to go on: with a scale a hundred times as large, and without the adapters that were no targets any more."""
+    architecture = read_architecture(save_config("llama", tmp_path))
+    adapters = trained_adapters(LoraSpec(rank=4, alpha=8), architecture)
+    written = TrainerState(lightning={}, topology={}, data_key={}, adapters=adapters).to_json()
+    state, source = TrainerState.from_json(written), Path("step-00000002")
+    same = LoraSpec(rank=4, alpha=8, targets=[*adapters["model.lora.targets"]], dropout=0.1)  # type: ignore[misc]
+    load._check_adapters(source, state, trained_adapters(same, architecture))
+    with pytest.raises(ConfigError, match=f"step-00000002 was written by a run that trained something else: {differs}"):
+        load._check_adapters(source, state, trained_adapters(now, architecture))
+    earlier = TrainerState.from_json(TrainerState(lightning={}, topology={}, data_key={}).to_json())
+    load._check_adapters(source, earlier, trained_adapters(now, architecture))
