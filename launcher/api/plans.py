@@ -13,6 +13,8 @@ from launcher.contract.errors import ConfigError
 if TYPE_CHECKING:
     from launcher.contract.cost_model.predict import Candidate
     from launcher.contract.spec import RunSpec
+    from launcher.planning.choice import Choice
+    from launcher.planning.choice import Plan as Planned
     from launcher.planning.run_plan import RunCost
     from launcher.planning.search import SearchResult
 
@@ -66,6 +68,20 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """What `topology: auto` takes of the layouts that fit: of about equally fast ones the simplest."""
+
+    layout: Layout
+    """The layout."""
+    slower: float
+    """By what part it is slower, by prediction, than the fastest that keeps what the config sets."""
+    why: str
+    """Why it is this one."""
+    kept: tuple[str, ...]
+    """Keys that the config sets and that were kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BrokenRule:
     """Sizes that were left out, and the rule that they break."""
 
@@ -87,6 +103,8 @@ class PlannedSize:
     """Tokens of one optimizer step, of the whole batch."""
     layouts: tuple[Layout, ...]
     """The fastest ones that fit, fastest first."""
+    auto: Taken | None
+    """What `topology: auto` takes; null where nothing fits that keeps what the config sets."""
     fitting: int
     """How many layouts fit."""
     too_large: int
@@ -99,18 +117,18 @@ class PlannedSize:
 class Plan:
     """What was found for each number of GPUs."""
 
-    searches: tuple[tuple[RunSpec, SearchResult], ...]
+    searches: tuple[Planned, ...]
     top: int
     """Layouts to list of each number of GPUs."""
 
     @property
     def fits(self) -> bool:
         """Whether any layout fits."""
-        return any(result.fitting for _, result in self.searches)
+        return any(search.result.fitting for search in self.searches)
 
     def answer(self) -> tuple[PlannedSize, ...]:
         """Return what programs are told, with figures in GiB, seconds and tokens/s."""
-        return tuple(_planned(spec, result, self.top) for spec, result in self.searches)
+        return tuple(_planned(search, self.top) for search in self.searches)
 
 
 def plan(
@@ -127,37 +145,45 @@ def plan(
     layouts to list of each number, by default 5, or 1 of several. Raise ConfigError where nothing can be planned.
     """
     from launcher.contract.config.load import load_config
+    from launcher.planning.choice import kept_keys, plan_layouts
     from launcher.planning.run_plan import gpu_of, unknown_gpu
-    from launcher.planning.search import search_layouts, with_gpus
+    from launcher.planning.search import with_gpus
     from launcher.submission.submission import model_shape_of
 
-    spec = load_config(Path(config), overrides, cluster).spec
+    loaded = load_config(Path(config), overrides, cluster)
+    spec, kept = loaded.spec, kept_keys(loaded)
     shape, gpu = model_shape_of(spec), gpu_of(spec)
     if gpu is None:
         raise ConfigError(unknown_gpu(spec))
     variants = [with_gpus(spec, size) for size in (_sizes(gpus) if gpus else [spec.resources.world_size])]
-    searches = tuple((variant, search_layouts(variant, shape, gpu)) for variant in variants)
+    searches = tuple(plan_layouts(variant, shape, gpu, kept) for variant in variants)
     return Plan(searches=searches, top=top or (5 if len(searches) == 1 else 1))
 
 
-def _planned(spec: RunSpec, result: SearchResult, top: int) -> PlannedSize:
+def _planned(search: Planned, top: int) -> PlannedSize:
+    spec, result = search.spec, search.result
     return PlannedSize(
         gpus=spec.resources.world_size,
         gpu=result.gpu.name,
         tokens_per_step=result.workload.tokens,
         layouts=tuple(_layout(spec, result, candidate) for candidate in result.fitting[:top]),
+        auto=None if isinstance(search.choice, str) else _taken(spec, result, search.choice),
         fitting=len(result.fitting),
         too_large=len(result.too_large),
         rules_broken=tuple(BrokenRule(sizes=sizes, rule=rule) for sizes, rule in result.broken),
     )
 
 
+def _taken(spec: RunSpec, result: SearchResult, choice: Choice) -> Taken:
+    layout = _layout(spec, result, choice.taken)
+    return Taken(layout=layout, slower=choice.slower, why=choice.why, kept=choice.kept)
+
+
 def _layout(spec: RunSpec, result: SearchResult, candidate: Candidate) -> Layout:
-    from launcher.contract.cost_model.implementation import CURRENT
     from launcher.contract.cost_model.memory import pipeline_memory
     from launcher.planning.run_plan import run_cost
 
-    stages = pipeline_memory(result.workload, candidate.layout, CURRENT)
+    stages = pipeline_memory(result.workload, candidate.layout, result.implementation)
     return Layout(
         overrides=candidate.overrides,
         data_parallel=candidate.layout.topology.data_parallel,

@@ -18,8 +18,10 @@ Only useful work counts: neither padding nor what is recomputed.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from launcher.contract.adapters import active_adapters
+from launcher.contract.linears import attention_linears, expert_linears, mlp_linears
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import LoraSpec
 
@@ -28,7 +30,7 @@ _ALL_WEIGHTS = LoraSpec()
 
 def expert_parameters(shape: ModelShape) -> int:
     """Return the weights of all routed experts of one decoder layer."""
-    return shape.num_experts * (3 if shape.gated_mlp else 2) * shape.hidden_size * shape.expert_ffn_hidden_size
+    return shape.num_experts * sum(each.weights for each in expert_linears(shape)) if shape.num_experts else 0
 
 
 def active_expert_parameters(shape: ModelShape) -> int:
@@ -36,6 +38,7 @@ def active_expert_parameters(shape: ModelShape) -> int:
     return expert_parameters(shape) // shape.num_experts * shape.experts_per_token
 
 
+@lru_cache(maxsize=256)
 def layer_matmul_parameters(
     shape: ModelShape, *, active: bool = False, dense: bool = False, linear: bool = False
 ) -> int:
@@ -44,23 +47,22 @@ def layer_matmul_parameters(
     In a mixture of experts, `active` counts only the experts that one token goes to, and `dense` is for a layer that
     has an MLP instead. `linear` is for a layer with linear attention.
     """
-    width, router = shape.ffn_hidden_size, 0
-    if shape.num_experts and not dense:
-        whole = shape.num_experts * shape.expert_ffn_hidden_size + shape.shared_expert_size
-        width = shape.active_ffn_size if active else whole
-        router = (shape.num_experts + shape.weighted_shared_expert) * shape.hidden_size
-    mlp = (3 if shape.gated_mlp else 2) * shape.hidden_size * width + router
-    return attention_parameters(shape, linear=linear) + mlp
+    attention = attention_parameters(shape, linear=linear)
+    if not shape.num_experts or dense:
+        return attention + sum(each.weights for each in mlp_linears(shape, shape.ffn_hidden_size))
+    experts = active_expert_parameters(shape) if active else expert_parameters(shape)
+    shared = sum(each.weights for each in mlp_linears(shape, shape.shared_expert_size))
+    return attention + experts + shared + router_parameters(shape)
+
+
+def router_parameters(shape: ModelShape) -> int:
+    """Return the weights of the router of one decoder layer, and of what weights the shared expert."""
+    return (shape.num_experts + shape.weighted_shared_expert) * shape.hidden_size
 
 
 def attention_parameters(shape: ModelShape, *, linear: bool = False) -> int:
     """Return the weights of the projections of attention, or of linear attention, in one decoder layer."""
-    if linear:
-        assert shape.linear is not None
-        return shape.hidden_size * (shape.linear.projected + shape.linear.values)
-    queries = shape.num_attention_heads * shape.head_dim
-    keys_and_values = 2 * shape.num_query_groups * shape.head_dim
-    return shape.hidden_size * ((3 if shape.output_gate else 2) * queries + keys_and_values)
+    return sum(each.weights for each in attention_linears(shape, linear=linear))
 
 
 def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
@@ -89,9 +91,15 @@ def embedding_parameters(shape: ModelShape) -> int:
     return shape.hidden_size * shape.vocab_size
 
 
+def position_parameters(shape: ModelShape) -> int:
+    """Return the weights of learned positions."""
+    return shape.hidden_size * shape.learned_positions
+
+
 def parameters(shape: ModelShape) -> int:
-    """Return the number of weights. A tied output layer counts once."""
-    return non_embedding_parameters(shape) + embedding_parameters(shape) * (1 if shape.tied_embeddings else 2)
+    """Return the number of weights, without biases. A tied output layer counts once."""
+    vocabulary = embedding_parameters(shape) * (1 if shape.tied_embeddings else 2)
+    return non_embedding_parameters(shape) + vocabulary + position_parameters(shape)
 
 
 def training_flops(shape: ModelShape, lengths: Iterable[int], lora: LoraSpec = _ALL_WEIGHTS) -> int:
@@ -114,23 +122,26 @@ def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int, lora
     weights = non_embedding_parameters(shape, active=True) + embedding_parameters(shape)
     adapted = lora.rank is not None
     products = tokens * (4 * weights + 6 * active_adapters(shape, lora) if adapted else 6 * weights)
-    in_window = min(squared_lengths, round(tokens * _in_window(shape, squared_lengths / tokens))) if tokens else 0
+    in_window = (
+        min(squared_lengths, round(tokens * attended_in_window(shape, squared_lengths / tokens))) if tokens else 0
+    )
     linear, windowed = len(shape.linear_layers), len(shape.windowed_layers)
     squares = (shape.num_layers - windowed - linear) * squared_lengths + windowed * in_window
     products += linear * tokens * linear_attention_flops(shape)
     return products + 6 * shape.num_attention_heads * shape.head_dim * squares
 
 
-def layer_operations(shape: ModelShape, length: int) -> list[int]:
+@lru_cache(maxsize=64)
+def layer_operations(shape: ModelShape, length: int) -> tuple[int, ...]:
     """Return the operations a token of forward and backward pass in each layer, for examples of `length` tokens."""
     found = []
     for index in range(shape.num_layers):
         linear, dense = index in shape.linear_layers, index in shape.dense_layers
-        attended = _in_window(shape, length) if index in shape.windowed_layers else length
+        attended = attended_in_window(shape, length) if index in shape.windowed_layers else length
         attention = round(6 * shape.num_attention_heads * shape.head_dim * attended)
         products = 6 * layer_matmul_parameters(shape, active=not dense, dense=dense, linear=linear)
         found.append(products + (linear_attention_flops(shape) if linear else attention))
-    return found
+    return tuple(found)
 
 
 def head_operations(shape: ModelShape) -> int:
@@ -144,17 +155,8 @@ def linear_attention_flops(shape: ModelShape) -> int:
     return 0 if linear is None else 18 * linear.value_heads * linear.key_dim * linear.value_dim
 
 
-def mean_attended(shape: ModelShape, length: float) -> float:
-    """Return twice the positions that a token of an example of `length` attends to, on average over layers.
-
-    Layers with linear attention are left out.
-    """
-    layers = shape.num_layers - len(shape.linear_layers)
-    return length + (_in_window(shape, length) - length) * len(shape.windowed_layers) / layers
-
-
-def _in_window(shape: ModelShape, length: float) -> float:
-    """Return what `mean_attended` does, for a layer with a window."""
+def attended_in_window(shape: ModelShape, length: float) -> float:
+    """Return twice the positions that a token of an example of `length` attends to in a layer with a window."""
     if shape.window is None or length <= shape.window:
         return length
     return 2 * shape.window - shape.window**2 / length

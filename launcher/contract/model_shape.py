@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ _LANGUAGE_MODELS: dict[str, HfConfig] = {
 }
 """Multimodal model types, and what their `text_config` means where it leaves out the language model's type or sizes."""
 
+_JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
+"""Model types whose published files have the matrices of all experts in one tensor."""
 _FOUR_NORMS = ("gemma2", "gemma3_text")
 _QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe", *HYBRID)
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
@@ -82,6 +85,8 @@ class ModelShape:
     """Width of the MLP that every token meets beside its experts; 0 for none."""
     weighted_shared_expert: bool = False
     """Whether each token weights the output of that MLP."""
+    joined_experts: bool = False
+    """Whether the files have the matrices of all experts in one tensor, gate and up projection in one matrix."""
     dense_layers: tuple[int, ...] = ()
     """Of a mixture of experts the layers, counted from 0, that have a dense MLP all the same."""
     layer_norms: int = 2
@@ -100,6 +105,8 @@ class ModelShape:
     """Positions that a token sees in layers with a sliding window, itself included."""
     windowed_layers: tuple[int, ...] = ()
     """Layers that have the window, counted from 0."""
+    learned_positions: int = 0
+    """Positions that have a trained vector each."""
 
     @property
     def active_ffn_size(self) -> int:
@@ -149,6 +156,8 @@ class ModelShape:
             **_expert_sizes(config),
             weighted_shared_expert="shared_expert_intermediate_size" in config,
             dense_layers=_dense_layers(config),
+            joined_experts=model_type in _JOINED_EXPERTS,
+            learned_positions=config.get("max_position_embeddings") or 0 if model_type == "gpt2" else 0,
         )
 
 
@@ -228,7 +237,27 @@ def read_model_shape(model_dir: Path) -> ModelShape:
         raise ModelError(f"model.path: {path} is not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise ModelError(f"model.path: {path} holds a {type(config).__name__}, not an object")
-    return ModelShape.from_config(config, str(path))
+    shape = ModelShape.from_config(config, str(path))
+    if shape.joined_experts and _names_separate_experts(model_dir):
+        return replace(shape, joined_experts=False)
+    return shape
+
+
+def _names_separate_experts(model_dir: Path) -> bool:
+    """Return whether the files, by their index or the header of the only one, have each expert by itself.
+
+    transformers writes some models so that are published with all experts in one tensor. The head that predicts further
+    tokens (mtp) has experts in a form of its own.
+    """
+    index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
+    names = b""
+    if single.is_file():
+        with single.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            names = file.read(min(length, single.stat().st_size))  # a damaged file may state any length
+    elif index.is_file():
+        names = index.read_bytes()
+    return re.search(rb'"(?!mtp\.)[^"]*\.experts\.0\.down_proj\.weight"', names) is not None
 
 
 def named_model_config(name: str) -> HfConfig:

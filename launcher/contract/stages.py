@@ -36,14 +36,24 @@ def balanced_split(spec: RunSpec, shape: ModelShape) -> tuple[int, ...]:
     The output layer's product counts, for every token, and that layers are computed again where the run recomputes
     them, or in fp8. Looking an embedding up is no product: it costs nothing here.
     """
-    layer, head = 1, 1
-    if spec.train.recompute in ("full", "offload"):
-        layer, head = 4 * layer, 3 * head  # the forward pass is a third of both passes together
-    if spec.train.precision == "fp8":
-        layer, head = 3 * layer, 4 * head  # layers take about three quarters of their time in bf16, the head all of it
-    costs = tuple(layer * operations for operations in layer_operations(shape, spec.data.seq_length))
+    # The forward pass is a third of both passes together.
+    layer, head = (4, 3) if spec.train.recompute in ("full", "offload") else (1, 1)
+    operations = layer_operations(shape, spec.data.seq_length)
+    costs = tuple(layer * share * each for share, each in zip(_shares_of_bf16(spec, shape), operations, strict=True))
     topology = spec.topology
-    return split_by_cost(costs, head * head_operations(shape), topology.pipeline_parallel, topology.virtual_pipeline)
+    return split_by_cost(
+        costs, 4 * head * head_operations(shape), topology.pipeline_parallel, topology.virtual_pipeline
+    )
+
+
+def _shares_of_bf16(spec: RunSpec, shape: ModelShape) -> list[int]:
+    """Return how many quarters of its time in bf16 each layer takes: three in fp8, but for layers whose MLP is experts.
+
+    Their products are never in fp8, and neither is that of the output layer.
+    """
+    layers = spec.train.fp8.layers_in_fp8(shape.num_layers) if spec.train.precision == "fp8" else range(0)
+    dense = set(range(shape.num_layers)) if not shape.num_experts else set(shape.dense_layers)
+    return [3 if layer in layers and layer in dense else 4 for layer in range(shape.num_layers)]
 
 
 @lru_cache(maxsize=1024)

@@ -77,7 +77,7 @@ def _small(fetches: Sequence[Fetch]) -> list[Fetch]:
 
 
 def _layout(answers: Answers, survey: Survey, config: LoadedConfig, draft: Path) -> tuple[Mapping[str, object], str]:
-    """Return the fastest layout that fits, as dotted keys, and why it is this one."""
+    """Return the layout that `topology: auto` takes, as dotted keys, and what is predicted of it."""
     if gpu_of(config.spec) is None:
         return {}, ""
     text = config_text(answers, survey, {}, "") + "topology: auto\n"

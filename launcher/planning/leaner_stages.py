@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from launcher.contract.cost_model.implementation import CURRENT
+from launcher.contract.cost_model.implementation import Implementation
 from launcher.contract.cost_model.memory import pipeline_memory
 from launcher.contract.cost_model.workload import Layout, Workload
 
 
-def leaner_stages(workload: Workload, layout: Layout, memory_gib: float) -> Layout | None:
+def leaner_stages(
+    workload: Workload, layout: Layout, implementation: Implementation, memory_gib: float
+) -> Layout | None:
     """Return the layout with other numbers of layers, so that each stage fits into `memory_gib`, or None.
 
     One layer at a time moves from the fullest stage to the emptiest, where stages have one model chunk each.
@@ -21,7 +23,7 @@ def leaner_stages(workload: Workload, layout: Layout, memory_gib: float) -> Layo
     for _ in range(sum(split)):
         topology = dataclasses.replace(topology, layers_per_stage=tuple(split))
         found = dataclasses.replace(layout, topology=topology)
-        memory = [stage.total for stage in pipeline_memory(workload, found, CURRENT)]
+        memory = [stage.total for stage in pipeline_memory(workload, found, implementation)]
         fullest, emptiest = memory.index(max(memory)), memory.index(min(memory))
         if memory[fullest] <= memory_gib:
             return found

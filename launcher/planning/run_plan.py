@@ -6,17 +6,16 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from launcher.contract.cost_model.implementation import CURRENT
 from launcher.contract.cost_model.memory import largest_stage
 from launcher.contract.cost_model.predict import Candidate, evaluate
-from launcher.contract.cost_model.workload import Layout
 from launcher.contract.errors import ConfigError, TopologyError
 from launcher.contract.hardware import GpuKind, gpu_kind, gpu_kinds
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
+from launcher.planning.assumptions import implementation_of, layout_of, workload_of
 from launcher.planning.leaner_stages import leaner_stages
-from launcher.planning.search import HEADROOM, SearchResult, nearest_fitting, search_layouts, workload_of
+from launcher.planning.search import HEADROOM, SearchResult, nearest_fitting, search_layouts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +53,8 @@ def gpu_of(spec: RunSpec) -> GpuKind | None:
 
 def estimate(spec: RunSpec, topology: Topology, shape: ModelShape, gpu: GpuKind) -> Candidate:
     """Return memory and speed of the run as it is configured."""
-    layout = Layout(
-        topology=topology, recompute=spec.train.recompute, distributed_optimizer=spec.train.optimizer.distributed
-    )
-    return evaluate(workload_of(spec, shape), layout, gpu, CURRENT)
+    layout = layout_of(spec, topology, spec.train.recompute)
+    return evaluate(workload_of(spec, shape), layout, gpu, implementation_of(spec, shape, gpu))
 
 
 def check_fit(spec: RunSpec, predicted: Candidate, shape: ModelShape, gpu: GpuKind) -> None:
@@ -74,11 +71,12 @@ def check_fit(spec: RunSpec, predicted: Candidate, shape: ModelShape, gpu: GpuKi
 
 def _leaner(result: SearchResult, predicted: Candidate) -> str:
     """Return how the same layout fits with other numbers of layers for its stages, or an empty text."""
-    layout = leaner_stages(result.workload, predicted.layout, HEADROOM * result.gpu.memory_gib)
+    memory = HEADROOM * result.gpu.memory_gib
+    layout = leaner_stages(result.workload, predicted.layout, result.implementation, memory)
     if layout is None:
         return ""
     layers = ",".join(map(str, layout.topology.layers_per_stage))
-    needed = largest_stage(result.workload, layout, CURRENT).total
+    needed = largest_stage(result.workload, layout, result.implementation).total
     return f"; or keep this layout, with {needed:.1f} GiB: topology.layers_per_stage=[{layers}]"
 
 
@@ -100,8 +98,6 @@ def nothing_fits(spec: RunSpec, result: SearchResult) -> str:
             f"{result.gpu.name}: the nearest, {nearest.layout.describe()}, needs {nearest.memory.total:.1f} "
             f"({describe_memory(nearest)}); take more GPUs (`launcher plan --gpus`), or shorten data.seq_length"
         )
-    if result.fitting:
-        return "no layout that fits has the train.micro_batch_size and train.recompute of the config; leave them out"
     rules = "; ".join(f"{sizes}: {rule}" for sizes, rule in result.broken[:3])
     return f"no layout of {gpus} GPUs keeps the rules ({rules})"
 

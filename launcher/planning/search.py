@@ -7,24 +7,27 @@ few thousand, and each costs some microseconds.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from launcher.contract.cost_model.implementation import CURRENT, Implementation
+from launcher.contract.cost_model.implementation import Implementation
 from launcher.contract.cost_model.predict import Candidate, evaluate
-from launcher.contract.cost_model.workload import Layout, Recompute, Workload
-from launcher.contract.divisors import divisors, nearest_multiples, shown_numbers
+from launcher.contract.cost_model.workload import Recompute, Workload
+from launcher.contract.divisors import nearest_multiples, shown_numbers
 from launcher.contract.errors import TopologyError
 from launcher.contract.hardware import GpuKind
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
-from launcher.contract.topology import build_topology, expert_tensor_parallel, layers_per_stage, sequence_multiple
+from launcher.contract.topology import build_topology, expert_tensor_parallel, layers_per_stage
+from launcher.planning.assumptions import implementation_of, layout_of, workload_of
+from launcher.planning.variants import sizes_to_try, variant, with_recompute
 
-MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 HEADROOM = 0.92
 """Part of the memory that a proposed layout may need, as the model errs by some per cent. A run is refused only where
 it needs more than all of it."""
 RECOMPUTE: tuple[Recompute, ...] = ("none", "norms", "selective", "full")
+"""What is tried, from what is kept to what is computed again. `offload` costs the host's memory, which nobody knows
+here: it is left to the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,27 +35,14 @@ class SearchResult:
     """The layouts of one number of GPUs."""
 
     workload: Workload
+    implementation: Implementation
     gpu: GpuKind
     fitting: tuple[Candidate, ...]
     """Layouts with headroom left, fastest first."""
     too_large: tuple[Candidate, ...]
     """Layouts that keep the rules but need too much memory, those that need least first."""
     broken: tuple[tuple[str, str], ...]
-    """Sizes that break a rule, each with the rule's message."""
-
-
-def workload_of(spec: RunSpec, shape: ModelShape) -> Workload:
-    """Return one step of the run at its largest: every example has data.seq_length tokens and a row of its own."""
-    train, length = spec.train, spec.data.seq_length
-    rows = train.global_batch_size // length if train.global_batch_unit == "tokens" else train.global_batch_size
-    return Workload(
-        shape=shape,
-        seq_length=length,
-        rows=max(1, rows),
-        attended=length,
-        precision=train.precision,
-        lora=spec.model.lora,
-    )
+    """Sizes of which every layout breaks a rule, each with the first one's message."""
 
 
 def with_gpus(spec: RunSpec, gpus: int) -> RunSpec:
@@ -66,38 +56,38 @@ def with_gpus(spec: RunSpec, gpus: int) -> RunSpec:
     return dataclasses.replace(spec, resources=resources)
 
 
-def search_layouts(
-    spec: RunSpec, shape: ModelShape, gpu: GpuKind, implementation: Implementation = CURRENT
-) -> SearchResult:
-    """Predict every layout of the run's GPUs, with context_parallel as the config has it."""
-    workload = workload_of(spec, shape)
+def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collection[str] = ()) -> SearchResult:
+    """Predict every layout of the run's GPUs.
+
+    What the config says by the keys in `kept`, of those in Candidate.overrides, is as it says; context_parallel always.
+    """
+    workload, implementation = workload_of(spec, shape), implementation_of(spec, shape, gpu)
+    recomputes = (spec.train.recompute,) if "train.recompute" in kept else RECOMPUTE
     fitting: list[Candidate] = []
     too_large: list[Candidate] = []
-    broken: list[tuple[str, str]] = []
-    for sizes in _sizes(spec, shape):
-        variant = _variant(spec, sizes)
+    broken: dict[str, str] = {}
+    valid: set[str] = set()
+    for sizes in sizes_to_try(spec, shape, kept):
+        run = variant(spec, sizes, kept)
         try:
-            topology = build_topology(variant, shape)
+            topology = build_topology(run, shape)
         except TopologyError as error:
-            if sizes.virtual == 1 and sizes.micro == 1 and sizes.experts == 1:
-                broken.append((f"tp{sizes.tensor} pp{sizes.pipeline}", error.problems[0]))
+            broken.setdefault(sizes.describe(), error.problems[0])
             continue
-        for recompute in RECOMPUTE:
-            layers = layers_per_stage(_with_recompute(variant, recompute), shape)
-            layout = Layout(
-                topology=dataclasses.replace(topology, layers_per_stage=layers),
-                recompute=recompute,
-                distributed_optimizer=spec.train.optimizer.distributed,
-            )
+        valid.add(sizes.describe())
+        for recompute in recomputes:
+            layers = layers_per_stage(with_recompute(run, recompute), shape)
+            layout = layout_of(run, dataclasses.replace(topology, layers_per_stage=layers), recompute)
             candidate = evaluate(workload, layout, gpu, implementation)
             fits = candidate.memory.total <= HEADROOM * gpu.memory_gib
             (fitting if fits else too_large).append(candidate)
     return SearchResult(
         workload=workload,
+        implementation=implementation,
         gpu=gpu,
         fitting=tuple(sorted(fitting, key=_slowness)),
         too_large=tuple(sorted(too_large, key=lambda candidate: candidate.missing)),
-        broken=tuple(broken),
+        broken=tuple((sizes, rule) for sizes, rule in broken.items() if sizes not in valid),
     )
 
 
@@ -118,20 +108,6 @@ def nearest_fitting(spec: RunSpec, fitting: Sequence[Candidate]) -> Candidate | 
     return min(fitting, key=lambda candidate: sum(given[key] != value for key, value in candidate.overrides.items()))
 
 
-def with_layout(spec: RunSpec, candidate: Candidate) -> RunSpec:
-    """Return the run with this layout."""
-    topology = candidate.layout.topology
-    sizes = _Sizes(
-        tensor=topology.tensor_parallel,
-        pipeline=topology.pipeline_parallel,
-        virtual=topology.virtual_pipeline,
-        micro=topology.micro_batch_size,
-        experts=topology.expert_parallel,
-        expert_tensor=topology.expert_tensor_parallel,
-    )
-    return _with_recompute(_variant(spec, sizes), candidate.layout.recompute)
-
-
 def _slowness(candidate: Candidate) -> tuple[float, int, int, int]:
     """Return a key that sorts fast layouts first, and of equally fast ones the simpler first."""
     topology = candidate.layout.topology
@@ -139,80 +115,10 @@ def _slowness(candidate: Candidate) -> tuple[float, int, int, int]:
         -candidate.tokens_per_second,
         topology.pipeline_parallel,
         topology.tensor_parallel,
-        RECOMPUTE.index(candidate.layout.recompute),
+        recompute_order(candidate.layout.recompute),
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sizes:
-    """Parallel sizes that are worth a check."""
-
-    tensor: int
-    pipeline: int
-    virtual: int
-    micro: int
-    experts: int
-    expert_tensor: int
-
-
-def _sizes(spec: RunSpec, shape: ModelShape) -> Iterator[_Sizes]:
-    """Yield the sizes that are worth a check."""
-    ranks, world = spec.resources.ranks_per_node, spec.resources.world_size
-    micro_batches = (1,) if spec.data.packing else MICRO_BATCH_SIZES
-    for tensor in divisors(ranks):
-        for pipeline in divisors(world // tensor):
-            if pipeline > shape.num_layers:
-                break
-            for virtual in _virtual_sizes(shape.num_layers, pipeline):
-                for micro in micro_batches:
-                    for experts, expert_tensor in _expert_sizes(shape, tensor, world // pipeline):
-                        yield _Sizes(
-                            tensor=tensor,
-                            pipeline=pipeline,
-                            virtual=virtual,
-                            micro=micro,
-                            experts=experts,
-                            expert_tensor=expert_tensor,
-                        )
-
-
-def _virtual_sizes(layers: int, pipeline: int) -> list[int]:
-    """Return the numbers of model chunks a stage: of those with chunks of at most n layers the least, for each n."""
-    if pipeline == 1:
-        return [1]
-    most = layers // pipeline
-    return sorted({min(-(-layers // (pipeline * size)), most) for size in range(1, -(-layers // pipeline) + 1)})
-
-
-def _expert_sizes(shape: ModelShape, tensor: int, stage_ranks: int) -> Iterator[tuple[int, int]]:
-    """Yield expert parallel and expert tensor parallel sizes: experts whole on their ranks, or cut as all else is."""
-    if not shape.num_experts:
-        yield 1, tensor
-        return
-    for expert_tensor in {1, tensor}:
-        for experts in divisors(stage_ranks // expert_tensor):
-            if shape.num_experts % experts == 0:
-                yield experts, expert_tensor
-
-
-def _with_recompute(spec: RunSpec, recompute: Recompute) -> RunSpec:
-    return dataclasses.replace(spec, train=dataclasses.replace(spec.train, recompute=recompute))
-
-
-def _variant(spec: RunSpec, sizes: _Sizes) -> RunSpec:
-    tensor, given = sizes.tensor, spec.topology
-    same_stages = (sizes.pipeline, sizes.virtual) == (given.pipeline_parallel, given.virtual_pipeline)
-    topology = dataclasses.replace(
-        given,
-        layers_per_stage=given.layers_per_stage if same_stages else [],
-        tensor_parallel=tensor,
-        pipeline_parallel=sizes.pipeline,
-        virtual_pipeline=sizes.virtual,
-        expert_parallel=sizes.experts,
-        expert_tensor_parallel=None if sizes.expert_tensor == tensor else sizes.expert_tensor,
-        # It saves memory and costs nothing wherever rows divide by it.
-        sequence_parallel=tensor > 1
-        and spec.data.seq_length % sequence_multiple(tensor, given.context_parallel, True) == 0,
-    )
-    train = dataclasses.replace(spec.train, micro_batch_size=sizes.micro)
-    return dataclasses.replace(spec, topology=topology, train=train)
+def recompute_order(recompute: Recompute) -> int:
+    """Return a number that is the smaller the less is computed again."""
+    return RECOMPUTE.index(recompute) if recompute in RECOMPUTE else len(RECOMPUTE)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.contract.config.load import LoadedConfig, load_config, value_at
+from launcher.contract.config.load import LoadedConfig, load_config
 from launcher.contract.cost_model.predict import Candidate
 from launcher.contract.errors import TopologyError
 from launcher.contract.gguf_shape import read_gguf_shape
@@ -20,8 +20,9 @@ from launcher.contract.package_files import package_file
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.topology import Topology, build_topology
-from launcher.planning.run_plan import check_fit, estimate, gpu_of, nothing_fits, unknown_gpu
-from launcher.planning.search import search_layouts, with_layout
+from launcher.planning.choice import kept_keys, plan_layouts
+from launcher.planning.run_plan import check_fit, estimate, gpu_of, unknown_gpu
+from launcher.planning.variants import with_layout
 from launcher.submission.early_refusal import check_early
 
 
@@ -67,22 +68,20 @@ def make_submission(
 
 
 def with_best_topology(config: LoadedConfig, shape: ModelShape, gpu: GpuKind | None) -> LoadedConfig:
-    """Return the config with the fastest topology that fits and keeps what the user has set. Its sources say `plan`."""
-    spec = config.spec
+    """Return the config with the topology that `auto` takes, which keeps what the user has set.
+
+    The sources of what it has taken say `plan`.
+    """
     if gpu is None:
-        raise TopologyError(f"topology: auto: {unknown_gpu(spec)}; or give the sizes themselves")
-    set_by_user = [key for key in ("train.micro_batch_size", "train.recompute") if config.sources[key] != "default"]
-    result = search_layouts(spec, shape, gpu)
-    allowed = [
-        candidate
-        for candidate in result.fitting
-        if all(candidate.overrides[key] == value_at(spec, key) for key in set_by_user)
-    ]
-    if not allowed:
-        raise TopologyError(f"topology: auto: {nothing_fits(spec, result)}")
-    chosen: dict[str, Source] = {key: "plan" for key in allowed[0].overrides if key not in set_by_user}
+        raise TopologyError(f"topology: auto: {unknown_gpu(config.spec)}; or give the sizes themselves")
+    kept = kept_keys(config)
+    choice = plan_layouts(config.spec, shape, gpu, kept).choice
+    if isinstance(choice, str):
+        raise TopologyError(f"topology: auto: {choice}")
+    taken = choice.taken
+    chosen: dict[str, Source] = {key: "plan" for key in taken.overrides if key not in kept}
     return dataclasses.replace(
-        config, spec=with_layout(spec, allowed[0]), sources={**config.sources, **chosen}, auto_topology=False
+        config, spec=with_layout(config.spec, taken), sources={**config.sources, **chosen}, auto_topology=False
     )
 
 

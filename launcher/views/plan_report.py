@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.contract.cost_model.implementation import CURRENT
 from launcher.contract.cost_model.memory import pipeline_memory
 from launcher.contract.cost_model.predict import Candidate
 from launcher.contract.flops import parameters
 from launcher.contract.spec import RunSpec
-from launcher.planning.run_plan import nothing_fits, override_words, run_cost
+from launcher.planning.choice import Plan
+from launcher.planning.run_plan import override_words, run_cost
 from launcher.planning.search import HEADROOM, SearchResult
 from launcher.views.text import columns
 
@@ -30,18 +30,17 @@ _NAMES = {
 }
 
 
-def text(plans: Sequence[tuple[RunSpec, SearchResult]], top: int) -> str:
-    """Return a table of the best layouts for each number of GPUs, then why the best is best and what was left out."""
+def text(plans: Sequence[Plan], top: int) -> str:
+    """Return a table of the best layouts for each number of GPUs, what `auto` takes, why, and what was left out."""
     rows = [tuple(_HEAD.split())]
-    for spec, result in plans:
-        rows += [_row(spec, candidate) for candidate in result.fitting[:top]]
-    spec, result = plans[0]
-    lines = [_question(spec, result), ""]
+    for plan in plans:
+        rows += [_row(plan.spec, candidate) for candidate in plan.result.fitting[:top]]
+    lines = [_question(plans[0].spec, plans[0].result), ""]
     if len(rows) > 1:
         lines += [columns(rows), ""]
     if len(plans) == 1:
-        return "\n".join([*lines, *_best(spec, result), *_left_out(spec, result)])
-    return "\n".join(lines + [f"{spec.resources.world_size} GPUs: {_one_line(spec, result)}" for spec, result in plans])
+        return "\n".join([*lines, *_best(plans[0]), *_left_out(plans[0].result)])
+    return "\n".join(lines + [f"{plan.spec.resources.world_size} GPUs: {_one_line(plan)}" for plan in plans])
 
 
 def _question(spec: RunSpec, result: SearchResult) -> str:
@@ -80,11 +79,10 @@ def _most_of_the_rest(candidate: Candidate) -> tuple[str, float]:
     return next((part for part in candidate.time.shares() if part[0] != "matmul"), ("matmul", 1.0))
 
 
-def _one_line(spec: RunSpec, result: SearchResult) -> str:
-    if not result.fitting:
-        return nothing_fits(spec, result)
-    best = result.fitting[0]
-    return f"{best.layout.describe()}; {_shares(best)}"
+def _one_line(plan: Plan) -> str:
+    if isinstance(plan.choice, str):
+        return plan.choice
+    return f"auto takes {plan.choice.taken.layout.describe()}: {plan.choice.why}"
 
 
 def _shares(candidate: Candidate) -> str:
@@ -93,23 +91,41 @@ def _shares(candidate: Candidate) -> str:
     )
 
 
-def _best(spec: RunSpec, result: SearchResult) -> list[str]:
-    if not result.fitting:
-        return [f"nothing fits: {nothing_fits(spec, result)}"]
-    best = result.fitting[0]
-    lines = [f"best       {best.layout.describe()}", f"time       {_shares(best)}", *_bubble(result, best)]
+def _best(plan: Plan) -> list[str]:
+    """Return what `auto` takes, beside the fastest by prediction, with its time, its memory and how to set it."""
+    choice, result = plan.choice, plan.result
+    if isinstance(choice, str):
+        return [f"{'auto       ' if result.fitting else 'nothing fits: '}{choice}"]
+    best = choice.taken
+    fastest = result.fitting[0]
+    other = (
+        "" if fastest.layout == choice.fastest.layout else f"; the config sets {' and '.join(choice.kept)} otherwise"
+    )
+    lines = [
+        f"fastest    {fastest.layout.describe()}, by prediction{other}",
+        f"best       {best.layout.describe()}: what topology: auto takes, {choice.why}",
+        f"time       {_shares(best)}",
+        *_bubble(result, best),
+        "",
+        columns(_stages(result, best)),
+        "",
+        *_why_not_others(result, best),
+    ]
+    cost = run_cost(plan.spec, best)
+    lines += [f"run        {cost.describe()}"] if cost else []
+    return [*lines, f"use it     {override_words(plan.spec, best)}   (or topology: auto)"]
+
+
+def _stages(result: SearchResult, best: Candidate) -> list[tuple[str, ...]]:
+    """Return the memory of the first stages, the fullest and the last one, as rows of a table."""
     rows = [tuple(_STAGE_HEAD.split())]
-    stages = pipeline_memory(result.workload, best.layout, CURRENT)
+    stages = pipeline_memory(result.workload, best.layout, result.implementation)
     shown = {stages[0], stages[1], max(stages, key=lambda one: one.total), stages[-1]} if len(stages) > 4 else stages
     for stage in sorted(shown, key=lambda one: one.stage):
         values = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits, stage.overhead)
         layers = "+".join(str(len(chunk)) for chunk in best.layout.topology.layers_of(stage.stage))
         rows.append((str(stage.stage), layers, *(f"{value:.1f}" for value in values), f"{stage.total:.1f}"))
-    lines += ["", columns(rows), ""]
-    lines += _why_best(result)
-    cost = run_cost(spec, best)
-    lines += [f"run        {cost.describe()}"] if cost else []
-    return [*lines, f"use it     {override_words(spec, best)}   (or topology: auto)"]
+    return rows
 
 
 def _bubble(result: SearchResult, best: Candidate) -> list[str]:
@@ -127,9 +143,9 @@ def _bubble(result: SearchResult, best: Candidate) -> list[str]:
     ]
 
 
-def _why_best(result: SearchResult) -> list[str]:
-    """Compare the best layout with the fastest one of another tp, and with the fastest one of another pp."""
-    best, lines = result.fitting[0], []
+def _why_not_others(result: SearchResult, best: Candidate) -> list[str]:
+    """Compare a layout with the fastest one of another tp, and with the fastest one of another pp."""
+    lines = []
     for name, size in (("tp", "tensor_parallel"), ("pp", "pipeline_parallel")):
         mine = getattr(best.layout.topology, size)
         other = next((one for one in result.fitting if getattr(one.layout.topology, size) != mine), None)
@@ -137,16 +153,18 @@ def _why_best(result: SearchResult) -> list[str]:
             continue
         ours = dict(best.time.parts())
         slower = sorted(((seconds - ours[part], part) for part, seconds in other.time.parts()), reverse=True)
-        more = ", ".join(f"{_NAMES.get(part, part)} +{seconds:.2f} s" for seconds, part in slower[:2] if seconds > 0)
+        more = ", ".join(
+            f"{_NAMES.get(part, part)} +{seconds:.2f} s" for seconds, part in slower[:2] if seconds >= 0.005
+        )
         loss = 1 - other.tokens_per_second / best.tokens_per_second
         lines.append(
             f"why        {name}{getattr(other.layout.topology, size)} at its best ({other.layout.describe()}) is "
-            f"{loss:.1%} slower: {more or 'the same time'}"
+            f"{abs(loss):.1%} {'slower' if loss >= 0 else 'faster'}: {more or 'no part takes longer'}"
         )
     return lines
 
 
-def _left_out(spec: RunSpec, result: SearchResult) -> list[str]:
+def _left_out(result: SearchResult) -> list[str]:
     lines = []
     if result.too_large and result.fitting:
         speed = max(result.too_large, key=lambda candidate: candidate.tokens_per_second)

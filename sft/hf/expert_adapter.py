@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.contract.linears import EXPERT_NAMES, MLP_NAMES
 from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import MARK, AdapterTensors, CheckpointTensors, initial_a
 from sft.hf.joined_experts import JOINED
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # settings are checked without torch
 
 _WEIGHT = ".weight"
 _EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
-_GATE, _DOWN = ("gate_proj", "w1"), ("down_proj", "w2")
+_GATES, _UPS, _DOWNS = zip(MLP_NAMES, *EXPERT_NAMES.values(), strict=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,11 +119,11 @@ def weight_in_memory(model: torch.nn.Module, module: str) -> torch.Tensor:
     if place is None:
         return model.get_parameter(f"{module}{_WEIGHT}")
     experts = model.get_submodule(module_in_memory(f"{place['block']}.experts"))
-    if place["name"] in _DOWN:
+    if place["name"] in _DOWNS:
         down: torch.Tensor = experts.get_parameter("down_proj")[int(place["expert"])]
         return down
     gate, up = experts.get_parameter("gate_up_proj")[int(place["expert"])].chunk(2)
-    return gate if place["name"] in _GATE else up
+    return gate if place["name"] in _GATES else up
 
 
 def _targets_of(

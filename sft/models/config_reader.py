@@ -6,7 +6,7 @@ the one that is exported. So families ask for each key that matters, and all pro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 from launcher.contract.model_shape import ModelShape
@@ -17,11 +17,9 @@ T = TypeVar("T")
 class ConfigReader:
     """The values of one config.json, its sizes, and the problems found so far."""
 
-    def __init__(self, values: Mapping[str, object], shape: ModelShape, stored: Collection[str] = ()) -> None:
+    def __init__(self, values: Mapping[str, object], shape: ModelShape) -> None:
         self.values = values
         self.shape = shape
-        self.stored = stored
-        """All tensors of the model's files, for families whose files have several forms. None without files."""
         self.problems: list[str] = []
         self.asked: set[str] = set()
         """Keys that the family has asked for by the methods below."""

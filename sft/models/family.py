@@ -31,8 +31,5 @@ class Family:
     """Whether models of this type have other parts beside a language model, whose config is what `read` gets."""
     tied_by_default: bool = True
     """Of a multimodal type: what an absent `tie_word_embeddings` at the top of its config means."""
-    many_forms: bool = False
-    """Whether `read` looks at the names in the files (`ConfigReader.stored`): the same config has files of several
-    forms."""
     nested_names: bool = False
     """Of a language model that is also part of a multimodal one: whether files may have the names that it has there."""

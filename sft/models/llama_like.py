@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher.contract.linears import MLP_NAMES
 from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Activation
 from sft.models.config_reader import ConfigReader
@@ -225,9 +226,7 @@ def head_norms(shape: ModelShape, prefix: str) -> Layer:
     }
 
 
-def separate_experts(
-    shape: ModelShape, router: str, expert: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-) -> Layer:
+def separate_experts(shape: ModelShape, router: str, expert: str, names: tuple[str, str, str] = MLP_NAMES) -> Layer:
     """Return the maps of a mixture of experts whose files hold three matrices for each expert.
 
     `router` is the name of the router's weight, `expert` what the names of an expert's tensors begin with, its number

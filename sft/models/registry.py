@@ -15,7 +15,6 @@ from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.multimodal import find_language_model, inside, with_nested_names
 from sft.models.stored_names import with_stored_names
-from sft.models.stored_tensors import has_weights, weight_map
 
 SUPPORTED = (
     "gemma",
@@ -103,9 +102,8 @@ def read_architecture(model_dir: Path) -> Architecture:
             f"{', '.join(SUPPORTED)}"
         )
     found = family(model_type)
-    stored = tuple(weight_map(model_dir)) if found.many_forms and has_weights(model_dir) else ()
     if values is whole:
-        architecture = _read_checked(path, ConfigReader(values, shape, stored), found)
+        architecture = _read_checked(path, ConfigReader(values, shape), found)
         if found.nested_names:
             return with_nested_names(architecture, model_dir)
         return with_stored_names(architecture, model_dir, found.base_prefix) if found.base_prefix else architecture
@@ -113,7 +111,7 @@ def read_architecture(model_dir: Path) -> Architecture:
         raise ModelError(f"{path}: text_config is not supported in a {model_type} config")
     place = find_language_model(model_dir, ties=bool(whole.get("tie_word_embeddings", found.tied_by_default)))
     values = {**values, "tie_word_embeddings": place.tied}
-    config = ConfigReader(values, replace(shape, tied_embeddings=place.tied), stored)
+    config = ConfigReader(values, replace(shape, tied_embeddings=place.tied))
     return inside(_read_checked(path, config, found), place)
 
 

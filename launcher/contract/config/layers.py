@@ -19,6 +19,11 @@ _AUTO_CHOOSES = tuple(
     f"topology.{name}" for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "layers_per_stage")
 )
 """Keys of which none may be set where the topology is to be chosen."""
+_AUTO_KEEPS = tuple(
+    f"topology.{name}"
+    for name in ("sequence_parallel", "expert_parallel", "expert_tensor_parallel", "context_parallel")
+)
+"""Keys that may be: the choice keeps them."""
 
 
 def merged_layers(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:
@@ -53,7 +58,8 @@ def merged_layers(path: Path, overrides: Sequence[str], cluster: str | None, res
 def take_auto_topology(merged: Leaves) -> bool:
     """Take the word `auto` out of the leaves, and return whether the topology is to be chosen.
 
-    Later layers win: sizes in an override over the word in the file, the word in an override over sizes in the file.
+    Later layers win: sizes in an override over the word in the file, the word in an override over the topology in the
+    file. Sizes and the word in overrides are a problem.
     """
     word = merged.values.pop("topology", None)
     if word is None:
@@ -61,11 +67,14 @@ def take_auto_topology(merged: Leaves) -> bool:
     if word.value != "auto":
         merged.problems.append(f"{word.where}: topology: {word.value!r} is not the word auto; give that, or its keys")
         return False
-    sizes = [key for key in _AUTO_CHOOSES if key in merged.values]
     if word.source == "override":
-        for key in sizes:
-            del merged.values[key]
-        return True
+        for key in (*_AUTO_CHOOSES, *_AUTO_KEEPS):
+            if key in merged.values and merged.values[key].source != "override":
+                del merged.values[key]
+    sizes = [key for key in _AUTO_CHOOSES if key in merged.values]
+    if sizes and word.source == "override":
+        given = merged.values[sizes[0]].where
+        merged.problems.append(f"{given}: {sizes[0]} is what topology=auto chooses; leave one of the two out")
     return not sizes
 
 

@@ -39,16 +39,28 @@ class Implementation:
     """Bytes of memory traffic of adding a micro-batch's gradient to the buffer, for each parameter."""
     step_overhead: float
     """Seconds of a step in which no kernel runs: launches, logging, the loop."""
+    hidden_collectives_cost: float = 0.0
+    """Part of the time that collectives behind computation would take within a node, by which they delay it: their
+    kernels take a part of the GPU."""
+    exchange_overhead: float = 0.0
+    """Seconds in which a pipeline stage waits for its neighbours in each pass of a model chunk, forward and backward
+    together, beside the bubble and the transfer."""
     tensor_parallel_exposed: float = 1.0
     """Part of the tensor parallel collectives that no computation hides."""
     gathers_behind_forward: bool = False
     """Whether the distributed optimizer's all-gather of weights runs behind the next forward pass."""
     adds_adapters_in_products: bool = False
     """Whether frozen products add LoRA's adapters themselves, where one rank has them whole."""
+    loss_of_targets: bool = False
+    """Whether output layer and loss are computed for targets alone."""
     spares_mlp_output: bool = False
     """Whether SwiGLU's output is not kept where one rank has the whole MLP or products are in fp8."""
-    fp8_efficiency: float | None = None
-    """Part of the fp8 peak that large products reach. None: no fp8."""
+    fp8_efficiency: float = 0.61
+    """Part of the fp8 peak that products in fp8 reach, with what makes their factors. From a step of 3B."""
+    fp8_weight_gradients: bool = False
+    """Whether gradients of weights are products in fp8, too."""
+    passes_expert_rows: float = 0.0
+    """Of the hidden size, for each expert of a token: sorting rows by expert, gathering them, and summing them up."""
     attention_efficiencies: Mapping[int, float] = field(default_factory=lambda: ATTENTION_EFFICIENCY)
     """Like ATTENTION_EFFICIENCY. With an attention_knee it is the limit for long sequences."""
     attention_knee: float = 0.0
@@ -85,7 +97,6 @@ FUSED = Implementation(
     optimizer_bytes=80,
     gradient_bytes=10,
     step_overhead=0.023,
-    fp8_efficiency=0.48,
 )
 """Fused RMSNorm, RoPE, SwiGLU and linear cross-entropy in chunks on the same modules."""
 
@@ -102,6 +113,7 @@ TRANSFORMER_ENGINE = Implementation(
     tensor_parallel_exposed=0.5,
     gathers_behind_forward=True,
     fp8_efficiency=0.53,
+    fp8_weight_gradients=True,
 )
 """Transformer Engine under NeMo and Megatron-Bridge; for comparison with their published rows only."""
 
@@ -109,18 +121,29 @@ CURRENT = dataclasses.replace(
     FUSED,
     name="sft",
     adds_adapters_in_products=True,
+    loss_of_targets=True,
     spares_mlp_output=True,
     gathers_behind_forward=True,
     optimizer_bytes=34,
     gradient_bytes=8,
     step_overhead=0.004,
+    hidden_collectives_cost=0.6,
+    exchange_overhead=0.003,
+    tensor_parallel_exposed=0.95,
     attention_efficiencies={64: 0.49, 128: 0.56},
     attention_knee=2070.0,
-    fp8_efficiency=0.52,
+    passes_expert_rows=8,
 )
 """What `sft` runs with flash-attn-4: SwiGLU's output computed again where the MLP is one operation, weights gathered
-behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens, fp8 from a
-step of 3B."""
+behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens."""
+
+CURRENT_WITH_FLASH2 = dataclasses.replace(CURRENT, name="sft-flash2", attention_efficiencies={64: 0.29, 128: 0.36})
+"""The same with the attention in torch that takes offsets, from profiles of rows of 1,437 (mean) tokens."""
+
+CURRENT_WITH_TORCH_ATTENTION = dataclasses.replace(
+    CURRENT, name="sft-torch-attention", attention_efficiencies=ATTENTION_EFFICIENCY, attention_knee=0.0
+)
+"""The same for rows of one length, which torch gives to cuDNN."""
 
 LORA_PASSES = 8
 """Reads and writes of an adapted linear's inputs and outputs that the adapter adds, forward and backward: its products
@@ -140,6 +163,12 @@ MATMUL_EXPOSED_TRAFFIC = 0.6
 """Part of a product's reads and writes that its arithmetic does not hide: small products are slower than the peak
 product. From a profile (docs/explanation/planning.md)."""
 
+EXPERT_PRODUCTS_RATE = 0.65
+"""Rate of experts' grouped products over that of large dense ones. From a profile of Qwen3-30B-A3B's width: 510 to 605
+TFLOP/s forward and for inputs, 340 to 460 for weights."""
+
+PAIR_RATE = 0.6
+"""Rate of collectives of two ranks within a node over that of more. From tp2 beside tp4, of 3B and 8B."""
 CUDA_CONTEXT_GIB = 1.0
 """CUDA context, libraries' workspaces and what the allocator cannot use; assumed."""
 COMMUNICATOR_GIB = 0.4

@@ -11,12 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.contract.cost_model.implementation import COMMUNICATOR_GIB, CUDA_CONTEXT_GIB, Implementation
+from launcher.contract.cost_model.layer_kinds import LayerKind, counts_by_stage
 from launcher.contract.cost_model.workload import (
     Layout,
     Workload,
-    layer_counts,
-    linear_counts,
-    linear_share,
     stage_expert_parameters,
     stage_parameters,
     trained_parameters,
@@ -71,9 +69,10 @@ def largest_stage(workload: Workload, layout: Layout, implementation: Implementa
     It is the first one, with the embedding, the last one, with the output layer, or the first of those with the same
     layers, as earlier stages have more micro-batches in flight.
     """
-    stages = range(layout.topology.pipeline_parallel)
-    counts, linear = (of(workload.shape, layout.topology) for of in (layer_counts, linear_counts))
-    first_with = {(counts[stage], linear[stage]): stage for stage in reversed(stages)}
+    topology = layout.topology
+    stages = range(topology.pipeline_parallel)
+    counts = counts_by_stage(workload.kinds, topology.layers_per_stage, len(stages))
+    first_with = {frozenset(counts[stage].items()): stage for stage in reversed(stages)}
     return max(
         (stage_memory(workload, layout, implementation, stage) for stage in {0, *first_with.values(), stages[-1]}),
         key=lambda memory: memory.total,
@@ -97,7 +96,7 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
     return StageMemory(
         stage=stage,
         weights=held * workload.width / GIB,
-        gradients=trained * 4 / GIB,
+        gradients=trained * layout.gradient_width / GIB,
         optimizer=state / GIB,
         activations=_activation_bytes(workload, layout, implementation, stage) / GIB,
         logits=_logit_bytes(workload, topology, implementation) / GIB if last else 0.0,
@@ -106,37 +105,33 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
 
 
 def layer_activation_bytes(
-    workload: Workload, layout: Layout, implementation: Implementation, *, dense: bool = False
+    workload: Workload, layout: Layout, implementation: Implementation, kind: LayerKind
 ) -> float:
-    """Return the bytes that one layer keeps of one micro-batch, unless the whole layer is recomputed.
-
-    `dense` is for a layer without experts in a model that has some.
-    """
+    """Return the bytes that one layer keeps of one micro-batch, unless the whole layer is recomputed."""
     shape, topology = workload.shape, layout.topology
     tensor = topology.tensor_parallel
     sequence = tensor if topology.sequence_parallel else 1
     norms = 2 if layout.recompute == "norms" else 4  # inputs and outputs of two norms
     norms += shape.layer_norms - 2  # inputs of norms behind attention and MLP, whose outputs are only added
     per_token = norms * shape.hidden_size / sequence
-    linear = linear_share(shape)
-    per_token += (1 - linear) * _kept_by_attention(shape, layout) + linear * _kept_by_linear_attention(shape, layout)
-    mlp = implementation.saved_mlp if shape.gated_mlp else 2
-    whole = tensor == 1 or workload.precision == "fp8"
-    if workload.adapted:
-        whole = tensor == 1 and workload.adds_adapters_in_products
-    if implementation.spares_mlp_output and shape.gated_mlp and whole:
-        mlp -= 1
-    if shape.num_experts and not dense:
+    per_token += (_kept_by_linear_attention if kind.linear else _kept_by_attention)(shape, layout)
+    mlp = _kept_by_mlp(workload, topology, implementation, kind)
+    if shape.num_experts and not kind.dense:
         # The busiest rank's rows: inputs and outputs of experts, and of the unit between their products.
-        per_token += mlp * shape.shared_expert_size / tensor
         rows = shape.experts_per_token * (EXPERT_ROWS_KEPT * shape.hidden_size + mlp * shape.expert_ffn_hidden_size)
-        return (
-            (per_token + busiest_rank(topology) * rows / tensor)
-            * workload.width
-            * _micro_batch_tokens(workload, topology)
-        )
-    per_token += mlp * shape.ffn_hidden_size / tensor
-    return per_token * workload.width * _micro_batch_tokens(workload, topology)
+        per_token += mlp * shape.shared_expert_size / tensor + busiest_rank(topology) * rows / tensor
+    else:
+        per_token += mlp * shape.ffn_hidden_size / tensor
+    return per_token * workload.width * micro_batch_tokens(workload, topology)
+
+
+def _kept_by_mlp(workload: Workload, topology: Topology, implementation: Implementation, kind: LayerKind) -> float:
+    """Return the numbers for each token and unit of its width that an MLP keeps."""
+    if not workload.shape.gated_mlp:
+        return 2
+    one = topology.tensor_parallel == 1
+    whole = one and workload.adds_adapters_in_products if workload.adapted else one or kind.fp8
+    return implementation.saved_mlp - (implementation.spares_mlp_output and whole)
 
 
 def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
@@ -154,8 +149,7 @@ def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
 def _kept_by_linear_attention(shape: ModelShape, layout: Layout) -> float:
     """Return the same for linear attention, with the kernels of flash-linear-attention."""
     sizes = shape.linear
-    if sizes is None:
-        return 0.0
+    assert sizes is not None
     kept = sizes.projected + sizes.values  # outputs of the one projection, inputs of the other
     if layout.recompute != "selective":
         normed = 2 * sizes.keys  # queries and keys
@@ -176,30 +170,30 @@ def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:
     return min(micro_batches * virtual, 2 * (stages - stage - 1) + (virtual - 1) * stages + 1)
 
 
+def micro_batch_tokens(workload: Workload, topology: Topology) -> float:
+    """Return the tokens of a micro-batch on one rank, padding included."""
+    return topology.micro_batch_size * workload.seq_length / topology.context_parallel
+
+
 def _activation_bytes(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> float:
     topology = layout.topology
-    counts = layer_counts(workload.shape, topology)[stage]
+    counts = counts_by_stage(workload.kinds, topology.layers_per_stage, topology.pipeline_parallel)[stage]
     # Chunks of a stage are in flight in turn, so that each is so about equally often.
     in_flight = chunks_in_flight(topology, workload.micro_batches(topology), stage) / topology.virtual_pipeline
-    usual = layer_activation_bytes(workload, layout, implementation)
-    dense = layer_activation_bytes(workload, layout, implementation, dense=True) if counts[1] else 0.0
-    full = max(usual if counts[0] else 0.0, dense)
+    kept = {kind: layer_activation_bytes(workload, layout, implementation, kind) for kind in counts}
     if layout.recompute == "offload":
-        return full  # the inputs of layers are in the host's memory
+        return max(kept.values())  # the inputs of layers are in the host's memory
     if layout.recompute != "full":
-        return in_flight * (counts[0] * usual + counts[1] * dense)
+        return in_flight * sum(layers * kept[kind] for kind, layers in counts.items())
     sequence = topology.tensor_parallel if topology.sequence_parallel else 1
-    kept = workload.shape.hidden_size / sequence * workload.width * _micro_batch_tokens(workload, topology)
-    return in_flight * sum(counts) * kept + full  # the inputs of all layers, and the one layer that is being recomputed
+    inputs = workload.shape.hidden_size / sequence * workload.width * micro_batch_tokens(workload, topology)
+    # the inputs of all layers, and the one layer that is being recomputed
+    return in_flight * sum(counts.values()) * inputs + max(kept.values())
 
 
 def _logit_bytes(workload: Workload, topology: Topology, implementation: Implementation) -> float:
-    logits = workload.shape.vocab_size / topology.tensor_parallel * _micro_batch_tokens(workload, topology)
+    logits = workload.shape.vocab_size / topology.tensor_parallel * micro_batch_tokens(workload, topology)
     return implementation.logit_bytes * logits + min(implementation.logit_chunk, logits * workload.width / 2)
-
-
-def _micro_batch_tokens(workload: Workload, topology: Topology) -> float:
-    return topology.micro_batch_size * workload.seq_length / topology.context_parallel
 
 
 def _communicators(topology: Topology) -> int:

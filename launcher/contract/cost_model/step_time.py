@@ -12,23 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.contract.cost_model.implementation import Implementation
-from launcher.contract.cost_model.passes import (
-    Pass,
-    head_pass,
-    layer_pass,
-    link_rate,
-    memory_rate,
-    recompute_seconds,
-    ring,
-)
-from launcher.contract.cost_model.workload import (
-    Layout,
-    Workload,
-    chunk_layer_counts,
-    layer_counts,
-    linear_counts,
-    trained_parameters,
-)
+from launcher.contract.cost_model.layer_kinds import KindCounts, LayerKind, counts_by_chunk, counts_by_stage
+from launcher.contract.cost_model.memory import micro_batch_tokens
+from launcher.contract.cost_model.passes import Pass, head_pass, layer_pass, link_rate, recompute_seconds, ring
+from launcher.contract.cost_model.products import memory_rate
+from launcher.contract.cost_model.workload import Layout, Workload, trained_parameters
 from launcher.contract.hardware import GpuKind
 from launcher.contract.topology import Topology
 
@@ -112,7 +100,7 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
         context_parallel=count * passes.context_parallel,
         expert_parallel=count * passes.expert_parallel,
         pipeline_bubble=_waiting(parts, stages, slowest, workload, layout),
-        pipeline_sends=count * _sends(workload, topology, gpu),
+        pipeline_sends=count * _sends(workload, topology, gpu, implementation),
         data_parallel=slowest.data_parallel,
         optimizer=slowest.optimizer,
         overhead=implementation.step_overhead,
@@ -124,15 +112,16 @@ class _Parts:
 
     def __init__(self, workload: Workload, layout: Layout, gpu: GpuKind, implementation: Implementation) -> None:
         topology = layout.topology
-        self.usual = layer_pass(workload, topology, gpu, implementation)
-        self.dense = (
-            layer_pass(workload, topology, gpu, implementation, dense=True) if workload.shape.dense_layers else Pass()
-        )
+        kinds = set(workload.kinds)
+        self.by_kind = {kind: layer_pass(workload, topology, gpu, implementation, kind) for kind in kinds}
         self.head = head_pass(workload, topology, gpu, implementation)
 
-    def layers(self, counts: tuple[int, int]) -> Pass:
-        """Return the times of so many usual layers and layers without experts."""
-        return Pass().plus(self.usual, counts[0]).plus(self.dense, counts[1])
+    def layers(self, counts: KindCounts) -> Pass:
+        """Return the times of so many layers of each kind."""
+        found = Pass()
+        for kind, count in counts.items():
+            found = found.plus(self.by_kind[kind], count)
+        return found
 
 
 def _waiting(parts: _Parts, stages: Sequence[_Stage], slowest: _Stage, workload: Workload, layout: Layout) -> float:
@@ -145,9 +134,11 @@ def _waiting(parts: _Parts, stages: Sequence[_Stage], slowest: _Stage, workload:
     once = (sum(stage.micro_batch for stage in stages) - slowest.micro_batch) / topology.virtual_pipeline
     if topology.virtual_pipeline == 1:
         return once
-    counts = chunk_layer_counts(topology.layers_per_stage, workload.shape.dense_layers)
-    a_usual, a_dense = (one.total + recompute_seconds(layout, one) for one in (parts.usual, parts.dense))
-    seconds = [usual * a_usual + dense * a_dense for usual, dense in counts]
+    each = {kind: one.total + recompute_seconds(layout, one) for kind, one in parts.by_kind.items()}
+    seconds = [
+        sum(count * each[kind] for kind, count in counts.items())
+        for counts in counts_by_chunk(workload.kinds, topology.layers_per_stage)
+    ]
     seconds[-1] += parts.head.total
     size = topology.pipeline_parallel
     longest = sum(max(seconds[first : first + size]) for first in range(0, len(seconds), size))
@@ -160,12 +151,12 @@ def _stages(
 ) -> list[_Stage]:
     """Return the times of every stage. Those that hold the same are computed once."""
     topology = layout.topology
-    linear = linear_counts(workload.shape, topology)
-    known: dict[tuple[int, int, int, bool, bool], _Stage] = {}
+    known: dict[tuple[frozenset[tuple[LayerKind, int]], bool, bool], _Stage] = {}
     stages = []
-    for number, counts in enumerate(layer_counts(workload.shape, topology)):
+    by_stage = counts_by_stage(workload.kinds, topology.layers_per_stage, topology.pipeline_parallel)
+    for number, counts in enumerate(by_stage):
         last = number == topology.pipeline_parallel - 1
-        key = (*counts, linear[number], number == 0, last)
+        key = (frozenset(counts.items()), number == 0, last)
         if key not in known:
             trained, head = trained_parameters(workload, topology, number), parts.head if last else Pass()
             known[key] = _stage(parts.layers(counts), head, trained, workload, layout, gpu, implementation)
@@ -184,7 +175,7 @@ def _stage(
 ) -> _Stage:
     """Return the times of a stage with these trained parameters, without experts and of experts."""
     recompute = recompute_seconds(layout, layers)
-    gradients = sum(trained) * implementation.gradient_bytes / memory_rate(gpu)
+    gradients = sum(trained) * implementation.gradient_bytes * layout.gradient_width / 4 / memory_rate(gpu)
     backward = (layers.total + recompute + gradients + head.matmul + head.elementwise) * 2 / 3
     return _Stage(
         passes=layers.plus(head),
@@ -195,15 +186,17 @@ def _stage(
     )
 
 
-def _sends(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
-    """Return the seconds a micro-batch for sends between stages, which the interleaved schedule hides."""
-    if topology.pipeline_parallel == 1 or topology.virtual_pipeline > 1:
+def _sends(workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation) -> float:
+    """Return the seconds a micro-batch for the exchange with neighbouring stages."""
+    if topology.pipeline_parallel == 1:
         return 0.0
+    waiting = implementation.exchange_overhead * topology.virtual_pipeline
+    if topology.virtual_pipeline > 1:
+        return waiting  # the interleaved schedule hides the transfer
     sequence = topology.tensor_parallel if topology.sequence_parallel else 1
-    tokens = topology.micro_batch_size * workload.seq_length / topology.context_parallel
-    size = tokens * workload.shape.hidden_size * workload.width / sequence
+    size = micro_batch_tokens(workload, topology) * workload.shape.hidden_size * workload.width / sequence
     neighbours_apart = topology.world_size // topology.pipeline_parallel
-    return 2 * size / link_rate(gpu, crosses=neighbours_apart >= topology.ranks_per_node)
+    return waiting + 2 * size / link_rate(gpu, 1, crosses=neighbours_apart >= topology.ranks_per_node)
 
 
 def _data_parallel(
@@ -214,17 +207,22 @@ def _data_parallel(
     implementation: Implementation,
     backward: float,
 ) -> float:
-    """Return the exposed seconds a step for reducing fp32 gradients and gathering updated weights."""
+    """Return the exposed seconds a step for reducing gradients and gathering updated weights."""
     topology, (dense, experts) = layout.topology, trained
     # Each parameter, weighted by the part of it that a rank sends around its ring.
     sent = dense * ring(topology.reducing_ranks) + experts * ring(topology.expert_reducing_ranks)
     rate = _data_parallel_rate(topology, gpu)
-    reduce = (1 if layout.distributed_optimizer else 2) * sent * 4 / rate
-    exposed = max(0.0, reduce - backward)
-    if layout.distributed_optimizer:
-        gather = sent * workload.width / rate
-        exposed += max(0.0, gather - backward / 2) if implementation.gathers_behind_forward else gather
-    return exposed
+    reduce = (1 if layout.distributed_optimizer else 2) * sent * layout.gradient_width / rate
+    gather = sent * workload.width / rate if layout.distributed_optimizer else 0.0
+    if not layout.overlap:
+        return reduce + gather
+    hidden = min(reduce, backward)
+    if implementation.gathers_behind_forward:
+        hidden += min(gather, backward / 2)
+    taken = (
+        implementation.hidden_collectives_cost * hidden * rate / link_rate(gpu, topology.reducing_ranks, crosses=False)
+    )
+    return reduce + gather - hidden + taken
 
 
 def _optimizer(trained: tuple[int, int], layout: Layout, gpu: GpuKind, implementation: Implementation) -> float:
@@ -241,6 +239,7 @@ def _data_parallel_rate(topology: Topology, gpu: GpuKind) -> float:
     Between nodes it uses the network cards of all its members on a node, up to the rate within the node.
     """
     if topology.tensor_parallel * topology.reducing_ranks <= topology.ranks_per_node:
-        return link_rate(gpu, crosses=False)
+        return link_rate(gpu, topology.reducing_ranks, crosses=False)
     members = max(1, topology.ranks_per_node // topology.tensor_parallel)
-    return min(link_rate(gpu, crosses=False), members * link_rate(gpu, crosses=True))
+    within, between = (link_rate(gpu, topology.reducing_ranks, crosses=crosses) for crosses in (False, True))
+    return min(within, members * between)

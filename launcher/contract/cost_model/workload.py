@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal
 
 from launcher.contract.adapters import expert_adapters, layer_adapters
+from launcher.contract.cost_model.layer_kinds import KindCounts, LayerKind, counts_by_stage, layer_kinds
 from launcher.contract.flops import (
     expert_parameters,
     layer_matmul_parameters,
     layer_norm_parameters,
+    position_parameters,
     training_flops_of,
 )
 from launcher.contract.model_shape import ModelShape
-from launcher.contract.spec import LoraSpec
-from launcher.contract.stages import chunk_ranges
+from launcher.contract.spec import Fp8Spec, LoraSpec
 from launcher.contract.topology import Topology
 
 Recompute = Literal["none", "norms", "selective", "full", "offload"]
@@ -34,7 +34,11 @@ class Workload:
     """Mean over tokens of the length of their example, sum s_i^2 / sum s_i: seq_length if each row is one example."""
     fill: float = 1.0
     """Share of the tokens that are not padding."""
+    trained: float = 1.0
+    """Share of the tokens that are targets: output layer and loss are computed for those alone."""
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    fp8: Fp8Spec = field(default_factory=Fp8Spec)
+    """What is in fp8, with that precision."""
     lora: LoraSpec = field(default_factory=LoraSpec)
     """If it has a rank, only adapters are trained."""
 
@@ -47,6 +51,11 @@ class Workload:
     def flops(self) -> int:
         """Useful operations of a step, by the convention of `launcher.contract.flops`."""
         return training_flops_of(self.shape, round(self.tokens), round(self.tokens * self.attended), self.lora)
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return layer_kinds(self.shape, self.fp8 if self.precision == "fp8" else None)
 
     @property
     def adapted(self) -> bool:
@@ -77,6 +86,15 @@ class Layout:
     topology: Topology
     recompute: Recompute = "none"
     distributed_optimizer: bool = True
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    """Number type of the buffers of gradients."""
+    overlap: bool = True
+    """Whether gradients are reduced behind the backward pass, and weights gathered behind the forward pass."""
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a gradient in its buffer."""
+        return 4 if self.grad_reduce == "fp32" else 2
 
     def describe(self) -> str:
         """Return the topology, micro-batch size and recomputation in words."""
@@ -89,16 +107,14 @@ def expert_layer_parameters(shape: ModelShape, topology: Topology) -> int:
     return expert_parameters(shape) // (topology.expert_parallel * topology.expert_tensor_parallel)
 
 
-def layer_parameters(
-    shape: ModelShape, tensor_parallel: int, *, active: bool = False, dense: bool = False, linear: bool = False
-) -> int:
-    """Return a decoder layer's weights on one tensor parallel rank. If tp exceeds the KV heads, ranks share them.
+def layer_parameters(shape: ModelShape, tensor_parallel: int, *, dense: bool = False, linear: bool = False) -> int:
+    """Return a decoder layer's weights on one tensor parallel rank, without experts.
 
-    Of experts, `active` counts those that one token goes to, which tensor parallel ranks compute together; else none.
-    `dense` is for a layer of such a model that has an MLP instead, `linear` for one with linear attention.
+    If tp exceeds the KV heads, ranks share them. `dense` is for a layer of a model with experts that has an MLP
+    instead, `linear` for one with linear attention.
     """
-    products = layer_matmul_parameters(shape, active=active, dense=dense, linear=linear)
-    products -= 0 if active or dense else expert_parameters(shape)
+    products = layer_matmul_parameters(shape, dense=dense, linear=linear)
+    products -= 0 if dense else expert_parameters(shape)
     if linear:
         return products // tensor_parallel + layer_norm_parameters(shape, linear=True)
     queries = shape.num_attention_heads * shape.head_dim
@@ -108,22 +124,16 @@ def layer_parameters(
     return (products + repeated) // tensor_parallel + layer_norm_parameters(shape)
 
 
-def linear_share(shape: ModelShape) -> float:
-    """Return the share of the layers that have linear attention."""
-    return len(shape.linear_layers) / shape.num_layers
-
-
 def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     """Return the weights on one rank of a stage, without experts. A tied output layer has a copy on another stage."""
     tensor, stages = topology.tensor_parallel, topology.pipeline_parallel
     embedding = -(-shape.vocab_size // tensor) * shape.hidden_size
-    usual, dense = layer_counts(shape, topology)[stage]
-    count = usual * layer_parameters(shape, tensor) + dense * layer_parameters(shape, tensor, dense=True)
-    linear = linear_counts(shape, topology)[stage]
-    if linear:
-        count += linear * (layer_parameters(shape, tensor, linear=True) - layer_parameters(shape, tensor))
+    count = sum(
+        layers * layer_parameters(shape, tensor, dense=kind.dense, linear=kind.linear)
+        for kind, layers in _stage_kinds(shape, topology, stage).items()
+    )
     if stage == 0:
-        count += embedding
+        count += embedding + position_parameters(shape)
     if stage == stages - 1:
         count += shape.hidden_size
         if stages > 1 or not shape.tied_embeddings:
@@ -133,36 +143,7 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
 
 def stage_expert_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     """Return the weights of experts on one rank of a pipeline stage."""
-    usual, _ = layer_counts(shape, topology)[stage]
-    return usual * expert_layer_parameters(shape, topology)
-
-
-def layer_counts(shape: ModelShape, topology: Topology) -> tuple[tuple[int, int], ...]:
-    """Return the numbers of each stage's usual layers, and of those without experts in a model that has some."""
-    return _layer_counts(topology.layers_per_stage, topology.pipeline_parallel, shape.dense_layers)
-
-
-def linear_counts(shape: ModelShape, topology: Topology) -> tuple[int, ...]:
-    """Return how many layers of each stage have linear attention."""
-    counts = _layer_counts(topology.layers_per_stage, topology.pipeline_parallel, shape.linear_layers)
-    return tuple(linear for _, linear in counts)
-
-
-@lru_cache(maxsize=1024)
-def _layer_counts(split: tuple[int, ...], stages: int, dense_layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    by_chunk = chunk_layer_counts(split, dense_layers)
-    by_stage = [by_chunk[stage::stages] for stage in range(stages)]
-    return tuple((sum(usual for usual, _ in held), sum(dense for _, dense in held)) for held in by_stage)
-
-
-@lru_cache(maxsize=1024)
-def chunk_layer_counts(split: tuple[int, ...], dense_layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Return what `layer_counts` does for each model chunk, in the model's order."""
-    found = []
-    for layers in chunk_ranges(split):
-        dense = sum(layer in layers for layer in dense_layers)
-        found.append((len(layers) - dense, dense))
-    return tuple(found)
+    return _layers_with_experts(shape, topology, stage) * expert_layer_parameters(shape, topology)
 
 
 def trained_parameters(workload: Workload, topology: Topology, stage: int) -> tuple[int, int]:
@@ -173,9 +154,18 @@ def trained_parameters(workload: Workload, topology: Topology, stage: int) -> tu
     shape, lora = workload.shape, workload.lora
     if not workload.adapted:
         return stage_parameters(shape, topology, stage), stage_expert_parameters(shape, topology, stage)
-    usual, dense = layer_counts(shape, topology)[stage]
-    held = usual * shape.num_experts // topology.expert_parallel
-    layers = usual * layer_adapters(shape, lora) + dense * layer_adapters(shape, lora, dense=True)
-    linear = linear_counts(shape, topology)[stage]
-    layers += linear * (layer_adapters(shape, lora, linear=True) - layer_adapters(shape, lora)) if linear else 0
-    return layers, held * expert_adapters(shape, lora)
+    own = sum(
+        layers * layer_adapters(shape, lora, dense=kind.dense, linear=kind.linear)
+        for kind, layers in _stage_kinds(shape, topology, stage).items()
+    )
+    held = _layers_with_experts(shape, topology, stage) * shape.num_experts // topology.expert_parallel
+    return own, held * expert_adapters(shape, lora)
+
+
+def _stage_kinds(shape: ModelShape, topology: Topology, stage: int) -> KindCounts:
+    """Return the layers of a stage by kind, of whatever precision."""
+    return counts_by_stage(layer_kinds(shape, None), topology.layers_per_stage, topology.pipeline_parallel)[stage]
+
+
+def _layers_with_experts(shape: ModelShape, topology: Topology, stage: int) -> int:
+    return sum(layers for kind, layers in _stage_kinds(shape, topology, stage).items() if not kind.dense)

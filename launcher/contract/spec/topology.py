@@ -12,8 +12,9 @@ from launcher.contract.spec.rules import AtLeast
 class TopologySpec:
     """How the model is spread over ranks. The data parallel size is derived: world size / (tp * pp * cp).
 
-    `topology: auto` instead of this section takes the fastest layout that fits, with train.micro_batch_size and
-    train.recompute, as `launcher plan` lists them.
+    `topology: auto` instead of this section takes the simplest of the layouts that fit and are about as fast as the
+    fastest, with train.micro_batch_size and train.recompute where the config does not set them; `launcher plan` shows
+    it.
     """
 
     tensor_parallel: Annotated[int, AtLeast(1)] = 1

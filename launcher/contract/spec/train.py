@@ -87,6 +87,10 @@ class Fp8Spec:
     """Linears whose gradients of inputs are computed in bf16: qkv, proj (attention's projections), fc1, fc2 (those of
     the MLP). With all four, fp8 is left to the forward pass."""
 
+    def layers_in_fp8(self, layers: int) -> range:
+        """Return which of so many layers, counted from 0, have products in fp8."""
+        return range(self.bf16_first_layers, layers - self.bf16_last_layers)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EarlyStoppingSpec:

@@ -69,9 +69,7 @@ class LayerOptions:
 
     def fp8_in(self, layer_number: int, layers: int) -> bool:
         """Return whether products of this layer's linears are in fp8, counted from 1 of so many."""
-        if self.fp8 is None:
-            return False
-        return self.fp8.bf16_first_layers < layer_number <= layers - self.fp8.bf16_last_layers
+        return self.fp8 is not None and layer_number - 1 in self.fp8.layers_in_fp8(layers)
 
 
 def decoder_spec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launcher.contract.linears import EXPERT_NAMES
 from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture, Attention, DecoderLayer, Experts
 from sft.models.config_reader import ConfigReader
@@ -43,7 +44,7 @@ def _read(config: ConfigReader) -> Architecture:
 
 def _layer(shape: ModelShape, prefix: str) -> Layer:
     block = f"{prefix}block_sparse_moe."
-    experts = separate_experts(shape, f"{block}gate.weight", f"{block}experts.{{}}.", ("w1", "w3", "w2"))
+    experts = separate_experts(shape, f"{block}gate.weight", f"{block}experts.{{}}.", EXPERT_NAMES["mixtral"])
     return attention_part(shape, prefix) | experts
 
 

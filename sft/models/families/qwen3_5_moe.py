@@ -19,5 +19,4 @@ FAMILY = Family(
     small_config={**qwen3_5.FAMILY.small_config, "text_config": qwen3_5_moe_text.FAMILY.small_config},
     multimodal=True,
     tied_by_default=False,
-    many_forms=True,
 )

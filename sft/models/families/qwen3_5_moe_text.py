@@ -27,10 +27,7 @@ def _read(config: ConfigReader) -> Architecture:
         shared=SharedExpert(width=shape.shared_expert_size, weighted=True),
         activation=config.choice("hidden_act", SILU),
     )
-    # The head that predicts further tokens (mtp) has experts in a form of its own.
-    own = (name for name in config.stored if not name.startswith("mtp."))
-    separate = any(name.endswith(".experts.0.down_proj.weight") for name in own)
-    kinds = [weighted_experts if separate else _joined] * shape.num_layers
+    kinds = [_joined if shape.joined_experts else weighted_experts] * shape.num_layers
     return Architecture(
         shape=shape,
         layers=tuple(DecoderLayer(attention=attention, mlp=experts) for attention in hybrid_attention(config)),
@@ -69,6 +66,5 @@ FAMILY = Family(
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 36,
     },
-    many_forms=True,
     nested_names=True,
 )

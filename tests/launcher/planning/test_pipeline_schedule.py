@@ -13,9 +13,9 @@ from launcher.contract.cost_model.workload import Layout
 from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import named_model_shape
 from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
-from launcher.contract.stages import even_split
+from launcher.contract.stages import chunk_ranges, even_split
 from launcher.contract.topology import build_topology
-from launcher.planning.search import workload_of
+from launcher.planning.assumptions import workload_of
 
 Operation = tuple[str, int, int]
 """F or B, model chunk in the model's order, micro-batch."""
@@ -87,8 +87,8 @@ def test_prediction_is_near_the_schedule(model: str, stages: int, virtual: int, 
     )
     topology, workload, gpu = build_topology(spec, shape), workload_of(spec, shape), gpu_kind("h100")
     passes_alone = dataclasses.replace(CURRENT, gradient_bytes=0, optimizer_bytes=0, step_overhead=0)
-    layer = layer_pass(workload, topology, gpu, passes_alone).total
-    seconds = [count * layer for count in topology.layers_per_stage]
+    each = [layer_pass(workload, topology, gpu, passes_alone, kind).total for kind in workload.kinds]
+    seconds = [sum(each[layer] for layer in chunk) for chunk in chunk_ranges(topology.layers_per_stage)]
     seconds[-1] += head_pass(workload, topology, gpu, passes_alone).total
     found = step_time(workload, Layout(topology=topology), gpu, passes_alone)
     expected = played_through(seconds, stages, 4 * stages)

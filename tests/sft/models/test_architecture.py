@@ -300,11 +300,11 @@ def test_small_configs_are_read_as_they_are(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_planner_counts_what_the_files_hold(case: str, tmp_path: Path) -> None:
-    """All weights but biases, sinks and learned positions: those of experts, shared ones and dense layers among them,
+    """All weights but biases and sinks: those of experts, shared ones and dense layers among them,
     and of norms. And the layers that have a window."""
     found = read_architecture(save_config(case, tmp_path))
     tensors = found.weights.hf_shapes()
-    uncounted = {tensor for tensor in tensors if tensor.endswith(("bias", "sinks", "wpe.weight"))}
+    uncounted = {tensor for tensor in tensors if tensor.endswith(("bias", "sinks"))}
     weights = sum(math.prod(shape) for tensor, shape in tensors.items() if tensor not in uncounted)
     assert parameters(found.shape) == weights
     own = {layer: window for layer, window in enumerate(windows(found)) if window is not None}

@@ -1,0 +1,132 @@
+"""Seconds of the matrix products of a decoder layer's linears and of the output layer, forward and backward.
+
+Products run at the rate that large ones reach, plus the part of their memory traffic that arithmetic does not hide.
+Each place has three products: forward, for the gradient of the input, and for the gradient of the weight, which frozen
+weights do not need. In fp8 are those that the training code has in fp8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from launcher.contract.adapters import adapted_places, expert_adapters
+from launcher.contract.cost_model.implementation import EXPERT_PRODUCTS_RATE, MATMUL_EXPOSED_TRAFFIC, Implementation
+from launcher.contract.cost_model.layer_kinds import LayerKind
+from launcher.contract.cost_model.memory import busiest_rank
+from launcher.contract.cost_model.workload import Workload, expert_layer_parameters
+from launcher.contract.flops import active_expert_parameters, router_parameters
+from launcher.contract.hardware import GpuKind
+from launcher.contract.linears import Linear, Place, attention_linears, mlp_linears
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.topology import Topology
+
+FP32_RATE = 0.5
+"""fp32 products run as TF32, by NVIDIA's data sheets at half the bf16 rate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """The linears of one place of a layer, as far as one rank computes them."""
+
+    weights: float
+    """Weights that a token meets."""
+    read: float
+    """Weights that are read: with experts more than a token meets."""
+    outer: float
+    """Inputs and outputs of a token."""
+    place: Place | None = None
+    """None for experts and output layer, which are never in fp8."""
+    rate: float = 1.0
+    """Part of the rate of large products that it reaches."""
+    adapted: bool = False
+    """Whether it has adapters."""
+
+
+def layer_products(workload: Workload, topology: Topology, kind: LayerKind) -> list[Product]:
+    """Return the products of a layer of this kind on one rank."""
+    shape = workload.shape
+    routed = bool(shape.num_experts) and not kind.dense
+    repeated = 0 if kind.linear else 2 * max(0, topology.tensor_parallel - shape.num_query_groups) * shape.head_dim
+    width = shape.shared_expert_size if routed else shape.ffn_hidden_size
+    linears = attention_linears(shape, linear=kind.linear) + (mlp_linears(shape, width) if width else ())
+    adapted = adapted_places(shape, workload.lora, dense=kind.dense, linear=kind.linear) if workload.adapted else ()
+    found = [
+        _dense(topology, place, tuple(group), repeated=repeated, adapted=place in adapted)
+        for place, group in groupby(linears, key=lambda each: each.place)
+    ]
+    return [*found, _experts(workload, topology)] if routed else found
+
+
+def output_product(shape: ModelShape, topology: Topology) -> Product:
+    """Return the output layer's product on one rank."""
+    rows = shape.vocab_size / topology.tensor_parallel
+    weights = rows * shape.hidden_size
+    return Product(weights=weights, read=weights, outer=shape.hidden_size + rows)
+
+
+def product_seconds(
+    workload: Workload, tokens: float, gpu: GpuKind, implementation: Implementation, product: Product, *, fp8: bool
+) -> list[float]:
+    """Return the seconds for so many tokens: forward, for the gradient of the input, and for that of trained weights.
+
+    `fp8` says whether the layer has products in fp8.
+    """
+    numbers, operations = tokens * product.outer + product.read, 2 * product.weights * tokens
+    found = []
+    for low in _forms(workload, implementation, product, fp8=fp8 and product.place is not None):
+        traffic = MATMUL_EXPOSED_TRAFFIC * numbers * (1 if low else workload.width)
+        rate = product.rate * _rate(workload, gpu, implementation, fp8=low)
+        found.append(operations / rate + traffic / memory_rate(gpu))
+    return found
+
+
+def memory_rate(gpu: GpuKind) -> float:
+    """Return the bytes a second of elementwise kernels."""
+    return gpu.memory_bandwidth * gpu.memory_efficiency * 1e9
+
+
+def _forms(workload: Workload, implementation: Implementation, product: Product, *, fp8: bool) -> list[bool]:
+    """Return, for forward product, gradient of the input and, if it is trained, of the weight: whether it is in fp8."""
+    forms = [fp8, fp8 and product.place not in workload.fp8.bf16_gradients]
+    return forms if workload.adapted else [*forms, fp8 and implementation.fp8_weight_gradients]
+
+
+def _rate(workload: Workload, gpu: GpuKind, implementation: Implementation, *, fp8: bool) -> float:
+    """Return the operations a second of large products."""
+    if fp8:
+        assert gpu.fp8_tflops is not None  # a config that asks for fp8 elsewhere is refused
+        return gpu.fp8_tflops * implementation.fp8_efficiency * 1e12
+    return gpu.bf16_tflops * gpu.matmul_efficiency * 1e12 * (FP32_RATE if workload.precision == "fp32" else 1)
+
+
+def _dense(topology: Topology, place: Place, linears: tuple[Linear, ...], *, repeated: int, adapted: bool) -> Product:
+    """Return the product of a place whose linears all have the same inputs.
+
+    Where tp exceeds the KV heads, ranks share them: over all ranks `repeated` outputs more are computed.
+    """
+    tensor = topology.tensor_parallel
+    inputs, outputs = linears[0].inputs, sum(each.outputs for each in linears)
+    if place == "qkv":
+        outputs += repeated
+    weights = inputs * outputs / tensor
+    outer = inputs / tensor + outputs if place in ("proj", "fc2") else inputs + outputs / tensor
+    return Product(weights=weights, read=weights, outer=outer, place=place, adapted=adapted)
+
+
+def _experts(workload: Workload, topology: Topology) -> Product:
+    """Return the products of the busiest rank's experts, for which the others wait, and of the router.
+
+    Where tensor parallel ranks have whole experts, each of them sends its own part of the tokens there.
+    """
+    shape, tensor, cut = workload.shape, topology.tensor_parallel, topology.expert_tensor_parallel
+    busiest = busiest_rank(topology)
+    rows = shape.experts_per_token * busiest * cut / tensor
+    numbers = 2 * shape.hidden_size + (3 if shape.gated_mlp else 2) * shape.expert_ffn_hidden_size / cut
+    return Product(
+        weights=busiest * active_expert_parameters(shape) / tensor + router_parameters(shape) / tensor,
+        read=expert_layer_parameters(shape, topology),
+        outer=rows * numbers,
+        rate=EXPERT_PRODUCTS_RATE,
+        adapted=workload.adapted and expert_adapters(shape, workload.lora) > 0,
+    )

@@ -1,0 +1,101 @@
+"""The linear layers of a decoder layer: their names in Hugging Face files, as far as known here, and their sizes.
+
+The one table that counts of parameters and operations, sizes of LoRA's adapters and predicted speeds are made from.
+What a family calls its tensors is known to `sft.models`; a test compares both for every family.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from launcher.contract.model_shape import ModelShape
+
+Place = Literal["qkv", "proj", "fc1", "fc2"]
+"""Which of the four products of a layer: attention's input and output projection, the MLP's first and second."""
+
+_FUSED = ("phi3",)
+"""Model types whose files have Q, K and V in one matrix, and gate and up projection in another."""
+_JOINED = ("qwen3_next",)
+"""Model types whose files have the projection of linear attention in two matrices, others in four."""
+
+EXPERT_NAMES = {"mixtral": ("w1", "w3", "w2")}
+"""By model type, what files call gate, up and down projection of an expert; others call them as those of an MLP."""
+MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
+JOINED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+"""What adapters of experts are called that the files hold in one tensor: gate and up projection together, then down."""
+
+
+class Linear(NamedTuple):
+    """A linear layer. A named tuple, since searches make them often."""
+
+    name: str
+    place: Place
+    inputs: int
+    outputs: int
+
+    @property
+    def weights(self) -> int:
+        """The size of its matrix."""
+        return self.inputs * self.outputs
+
+
+def attention_linears(shape: ModelShape, *, linear: bool = False) -> tuple[Linear, ...]:
+    """Return the projections of attention, or of linear attention."""
+    if linear:
+        return _linear_attention(shape)
+    hidden = shape.hidden_size
+    queries, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    output = Linear("o_proj", "proj", queries, hidden)
+    if shape.model_type in _FUSED:
+        return (Linear("qkv_proj", "qkv", hidden, queries + 2 * groups), output)
+    return (
+        Linear("q_proj", "qkv", hidden, 2 * queries if shape.output_gate else queries),
+        Linear("k_proj", "qkv", hidden, groups),
+        Linear("v_proj", "qkv", hidden, groups),
+        output,
+    )
+
+
+def mlp_linears(shape: ModelShape, width: int) -> tuple[Linear, ...]:
+    """Return those of an MLP of this width: a dense one, or the shared expert."""
+    if shape.model_type in _FUSED:
+        hidden = shape.hidden_size
+        joined = Linear("gate_up_proj", "fc1", hidden, 2 * width)
+        return (joined, Linear("down_proj", "fc2", width, hidden))
+    return _gated(shape, width, MLP_NAMES)
+
+
+def expert_linears(shape: ModelShape) -> tuple[Linear, ...]:
+    """Return those of one routed expert."""
+    if shape.joined_experts:
+        hidden, width = shape.hidden_size, shape.expert_ffn_hidden_size
+        gate_up, down = JOINED_EXPERTS
+        return (Linear(gate_up, "fc1", hidden, 2 * width), Linear(down, "fc2", width, hidden))
+    return _gated(shape, shape.expert_ffn_hidden_size, EXPERT_NAMES.get(shape.model_type, MLP_NAMES))
+
+
+def _gated(shape: ModelShape, width: int, names: tuple[str, str, str]) -> tuple[Linear, ...]:
+    hidden = shape.hidden_size
+    gate, up, down = names
+    found = (Linear(up, "fc1", hidden, width), Linear(down, "fc2", width, hidden))
+    return (Linear(gate, "fc1", hidden, width), *found) if shape.gated_mlp else found
+
+
+def _linear_attention(shape: ModelShape) -> tuple[Linear, ...]:
+    hidden, sizes = shape.hidden_size, shape.linear
+    assert sizes is not None
+    output = Linear("out_proj", "proj", sizes.values, hidden)
+    if shape.model_type in _JOINED:
+        heads = 2 * sizes.value_heads
+        return (
+            Linear("in_proj_qkvz", "qkv", hidden, sizes.projected - heads),
+            Linear("in_proj_ba", "qkv", hidden, heads),
+            output,
+        )
+    return (
+        Linear("in_proj_qkv", "qkv", hidden, sizes.convolved),
+        Linear("in_proj_z", "qkv", hidden, sizes.values),
+        Linear("in_proj_b", "qkv", hidden, sizes.value_heads),
+        Linear("in_proj_a", "qkv", hidden, sizes.value_heads),
+        output,
+    )

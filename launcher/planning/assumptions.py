@@ -1,0 +1,74 @@
+"""What the cost model is told of a run: its largest step, its kernels, and settings that no layout changes."""
+
+from __future__ import annotations
+
+from launcher.contract.cost_model.implementation import (
+    CURRENT,
+    CURRENT_WITH_FLASH2,
+    CURRENT_WITH_TORCH_ATTENTION,
+    PLAIN,
+    Implementation,
+)
+from launcher.contract.cost_model.workload import Layout, Recompute, Workload
+from launcher.contract.hardware import GpuKind
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import RunSpec
+from launcher.contract.topology import Topology
+from launcher.planning.variants import rows_of
+
+_WITH_FLASH4 = ("h100", "h200", "gh200", "b200")
+"""What names of GPUs begin with for which flash-attn-4 has kernels: Hopper and Blackwell."""
+_OFFSETS_ALWAYS = ("gemma2", "gpt_oss")
+"""Model types whose scores torch's own attention cannot compute: capped ones, and those with sinks."""
+
+
+def workload_of(spec: RunSpec, shape: ModelShape) -> Workload:
+    """Return one step of the run at its largest: every example has data.seq_length tokens and a row of its own."""
+    train, length = spec.train, spec.data.seq_length
+    return Workload(
+        shape=shape,
+        seq_length=length,
+        rows=rows_of(spec),
+        attended=length,
+        precision=train.precision,
+        fp8=train.fp8,
+        lora=spec.model.lora,
+    )
+
+
+def layout_of(spec: RunSpec, topology: Topology, recompute: Recompute) -> Layout:
+    """Return a layout with the optimizer's settings of the run."""
+    optimizer = spec.train.optimizer
+    return Layout(
+        topology=topology,
+        recompute=recompute,
+        distributed_optimizer=optimizer.distributed,
+        grad_reduce=optimizer.grad_reduce,
+        overlap=optimizer.overlap is not False,
+    )
+
+
+def implementation_of(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Implementation:
+    """Return how the ranks will compute, if Triton and flash-attn-4 are installed there.
+
+    The launcher cannot see what is installed. `sft.megatron.kernel_choice` decides on the ranks, by the same rules.
+    """
+    if spec.train.kernels == "plain":
+        return PLAIN
+    if not _by_offsets(spec, shape):
+        return CURRENT_WITH_TORCH_ATTENTION
+    flash4 = gpu.name.startswith(_WITH_FLASH4) and shape.head_dim % 32 == 0 and shape.head_dim <= 128
+    if spec.train.attention == "flash2" or spec.train.deterministic or not flash4:
+        return CURRENT_WITH_FLASH2
+    return CURRENT
+
+
+def _by_offsets(spec: RunSpec, shape: ModelShape) -> bool:
+    """Return whether attention gets sequences by their offsets, not as rows of one length."""
+    hidden_positions = shape.window is not None and shape.window < spec.data.seq_length
+    return (
+        spec.data.packing
+        or spec.topology.context_parallel > 1
+        or hidden_positions
+        or shape.model_type in _OFFSETS_ALWAYS
+    )
