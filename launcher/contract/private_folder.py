@@ -15,8 +15,15 @@ def private_folder() -> Path | None:
     folder = base / f"slurm-sft-launcher-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        about = folder.lstat()
     except OSError:
         return None
-    private = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077
-    return folder if private else None
+    return folder if is_private(folder) else None
+
+
+def is_private(folder: Path) -> bool:
+    """Return whether it is a folder of this user, and no link to one, that nobody else can enter."""
+    try:
+        about = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077

@@ -18,6 +18,7 @@ from pathlib import Path
 import jinja2
 
 from launcher.contract import resources
+from launcher.contract.copy_folder import MEMORY, PREFIX
 from launcher.contract.errors import TemplateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.race import candidate_paths
@@ -84,6 +85,7 @@ def render(
             checkpoint=spec.checkpoint,
             restart=spec.restart,
             supervises=_supervises(spec),
+            copies=str(MEMORY / PREFIX),
             has_preflight=spec.has_preflight,
             preflight_seconds=spec.preflight.timeout_seconds,
             notify=spec.notify,

@@ -22,6 +22,10 @@ _TOLD: dict[str, Callable[[JsonObject], str]] = {
     "attempt_started": lambda event: f"attempt {event['attempt']} started on {event.get('nodes') or event['host']}",
     "training_started": lambda event: f"training began after step {event['step']} of {event['max_steps']}",
     "restarted_in_place": lambda event: f"the same job trains on{_cost(event)}",
+    "copy_used": lambda event: f"goes on from the copy of step {event['step']} in the nodes' memory",
+    "copy_not_used": lambda event: f"goes on from no copy in the nodes' memory: {event['reason']}",
+    "copy_failed": lambda event: f"no copy of step {event['step']} was made: {event['reason']}",
+    "copies_off": lambda event: f"makes no copies: {event['reason']}",
     "first_step": lambda event: first_step(event),
     "metrics_lost": lambda event: (
         "metrics.jsonl has no line for steps " + ", ".join(f"{first + 1} to {last}" for first, last in event["steps"])

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from sft.engine.module import SFTGPT
 
 
-class _RngStates(TypedDict):
+class RngStates(TypedDict):
+    """The random generators of a rank."""
+
     torch: torch.Tensor
     tracker: dict[str, torch.Tensor]
     cuda: NotRequired[torch.Tensor]
@@ -87,7 +89,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     adamw_state.unshare_steps(module.megatron_optimizer)
     _keep_hyperparameters(module, hyperparameters)
     if same_topology:
-        _restore_rng(loaded["rng"])
+        restore_rng(loaded["rng"])
     return dict(trainer.lightning)
 
 
@@ -179,12 +181,6 @@ def _chunk_key(index: int, count: int) -> str:
 
 def _rng_state() -> ShardedObject:
     """Return the random generators of this rank. Every (pipeline, tensor, data) rank has its own."""
-    states: _RngStates = {
-        "torch": torch.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
@@ -195,10 +191,22 @@ def _rng_state() -> ShardedObject:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     )
-    return ShardedObject("rng", states, sizes, place)
+    return ShardedObject("rng", rng_states(), sizes, place)
 
 
-def _restore_rng(states: _RngStates) -> None:
+def rng_states() -> RngStates:
+    """Return the states of this rank's random generators."""
+    states: RngStates = {
+        "torch": torch.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_rng(states: RngStates) -> None:
+    """Set this rank's random generators to what `rng_states` gave."""
     torch.set_rng_state(states["torch"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
     if "cuda" in states and torch.cuda.is_available():

@@ -16,6 +16,7 @@ from torch import Tensor
 from launcher.contract.topology import Topology
 from sft.checkpoint.contents import TrainerState
 from sft.checkpoint.load import load_newest, sharded_state
+from sft.checkpoint.memory_copies import MemoryCopies
 from sft.checkpoint.save import CheckpointSaver
 from sft.hf.checks import trained_adapters
 from sft.hf.learning_rates import rate_groups
@@ -47,13 +48,21 @@ class MegatronStrategy(DDPStrategy):
         """Identifies the data and their order; checkpoints of other data are refused."""
         self.control: ControlGroup
         self.saver: CheckpointSaver
-        self.resumed_from: Path | None = None
+        self.resumed_from: Path | str | None = None
+        self.copies: MemoryCopies | None = None
+        """Copies of the run's state in memory, where it has some."""
+        self.goes_on_from_copy = False
+        self._is_set_up = False
 
     @property
     def megatron_module(self) -> SFTGPT:
         return cast("SFTGPT", self.lightning_module)
 
     def setup_environment(self) -> None:
+        """Start the process groups, unless they are there: Lightning does so in `fit`, others may before it."""
+        if self._is_set_up:
+            return
+        self._is_set_up = True
         super().setup_environment()
         init_model_parallel(self.topology, self.seed)
         self.control = ControlGroup()
@@ -94,8 +103,14 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, object], filepath: str | Path, storage_options: object = None
     ) -> None:
-        """Begin to write `checkpoint` (Lightning's counters) and all sharded state. `saver.finish` completes it."""
+        """Begin to write `checkpoint` (Lightning's counters) and all sharded state. `saver.finish` completes it.
+
+        Where `storage_options` are copies in memory, it becomes one of those instead.
+        """
         module = self.megatron_module
+        if isinstance(storage_options, MemoryCopies):
+            storage_options.make(module.trainer.global_step, module, checkpoint)
+            return
         module.gather_weights()
         trainer = TrainerState(
             lightning=checkpoint,
@@ -109,11 +124,15 @@ class MegatronStrategy(DDPStrategy):
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, object]:
-        """Fill model and optimizer, and return Lightning's counters.
+        """Fill model and optimizer, and return Lightning's counters: from a copy in memory where one was chosen.
 
         Where the checkpoint is damaged, an older one beside it is loaded.
         """
-        self.resumed_from, counters = self.load_weights(Path(checkpoint_path))
+        if self.copies is not None and self.goes_on_from_copy:
+            step, counters = self.copies.load(self.megatron_module)
+            self.resumed_from = f"the copy of step {step} in memory"
+        else:
+            self.resumed_from, counters = self.load_weights(Path(checkpoint_path))
         self._clock.end("checkpoint")
         return counters
 

@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 
+from launcher.contract.copy_folder import remove_stale_copies
 from launcher.contract.errors import CheckpointError, ConfigError, TrainingError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.lease import Keeper, held
@@ -41,12 +42,14 @@ from sft.runtime.start_clock import StartClock
 from sft.runtime.stop import StopFlag
 from sft.training.callbacks.bad_steps import GuardCallback
 from sft.training.callbacks.checkpoints import CheckpointCallback
+from sft.training.callbacks.copies import CopyCallback
 from sft.training.callbacks.early_stopping import EarlyStopping
 from sft.training.callbacks.evaluation import EvaluationCallback, held_out_batches
 from sft.training.callbacks.progress import ProgressCallback
 from sft.training.callbacks.startup import StartupCallback
 from sft.training.callbacks.watchdog_marks import watched
 from sft.training.cluster_environment import RankClusterEnvironment
+from sft.training.copy_start import resume_point_with_copies
 from sft.training.datamodule import SFTDataModule
 from sft.training.strategy import MegatronStrategy
 
@@ -114,6 +117,8 @@ def train_run(
     holding = held(paths, env.attempt) if env.rank == 0 else contextlib.nullcontext()
     watchdog = Watchdog(spec.watchdog, paths, env)
     with holding as lease, watchdog, answering(paths.root, env, watchdog.place):
+        if env.local_rank == 0:
+            remove_stale_copies()
         return _train(spec, paths, env, stop, lease, watchdog, metric, clock)
 
 
@@ -162,18 +167,25 @@ def _train(
     deadline = Deadline.from_environ(spec.resources.signal_seconds)
     saves = CheckpointCallback(spec.checkpoint_ranking, stop, deadline, lease, evaluation, guard, log)
     callbacks = [StartupCallback(clock, log, env.attempt), progress, guard, evaluation, saves]
+    if spec.checkpoint.copy_every is not None:
+        callbacks.append(CopyCallback(spec.checkpoint, env.attempt, log))
     steps, key = data.max_steps, data.data_key
     trainer = megatron_trainer(
         spec, topology, env, max_steps=steps, data_key=key, callbacks=watched(callbacks, watchdog), clock=clock
     )
+    strategy = cast(MegatronStrategy, trainer.strategy)
+    clock.end("data")
+    if spec.checkpoint.copy_every is not None:
+        resume = resume_point_with_copies(strategy, resume, paths, topology, env, spec.resources.nodes, log)
     module = SFTGPT(spec, architecture, topology, model_dir, steps, resumes=resume is not None)
     stages = f"; stages of {topology.describe_stages()}" if topology.pipeline_parallel > 1 else ""
     log.say(f"{topology.describe()}{stages}; {describe_batch(spec, topology)}")
     log.say(choose_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0).describe())
-    clock.end("data")
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
     # srun ends all ranks when one exits with another code than 0: none may exit while another is still writing.
-    cast(MegatronStrategy, trainer.strategy).control.barrier()
+    strategy.control.barrier()
+    if strategy.copies is not None:
+        strategy.copies.remove()
     return _finish(trainer.global_step, guard, evaluation, spec, log)
 
 

@@ -59,7 +59,7 @@ def digest(module: sft.engine.module.SFTGPT) -> str:
     """Weights, master weights, moments and step counts of this rank, as one hash."""
     found = hashlib.sha256()
     tensors = list(module.parameters())
-    for inner in sft.megatron.optim.optimizer._torch_optimizers(module.megatron_optimizer):
+    for inner in sft.megatron.optim.optimizer.torch_optimizers(module.megatron_optimizer):
         for group in inner.param_groups:
             for param in group["params"]:
                 tensors += [param, *inner.state[param].values()]

@@ -182,6 +182,63 @@ class RestartedInPlace(OfAttempt):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopyUsed(OfAttempt):
+    """A restart in place goes on from a copy in the nodes' memory."""
+
+    event: Literal["copy_used"]
+    step: int
+    """Of which step it is."""
+    made_by: str
+    """The attempt that made it."""
+    fetched: tuple[int, ...]
+    """The ranks that got their part of it from another node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyNotUsed(OfAttempt):
+    """A restart in place found no copy in the nodes' memory to go on from."""
+
+    event: Literal["copy_not_used"]
+    step: int
+    """Of the checkpoint that it goes on from; 0 where there is none."""
+    reason: str
+    """Why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstCopy(OfAttempt):
+    """The first copy of an attempt is in the nodes' memory; later ones have no event."""
+
+    event: Literal["first_copy"]
+    step: int
+    """Of which step it is."""
+    bytes: int
+    """Size of rank 0's part."""
+    seconds: float
+    """How long all ranks took for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyFailed(OfAttempt):
+    """A copy could not be made; training goes on, and the copy before is kept."""
+
+    event: Literal["copy_failed"]
+    step: int
+    """Of which step it would have been."""
+    reason: str
+    """The error of the first rank that had one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopiesOff(OfAttempt):
+    """This attempt makes no copies, although checkpoint.copy_every asks for them."""
+
+    event: Literal["copies_off"]
+    reason: str
+    """Why."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FirstStep(OfAttempt):
     """The first two steps of an attempt are done, or its only one: what the first has waited for."""
 
@@ -411,6 +468,11 @@ EVENTS = (
     PreflightFailed,
     TrainingStarted,
     RestartedInPlace,
+    CopyUsed,
+    CopyNotUsed,
+    FirstCopy,
+    CopyFailed,
+    CopiesOff,
     FirstStep,
     MetricsLost,
     CheckpointSaved,

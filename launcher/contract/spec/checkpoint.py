@@ -15,6 +15,9 @@ class CheckpointSpec:
 
     every: Annotated[int | None, AtLeast(1)] = None
     """Steps between checkpoints; the last step always has one."""
+    copy_every: Annotated[int | None, AtLeast(1)] = None
+    """Steps between copies of the run's state in the memory of its nodes (/dev/shm), each with a second copy on another
+    node, from which a restart in place loses fewer steps. Needs restart.how in_place."""
     keep_last: Annotated[int, AtLeast(1)] = 2
     """Newest complete checkpoints to keep."""
     keep_best: Annotated[int, AtLeast(0)] = 0

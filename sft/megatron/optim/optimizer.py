@@ -57,12 +57,12 @@ def build_optimizer(
     )
     optimizer = get_megatron_optimizer(config, list(model_chunks), overrides_of(config, multipliers))
     # Where experts alone are adapted there is one for all other weights, of which there are none: it cannot be saved.
-    optimizer.chained_optimizers = [part for part in _parts(optimizer) if part.optimizer is not None]
-    for inner in _torch_optimizers(optimizer):
+    optimizer.chained_optimizers = [part for part in optimizer_parts(optimizer) if part.optimizer is not None]
+    for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
             group.update(fused=True, foreach=False)  # only the fused one skips a step on the device
     if one_pass:
-        for part in _parts(optimizer):
+        for part in optimizer_parts(optimizer):
             use_one_pass(part)
     return optimizer
 
@@ -74,7 +74,7 @@ StepCheck = Callable[[Tensor, Tensor], Tensor]
 @torch.no_grad()
 def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, check: StepCheck) -> tuple[Tensor, Tensor]:
     """Clip, and step unless `check` finds the step bad. Return the norm before clipping, and the result."""
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     optimizer.prepare_grads()
     norm = _gradient_norm(parts, loss.device)
     bad = check(loss, norm)
@@ -87,7 +87,7 @@ def guarded_step(optimizer: MegatronOptimizer, loss: Tensor, check: StepCheck) -
         else:
             factor = (part.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, factor.to(grads[0].dtype))
-    for inner in _torch_optimizers(optimizer):
+    for inner in torch_optimizers(optimizer):
         inner.found_inf = bad  # type: ignore[attr-defined]
     optimizer.step_with_ready_grads()
     return norm, bad
@@ -118,12 +118,14 @@ def _counted_grads(part: MegatronOptimizer) -> list[Tensor]:
     return grads
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Return the optimizers that make up a chained one, as of experts and of the rest, or the optimizer itself."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
+def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of torch that hold this rank's master weights and their states."""
+    return [part.optimizer for part in optimizer_parts(optimizer) if part.optimizer is not None]
 
 
 class LightningOptimizerShell(torch.optim.Optimizer):

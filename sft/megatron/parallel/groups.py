@@ -135,6 +135,14 @@ class ControlGroup:
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
+    def exchange(self, sent: Tensor, to: int, received: Tensor, source: int) -> None:
+        """Send one tensor in host memory while another is received. Empty ones are neither sent nor awaited."""
+        pending = [dist.isend(sent, to, group=self._group)] if sent.numel() else []
+        pending += [dist.irecv(received, source, group=self._group)] if received.numel() else []
+        for each in pending:
+            if each is not None:
+                each.wait()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self._group)

@@ -8,11 +8,13 @@ from sft.health.rank_positions import Phase
 from sft.health.watchdog import Watchdog
 from sft.runtime import lightning as pl
 from sft.training.callbacks.checkpoints import CheckpointCallback
+from sft.training.callbacks.copies import CopyCallback
 from sft.training.callbacks.evaluation import EvaluationCallback
 
 _PHASES: dict[type[pl.Callback], Phase] = {
     EvaluationCallback: Phase.EVALUATION,
     CheckpointCallback: Phase.CHECKPOINT,
+    CopyCallback: Phase.CHECKPOINT,
 }
 """The phase of a callback's work at a step boundary; that of all others is Phase.GUARD."""
 

@@ -289,6 +289,42 @@ def test_nodes_that_answer_are_usable(commands: Commands) -> None:
     assert run_functions(script(spec), LOOK).split() == []
 
 
+def copying_script() -> str:
+    spec = golden_scripts()["slurm-in-place"]
+    return script(dataclasses.replace(spec, checkpoint=dataclasses.replace(spec.checkpoint, copy_every=5)))
+
+
+def test_copies_in_memory_go_with_the_start_of_the_job(commands: Commands) -> None:
+    """On this node even where Slurm starts nothing any more, and on all others."""
+    commands.add("srun", "")
+    job = f"test{os.getpid()}"
+    folders = [Path(f"/dev/shm/sft-copies-0-{start}-abc-n1") for start in (f"{job}.2", f"{job}.21", f"{job}1.2")]
+    try:
+        for folder in folders:
+            folder.mkdir()
+            (folder / "run").write_text("")
+        run_functions(copying_script(), f"allocated=(n1 n2) job_id={job} SLURM_RESTART_COUNT=2\ndrop_copies")
+        assert [folder.exists() for folder in folders] == [False, True, True]
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    asked = [call for call in commands.calls("srun") if "sft-copies" in call]
+    assert len(asked) == 2
+    assert all(f"--nodelist={node} " in "".join(asked) for node in ("n1", "n2"))
+    assert all(call.endswith(f" bash {job}.2") for call in asked)
+
+
+@pytest.mark.parametrize(
+    ("end", "dropped"),
+    [("1 stop", True), ("0 stop", True), ("1 requeue", True), ("75 requeue", False), ("1 in_place 7.0-1 n1,n2", False)],
+)
+def test_copies_in_memory_stay_for_a_restart_in_place(end: str, dropped: bool, commands: Commands) -> None:
+    """Ranks that exit with 75 have removed them, and at a time limit no second is left."""
+    commands.add("scontrol", "")
+    program = f"drop_copies() {{ echo dropped; }}\nstart_again() {{ :; }}\nfollow {end}"
+    assert run_functions(copying_script(), program).split() == ["dropped"] * dropped
+
+
 @pytest.mark.parametrize(
     ("view", "done"),
     [

@@ -39,6 +39,7 @@ def scheduler_problems(spec: RunSpec) -> Iterator[Problem]:
             f"{resources.nodes} on cluster {cluster.name}, which is this machine alone; set it to 1",
         )
     yield from _in_place_problems(spec)
+    yield from _copy_problems(spec)
     if set("%\\") & set(spec.run_root):  # both mean something in sbatch's --output and in submitit's folders
         yield "run_root", f"{spec.run_root!r} holds % or a backslash, which Slurm reads as part of a pattern"
 
@@ -61,6 +62,19 @@ def _in_place_problems(spec: RunSpec) -> Iterator[Problem]:
             f"{resources.spare_nodes} with restart.how {spec.restart.how}: only restart.how in_place uses spare nodes, "
             "and they would be paid for in vain; set one of the two",
         )
+
+
+def _copy_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield why copies in memory would be made in vain."""
+    key, every, saved = "checkpoint.copy_every", spec.checkpoint.copy_every, spec.checkpoint.every
+    if every is None:
+        return
+    if spec.restart.how != "in_place":
+        yield key, f"{every} with restart.how {spec.restart.how}: only restart.how in_place goes on from copies"
+    elif not CAPABILITIES[spec.cluster.scheduler].allocates_nodes:
+        yield key, f"{every} on cluster {spec.cluster.name}, which is this machine alone; leave it out"
+    if saved is not None and every >= saved:
+        yield key, f"{every} is not below checkpoint.every {saved}: no copy would be newer than the newest checkpoint"
 
 
 def runtime_problems(spec: RunSpec) -> Iterator[Problem]:

@@ -11,8 +11,10 @@ import pytest
 from launcher.contract.config.checks import spec_problems
 from launcher.contract.config.load import load_config
 from launcher.contract.errors import ConfigError
+from launcher.contract.schedulers import SchedulerName
 from launcher.contract.secret_names import is_secret_name
 from launcher.contract.spec import (
+    CheckpointSpec,
     ClusterSpec,
     Fp8Spec,
     LoraSpec,
@@ -157,6 +159,20 @@ def test_an_environment_variable_is_spelled_out(workdir: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(CFG, ["model.path=${MODELS}/a"])
     assert caught.value.problems[0].endswith("not found; an environment variable is ${oc.env:MODELS}")
+
+
+def test_copies_in_memory_are_for_restarts_in_place_on_nodes() -> None:
+    def found(scheduler: SchedulerName, how: str, every: int | None) -> list[str]:
+        cluster, checkpoint = ClusterSpec(name="c", scheduler=scheduler), CheckpointSpec(every=every, copy_every=10)
+        spec = RunSpec(cluster=cluster, checkpoint=checkpoint, restart=RestartSpec(how=how))  # type: ignore[arg-type]
+        return [why for key, why in spec_problems(spec) if key == "checkpoint.copy_every"]
+
+    assert found("slurm", "in_place", 100) == found("slurm", "in_place", None) == []
+    assert found("slurm", "none", 100) == ["10 with restart.how none: only restart.how in_place goes on from copies"]
+    assert found("local", "in_place", 100) == ["10 on cluster c, which is this machine alone; leave it out"]
+    assert found("slurm", "in_place", 10) == [
+        "10 is not below checkpoint.every 10: no copy would be newer than the newest checkpoint"
+    ]
 
 
 def test_spare_nodes_are_for_restarts_in_place() -> None:
