@@ -99,7 +99,9 @@ EP2_PP2_DP2 = (8, {"expert_parallel": 2, "pipeline_parallel": 2})
 EP4 = (4, {"expert_parallel": 4})
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])
+@pytest.mark.parametrize(
+    "distributed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["distributed", "plain"]
+)
 @pytest.mark.parametrize(
     ("first", "second"),
     [

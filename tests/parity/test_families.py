@@ -11,13 +11,13 @@ from sft.models.registry import SUPPORTED, read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_grid import assert_gradients_equal
-from tests.sft.hf_cases import CASES, OF_TEXT, save_hf_model
+from tests.sft.hf_cases import CASES, DISTINCT, OF_TEXT, save_hf_model
 from tests.tiny_model import VOCAB_SIZE, make_chat_rows, make_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.parity
 
 STEPS = 2
-RATE = {"lr": 1e-4}
+RATE = {"lr": 1e-4, "global_batch_size": 4}
 """At a larger rate the second step differs by how AdamW treats rounding near 0."""
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -82,11 +82,9 @@ def family_model(directory: Path, case: str, **more: Any) -> Path:
 
 
 def _cells() -> list[Any]:
-    """Every case under every layout. By default families run under each, and their variants under the fused one."""
-    by_default = {(family, layout) for family in OF_TEXT for layout in LAYOUTS}
-    # qwen3_5_text has their attention, and others have their experts.
-    by_default -= {(family, "tp2_pp2_plain") for family in ("qwen3_5_moe_text", "qwen3_next")}
-    by_default |= {(variant, "tp2_sp_fused_packed") for variant in VARIANTS}
+    """Every case under every layout. By default all run under the fused one, and distinct families under both."""
+    by_default = {(case, "tp2_sp_fused_packed") for case in (*OF_TEXT, *VARIANTS)}
+    by_default |= {(family, "tp2_pp2_plain") for family in DISTINCT}
     cells = [(case, layout) for case in CASES for layout in LAYOUTS]
     return [cell if cell in by_default else pytest.param(*cell, marks=pytest.mark.slow) for cell in cells]
 

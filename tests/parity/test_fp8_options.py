@@ -29,8 +29,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 CASES = [
     ("fused", None),
-    ("tp2_sp", None),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("plain", None), ("tp2", None), ("fused", 4))),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("plain", None), ("tp2", None), ("tp2_sp", None), ("fused", 4))
+    ),
 ]
 
 

@@ -177,7 +177,11 @@ def test_trap_4_a_neighbour_changes_no_loss(
 
 @pytest.mark.parametrize(
     ("ranks", "topology"),
-    [(1, {}), TP2_PP2, (2, {"tensor_parallel": 2, "sequence_parallel": True})],
+    [
+        (1, {}),
+        TP2_PP2,
+        pytest.param(2, {"tensor_parallel": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
+    ],
     ids=["tp1", "tp2_pp2", "tp2_sp"],
 )
 def test_trap_12_positions_begin_anew_on_every_stage(

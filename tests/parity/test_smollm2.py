@@ -21,7 +21,7 @@ GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
 
 pytestmark = pytest.mark.parity
 
-SETTINGS: dict[str, Any] = {"max_steps": 2, "global_batch_size": 4, "lr": 1e-5, "clip_grad": 1.0}
+SETTINGS: dict[str, Any] = {"max_steps": 2, "global_batch_size": 2, "lr": 1e-5, "clip_grad": 1.0}
 Trained = tuple[RunPaths, list[list[float]]]
 """A run, and the loss of each position by example as its last stage computed it."""
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {

@@ -22,6 +22,7 @@ from sft.megatron.model import SFTGPTModel
 from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.ranks import run_ranks
+from tests.tiers import thinned
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -44,7 +45,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return make_material(tmp_path_factory.mktemp("material"), 33, tied=True)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", thinned(LAYOUTS, "tp2_sp_plain", "dp2", "tp2_pp2"))
 def test_trap_2_and_18_gradient_norm_is_that_of_one_process(
     name: str, tmp_path: Path, material: Material, reference_norms: tuple[list[float], list[float]]
 ) -> None:
@@ -122,7 +123,9 @@ def embedding_after_training(config: Path) -> str | None:
     return hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("settings", [{}, {"distributed": False}], ids=["distributed", "plain"])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"distributed": False}, marks=pytest.mark.slow)], ids=["distributed", "plain"]
+)
 def test_trap_13_tied_embedding_copies_stay_bitwise_equal(
     settings: dict[str, Any], tmp_path: Path, material: Material
 ) -> None:

@@ -18,6 +18,7 @@ from sft.compat import trlx
 from sft.compat.trlx.samples import Tokens
 from tests.ranks import run_ranks
 from tests.sft.compat.material import megatron_config, trl_config
+from tests.tiers import thinned
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.parity
@@ -233,9 +234,7 @@ SHAPES: dict[str, tuple[int, DictConfig, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if "pp4" in name else []) for name in SHAPES]
-)
+@pytest.mark.parametrize("name", thinned(SHAPES, "gpt-65b tp2 pp2"))
 def test_original_shapes_train_under_their_own_layout(tmp_path: Path, model: Path, name: str) -> None:
     """From random weights, as the original does without a pretrained_model."""
     ranks, config, changes = SHAPES[name]

@@ -43,7 +43,7 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", thinned(STARTS, "alone", "local_ranks"))  # tests.ranks sets what torchrun does
+@pytest.mark.parametrize("start", thinned(STARTS, "local_ranks"))  # tests.ranks sets what torchrun does
 def test_the_example_runs(tmp_path: Path, start: str) -> None:
     ranks, command = STARTS[start]
     make_tiny_model(tmp_path / "model")

@@ -31,10 +31,11 @@ def test_status_asks_sacct_for_a_job_that_squeue_forgot(slurm_with_accounting: S
     assert bench.state(run) == "CANCELLED"
 
 
+@pytest.mark.slow  # like the rest of the matrix with sacct
 def test_requeued_run_where_squeue_forgets_at_once(
     slurm_with_accounting: SlurmCluster, undisturbed: RunPaths, tmp_path: Path
 ) -> None:
-    """One row of the fault matrix; all of them are run with sacct in the slow tier."""
+    """The fault matrix asks the controller longer for a job that has ended."""
     run = killed_rank(make_workbench(tmp_path, slurm_with_accounting))
     assert decided(run) == [("unknown", "requeue"), ("done", "stop")]
     assert loss_curve(run) == loss_curve(undisturbed)

@@ -38,6 +38,7 @@ def test_a_job_is_pending_then_running_then_completed(slurm: SlurmCluster, tmp_p
     slurm.wait_for_job(waiting, {"COMPLETED"})
 
 
+@pytest.mark.slow  # by default the fault matrix preempts a run
 def test_urgent_job_requeues_a_normal_one(slurm: SlurmCluster) -> None:
     normal = sbatch(slurm, "-N4", "--exclusive", "--requeue", "--wrap", "sleep 300")
     slurm.wait_for_job(normal, {"RUNNING"})
@@ -47,6 +48,7 @@ def test_urgent_job_requeues_a_normal_one(slurm: SlurmCluster) -> None:
     assert "Restarts=1" in slurm.run(["scontrol", "show", "job", normal]).stdout
 
 
+@pytest.mark.slow  # by default the fault matrix loses a node
 def test_killed_node_goes_down_with_its_processes_and_returns(slurm: SlurmCluster) -> None:
     job = sbatch(slurm, "-N1", "--nodelist=node4", "--no-requeue", "--wrap", "sleep 300")
     slurm.wait_for_job(job, {"RUNNING"})

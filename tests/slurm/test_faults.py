@@ -314,6 +314,7 @@ def hanging_rank(bench: Workbench) -> RunPaths:
     return wait_for_end(bench, run)
 
 
+@pytest.mark.slow  # by default tests/sft/health stops a rank, and the rows above requeue a run
 @row(hanging_rank)
 def test_a_stopped_rank_is_named_and_the_run_goes_on(run: RunPaths, uninterrupted: RunPaths) -> None:
     (hang,) = events(run, "hang_detected")

@@ -32,6 +32,7 @@ def test_logs_show_batch_script_and_ranks(uninterrupted: RunPaths, bench: Workbe
     assert all(uninterrupted.rank_log(attempt, rank).is_file() for rank in range(4))
 
 
+@pytest.mark.slow  # by default the fault matrix has a run cancelled, and goes on
 def test_cancelled_run_goes_on_where_it_stopped(uninterrupted: RunPaths, bench: Workbench, slurm: SlurmCluster) -> None:
     run = bench.submit("cancelled")
     wait_for_checkpoint(run)

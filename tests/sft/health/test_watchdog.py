@@ -178,6 +178,7 @@ def test_a_node_that_has_finished_is_not_missed(tmp_path: Path, monkeypatch: pyt
     assert not paths.events.exists()
 
 
+@pytest.mark.slow  # the store's calls have to time out
 def test_a_stopped_rank_0_takes_the_store_with_it(tmp_path: Path) -> None:
     code, paths = hang(tmp_path, "pass\n    if env.rank == 0: os.kill(os.getpid(), 19)")
     assert code == ExitCode.HANG
