@@ -195,10 +195,8 @@ def test_peft_loads_and_merges_what_is_exported(
     base = load_transformers_model(models[case], torch.float32, attn_implementation="eager")
     loaded, ids = peft.PeftModel.from_pretrained(base, adapter).eval(), example_ids(vocab=331)
     assert names_of(loaded) == set(load_file(adapter / "adapter_model.safetensors"))
-    with torch.no_grad():
-        logits = loaded(ids).logits
-    assert (logits - hf_logits(paths.export, ids)).abs().max() < 1e-5
-    assert (logits - hf_logits(models[case], ids)).abs().max() > 0.05
+    expect_logits(loaded, paths.export, ids)
+    assert (hf_logits(paths.export, ids) - hf_logits(models[case], ids)).abs().max() > 0.05
     merged, ours = loaded.merge_and_unload().state_dict(), load_transformers_model(paths.export, torch.float32)
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
@@ -206,6 +204,13 @@ def test_peft_loads_and_merges_what_is_exported(
     add_adapter(added, adapter)
     for name, tensor in added.state_dict().items():
         torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def expect_logits(loaded: Any, merged: Path, ids: torch.Tensor) -> None:
+    """A model in PEFT's hands says what the merged one says."""
+    with torch.no_grad():
+        found, expected = loaded(ids).logits, hf_logits(merged, ids)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def names_of(model: Any) -> set[str]:
@@ -232,11 +237,28 @@ def test_one_of_the_two_tensors_alone(tmp_path: Path, models: dict[str, Path], c
     export_run(paths.root)
     base = load_transformers_model(models["gpt_oss"], torch.float32, attn_implementation="eager")
     loaded, ids = peft.PeftModel.from_pretrained(base, paths.export / "adapter").eval(), example_ids(vocab=331)
-    with torch.no_grad():
-        assert (loaded(ids).logits - hf_logits(paths.export, ids)).abs().max() < 1e-5
+    expect_logits(loaded, paths.export, ids)
     found, source = weights(paths.export), weights(models["gpt_oss"])
     changed = {name for name in source if not torch.equal(found[name], source[name])}
     assert changed == {f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(4)}
+
+
+@pytest.mark.slow
+def test_those_inside_a_multimodal_model(tmp_path: Path, chat: Path) -> None:
+    """Qwen3.5 as it is published: what is adapted has the names of its language model's modules."""
+    model = as_published(family_model(tmp_path / "model", "qwen3_5_moe"))
+    paths = lora_run(tmp_path, model, chat, LORA, ranks=1, max_steps=2, export_merged=True)
+    run_training(paths, 1)
+    export_run(paths.root)
+    base, ids = load_transformers_model(model, torch.float32, attn_implementation="eager"), example_ids(vocab=331)
+    loaded = peft.PeftModel.from_pretrained(base, paths.export / "adapter").eval()
+    names = set(load_file(paths.export / "adapter" / "adapter_model.safetensors"))
+    assert names_of(loaded) == names
+    assert "base_model.model.model.language_model.layers.0.mlp.experts.base_layer.lora_A.weight" in names
+    expect_logits(loaded, paths.export, ids)
+    added = load_transformers_model(model, torch.float32)
+    add_adapter(added, paths.export / "adapter")
+    expect_logits(added.eval(), paths.export, ids)
 
 
 def test_adapters_over_published_files_are_merged_into_bf16(tmp_path: Path, chat: Path) -> None:
