@@ -91,13 +91,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Expected:
-    """What PEFT's training gives: losses, norms, and the gradients of the experts' adapters, step by step."""
+    """What PEFT's training gives: losses, norms, and the gradients of the experts' adapters, step by step, and all
+    adapters at its end by the names of files."""
 
     def __init__(self, root: Path, directory: Path, chat: Path) -> None:
         self.gradients: dict[str, list[torch.Tensor]] = {}
+        self.trained: dict[str, torch.Tensor] = {}
 
         def build(spec: RunSpec) -> Any:
             made = peft_model(directory, spec.train.seed)
+            self.trained = adapters_of(made)  # which are those that will be trained
             for target, module in wrapped(directory):
                 for half in "AB":
                     self._watch(target.parameter(f"lora_{half}"), parameter(made, module, half))
@@ -194,7 +197,10 @@ def test_peft_loads_and_merges_what_is_exported(
     assert json.loads((adapter / "adapter_config.json").read_text())["target_parameters"] == PARAMETERS
     base = load_transformers_model(models[case], torch.float32, attn_implementation="eager")
     loaded, ids = peft.PeftModel.from_pretrained(base, adapter).eval(), example_ids(vocab=331)
-    assert names_of(loaded) == set(load_file(adapter / "adapter_model.safetensors"))
+    tensors, trained = load_file(adapter / "adapter_model.safetensors"), expected[case].trained
+    assert tensors.keys() == trained.keys() == adapters_of(loaded).keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, trained[name], rtol=1e-4, atol=1e-5)
     expect_logits(loaded, paths.export, ids)
     assert (hf_logits(paths.export, ids) - hf_logits(models[case], ids)).abs().max() > 0.05
     merged, ours = loaded.merge_and_unload().state_dict(), load_transformers_model(paths.export, torch.float32)
@@ -213,9 +219,10 @@ def expect_logits(loaded: Any, merged: Path, ids: torch.Tensor) -> None:
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def names_of(model: Any) -> set[str]:
+def adapters_of(model: Any) -> dict[str, torch.Tensor]:
     """The adapters of a model in PEFT's hands, as files name them."""
-    return {name.replace(".default", "") for name, _ in model.named_parameters() if ".lora_" in name}
+    named = {name.replace(".default", ""): own for name, own in model.named_parameters() if ".lora_" in name}
+    return {name: own.detach() for name, own in named.items()}
 
 
 @pytest.mark.slow
@@ -252,8 +259,8 @@ def test_those_inside_a_multimodal_model(tmp_path: Path, chat: Path) -> None:
     export_run(paths.root)
     base, ids = load_transformers_model(model, torch.float32, attn_implementation="eager"), example_ids(vocab=331)
     loaded = peft.PeftModel.from_pretrained(base, paths.export / "adapter").eval()
-    names = set(load_file(paths.export / "adapter" / "adapter_model.safetensors"))
-    assert names_of(loaded) == names
+    names = load_file(paths.export / "adapter" / "adapter_model.safetensors").keys()
+    assert adapters_of(loaded).keys() == names
     assert "base_model.model.model.language_model.layers.0.mlp.experts.base_layer.lora_A.weight" in names
     expect_logits(loaded, paths.export, ids)
     added = load_transformers_model(model, torch.float32)
