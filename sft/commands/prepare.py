@@ -44,7 +44,7 @@ def prepare(config: Path) -> ExitCode:
         check_vocabulary(prepared, architecture.shape.vocab_size)
         if prepared.validation is not None:
             print(report(name, prepared.validation))
-    check_prompts(spec, tokenizer_dir, model_dir)
+    check_prompts(spec, tokenizer_dir, model_dir, architecture.shape.vocab_size)
     if answers_wanted(spec):
         record_answers(paths, spec, model_dir, "before")
     append_event(paths, "prepared", attempt=RankEnv.from_environ().attempt)

@@ -129,7 +129,7 @@ def averages(name: str, result: object, prompts: int) -> dict[str, float]:
     return means
 
 
-def check_prompts(spec: RunSpec, tokenizer_dir: Path, model_dir: Path) -> None:
+def check_prompts(spec: RunSpec, tokenizer_dir: Path, model_dir: Path, vocab_size: int) -> None:
     """Raise now what an evaluation would raise later. Do nothing where there are no prompts."""
     if spec.evaluation.prompts is None:
         return
@@ -138,5 +138,11 @@ def check_prompts(spec: RunSpec, tokenizer_dir: Path, model_dir: Path) -> None:
     stop_tokens(spec, tokenizer, model_dir)
     if spec.evaluation.metric:
         metric_function(spec.evaluation.metric)
+    largest = max(max(prompt.ids) for prompt in prompts)
+    if largest >= vocab_size:  # rows of zeros may follow the model's own, and answers would be to them
+        raise DataError(
+            f"evaluation.prompts: token id {largest} is not in the model's vocabulary of {vocab_size} (vocab_size in "
+            "its config.json); set model.tokenizer to the model's own, or make the ids in the rows with it"
+        )
     longest = max(len(prompt.ids) for prompt in prompts)
     print(f"prompts: {len(prompts):,} to answer at each evaluation, the longest of {longest:,} tokens")

@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.contract.leaves import describe, is_dict, is_list
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import ANY_NAME, FieldType, field_rules, field_types, mapped_section, section_type
-from launcher.contract.spec.rules import Above, AtLeast, Fraction, Names, Probability, Required
+from launcher.contract.spec.rules import Above, AtLeast, Bits, Fraction, Names, Percent, Probability, Required
 
 _BAR = "\\|"
 _INTRO = """# Config reference
@@ -81,7 +81,7 @@ def _value(section: type, name: str) -> str:
     kind = field_types(section)[name]
     words = describe(kind)
     for rule in field_rules(section).get(name, ()):
-        if isinstance(rule, AtLeast | Above | Fraction | Probability):
+        if isinstance(rule, AtLeast | Above | Fraction | Probability | Percent | Bits):
             words += f", {rule.description}"
         elif isinstance(rule, Names):
             words += f", each name {rule.description}"

@@ -9,7 +9,18 @@ from typing import Annotated, Literal
 
 from launcher.contract.named_templates import TOKENIZER, WORDS
 from launcher.contract.spec.paths import Directory, ExistingFile, Files
-from launcher.contract.spec.rules import REVISION, SET_NAME, SHARE_OF_ROWS, Above, AtLeast, Day, Names, Required
+from launcher.contract.spec.rules import (
+    REVISION,
+    SET_NAME,
+    SHARE_OF_ROWS,
+    Above,
+    AtLeast,
+    Bits,
+    Day,
+    Names,
+    Percent,
+    Required,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +103,7 @@ class DataSpec:
     """Longest example in tokens."""
     length_policy: Literal["drop", "truncate_left", "truncate_right", "split", "error"] = "truncate_right"
     """What happens to longer examples (split: pieces of seq_length). What is lost is counted and printed."""
-    max_lost_percent: float = 100.0
+    max_lost_percent: Annotated[float, Percent()] = 100.0
     """Refuse data of which the length policy removes a larger percentage of the tokens to train than this."""
     require_end_tokens: bool = True
     """Refuse data in which no answer ends with a trained end token, from which a model would never learn to stop."""
@@ -105,7 +116,7 @@ class DataSpec:
     """Without packing: form batches of examples of similar lengths, which need less padding. Needs shuffle."""
     shuffle: bool = True
     """Shuffle anew in each epoch, from train.seed."""
-    cyclic_seed: Annotated[int | None, AtLeast(0)] = None
+    cyclic_seed: Annotated[int | None, AtLeast(0), Bits(63)] = None
     """Take examples in the order of trlx's NeMo trainers, from this seed: one permutation of global_batch_size x
     max_steps places, each of which stands for an example by its remainder. There are no epochs in it, and a run shorter
     than its data sees only a part of them. For comparison with such runs."""

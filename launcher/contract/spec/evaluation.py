@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from launcher.contract.spec.paths import ExistingFile
-from launcher.contract.spec.rules import FUNCTION, Above, AtLeast, Probability
+from launcher.contract.spec.rules import FUNCTION, Above, AtLeast, Bits, Probability
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class EvaluationSpec:
     repetition_penalty: Annotated[float, Above(0)] = 1.0
     """Logits of tokens that the prompt or the answer holds already are divided by this if they are above 0, else
     multiplied; 1 changes nothing."""
-    seed: int = 1234
+    seed: Annotated[int, Bits(63)] = 1234
     """Seed of sampling; each prompt has a random stream of its own, whatever the topology."""
     stop_tokens: list[str] = field(default_factory=list)
     """Further tokens that end an answer, besides the end tokens of model and tokenizer."""

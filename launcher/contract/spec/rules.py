@@ -98,6 +98,32 @@ class Probability(Rule):
         return _is_number(value) and 0 < value <= 1
 
 
+@dataclass(frozen=True, slots=True)
+class Percent(Rule):
+    """A number from 0 to 100."""
+
+    @property
+    def description(self) -> str:
+        return "from 0 to 100"
+
+    def allows(self, value: object) -> bool:
+        return _is_number(value) and 0 <= value <= 100
+
+
+@dataclass(frozen=True, slots=True)
+class Bits(Rule):
+    """An integer whose absolute value has at most `most` bits: what generators and lengths can be."""
+
+    most: int
+
+    @property
+    def description(self) -> str:
+        return f"of at most {self.most} bits"
+
+    def allows(self, value: object) -> bool:
+        return isinstance(value, int) and value.bit_length() <= self.most
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Pattern(Rule):
     """A text that matches `regex` as a whole.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from launcher.contract.spec.rules import Above, AtLeast, Fraction, NumberText
+from launcher.contract.spec.rules import Above, AtLeast, Bits, Fraction, NumberText
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +110,7 @@ class EarlyStoppingSpec:
 class TrainSpec:
     """Length, batch and numerics of the training."""
 
-    max_steps: Annotated[int | None, AtLeast(1)] = None
+    max_steps: Annotated[int | None, AtLeast(1), Bits(63)] = None
     """Optimizer steps. Give either this or epochs."""
     epochs: Annotated[float | None, Above(0)] = None
     """Passes over the training data; with data.sources one pass takes from each source what its weight says. Of a part
@@ -122,7 +122,7 @@ class TrainSpec:
     tokens, and a step holds the examples of global_batch_size / seq_length rows, with data.packing or without it."""
     micro_batch_size: Annotated[int, AtLeast(1)] = 1
     """Examples in one forward pass of one rank; with data.packing rows of up to data.seq_length tokens."""
-    seed: int = 1234
+    seed: Annotated[int, Bits(63)] = 1234
     """Seed of data order, random weights and dropout."""
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     """bf16 keeps fp32 master weights and reduces gradients in fp32. fp8 is bf16 except for the products of the layers'

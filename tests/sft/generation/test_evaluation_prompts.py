@@ -19,7 +19,7 @@ from sft.generation.evaluation_prompts import (
     stop_tokens,
     trimmed,
 )
-from tests.tiny_model import make_tokenizer, write_jsonl
+from tests.tiny_model import VOCAB_SIZE, make_tokenizer, write_jsonl
 
 TOKENIZER = make_tokenizer()
 
@@ -134,12 +134,17 @@ def test_prompts_are_checked_before_ranks_start(
 ) -> None:
     directory = tokenizer_dir()
     file = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "How many?"}] * 3)
-    check_prompts(RunSpec(), directory, directory)
+    check_prompts(RunSpec(), directory, directory, VOCAB_SIZE)
     assert capsys.readouterr().out == ""
-    check_prompts(RunSpec(evaluation=EvaluationSpec(prompts=str(file), metric="math:sqrt")), directory, directory)
+    spec = RunSpec(evaluation=EvaluationSpec(prompts=str(file), metric="math:sqrt"))
+    check_prompts(spec, directory, directory, VOCAB_SIZE)
     assert capsys.readouterr().out.startswith("prompts: 3 to answer at each evaluation, the longest of ")
     with pytest.raises(ConfigError, match="cannot be imported"):
-        check_prompts(RunSpec(evaluation=EvaluationSpec(prompts=str(file), metric="math:no")), directory, directory)
+        other = RunSpec(evaluation=EvaluationSpec(prompts=str(file), metric="math:no"))
+        check_prompts(other, directory, directory, VOCAB_SIZE)
+    write_jsonl(file, [{"prompt": "?", "input_ids": [5, VOCAB_SIZE]}])
+    with pytest.raises(DataError, match=rf"token id {VOCAB_SIZE} is not in the model's vocabulary of {VOCAB_SIZE}"):
+        check_prompts(spec, directory, directory, VOCAB_SIZE)
 
 
 @pytest.fixture
