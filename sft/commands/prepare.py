@@ -20,6 +20,7 @@ from sft.hf.files import check_model_files
 from sft.hf.stop_tokens import record_stop_tokens
 from sft.model_source import resolve_model_dir
 from sft.models.registry import read_architecture
+from sft.models.unused_settings import unused_dropouts
 from sft.runtime.rank_env import RankEnv
 
 
@@ -36,6 +37,7 @@ def prepare(config: Path) -> ExitCode:
     check_model_settings(spec, architecture)
     if spec.model.init == "pretrained":
         check_model_files(model_dir, architecture)
+    print("".join(f"{remark}\n" for remark in unused_dropouts(model_dir, spec.model)), end="")
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
     data = prepare_data(spec, tokenizer_dir)
     check_vocabulary(data, architecture.shape.vocab_size)

@@ -65,8 +65,8 @@ class ModelSpec:
     tokenizer: Annotated[str | None, ExistingDirectory()] = None
     """Tokenizer directory, or ORG/NAME of the hub; default model.path."""
     attention_dropout: Annotated[float, Fraction()] = 0.0
-    """Dropout on attention probabilities."""
+    """Dropout on attention probabilities, whatever the model's own config says."""
     hidden_dropout: Annotated[float, Fraction()] = 0.0
-    """Dropout on each residual branch."""
+    """Dropout on each residual branch, whatever the model's own config says."""
     lora: LoraSpec = field(default_factory=LoraSpec)
     """Train low-rank adapters instead of all weights."""
