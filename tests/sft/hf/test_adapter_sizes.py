@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from launcher.contract.adapters import active_adapters, expert_adapters, layer_adapters
+from launcher.contract.model_shape import ModelShape, read_model_shape
 from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import adapter_targets
 from sft.hf.expert_adapter import expert_targets
@@ -43,6 +45,28 @@ def test_every_family(case: str, tmp_path: Path) -> None:
     architecture = read_architecture(save_config(case, tmp_path))
     for name, lora in SETTINGS.items():
         expect_same_sizes(architecture, lora, name)
+
+
+def test_files_with_each_expert_by_itself(tmp_path: Path) -> None:
+    """transformers writes Qwen3.5 so, and publishes it with all experts in one tensor: adapters have other names."""
+    save_config("qwen3_5_moe_text", tmp_path)
+    joined = read_architecture(tmp_path).shape
+    index = tmp_path / "model.safetensors.index.json"
+    prefix = "model.layers.0.mlp.experts"
+
+    def shape_of(*names: str) -> ModelShape:
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-1.safetensors")}))
+        return read_model_shape(tmp_path)
+
+    of_head = "mtp.layers.0.mlp.experts.0.down_proj.weight"  # in a form of its own in published files
+    assert shape_of(f"{prefix}.down_proj", of_head) == joined
+    separate = shape_of(f"{prefix}.0.down_proj.weight", of_head)
+    assert (joined.joined_experts, separate.joined_experts) == (True, False)
+    architecture = read_architecture(tmp_path)
+    for name, lora in SETTINGS.items():
+        expect_same_sizes(architecture, lora, name)
+    some = LoraSpec(rank=3, targets=["gate_proj", "up_proj", "down_proj"])
+    assert expert_adapters(joined, some) == 0 < expert_adapters(separate, some)
 
 
 def expect_same_sizes(architecture: Architecture, lora: LoraSpec, name: str) -> None:
