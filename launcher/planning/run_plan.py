@@ -6,6 +6,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
+from launcher.contract.cost_model.assumptions import implementation_of, layout_of, workload_of
 from launcher.contract.cost_model.memory import largest_stage
 from launcher.contract.cost_model.predict import Candidate, evaluate
 from launcher.contract.errors import ConfigError, TopologyError
@@ -13,7 +14,6 @@ from launcher.contract.hardware import GpuKind, gpu_kind, gpu_kinds
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
-from launcher.planning.assumptions import implementation_of, layout_of, workload_of
 from launcher.planning.leaner_stages import leaner_stages
 from launcher.planning.search import HEADROOM, SearchResult, nearest_fitting, search_layouts
 

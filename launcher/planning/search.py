@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from launcher.contract.cost_model.assumptions import implementation_of, layout_of, workload_of
 from launcher.contract.cost_model.implementation import Implementation
 from launcher.contract.cost_model.predict import Candidate, evaluate
 from launcher.contract.cost_model.workload import Recompute, Workload
@@ -19,7 +20,6 @@ from launcher.contract.hardware import GpuKind
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import build_topology, expert_tensor_parallel, layers_per_stage
-from launcher.planning.assumptions import implementation_of, layout_of, workload_of
 from launcher.planning.variants import sizes_to_try, variant, with_recompute
 
 HEADROOM = 0.92

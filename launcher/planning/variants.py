@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from launcher.contract.cost_model.assumptions import rows_of
 from launcher.contract.cost_model.predict import Candidate
 from launcher.contract.cost_model.workload import Recompute
 from launcher.contract.divisors import divisors
@@ -14,13 +15,6 @@ from launcher.contract.spec import RunSpec
 from launcher.contract.topology import expert_tensor_parallel, sequence_multiple
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
-
-
-def rows_of(spec: RunSpec) -> int:
-    """Return the rows of one step at its largest: each example has a row of its own."""
-    train = spec.train
-    rows = train.global_batch_size
-    return max(1, rows // spec.data.seq_length if train.global_batch_unit == "tokens" else rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -152,8 +152,9 @@ class BenchModule(SFTGPT):
         if timed:
             lengths = [length for part in batch.micro_batches for length in part.seq_lengths or ()]
             slots = sum(part.tokens.numel() for part in batch.micro_batches)
-            real = batch.tokens // self.topology.data_parallel
-            self.clock.after_step(without_padding(lengths, real), slots, batch.supervised_tokens)
+            replicas = self.topology.data_parallel  # the batch's numbers are those of all of them
+            real, supervised = batch.tokens // replicas, batch.supervised_tokens // replicas
+            self.clock.after_step(without_padding(lengths, real), slots, supervised)
         if timed and self.clock.over:
             assert self.last_step is not None
             train = self.spec.train
@@ -180,9 +181,14 @@ class BenchModule(SFTGPT):
 
     def _expected(self) -> float | None:
         lengths, slots = self.clock.lengths, self.clock.slots
-        attended = sum(length * length for length in lengths) / sum(lengths)
+        tokens = sum(lengths)
         return expected_tokens_per_second(
-            self.spec, self.topology, self.architecture.shape, attended, sum(lengths) / slots
+            self.spec,
+            self.topology,
+            self.architecture.shape,
+            attended=sum(length * length for length in lengths) / tokens,
+            fill=tokens / slots,
+            trained=self.clock.supervised / tokens,
         )
 
     def _set_learning_rate(self, step: int) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from launcher.contract.cost_model.implementation import CURRENT
+from launcher.contract.cost_model.assumptions import implementation_of, layout_of, workload_of
 from launcher.contract.cost_model.predict import evaluate
-from launcher.contract.cost_model.workload import Layout, Workload
 from launcher.contract.errors import TopologyError
 from launcher.contract.hardware import match_gpu
 from launcher.contract.model_shape import ModelShape
@@ -65,16 +65,17 @@ def micro_batch_rows(topology: TopologySpec, rows: int, micro_batches: int) -> i
 
 
 def expected_tokens_per_second(
-    spec: RunSpec, topology: Topology, shape: ModelShape, attended: float, fill: float
+    spec: RunSpec, topology: Topology, shape: ModelShape, *, attended: float, fill: float, trained: float
 ) -> float | None:
-    """Return the tokens per second and GPU, without padding, that the planner predicts, or None for another GPU."""
+    """Return the tokens per second and GPU, without padding, that the planner predicts, or None for another GPU.
+
+    `attended` is the mean length that a token's attention sees, `fill` the share of tokens that are not padding, and
+    `trained` that of those which are targets.
+    """
     gpu = match_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if gpu is None:
         return None
-    rows = spec.train.global_batch_size // spec.data.seq_length
-    workload = Workload(
-        shape=shape, seq_length=spec.data.seq_length, rows=rows, attended=attended, fill=fill,
-        precision=spec.train.precision, lora=spec.model.lora,
-    )  # fmt: skip
-    layout = Layout(topology=topology, recompute=spec.train.recompute)
-    return round(evaluate(workload, layout, gpu, CURRENT).tokens_per_second / topology.world_size, 1)
+    workload = replace(workload_of(spec, shape), attended=attended, fill=fill, trained=trained)
+    layout = layout_of(spec, topology, spec.train.recompute)
+    found = evaluate(workload, layout, gpu, implementation_of(spec, shape, gpu))
+    return round(found.tokens_per_second / topology.world_size, 1)

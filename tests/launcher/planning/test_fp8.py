@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from launcher.contract.cost_model.assumptions import layout_of, workload_of
 from launcher.contract.cost_model.implementation import CURRENT
 from launcher.contract.cost_model.memory import pipeline_memory
 from launcher.contract.cost_model.predict import Candidate
@@ -11,7 +12,6 @@ from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import ModelShape, named_model_shape
 from launcher.contract.spec import DataSpec, Fp8Spec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.topology import build_topology
-from launcher.planning.assumptions import layout_of, workload_of
 from launcher.planning.run_plan import estimate
 
 SHAPE = named_model_shape("8b")

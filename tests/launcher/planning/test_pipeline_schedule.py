@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from launcher.contract.cost_model.assumptions import workload_of
 from launcher.contract.cost_model.implementation import CURRENT
 from launcher.contract.cost_model.passes import head_pass, layer_pass
 from launcher.contract.cost_model.step_time import step_time
@@ -15,7 +16,6 @@ from launcher.contract.model_shape import named_model_shape
 from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.stages import chunk_ranges, even_split
 from launcher.contract.topology import build_topology
-from launcher.planning.assumptions import workload_of
 
 Operation = tuple[str, int, int]
 """F or B, model chunk in the model's order, micro-batch."""

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.__main__ import main
+from launcher.contract.cost_model.assumptions import workload_of
 from launcher.contract.cost_model.implementation import CURRENT, FUSED, PAIR_RATE, PLAIN
 from launcher.contract.cost_model.memory import chunks_in_flight, largest_stage, pipeline_memory
 from launcher.contract.cost_model.predict import Candidate, evaluate
@@ -30,7 +31,6 @@ from launcher.contract.model_shape import named_model_shape
 from launcher.contract.spec import DataSpec, LoraSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.stages import even_split
 from launcher.contract.topology import Topology, build_topology
-from launcher.planning.assumptions import workload_of
 from launcher.planning.run_plan import run_cost
 from launcher.planning.search import HEADROOM, search_layouts, with_gpus
 from launcher.planning.variants import with_layout

@@ -14,12 +14,18 @@ from launcher.contract.hardware import GpuKind
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
-from launcher.planning.variants import rows_of
 
 _WITH_FLASH4 = ("h100", "h200", "gh200", "b200")
 """What names of GPUs begin with for which flash-attn-4 has kernels: Hopper and Blackwell."""
 _OFFSETS_ALWAYS = ("gemma2", "gpt_oss")
 """Model types whose scores torch's own attention cannot compute: capped ones, and those with sinks."""
+
+
+def rows_of(spec: RunSpec) -> int:
+    """Return the rows of one step at its largest: each example has a row of its own."""
+    train = spec.train
+    rows = train.global_batch_size
+    return max(1, rows // spec.data.seq_length if train.global_batch_unit == "tokens" else rows)
 
 
 def workload_of(spec: RunSpec, shape: ModelShape) -> Workload:
