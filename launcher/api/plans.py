@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,6 +105,8 @@ class PlannedSize:
     """The fastest ones that fit, fastest first."""
     auto: Taken | None
     """What `topology: auto` takes; null where nothing fits that keeps what the config sets."""
+    config: Layout | None
+    """The layout that the config's own sizes make; null where it says `topology: auto`, or where they break a rule."""
     fitting: int
     """How many layouts fit."""
     too_large: int
@@ -145,9 +147,10 @@ def plan(
     layouts to list of each number, by default 5, or 1 of several. Raise ConfigError where nothing can be planned.
     """
     from launcher.contract.config.load import load_config
-    from launcher.planning.choice import kept_keys, plan_layouts
+    from launcher.planning.choice import kept_keys, own_layout, plan_layouts
     from launcher.planning.run_plan import gpu_of, unknown_gpu
     from launcher.planning.search import with_gpus
+    from launcher.submission.early_refusal import check_model
     from launcher.submission.submission import model_shape_of
 
     loaded = load_config(Path(config), overrides, cluster)
@@ -155,12 +158,17 @@ def plan(
     shape, gpu = model_shape_of(spec), gpu_of(spec)
     if gpu is None:
         raise ConfigError(unknown_gpu(spec))
+    check_model(spec)
     variants = [with_gpus(spec, size) for size in (_sizes(gpus) if gpus else [spec.resources.world_size])]
     searches = tuple(plan_layouts(variant, shape, gpu, kept) for variant in variants)
+    if not loaded.auto_topology:
+        searches = tuple(replace(search, own=own_layout(search.spec, shape, gpu)) for search in searches)
     return Plan(searches=searches, top=top or (5 if len(searches) == 1 else 1))
 
 
 def _planned(search: Planned, top: int) -> PlannedSize:
+    from launcher.contract.cost_model.predict import Candidate
+
     spec, result = search.spec, search.result
     return PlannedSize(
         gpus=spec.resources.world_size,
@@ -168,6 +176,7 @@ def _planned(search: Planned, top: int) -> PlannedSize:
         tokens_per_step=result.workload.tokens,
         layouts=tuple(_layout(spec, result, candidate) for candidate in result.fitting[:top]),
         auto=None if isinstance(search.choice, str) else _taken(spec, result, search.choice),
+        config=_layout(spec, result, search.own) if isinstance(search.own, Candidate) else None,
         fitting=len(result.fitting),
         too_large=len(result.too_large),
         rules_broken=tuple(BrokenRule(sizes=sizes, rule=rule) for sizes, rule in result.broken),

@@ -36,7 +36,9 @@ def config_argument(parser: argparse.ArgumentParser) -> None:
 
 def override_arguments(parser: argparse.ArgumentParser) -> None:
     """Add settings on the command line, and another cluster."""
-    words = parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over the file's")
+    words = parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that win over the file's"
+    )  # without a default, argparse calls them required where the config is missing
     completed(words, KEY)
     cluster = parser.add_argument("--cluster", metavar="NAME", help="a file in cluster_configs/ to use instead")
     completed(cluster, CLUSTER)

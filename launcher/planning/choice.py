@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from launcher.contract.config.load import LoadedConfig, value_at
 from launcher.contract.cost_model.predict import Candidate
+from launcher.contract.errors import TopologyError
 from launcher.contract.hardware import GpuKind
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
-from launcher.planning.run_plan import nothing_fits
+from launcher.contract.topology import build_topology
+from launcher.planning.run_plan import estimate, nothing_fits
 from launcher.planning.search import SearchResult, recompute_order, search_layouts
 
 MODEL_ERROR = 0.03
@@ -66,6 +68,16 @@ class Plan:
     """All layouts, also those that do not keep what the config sets."""
     choice: Choice | str
     """Or why `auto` takes none."""
+    own: Candidate | str | None = None
+    """The layout that the config's own sizes make, or the rules that they break; None where it says `auto`."""
+
+
+def own_layout(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Candidate | str:
+    """Return what is predicted of the config's own sizes, or which rules they break."""
+    try:
+        return estimate(spec, build_topology(spec, shape), shape, gpu)
+    except TopologyError as error:
+        return "; ".join(error.problems)
 
 
 def plan_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Sequence[str]) -> Plan:

@@ -98,8 +98,20 @@ def nothing_fits(spec: RunSpec, result: SearchResult) -> str:
             f"{result.gpu.name}: the nearest, {nearest.layout.describe()}, needs {nearest.memory.total:.1f} "
             f"({describe_memory(nearest)}); take more GPUs (`launcher plan --gpus`), or shorten data.seq_length"
         )
-    rules = "; ".join(f"{sizes}: {rule}" for sizes, rule in result.broken[:3])
-    return f"no layout of {gpus} GPUs keeps the rules ({rules})"
+    rules = broken_rules(result)
+    more = f"; and {len(rules) - 1} rules more that others break" if len(rules) > 1 else ""
+    return f"no layout of {gpus} GPUs keeps the rules ({rules[0]}{more})"
+
+
+def broken_rules(result: SearchResult) -> list[str]:
+    """Return each rule that sizes break, once, with the first of those sizes and how many more there are."""
+    sizes: dict[str, list[str]] = {}
+    for words, rule in result.broken:
+        sizes.setdefault(rule, []).append(words)
+    return [
+        f"{broken[0]}{f' and {len(broken) - 1} others' if len(broken) > 1 else ''}: {rule}"
+        for rule, broken in sizes.items()
+    ]
 
 
 def describe_memory(candidate: Candidate) -> str:

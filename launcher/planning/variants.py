@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from launcher.contract.adapters import expert_adapters
 from launcher.contract.cost_model.assumptions import rows_of
 from launcher.contract.cost_model.predict import Candidate
 from launcher.contract.cost_model.workload import Recompute
@@ -125,7 +126,9 @@ def _expert_sizes(
         yield spec.topology.expert_parallel if "topology.expert_parallel" in kept else 1, tensor
         return
     given = expert_tensor_parallel(dataclasses.replace(spec.topology, tensor_parallel=tensor))
-    for expert_tensor in (given,) if "topology.expert_tensor_parallel" in kept else sorted({1, tensor}):
+    whole = spec.model.lora.rank is not None and expert_adapters(shape, spec.model.lora) > 0  # no part has adapters
+    tried = {1} if whole else {1, tensor}
+    for expert_tensor in (given,) if "topology.expert_tensor_parallel" in kept else sorted(tried):
         if "topology.expert_parallel" in kept:
             yield spec.topology.expert_parallel, expert_tensor
             continue

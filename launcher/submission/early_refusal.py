@@ -6,6 +6,7 @@ need neither torch nor transformers. So both refuse the same, in the same words.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from launcher.contract.errors import ConfigError, ModelError
 from launcher.contract.hub.found import Fetch, fetch_now
 from launcher.contract.model_shape import read_model_shape
 from launcher.contract.nemo.checkpoint import is_checkpoint
-from launcher.contract.spec import RunSpec
+from launcher.contract.spec import RunSpec, TopologySpec
 
 
 def check_early(spec: RunSpec) -> None:
@@ -21,6 +22,13 @@ def check_early(spec: RunSpec) -> None:
     from sft.data.reading.head import head_problems
 
     problems = [*_model_problems(spec), *head_problems(spec.data, _vocab_size(spec))]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_model(spec: RunSpec) -> None:
+    """Raise ConfigError with everything that the model's config.json tells, whatever the topology will be."""
+    problems = _model_problems(dataclasses.replace(spec, topology=TopologySpec()))
     if problems:
         raise ConfigError(problems)
 

@@ -9,7 +9,7 @@ from launcher.contract.cost_model.predict import Candidate
 from launcher.contract.flops import parameters
 from launcher.contract.spec import RunSpec
 from launcher.planning.choice import Plan
-from launcher.planning.run_plan import override_words, run_cost
+from launcher.planning.run_plan import broken_rules, override_words, run_cost
 from launcher.planning.search import HEADROOM, SearchResult
 from launcher.views.text import columns
 
@@ -96,14 +96,14 @@ def _best(plan: Plan) -> list[str]:
     choice, result = plan.choice, plan.result
     if isinstance(choice, str):
         return [f"{'auto       ' if result.fitting else 'nothing fits: '}{choice}"]
-    best = choice.taken
-    fastest = result.fitting[0]
+    best, fastest = choice.taken, result.fitting[0]
     other = (
         "" if fastest.layout == choice.fastest.layout else f"; the config sets {' and '.join(choice.kept)} otherwise"
     )
     lines = [
         f"fastest    {fastest.layout.describe()}, by prediction{other}",
         f"best       {best.layout.describe()}: what topology: auto takes, {choice.why}",
+        *_own(plan, fastest),
         f"time       {_shares(best)}",
         *_bubble(result, best),
         "",
@@ -114,6 +114,18 @@ def _best(plan: Plan) -> list[str]:
     cost = run_cost(plan.spec, best)
     lines += [f"run        {cost.describe()}"] if cost else []
     return [*lines, f"use it     {override_words(plan.spec, best)}   (or topology: auto)"]
+
+
+def _own(plan: Plan, fastest: Candidate) -> list[str]:
+    """Return what is predicted of the config's own sizes, if it has any in place of `auto`."""
+    own = plan.own
+    if own is None:
+        return []
+    if isinstance(own, str):
+        return [f"config     cannot run as it is: {own}"]
+    loss = 1 - own.tokens_per_second / fastest.tokens_per_second
+    fits = f"{own.memory.total:.1f} GiB" + (f", {own.missing:.1f} too much" if own.missing > 0 else "")
+    return [f"config     {own.layout.describe()}: {abs(loss):.1%} {'slower' if loss >= 0 else 'faster'}, {fits}"]
 
 
 def _stages(result: SearchResult, best: Candidate) -> list[tuple[str, ...]]:
@@ -172,7 +184,10 @@ def _left_out(result: SearchResult) -> list[str]:
             f"left out   {len(result.too_large)} layouts that keep the rules need more than {HEADROOM:.0%} of the "
             f"memory; the fastest of them, {speed.layout.describe()}, {speed.memory.total:.1f} GiB"
         )
-    lines += [f"left out   {sizes}: {rule}" for sizes, rule in result.broken[:4]]
-    if len(result.broken) > 4:
-        lines.append(f"left out   {len(result.broken) - 4} more that break a rule (--json lists them)")
+    if not (result.fitting or result.too_large):
+        return lines  # said already
+    rules = broken_rules(result)
+    lines += [f"left out   {rule}" for rule in rules[:4]]
+    if len(rules) > 4:
+        lines.append(f"left out   more by {len(rules) - 4} other rules (--json lists them)")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from launcher.__main__ import main
 from launcher.contract.cost_model.predict import Candidate
 from launcher.contract.hardware import gpu_kind
 from launcher.contract.model_shape import named_model_shape
-from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TrainSpec
+from launcher.contract.spec import DataSpec, LoraSpec, ModelSpec, ResourcesSpec, RunSpec, TrainSpec
 from launcher.planning.choice import MODEL_ERROR, simplest
 from launcher.planning.search import search_layouts
 
@@ -166,3 +167,47 @@ def test_plan_says_what_the_config_excludes(planned: Path, capsys: CAPTURED) -> 
     assert fastest.endswith(", by prediction; the config sets train.micro_batch_size otherwise")
     assert ", micro-batch 4: what topology: auto takes, " in best
     assert "of those with the config's train.micro_batch_size" in best
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ("{tensor_parallel: 4, sequence_parallel: true}", r"config     tp4 x dp4 = 16 ranks \+ .* \d+\.\d% slower, "),
+        ("{tensor_parallel: 3}", "config     cannot run as it is: topology.tensor_parallel 3 does not divide the 8"),
+    ],
+)
+def test_plan_tells_what_the_config_itself_makes(planned: Path, capsys: CAPTURED, sizes: str, line: str) -> None:
+    assert main(["plan", str(planned)]) == 0
+    assert "\nconfig " not in capsys.readouterr().out
+    planned.write_text(planned.read_text().replace("topology: auto", f"topology: {sizes}"))
+    assert main(["plan", str(planned)]) == 0
+    assert re.search(line, capsys.readouterr().out)
+
+
+def test_a_rule_that_every_layout_breaks_is_said_once(planned: Path, capsys: CAPTURED) -> None:
+    assert main(["plan", str(planned), "data.seq_length=200000"]) == 2
+    text = capsys.readouterr().out
+    assert text.count("is longer than the model's 131072 positions") == 1
+    assert "no layout of 16 GPUs keeps the rules (tp1 pp1 and 13 others: data.seq_length 200000" in text
+
+
+def test_plan_refuses_what_no_run_could_train(planned: Path, capsys: CAPTURED) -> None:
+    assert main(["plan", str(planned), "model.lora.rank=8", "model.lora.targets=[k_projj]"]) == 2
+    assert "model.lora.targets: a llama model has no linear layer k_projj" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lora", "sizes"), [({}, {1, 2}), ({"rank": 8}, {1}), ({"rank": 8, "targets": ["q_proj"]}, {1, 2})]
+)
+def test_experts_with_adapters_stay_whole(lora: dict[str, object], sizes: set[int]) -> None:
+    """Ranks cannot share an expert that has adapters: such layouts would be refused after they were chosen."""
+    shape = named_model_shape("30b-a3b")
+    spec = RunSpec(
+        resources=ResourcesSpec(nodes=1, gpus_per_node=2),
+        data=DataSpec(seq_length=4096),
+        model=ModelSpec(lora=LoraSpec(**lora)),  # type: ignore[arg-type]
+        train=TrainSpec(global_batch_size=8, max_steps=10),
+    )
+    result = search_layouts(spec, shape, gpu_kind("h200"))
+    layouts = [one.layout.topology for one in (*result.fitting, *result.too_large)]
+    assert {topology.expert_tensor_parallel for topology in layouts if topology.tensor_parallel == 2} == sizes
