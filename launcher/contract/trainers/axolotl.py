@@ -121,6 +121,13 @@ def _template(value: object, entries: Entries) -> Translation:
     return Translation({"data.chat_template": name}, "validate says whether there is a template of that name here")
 
 
+def _excess(value: object, entries: Entries) -> Translation:
+    policies = {None: "drop", "drop": "drop", "truncate": "truncate_right", "raise": "error"}
+    if value not in policies:
+        raise Refused(f"{value!r} is not drop, truncate or raise")
+    return Translation({"data.length_policy": policies[str(value)]})
+
+
 def _inputs(value: object, entries: Entries) -> Translation:
     return Translation({"data.loss_on": "all" if value else "assistant"})
 
@@ -196,7 +203,7 @@ _DATA: dict[str, Word] = {
     "eot_tokens": needless("tokens that end a turn are found in the chat template"),
     "train_on_inputs": becomes("data.loss_on", _inputs),
     "sequence_len": at("data.seq_length"),
-    "excess_length_strategy": missing("here it is data.length_policy"),
+    "excess_length_strategy": becomes("data.length_policy", _excess),
     "sample_packing": at("data.packing"),
     "eval_sample_packing": needless("held-out rows are packed as training's are; their loss does not depend on it"),
     "pad_to_sequence_len": needless("rows are padded to their longest; data.pad_to_multiple"),
@@ -299,6 +306,7 @@ WORDS: dict[str, Word] = {**HF_TRAINER, **_MODEL, **_DATA, **_TRAINING}
 ABSENT = (
     Absent(("adam_beta2",), {"train.optimizer.beta2": 0.999}, "0.999"),
     Absent(("seed",), {"train.seed": 42}, "42"),
+    Absent(("excess_length_strategy",), {"data.length_policy": "drop"}, "drop"),
     Absent(("warmup_steps", "warmup_ratio"), {"train.optimizer.warmup_ratio": 0.03}, "3 % of the steps, at most 100"),
 )
 """Where its defaults differ from ours."""

@@ -165,7 +165,9 @@ def test_axolotl() -> None:
         "train.optimizer.beta2": 0.999,
         "train.seed": 42,
         "train.optimizer.warmup_ratio": 0.03,
+        "data.length_policy": "drop",
     }
+    assert settings(AXOLOTL | {"excess_length_strategy": "truncate"}, gpus=2)["data.length_policy"] == "truncate_right"
 
 
 def test_llama_factory() -> None:
@@ -222,6 +224,7 @@ def test_what_is_printed_is_a_config_of_ours_and_every_key_is_accounted_for(conf
         (AXOLOTL, {"datasets": [{"path": "a", "type": "oasst"}]}, "datasets: type 'oasst' is not known"),
         (AXOLOTL, {"datasets": [{"path": "a", "roles_to_train": ["user"]}]}, "datasets: roles_to_train of a data set"),
         (AXOLOTL, {"lora_target_linear": None, "lora_target_modules": ".*_proj"}, "adapter: .*_proj: layers are named"),
+        (AXOLOTL, {"excess_length_strategy": "split"}, "'split' is not drop, truncate or raise"),
         (AXOLOTL, {"sequnce_len": 3}, "sequnce_len: not a word of axolotl that is known; did you mean 'sequence_len'?"),
         (LLAMA_FACTORY, {"stage": "dpo"}, "stage: 'dpo' is not supported; supervised fine-tuning alone"),
         (LLAMA_FACTORY, {"finetuning_type": "freeze"}, "finetuning_type: 'freeze' is not supported; all weights or"),
