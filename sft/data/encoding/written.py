@@ -86,14 +86,26 @@ class _Marking:
         return marked
 
     def tool(self, tool: Tool) -> Tool:
-        """Return the tool with markers for its name and description."""
+        """Return the tool with markers for its name, its description and the names of its parameters."""
         function: dict[str, object] = dict(tool["function"])
         for key in _TOOL_TEXTS:
             value = function.get(key)
             if isinstance(value, str) and value.strip():
                 function[key] = self._new(None, f"tool {key}")
+        parameters = function.get("parameters")
+        if isinstance(parameters, Mapping) and isinstance(parameters.get("properties"), Mapping):
+            function["parameters"] = self._parameters(parameters, parameters["properties"])
         marked = tool.copy()
         marked["function"] = cast(Description, function)
+        return marked
+
+    def _parameters(self, parameters: Mapping[str, object], properties: Mapping[str, object]) -> dict[str, object]:
+        """Return the schema of a tool's parameters with markers for their names."""
+        names = {name: self._new(None, "tool parameters") for name in properties}
+        required = parameters.get("required")
+        marked = {**parameters, "properties": {names[name]: value for name, value in properties.items()}}
+        if isinstance(required, list):
+            marked["required"] = [names.get(name, name) if isinstance(name, str) else name for name in required]
         return marked
 
     def _call(self, turn: int, call: ToolCall) -> ToolCall:

@@ -50,7 +50,7 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
 }
 _CALL_ROLES = ("function_call", "tool_call")
-_ONLY_SHAREGPT = ("human", "gpt", "chatgpt", "observation", "function_response", *_CALL_ROLES)
+_ONLY_SHAREGPT = ("human", "gpt", "chatgpt", "model", "observation", "function_response", *_CALL_ROLES)
 
 
 class Call(TypedDict):

@@ -161,3 +161,17 @@ def test_content_whose_marks_the_template_reads_is_refused(tokenizer: PreTrained
         trained(made, [QUESTION, {"role": "assistant", "content": MARKED}])
     texts, _ = trained(tokenizer, [{"role": "user", "content": MARKED}, {"role": "assistant", "content": MARKED}])
     assert texts == [f"<|channel|>final<|message|>{MARKED}<|return|>"]
+
+
+def test_parameters_of_tools_that_the_template_drops_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Seen to train calls without the schema that they follow."""
+    schema = {"type": "object", "properties": {"what": {"type": "string"}}, "required": ["what"]}
+    described = {"name": "look", "description": "Looks it up.", "parameters": schema}
+    tools = [{"type": "function", "function": described}]
+    with pytest.raises(DataError, match=r"does not write the tools \(tool parameters\)"):
+        trained(tokenizer, [QUESTION, CALL, RESULT, ANSWER], tools)
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = CHANNELS.replace(
+        "tool.function.description,", "tool.function.description ~ tool.function.parameters | tojson,"
+    )
+    assert trained(made, [QUESTION, CALL, RESULT, ANSWER], tools)[1] == {"<|call|>", "<|return|>"}

@@ -48,7 +48,7 @@ def test_a_map_of_ones_own_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"format": "sharegpt"}])
-@pytest.mark.parametrize("roles", [("user", "assistant"), ("human", "gpt")])
+@pytest.mark.parametrize("roles", [("user", "assistant"), ("human", "gpt"), ("user", "model")])
 def test_sharegpt_with_role_and_content(tmp_path: Path, given: dict[str, Any], roles: tuple[str, str]) -> None:
     turns = [{"role": role, "content": turn["content"]} for role, turn in zip(roles, (Q, A), strict=True)]
     assert read(tmp_path, {"conversations": turns}, **given).messages == (
