@@ -40,7 +40,7 @@ _COPIES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankPlace:
+class NodePlace:
     """Where a rank stands among the nodes."""
 
     rank: int
@@ -77,7 +77,7 @@ class MemoryCopies:
     """The copies of one attempt. All methods are collective: every rank calls them in the same order."""
 
     def __init__(
-        self, folder: Path, run: Path, place: RankPlace, control: ControlGroup, *, attempt: str, identity: str
+        self, folder: Path, run: Path, place: NodePlace, control: ControlGroup, *, attempt: str, identity: str
     ) -> None:
         """`identity` is that of the run, its layout and its data: copies of anything else are not gone on from."""
         self._folder = folder
@@ -246,7 +246,7 @@ class MemoryCopies:
         try:
             action()
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
-            problem = str(error).strip().splitlines()[-1]
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return self._control.first_error(problem)
 
 

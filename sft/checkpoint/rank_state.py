@@ -1,8 +1,8 @@
 """What one rank has to keep so that it can go on, bit by bit, under the same layout: the content of a copy in memory.
 
-That is its share of the master weights and of AdamW's states, buffers, random generators and Lightning's counters.
-Weights are left out: they are master weights, rounded and gathered, so the distributed optimizer's shares are all there
-is. Frozen weights are those of `model.path`, as in a checkpoint of adapters. A schedule's state is the step.
+That is its share of the master weights and of AdamW's states, random generators and Lightning's counters. Weights are
+left out: they are master weights, rounded and gathered, so the distributed optimizer's shares are all there is. Frozen
+weights and buffers are read from `model.path` again, as on a resume. A schedule's state is the step.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ class RankState(TypedDict):
 
     masters: list[dict[str, Tensor]]
     """Of each master weight in the optimizer's order: itself and AdamW's states."""
-    buffers: list[dict[str, Tensor]]
-    """Of each model chunk."""
     rng: RngStates
     base_weights: list[str]
     """Of each model chunk with adapters: what identifies the weights that they were trained on."""
@@ -54,7 +52,6 @@ def rank_state(module: SFTGPT, counters: Mapping[str, object]) -> RankState:
             | {name: _in_host_memory(value) for name, value in by_master.get(master, {}).items()}
             for master in _masters(module)
         ],
-        "buffers": [{name: _in_host_memory(value) for name, value in buffers.items()} for buffers in _buffers(module)],
         "rng": rng_states(),
         "base_weights": _base_weights(module),
         "lightning": json.dumps(counters),
@@ -64,9 +61,7 @@ def rank_state(module: SFTGPT, counters: Mapping[str, object]) -> RankState:
 def expected_bytes(module: SFTGPT) -> int:
     """Return about how many bytes `rank_state` will have once there are AdamW's states, and never fewer."""
     masters = [master.numel() * master.element_size() for master in _masters(module)]
-    buffers = [value.numel() * value.element_size() for each in _buffers(module) for value in each.values()]
-    room = _OF_A_MASTER * (len(masters) + len(buffers)) + _OTHER
-    return sum(masters) * _TENSORS_OF_A_MASTER + sum(buffers) + room
+    return sum(masters) * _TENSORS_OF_A_MASTER + len(masters) * _OF_A_MASTER + _OTHER
 
 
 @torch.no_grad()
@@ -88,11 +83,6 @@ def restore(module: SFTGPT, state: RankState) -> dict[str, object]:
     for model_chunk in module.model_chunks:
         if model_chunk.ddp_config.use_distributed_optimizer:
             model_chunk.start_param_sync(force_sync=True)
-    for buffers, kept in zip(_buffers(module), state["buffers"], strict=True):
-        if buffers.keys() != kept.keys():
-            raise CheckpointError(f"the copy has other buffers: {', '.join(sorted(buffers.keys() ^ kept.keys()))}")
-        for name, value in kept.items():
-            _fill(buffers[name], value)
     restore_rng(state["rng"])
     counters: dict[str, object] = json.loads(state["lightning"])
     return counters
@@ -102,15 +92,6 @@ def _masters(module: SFTGPT) -> Iterator[Tensor]:
     for inner in torch_optimizers(module.megatron_optimizer):
         for group in inner.param_groups:
             yield from group["params"]
-
-
-def _buffers(module: SFTGPT) -> list[dict[str, Tensor]]:
-    """Return the buffers that a state dict has, by model chunk. The others are made anew from the config."""
-    found = []
-    for model_chunk in module.model_chunks:
-        stored = model_chunk.module.state_dict().keys()
-        found.append({name: buffer for name, buffer in model_chunk.module.named_buffers() if name in stored})
-    return found
 
 
 def _base_weights(module: SFTGPT) -> list[str]:

@@ -15,7 +15,7 @@ from launcher.contract.job import AttemptName
 from launcher.contract.rundir import RunPaths, checkpoint_step
 from launcher.contract.topology import Topology
 from sft.checkpoint.copy_choice import Choice
-from sft.checkpoint.memory_copies import MemoryCopies, RankPlace
+from sft.checkpoint.memory_copies import MemoryCopies, NodePlace
 from sft.metrics.run_log import RunLog
 from sft.runtime.rank_env import RankEnv
 from sft.training.strategy import MegatronStrategy
@@ -39,7 +39,7 @@ def resume_point_with_copies(
         log.say(f"no copies in memory: attempt {env.attempt} belongs to no job that would go on from them")
         return checkpoint
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    place = RankPlace(rank=env.rank, ranks_per_node=topology.ranks_per_node, nodes=nodes, node=node)
+    place = NodePlace(rank=env.rank, ranks_per_node=topology.ranks_per_node, nodes=nodes, node=node)
     folder = copy_folder(paths.root, start, node)
     strategy.setup_environment()
     identity = _identity(paths, start, topology, strategy.data_key)

@@ -10,6 +10,7 @@ import torch
 
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, make_run, reference_curve, run_training
+from tests.parity.test_memory_copies import Disturbed
 from tests.tiny_model import FLASH4_HEAD_DIM, make_material
 
 pytestmark = [
@@ -67,6 +68,13 @@ def test_resume_is_bitwise(precision: str, tmp_path: Path, material: tuple[Path,
     shutil.copy(full.metrics, paths.metrics)
     run_training(paths, 1)
     assert curve(paths) == curve(full)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_a_run_goes_on_from_a_copy_in_memory(precision: str, tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """Bit by bit: the device's random generator and step counts are in it, and weights are rounded master weights."""
+    run = Disturbed(tmp_path, material, (1, 1, {}), gpus_per_node=1, precision=precision)
+    assert run.goes_on() == 4
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])

@@ -168,7 +168,7 @@ def test_every_kind_of_run_goes_on_from_a_copy(kind: str, tmp_path: Path, materi
 @pytest.mark.slow  # dp2 of a dense model stands for it
 @pytest.mark.parametrize("case", ["qwen3_moe", "glm4_moe"])
 def test_experts_of_two_nodes_go_on_from_a_copy(case: str, tmp_path: Path, material: Material) -> None:
-    """Of the second, the routers' biases change outside of the optimizer: they are buffers."""
+    """Of the second, routers have biases that are buffers, which come from the model again."""
     directory = family_model(tmp_path / "model", case)
     run = Disturbed(tmp_path, (directory, material[1]), (2, 1, {"expert_parallel": 2}), model={"hidden_dropout": 0.0})
     assert run.goes_on() == 4

@@ -8,15 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from launcher.contract.copy_folder import MEMORY, PREFIX
 from launcher.contract.job import AttemptName
-from launcher.contract.rundir import RunPaths
+from launcher.contract.rundir import RunPaths, checkpoint_step
 from tests.slurm.cluster import SlurmCluster, why_unavailable
 from tests.slurm.matrix import PATIENCE, TWO_RANKS, decided, job_of, rank_python, wait_for_decisions, wait_for_end
 from tests.slurm.processes import wait_until
@@ -27,6 +30,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 IN_PLACE = (*TWO_RANKS, "restart.how=in_place", "resources.spare_nodes=1")
 QUICK_WATCHDOG = ("watchdog.floor_seconds=15", "watchdog.checkpoint_seconds=60")
+CHECKPOINTS = 24
+"""Steps between checkpoints of runs that make copies."""
 NO_BUDGET = ("restart.unknown=1000", "restart.communication=1000")
 """For kills that leave no time for progress."""
 
@@ -192,6 +197,65 @@ def test_rank_that_lives_on_a_node_without_an_answer(on: Bench) -> None:
         cluster.kill_node(node)
         cluster.start_node(node)
     check(on, run, "node_failure", since)
+
+
+COPIES = ("checkpoint.copy_every=2", f"checkpoint.every={CHECKPOINTS}")
+
+
+def copies_of(run: RunPaths) -> list[Path]:
+    """The folders with a job's copies in the memory of all nodes, which are one machine here."""
+    return list(MEMORY.glob(f"{PREFIX}*-{job_of(run)}.0-*"))
+
+
+def newest_copy(run: RunPaths) -> int:
+    """The step of the newest copy of which any part is whole."""
+    parts = (path.name.split(".")[0] for folder in copies_of(run) for path in folder.glob("step-*.json"))
+    return max((checkpoint_step(Path(name)) for name in parts), default=0)
+
+
+def begin_with_copies(on: Bench, name: str, *overrides: str) -> RunPaths:
+    """A run that has a copy well after its newest checkpoint, and before its next one."""
+    run = on.bench.submit(name, *IN_PLACE, *COPIES, *overrides)
+    wait_until(lambda: newest_copy(run) > CHECKPOINTS + 2, f"copies of {name}", timeout=PATIENCE, interval=0.01)
+    return run
+
+
+def check_copies(on: Bench, run: RunPaths, cause: str, since: float, fetched: list[int]) -> None:
+    """The restart went on from a copy, and nothing of copies is left."""
+    check(on, run, cause, since)
+    ((used,), (restarted,)) = events(run, "copy_used"), events(run, "restarted_in_place")
+    assert used["fetched"] == fetched
+    assert CHECKPOINTS < used["step"] == restarted["step"] < 2 * CHECKPOINTS
+    assert restarted["steps_lost"] <= 4
+    assert copies_of(run) == []
+
+
+def test_killed_rank_goes_on_from_a_copy(on: Bench) -> None:
+    run = begin_with_copies(on, "copied-killed")
+    os.kill(rank(run, 1), signal.SIGKILL)
+    since = time.time()
+    wait_for_end(on.bench, run)
+    check_copies(on, run, "unknown", since, [])
+
+
+def test_lost_node_goes_on_from_its_neighbours_copy(on: Bench) -> None:
+    run = begin_with_copies(on, "copied-lost")
+    node = on.bench.cluster.nodes_of(job_of(run))[1]
+    since = time.time()
+    with lost(on, node):
+        for folder in copies_of(run):
+            if folder.name.endswith(f"-{node}"):
+                shutil.rmtree(folder)
+        wait_for_end(on.bench, run)
+    check_copies(on, run, "node_failure", since, [1])
+
+
+def test_copies_of_a_run_that_ends_by_a_fault_are_removed(on: Bench) -> None:
+    run = begin_with_copies(on, "copied-ended", "restart.unknown=0")
+    os.kill(rank(run, 1), signal.SIGKILL)
+    wait_for_end(on.bench, run, "FAILED")
+    assert decided(run) == [("unknown", "stop")]
+    wait_until(lambda: copies_of(run) == [], "copies to go", timeout=60)
 
 
 KILLS = int(os.environ.get("SFT_RANDOM_KILLS", "50"))

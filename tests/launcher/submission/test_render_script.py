@@ -303,7 +303,9 @@ def test_copies_in_memory_go_with_the_start_of_the_job(commands: Commands) -> No
         for folder in folders:
             folder.mkdir()
             (folder / "run").write_text("")
-        run_functions(copying_script(), f"allocated=(n1 n2) job_id={job} SLURM_RESTART_COUNT=2\ndrop_copies")
+        beside = "sleep 60 >/dev/null & guards=$!"  # which is not waited for
+        drop = f"allocated=(n1 n2) job_id={job} SLURM_RESTART_COUNT=2\n{beside}\ndrop_copies\nkill $guards"
+        run_functions(copying_script(), drop)
         assert [folder.exists() for folder in folders] == [False, True, True]
     finally:
         for folder in folders:
