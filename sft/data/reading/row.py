@@ -28,10 +28,24 @@ MISSING = object()
 """What `find` returns for a key that is not present; None is a value that a row may have."""
 
 
+def _one_value_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return the pairs of a JSON object as a dict, or raise ValueError for a key with two values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):  # Python's own reader, like most, would keep the last value without a word
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f"key {key!r} has two values in one object; keep one of them")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_one_value_each)
+"""Reads JSON in which no key has two values. Made once, as `json.loads` would make one for each call."""
+
+
 def load(line: bytes, where: str) -> dict[str, object]:
     """Return the JSON object in one line, or raise DataError beginning with `where`."""
     try:
-        row: object = json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=one_value_each)
+        row: object = DECODER.decode(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
@@ -46,16 +60,6 @@ def load(line: bytes, where: str) -> dict[str, object]:
         raise DataError(f"{where}: {kind(row)}, where a JSON object is needed; a data file holds one object a line")
     check_depth(row, line.count(b"[") + line.count(b"{"), where)
     return row
-
-
-def one_value_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return the pairs of a JSON object as a dict, or raise ValueError for a key with two values."""
-    found = dict(pairs)
-    if len(found) < len(pairs):  # Python's own reader, like most, would keep the last value without a word
-        for key, value in pairs:
-            if found[key] != value:
-                raise ValueError(f"key {key!r} has two values in one object; keep one of them")
-    return found
 
 
 def find(row: object, key: str) -> object:
@@ -112,7 +116,7 @@ def check_texts(value: object, where: str) -> None:
 def parse_json(value: str, where: str) -> object:
     """Return the value of JSON that a column holds as text, or raise DataError."""
     try:
-        parsed: object = json.loads(value, object_pairs_hook=one_value_each)
+        parsed: object = DECODER.decode(value)
     except RecursionError:
         raise DataError(f"{where}: {TOO_DEEP}") from None
     except ValueError as error:

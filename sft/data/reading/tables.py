@@ -23,7 +23,7 @@ from pathlib import Path
 from launcher.contract.errors import DataError
 from sft.data.reading.arrow import ARROW_FILES, read_arrow
 from sft.data.reading.compressed import compression_of, kind_of, opened
-from sft.data.reading.row import TOO_DEEP, Row, check_depth, kind, load, one_value_each
+from sft.data.reading.row import DECODER, TOO_DEEP, Row, check_depth, kind, load
 
 _SEPARATED = {".csv": ",", ".tsv": "\t"}
 _BOM = b"\xef\xbb\xbf"
@@ -95,7 +95,6 @@ def _lines(path: Path) -> Iterator[tuple[int, Row]]:
 def _json_array(path: Path) -> Iterator[tuple[int, Row]]:
     # Decoded object by object: `json.loads` of the whole would give no line numbers.
     text = _utf8(path)
-    decoder = json.JSONDecoder(object_pairs_hook=one_value_each)
     position, line, counted = text.index("[") + 1, 1, 0
     closed = False
     while not closed:
@@ -105,7 +104,7 @@ def _json_array(path: Path) -> Iterator[tuple[int, Row]]:
             break
         row, begin = None, position
         try:
-            row, position = decoder.raw_decode(text, position)
+            row, position = DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}") from None
         except RecursionError:
