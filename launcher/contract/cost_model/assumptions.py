@@ -5,6 +5,7 @@ from __future__ import annotations
 from launcher.contract.cost_model.implementation import (
     CURRENT,
     CURRENT_WITH_FLASH2,
+    CURRENT_WITH_PLAIN_LAYERS,
     CURRENT_WITH_TORCH_ATTENTION,
     PLAIN,
     Implementation,
@@ -17,6 +18,8 @@ from launcher.contract.topology import Topology
 
 _WITH_FLASH4 = ("h100", "h200", "gh200", "b200")
 """What names of GPUs begin with for which flash-attn-4 has kernels: Hopper and Blackwell."""
+_PLAIN_LAYERS = ("gpt2", "olmo2", "olmo3")
+"""Model types whose layers no fused kernel computes."""
 _OFFSETS_ALWAYS = ("gemma2", "gpt_oss")
 """Model types whose scores torch's own attention cannot compute: capped ones, and those with sinks."""
 
@@ -61,6 +64,8 @@ def implementation_of(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Impleme
     """
     if spec.train.kernels == "plain":
         return PLAIN
+    if shape.model_type in _PLAIN_LAYERS or spec.model.hidden_dropout:
+        return CURRENT_WITH_PLAIN_LAYERS
     if not _by_offsets(spec, shape):
         return CURRENT_WITH_TORCH_ATTENTION
     flash4 = gpu.name.startswith(_WITH_FLASH4) and shape.head_dim % 32 == 0 and shape.head_dim <= 128

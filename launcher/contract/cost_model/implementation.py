@@ -145,6 +145,17 @@ CURRENT_WITH_TORCH_ATTENTION = dataclasses.replace(
 )
 """The same for rows of one length, which torch gives to cuDNN."""
 
+CURRENT_WITH_PLAIN_LAYERS = dataclasses.replace(
+    CURRENT_WITH_TORCH_ATTENTION,
+    name="sft-plain-layers",
+    saved_mlp=PLAIN.saved_mlp,
+    passes_hidden=PLAIN.passes_hidden,
+    passes_ffn=PLAIN.passes_ffn,
+    adds_adapters_in_products=False,
+    spares_mlp_output=False,
+)
+"""Fused loss and update around the layers of `plain`: models whose layers no fused kernel computes. Not measured."""
+
 LORA_PASSES = 8
 """Reads and writes of an adapted linear's inputs and outputs that the adapter adds, forward and backward: its products
 read the input again and write a second output, which is then added. Counted, not measured."""
