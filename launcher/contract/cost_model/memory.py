@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.contract.adapters import expert_adapters
 from launcher.contract.cost_model.implementation import COMMUNICATOR_GIB, CUDA_CONTEXT_GIB, Implementation
 from launcher.contract.cost_model.layer_kinds import LayerKind, counts_by_stage
 from launcher.contract.cost_model.workload import (
@@ -28,8 +29,6 @@ EXPERT_IMBALANCE = 1.5
 data of fine-tuning; with a few ranks, of many experts each, they rarely exceed this."""
 LINEAR_CHUNK = 64
 """Tokens of a chunk of linear attention: each head keeps what a token has to do with those of its chunk."""
-EXPERT_ROWS_KEPT = 2
-"""Hidden-sized rows kept for each expert of a token: what goes into it and what comes out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,9 +116,8 @@ def layer_activation_bytes(
     per_token += (_kept_by_linear_attention if kind.linear else _kept_by_attention)(shape, layout)
     mlp = _kept_by_mlp(workload, topology, implementation, kind)
     if shape.num_experts and not kind.dense:
-        # The busiest rank's rows: inputs and outputs of experts, and of the unit between their products.
-        rows = shape.experts_per_token * (EXPERT_ROWS_KEPT * shape.hidden_size + mlp * shape.expert_ffn_hidden_size)
-        per_token += mlp * shape.shared_expert_size / tensor + busiest_rank(topology) * rows / tensor
+        rows = busiest_rank(topology) * _kept_by_experts(workload, implementation)
+        per_token += (mlp * shape.shared_expert_size + rows) / tensor
     else:
         per_token += mlp * shape.ffn_hidden_size / tensor
     return per_token * workload.width * micro_batch_tokens(workload, topology)
@@ -134,6 +132,14 @@ def _kept_by_mlp(workload: Workload, topology: Topology, implementation: Impleme
     return implementation.saved_mlp - (implementation.spares_mlp_output and whole)
 
 
+def _kept_by_experts(workload: Workload, implementation: Implementation) -> float:
+    """Return the numbers for each token that its experts keep: their inputs, and of the unit between products."""
+    shape = workload.shape
+    adapted = workload.adapted and expert_adapters(shape, workload.lora) > 0
+    unit = implementation.saved_mlp - (implementation.spares_mlp_output and not adapted)
+    return shape.experts_per_token * (shape.hidden_size + unit * shape.expert_ffn_hidden_size)
+
+
 def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
     """Return the numbers for each token that attention keeps between its projections."""
     tensor = layout.topology.tensor_parallel
@@ -143,7 +149,9 @@ def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
     outputs += 2 * shape.output_gate  # the gate, and its sigmoid
     # With context parallelism attention keeps keys and values of the whole row, unless it gathers them again.
     shared_rows = 1 if layout.recompute == "selective" else layout.topology.context_parallel
-    return queries + 2 * groups * shared_rows + outputs * queries
+    normed = shape.qk_norm or shape.width_norm
+    before_norms = 2 * (queries + groups) if normed else 0  # the projection, of which values are a part, and inputs
+    return before_norms + queries + 2 * groups * shared_rows + outputs * queries
 
 
 def _kept_by_linear_attention(shape: ModelShape, layout: Layout) -> float:
