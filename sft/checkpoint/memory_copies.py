@@ -24,6 +24,7 @@ import torch
 from launcher.contract.checksum import crc32
 from launcher.contract.copy_folder import make_copy_folder
 from launcher.contract.errors import CheckpointError
+from launcher.contract.private_folder import is_private
 from sft.checkpoint import copy_parts
 from sft.checkpoint.copy_choice import Choice, Seen, choose
 from sft.checkpoint.copy_parts import Part, data_path
@@ -168,9 +169,13 @@ class MemoryCopies:
         """Receive a part, compare its checksum and describe it. Return what went wrong."""
         problem = exchange(self._control, outgoing, incoming)
         problem = problem or copy_parts.damage(self._folder, part)
-        if problem is None:
+        if problem is not None:
+            return problem
+        try:
             copy_parts.describe(self._folder, part)
-        return problem
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}"
+        return None
 
     # Making copies -----------------------------------------------------------------------------------------------
 
@@ -218,6 +223,8 @@ class MemoryCopies:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _write(self, step: int, state: RankState) -> Part:
+        if not is_private(self._folder):  # some sites remove a user's files when a shell on the node ends
+            make_copy_folder(self._folder, self._run)
         path = data_path(self._folder, step, self._place.rank)
         with os.fdopen(copy_parts.open_new(path), "wb") as file, _without_torchs_checksums():
             torch.save(state, file)

@@ -43,13 +43,12 @@ class RankState(TypedDict):
 
 
 def rank_state(module: SFTGPT, counters: Mapping[str, object]) -> RankState:
-    """Return what this rank must keep. The tensors are in host memory, and may be the model's own."""
+    """Return what this rank must keep. Most tensors are the optimizer's own, on its device: torch.save moves each."""
     states = (inner.state for inner in torch_optimizers(module.megatron_optimizer))
     by_master = {master: values for state in states for master, values in state.items()}
     return {
         "masters": [
-            {_MASTER: _in_host_memory(master)}
-            | {name: _in_host_memory(value) for name, value in by_master.get(master, {}).items()}
+            {_MASTER: _alone(master)} | {name: _alone(value) for name, value in by_master.get(master, {}).items()}
             for master in _masters(module)
         ],
         "rng": rng_states(),
@@ -98,10 +97,12 @@ def _base_weights(module: SFTGPT) -> list[str]:
     return [str(model_chunk.module.base_weights) for model_chunk in module.model_chunks]
 
 
-def _in_host_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor without the rest of its storage, which torch.save would write as well: shares are views."""
-    host = tensor.detach().cpu()
-    return host.clone() if host.untyped_storage().nbytes() > host.numel() * host.element_size() else host
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor without the rest of its storage, which torch.save would write as well: shares may be views."""
+    own = tensor.detach()
+    if own.untyped_storage().nbytes() == own.numel() * own.element_size():
+        return own
+    return own.cpu() if own.is_cuda else own.clone()
 
 
 def _fill(tensor: Tensor, value: Tensor) -> None:
