@@ -15,12 +15,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from launcher.contract.hub_cache import snapshot_of
 from launcher.contract.spec import LoraSpec
-from sft.hf.trained_routers import modules_to_save
 from sft.models.architecture import Architecture, Experts
 from sft.models.weight_map import SHARED_EXPERT, ParameterMap, Piece, checkpoint_key, split_parameter
 
@@ -198,51 +195,6 @@ def lora_problems(
             f"be at most the {groups} KV heads; with more, ranks hold unequal parts of them"
         )
     return problems
-
-
-def peft_config(
-    lora: LoraSpec,
-    architecture: Architecture,
-    base: Path,
-    of_experts: Sequence[str] = (),
-    parameters: Sequence[str] = (),
-) -> dict[str, object]:
-    """Return adapter_config.json: what PEFT needs to put the adapter on the model in `base`.
-
-    A model of the hub is named by its id and commit: its path in the cache means nothing elsewhere. `of_experts` names
-    the adapted layers of experts, `parameters` the ends of the names of adapted tensors that hold all of a layer's.
-    """
-    assert lora.rank is not None
-    snapshot = snapshot_of(str(base))
-    alpha = lora.rank if lora.alpha is None else lora.alpha
-    of_tensors = {"target_parameters": list(parameters)} if parameters else {}
-    return of_tensors | {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base) if snapshot is None else snapshot.repository.id,
-        "revision": None if snapshot is None else snapshot.commit,
-        "r": lora.rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": _target_modules(lora, architecture, of_experts),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "modules_to_save": modules_to_save(architecture, lora),
-        "use_dora": lora.dora,
-        "use_rslora": lora.rslora,
-    }
-
-
-def _target_modules(lora: LoraSpec, architecture: Architecture, of_experts: Sequence[str]) -> list[str]:
-    """Return the names by which PEFT finds the targets.
-
-    Those of a multimodal model are whole ones: its vision tower has layers of the same last names.
-    """
-    weights = architecture.weights
-    if weights.language_prefix is None:
-        return list(dict.fromkeys([*target_names(architecture, lora), *of_experts]))
-    return [weights.module(target.module) for target in all_targets(architecture, lora)]
 
 
 def merged_weight(weight: torch.Tensor, adapter: AdapterTensors, scale: float) -> torch.Tensor:

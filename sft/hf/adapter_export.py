@@ -29,7 +29,6 @@ from sft.hf.adapter import (
     AdapterTensors,
     all_targets,
     merged_weight,
-    peft_config,
 )
 from sft.hf.expert_adapter import ExpertTarget, all_expert_targets, weight_in_memory
 from sft.hf.exporter import (
@@ -43,6 +42,7 @@ from sft.hf.exporter import (
 )
 from sft.hf.files import WeightFiles, write_weights
 from sft.hf.joined_experts import add_joined, is_wrapper, joined, merged_tensor, wrappers
+from sft.hf.peft_config import peft_config
 from sft.hf.sharded_reader import ShardedReader
 from sft.hf.trained_routers import frozen_parts, name_in_memory, trained_routers
 from sft.models.architecture import Architecture
@@ -73,9 +73,7 @@ def export_adapter(
         own = aside / MERGED_ADAPTER if merged else aside
         own.mkdir(exist_ok=True)
         _write_adapter(reader, targets, of_experts, architecture, WeightFiles(model_dir), own, lora)
-        names = list(dict.fromkeys(target.name for target in of_experts if target.tensor is None))
-        parameters = list(dict.fromkeys(f"mlp.{target.name}" for target in of_experts if target.tensor is not None))
-        write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir, names, parameters))
+        write_json(own / ADAPTER_CONFIG, peft_config(lora, architecture, model_dir, targets, of_experts))
         if merged:
             dtypes = file_dtypes(model_dir, architecture)
             merge = _Merger(reader, model_dir, architecture, targets, of_experts, lora)

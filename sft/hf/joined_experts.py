@@ -70,9 +70,9 @@ def merged_tensor(
 
 
 def is_wrapper(module: str, parameters: Sequence[str]) -> bool:
-    """Return whether a module of an adapter's files is a wrapper for one of its `target_parameters`."""
-    owners = tuple(parameter.rpartition(".")[0] for parameter in parameters)
-    return module.partition(_WRAPPED)[0].endswith(owners)
+    """Return whether a module of an adapter's files is a wrapper for a tensor of experts in its `target_parameters`."""
+    owners = {parameter.rpartition(".")[0] for parameter in parameters}
+    return module.partition(_WRAPPED)[0].endswith(tuple(owner for owner in owners if owner.endswith(".experts")))
 
 
 def add_joined(

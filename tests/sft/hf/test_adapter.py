@@ -18,12 +18,17 @@ from sft.hf.adapter import (
     all_targets,
     lora_problems,
     merged_weight,
-    peft_config,
 )
 from sft.hf.adapter_export import adapted_model
 from sft.hf.expert_adapter import all_expert_targets, expert_target_names
+from sft.hf.peft_config import peft_config
 from tests.sft.models.test_architecture import write_config
 from tests.sft.models.test_weight_map import architecture
+
+
+def settings(lora: LoraSpec, base: Path = Path("/models/base"), kind: str = "qwen2") -> dict[str, object]:
+    model = architecture(kind)
+    return peft_config(lora, model, base, all_targets(model, lora), all_expert_targets(model, lora))
 
 
 def by_name(fused: bool = False, targets: list[str] | None = None) -> dict[str, AdapterTarget]:
@@ -110,13 +115,28 @@ def test_first_values_depend_on_name_and_seed_alone() -> None:
 
 
 def test_settings_for_peft() -> None:
-    config = peft_config(LoraSpec(rank=4, alpha=8.0, targets=["o_proj"]), architecture(), Path("/models/base"))
+    config = settings(LoraSpec(rank=4, alpha=8.0, targets=["o_proj"]))
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ["o_proj"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("/models/base", None)
-    assert peft_config(LoraSpec(rank=4), architecture(), Path("/models/base"))["lora_alpha"] == 4
+    assert settings(LoraSpec(rank=4))["lora_alpha"] == 4
     assert (config["use_rslora"], config["use_dora"]) == (False, False)
-    both = peft_config(LoraSpec(rank=4, rslora=True, dora=True), architecture(), Path("/models/base"))
+    both = settings(LoraSpec(rank=4, rslora=True, dora=True))
     assert (both["use_rslora"], both["use_dora"]) == (True, True)
+
+
+def test_what_peft_makes_of_the_names_of_experts() -> None:
+    """Where it takes them for tensors of all experts, it has to be told of shared experts, and else of the tensors."""
+    lora = LoraSpec(rank=4, alpha=6.0, targets=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    of_next, of_qwen2 = settings(lora, kind="qwen3_next"), settings(lora, kind="qwen2_moe")
+    assert of_next["target_modules"] == of_qwen2["target_modules"] == lora.targets
+    parameters = of_next["target_parameters"]
+    assert isinstance(parameters, list)
+    assert parameters[0] == "model.layers.0.mlp.shared_expert.gate_proj.weight"
+    assert len(parameters) % 3 == 0
+    assert "rank_pattern" not in of_next
+    assert of_qwen2["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert (of_qwen2["rank_pattern"], of_qwen2["alpha_pattern"]) == ({"gate_up_proj": 8}, {"gate_up_proj": 12})
+    assert "target_parameters" not in settings(lora, kind="llama")
 
 
 def test_all_linear_is_every_layer() -> None:
@@ -149,7 +169,7 @@ def test_an_adapter_of_a_model_of_the_hub_names_it_by_id_and_is_found_in_the_cac
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "hub" / "models--org--base" / "snapshots" / commit
-    config = peft_config(LoraSpec(rank=4), architecture(), base)
+    config = settings(LoraSpec(rank=4), base)
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", commit)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
