@@ -76,8 +76,10 @@ def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collect
             continue
         valid.add(sizes.describe())
         for recompute in recomputes:
-            layers = layers_per_stage(with_recompute(run, recompute), shape)
-            layout = layout_of(run, dataclasses.replace(topology, layers_per_stage=layers), recompute)
+            if topology.pipeline_parallel > 1:
+                layers = layers_per_stage(with_recompute(run, recompute), shape)
+                topology = dataclasses.replace(topology, layers_per_stage=layers)
+            layout = layout_of(run, topology, recompute)
             candidate = evaluate(workload, layout, gpu, implementation)
             fits = candidate.memory.total <= HEADROOM * gpu.memory_gib
             (fitting if fits else too_large).append(candidate)

@@ -82,11 +82,10 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
     """Return the memory of one stage."""
     topology = layout.topology
     shape = workload.shape
-    held = stage_parameters(shape, topology, stage) + stage_expert_parameters(shape, topology, stage)
     dense, experts = trained_parameters(workload, topology, stage)
+    held = trained = updated = dense + experts
     if workload.adapted:
-        held += dense + experts
-    trained = updated = dense + experts
+        held += stage_parameters(shape, topology, stage) + stage_expert_parameters(shape, topology, stage)
     if layout.distributed_optimizer:
         updated = dense // topology.reducing_ranks + experts // topology.expert_reducing_ranks
     # 8 bytes of moments, and 4 of a master copy unless the weights are fp32 themselves
