@@ -14,7 +14,7 @@ from tests.parity.gradients import join, largest_differences, train_and_capture
 from tests.parity.reference import Curve
 from tests.parity.runs import curve, reference_curve, run_training
 from tests.parity.test_families import RATE, family_model
-from tests.parity.test_lora import ALL, STEPS, adapted, expected_curve, lora_run
+from tests.parity.test_lora import ALL, STEADY, STEPS, adapted, expected_curve, lora_run
 from tests.tiny_model import FLASH4_HEAD_DIM, make_chat_rows, write_jsonl
 
 pytestmark = [
@@ -76,6 +76,26 @@ def test_lora_follows_reference(precision: str, recompute: str, tmp_path: Path, 
     )
     run_training(paths, 1)
     losses, norms = curve(paths)
+    assert losses == pytest.approx(expected.losses, rel=1e-4 if precision == "fp32" else 2e-2)
+    assert norms == pytest.approx(expected.grad_norms, rel=1e-3 if precision == "fp32" else 1e-1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapters_of_experts_in_one_tensor_follow_peft(precision: str, tmp_path: Path) -> None:
+    """gpt-oss, on data without near ties. In bf16 with ranks and sizes that torch's grouped product takes."""
+    pytest.importorskip("peft")
+    from tests.parity.test_joined_experts import peft_model  # skips as a whole without PEFT
+
+    chat = write_jsonl(tmp_path / "chat.jsonl", make_chat_rows(36, seed=7))
+    model, lora = family_model(tmp_path / "model", "gpt_oss"), dataclasses.replace(ALL, rank=8)
+    settings: dict[str, Any] = {"max_steps": STEPS, **STEADY}
+    expected = expected_curve(
+        tmp_path / "reference", model, chat, lambda spec: peft_model(model, spec.train.seed, rank=8), **STEADY
+    )
+    paths = lora_run(tmp_path, model, chat, lora, ranks=1, gpus_per_node=1, precision=precision, **settings)
+    run_training(paths, 1)
+    losses, norms = curve(paths)
+    print(f"smallest margins of routers {expected.margins}")  # shown of a failure
     assert losses == pytest.approx(expected.losses, rel=1e-4 if precision == "fp32" else 2e-2)
     assert norms == pytest.approx(expected.grad_norms, rel=1e-3 if precision == "fp32" else 1e-1)
 

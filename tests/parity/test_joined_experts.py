@@ -47,20 +47,20 @@ PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 """What users give PEFT as `target_parameters`."""
 
 
-def peft_model(directory: Path, seed: int) -> Any:
+def peft_model(directory: Path, seed: int, rank: int = 4) -> Any:
     """transformers' model in PEFT's hands, with A as a run begins."""
     base = load_transformers_model(directory, torch.float32, attn_implementation="eager")
     architecture = read_architecture(directory)
     names = target_names(architecture, LORA)
     made = peft.get_peft_model(
-        base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=names, target_parameters=PARAMETERS)
+        base, peft.LoraConfig(r=rank, lora_alpha=6, target_modules=names, target_parameters=PARAMETERS)
     )
     with torch.no_grad():
         for target in all_targets(architecture, LORA):
-            parameter(made, target.module, "A").copy_(target.draw_a(4, seed))
+            parameter(made, target.module, "A").copy_(target.draw_a(rank, seed))
         for of_experts, module in wrapped(directory):
-            experts = range(len(of_experts.modules))
-            parameter(made, module, "A").copy_(torch.cat([of_experts.draw_a(expert, 4, seed) for expert in experts]))
+            drawn = [of_experts.draw_a(expert, rank, seed) for expert in range(len(of_experts.modules))]
+            parameter(made, module, "A").copy_(torch.cat(drawn))
     return made
 
 
