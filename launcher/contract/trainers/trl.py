@@ -165,6 +165,12 @@ ABSENT = (
         "all tokens of messages, and of prompt and completion the completion; data.loss_on is the same for both here: "
         "assistant, or all",
     ),
+    Absent(
+        ("chat_template_path",),
+        {},
+        "the tokenizer's own for messages, and none for prompt and completion that are texts, which data.chat_template "
+        "none joins in the same way",
+    ),
 )
 """Where its defaults differ from ours."""
 

@@ -265,6 +265,7 @@ def test_defaults_of_the_trainer_that_are_not_ours_are_written_down() -> None:
     assert (found["train.epochs"], found["train.optimizer.lr"], found["train.seed"]) == (3, 2e-5, 42)
     said = notes({"model_name_or_path": "a", "dataset_name": "b"})
     assert said["per_device_train_batch_size"].startswith("not in the file; to TRL that means 8")
+    assert "none for prompt and completion that are texts" in said["chat_template_path"]
     assert said["assistant_only_loss"].startswith("not in the file; to TRL that means all tokens of messages")
     assert said["gradient_checkpointing"].startswith("not in the file; to TRL that means true")
     assert (found["checkpoint.every"], found["logging.every"]) == (500, 10)
