@@ -24,14 +24,14 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
 
-from launcher.contract.errors import DataError
+from launcher.contract.errors import DataError, ModelError, did_you_mean
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.escape import ControlTokens
 from sft.data.encoding.long_chat import LONG, Place, chained_places
@@ -46,7 +46,13 @@ if TYPE_CHECKING:
 Span = tuple[int, int, float]
 """First character, the one after the last, and the loss weight."""
 
-_RESERVED = ("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt")
+_SET = ("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt")
+_ARGUMENTS = (
+    *("continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
+"""What transformers takes for arguments of its own, and not for variables of the template."""
+
 _LONGEST_END = 64
 """Characters in which the end token behind a content is looked for."""
 _SPLIT_HINT = "; the mask would be wrong. data.on_mismatch split trains each such turn in a text of its own"
@@ -78,6 +84,7 @@ class ChatRenderer:
         self._controls = controls
         self._spec = spec
         self._variables = {name: _variable(name, value) for name, value in spec.chat_template_kwargs.items()}
+        _check_read(self._variables, " ".join(self._templates.values()))
         self.written = WrittenParts(lambda messages, tools: self.apply(messages, tools, False))
         self._wants_parts = {tools: self._takes_parts_only(template) for tools, template in self._templates.items()}
 
@@ -410,13 +417,25 @@ def _dated(template: str, now: datetime.datetime) -> str:
 
 def _variable(name: str, text: str) -> object:
     """Return the value of a template variable, read as YAML, or raise DataError."""
-    if name in _RESERVED:
+    if name in _ARGUMENTS:
+        raise DataError(f"data.chat_template_kwargs: {name} is an argument of transformers, and no variable; remove it")
+    if name in _SET:
         raise DataError(f"data.chat_template_kwargs: {name} is set for each row; choose another name or remove it")
     try:
         value: object = yaml.safe_load(text)
     except yaml.YAMLError:
         raise DataError(f"data.chat_template_kwargs.{name}: {text!r} is not valid YAML") from None
     return text if isinstance(value, datetime.date) else value  # templates expect dates as texts
+
+
+def _check_read(names: Collection[str], templates: str) -> None:
+    """Raise ModelError for a variable whose name is nowhere in the templates: it would change nothing."""
+    words = set(re.findall(r"\w+", templates))
+    unread = [name for name in names if name not in words]
+    if unread:
+        raise ModelError(
+            f"data.chat_template_kwargs: the chat template does not read {unread[0]!r}{did_you_mean(unread[0], words)}"
+        )
 
 
 def _with_parts(message: Mapping[str, object]) -> Mapping[str, object]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from launcher.contract.config.yaml_leaves import MOST_ITEMS, WHY_FEW
 from launcher.contract.divisors import nearest_multiples, shown_numbers
+from launcher.contract.named_templates import NONE
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import Problem
 
@@ -24,6 +25,20 @@ def source_problems(spec: RunSpec) -> Iterator[Problem]:
         )
     if spec.data.train and spec.data.sources:
         yield "data.train", "excludes data.sources; give these files a name and a weight among the sources"
+
+
+def template_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield variables of a chat template where there is none."""
+    if spec.data.chat_template != NONE:
+        return
+    given = {f"data.sources.{name}": source.chat_template_kwargs for name, source in spec.data.sources.items()}
+    for key, variables in {"data": spec.data.chat_template_kwargs, **given}.items():
+        if variables:
+            names = ", ".join(variables)
+            yield (
+                f"{key}.chat_template_kwargs",
+                f"{names}: of a chat template, and data.chat_template is none",
+            )
 
 
 def batch_problems(spec: RunSpec) -> Iterator[Problem]:

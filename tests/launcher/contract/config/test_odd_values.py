@@ -44,6 +44,10 @@ def problems(workdir: Path, **changed: str) -> list[str]:
         ({"STEPS": "9" * 20}, f"cfg.yaml:5: train.max_steps: {'9' * 20} is not of at most 63 bits"),
         ({"STEPS": f"1, seed: {2**63}"}, f"cfg.yaml:5: train.seed: {2**63} is not of at most 63 bits"),
         ({"COLUMNS": "{}, max_lost_percent: nan"}, "cfg.yaml:4: data.max_lost_percent: nan is not from 0 to 100"),
+        (
+            {"COLUMNS": "{}, chat_template: none, chat_template_kwargs: {thinking: no}"},
+            "cfg.yaml:4: data.chat_template_kwargs: thinking: of a chat template, and data.chat_template is none",
+        ),
         ({"MODEL": "~nosuchuser/x"}, "cfg.yaml:3: model.path: ~nosuchuser/x does not exist"),
         ({"DATA": "~nosuchuser/x"}, "cfg.yaml:4: data.train: no file matches ~nosuchuser/x"),
         ({"MODEL": "m" * 300}, "cfg.yaml:3: model.path: "),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from launcher.contract.errors import DataError, ModelError
+from launcher.contract.errors import ConfigError, DataError, ModelError
 from launcher.contract.spec import DataSpec
 from sft.data.encoding import masking
 from sft.data.encoding.masking import Encoded, Encoder
@@ -243,8 +243,13 @@ def test_template_variables_are_yaml_and_dates_stay_text() -> None:
     given = {"day": "2024-07-26", "none": "null", "flag": "true", "n": "2"}
     encoded = encode(chat("hi", "yo"), tokenizer, DataSpec(chat_template_kwargs=given))
     assert str(tokenizer.decode(encoded.ids)).startswith("2024-07-26 True True 3<|im_start|>")
-    for name, text, message in (("a", "[", "is not valid YAML"), ("tools", "1", "tools is set for each row")):
-        with pytest.raises(DataError, match=rf"data\.chat_template_kwargs.*{message}"):
+    for name, text, message in (
+        ("a", "[", "is not valid YAML"),
+        ("tools", "1", "tools is set for each row"),
+        ("max_length", "9", "max_length is an argument of transformers"),
+        ("flagg", "true", "the chat template does not read 'flagg'; did you mean 'flag'"),  # seen to change nothing
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.chat_template_kwargs.*{message}"):
             encode(chat("hi", "yo"), tokenizer, DataSpec(chat_template_kwargs={name: text}))
 
 

@@ -398,7 +398,7 @@ def test_policies_that_change_tokens_change_the_key(tmp_path: Path, tokenizer_di
     specs = [
         spec_of(tmp_path),
         spec_of(tmp_path, on_mismatch="split"),
-        spec_of(tmp_path, chat_template_kwargs={"a": "1"}),
+        spec_of(tmp_path, chat_template_kwargs={"message": "1"}),
     ]
     keys = {open_or_build(spec, tokenizer_dir, build=True).train.key for spec in specs}
     assert len(keys) == 3
