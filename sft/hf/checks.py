@@ -30,7 +30,7 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
 
 
 def trained_adapters(lora: LoraSpec, architecture: Architecture) -> dict[str, object]:
-    """Return what decides what a run's adapters are and do, by config key; nothing where all weights are trained."""
+    """Return what decides what a run's adapters are and do, by config key. Nothing where all weights are trained."""
     if lora.rank is None:
         return {}
     names = [*target_names(architecture, lora), *expert_target_names(architecture, lora)]

@@ -29,16 +29,18 @@ def source_problems(spec: RunSpec) -> Iterator[Problem]:
 
 def template_problems(spec: RunSpec) -> Iterator[Problem]:
     """Yield variables of a chat template where there is none."""
-    if spec.data.chat_template != NONE:
-        return
-    given = {f"data.sources.{name}": source.chat_template_kwargs for name, source in spec.data.sources.items()}
-    for key, variables in {"data": spec.data.chat_template_kwargs, **given}.items():
-        if variables:
+    if spec.data.chat_template == NONE:
+        for key, variables in _template_variables(spec):
             names = ", ".join(variables)
-            yield (
-                f"{key}.chat_template_kwargs",
-                f"{names}: of a chat template, and data.chat_template is none",
-            )
+            yield key, f"{names}: of a chat template, and data.chat_template is none"
+
+
+def _template_variables(spec: RunSpec) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield key and value of each mapping of variables that is not empty."""
+    own = {f"data.sources.{name}": source.chat_template_kwargs for name, source in spec.data.sources.items()}
+    for section, variables in {"data": spec.data.chat_template_kwargs, **own}.items():
+        if variables:
+            yield f"{section}.chat_template_kwargs", variables
 
 
 def batch_problems(spec: RunSpec) -> Iterator[Problem]:
