@@ -22,7 +22,7 @@ from launcher.contract.spec import DataSpec, ResourcesSpec, RunSpec, TrainSpec
 from launcher.planning.choice import Choice, plan_layouts
 from launcher.planning.search import search_layouts
 
-GPUS = (8, 16, 32, 64, 256, 1024)
+GPUS = (8, 32, 256, 1024)
 SCALING_ROWS = 1024
 
 
