@@ -393,9 +393,7 @@ def test_results_in_another_order_than_their_calls_are_refused() -> None:
     results = [{"role": "tool", "content": f"It rains in {name}.", "tool_call_id": name} for name in ("Paris", "Rome")]
     question = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": calls}]
     assert len(parse({"messages": [*question, *results]}).messages) == 4
-    with pytest.raises(
-        DataError, match=r"messages\[1\]: the results of its calls come in another order"
-    ):
+    with pytest.raises(DataError, match=r"messages\[1\]: the results of its calls come in another order"):
         parse({"messages": [*question, *results[::-1]]})
     elsewhere = [{**result, "tool_call_id": "x"} for result in results]
     assert len(parse({"messages": [*question, *elsewhere]}).messages) == 4
