@@ -163,11 +163,12 @@ def test_adapters_of_attention_and_of_all_kinds_of_mlps(tmp_path: Path, chat: Pa
     """Dense, shared and chosen, under two stages; the merged export has what was carried, too."""
     lora = LoraSpec(rank=2, targets=["q_proj", "gate_proj", "up_proj", "down_proj"])
     assert target_names(read_architecture(glm), lora) == lora.targets
+    every = {"global_batch_size": 12}  # all examples in three steps: each expert has tokens
     expected = expected_curve(
-        tmp_path / "reference", glm, chat, lambda spec: with_expert_adapters(glm, lora, spec.train.seed)
+        tmp_path / "reference", glm, chat, lambda spec: with_expert_adapters(glm, lora, spec.train.seed), **every
     )
-    topology = {"pipeline_parallel": 2}
-    paths = lora_run(tmp_path, glm, chat, lora, ranks=2, topology=topology, max_steps=STEPS, export_merged=True)
+    settings: dict[str, Any] = {"topology": {"pipeline_parallel": 2}, "max_steps": STEPS, "export_merged": True}
+    paths = lora_run(tmp_path, glm, chat, lora, ranks=2, **settings, **every)
     run_training(paths, 2)
     expect_curve(paths, expected)
     export_run(paths.root)
