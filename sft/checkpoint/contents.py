@@ -116,14 +116,17 @@ class TrainerState:
     """What gave parameters learning rates of their own: the optimizer's states are in groups by it."""
     adapters: Mapping[str, object] | None = None
     """What its adapters are, by config key; empty where all weights are trained, None in earlier checkpoints."""
+    model: Mapping[str, object] | None = None
+    """What the model computes (`sft.models.numerics`); None in earlier checkpoints."""
 
     def to_json(self) -> str:
         """Return the content of trainer.json."""
         values = dataclasses.asdict(self)
         if not self.rate_groups:
             del values["rate_groups"]
-        if self.adapters is None:
-            del values["adapters"]
+        for name in ("adapters", "model"):
+            if values[name] is None:
+                del values[name]
         return json.dumps({"format": FORMAT} | values, indent=1)
 
     @classmethod
@@ -144,7 +147,9 @@ class TrainerState:
         groups = values.get("rate_groups") or []
         if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
             raise ValueError(f"rate_groups is {groups!r}")
-        adapters = None if values.get("adapters") is None else _checked(values, "adapters", dict)
+        adapters, model = (
+            None if values.get(name) is None else _checked(values, name, dict) for name in ("adapters", "model")
+        )
         return cls(
             lightning=lightning,
             topology=topology,
@@ -152,6 +157,7 @@ class TrainerState:
             versions=versions,
             rate_groups=groups,
             adapters=adapters,
+            model=model,
         )
 
     @classmethod

@@ -22,6 +22,7 @@ from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state,
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.parallel.groups import ControlGroup
 from sft.megatron.patches import adamw_state
+from sft.models.numerics import differences, numerics
 
 # From here on, what is no tensor is in the sharded files. Later versions read common.pt of earlier ones as well.
 _COMMON_MOVED_IN = "0.19"
@@ -65,7 +66,7 @@ def load_newest(
 def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, object]) -> dict[str, object]:
     """Fill model, optimizer and, under the same topology, random generators. Return Lightning's counters.
 
-    ConfigError where the run has other data or adapters than the one that wrote the checkpoint.
+    ConfigError where the run has other data, adapters or another model than the one that wrote the checkpoint.
     """
     trainer = read_trainer_state(source)
     if trainer.data_key != data_key:
@@ -74,6 +75,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
             "on would repeat or skip examples. Put that back, or start a new run with model.path set to the exported "
             "model"
         )
+    _check_model(source, trainer, numerics(module.architecture))
     _check_adapters(source, trainer, trained_adapters(module.spec.model.lora, module.architecture))
     _check_version(source, trainer)
     refuse_code(source / SHARDED)
@@ -100,6 +102,15 @@ def _check_version(source: Path, trainer: TrainerState) -> None:
         raise CheckpointError(
             f"{source} was written with Megatron-core {writer}, and {megatron_version} cannot read it: the "
             f"files changed in {_COMMON_MOVED_IN}; install megatron-core>={_COMMON_MOVED_IN} for the ranks"
+        )
+
+
+def _check_model(source: Path, trainer: TrainerState, model: Mapping[str, object]) -> None:
+    """Raise ConfigError where a checkpoint's weights belong to a model that computes something else."""
+    if trainer.model is not None and trainer.model != model:
+        raise ConfigError(
+            f"{source} was written by a run of another model: {'; '.join(differences(trainer.model, model))}. The same "
+            "weights would mean something else. Put config.json of model.path back, or start a new run"
         )
 
 

@@ -17,6 +17,8 @@ from launcher.contract.topology import Topology
 from sft.checkpoint.copy_choice import Choice
 from sft.checkpoint.memory_copies import MemoryCopies, NodePlace
 from sft.metrics.run_log import RunLog
+from sft.models.architecture import Architecture
+from sft.models.numerics import numerics
 from sft.runtime.rank_env import RankEnv
 from sft.training.strategy import MegatronStrategy
 
@@ -28,6 +30,7 @@ def resume_point_with_copies(
     topology: Topology,
     env: RankEnv,
     nodes: int,
+    architecture: Architecture,
     log: RunLog,
 ) -> Path | None:
     """Return what to resume from: the copies' folder where one is newer than `checkpoint`, else `checkpoint`.
@@ -42,7 +45,7 @@ def resume_point_with_copies(
     place = NodePlace(rank=env.rank, ranks_per_node=topology.ranks_per_node, nodes=nodes, node=node)
     folder = copy_folder(paths.root, start, node)
     strategy.setup_environment()
-    identity = _identity(paths, start, topology, strategy.data_key)
+    identity = _identity(paths, start, topology, strategy.data_key, architecture)
     copies = MemoryCopies(folder, paths.root, place, strategy.control, attempt=env.attempt, identity=identity)
     problem = copies.open()
     if problem is not None:
@@ -71,7 +74,9 @@ def _newer_copy(strategy: MegatronStrategy, copies: MemoryCopies, checkpoint: Pa
     return checkpoint
 
 
-def _identity(paths: RunPaths, start: str, topology: Topology, data_key: Mapping[str, object]) -> str:
+def _identity(
+    paths: RunPaths, start: str, topology: Topology, data_key: Mapping[str, object], architecture: Architecture
+) -> str:
     """Return a digest of all that must be the same where a copy is gone on from."""
     same = {
         "run": str(paths.root),
@@ -79,5 +84,6 @@ def _identity(paths: RunPaths, start: str, topology: Topology, data_key: Mapping
         "config": hashlib.sha256(paths.config.read_bytes()).hexdigest(),
         "topology": dataclasses.asdict(topology),
         "data": dict(data_key),
+        "model": numerics(architecture),  # config.json may be edited while the job goes on
     }
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()

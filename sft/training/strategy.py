@@ -23,6 +23,7 @@ from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.core import parallel_state
 from sft.megatron.parallel.groups import ControlGroup, init_model_parallel
+from sft.models.numerics import numerics
 from sft.runtime import lightning as pl
 from sft.runtime.lightning import DDPStrategy
 from sft.runtime.rank_env import RankEnv
@@ -119,6 +120,7 @@ class MegatronStrategy(DDPStrategy):
             versions={"torch": torch.__version__, "megatron_core": megatron_version},
             rate_groups=rate_groups(module.spec.train.optimizer),
             adapters=trained_adapters(module.spec.model.lora, module.architecture),
+            model=numerics(module.architecture),
         )
         state = sharded_state(module, loading=False)
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.contract.errors import ConfigError
 from launcher.contract.rundir import RunPaths, read_lines
 from sft.training.trainer import train
 from tests.parity.runs import curve, make_run, run_training
@@ -87,6 +89,28 @@ def test_a_run_that_goes_on_reads_no_weights_of_its_model(
     fresh = make_run(tmp_path, other, material[1], ranks=1, name="fresh", **SETTINGS)
     with pytest.raises(AssertionError, match="is I32; supported are"):
         run_training(fresh, 1)
+
+
+def refused(config: Path) -> str:
+    """Runs on a rank: why training does not start, which ends a rank with code 2."""
+    try:
+        train(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_trap_16_a_model_that_computes_something_else_is_refused(
+    tmp_path: Path, material: tuple[Path, Path], full: RunPaths
+) -> None:
+    """Seen to go on: its weights have the same shapes. What of a config.json counts: test_numerics.py."""
+    other = shutil.copytree(material[0], tmp_path / "other")
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 0.5}))
+    paths = interrupted(tmp_path, (other, material[1]), full, 1)
+    (message,) = run_training(paths, 1, function=refused)
+    assert "step-00000003 was written by a run of another model: layernorm_epsilon was" in message
+    assert "is 0.5. The same weights" in message
 
 
 def test_steps_after_the_checkpoint_are_logged_once(

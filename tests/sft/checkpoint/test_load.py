@@ -11,6 +11,7 @@ from launcher.contract.spec import LoraSpec
 from sft.checkpoint import load
 from sft.checkpoint.contents import TrainerState
 from sft.hf.checks import trained_adapters
+from sft.models.numerics import numerics
 from sft.models.registry import read_architecture
 from tests.sft.hf_cases import save_config
 
@@ -61,3 +62,15 @@ def test_other_adapters_than_those_of_a_checkpoint_are_refused(now: LoraSpec, di
         load._check_adapters(source, state, trained_adapters(now, architecture))
     earlier = TrainerState.from_json(TrainerState(lightning={}, topology={}, data_key={}).to_json())
     load._check_adapters(source, earlier, trained_adapters(now, architecture))
+
+
+def test_another_model_than_that_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    """In a run of tests/parity/test_resume.py, too; a checkpoint that records no model is loaded as before."""
+    llama, qwen2 = (numerics(read_architecture(save_config(case, tmp_path / case))) for case in ("llama", "qwen2"))
+    state = TrainerState(lightning={}, topology={}, data_key={}, model=llama)
+    state, source = TrainerState.from_json(state.to_json()), Path("step-00000002")
+    load._check_model(source, state, llama)
+    with pytest.raises(ConfigError, match="step-00000002 was written by a run of another model: "):
+        load._check_model(source, state, qwen2)
+    earlier = TrainerState.from_json(TrainerState(lightning={}, topology={}, data_key={}).to_json())
+    load._check_model(source, earlier, qwen2)
