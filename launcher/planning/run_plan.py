@@ -88,19 +88,25 @@ def unknown_gpu(spec: RunSpec) -> str:
     return f"cluster {spec.cluster.name} does not say what its GPUs are; set cluster.gpu to one of {known}"
 
 
+def counted_gpus(spec: RunSpec) -> str:
+    """Return the number of a run's GPUs, for people."""
+    count = spec.resources.world_size
+    return "1 GPU" if count == 1 else f"{count} GPUs"
+
+
 def nothing_fits(spec: RunSpec, result: SearchResult) -> str:
     """Return why no layout was found: what the nearest one lacks, or which rules all of them break."""
-    gpus = spec.resources.world_size
+    gpus = counted_gpus(spec)
     if result.too_large:
         nearest = result.too_large[0]
         return (
-            f"no layout of {gpus} GPUs fits into {HEADROOM:.0%} of the {result.gpu.memory_gib:.1f} GiB of "
+            f"no layout of {gpus} fits into {HEADROOM:.0%} of the {result.gpu.memory_gib:.1f} GiB of "
             f"{result.gpu.name}: the nearest, {nearest.layout.describe()}, needs {nearest.memory.total:.1f} "
             f"({describe_memory(nearest)}); take more GPUs (`launcher plan --gpus`), or shorten data.seq_length"
         )
     rules = broken_rules(result)
     more = f"; and {len(rules) - 1} rules more that others break" if len(rules) > 1 else ""
-    return f"no layout of {gpus} GPUs keeps the rules ({rules[0]}{more})"
+    return f"no layout of {gpus} keeps the rules ({rules[0]}{more})"
 
 
 def broken_rules(result: SearchResult) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.contract import race
-from launcher.contract.errors import LauncherError, RunStateError
+from launcher.contract.errors import ConfigError, RunStateError
 from launcher.contract.manifest import read_manifest
 from launcher.contract.records import read_events
 from launcher.contract.rundir import RunPaths
@@ -23,7 +23,7 @@ from launcher.submission.submission import Submission
 def claimed_directory(paths: RunPaths) -> Iterator[None]:
     """Hold the run's directory, made if need be. If the body fails and certainly made no job, remove what is new.
 
-    RunStateError where the directory belongs to something else, LauncherError where it cannot be made.
+    RunStateError where the directory belongs to something else, ConfigError where it cannot be made.
     """
     made = [folder for folder in (paths.root.parent, *paths.root.parent.parents) if not folder.exists()]
     if _is_foreign(paths.root):
@@ -35,7 +35,7 @@ def claimed_directory(paths: RunPaths) -> Iterator[None]:
             if _is_foreign(paths.root):  # somebody put it there since the first look
                 raise _exists(paths)
         except OSError as error:
-            raise LauncherError(f"run_root: {paths.root} cannot be created: {error.strerror}") from None
+            raise ConfigError(f"run_root: {paths.root} cannot be created: {error.strerror}") from None
         try:
             yield
         except BaseException:

@@ -9,7 +9,7 @@ from launcher.contract.cost_model.predict import Candidate
 from launcher.contract.flops import parameters
 from launcher.contract.spec import RunSpec
 from launcher.planning.choice import Plan
-from launcher.planning.run_plan import broken_rules, override_words, run_cost
+from launcher.planning.run_plan import broken_rules, counted_gpus, override_words, run_cost
 from launcher.planning.search import HEADROOM, SearchResult
 from launcher.views.text import columns
 
@@ -40,7 +40,7 @@ def text(plans: Sequence[Plan], top: int) -> str:
         lines += [columns(rows), ""]
     if len(plans) == 1:
         return "\n".join([*lines, *_best(plans[0]), *_left_out(plans[0].result)])
-    return "\n".join(lines + [f"{plan.spec.resources.world_size} GPUs: {_one_line(plan)}" for plan in plans])
+    return "\n".join(lines + [f"{counted_gpus(plan.spec)}: {_one_line(plan)}" for plan in plans])
 
 
 def _question(spec: RunSpec, result: SearchResult) -> str:

@@ -84,7 +84,10 @@ def _plain(value: object) -> object:
 
 
 def _difference(name: str, before: object, now: object) -> str:
-    """Return one difference; of two lists the first items that differ, for a model may have a hundred layers."""
+    """Return one difference.
+
+    Of two lists these are the first items that differ: a model may have a hundred layers.
+    """
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         at = next(index for index, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1])
         return _difference(f"{name}[{at}]", before[at], now[at])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from launcher.contract.config.yaml_tags import tag_problem
 from launcher.contract.errors import ConfigError, did_you_mean
 from launcher.contract.leaves import Leaf, Leaves, Source, describe, is_dict, is_list
 from launcher.contract.spec.fields import FieldType, field_types, mapped_section, section_type
@@ -51,7 +52,7 @@ def read_yaml(
 def compose(text: str, shown: str) -> yaml.Node | None:
     """Return the node tree of a YAML document, or None for an empty one.
 
-    Raise ConfigError where the text is not YAML, or the tree is too large to be walked.
+    Raise ConfigError where the text is not YAML, has a tag that nothing reads, or the tree is too large to be walked.
     """
     lines, commas = text.count("\n"), text.count(",")
     if lines + commas > _MOST_SEPARATORS:
@@ -67,6 +68,9 @@ def compose(text: str, shown: str) -> yaml.Node | None:
         raise ConfigError(_syntax_problem(error, shown)) from None
     except RecursionError:
         raise ConfigError(f"{shown}: nested too deep, or an *alias holds itself") from None
+    problem = None if node is None else tag_problem(node)
+    if problem is not None:
+        raise ConfigError(f"{shown}:{problem[0]}: {problem[1]}")
     return node
 
 

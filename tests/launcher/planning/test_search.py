@@ -374,7 +374,7 @@ def test_plan_refuses(big: Path, capsys: pytest.CaptureFixture[str], words: list
 
 def test_plan_where_nothing_fits(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(big), "--gpus", "1"]) == 2
-    assert "nothing fits: no layout of 1 GPUs fits into 92% of the 79.6 GiB of h100" in capsys.readouterr().out
+    assert "nothing fits: no layout of 1 GPU fits into 92% of the 79.6 GiB of h100" in capsys.readouterr().out
 
 
 def test_auto_takes_what_the_plan_says(big: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def test_bad_config_leaves_nothing(workdir: Path, capsys: pytest.CaptureFixture[
 
 
 def test_run_root_that_cannot_be_made(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch("run_root=cfg.yaml/x") == ExitCode.FAILURE
+    assert launch("run_root=cfg.yaml/x") == ExitCode.BAD_INPUT
     assert (
         capsys.readouterr().err == f"error: run_root: {workdir}/cfg.yaml/x/first cannot be created: Not a directory\n"
     )
