@@ -91,7 +91,7 @@ class Worker:
         data = self._job.data
         example = parse_row(line, where, data.format, data.columns, data.ignore_keys)
         examples = self._encoder.encode(example)
-        tallies.unread.update(example.unread)
+        tallies.unread.update((*example.unread, *self._encoder.unread(example)))
         tallies.columns.update(example.columns)
         tally["rows"] += 1
         tally["rewritten"] += len(examples) > 1

@@ -107,6 +107,13 @@ class ChatRenderer:
         conversation = _Conversation(self, Example(where="", messages=tuple(turns), tools=tuple(tools)))
         return conversation.prompt()
 
+    def drops_names(self, example: Example) -> bool:
+        """Return whether the template leaves out the name of a turn, which most do: it is told, and not refused."""
+        if not any(message.extra.get("name") for message in example.messages):
+            return False
+        messages = [self._controls.hide_in(message.for_template()) for message in example.messages]
+        return self.written.drops_names(messages, [self._controls.hide_in(tool) for tool in example.tools] or None)
+
     def turn_ends(self, example: Example, text: str) -> list[tuple[str, int]]:
         """Return the role of each turn in `text`, one of the example's, and where it ends. For reports, not for masks.
 

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_NAMES = "messages[].name (by the chat template)"
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One example's tokens."""
@@ -79,6 +82,10 @@ class Encoder:
         if example.completion is not None and self._spec.chat_template == "none":
             return [self._joined(example.prompt, example.completion)]
         return self._conversation(_as_turns(example))
+
+    def unread(self, example: Example) -> tuple[str, ...]:
+        """Return the keys of turns that are handed to the chat template, and that it does not write."""
+        return (_NAMES,) if example.messages and self._chat_renderer().drops_names(example) else ()
 
     def inspect(self, example: Example) -> list[tuple[Encoded, list[str]]]:
         """Return what `encode` returns, each item with the role that each of its tokens belongs to."""

@@ -42,6 +42,7 @@ class WrittenParts:
     def __init__(self, apply: Apply) -> None:
         self._apply = apply
         self._known: dict[object, tuple[Part, ...]] = {}
+        self._drops_names: dict[object, bool] = {}
 
     def left_out(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> tuple[Part, ...]:
         """Return the parts of these messages and tools that the template does not write, in their order.
@@ -53,6 +54,34 @@ class WrittenParts:
         if shape not in self._known:
             self._known[shape] = self._prove(messages, tools)
         return self._known[shape]
+
+    def drops_names(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> bool:
+        """Return whether the template leaves out the name of a message. One that refuses other names reads them.
+
+        The name of a result is none of these where a call has it: it says nothing more.
+        """
+        called = {call["function"]["name"] for message in messages for call in message.get("tool_calls", ())}
+        named = [
+            turn
+            for turn, message in enumerate(messages)
+            if message.get("name", "") not in ("", *(called if message["role"] == "tool" else ()))
+        ]
+        key = (shape_of([list(messages), list(tools or [])]), *named)
+        if named and key not in self._drops_names:
+            self._drops_names[key] = self._leaves_out_names(messages, tools, named)
+        return bool(named) and self._drops_names[key]
+
+    def _leaves_out_names(
+        self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None, named: Sequence[int]
+    ) -> bool:
+        marked = [message.copy() for message in messages]
+        for turn in named:
+            marked[turn]["name"] = f"zqname{turn:06d}xk"
+        try:
+            text = self._apply(marked, tools)
+        except DataError:
+            return False
+        return any(marked[turn]["name"] not in text for turn in named)
 
     def _prove(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> tuple[Part, ...]:
         marking = _Marking()

@@ -220,14 +220,25 @@ def _check_order_of_results(messages: Sequence[Message], where: str) -> None:
     Most templates write no ids, and each result would be read as that of another call.
     """
     for turn, message in enumerate(messages):
-        calls = [call.get("id") for call in message.extra.get("tool_calls", ())]
+        calls = message.extra.get("tool_calls", [])
         results = itertools.takewhile(lambda later: later.role == "tool", messages[turn + 1 :])
-        places = [calls.index(own) for result in results if (own := result.extra.get("tool_call_id")) in calls]
-        if len(calls) > 1 and places != sorted(places):
+        places = [place for result in results if (place := _call_of(result, calls)) is not None]
+        if places != sorted(places):
             raise DataError(
                 f"{where}[{turn}]: the results of its calls come in another order than the calls, by their "
-                "tool_call_id; put them in the order of the calls, since chat templates may write no ids"
+                "tool_call_id or name; put them in the order of the calls, since chat templates may write no ids"
             )
+
+
+def _call_of(result: Message, calls: Sequence[ToolCall]) -> int | None:
+    """Return which call a result answers, by its id, or else by a name that one call alone has."""
+    own = result.extra.get("tool_call_id")
+    ids = [call.get("id") for call in calls]
+    if own is not None:
+        return ids.index(own) if own in ids else None
+    names = [call["function"]["name"] for call in calls]
+    name = result.extra.get("name", "")
+    return names.index(name) if names.count(name) == 1 else None
 
 
 def _role(item: Row, key: str, at: str) -> str:

@@ -103,3 +103,35 @@ def test_one_proof_serves_all_conversations_of_a_shape(monkeypatch: pytest.Monke
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "an answer"}]
         encoder.encode(Example(where="a.jsonl:1", messages=read_messages(turns, "messages", {})))
     assert len([text for text in rendered if text.startswith("zq0")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "answers", "of_user", "of_result"),
+    [
+        ("qwen2_5", "weather", "ann", False),
+        ("qwen2_5", "forecast", None, True),
+        ("muse_glimmer", "forecast", None, False),
+    ],
+)
+def test_names_that_a_template_does_not_write_are_told(
+    family: str, answers: str, of_user: str | None, of_result: bool
+) -> None:
+    """The name of a result is in its call already, if they are the same."""
+    template = (templates() / f"{family}.jinja").read_text()
+    encoder = Encoder(tokenizer_for(template, template), DataSpec())
+    asked = {"role": "user", "content": "Weather?"}
+    turns = [
+        asked,
+        {"role": "assistant", "content": "", "tool_calls": [call("Paris")]},
+        {"role": "tool", "name": answers, "content": "sun"},
+        {"role": "assistant", "content": "Sun."},
+    ]
+    assert bool(encoder.unread(conversation(turns))) == of_result
+    if of_user is not None:
+        assert encoder.unread(conversation([{**asked, "name": of_user}, *turns[1:]])) == (
+            "messages[].name (by the chat template)",
+        )
+
+
+def conversation(turns: list[dict[str, Any]]) -> Example:
+    return Example(where="", messages=read_messages(turns, "messages", {}), tools=read_tools(TOOLS, "tools"))

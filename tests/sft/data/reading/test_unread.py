@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec
 from sft.data.prepared.prepare import open_or_build, prepare_data
 from sft.data.reading.formats import parse_row
-from tests.tiny_model import make_tokenizer, write_jsonl
+from tests.tiny_model import CHAT_TEMPLATE, make_tokenizer, write_jsonl
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 PAIR = {"prompt": "hi", "completion": "yo"}
@@ -126,6 +127,22 @@ def test_prepare_names_each_key_once_with_the_number_of_rows(
     assert capsys.readouterr().out.count(expected) == 1
     prepare_data(spec, tokenizer_dir)  # from the cache
     assert capsys.readouterr().out.count(expected) == 1
+
+
+def test_prepare_tells_names_that_the_chat_template_does_not_write(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen to be dropped without a word, as a key that is read."""
+    named = [{**CHAT[0], "name": "ann"}, CHAT[1]]
+    spec = spec_of(tmp_path, [{"messages": named}, {"messages": CHAT}, {"messages": named}])
+    prepare_data(spec, tokenizer_dir)
+    assert "not read: 'messages[].name (by the chat template)' in 2 rows;" in capsys.readouterr().out
+    template = tmp_path / "named.jinja"
+    template.write_text(CHAT_TEMPLATE.replace("message['role']", "message['role'] + message.get('name', '')"))
+    prepare_data(
+        dataclasses.replace(spec, data=dataclasses.replace(spec.data, chat_template=str(template))), tokenizer_dir
+    )
+    assert "not read" not in capsys.readouterr().out
 
 
 def test_a_column_that_no_row_has_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
