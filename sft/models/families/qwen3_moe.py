@@ -79,5 +79,6 @@ FAMILY = Family(
         "tied": {"tie_word_embeddings": True},
         "unnormalized": {"norm_topk_prob": False},
         "dense_layers": {"mlp_only_layers": [3], "decoder_sparse_step": 2},
+        "window": {"use_sliding_window": True, "sliding_window": 20},
     },
 )

@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from launcher.contract.errors import DataError, LauncherError
 from launcher.contract.rundir import write_json
 from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec
 from sft.data.cache import build, progress
-from sft.data.cache.store import MANIFEST, TokenCache, _digest
+from sft.data.cache.store import FORMAT_VERSION, MANIFEST, TokenCache, _digest
+from sft.data.encoding.tokenizer import tokenizer_files
 from sft.data.prepared import prepare
-from sft.data.prepared.prepare import cache_key, check_vocabulary, open_or_build, prepare_data
+from sft.data.prepared.prepare import (
+    _ONLY_REFUSE,
+    _POLICIES,
+    CODE_VERSION,
+    cache_key,
+    check_vocabulary,
+    open_or_build,
+    prepare_data,
+)
 from sft.data.prepared.report import report
 from sft.data.reading.files import sha256_of
 from tests.ranks import run_ranks
@@ -127,6 +137,38 @@ def test_a_cache_of_an_earlier_version_keeps_its_key(tmp_path: Path, tokenizer_d
     write_json(new.directory / MANIFEST, {**manifest, "sha256": _digest(manifest)})
     new.directory.rename(new.directory.with_name(earlier[:40]))
     assert open_or_build(spec, tokenizer_dir, build=True, verify=True).train.key == earlier
+
+
+@pytest.mark.parametrize("prompt", ["a", [{"role": "user", "content": "a"}]])
+def test_a_cache_whose_prompts_an_earlier_version_left_out_is_built_again(
+    prompt: object, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """It trained the completions alone with loss_on all; every other cache keeps its key."""
+    completion = "b" if prompt == "a" else [{"role": "assistant", "content": "b"}]
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt, "completion": completion}])
+    settings = {"loss_on": "all", "require_end_tokens": False}
+    new = open_or_build(rows_of(tmp_path, **settings), tokenizer_dir, build=True).train
+    assert new.weights[1:].all()
+
+    content = [sha256_of(tmp_path / "rows.jsonl")]
+    whole, answers = (DataSpec(format="prompt_completion", loss_on=chosen) for chosen in ("all", "assistant"))
+    assert cache_key(whole, content, tokenizer_dir, None) == new.key
+    assert key_of_earlier_version(whole, content, tokenizer_dir) != new.key
+    for same in (answers, dataclasses.replace(whole, format="messages"), dataclasses.replace(whole, format="text")):
+        assert cache_key(same, content, tokenizer_dir, None) == key_of_earlier_version(same, content, tokenizer_dir)
+
+
+def key_of_earlier_version(data: DataSpec, content: list[str], tokenizer_dir: Path) -> str:
+    """The key without what tells caches with trained prompts apart."""
+    made_from = {
+        "code": [CODE_VERSION, FORMAT_VERSION, version("transformers"), version("tokenizers")],
+        "data": content,
+        "format": data.format,
+        "tokenizer": {path.name: sha256_of(path) for path in tokenizer_files(tokenizer_dir)},
+        "template": data.chat_template,
+        "policies": {name: getattr(data, name) for name in _POLICIES} | _ONLY_REFUSE,
+    }
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
 def test_what_does_not_change_tokens_does_not_change_the_key(tmp_path: Path, tokenizer_dir: Path) -> None:
