@@ -14,7 +14,7 @@ _CHECKED = tuple(f"{_STANDARD}{name}" for name in ("bool", "float", "int"))
 
 
 def tag_problem(document: yaml.Node) -> tuple[int, str] | None:
-    """Return the line of the first tag that is not read, counted from 1, and why; None where there is none."""
+    """Return the line, counted from 1, of the first tag that is not read and why, or None."""
     for node in _nodes(document, set()):
         if not _is_true(node):
             return node.start_mark.line + 1, _why(node)
