@@ -68,7 +68,7 @@ def _fields(value: object, prefix: str, skipped: tuple[str, ...] = ()) -> Iterat
     """Yield the fields of a dataclass, and of those inside it, that are not at their default."""
     for field in dataclasses.fields(value):  # type: ignore[arg-type]
         own = getattr(value, field.name)
-        if field.name in skipped or field.name in _LIMITS or own == field.default:
+        if field.name in skipped or field.name in _LIMITS or field.default in (own, _plain(own)):
             continue
         if dataclasses.is_dataclass(own):
             yield f"{prefix}{field.name}", True
