@@ -22,6 +22,7 @@ import pytest
 
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths
+from launcher.submission.unchanged import digests
 from tests.slurm.cluster import SlurmCluster, why_unavailable
 from tests.slurm.matrix import (
     PATIENCE,
@@ -178,10 +179,15 @@ def time_limit_requeue(bench: Workbench) -> RunPaths:
 
 
 def time_limit_resubmit(bench: Workbench) -> RunPaths:
-    """The next job starts at once: what the third asks for is written down while the second is at work."""
+    """The next job starts at once: what the third asks for is written down while the second is at work.
+
+    With the digest, without which the run would not go on.
+    """
     run = bench.submit("time-resubmit", *TWO_RANKS, *SHORT, "restart.how=resubmit")
     wait_until(lambda: len(events(run, "attempt_started")) == 2, "the second job", timeout=PATIENCE)
+    before = digests(run)[run.script.name]
     run.script.write_text(run.script.read_text().replace("#SBATCH --time=10\n", "#SBATCH --time=100\n"))
+    run.manifest.write_text(run.manifest.read_text().replace(before, digests(run)[run.script.name]))
     return wait_for_end(bench, run, attempts=3)
 
 
