@@ -247,7 +247,7 @@ def test_template_variables_are_yaml_and_dates_stay_text() -> None:
         ("a", "[", "is not valid YAML"),
         ("tools", "1", "tools is set for each row"),
         ("max_length", "9", "max_length is an argument of transformers"),
-        ("flagg", "true", "the chat template does not read 'flagg'; did you mean 'flag'"),  # seen to change nothing
+        ("flags", "true", "the chat template does not read 'flags'; did you mean 'flag'"),  # seen to change nothing
     ):
         with pytest.raises(ConfigError, match=rf"data\.chat_template_kwargs.*{message}"):
             encode(chat("hi", "yo"), tokenizer, DataSpec(chat_template_kwargs={name: text}))
