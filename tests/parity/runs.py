@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launcher.contract.errors import ConfigError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.spec import (
@@ -78,6 +79,15 @@ def run_training(paths: RunPaths, ranks: int, timeout: float = 120.0, function: 
     if function is None:
         assert results == [ExitCode.OK] * ranks
     return results
+
+
+def refused(config: Path) -> str:
+    """Run on a rank: why training does not start, which ends a rank with code 2."""
+    try:
+        train(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def copy_start(full: RunPaths, paths: RunPaths, step: int) -> None:

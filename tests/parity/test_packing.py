@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 import sft.engine.module
-from launcher.contract.errors import ConfigError
 from launcher.contract.rundir import RunPaths, read_lines
 from sft.data.batches.batch import MicroBatch
 from sft.megatron.layers.core_attention import CoreAttention
 from sft.training.trainer import train
-from tests.parity.runs import curve, make_run, run_training
+from tests.parity.runs import curve, make_run, refused, run_training
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -263,15 +262,6 @@ def test_trap_16_packed_steps_go_on_in_the_same_order_elsewhere(
     run_training(paths, 2)
     assert curve(paths)[0] == pytest.approx(curve(before)[0], rel=1e-5)
     assert counts(paths) == counts(before)
-
-
-def refused(config: Path) -> str:
-    """Runs on a rank: why training does not start."""
-    try:
-        train(config)
-    except ConfigError as error:
-        return str(error)
-    return ""
 
 
 def test_trap_16_other_packing_is_refused(

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from launcher.contract.errors import ConfigError
 from launcher.contract.rundir import RunPaths, read_lines
 from sft.training.trainer import train
-from tests.parity.runs import curve, make_run, run_training
+from tests.parity.runs import curve, make_run, refused, run_training
 from tests.tiny_model import make_material
 
 # After the project's own way to it, which patches it.
@@ -89,15 +88,6 @@ def test_a_run_that_goes_on_reads_no_weights_of_its_model(
     fresh = make_run(tmp_path, other, material[1], ranks=1, name="fresh", **SETTINGS)
     with pytest.raises(AssertionError, match="is I32; supported are"):
         run_training(fresh, 1)
-
-
-def refused(config: Path) -> str:
-    """Runs on a rank: why training does not start, which ends a rank with code 2."""
-    try:
-        train(config)
-    except ConfigError as error:
-        return str(error)
-    return ""
 
 
 def test_trap_16_a_model_that_computes_something_else_is_refused(

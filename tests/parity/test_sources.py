@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from launcher.contract.errors import ConfigError
 from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.spec import SourceSpec
-from sft.training.trainer import train
-from tests.parity.runs import curve, make_run, reference_curve, run_training
+from tests.parity.runs import curve, make_run, reference_curve, refused, run_training
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -95,15 +93,6 @@ def test_resume_in_another_epoch(tmp_path: Path, material: Path, full: tuple[str
     run_training(other, 1)
     assert curve(other)[0] == pytest.approx(curve(full[1])[0], rel=1e-5)
     assert consumed(other) == consumed(full[1])
-
-
-def refused(config: Path) -> str:
-    """Runs on a rank: why training does not start."""
-    try:
-        train(config)
-    except ConfigError as error:
-        return str(error)
-    return ""
 
 
 def test_another_weight_is_refused(tmp_path: Path, material: Path, full: tuple[str, RunPaths]) -> None:
