@@ -81,9 +81,10 @@ def kill_all_with(settings: Mapping[str, str], *, patience: float = 60.0) -> Non
 
     def none_left() -> bool:
         pids = list(pids_with(settings))
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for how in (signal.SIGSTOP, signal.SIGKILL):  # stopped, none sees another one's end and acts on it
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, how)
         return not pids
 
     wait_until(none_left, f"processes with {dict(settings)} to end", timeout=patience, interval=0.05)
