@@ -308,7 +308,7 @@ def test_other_data_is_refused(tmp_path: Path, material: tuple[Path, Path]) -> N
     assert run_ranks(1, exit_code, paths.config) == [ExitCode.BAD_INPUT]
 
 
-@pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM"])
+@pytest.mark.parametrize("name", thinned(["SIGUSR2", "SIGTERM"], "SIGTERM"))
 def test_signal_stops_at_a_step_boundary_with_a_checkpoint(
     name: str, tmp_path: Path, material: tuple[Path, Path]
 ) -> None:

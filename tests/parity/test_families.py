@@ -11,7 +11,7 @@ from sft.models.registry import SUPPORTED, read_architecture
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_grid import assert_gradients_equal
-from tests.sft.hf_cases import CASES, DISTINCT, OF_TEXT, save_hf_model
+from tests.sft.hf_cases import CASES, OF_TEXT, ON_STAGES, save_hf_model
 from tests.tiny_model import VOCAB_SIZE, make_chat_rows, make_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -84,9 +84,9 @@ def family_model(directory: Path, case: str, **more: Any) -> Path:
 
 
 def _cells() -> list[Any]:
-    """Every case under every layout. By default all run under the fused one, and distinct families under both."""
+    """Every case under every layout. By default all run under the fused one, and most distinct families under both."""
     by_default = {(case, "tp2_sp_fused_packed") for case in (*OF_TEXT, *VARIANTS)}
-    by_default |= {(family, "tp2_pp2_plain") for family in DISTINCT}
+    by_default |= {(family, "tp2_pp2_plain") for family in ON_STAGES}
     cells = [(case, layout) for case in CASES for layout in LAYOUTS]
     return [cell if cell in by_default else pytest.param(*cell, marks=pytest.mark.slow) for cell in cells]
 

@@ -21,7 +21,7 @@ from sft.training.trainer import train
 from tests.parity.runs import make_run, run_training
 from tests.parity.test_families import family_model
 from tests.ranks import run_ranks
-from tests.sft.hf_cases import DISTINCT
+from tests.sft.hf_cases import ON_STAGES
 from tests.tiers import thinned
 from tests.tiny_model import make_chat_rows, make_tiny_model, write_jsonl
 
@@ -125,7 +125,7 @@ def test_greedy_answers_equal_transformers(
     assert run_and_collect(tmp_path, material, *LAYOUTS[name]) == list(greedy.values())
 
 
-@pytest.mark.parametrize("family", thinned(SUPPORTED, *DISTINCT))
+@pytest.mark.parametrize("family", thinned(SUPPORTED, *ON_STAGES))
 def test_greedy_answers_of_a_family_equal_transformers(family: str, tmp_path: Path, material: Material) -> None:
     """Across two stages, with every part of the family in the model."""
     own = (family_model(tmp_path / "model", family), *material[1:])

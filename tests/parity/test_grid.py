@@ -49,15 +49,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "fused_padded": {"micro_batch_size": 2, "kernels": "fused"},
 }
 DEFAULT = {
-    "tp1": ("packed", "padded_tokens", "joined", "fused", "fused_padded"),
-    "tp2": ("packed", "joined", "fused_padded"),
+    "tp1": ("padded_tokens", "joined", "fused_padded"),
+    "tp2": ("joined", "fused_padded"),
     "pp2": ("padded_2", "packed"),
     "tp2_pp2": ("packed",),
     "dp2": ("padded_1", "packed_tokens"),
     "dp4": ("packed",),
     "tp2_dp2_sp": ("packed", "fused"),
-    "vpp2": ("packed", "padded_1", "joined"),
-    "recompute": ("packed", "fused"),
+    "vpp2": ("padded_1", "joined"),
+    "recompute": ("fused",),
     "recompute_norms": ("padded_2", "fused"),
     "tp2_sp_recompute_norms": ("fused",),
 }

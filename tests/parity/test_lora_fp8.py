@@ -119,7 +119,7 @@ def test_each_linear_is_the_definition(tmp_path: Path, model: Path, chat: Path) 
     [
         ("plain", 1, {}),
         ("fused", 1, {}),
-        ("fused", 2, {"tensor_parallel": 2, "sequence_parallel": True}),
+        pytest.param("fused", 2, {"tensor_parallel": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
     ],
     ids=["plain", "fused", "fused_tp2_sp"],
 )

@@ -47,7 +47,7 @@ def jobs_named(bench: Workbench, name: str) -> list[str]:
 
 def test_launcher_killed_at_random_moments(bench: Workbench, slurm: SlurmCluster) -> None:
     """Killed three times each, the last call is left to finish."""
-    names = [f"killed-{number}" for number in range(4)]
+    names = [f"killed-{number}" for number in range(3)]
     for name in names * 3:
         process = start_submit(bench, name)
         time.sleep(random.uniform(0.1, 0.6))

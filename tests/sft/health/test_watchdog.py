@@ -18,6 +18,7 @@ from launcher.contract.rundir import RunPaths, read_json, read_lines
 from launcher.contract.spec import WatchdogSpec
 from sft.health.rank_positions import Phase, Position, ranks_behind
 from sft.health.watchdog import Allowance
+from tests.tiers import thinned
 
 CHECKOUT = Path(__file__).parents[3]
 
@@ -97,7 +98,7 @@ ACTIONS = {
 }
 
 
-@pytest.mark.parametrize("what", ACTIONS)
+@pytest.mark.parametrize("what", thinned(ACTIONS, "keeps the GIL", "is stopped"))
 def test_a_rank_that_hangs_is_named(what: str, tmp_path: Path) -> None:
     code, paths = hang(tmp_path, ACTIONS[what])
     assert code == ExitCode.HANG, paths.rank_log("a", 0).read_text()
