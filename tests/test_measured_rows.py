@@ -13,7 +13,7 @@ from benchmarks.measured_rows import ROWS, Row, all_rows, measured_files
 from benchmarks.planning import memory_table, scaling_table, speed_table
 from launcher.planning.choice import MODEL_ERROR
 
-DOCS = Path(__file__).resolve().parents[3] / "docs" / "explanation" / "planning.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "explanation" / "planning.md"
 OWN = ("sft", "sft-flash2")
 rows = cache(all_rows)
 
