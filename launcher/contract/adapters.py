@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from launcher.contract.linears import Linear, Place, attention_linears, expert_linears, mlp_linears
+from launcher.contract.linears import Linear, Place, expert_linears, layer_linears
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import LoraSpec
 
@@ -20,7 +20,7 @@ def layer_adapters(shape: ModelShape, lora: LoraSpec, *, dense: bool = False, li
     """
     routed = bool(shape.num_experts) and not dense
     router = shape.num_experts * shape.hidden_size if routed and lora.router else 0
-    return _parameters(_outside_experts(shape, dense=dense, linear=linear), lora) + router
+    return _parameters(layer_linears(shape, dense=dense, linear=linear), lora) + router
 
 
 def expert_adapters(shape: ModelShape, lora: LoraSpec) -> int:
@@ -30,7 +30,7 @@ def expert_adapters(shape: ModelShape, lora: LoraSpec) -> int:
 
 def adapted_places(shape: ModelShape, lora: LoraSpec, *, dense: bool = False, linear: bool = False) -> frozenset[Place]:
     """Return which of a layer's products outside its experts have adapters."""
-    linears = _outside_experts(shape, dense=dense, linear=linear)
+    linears = layer_linears(shape, dense=dense, linear=linear)
     return frozenset(each.place for each in linears if not lora.names or each.name in lora.names)
 
 
@@ -40,12 +40,6 @@ def active_adapters(shape: ModelShape, lora: LoraSpec) -> int:
     more = linear * (layer_adapters(shape, lora, linear=True) - layer_adapters(shape, lora)) if linear else 0
     usual = layer_adapters(shape, lora) + shape.experts_per_token * expert_adapters(shape, lora)
     return (shape.num_layers - dense) * usual + dense * layer_adapters(shape, lora, dense=True) + more
-
-
-def _outside_experts(shape: ModelShape, *, dense: bool, linear: bool) -> tuple[Linear, ...]:
-    routed = bool(shape.num_experts) and not dense
-    width = shape.shared_expert_size if routed else shape.ffn_hidden_size
-    return attention_linears(shape, linear=linear) + (mlp_linears(shape, width) if width else ())
 
 
 def _parameters(linears: Iterable[Linear], lora: LoraSpec) -> int:

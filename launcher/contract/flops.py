@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from launcher.contract.adapters import active_adapters
-from launcher.contract.linears import attention_linears, expert_linears, mlp_linears
+from launcher.contract.linears import attention_linears, expert_linears, layer_linears
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import LoraSpec
 
@@ -47,12 +47,10 @@ def layer_matmul_parameters(
     In a mixture of experts, `active` counts only the experts that one token goes to, and `dense` is for a layer that
     has an MLP instead. `linear` is for a layer with linear attention.
     """
-    attention = attention_parameters(shape, linear=linear)
+    found = sum(each.weights for each in layer_linears(shape, dense=dense, linear=linear))
     if not shape.num_experts or dense:
-        return attention + sum(each.weights for each in mlp_linears(shape, shape.ffn_hidden_size))
-    experts = active_expert_parameters(shape) if active else expert_parameters(shape)
-    shared = sum(each.weights for each in mlp_linears(shape, shape.shared_expert_size))
-    return attention + experts + shared + router_parameters(shape)
+        return found
+    return found + (active_expert_parameters if active else expert_parameters)(shape) + router_parameters(shape)
 
 
 def router_parameters(shape: ModelShape) -> int:

@@ -65,6 +65,16 @@ def mlp_linears(shape: ModelShape, width: int) -> tuple[Linear, ...]:
     return _gated(shape, width, MLP_NAMES)
 
 
+def layer_linears(shape: ModelShape, *, dense: bool = False, linear: bool = False) -> tuple[Linear, ...]:
+    """Return those of a decoder layer outside its routed experts: of attention, and of its MLP or shared expert.
+
+    `dense` is for a layer that has an MLP in a model with experts, `linear` for one with linear attention.
+    """
+    routed = bool(shape.num_experts) and not dense
+    width = shape.shared_expert_size if routed else shape.ffn_hidden_size
+    return attention_linears(shape, linear=linear) + (mlp_linears(shape, width) if width else ())
+
+
 def expert_linears(shape: ModelShape) -> tuple[Linear, ...]:
     """Return those of one routed expert."""
     if shape.joined_experts:

@@ -17,7 +17,7 @@ from launcher.contract.cost_model.memory import busiest_rank
 from launcher.contract.cost_model.workload import Workload, expert_layer_parameters
 from launcher.contract.flops import active_expert_parameters, router_parameters
 from launcher.contract.hardware import GpuKind
-from launcher.contract.linears import Linear, Place, attention_linears, mlp_linears
+from launcher.contract.linears import Linear, Place, layer_linears
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.topology import Topology
 
@@ -48,8 +48,7 @@ def layer_products(workload: Workload, topology: Topology, kind: LayerKind) -> l
     shape = workload.shape
     routed = bool(shape.num_experts) and not kind.dense
     repeated = 0 if kind.linear else 2 * max(0, topology.tensor_parallel - shape.num_query_groups) * shape.head_dim
-    width = shape.shared_expert_size if routed else shape.ffn_hidden_size
-    linears = attention_linears(shape, linear=kind.linear) + (mlp_linears(shape, width) if width else ())
+    linears = layer_linears(shape, dense=kind.dense, linear=kind.linear)
     adapted = adapted_places(shape, workload.lora, dense=kind.dense, linear=kind.linear) if workload.adapted else ()
     found = [
         _dense(topology, place, tuple(group), repeated=repeated, adapted=place in adapted)
