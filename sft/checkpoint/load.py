@@ -69,12 +69,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     ConfigError where the run has other data, adapters or another model than the one that wrote the checkpoint.
     """
     trainer = read_trainer_state(source)
-    if trainer.data_key != data_key:
-        raise ConfigError(
-            f"{source} was written by a run over other batches: {_differences(trainer.data_key, data_key)}. Going "
-            "on would repeat or skip examples. Put that back, or start a new run with model.path set to the exported "
-            "model"
-        )
+    _check_data(source, trainer, data_key)
     _check_model(source, trainer, numerics(module.architecture))
     _check_adapters(source, trainer, trained_adapters(module.spec.model.lora, module.architecture))
     _check_version(source, trainer)
@@ -105,6 +100,16 @@ def _check_version(source: Path, trainer: TrainerState) -> None:
         )
 
 
+def _check_data(source: Path, trainer: TrainerState, data_key: Mapping[str, object]) -> None:
+    """Raise ConfigError where a checkpoint belongs to other data, or to another order of them."""
+    if trainer.data_key != data_key:
+        raise _other_run(
+            source,
+            f"over other batches: {_differences(trainer.data_key, data_key)}",
+            "Going on would repeat or skip examples",
+        )
+
+
 def _check_model(source: Path, trainer: TrainerState, model: Mapping[str, object]) -> None:
     """Raise ConfigError where a checkpoint's weights belong to a model that computes something else."""
     if trainer.model is not None and trainer.model != model:
@@ -117,11 +122,18 @@ def _check_model(source: Path, trainer: TrainerState, model: Mapping[str, object
 def _check_adapters(source: Path, trainer: TrainerState, adapters: Mapping[str, object]) -> None:
     """Raise ConfigError where a checkpoint holds other adapters than this run trains, or would scale otherwise."""
     if trainer.adapters is not None and trainer.adapters != adapters:
-        raise ConfigError(
-            f"{source} was written by a run that trained something else: {_differences(trainer.adapters, adapters)}. "
-            "Going on would lose adapters, or change what they do. Put that back, or start a new run with model.path "
-            "set to the exported model"
+        raise _other_run(
+            source,
+            f"that trained something else: {_differences(trainer.adapters, adapters)}",
+            "Going on would lose adapters, or change what they do",
         )
+
+
+def _other_run(source: Path, differs: str, consequence: str) -> ConfigError:
+    return ConfigError(
+        f"{source} was written by a run {differs}. {consequence}. Put that back, or start a new run with model.path "
+        "set to the exported model"
+    )
 
 
 def _check_rate_groups(source: Path, trainer: TrainerState, groups: list[str]) -> None:
