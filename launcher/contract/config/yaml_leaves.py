@@ -5,14 +5,13 @@ The node tree is walked along the schema's dataclasses, so that every problem ha
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import yaml
 
-from launcher.contract.config.yaml_tags import tag_problem
+from launcher.contract.config.yaml_tags import children, tag_problem
 from launcher.contract.errors import ConfigError, did_you_mean
 from launcher.contract.leaves import Leaf, Leaves, Source, describe, is_dict, is_list
 from launcher.contract.spec.fields import FieldType, field_types, mapped_section, section_type
@@ -80,9 +79,7 @@ def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
     `known` holds the counts of nodes met before.
     """
     if id(node) not in known:
-        children = node.value if isinstance(node, yaml.CollectionNode) else ()
-        pairs = itertools.chain.from_iterable(children) if isinstance(node, yaml.MappingNode) else children
-        known[id(node)] = 1 + sum(_nodes(child, known) for child in pairs)
+        known[id(node)] = 1 + sum(_nodes(child, known) for child in children(node))
     return known[id(node)]
 
 

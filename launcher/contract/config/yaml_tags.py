@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import yaml
 
@@ -27,10 +27,14 @@ def _nodes(node: yaml.Node, seen: set[int]) -> Iterator[yaml.Node]:
         return
     seen.add(id(node))
     yield node
-    if isinstance(node, yaml.CollectionNode):
-        pairs = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
-        for child in pairs:
-            yield from _nodes(child, seen)
+    for child in children(node):
+        yield from _nodes(child, seen)
+
+
+def children(node: yaml.Node) -> Iterable[yaml.Node]:
+    """Return what a node holds: items, or keys and values in turn."""
+    inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+    return itertools.chain.from_iterable(inside) if isinstance(node, yaml.MappingNode) else inside
 
 
 def _is_true(node: yaml.Node) -> bool:
