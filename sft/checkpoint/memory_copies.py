@@ -89,7 +89,8 @@ class MemoryCopies:
         self._identity = identity
         self._whole: int | None = None
         """Step of the newest copy that every rank knows to be whole."""
-        self._chosen: Choice | None = None
+        self.chosen: Choice | None = None
+        """The copy that `look` has found, to go on from."""
         self.outcome: Made | str = "none was made yet"
         """What became of the last copy."""
 
@@ -123,17 +124,17 @@ class MemoryCopies:
 
     def load(self, module: SFTGPT) -> tuple[int, dict[str, object]]:
         """Fill a module with the copy that `look` has found. Return its step and Lightning's counters."""
-        if self._chosen is None:
+        if self.chosen is None:
             raise RuntimeError("no copy was chosen")
-        path = data_path(self._folder, self._chosen.step, self._place.rank)
+        path = data_path(self._folder, self.chosen.step, self._place.rank)
         try:
             state = cast("RankState", torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         except (pickle.UnpicklingError, RuntimeError, OSError) as error:
             raise CheckpointError(f"copy {path} cannot be read, though its checksum is right: {error}") from error
-        return self._chosen.step, restore(module, state)
+        return self.chosen.step, restore(module, state)
 
     def _settle(self, choice: Choice | None) -> None:
-        self._chosen = choice
+        self.chosen = choice
         self._whole = None if choice is None else choice.step
         if self._place.is_first:
             copy_parts.remove_copies(self._folder, but=self._whole)

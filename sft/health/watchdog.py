@@ -21,7 +21,6 @@ import dataclasses
 import faulthandler
 import os
 import signal
-import socket
 import statistics
 import sys
 import threading
@@ -40,7 +39,7 @@ from sft.health.rank_positions import (
     main_thread_place,
     ranks_behind,
 )
-from sft.runtime.rank_env import RankEnv
+from sft.runtime.rank_env import RankEnv, node_name
 
 _LOOK_SECONDS = 5.0
 """Time between two checks."""
@@ -154,7 +153,7 @@ class Watchdog:
         where, waiting = main_thread_place()
         return Position(
             rank=self._env.rank,
-            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            host=node_name(),
             pid=os.getpid(),
             step=step,
             phase=phase.name,

@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 from pathlib import Path
 
 from launcher.contract.rundir import RunPaths
+from sft.runtime.rank_env import node_name
 
 _LONGEST_MESSAGE = 2000
 
@@ -25,7 +25,7 @@ def record_error(path: Path, error: BaseException) -> None:
     paths = RunPaths(root if root.is_dir() else root.parent)
     record = {
         "rank": int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0),
-        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "host": node_name(),
         "kinds": [kind.__name__ for kind in type(error).__mro__],
         "message": str(error)[:_LONGEST_MESSAGE],
     }

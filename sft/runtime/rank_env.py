@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -58,3 +59,8 @@ class RankEnv:
                 attempt=attempt,
             )
         return cls(attempt=attempt)
+
+
+def node_name() -> str:
+    """Return the name of this node: Slurm's, under which its commands know it, or the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from sft.checkpoint.memory_copies import MemoryCopies, NodePlace
 from sft.metrics.run_log import RunLog
 from sft.models.architecture import Architecture
 from sft.models.numerics import numerics
-from sft.runtime.rank_env import RankEnv
+from sft.runtime.rank_env import RankEnv, node_name
 from sft.training.strategy import MegatronStrategy
 
 
@@ -27,9 +25,7 @@ def resume_point_with_copies(
     strategy: MegatronStrategy,
     checkpoint: Path | None,
     paths: RunPaths,
-    topology: Topology,
     env: RankEnv,
-    nodes: int,
     architecture: Architecture,
     log: RunLog,
 ) -> Path | None:
@@ -41,7 +37,9 @@ def resume_point_with_copies(
     if start is None:
         log.say(f"no copies in memory: attempt {env.attempt} belongs to no job that would go on from them")
         return checkpoint
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = node_name()
+    topology = strategy.topology
+    nodes = topology.world_size // topology.ranks_per_node
     place = NodePlace(rank=env.rank, ranks_per_node=topology.ranks_per_node, nodes=nodes, node=node)
     folder = copy_folder(paths.root, start, node)
     strategy.setup_environment()
@@ -63,7 +61,6 @@ def _newer_copy(strategy: MegatronStrategy, copies: MemoryCopies, checkpoint: Pa
     saved = strategy.control.from_leader(0 if checkpoint is None else checkpoint_step(checkpoint))
     found = copies.look(saved)
     if isinstance(found, Choice):
-        strategy.goes_on_from_copy = True
         fetched = f"; ranks {', '.join(map(str, found.fetched))} have theirs from other nodes" if found.fetched else ""
         log.say(f"going on from the copy of step {found.step}, which attempt {found.attempt} made{fetched}")
         log.event("copy_used", step=found.step, made_by=found.attempt, fetched=list(found.fetched))

@@ -52,7 +52,6 @@ class MegatronStrategy(DDPStrategy):
         self.resumed_from: Path | str | None = None
         self.copies: MemoryCopies | None = None
         """Copies of the run's state in memory, where it has some."""
-        self.goes_on_from_copy = False
         self._is_set_up = False
 
     @property
@@ -130,7 +129,7 @@ class MegatronStrategy(DDPStrategy):
 
         Where the checkpoint is damaged, an older one beside it is loaded.
         """
-        if self.copies is not None and self.goes_on_from_copy:
+        if self.copies is not None and self.copies.chosen is not None:
             step, counters = self.copies.load(self.megatron_module)
             self.resumed_from = f"the copy of step {step} in memory"
         else:

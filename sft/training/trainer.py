@@ -176,8 +176,7 @@ def _train(
     strategy = cast(MegatronStrategy, trainer.strategy)
     clock.end("data")
     if spec.checkpoint.copy_every is not None:
-        nodes = spec.resources.nodes
-        resume = resume_point_with_copies(strategy, resume, paths, topology, env, nodes, architecture, log)
+        resume = resume_point_with_copies(strategy, resume, paths, env, architecture, log)
     module = SFTGPT(spec, architecture, topology, model_dir, steps, resumes=resume is not None)
     stages = f"; stages of {topology.describe_stages()}" if topology.pipeline_parallel > 1 else ""
     log.say(f"{topology.describe()}{stages}; {describe_batch(spec, topology)}")

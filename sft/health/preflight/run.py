@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from sft.health.preflight import checks
 from sft.health.preflight.checks import Check
 from sft.health.preflight.meeting import POLL_SECONDS, clock_offset, host_meeting, meet_partners
 from sft.health.preflight.report import Report, combine, table
-from sft.runtime.rank_env import RankEnv
+from sft.runtime.rank_env import RankEnv, node_name
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -37,7 +36,7 @@ def preflight(config: Path) -> ExitCode:
     spec, paths, env = read_resolved(config), RunPaths(config.resolve().parent), RankEnv.from_environ()
     began = time.monotonic()
     store = _store(env, spec.preflight.timeout_seconds)
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    host = node_name()
     store.set(f"host/{env.rank}", host)
     if env.rank == 0:
         # A connection of its own, because a wait blocks the connection that it is on.
