@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 import sft.engine.module
+from launcher.contract.exit_codes import ExitCode
 from launcher.contract.spec import read_resolved
 from sft.megatron.core import get_transformer_layer_offset, parallel_state
 from sft.megatron.parallel.groups import rank_place
@@ -19,6 +21,8 @@ from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
 from sft.models.weight_map import canonical_name, rank_part
 from sft.training.trainer import train
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +37,20 @@ class Part:
 def train_and_capture(config: Path) -> list[list[Part]]:
     """Runs on a rank: what this rank holds of the gradients of each step, as the optimizer gets them."""
     architecture = read_architecture(Path(read_resolved(config).model.path))
-    steps: list[list[Part]] = []
+    return train_and_keep(config, lambda chunks: _parts(chunks, architecture))
+
+
+def train_and_keep(config: Path, of_step: Callable[[list[Any]], T]) -> list[T]:
+    """Runs on a rank: what `of_step` makes of its model chunks in each step, once they have their gradients."""
+    steps: list[T] = []
     finalize = sft.engine.module.reduce_and_divide_gradients
 
     def spy(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize(chunks, *args, **kwargs)
-        steps.append(_parts(chunks, architecture))
+        steps.append(of_step(chunks))
 
     sft.engine.module.reduce_and_divide_gradients = spy
-    train(config)
+    assert train(config) == ExitCode.OK
     return steps
 
 

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-import sft.engine.module
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.spec import LoraSpec, RunSpec
 from sft.__main__ import main
@@ -25,7 +24,7 @@ from sft.hf.joined_experts import joined, separated, wrappers
 from sft.hf.loaded_model import load_transformers_model
 from sft.models.registry import read_architecture
 from sft.models.weight_map import canonical_name
-from sft.training.trainer import train
+from tests.parity.gradients import train_and_keep
 from tests.parity.runs import expect_same_end, run_training
 from tests.parity.test_expert_lora import LAYOUTS
 from tests.parity.test_families import family_model
@@ -125,17 +124,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], 
 
 def train_and_keep_adapters(config: Path) -> list[dict[str, NDArray[np.float32]]]:
     """Runs on a rank: the gradients of its adapters in each step."""
-    steps: list[dict[str, NDArray[np.float32]]] = []
-    finalize = sft.engine.module.reduce_and_divide_gradients
+    return train_and_keep(config, _gradients)
 
-    def spy(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
-        finalize(chunks, *args, **kwargs)
-        named = {canonical_name(name): own for chunk in chunks for name, own in chunk.named_parameters()}
-        steps.append({name: own.main_grad.numpy().copy() for name, own in named.items() if own.requires_grad})
 
-    sft.engine.module.reduce_and_divide_gradients = spy
-    assert train(config) == ExitCode.OK
-    return steps
+def _gradients(chunks: list[Any]) -> dict[str, NDArray[np.float32]]:
+    named = {canonical_name(name): own for chunk in chunks for name, own in chunk.named_parameters()}
+    return {name: own.main_grad.numpy().copy() for name, own in named.items() if own.requires_grad}
 
 
 @pytest.mark.parametrize("case", CASES)
