@@ -22,4 +22,13 @@ def load_transformers_model(
     multimodal = "text_config" in (read_json(model_dir / "config.json") or {})
     loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     model: PreTrainedModel = loader.from_pretrained(model_dir, dtype=dtype, **options)
+    _set_unit(model)
     return model
+
+
+def _set_unit(model: PreTrainedModel) -> None:
+    """Give the experts of gpt-oss the unit that the model's config states, which transformers reads from 5.19 on."""
+    for module in model.modules():
+        if type(module).__name__ == "GptOssExperts":
+            for name, key in (("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")):
+                setattr(module, name, getattr(model.config, key, getattr(module, name)))
