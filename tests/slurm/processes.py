@@ -15,10 +15,11 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from launcher.contract.processes import start_ticks
 from tests.session_end import mark
 
 
@@ -80,14 +81,20 @@ def kill_all_with(settings: Mapping[str, str], *, patience: float = 60.0) -> Non
     """Kill the processes that carry `settings`, and those they start meanwhile, until none is left."""
 
     def none_left() -> bool:
-        pids = list(pids_with(settings))
-        for how in (signal.SIGSTOP, signal.SIGKILL):  # stopped, none sees another one's end and acts on it
-            for pid in pids:
+        pids = _oldest_first(pids_with(settings))
+        # Stopped, none sees another one's end and acts on it. Children go before parents: the kernel wakes stopped
+        # processes whose parent has gone, with SIGHUP, on which an srun would end its step on other nodes.
+        for how, order in ((signal.SIGSTOP, pids), (signal.SIGKILL, reversed(pids))):
+            for pid in order:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, how)
         return not pids
 
     wait_until(none_left, f"processes with {dict(settings)} to end", timeout=patience, interval=0.05)
+
+
+def _oldest_first(pids: Iterable[int]) -> list[int]:
+    return sorted(pids, key=lambda pid: (start_ticks(pid) or 0, pid))
 
 
 def wait_until(done: Callable[[], bool], what: str, *, timeout: float, interval: float = 0.2) -> None:
