@@ -18,6 +18,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -176,6 +177,12 @@ class _TokenChunks:
     decay: Tensor
     """Of the whole chunk, [chunks, heads, 1, 1]."""
 
+    def by_step(self, steps: tuple[int, ...]) -> Iterator[_TokenChunks]:
+        """Yield the chunks of each step."""
+        parts = (self.query, self.key, self.inside, self.change, self.read, self.decay)
+        # Split at once: the backward pass of a slice fills a tensor of all chunks, and does so in every step.
+        yield from map(_TokenChunks, *(part.split(list(steps)) for part in parts))
+
 
 def _prepared(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> _TokenChunks:
     """Return what depends on each chunk alone, from [chunks, heads, tokens, dim] and [chunks, heads, tokens]."""
@@ -202,16 +209,15 @@ def _prepared(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Te
 
 def _through_chunks(token_chunks: _TokenChunks, steps: tuple[int, ...], state: Tensor) -> tuple[Tensor, Tensor]:
     """Return the outputs of all chunks and the last states, from the states that the documents begin with."""
-    outputs, ended, first = [], [], 0
-    for count in steps:
+    outputs, ended = [], []
+    for chunks in token_chunks.by_step(steps):
+        count = len(chunks.query)
         if count < len(state):
             state, rest = state[:count], state[count:]
             ended.append(rest)
-        step = slice(first, first + count)
-        change = token_chunks.change[step] - token_chunks.read[step] @ state
-        outputs.append(token_chunks.query[step] @ state + token_chunks.inside[step] @ change)
-        state = state * token_chunks.decay[step] + token_chunks.key[step].mT @ change
-        first += count
+        change = chunks.change - chunks.read @ state
+        outputs.append(chunks.query @ state + chunks.inside @ change)
+        state = state * chunks.decay + chunks.key.mT @ change
     return torch.cat(outputs), torch.cat([state, *reversed(ended)])
 
 
