@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sft.megatron.layers.core_attention
 from sft.data.batches.context_slice import ContextShare, share_rows
-from sft.kernels.attention import Kernel, fastest_kernel
+from sft.kernels.attention import Kernel, has_flash4
 from sft.megatron.parallel.context import shared_rows
 from tests.gpu.test_packing import attention
 
@@ -71,12 +71,15 @@ def keys_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sft.megatron.layers.core_attention, "gather_rows", both)
 
 
-def kernels() -> list[Kernel]:
+@pytest.fixture(params=["flash2", "flash4"])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
     """torch's, and the faster one where it is installed."""
-    return ["flash2", "flash4"] if torch.cuda.is_available() and fastest_kernel(DIM) == "flash4" else ["flash2"]
+    chosen: Kernel = request.param
+    if chosen == "flash4" and not has_flash4():
+        pytest.skip("flash-attn-4 is not installed")
+    return chosen
 
 
-@pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("form", ROWS)
 @pytest.mark.parametrize("window", [None, 2, 50])
 def test_parts_agree_with_whole_rows(window: int | None, form: str, kernel: Kernel) -> None:
@@ -94,7 +97,6 @@ def test_parts_agree_with_whole_rows(window: int | None, form: str, kernel: Kern
         assert error < 1e-2
 
 
-@pytest.mark.parametrize("kernel", kernels())
 def test_no_gradient_reaches_a_neighbour(kernel: Kernel) -> None:
     tensors = inputs(1)
     first, second = sum(LENGTHS[:2]), sum(LENGTHS[:3])

@@ -18,7 +18,7 @@ from sft.kernels.linear_cross_entropy import VocabPart, linear_cross_entropy
 from sft.kernels.loss_form import LossForm
 from sft.kernels.masked_attention import attention_in_blocks, causal_mask
 from sft.kernels.products import add_product
-from sft.kernels.rope import split_and_rotate
+from sft.kernels.rope import rotate_heads, split_and_rotate
 from tests.sft.kernels.test_adamw import adamw_rows
 
 pytestmark = [
@@ -113,6 +113,20 @@ def test_rope(heads: tuple[int, int], dim: int, turned: int, packed: bool) -> No
     assert_equal(kernel, plain, [drawn(s, b, groups * (queries + 2) * dim)])
 
 
+@pytest.mark.parametrize(("heads", "dim", "turned"), [(32, 128, 128), (4, 256, 64), (3, 96, 96), (1, 20, 10)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rotated_heads(heads: int, dim: int, turned: int, packed: bool) -> None:
+    s, b = (70, 1) if packed else (35, 2)
+    angles = torch.rand(70, turned // 2, device="cuda") * 70
+    positions = torch.cat([torch.arange(50), torch.arange(20)]).cuda() if packed else None
+
+    def plain(x: Tensor) -> Tensor:
+        on_host, where = angles.double().cpu(), None if positions is None else positions.cpu()
+        return rotate_heads(x.cpu(), on_host.cos(), on_host.sin(), where).cuda()
+
+    assert_equal(lambda x: rotate_heads(x, angles.cos(), angles.sin(), positions), plain, [drawn(s, b, heads, dim)])
+
+
 @pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize("centered", [False, True])
 def test_a_norm_computed_again_has_the_same_bits(centered: bool, forked: bool) -> None:
@@ -139,13 +153,13 @@ def test_a_norm_brings_its_rows_in_fp8() -> None:
 
 
 def test_peaks_of_a_weight_are_found_once_a_step() -> None:
-    weight = drawn(96, 64)
+    weight = drawn(96, 64).requires_grad_()
     weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     first = fp8.quantize_transposed(weight)
-    weight.mul_(2)
+    weight.data.mul_(2)
     assert torch.equal(fp8.quantize_transposed(weight).scales, 2 * first.scales)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    weight.mul_(0.5)  # would be wrong in a step, and shows what is kept
+    weight.data.mul_(0.5)  # would be wrong in a step, and shows what is kept
     assert torch.equal(fp8.quantize_transposed(weight).scales, 2 * first.scales)
 
 
