@@ -31,13 +31,27 @@ def split_and_rotate(
         heads = _SplitAndRotate.apply(rows, groups, queries, cos, sin, positions, b)
         query, key, value = (tensor.unflatten(0, (s, b)) for tensor in heads)
         return query, key, value
-    if positions is None:
-        cos, sin = (table[:s, None, None] for table in (cos, sin))
-    else:
-        cos, sin = (table[positions].view(s, b, 1, -1) for table in (cos, sin))
+    cos, sin = (_of_tokens(table, positions, s, b) for table in (cos, sin))
     heads = mixed.view(s, b, groups, queries + 2, -1)
     query, key, value = heads.split([queries, 1, 1], dim=3)
     return rotate(query.flatten(2, 3), cos, sin), rotate(key.flatten(2, 3), cos, sin), value.flatten(2, 3)
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
+    """Return `x` [s, b, heads, dim] rotated, by fp32 tables cos and sin [positions, half].
+
+    `positions` as for `split_and_rotate`.
+    """
+    s, b = x.shape[:2]
+    if x.is_cuda:
+        rows: Tensor = _RotateHeads.apply(x.flatten(0, 1), cos, sin, positions, b)
+        return rows.view_as(x)
+    return rotate(x, *(_of_tokens(table, positions, s, b) for table in (cos, sin)))
+
+
+def _of_tokens(table: Tensor, positions: Tensor | None, s: int, b: int) -> Tensor:
+    """Return the rows of the tokens, [s, b or 1, 1, half]."""
+    return table[:s, None, None] if positions is None else table[positions].view(s, b, 1, -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,3 +90,25 @@ class _SplitAndRotate(torch.autograd.Function):
         cos, sin, positions = ctx.saved_tensors
         grads = (query.contiguous(), key.contiguous(), value.contiguous())
         return triton_rope.backward(grads, cos, sin, positions, ctx.rows), None, None, None, None, None, None
+
+
+class _RotateHeads(torch.autograd.Function):
+    """In torch's own operations the products, sums and their gradients would each pass through memory in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: _RotationContext, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, rows: int
+    ) -> Tensor:
+        from sft.kernels.triton import rope as triton_rope
+
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.rows = rows
+        return triton_rope.rotate_heads(x.contiguous(), cos, sin, positions, rows)
+
+    @staticmethod
+    def backward(ctx: _RotationContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from sft.kernels.triton import rope as triton_rope
+
+        cos, sin, positions = ctx.saved_tensors
+        # A rotation is orthogonal: its gradient is turned back.
+        return triton_rope.rotate_heads(grads[0].contiguous(), cos, -sin, positions, ctx.rows), None, None, None, None

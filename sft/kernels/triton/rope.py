@@ -6,6 +6,7 @@ negated and sources and targets exchanged.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -85,6 +86,47 @@ def _rotate(
             tl.store(q_ptr + q_row[:, None] + at, same, mask=is_q[:, None] & left)
             tl.store(k_ptr + kv_row[:, None] + at, same, mask=is_k[:, None] & left)
             tl.store(v_ptr + kv_row[:, None] + at, same, mask=is_v[:, None] & left)
+
+
+@triton.jit
+def _rotate_heads(
+    x_ptr, y_ptr, cos_ptr, sin_ptr, position_ptr, rows_per_position,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    if HAS_POSITIONS:  # noqa: SIM108 - decided when the kernel is compiled
+        position = tl.load(position_ptr + token)
+    else:
+        position = token // rows_per_position
+    head, half = tl.arange(0, HEAD_BLOCK)[:, None], tl.arange(0, HALF_BLOCK)[None, :]
+    mask = (head < HEADS) & (half < HALF)
+    cos = tl.load(cos_ptr + position * HALF + half, mask=half < HALF, other=0.0)
+    sin = tl.load(sin_ptr + position * HALF + half, mask=half < HALF, other=0.0)
+    begin = (token * HEADS + head) * DIM
+    first = tl.load(x_ptr + begin + half, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + begin + half + HALF, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + begin + half, (first * cos - second * sin).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + begin + half + HALF, (second * cos + first * sin).to(y_ptr.dtype.element_ty), mask=mask)
+    if REST_BLOCK > 0:  # the dimensions that a model with a partial rotary factor copies as they are
+        rest = tl.arange(0, REST_BLOCK)[None, :] + 2 * HALF
+        left = (head < HEADS) & (rest < DIM)
+        tl.store(y_ptr + begin + rest, tl.load(x_ptr + begin + rest, mask=left), mask=left)
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, rows: int) -> Tensor:
+    """Return contiguous `x` [tokens, heads, dim] rotated. The other arguments are those of `forward`."""
+    tokens, heads, dim = x.shape
+    half = cos.shape[1]
+    rest, y = dim - 2 * half, torch.empty_like(x)
+    _rotate_heads[(tokens,)](
+        x, y, cos, sin, cos if positions is None else positions, rows,
+        HEADS=heads, DIM=dim, HALF=half,
+        HEAD_BLOCK=triton.next_power_of_2(heads), HALF_BLOCK=triton.next_power_of_2(half),
+        REST_BLOCK=triton.next_power_of_2(rest) if rest else 0,
+        HAS_POSITIONS=positions is not None, num_warps=4,
+    )  # fmt: skip
+    return y
 
 
 def forward(

@@ -18,7 +18,7 @@ from sft.kernels.adapted import adapted_gated_mlp
 from sft.kernels.fp8 import WithRows, unquantized
 from sft.kernels.gated import Gate, gated
 from sft.kernels.linear import gated_mlp
-from sft.kernels.rope import rotate, split_and_rotate
+from sft.kernels.rope import rotate_heads, split_and_rotate
 from sft.megatron.core import MLP, IdentityOp, TransformerConfig, TransformerLayer, tensor_parallel
 from sft.megatron.layers.attention import Heads, RotarySelfAttention
 from sft.megatron.layers.core_attention import CoreAttention
@@ -167,8 +167,9 @@ class FusedSelfAttention(RotarySelfAttention):
         query, key, value, gate = self._projected(hidden_states)
         if not self._rotary:
             return query, key, value, gate
-        cos, sin = self._tables(angles, positions, query.shape[0])
-        return rotate(query, cos, sin), rotate(key, cos, sin), value, gate
+        cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
+        query, key = (rotate_heads(heads, cos, sin, positions) for heads in (query, key))
+        return query, key, value, gate
 
 
 class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
