@@ -19,6 +19,7 @@ from sft.bench.workload import Workload
 
 _MODELS = {
     "llama": ("nemo_automodel.components.models.llama.model", "LlamaForCausalLM"),
+    "qwen2": ("nemo_automodel.components.models.qwen2.model", "Qwen2ForCausalLM"),
     "qwen3_moe": ("nemo_automodel.components.models.qwen3_moe.model", "Qwen3MoeForCausalLM"),
 }
 """Automodel's own implementations, by the model type of transformers."""
@@ -33,7 +34,8 @@ def run_automodel(workload: Workload, *, micro_batches: int, warmup: int, steps:
 
     def share_of(batch: dict[str, Tensor], lengths: list[int], targets: int) -> Tensor:
         rows = batch["input_ids"].view(len(lengths), -1).to(device, non_blocking=True)
-        hidden = model.model(rows)
+        output = model.model(rows)
+        hidden = getattr(output, "last_hidden_state", output)
         return _summed_loss(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, rows[:, 1:].flatten()) / targets
 
     clock, batches = StepClock(warmup, steps), packed_batches(workload, warmup + steps, micro_batches)
@@ -48,6 +50,8 @@ def _model(workload: Workload, device: torch.device) -> Any:
     from nemo_automodel.components.models.common import BackendConfig
 
     config = transformers.AutoConfig.for_model(**workload.model_config, dtype=torch.bfloat16)
+    if config.model_type not in _MODELS:
+        raise ValueError(f"automodel is run on models of type {', '.join(_MODELS)} here, not {config.model_type}")
     module, name = _MODELS[config.model_type]
     backend = BackendConfig(
         attn="sdpa",
@@ -59,7 +63,11 @@ def _model(workload: Workload, device: torch.device) -> Any:
     with device:
         torch.manual_seed(workload.seed)
         model = getattr(importlib.import_module(module), name)(config, backend=backend)
-    model.initialize_weights(buffer_device=device, dtype=torch.bfloat16)
+    draws_its_own = isinstance(model, transformers.PreTrainedModel)  # as those of dense models do when they are made
+    if draws_its_own:
+        model.to(torch.bfloat16)
+    else:
+        model.initialize_weights(buffer_device=device, dtype=torch.bfloat16)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("mlp.gate.weight"):
             torch.nn.init.normal_(parameter, std=workload.router_std)
