@@ -38,7 +38,9 @@ class Implementation:
     gradient_bytes: float
     """Bytes of memory traffic of adding a micro-batch's gradient to the buffer, for each parameter."""
     step_overhead: float
-    """Seconds of a step in which no kernel runs: launches, logging, the loop."""
+    """Seconds of a step in which no kernel runs: logging, the loop."""
+    layer_launches: float = 0.0
+    """Seconds in which the host launches the kernels of a layer, forward and backward: a micro-batch takes no less."""
     hidden_collectives_cost: float = 0.0
     """Part of the time that collectives behind computation would take within a node, by which they delay it: their
     kernels take a part of the GPU."""
@@ -127,6 +129,7 @@ CURRENT = dataclasses.replace(
     optimizer_bytes=34,
     gradient_bytes=8,
     step_overhead=0.004,
+    layer_launches=0.0035,
     hidden_collectives_cost=0.6,
     exchange_overhead=0.003,
     tensor_parallel_exposed=0.95,
@@ -135,7 +138,8 @@ CURRENT = dataclasses.replace(
     passes_expert_rows=8,
 )
 """What `sft` runs with flash-attn-4: SwiGLU's output computed again where the MLP is one operation, weights gathered
-behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens."""
+behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens, launches from
+a step of 0.5B with 4,096 tokens, which depends on the host's processor."""
 
 CURRENT_WITH_FLASH2 = dataclasses.replace(CURRENT, name="sft-flash2", attention_efficiencies={64: 0.29, 128: 0.36})
 """The same with the attention in torch that takes offsets, from profiles of rows of 1,437 (mean) tokens."""

@@ -70,13 +70,20 @@ class _Stage:
     recompute: float
     gradients: float
     """Adding the gradients of a micro-batch to their buffers."""
+    launches: float
+    """What the host needs to launch the kernels of a micro-batch."""
     data_parallel: float
     optimizer: float
 
     @property
+    def late_launches(self) -> float:
+        """In which the GPU waits for the host, a micro-batch."""
+        return max(0.0, self.launches - self.passes.total - self.recompute - self.gradients)
+
+    @property
     def micro_batch(self) -> float:
         """What each micro-batch takes."""
-        return self.passes.total + self.recompute + self.gradients
+        return self.passes.total + self.recompute + self.gradients + self.late_launches
 
     def step(self, micro_batches: int) -> float:
         """Return what a step takes without waiting for other stages."""
@@ -103,7 +110,7 @@ def step_time(workload: Workload, layout: Layout, gpu: GpuKind, implementation: 
         pipeline_sends=count * _sends(workload, topology, gpu, implementation),
         data_parallel=slowest.data_parallel,
         optimizer=slowest.optimizer,
-        overhead=implementation.step_overhead,
+        overhead=implementation.step_overhead + count * slowest.late_launches,
     )
 
 
@@ -159,7 +166,9 @@ def _stages(
         key = (frozenset(counts.items()), number == 0, last)
         if key not in known:
             trained, head = trained_parameters(workload, topology, number), parts.head if last else Pass()
-            known[key] = _stage(parts.layers(counts), head, trained, workload, layout, gpu, implementation)
+            launches = sum(counts.values()) * implementation.layer_launches
+            layers = parts.layers(counts)
+            known[key] = _stage(layers, head, launches, trained, workload, layout, gpu, implementation)
         stages.append(known[key])
     return stages
 
@@ -167,6 +176,7 @@ def _stages(
 def _stage(
     layers: Pass,
     head: Pass,
+    launches: float,
     trained: tuple[int, int],
     workload: Workload,
     layout: Layout,
@@ -181,6 +191,7 @@ def _stage(
         passes=layers.plus(head),
         recompute=recompute,
         gradients=gradients,
+        launches=launches,
         data_parallel=_data_parallel(trained, workload, layout, gpu, implementation, backward),
         optimizer=_optimizer(trained, layout, gpu, implementation),
     )

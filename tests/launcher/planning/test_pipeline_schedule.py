@@ -86,7 +86,7 @@ def test_prediction_is_near_the_schedule(model: str, stages: int, virtual: int, 
         train=TrainSpec(global_batch_size=4 * stages),
     )
     topology, workload, gpu = build_topology(spec, shape), workload_of(spec, shape), gpu_kind("h100")
-    passes_alone = dataclasses.replace(CURRENT, gradient_bytes=0, optimizer_bytes=0, step_overhead=0)
+    passes_alone = dataclasses.replace(CURRENT, gradient_bytes=0, optimizer_bytes=0, step_overhead=0, layer_launches=0)
     each = [layer_pass(workload, topology, gpu, passes_alone, kind).total for kind in workload.kinds]
     seconds = [sum(each[layer] for layer in chunk) for chunk in chunk_ranges(topology.layers_per_stage)]
     seconds[-1] += head_pass(workload, topology, gpu, passes_alone).total

@@ -238,11 +238,28 @@ def test_balanced_stages_are_no_slower_than_even_ones(model: str) -> None:
     balanced = build_topology(spec, shape)
     even = dataclasses.replace(balanced, layers_per_stage=(8, 8, 8, 8))
     assert balanced.layers_per_stage != even.layers_per_stage
+    never_late = dataclasses.replace(CURRENT, layer_launches=0)  # balanced is what GPUs do, not what the host launches
     seconds = [
-        evaluate(workload_of(spec, shape), Layout(topology=topology), H100, CURRENT).time.total
+        evaluate(workload_of(spec, shape), Layout(topology=topology), H100, never_late).time.total
         for topology in (balanced, even)
     ]
     assert seconds[0] < seconds[1]
+
+
+def test_small_micro_batches_wait_for_the_host() -> None:
+    """A step of 0.5B takes as many launches whatever its micro-batch holds, so fewer of them are faster."""
+    spec = run(nodes=1, gpus=1, batch=8)
+
+    def seconds(micro_batch: int) -> StepTime:
+        own = dataclasses.replace(spec, train=dataclasses.replace(spec.train, micro_batch_size=micro_batch))
+        shape = named_model_shape("0.5b")
+        return evaluate(workload_of(own, shape), Layout(topology=build_topology(own, shape)), H100, CURRENT).time
+
+    one, eight = seconds(1), seconds(8)
+    layers = named_model_shape("0.5b").num_layers
+    assert one.total > 8 * layers * CURRENT.layer_launches > 2 * eight.total
+    assert one.overhead > 0.5 * one.total
+    assert eight.overhead == CURRENT.step_overhead
 
 
 def test_slowest_stage_and_its_waiting_for_the_others() -> None:
