@@ -14,6 +14,8 @@ from launcher.contract.errors import ModelError, did_you_mean
 from launcher.contract.linear_attention import HYBRID, LinearAttention, read_linear_layers
 from launcher.contract.resources import packaged
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file by which PEFT and transformers know an adapter."""
 HfConfig = dict[str, Any]
 """A config.json as it was read. Its values are whatever the file holds: check them where they are used."""
 
@@ -226,7 +228,12 @@ def _dense_layers(config: HfConfig) -> tuple[int, ...]:
 
 def read_model_shape(model_dir: Path) -> ModelShape:
     """Return the sizes of the model in `model_dir`, or raise ModelError."""
-    path = model_dir / "config.json"
+    path, adapter = model_dir / "config.json", model_dir / ADAPTER_CONFIG
+    if adapter.is_file():  # beside a model too, transformers loads the model that the adapter names, and adds it
+        raise ModelError(
+            f"model.path: {model_dir} holds an adapter ({adapter.name}), which is not read; to train from it, merge it "
+            "into its model (PEFT's merge_and_unload) and name the result, else remove the file"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

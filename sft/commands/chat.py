@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.contract.errors import ConfigError, DataError, RunStateError
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.model_shape import ADAPTER_CONFIG
 from launcher.contract.rundir import RunPaths, named_run
 from launcher.contract.spec import DataSpec, EvaluationSpec, RunSpec, read_resolved
 from sft.commands.export import export_run
@@ -19,7 +20,6 @@ from sft.data.encoding.tokenizer import load_tokenizer
 from sft.data.reading.messages import Message
 from sft.generation.evaluation_prompts import stop_tokens
 from sft.generation.talk import Talker, load_talker
-from sft.hf.adapter import ADAPTER_CONFIG
 from sft.hf.stop_tokens import recorded_stop_tokens
 
 _HELP = "/reset forgets the conversation, /system TEXT sets its instructions, /quit or Ctrl-D ends"

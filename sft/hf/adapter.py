@@ -24,7 +24,6 @@ from sft.models.weight_map import SHARED_EXPERT, ParameterMap, Piece, checkpoint
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from launcher.contract.errors import CheckpointError, ModelError
 from launcher.contract.hub_cache import Repository, Snapshot, cache_root, cached_commit, is_id
+from launcher.contract.model_shape import ADAPTER_CONFIG
 from launcher.contract.rundir import read_json, write_json
 from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MAGNITUDE,
     PEFT_PREFIX,

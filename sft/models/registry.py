@@ -124,8 +124,9 @@ def _read_checked(path: Path, config: ConfigReader, found: Family) -> Architectu
             config.refuse(f"{key} {config.values[key]} is not supported for model type {config.shape.model_type}")
     if not config.values.get("scale_attn_weights", True):
         config.refuse("scale_attn_weights false is not supported")
-    if config.values.get("quantization_config") and "quantization_config" not in config.asked:
-        config.refuse("quantization_config: quantized weights are not supported; use the unquantized model")
+    for key in ("quantization_config", "compression_config"):
+        if config.values.get(key) and key not in config.asked:
+            config.refuse(f"{key}: quantized weights are not supported; use the unquantized model")
     if config.problems:
         raise ModelError([f"{path}: {problem}" for problem in config.problems])
     return architecture

@@ -23,6 +23,19 @@ def test_config_json(workdir: Path) -> None:
     assert (shape.num_layers, shape.num_query_groups, shape.head_dim, shape.tied_embeddings) == (4, 2, 16, False)
 
 
+@pytest.mark.parametrize("beside_a_model", [True, False])
+def test_an_adapter_is_refused(workdir: Path, beside_a_model: bool) -> None:
+    """transformers would train from the model that it names; without config.json it is no model at all."""
+    model = workdir / "model"
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere", "r": 8}))
+    if not beside_a_model:
+        (model / "config.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"model\.path: .*/model holds an adapter \(adapter_config\.json\), .* merge it"
+    ):
+        read_model_shape(model)
+
+
 @pytest.mark.parametrize(("model_type", "tied"), [("llama", False), ("gemma", True), ("smollm3", True)])
 def test_embeddings_tied_where_the_config_does_not_say(model_type: str, tied: bool) -> None:
     config = {key: value for key, value in MODEL.items() if key != "tie_word_embeddings"}

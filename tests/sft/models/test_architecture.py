@@ -227,6 +227,10 @@ def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) 
             "use_bidirectional_attention true is not supported",
         ),
         (
+            {"compression_config": {"format": "pack-quantized"}},
+            "compression_config: quantized weights are not supported; use the unquantized model",
+        ),
+        (
             {"model_type": "mistral"},
             "no sliding_window, which a mistral config must state",
         ),
