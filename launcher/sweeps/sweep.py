@@ -21,8 +21,8 @@ from pathlib import Path
 import yaml
 
 from launcher.contract.config.text import read_text
-from launcher.contract.config.yaml_leaves import compose
 from launcher.contract.errors import ConfigError, did_you_mean
+from launcher.contract.yaml_document import compose
 
 Point = tuple[tuple[str, str], ...]
 """Dotted key and value as text, in the order of the file."""

@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from launcher.contract.config.overrides import type_of
-from launcher.contract.config.yaml_leaves import MOST_ITEMS, WHY_FEW
 from launcher.contract.errors import did_you_mean
 from launcher.contract.leaves import Leaf, Leaves, describe
 from launcher.contract.secret_names import is_secret_name
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import FieldType
+from launcher.contract.yaml_document import MOST_ITEMS, WHY_FEW
 
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^}\s,'\"]*)")
 _BARE_NAME = re.compile(r"\$\{\s*([A-Za-z_]\w*)\s*\}")

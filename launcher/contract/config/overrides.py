@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.contract.config.yaml_leaves import SECTION_NAME, compose, plain_value, unknown_hint
+from launcher.contract.config.yaml_leaves import SECTION_NAME, plain_value, unknown_hint
 from launcher.contract.errors import ConfigError
 from launcher.contract.leaves import NAMED_SECTIONS, Leaf, Leaves, describe, is_dict, is_list
 from launcher.contract.spec.fields import ANY_NAME, FieldType, field_types, leaf_types, mapped_section, section_type
+from launcher.contract.yaml_document import compose
 
 
 def read_overrides(overrides: Sequence[str], schema: type) -> Leaves:

@@ -11,23 +11,13 @@ from dataclasses import dataclass
 
 import yaml
 
-from launcher.contract.config.yaml_tags import children, tag_problem
 from launcher.contract.errors import ConfigError, did_you_mean
 from launcher.contract.leaves import Leaf, Leaves, Source, describe, is_dict, is_list
 from launcher.contract.spec.fields import FieldType, field_types, mapped_section, section_type
+from launcher.contract.yaml_document import compose
 
 SECTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 """Names that a user may give to a section."""
-
-MOST_ITEMS = 20_000
-"""Items of a list; OmegaConf takes a third of a millisecond for each, and YAML as much on every rank."""
-WHY_FEW = "since each rank reads the list; join files into fewer, larger ones"
-
-_MOST_SEPARATORS = 5 * MOST_ITEMS
-"""Lines and commas of a text, which are counted at once; PyYAML takes a minute for a list of a million items."""
-
-MOST_NODES = 1_000_000
-"""A config of a few aliases can stand for more values than memory holds."""
 
 
 def read_yaml(
@@ -46,49 +36,6 @@ def read_yaml(
     if node is not None:
         _Walk(leaves, shown, source, tuple(named), tuple(others)).section(node, schema, "")
     return leaves
-
-
-def compose(text: str, shown: str) -> yaml.Node | None:
-    """Return the node tree of a YAML document, or None for an empty one.
-
-    Raise ConfigError where the text is not YAML, has a tag that nothing reads, or the tree is too large to be walked.
-    """
-    lines, commas = text.count("\n"), text.count(",")
-    if lines + commas > _MOST_SEPARATORS:
-        raise ConfigError(
-            f"{shown}: {lines:,} lines with {commas:,} commas, and at most {_MOST_SEPARATORS:,} of both are read: a "
-            f"list has at most {MOST_ITEMS:,} items, {WHY_FEW}"
-        )
-    try:
-        node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None and _nodes(node, {}) > MOST_NODES:
-            raise ConfigError(f"{shown}: more than {MOST_NODES:,} values, with every *alias written out")
-    except yaml.YAMLError as error:
-        raise ConfigError(_syntax_problem(error, shown)) from None
-    except RecursionError:
-        raise ConfigError(f"{shown}: nested too deep, or an *alias holds itself") from None
-    problem = None if node is None else tag_problem(node)
-    if problem is not None:
-        raise ConfigError(f"{shown}:{problem[0]}: {problem[1]}")
-    return node
-
-
-def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many nodes a walk would meet, those behind an alias each time.
-
-    `known` holds the counts of nodes met before.
-    """
-    if id(node) not in known:
-        known[id(node)] = 1 + sum(_nodes(child, known) for child in children(node))
-    return known[id(node)]
-
-
-def _syntax_problem(error: yaml.YAMLError, shown: str) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    context = getattr(error, "context", None)
-    line = f":{mark.line + 1}" if mark is not None else ""
-    return f"{shown}{line}: not valid YAML: {f'{context}: ' if context else ''}{problem}"
 
 
 @dataclass(frozen=True, slots=True)

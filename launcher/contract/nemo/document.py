@@ -15,6 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from launcher.contract.errors import ConfigError
 from launcher.contract.nemo.entries import Entry
 from launcher.contract.secret_names import is_secret_name
+from launcher.contract.yaml_document import compose, syntax_problem
 
 _RESOLVERS: dict[str, Callable[..., object]] = {
     "add": operator.add,
@@ -45,9 +46,9 @@ def read_document(text: str, shown: str) -> dict[str, Entry]:
     """Return the entries by dotted key, in the order of the file. Lists and empty mappings are values, `???` is None.
 
     `shown` is the name of the file in messages. Raises ConfigError that lists every key whose interpolation does not
-    resolve, and every secret that an interpolation reads from the environment.
+    resolve, and every secret that an interpolation reads from the environment, or says why the text cannot be read.
     """
-    lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    lines = _lines(compose(text, shown))
     entries: dict[str, Entry] = {}
     problems = [
         f"{shown}: {name} looks like a secret, and the resolved config is stored; export it in your shell instead"
@@ -55,7 +56,10 @@ def read_document(text: str, shown: str) -> dict[str, Entry]:
         if is_secret_name(name)
     ]
     with _resolvers():
-        config = OmegaConf.create(text)
+        try:
+            config = OmegaConf.create(text)
+        except yaml.YAMLError as error:  # a key that is written twice
+            raise ConfigError(syntax_problem(error, shown)) from None
         assert isinstance(config, DictConfig)
         for key in _leaves(config):
             where = f"{shown}:{lines.get(key, 1)}"

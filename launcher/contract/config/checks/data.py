@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.contract.config.yaml_leaves import MOST_ITEMS, WHY_FEW
 from launcher.contract.divisors import nearest_multiples, shown_numbers
 from launcher.contract.named_templates import NONE
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import Problem
+from launcher.contract.yaml_document import MOST_ITEMS, WHY_FEW
 
 
 def source_problems(spec: RunSpec) -> Iterator[Problem]:

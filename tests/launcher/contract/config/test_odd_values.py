@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.contract.config import yaml_leaves
+from launcher.contract import yaml_document
 from launcher.contract.config.load import load_config
 from launcher.contract.errors import ConfigError
 
@@ -75,7 +75,7 @@ def test_more_files_than_ranks_should_read_are_refused_at_once(tmp_path: Path, m
         (tmp_path / f"{name}.jsonl").touch()
     found = problems(tmp_path, DATA='"*.jsonl"')
     assert any(problem.startswith("cfg.yaml:4: data.train: 4 files, and at most 2 are read") for problem in found)
-    assert yaml_leaves.MOST_ITEMS == 20_000
+    assert yaml_document.MOST_ITEMS == 20_000
 
 
 @pytest.mark.parametrize("form", ["\n  - r/{}.jsonl", " r/{}.jsonl,"])

@@ -13,6 +13,7 @@ from launcher.contract.config.checks import spec_problems
 from launcher.contract.config.conversion import typed_spec
 from launcher.contract.config.yaml_leaves import read_yaml
 from launcher.contract.errors import ConfigError
+from launcher.contract.exit_codes import ExitCode
 from launcher.contract.nemo.convert import Conversion, to_yaml
 from launcher.contract.spec import RunSpec
 from launcher.contract.trainers.convert import convert, recognised
@@ -311,3 +312,28 @@ def test_a_config_of_ours_is_nobody_elses() -> None:
     assert recognised("trainer: {devices: 1}\nmodel: {}\n") is None
     assert recognised("- a\n") is None
     assert recognised("a: [\n") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("learning_rate: !own 12", "theirs.yaml:{}: the tag !own means nothing in a config"),
+        (
+            "learning_rate: !!python/object/apply:os.getpid []",
+            ":{}: the tag !!python/object/apply:os.getpid means nothing",
+        ),
+        (
+            "base_model: other",
+            ":{}: not valid YAML: while constructing a mapping: found duplicate key base_model",
+        ),
+        ("learning_rate: [1", "not valid YAML"),
+    ],
+)
+@pytest.mark.parametrize("second", ["seed: 1", "model: {}\ntrainer: {}"], ids=["axolotl", "nemo"])
+def test_a_text_that_cannot_be_read_is_refused_with_its_line(
+    second: str, line: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text(f"base_model: some\n{second}\n{line}\n", encoding="utf-8")
+    assert main(["import", str(path)]) == ExitCode.BAD_INPUT
+    assert problem.format(2 + len(second.splitlines())) in capsys.readouterr().err

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.contract.config.yaml_leaves import compose, read_yaml
+from launcher.contract.config.yaml_leaves import read_yaml
 from launcher.contract.errors import ConfigError
 from launcher.contract.spec import RunSpec
+from launcher.contract.yaml_document import compose
 
 
 @pytest.mark.parametrize(
