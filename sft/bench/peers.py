@@ -30,6 +30,8 @@ from sft.kernels import attention
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+_IGNORED = -100
+"""The label of a token that is not trained, to TRL and transformers."""
 ATTENTION = "packed_offsets"
 """A name with "flash" in it would make transformers look for a package of that name."""
 Weights = Literal["fp32", "bf16"]
@@ -103,25 +105,25 @@ def run_trl(
     clock, kernel = StepClock(warmup, steps), _kernel(attention, workload)
     world = int(os.environ.get("WORLD_SIZE", "1"))
 
-    # Offsets stay on the device while steps are timed: reading a length would make the host wait.
-    offsets: list[Tensor] = []  # of each micro-batch of the step
-    pending: list[list[Tensor]] = []  # of each step
+    # They stay on the device while steps are timed: reading a length would make the host wait.
+    rows: list[tuple[Tensor, Tensor]] = []  # offsets and labels of each micro-batch of the step
+    pending: list[list[tuple[Tensor, Tensor]]] = []  # of each step
     slots = [0]
 
     class Trainer(trl.SFTTrainer):  # type: ignore[misc]
         def training_step(self, model: object, inputs: dict[str, Tensor], *args: object, **kwargs: object) -> Tensor:
-            if not offsets:
+            if not rows:
                 clock.before_step()
-            offsets.append(inputs["cu_seq_lens_q"])
+            rows.append((inputs["cu_seq_lens_q"], inputs["labels"]))
             slots[0] += inputs["input_ids"].numel()
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
             return loss
 
     class Count(TrainerCallback):
         def on_step_end(self, *args: object, **kwargs: object) -> None:
-            pending.append(offsets.copy())
+            pending.append(rows.copy())
             clock.after_step([], slots[0], 0)
-            offsets.clear()
+            rows.clear()
             slots[0] = 0
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -144,7 +146,8 @@ def run_trl(
         )
         output = trainer.train()
     timed = [each for step in pending[warmup:] for each in step]
-    clock.lengths = [int(length) for each in timed for length in each.diff().tolist()]
+    clock.lengths = [int(length) for offsets, _ in timed for length in offsets.diff().tolist()]
+    clock.supervised = sum(int((labels != _IGNORED).sum()) for _, labels in timed)
     settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
     loss, rank = float(output.training_loss), workload.lora_rank
     return clock.result("trl", settings, workload.model_shape, loss, lora_rank=rank)
@@ -180,7 +183,7 @@ def _trl_dataset(workload: Workload, steps: int) -> object:
         # A `full` example has one token more than fits into a row of TRL, whose inputs and labels are the same tokens.
         length = len(ids) - 1 if workload.data == "full" else len(ids)
         columns["input_ids"].append(ids[:length].tolist())
-        columns["labels"].append(np.where(trained, ids, -100)[:length].tolist())
+        columns["labels"].append(np.where(trained, ids, _IGNORED)[:length].tolist())
     return datasets.Dataset.from_dict(columns)
 
 
@@ -306,9 +309,11 @@ def packed_batches(workload: Workload, steps: int, micro_batches: int = 1) -> li
     for first in range(0, steps * workload.rows, rows):
         chosen = [examples[item] for row in order[first : first + rows] for item in packed[row].tolist()]
         lengths = [len(ids) for ids, _ in chosen]
-        labels = [torch.where(torch.from_numpy(trained), torch.from_numpy(ids).long(), -100) for ids, trained in chosen]
+        labels = [
+            torch.where(torch.from_numpy(trained), torch.from_numpy(ids).long(), _IGNORED) for ids, trained in chosen
+        ]
         for label in labels:
-            label[0] = -100  # labels are shifted by one: this would be the target of the last token of another example
+            label[0] = _IGNORED  # labels are shifted: this would be the target of the last token of another example
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         batch = {
             "input_ids": torch.cat([torch.from_numpy(ids).long() for ids, _ in chosen])[None],
@@ -317,5 +322,5 @@ def packed_batches(workload: Workload, steps: int, micro_batches: int = 1) -> li
             "cu_seq_lens_q": offsets,
             "cu_seq_lens_k": offsets,
         }
-        batches.append((batch, lengths, int((batch["labels"] != -100).sum())))
+        batches.append((batch, lengths, int((batch["labels"] != _IGNORED).sum())))
     return batches
