@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from launcher.contract.job_state import JobState
 from launcher.views.sparkline import sparkline
 from launcher.views.text import duration, shortened
 from launcher.views.top_lines import TopLine, counts
@@ -181,8 +180,3 @@ def _foot(message: str, width: int) -> Text:
 
 def _cut(text: str, width: int) -> str:
     return shortened(text, width) if width > 0 else ""
-
-
-def is_over(line: TopLine) -> bool:
-    """Return whether a run has ended, so that it can be resubmitted and not cancelled."""
-    return line.row.state.terminal or line.row.state is JobState.UNKNOWN
