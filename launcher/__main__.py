@@ -121,11 +121,13 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         family.add(commands)
     completion = command(commands, "completion", _completion, "print a shell completion script")
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell that will read the script")
     reference = command(
         commands, "reference", _reference, "print a page of the reference: config keys, exit codes or JSON"
     )
-    reference.add_argument("page", nargs="?", choices=("config", "exit-codes", "json"), default="config")
+    reference.add_argument(
+        "page", nargs="?", choices=("config", "exit-codes", "json"), default="config", help="default: config"
+    )
     schema = command(
         commands, "schema", _schema, "print the JSON schema of a command's output or of a run's file, or their names"
     )

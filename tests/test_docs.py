@@ -192,6 +192,15 @@ def test_the_reference_has_every_command_and_option(program: str) -> None:
     assert {option for option in long if not re.search(rf"{option}\b(?!-)", text)} == set()
 
 
+@pytest.mark.parametrize("program", ["launcher", "sft"])
+def test_every_argument_has_help(program: str) -> None:
+    arguments = [
+        (name, action) for name, command in commands_of(parser_of(program)).items() for action in command._actions
+    ]
+    assert len(arguments) > 30
+    assert [(name, action.dest) for name, action in arguments if not action.help] == []
+
+
 def test_the_map_has_every_package() -> None:
     """And the packages that it names are there, which test_named_files_exist sees."""
     packages = {

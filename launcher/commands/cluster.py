@@ -13,7 +13,9 @@ from launcher.contract.exit_codes import ExitCode
 def add(commands: Subcommands) -> None:
     """Declare the command."""
     parser = command(commands, "cluster", _cluster, "write a first file that describes this cluster, or check one")
-    parser.add_argument("action", choices=("init", "check"))
+    parser.add_argument(
+        "action", choices=("init", "check"), help="init: write a first file from what Slurm reports; check: test a file"
+    )
     completed(parser.add_argument("name", metavar="NAME", help="the cluster's name"), CLUSTER)
     json_option(parser)
 

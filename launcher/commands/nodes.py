@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 def add(commands: Subcommands) -> None:
     """Declare the command."""
     parser = command(commands, "nodes", _nodes, "nodes that jobs keep away from: the evidence, add to it, clear it")
-    parser.add_argument("action", nargs="?", choices=("list", "add", "clear"), default="list")
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=("list", "add", "clear"),
+        default="list",
+        help="list (the default): show all evidence; add: exclude a node by hand; clear: forget a node's evidence",
+    )
     parser.add_argument("host", nargs="?", help="the node to add or to clear")
     cluster = parser.add_argument(
         "--cluster", metavar="NAME", help="default: all clusters with a ledger of the user's own"

@@ -21,10 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--router-std", type=float, default=INITIAL_STD, help="standard deviation of the weights of experts' routers"
     )
     parser.add_argument("--lora-rank", type=int, help="train LoRA adapters of this rank on every linear layer alone")
-    parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "plain", "fused"])
-    parser.add_argument("--attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
-    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"])
-    parser.add_argument("--recompute", nargs="+", default=["none"], choices=get_args(Recompute))
+    parser.add_argument(
+        "--kernels", nargs="+", default=["auto"], choices=["auto", "plain", "fused"], help="as train.kernels"
+    )
+    parser.add_argument(
+        "--attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"], help="as train.attention"
+    )
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp8"], help="as train.precision")
+    parser.add_argument(
+        "--recompute", nargs="+", default=["none"], choices=get_args(Recompute), help="as train.recompute"
+    )
     parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step")
     parser.add_argument(
         "--vs", nargs="+", default=[], choices=["trl", "transformers", "automodel"], help="other trainers to run"
@@ -32,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="precision of their weights"
     )
-    parser.add_argument("--vs-attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"])
+    parser.add_argument(
+        "--vs-attention", nargs="+", default=["auto"], choices=["auto", "flash2", "flash4"], help="kernel of the others"
+    )
     parser.add_argument(
         "--vs-experts", nargs="+", default=["liger"], choices=["liger", "grouped"], help="experts of transformers"
     )
