@@ -13,10 +13,10 @@ from launcher.contract.spec import LoraSpec
 
 
 def layer_adapters(shape: ModelShape, lora: LoraSpec, *, dense: bool = False, linear: bool = False) -> int:
-    """Return what is trained of a decoder layer outside its experts. `dense` is for one that has none in such a model.
+    """Return the number of trained parameters of a decoder layer outside its experts.
 
-    `linear` is for a layer with linear attention.
-    That is adapters of attention and of the MLP or shared expert, and the router where it is trained.
+    These are the adapters of attention and of the MLP or shared expert, and the router where it is trained. `dense`
+    is for a layer without experts in a model that has some, `linear` for a layer with linear attention.
     """
     routed = bool(shape.num_experts) and not dense
     router = shape.num_experts * shape.hidden_size if routed and lora.router else 0
@@ -24,18 +24,18 @@ def layer_adapters(shape: ModelShape, lora: LoraSpec, *, dense: bool = False, li
 
 
 def expert_adapters(shape: ModelShape, lora: LoraSpec) -> int:
-    """Return what is trained of one expert."""
+    """Return the number of trained parameters of one expert."""
     return _parameters(expert_linears(shape), LoraSpec(rank=lora.rank, targets=lora.targets))
 
 
 def adapted_places(shape: ModelShape, lora: LoraSpec, *, dense: bool = False, linear: bool = False) -> frozenset[Place]:
-    """Return which of a layer's products outside its experts have adapters."""
+    """Return the places of a layer, outside its experts, whose linears have adapters."""
     linears = layer_linears(shape, dense=dense, linear=linear)
     return frozenset(each.place for each in linears if not lora.names or each.name in lora.names)
 
 
 def active_adapters(shape: ModelShape, lora: LoraSpec) -> int:
-    """Return what is trained of all layers and works for one token: of experts those that it goes to."""
+    """Return the number of trained parameters of all layers that one token uses: of experts, those that it goes to."""
     dense, linear = len(shape.dense_layers), len(shape.linear_layers)
     more = linear * (layer_adapters(shape, lora, linear=True) - layer_adapters(shape, lora)) if linear else 0
     usual = layer_adapters(shape, lora) + shape.experts_per_token * expert_adapters(shape, lora)
@@ -43,7 +43,7 @@ def active_adapters(shape: ModelShape, lora: LoraSpec) -> int:
 
 
 def _parameters(linears: Iterable[Linear], lora: LoraSpec) -> int:
-    """Return the trained weights of these linears' adapters: A, B and, with DoRA, a length for each row."""
+    """Return the number of parameters of these linears' adapters: A, B and, with DoRA, a length for each row."""
     assert lora.rank is not None
     return sum(
         lora.rank * (each.inputs + each.outputs) + (each.outputs if lora.dora else 0)

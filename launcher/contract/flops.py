@@ -1,16 +1,17 @@
 """Count the floating point operations of training, by one convention for planner, metrics and benchmarks.
 
-Linear layers cost 6 * (non-embedding parameters + hidden * vocabulary) a token: 2 operations a parameter in the forward
-pass and 4 in the backward pass. An embedding lookup costs nothing, the output layer its product, tied or not.
+Linear layers cost 6 * (non-embedding parameters + hidden * vocabulary) operations per token: 2 per parameter in the
+forward pass and 4 in the backward pass. An embedding lookup costs nothing, the output layer its product, tied or not.
 
-Attention costs 6 * layers * (heads * head size) * s a token, where s is the length of the token's own example, packed
-or not. That is half of 12 * layers * hidden * s (Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, appendix),
-because with a causal mask a token attends to half of its example on average. In layers with a sliding window w it
-attends to w - w^2 / 2s, where s is longer than w; s is then the mean over all tokens. Linear attention costs 18 * value
-heads * key size * value size a token: 6 operations for each number of its state (what it has under the key, what it
-gets, what the query reads), three times that with the backward pass.
+Attention costs 6 * layers * (heads * head size) * s operations per token, where s is the length of the token's own
+example, packed or not. That is half of 12 * layers * hidden * s (Narayanan et al. 2021,
+https://arxiv.org/abs/2104.04473, appendix), because with a causal mask a token attends to half of its example on
+average. In layers with a sliding window w it attends to w - w^2 / 2s positions, where s is longer than w; s is then the
+mean over all tokens. Linear attention costs 18 * value heads * key size * value size operations per token: 6 for each
+number of its state (to read what it holds under the key, to update it, and to read it for the query), and three times
+that with the backward pass.
 
-With LoRA the frozen weights have no gradient of their own, and cost 4 operations a token each; adapters cost 6.
+With LoRA the frozen weights have no gradient of their own, and cost 4 operations each per token; adapters cost 6.
 
 Only useful work counts: neither padding nor what is recomputed.
 """
@@ -29,12 +30,12 @@ _ALL_WEIGHTS = LoraSpec()
 
 
 def expert_parameters(shape: ModelShape) -> int:
-    """Return the weights of all routed experts of one decoder layer."""
+    """Return the number of weights in all routed experts of one decoder layer."""
     return shape.num_experts * sum(each.weights for each in expert_linears(shape)) if shape.num_experts else 0
 
 
 def active_expert_parameters(shape: ModelShape) -> int:
-    """Return the weights of the routed experts of one decoder layer that one token goes to."""
+    """Return the number of weights in those routed experts of one decoder layer that a token goes to."""
     return expert_parameters(shape) // shape.num_experts * shape.experts_per_token
 
 
@@ -42,7 +43,7 @@ def active_expert_parameters(shape: ModelShape) -> int:
 def layer_matmul_parameters(
     shape: ModelShape, *, active: bool = False, dense: bool = False, linear: bool = False
 ) -> int:
-    """Return the weights of the linear layers in one decoder layer (q, k, v, output projection, MLP) without biases.
+    """Return the number of weights in one decoder layer's linears (q, k, v, output projection, MLP), without biases.
 
     In a mixture of experts, `active` counts only the experts that one token goes to, and `dense` is for a layer that
     has an MLP instead. `linear` is for a layer with linear attention.
@@ -54,17 +55,17 @@ def layer_matmul_parameters(
 
 
 def router_parameters(shape: ModelShape) -> int:
-    """Return the weights of the router of one decoder layer, and of what weights the shared expert."""
+    """Return the number of weights in one decoder layer's router, and in the vector that weights its shared expert."""
     return (shape.num_experts + shape.weighted_shared_expert) * shape.hidden_size
 
 
 def attention_parameters(shape: ModelShape, *, linear: bool = False) -> int:
-    """Return the weights of the projections of attention, or of linear attention, in one decoder layer."""
+    """Return the number of weights in one decoder layer's projections of attention, or of linear attention."""
     return sum(each.weights for each in attention_linears(shape, linear=linear))
 
 
 def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
-    """Return the weights of linear layers and norms, which are all but those of embedding and output layer."""
+    """Return the number of weights in all linear layers and norms: in all but the embedding and the output layer."""
     dense, linear = len(shape.dense_layers), len(shape.linear_layers)
     layers = (shape.num_layers - dense) * layer_matmul_parameters(shape, active=active)
     layers += dense * layer_matmul_parameters(shape, dense=True)
@@ -76,7 +77,7 @@ def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
 
 
 def layer_norm_parameters(shape: ModelShape, *, linear: bool = False) -> int:
-    """Return the weights of the norms in one decoder layer. Linear attention has a convolution and a few more."""
+    """Return the number of weights in one decoder layer's norms. Linear attention has a convolution and a few more."""
     if linear:
         assert shape.linear is not None
         return shape.layer_norms * shape.hidden_size + shape.linear.parameters
@@ -85,12 +86,12 @@ def layer_norm_parameters(shape: ModelShape, *, linear: bool = False) -> int:
 
 
 def embedding_parameters(shape: ModelShape) -> int:
-    """Return the weights of the embedding. The output layer has as many."""
+    """Return the number of weights in the embedding. The output layer has as many."""
     return shape.hidden_size * shape.vocab_size
 
 
 def position_parameters(shape: ModelShape) -> int:
-    """Return the weights of learned positions."""
+    """Return the number of weights in the table of learned positions, 0 where there is none."""
     return shape.hidden_size * shape.learned_positions
 
 
@@ -101,7 +102,7 @@ def parameters(shape: ModelShape) -> int:
 
 
 def training_flops(shape: ModelShape, lengths: Iterable[int], lora: LoraSpec = _ALL_WEIGHTS) -> int:
-    """Return the operations of forward and backward passes over examples of these lengths in tokens.
+    """Return the number of operations of forward and backward passes over examples of these lengths in tokens.
 
     If `lora` has a rank, only adapters are trained.
     """
@@ -113,7 +114,7 @@ def training_flops(shape: ModelShape, lengths: Iterable[int], lora: LoraSpec = _
 
 
 def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int, lora: LoraSpec = _ALL_WEIGHTS) -> int:
-    """Return the same from sums over the examples: `tokens` is the sum of s_i, `squared_lengths` that of s_i^2.
+    """Return what `training_flops` does, from sums over examples: `tokens` of s_i, `squared_lengths` of s_i^2.
 
     If `lora` has a rank, only adapters are trained.
     """
@@ -131,7 +132,7 @@ def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int, lora
 
 @lru_cache(maxsize=64)
 def layer_operations(shape: ModelShape, length: int) -> tuple[int, ...]:
-    """Return the operations a token of forward and backward pass in each layer, for examples of `length` tokens."""
+    """Return each layer's operations per token, forward and backward, for examples of `length` tokens."""
     found = []
     for index in range(shape.num_layers):
         linear, dense = index in shape.linear_layers, index in shape.dense_layers
@@ -143,23 +144,27 @@ def layer_operations(shape: ModelShape, length: int) -> tuple[int, ...]:
 
 
 def head_operations(shape: ModelShape) -> int:
-    """Return the operations a token of forward and backward pass in the output layer."""
+    """Return the output layer's operations per token, forward and backward."""
     return 6 * embedding_parameters(shape)
 
 
 def linear_attention_flops(shape: ModelShape) -> int:
-    """Return the operations of one layer's linear attention for a token, forward and backward, without projections."""
+    """Return one layer's operations of linear attention per token, forward and backward, without its projections."""
     linear = shape.linear
     return 0 if linear is None else 18 * linear.value_heads * linear.key_dim * linear.value_dim
 
 
 def attended_in_window(shape: ModelShape, length: float) -> float:
-    """Return twice the positions that a token of an example of `length` attends to in a layer with a window."""
+    """Return twice the mean number of positions that a token attends to in a layer with a window.
+
+    `length` is that of the token's example. The factor 2 makes it comparable to `length` itself, of which a token sees
+    half without a window.
+    """
     if shape.window is None or length <= shape.window:
         return length
     return 2 * shape.window - shape.window**2 / length
 
 
 def mfu(flops: float, seconds: float, peak_tflops: float, gpus: int = 1) -> float:
-    """Return the model FLOP utilization: useful operations over what `gpus` can do at their dense peak in that time."""
+    """Return the model FLOPs utilization: useful operations over those that `gpus` could do at their dense peak."""
     return flops / (seconds * peak_tflops * 1e12 * gpus)

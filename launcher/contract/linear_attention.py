@@ -36,27 +36,27 @@ class LinearAttention:
 
     @property
     def keys(self) -> int:
-        """Return the size of all key heads, which is that of all queries, too."""
+        """The width of all key heads together, which is that of all queries, too."""
         return self.key_heads * self.key_dim
 
     @property
     def values(self) -> int:
-        """Return the size of all value heads."""
+        """The width of all value heads together."""
         return self.value_heads * self.value_dim
 
     @property
     def convolved(self) -> int:
-        """Return the channels of the convolution."""
+        """The number of channels of the convolution."""
         return 2 * self.keys + self.values
 
     @property
     def projected(self) -> int:
-        """Return the outputs of the input projection: what is convolved, a gate for each value, two numbers a head."""
+        """The outputs of the input projection: what is convolved, a gate for each value, two numbers per value head."""
         return self.convolved + self.values + 2 * self.value_heads
 
     @property
     def parameters(self) -> int:
-        """Return the weights beside those of the two projections, without biases."""
+        """The number of weights beside those of the two projections, without biases."""
         return self.convolved * self.kernel + self.value_heads + self.value_dim
 
 

@@ -35,7 +35,7 @@ class Linear(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """The size of its matrix."""
+        """The number of weights in its matrix."""
         return self.inputs * self.outputs
 
 
@@ -57,7 +57,7 @@ def attention_linears(shape: ModelShape, *, linear: bool = False) -> tuple[Linea
 
 
 def mlp_linears(shape: ModelShape, width: int) -> tuple[Linear, ...]:
-    """Return those of an MLP of this width: a dense one, or the shared expert."""
+    """Return the linear layers of an MLP of this width: a dense one, or the shared expert."""
     if shape.model_type in _FUSED:
         hidden = shape.hidden_size
         joined = Linear("gate_up_proj", "fc1", hidden, 2 * width)
@@ -66,7 +66,7 @@ def mlp_linears(shape: ModelShape, width: int) -> tuple[Linear, ...]:
 
 
 def layer_linears(shape: ModelShape, *, dense: bool = False, linear: bool = False) -> tuple[Linear, ...]:
-    """Return those of a decoder layer outside its routed experts: of attention, and of its MLP or shared expert.
+    """Return the linear layers of a decoder layer outside its routed experts: attention, and MLP or shared expert.
 
     `dense` is for a layer that has an MLP in a model with experts, `linear` for one with linear attention.
     """
@@ -76,7 +76,7 @@ def layer_linears(shape: ModelShape, *, dense: bool = False, linear: bool = Fals
 
 
 def expert_linears(shape: ModelShape) -> tuple[Linear, ...]:
-    """Return those of one routed expert."""
+    """Return the linear layers of one routed expert."""
     if shape.joined_experts:
         hidden, width = shape.hidden_size, shape.expert_ffn_hidden_size
         gate_up, down = JOINED_EXPERTS

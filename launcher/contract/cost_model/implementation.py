@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 ATTENTION_EFFICIENCY = {64: 0.28, 128: 0.41}
-"""Part of the bf16 peak that causal attention reaches, forward and backward together, by head size. 64 comes from a
+"""Share of the bf16 peak that causal attention reaches, forward and backward together, by head size. 64 comes from a
 profile, 128 from the ratio of the kernels' published rates."""
 
 
@@ -42,13 +42,13 @@ class Implementation:
     layer_launches: float = 0.0
     """Seconds in which the host launches the kernels of a layer, forward and backward: a micro-batch takes no less."""
     hidden_collectives_cost: float = 0.0
-    """Part of the time that collectives behind computation would take within a node, by which they delay it: their
-    kernels take a part of the GPU."""
+    """Share of their own time within a node by which collectives that run behind computation delay it: their kernels
+    take a part of the GPU."""
     exchange_overhead: float = 0.0
     """Seconds in which a pipeline stage waits for its neighbours in each pass of a model chunk, forward and backward
     together, beside the bubble and the transfer."""
     tensor_parallel_exposed: float = 1.0
-    """Part of the tensor parallel collectives that no computation hides."""
+    """Share of the tensor parallel collectives that no computation hides."""
     gathers_behind_forward: bool = False
     """Whether the distributed optimizer's all-gather of weights runs behind the next forward pass."""
     adds_adapters_in_products: bool = False
@@ -58,7 +58,8 @@ class Implementation:
     spares_mlp_output: bool = False
     """Whether SwiGLU's output is not kept where one rank has the whole MLP or products are in fp8."""
     fp8_efficiency: float = 0.61
-    """Part of the fp8 peak that products in fp8 reach, with what makes their factors. From a step of 3B."""
+    """Share of the fp8 peak that products in fp8 reach, the quantization of their factors included. From a step of
+    3B."""
     fp8_weight_gradients: bool = False
     """Whether gradients of weights are products in fp8, too."""
     passes_expert_rows: float = 0.0
@@ -69,7 +70,10 @@ class Implementation:
     """Number of attended tokens at which attention reaches half of that limit."""
 
     def attention_efficiency(self, head_dim: int, attended: float) -> float:
-        """Return the part of the bf16 peak, by the largest known head size up to `head_dim`, else by the smallest."""
+        """Return the share of the bf16 peak that attention reaches where a token attends to `attended` positions.
+
+        Of the known head sizes, the largest up to `head_dim` counts, or else the smallest.
+        """
         known = [size for size in self.attention_efficiencies if size <= head_dim]
         size = max(known) if known else min(self.attention_efficiencies)
         return self.attention_efficiencies[size] * attended / (attended + self.attention_knee)

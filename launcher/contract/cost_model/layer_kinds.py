@@ -44,12 +44,12 @@ def _kinds(
 
 @lru_cache(maxsize=4096)
 def counts_by_chunk(kinds: tuple[LayerKind, ...], split: tuple[int, ...]) -> tuple[KindCounts, ...]:
-    """Return the layers of each model chunk by kind, in the model's order."""
+    """Return how many layers of each kind each model chunk has, in the model's order."""
     return tuple(Counter(kinds[layer] for layer in layers) for layers in chunk_ranges(split))
 
 
 @lru_cache(maxsize=4096)
 def counts_by_stage(kinds: tuple[LayerKind, ...], split: tuple[int, ...], stages: int) -> tuple[KindCounts, ...]:
-    """Return the layers of each pipeline stage by kind."""
+    """Return how many layers of each kind each pipeline stage has."""
     chunks = counts_by_chunk(kinds, split)
     return tuple(sum((Counter(chunk) for chunk in chunks[stage::stages]), Counter()) for stage in range(stages))

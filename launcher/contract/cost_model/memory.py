@@ -123,7 +123,7 @@ def layer_activation_bytes(
 
 
 def _kept_by_mlp(workload: Workload, topology: Topology, implementation: Implementation, kind: LayerKind) -> float:
-    """Return the numbers for each token and unit of its width that an MLP keeps."""
+    """Return how many numbers an MLP keeps per token and unit of its width."""
     if not workload.shape.gated_mlp:
         return 2
     one = topology.tensor_parallel == 1
@@ -132,7 +132,7 @@ def _kept_by_mlp(workload: Workload, topology: Topology, implementation: Impleme
 
 
 def _kept_by_experts(workload: Workload, implementation: Implementation) -> float:
-    """Return the numbers for each token that its experts keep: their inputs, and of the unit between products."""
+    """Return how many numbers a token's experts keep for it: their inputs, and of the unit between their products."""
     shape = workload.shape
     adapted = workload.adapted and expert_adapters(shape, workload.lora) > 0
     unit = implementation.saved_mlp - (implementation.spares_mlp_output and not adapted)
@@ -140,7 +140,7 @@ def _kept_by_experts(workload: Workload, implementation: Implementation) -> floa
 
 
 def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
-    """Return the numbers for each token that attention keeps between its projections."""
+    """Return how many numbers attention keeps per token between its projections."""
     tensor = layout.topology.tensor_parallel
     queries = shape.num_attention_heads * shape.head_dim / tensor
     groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
@@ -154,7 +154,7 @@ def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
 
 
 def _kept_by_linear_attention(shape: ModelShape, layout: Layout) -> float:
-    """Return the same for linear attention, with the kernels of flash-linear-attention."""
+    """Return how many numbers linear attention keeps per token, with the kernels of flash-linear-attention."""
     sizes = shape.linear
     assert sizes is not None
     kept = sizes.projected + sizes.values  # outputs of the one projection, inputs of the other
@@ -165,7 +165,7 @@ def _kept_by_linear_attention(shape: ModelShape, layout: Layout) -> float:
 
 
 def busiest_rank(topology: Topology) -> float:
-    """Return the tokens for the busiest rank's experts over the mean of the ranks that share experts."""
+    """Return how many times the mean number of tokens the busiest of the ranks that share experts gets."""
     return min(EXPERT_IMBALANCE, topology.expert_parallel)
 
 
@@ -178,14 +178,14 @@ def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:
 
 
 def micro_batch_tokens(workload: Workload, topology: Topology) -> float:
-    """Return the tokens of a micro-batch on one rank, padding included."""
+    """Return the number of tokens of a micro-batch on one rank, padding included."""
     return topology.micro_batch_size * workload.seq_length / topology.context_parallel
 
 
 def _activation_bytes(workload: Workload, layout: Layout, implementation: Implementation, stage: int) -> float:
     topology = layout.topology
     counts = counts_by_stage(workload.kinds, topology.layers_per_stage, topology.pipeline_parallel)[stage]
-    # Chunks of a stage are in flight in turn, so that each is so about equally often.
+    # The chunks of a stage take turns, so each has about an equal share of the passes in flight.
     in_flight = chunks_in_flight(topology, workload.micro_batches(topology), stage) / topology.virtual_pipeline
     kept = {kind: layer_activation_bytes(workload, layout, implementation, kind) for kind in counts}
     if layout.recompute == "offload":

@@ -53,7 +53,7 @@ class Pass:
         return products + self.tensor_parallel + self.context_parallel + self.expert_parallel
 
     def plus(self, other: Pass, times: int = 1) -> Pass:
-        """Return this and so many times the other one."""
+        """Return the sum of this pass and `times` the other one."""
         return Pass(
             matmul=self.matmul + times * other.matmul,
             attention=self.attention + times * other.attention,
@@ -69,7 +69,7 @@ class Pass:
 def layer_pass(
     workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation, kind: LayerKind
 ) -> Pass:
-    """Return the times of a decoder layer."""
+    """Return the seconds that one micro-batch takes in a decoder layer."""
     shape, tensor = workload.shape, topology.tensor_parallel
     tokens = micro_batch_tokens(workload, topology)
     products = layer_products(workload, topology, kind)
@@ -86,7 +86,7 @@ def layer_pass(
         tensor_parallel=collectives * workload.width * exposed,
         context_parallel=_gathered_rows(workload, topology, gpu, kind),
         expert_parallel=0.0 if kind.dense else _exchanged_rows(workload, topology, gpu),
-        # two norms, each reads and writes its tensor
+        # two norms, each of which reads and writes its tensor
         norms=4 * shape.hidden_size / sequence * workload.width * tokens / memory_rate(gpu),
     )
 
@@ -98,7 +98,7 @@ def _moved(
     kind: LayerKind,
     products: list[Product],
 ) -> float:
-    """Return the numbers for each token that elementwise kernels of a layer read or write."""
+    """Return how many numbers a layer's elementwise kernels read or write per token."""
     shape, tensor = workload.shape, topology.tensor_parallel
     width = shape.ffn_hidden_size if kind.dense else shape.active_ffn_size
     moved = implementation.passes_hidden * shape.hidden_size / (tensor if topology.sequence_parallel else 1)
@@ -119,11 +119,11 @@ def _moved(
 def _attention(
     workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation, kind: LayerKind
 ) -> float:
-    """Return the seconds a layer and micro-batch for attention's core."""
+    """Return the seconds per layer and micro-batch of attention's core."""
     shape = workload.shape
     attended = attended_in_window(shape, workload.attended) if kind.windowed else workload.attended
     queries = shape.num_attention_heads * shape.head_dim / topology.tensor_parallel
-    # with a causal mask 6 * s operations a token and head dimension, forward and backward together
+    # with a causal mask 6 * s operations per token and head dimension, forward and backward together
     operations = 6 * queries * micro_batch_tokens(workload, topology) * attended
     return operations / (gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, attended))
 
@@ -131,7 +131,7 @@ def _attention(
 def _linear_attention(
     workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation, kind: LayerKind
 ) -> float:
-    """Return the seconds a layer and micro-batch for convolution, rule and gated norm of linear attention."""
+    """Return the seconds per layer and micro-batch of linear attention's convolution, rule and gated norm."""
     shape, sizes = workload.shape, workload.shape.linear
     assert sizes is not None
     tokens = micro_batch_tokens(workload, topology) / topology.tensor_parallel
@@ -141,7 +141,7 @@ def _linear_attention(
 
 
 def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind, kind: LayerKind) -> float:
-    """Return the seconds a layer and micro-batch for gathering keys and values of whole rows and returning gradients.
+    """Return the seconds per layer and micro-batch of gathering whole rows' keys and values, and of their gradients.
 
     Linear attention exchanges tokens for heads instead. No computation hides either.
     """
@@ -155,7 +155,7 @@ def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind, kind: L
 
 
 def _exchanged_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> float:
-    """Return the seconds a layer for sending tokens to their experts and back, in the forward and the backward pass.
+    """Return the seconds per layer and micro-batch of sending tokens to their experts and back, forward and backward.
 
     None of it is hidden: the experts wait for their tokens.
     """
@@ -172,7 +172,7 @@ def _exchanged_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> flo
 
 
 def head_pass(workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation) -> Pass:
-    """Return the times of output layer and loss, which fused kernels compute for targets alone."""
+    """Return the seconds per micro-batch of output layer and loss, which fused kernels compute for targets alone."""
     shape, tensor = workload.shape, topology.tensor_parallel
     tokens = micro_batch_tokens(workload, topology) * (workload.trained if implementation.loss_of_targets else 1)
     seconds = product_seconds(workload, tokens, gpu, implementation, output_product(shape, topology), fp8=False)
@@ -190,10 +190,10 @@ def head_pass(workload: Workload, topology: Topology, gpu: GpuKind, implementati
 
 
 def recompute_seconds(layout: Layout, layers: Pass) -> float:
-    """Return the seconds a micro-batch for recomputation.
+    """Return the seconds per micro-batch of recomputation.
 
-    Beside products, the forward pass is a third of both passes together, with its collectives, and half of the
-    gathering of rows.
+    The forward pass of products is known. That of attention, elementwise kernels and tensor parallel collectives is
+    taken for a third of both passes together, that of gathering rows and exchanging tokens for half.
     """
     if layout.recompute in ("full", "offload"):  # copies to the host run beside computation
         computed = layers.attention + layers.elementwise + layers.tensor_parallel
@@ -205,12 +205,12 @@ def recompute_seconds(layout: Layout, layers: Pass) -> float:
 
 
 def ring(size: int) -> float:
-    """Return the part of a tensor that each rank sends in a ring all-gather or reduce-scatter."""
+    """Return the share of a tensor that each rank sends in a ring all-gather or reduce-scatter."""
     return (size - 1) / size
 
 
 def link_rate(gpu: GpuKind, size: int, *, crosses: bool) -> float:
-    """Return the bytes a second of large collectives of so many ranks, between nodes if they `cross`."""
+    """Return the bytes per second of a large collective of `size` ranks, between nodes if it `crosses` them."""
     if crosses:
         return gpu.inter_node_bandwidth * gpu.collective_efficiency * 1e9
     return gpu.intra_node_bandwidth * gpu.collective_efficiency * 1e9 * (PAIR_RATE if size == 2 else 1)

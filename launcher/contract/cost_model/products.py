@@ -2,7 +2,7 @@
 
 Products run at the rate that large ones reach, plus the part of their memory traffic that arithmetic does not hide.
 Each place has three products: forward, for the gradient of the input, and for the gradient of the weight, which frozen
-weights do not need. In fp8 are those that the training code has in fp8.
+weights do not need. Those that the training code computes in fp8 are counted in fp8.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Product:
     """The linears of one place of a layer, as far as one rank computes them."""
 
     weights: float
-    """Weights that a token meets."""
+    """Number of weights that a token is multiplied by."""
     read: float
-    """Weights that are read: with experts more than a token meets."""
+    """Number of weights that are read: with experts, more than a single token uses."""
     outer: float
-    """Inputs and outputs of a token."""
+    """Number of inputs and outputs per token."""
     place: Place | None = None
     """None for experts and output layer, which are never in fp8."""
     rate: float = 1.0
-    """Part of the rate of large products that it reaches."""
+    """Share of the rate of large products that it reaches."""
     adapted: bool = False
     """Whether it has adapters."""
 
@@ -67,9 +67,9 @@ def output_product(shape: ModelShape, topology: Topology) -> Product:
 def product_seconds(
     workload: Workload, tokens: float, gpu: GpuKind, implementation: Implementation, product: Product, *, fp8: bool
 ) -> list[float]:
-    """Return the seconds for so many tokens: forward, for the gradient of the input, and for that of trained weights.
+    """Return the seconds of a place's products for `tokens`: forward, gradient of the input, gradient of the weight.
 
-    `fp8` says whether the layer has products in fp8.
+    Frozen weights have no third one. `fp8` says whether the layer has products in fp8.
     """
     numbers, operations = tokens * product.outer + product.read, 2 * product.weights * tokens
     found = []
@@ -81,18 +81,18 @@ def product_seconds(
 
 
 def memory_rate(gpu: GpuKind) -> float:
-    """Return the bytes a second of elementwise kernels."""
+    """Return the bytes per second at which elementwise kernels read and write."""
     return gpu.memory_bandwidth * gpu.memory_efficiency * 1e9
 
 
 def _forms(workload: Workload, implementation: Implementation, product: Product, *, fp8: bool) -> list[bool]:
-    """Return, for forward product, gradient of the input and, if it is trained, of the weight: whether it is in fp8."""
+    """Return whether each of a place's products is in fp8, in the order of `product_seconds`."""
     forms = [fp8, fp8 and product.place not in workload.fp8.bf16_gradients]
     return forms if workload.adapted else [*forms, fp8 and implementation.fp8_weight_gradients]
 
 
 def _rate(workload: Workload, gpu: GpuKind, implementation: Implementation, *, fp8: bool) -> float:
-    """Return the operations a second of large products."""
+    """Return the operations per second of large products."""
     if fp8:
         assert gpu.fp8_tflops is not None  # a config that asks for fp8 elsewhere is refused
         return gpu.fp8_tflops * implementation.fp8_efficiency * 1e12
@@ -102,7 +102,8 @@ def _rate(workload: Workload, gpu: GpuKind, implementation: Implementation, *, f
 def _dense(topology: Topology, place: Place, linears: tuple[Linear, ...], *, repeated: int, adapted: bool) -> Product:
     """Return the product of a place whose linears all have the same inputs.
 
-    Where tp exceeds the KV heads, ranks share them: over all ranks `repeated` outputs more are computed.
+    Where tensor parallel exceeds the number of KV heads, ranks share heads, so that all ranks together compute
+    `repeated` outputs more.
     """
     tensor = topology.tensor_parallel
     inputs, outputs = linears[0].inputs, sum(each.outputs for each in linears)

@@ -73,7 +73,7 @@ class Workload:
         return 4 if self.precision == "fp32" else 2
 
     def micro_batches(self, topology: Topology) -> int:
-        """Return the forward passes of a rank in a step. Ranks with fewer rows get empty ones."""
+        """Return the number of a rank's micro-batches in a step. Ranks with fewer rows get empty ones."""
         each = -(-self.rows // (topology.micro_batch_size * topology.data_parallel))
         multiple = topology.micro_batch_multiple
         return max(1, -(-each // multiple) * multiple)
@@ -103,12 +103,12 @@ class Layout:
 
 
 def expert_layer_parameters(shape: ModelShape, topology: Topology) -> int:
-    """Return the weights of a decoder layer's experts on one rank."""
+    """Return the number of weights in a decoder layer's experts on one rank."""
     return expert_parameters(shape) // (topology.expert_parallel * topology.expert_tensor_parallel)
 
 
 def layer_parameters(shape: ModelShape, tensor_parallel: int, *, dense: bool = False, linear: bool = False) -> int:
-    """Return a decoder layer's weights on one tensor parallel rank, without experts.
+    """Return the number of a decoder layer's weights on one tensor parallel rank, without experts.
 
     If tp exceeds the KV heads, ranks share them. `dense` is for a layer of a model with experts that has an MLP
     instead, `linear` for one with linear attention.
@@ -125,7 +125,10 @@ def layer_parameters(shape: ModelShape, tensor_parallel: int, *, dense: bool = F
 
 
 def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
-    """Return the weights on one rank of a stage, without experts. A tied output layer has a copy on another stage."""
+    """Return the number of weights on one rank of a stage, without experts.
+
+    A tied output layer on another stage than the embedding counts as a copy of it.
+    """
     tensor, stages = topology.tensor_parallel, topology.pipeline_parallel
     embedding = -(-shape.vocab_size // tensor) * shape.hidden_size
     count = sum(
@@ -142,12 +145,12 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
 
 
 def stage_expert_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
-    """Return the weights of experts on one rank of a pipeline stage."""
+    """Return the number of weights of experts on one rank of a pipeline stage."""
     return _layers_with_experts(shape, topology, stage) * expert_layer_parameters(shape, topology)
 
 
 def trained_parameters(workload: Workload, topology: Topology, stage: int) -> tuple[int, int]:
-    """Return the trained weights on a rank of a stage, without experts and of experts.
+    """Return the numbers of trained weights on one rank of a stage: outside of experts, and in experts.
 
     Tensor parallelism shards only one of an adapter's two matrices; both are counted whole.
     """
@@ -163,7 +166,7 @@ def trained_parameters(workload: Workload, topology: Topology, stage: int) -> tu
 
 
 def _stage_kinds(shape: ModelShape, topology: Topology, stage: int) -> KindCounts:
-    """Return the layers of a stage by kind, of whatever precision."""
+    """Return how many layers of each kind a stage has, whatever their precision."""
     return counts_by_stage(layer_kinds(shape, None), topology.layers_per_stage, topology.pipeline_parallel)[stage]
 
 
