@@ -24,11 +24,11 @@ import numpy as np
 
 from launcher.contract.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
 from sft.data.batches.batch import RankShare, collate
-from sft.data.batches.sampler import TokenBatchPlan
+from sft.data.batches.sampler import TokenSchedule
 from sft.data.cache.store import TokenCache
 from sft.data.prepared.prepare import open_or_build
 from sft.model_source import resolve_model_dir
-from sft.training.datamodule import step_plan
+from sft.training.datamodule import batch_schedule
 
 ROW_LENGTHS = (2048, 4096)
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure_fill(trees: Path, model: str, folder: Path) -> None:
-    """Fill of every way to make batches, in both row lengths."""
+    """Print how full rows are with every way to make batches, for both row lengths."""
     rows = [row for line in trees.read_text(encoding="utf-8").splitlines() for row in conversations(json.loads(line))]
     file = folder / "chat.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -58,9 +58,9 @@ def measure_fill(trees: Path, model: str, folder: Path) -> None:
             data=DataSpec(train=[str(file)], seq_length=length),
             train=TrainSpec(epochs=1),
         )
-        cache = open_or_build(spec, resolve_model_dir(spec, convert=True), build=True).train
+        (cache,) = open_or_build(spec, resolve_model_dir(spec, convert=True), build=True).training_caches
         print(f"{len(cache)} examples, {int((cache.lengths - 1).sum()):,} tokens, rows of {length}")
-        whole = TokenBatchPlan(lengths=cache.lengths - 1, row_length=length, rows_per_step=1, seed=1, shuffle=True)
+        whole = TokenSchedule(lengths=cache.lengths - 1, row_length=length, rows_per_step=1, seed=1, shuffle=True)
         fill = (cache.lengths - 1).sum() / (whole.steps_per_epoch * length)
         print(f"  the epoch's rows: {fill:.2%} full, {whole.steps_per_epoch} rows")
         for ranks in (1, 8):
@@ -68,7 +68,7 @@ def measure_fill(trees: Path, model: str, folder: Path) -> None:
 
 
 def report(spec: RunSpec, cache: TokenCache, length: int, ranks: int) -> None:
-    """Fill of the steps of an epoch over `ranks` data parallel ranks."""
+    """Print how full the rows of an epoch's steps are, spread over `ranks` data parallel ranks."""
     tokens = {"global_batch_unit": "tokens", "global_batch_size": 32 * length}
     ways: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         # data, train, micro-batch size
@@ -80,9 +80,9 @@ def report(spec: RunSpec, cache: TokenCache, length: int, ranks: int) -> None:
     }
     for name, (data, train, micro_batch) in ways.items():
         settings = RunSpec(data=DataSpec(seq_length=length, **data), train=TrainSpec(**train))
-        plan = step_plan(settings, cache, shuffle=True)
+        schedule = batch_schedule(settings, cache, shuffle=True)
         places = used = 0
-        for step in range(plan.steps_per_epoch):
+        for step in range(schedule.steps_per_epoch):
             for rank in range(ranks):
                 share = RankShare(
                     dp_rank=rank,
@@ -91,14 +91,14 @@ def report(spec: RunSpec, cache: TokenCache, length: int, ranks: int) -> None:
                     pad_to_multiple=8,
                     row_length=length if settings.data.packing else None,
                 )
-                batch = collate(cache, plan, step, share)
+                batch = collate(cache, schedule, step, share)
                 places += sum(micro.tokens.numel() for micro in batch.micro_batches)
             used += batch.tokens
         print(f"  dp {ranks}, {name}: {used / places:.2%} full")
 
 
 def conversations(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every path from the prompt to an assistant's leaf."""
+    """Yield every path from a tree's prompt to a leaf that an assistant wrote, as a chat row."""
     waiting: list[tuple[dict[str, Any], list[dict[str, str]]]] = [(tree["prompt"], [])]
     while waiting:
         node, before = waiting.pop()
@@ -111,14 +111,14 @@ def conversations(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def measure_planning(examples: int) -> None:
-    """Order, packing and order of rows of one epoch."""
+    """Print how long it takes to plan one epoch: the order of examples, packing, and the order of rows."""
     drawn = np.random.default_rng(0).lognormal(np.log(375), 1.0, examples)
     lengths = np.clip(drawn, 2, 4095).astype(np.int64)
-    plan = TokenBatchPlan(lengths=lengths, row_length=4096, rows_per_step=64, seed=1, shuffle=True)
+    schedule = TokenSchedule(lengths=lengths, row_length=4096, rows_per_step=64, seed=1, shuffle=True)
     began, cpu = time.perf_counter(), time.process_time()
-    plan.examples_at(0)
+    schedule.examples_at(0)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-    fill = lengths.sum() / (plan.steps_per_epoch * 64 * 4096)
+    fill = lengths.sum() / (schedule.steps_per_epoch * 64 * 4096)
     print(f"{examples:,} examples: planned in {wall:.1f} s ({cpu:.1f} s of one core), rows {fill:.2%} full")
 
 

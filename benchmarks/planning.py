@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def speed_table() -> str:
-    """Markdown."""
+    """Return the rows' speeds, measured and predicted, as Markdown."""
     lines = ["| run | source | use | tokens/s/GPU | model says | error |", "|---|---|---|---|---|---|"]
     for row in all_rows():
         if row.tokens_per_second is not None:
@@ -53,7 +53,10 @@ def speed_table() -> str:
 
 
 def memory_table() -> str:
-    """Markdown. Runs of the same layout, model and peak are one line."""
+    """Return the rows' peak memory, measured and predicted, as Markdown.
+
+    Runs of the same layout, model and peak are one line.
+    """
     lines = ["| run | source | GiB | model says | error |", "|---|---|---|---|---|"]
     seen = set()
     for row in all_rows():
@@ -65,7 +68,7 @@ def memory_table() -> str:
 
 
 def scaling_table() -> str:
-    """Markdown: what `topology: auto` takes for each number of GPUs."""
+    """Return what `topology: auto` takes for each number of GPUs, as Markdown."""
     lines = [
         "| model | GPUs | layout | s/step | tokens/s/GPU | MFU | exposed communication | bubble |",
         "|---|---|---|---|---|---|---|---|",
@@ -83,7 +86,7 @@ def scaling_table() -> str:
 
 
 def scaling_figures() -> dict[str, Any]:
-    """8B and 70B on H100s, 1,024 rows of 4,096 tokens a step, fused kernels in bf16: predictions only."""
+    """Return predictions for 8B and 70B on H100s: 1,024 rows of 4,096 tokens a step, fused kernels, bf16."""
     rows = []
     for model in ("8b", "70b"):
         for gpus in GPUS:
@@ -100,7 +103,7 @@ def scaling_figures() -> dict[str, Any]:
 
 
 def timings() -> str:
-    """Median of five plans in processor seconds, 70B shape."""
+    """Return how long a plan of the 70B shape takes, the median of five in processor seconds, as text."""
     lines = []
     for nodes in (2, 128, 1024):
         spec, taken = _scaling_spec(8 * nodes, rows=8 * nodes), []

@@ -17,13 +17,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from launcher.contract.config.load import load_config
 from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.spec import Fp8Spec, RunSpec, to_yaml
 
 ALL_LINEARS = ["qkv", "proj", "fc1", "fc2"]
-WAYS: dict[str, tuple[str, Fp8Spec]] = {
+WAYS: dict[str, tuple[Literal["fp32", "bf16", "fp8"], Fp8Spec]] = {
     "fp32": ("fp32", Fp8Spec()),
     "bf16": ("bf16", Fp8Spec()),
     "fp8": ("fp8", Fp8Spec()),

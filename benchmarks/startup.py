@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.contract.manifest import Attempt, Manifest, write_manifest
+from launcher.contract.job import Job, JobId
+from launcher.contract.manifest import Manifest, write_manifest
 from launcher.contract.rundir import COMPLETE, RunPaths, append_event, write_json
 
 _MODEL = {
@@ -51,7 +52,7 @@ class Cost:
 
 
 def main() -> None:
-    """Measure and print one line a command."""
+    """Measure each command and print a line about it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--runs", type=int, default=1000, help="runs that `status` is asked about")
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def make_inputs(folder: Path, runs: int) -> None:
-    """A config that renders, and run directories that squeue has jobs for."""
+    """Write a config that renders, and run directories that squeue has jobs for."""
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(_MODEL))
     (folder / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -89,9 +90,9 @@ def make_inputs(folder: Path, runs: int) -> None:
 
 
 def make_run(paths: RunPaths, job_id: str) -> None:
-    """A run directory like that of a run that was preempted in mid-training and waits."""
+    """Write the directory of a run that was preempted in mid-training and waits in the queue."""
     paths.root.mkdir(parents=True)
-    job = Attempt(job_id=job_id, scheduler="slurm", submitted_at=1.0)
+    job = Job(id=JobId(text=job_id, scheduler="slurm"), submitted_at=1.0)
     manifest = Manifest(
         name=paths.name,
         created_at=1.0,
@@ -101,7 +102,7 @@ def make_run(paths: RunPaths, job_id: str) -> None:
         versions={},
         source={},
         topology={"summary": "tp2"},
-        attempts=(job,),
+        jobs=(job,),
     )
     write_manifest(paths, manifest)
     attempt = f"{job_id}.0"
@@ -117,7 +118,7 @@ def make_run(paths: RunPaths, job_id: str) -> None:
 
 
 def measure(folder: Path, commands: Sequence[tuple[str, ...]], repeats: int) -> dict[tuple[str, ...], Cost]:
-    """The best of `repeats` rounds in which each command runs once."""
+    """Return the best times of each command in `repeats` rounds, in each of which every command runs once."""
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": root}
     found: dict[tuple[str, ...], list[Cost]] = {command: [] for command in commands}

@@ -69,14 +69,17 @@ def compare(rows: Path, copies: int, model: str, folder: Path) -> None:
 
 
 def map_rows(file: Path, model_dir: Path, folder: Path) -> Any:
-    """The same rows through `datasets.map`, one process."""
+    """Return the same rows, tokenized by `datasets.map` in one process."""
     import datasets
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(model_dir)
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
-        turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        turns: list[dict[str, str | None]] = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        ]
         return map_row(tokenizer, turns)
 
     rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(folder / "datasets"))
@@ -100,7 +103,7 @@ def tell_parts(rows: Path, model: str, folder: Path) -> None:
     texts = [renderer.render(example)[0].text for example in examples]
     turns = [[{"role": turn.role, "content": turn.content} for turn in example.messages] for example in examples]
     (whole,) = cut(rows, 1 << 30)
-    encode = tokenizer.backend_tokenizer.encode  # type: ignore[attr-defined]
+    encode = tokenizer.backend_tokenizer.encode
     parts: dict[str, Callable[[], Any]] = {
         "a row as JSON": lambda: [parse_row(line, "", "prompt_completion", COLUMNS, []) for line in lines],
         "template, twice, and checks": lambda: [renderer.render(example) for example in examples],
@@ -115,14 +118,14 @@ def tell_parts(rows: Path, model: str, folder: Path) -> None:
 
 
 def map_row(tokenizer: Any, turns: list[dict[str, str | None]]) -> dict[str, list[int]]:
-    """Ids and mask of a row as trainers on `datasets` make them."""
+    """Return ids and mask of a row as trainers on `datasets` make them."""
     prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
     ids = tokenizer.apply_chat_template(turns, return_dict=False)
     return {"ids": ids, "mask": [0] * len(prompt) + [1] * (len(ids) - len(prompt))}
 
 
 def check_same(cache: Any, mapped: Any) -> None:
-    """Both ways must have done the same work."""
+    """Exit with an error where the two ways gave a row other ids or other trained tokens."""
     for index in range(0, len(cache), max(1, len(cache) // 200)):
         ids, weights = cache.tokens(index)
         row = mapped[index]
@@ -131,14 +134,14 @@ def check_same(cache: Any, mapped: Any) -> None:
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Result and processor seconds of `work`."""
+    """Return the result of `work` and the processor seconds that it took."""
     before = processor_seconds()
     result = work()
     return result, processor_seconds() - before
 
 
 def processor_seconds() -> float:
-    """User and system time of this process and of its ended children."""
+    """Return user and system time of this process and of its ended children, in seconds."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

@@ -27,7 +27,7 @@ Pair = tuple[str, str]
 
 
 def read_topic(path: Path) -> Iterator[Pair]:
-    """The first question and answer of each conversation; entries of another shape are passed over."""
+    """Yield the first question and answer of each conversation, leaving out entries of another shape."""
     for conversation in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
         if isinstance(conversation, list) and len(conversation) >= 2:
             question, answer = (" ".join(str(text).split()) for text in conversation[:2])
@@ -36,18 +36,18 @@ def read_topic(path: Path) -> Iterator[Pair]:
 
 
 def question_key(question: str) -> str:
-    """What two spellings of the same question have in common."""
+    """Return what two spellings of the same question have in common."""
     return " ".join(re.findall(r"\w+", question.casefold()))
 
 
 def held_out(question: str) -> bool:
-    """Whether a question belongs to the validation data."""
+    """Return whether a question belongs to the validation data."""
     digest = hashlib.sha256(question_key(question).encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
 def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Distinct pairs in their order, as (train, validation)."""
+    """Return the distinct pairs in their order, as (train, validation)."""
     distinct = list({(question_key(question), answer): (question, answer) for question, answer in pairs}.values())
     return [pair for pair in distinct if not held_out(pair[0])], [pair for pair in distinct if held_out(pair[0])]
 
@@ -58,7 +58,7 @@ def to_jsonl(pairs: list[Pair]) -> str:
 
 
 def corpus_folder() -> Path:
-    """English text of the installed corpus; found without importing it, which would pull in its own loader."""
+    """Return the folder of the installed corpus's English text, without importing the package and its loader."""
     package = importlib.util.find_spec("chatterbot_corpus")
     if package is None or package.origin is None:
         sys.exit("chatterbot-corpus is not installed: pip install '.[examples]'")
@@ -66,7 +66,7 @@ def corpus_folder() -> Path:
 
 
 def main(target: Path) -> None:
-    """Write both files; a reader never sees half of one."""
+    """Write both files. A reader never sees half of one."""
     pairs = [pair for topic in TOPICS for pair in read_topic(corpus_folder() / f"{topic}.yml")]
     train, validation = split(pairs)
     write_atomic(target / "train.jsonl", to_jsonl(train))
