@@ -7,16 +7,18 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports torch: tests start several ranks, and their threads would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # The scheduler's answers are not shared between tests, whose schedulers change their minds at once.
 os.environ["SFT_SCHEDULER_CACHE_SECONDS"] = "0"
 # What a script starts in the background ignores interrupts, and so would all that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
