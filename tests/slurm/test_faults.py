@@ -56,9 +56,10 @@ def matrix(
     undisturbed: RunPaths,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Matrix]:
-    """The rows of those tests that were chosen, under way."""
+    """The rows of the chosen tests, under way. Those of slow tests come later: other tests are between."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
-    chosen: list[dict[str, Any]] = [item.callspec.params for item in items]
+    is_slow = _is_slow(request._pyfuncitem)
+    chosen: list[dict[str, Any]] = [item.callspec.params for item in items if _is_slow(item) == is_slow]
     rows: list[Row] = [params["run"] for params in chosen if params["matrix"] == request.param and "run" in params]
     with contextlib.ExitStack() as stack:
         if request.param == "with-sacct":
@@ -71,6 +72,10 @@ def matrix(
         started = Matrix(make_workbench(tmp_path_factory.mktemp("faults"), cluster), rows)
         stack.callback(started.stop)
         yield started
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture
