@@ -36,7 +36,7 @@ from launcher.contract.spec import DataSpec
 from sft.data.encoding.escape import ControlTokens
 from sft.data.encoding.long_chat import LONG, Place, chained_places
 from sft.data.encoding.tokenizer import ChatTemplates
-from sft.data.encoding.written import WrittenParts, describe
+from sft.data.encoding.written import WrittenParts, describe, shape_of
 from sft.data.reading.formats import Example
 from sft.data.reading.messages import REASONING, Message, TemplateMessage, Tool
 
@@ -221,6 +221,8 @@ class _Conversation:
         """Return the whole conversation as one text, trained except for the turns that have another weight."""
         text = self.answered(len(self._messages) - 1)
         self._require_written(len(self._messages), text)
+        answers = [turn for turn, message in enumerate(self._messages) if message["role"] == "assistant"]
+        self._require_said(len(self._messages), answers)
         asked = [
             (*self._locate(turn, text), weight) for turn, weight in enumerate(weights) if weight not in (None, 1.0)
         ]
@@ -264,6 +266,8 @@ class _Conversation:
             return {}
         for turn, (begin, end) in (places or {}).items():
             self._require_answer(turn, text[begin:end], self._name(turn))
+            # One proof for all answers of a shape: each is written as it is behind the few messages before it.
+            self._require_said(turn + 1, [turn], shape_of([self._messages[turn], self._tools]))
         return places or {}
 
     def prompt(self) -> str:
@@ -299,6 +303,7 @@ class _Conversation:
             raise Rewritten(changed + _SPLIT_HINT)
         self._require_answer(turn, text[len(prompt) : end], name)
         if is_answer:
+            self._require_said(turn + 1, [turn])
             return len(prompt), end
         # The header of another role's turn is not generated, nor is what a template writes before the first turn. Such
         # a turn is trained from its content on, which is the last thing before its end token.
@@ -368,6 +373,12 @@ class _Conversation:
         missing = [key for key, part in parts if not _holds(said, part)]
         if missing:
             raise DataError(f"{name}: the chat template does not write its {', '.join(dict.fromkeys(missing))}")
+
+    def _require_said(self, count: int, turns: Sequence[int], shape: object = None) -> None:
+        """Raise DataError if the first `count` messages are written without reasoning or content of these answers."""
+        unsaid = self._renderer.written.unsaid(self._messages[:count], self._tools, turns, shape)
+        if unsaid:
+            raise DataError(list(describe(unsaid, self._messages)))
 
     def _require_written(self, count: int, text: str) -> None:
         """Raise DataError if the template left out a part of the first `count` messages or of the tools.

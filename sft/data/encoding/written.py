@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from launcher.contract.errors import DataError
-from sft.data.reading.messages import Description, TemplateMessage, Tool, ToolCall
+from sft.data.reading.messages import REASONING, Description, TemplateMessage, Tool, ToolCall
 
 Apply = Callable[[Sequence[TemplateMessage], Sequence[Tool] | None], str]
 """Render messages and tools without a generation prompt, or raise DataError if the template refuses them."""
@@ -43,17 +43,50 @@ class WrittenParts:
         self._apply = apply
         self._known: dict[object, tuple[Part, ...]] = {}
         self._drops_names: dict[object, bool] = {}
+        self._unsaid: dict[object, tuple[Part, ...]] = {}
 
     def left_out(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> tuple[Part, ...]:
         """Return the parts of these messages and tools that the template does not write, in their order.
 
         Reasoning, and the content of assistant turns with calls, are not among them: templates drop both from turns
-        that others follow. The renderer checks them in each turn that is trained.
+        that others follow. `unsaid` finds them in turns that are trained.
         """
         shape = shape_of([list(messages), list(tools or [])])
         if shape not in self._known:
             self._known[shape] = self._prove(messages, tools)
         return self._known[shape]
+
+    def unsaid(
+        self,
+        messages: Sequence[TemplateMessage],
+        tools: Sequence[Tool] | None,
+        turns: Sequence[int],
+        shape: object = None,
+    ) -> tuple[Part, ...]:
+        """Return reasoning, and content beside calls, of the answers `turns` that the template does not write.
+
+        The answer is that for all conversations of one `shape`, by default the one of these messages and tools.
+        """
+        open_turns = [turn for turn in turns if _may_be_unsaid(messages[turn])]
+        if not open_turns:
+            return ()
+        key = (shape or shape_of([list(messages), list(tools or [])]), *open_turns)
+        if key not in self._unsaid:
+            self._unsaid[key] = self._prove_said(messages, tools, open_turns)
+        return self._unsaid[key]
+
+    def _prove_said(
+        self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None, turns: Sequence[int]
+    ) -> tuple[Part, ...]:
+        marking = _Marking()
+        marked = list(messages)
+        for turn in turns:
+            marked[turn] = marking.answer(turn, marked[turn])
+        try:
+            text = self._apply(marked, tools)
+        except DataError:
+            return ()  # as in _prove
+        return tuple(part for part in marking.parts if part.marker not in text)
 
     def drops_names(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> bool:
         """Return whether the template leaves out the name of a message. One that refuses other names reads them.
@@ -114,6 +147,18 @@ class _Marking:
             marked["tool_calls"] = [self._call(turn, call) for call in calls]
         return marked
 
+    def answer(self, turn: int, message: TemplateMessage) -> TemplateMessage:
+        """Return the answer with markers for its content and reasoning, one for each text that is not blank."""
+        marked = message.copy()
+        if (message["content"] or "").strip():
+            marked["content"] = self._new(turn, "content")
+        known: dict[str, str] = {}
+        for key in REASONING:
+            said = message.get(key, "")
+            if said.strip():  # some servers write the same reasoning under two keys, of which templates read one
+                marked[key] = known[said] = known.get(said) or self._new(turn, key)
+        return marked
+
     def tool(self, tool: Tool) -> Tool:
         """Return the tool with markers for its name, its description and the names of its parameters."""
         function: dict[str, object] = dict(tool["function"])
@@ -161,6 +206,12 @@ class _Marking:
     def _marker(self) -> str:
         # Letters and digits only, so that no filter (tojson, trim, capitalize of the first letter) changes it.
         return f"zq{next(self._numbers):06d}xk"
+
+
+def _may_be_unsaid(message: TemplateMessage) -> bool:
+    """Return whether an answer has a part that templates write in some turns and not in others."""
+    has_both = "tool_calls" in message and (message["content"] or "").strip()
+    return bool(has_both) or any(message.get(key, "").strip() for key in REASONING)
 
 
 def shape_of(value: object, key: str = "") -> object:

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
+from sft.data.encoding.long_chat import LONG
 from sft.data.encoding.masking import Encoder
 from sft.data.reading.formats import Example
 from sft.data.reading.messages import read_messages, read_tools
@@ -86,6 +87,64 @@ def test_each_of_several_calls_must_be_written() -> None:
     (answers,) = trained("qwen2_5", messages, TOOLS)
     assert '"Paris"' in answers
     assert '"Rome"' in answers
+
+
+EXTRACTIVE = [
+    {"role": "user", "content": "Capital of France?"},
+    {"role": "assistant", "content": "Paris is the capital.", "reasoning_content": "Paris"},
+]
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "gemma4", "phi3", "qwen2_5", "qwen3_instruct_2507"])
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_reasoning_whose_words_the_answer_repeats_is_not_taken_for_written(family: str, key: str) -> None:
+    """Seen to be dropped without a word by 22 of 45 templates, where its words were looked for in the answer."""
+    asked, answer = EXTRACTIVE[0], {"role": "assistant", "content": "Paris is the capital.", key: "Paris"}
+    with pytest.raises(DataError, match=rf"message 2 \(assistant\): the chat template does not write its {key}"):
+        trained(family, [asked, answer])
+
+
+def test_the_same_reasoning_under_two_keys_needs_to_be_written_once() -> None:
+    answer = {**EXTRACTIVE[1], "reasoning": "Paris"}
+    (text,) = trained("qwen3", [EXTRACTIVE[0], answer])
+    assert text == "<think>\nParis\n</think>\n\nParis is the capital.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("family", ["llama3_1", "llama3_2"])
+def test_content_beside_a_call_whose_words_the_call_repeats_is_not_taken_for_written(family: str) -> None:
+    """Seen to be dropped: these templates write the call alone."""
+    messages = [
+        {"role": "user", "content": "Weather in Paris?"},
+        {"role": "assistant", "content": "Paris", "tool_calls": [call("Paris")]},
+        {"role": "tool", "name": "weather", "content": "sun"},
+        {"role": "assistant", "content": "Sun."},
+    ]
+    with pytest.raises(DataError, match=r"message 2 \(assistant\): the chat template does not write its content"):
+        trained(family, messages, TOOLS)
+    assert "Paris" in trained("qwen2_5", messages, TOOLS)[0]
+
+
+@pytest.mark.parametrize(("family", "count"), [("llama3", 1), ("qwen3", 2)])
+def test_loss_on_all_trains_no_answer_without_its_reasoning(family: str, count: int) -> None:
+    """Seen to be dropped: under loss_on all no answer was looked at. Qwen 3 keeps reasoning in the last turn alone."""
+    template = (templates() / f"{family}.jinja").read_text()
+    tokenizer = tokenizer_for(template, template)
+    turns = read_messages(EXTRACTIVE * count, "messages", {})
+    with pytest.raises(
+        DataError, match=r"message 2 \(assistant\): the chat template does not write its reasoning_content"
+    ):
+        Encoder(tokenizer, DataSpec(loss_on="all")).encode(Example(where="a.jsonl:1", messages=turns))
+
+
+def test_answers_of_a_long_conversation_are_proven_too() -> None:
+    template = (templates() / "llama3.jinja").read_text()
+    tokenizer = tokenizer_for(template, template)
+    turns = EXTRACTIVE * LONG
+    for index in range(0, len(turns), 2):
+        turns[index + 1] = turns[index + 1] if index == 20 else {"role": "assistant", "content": "Paris."}
+    example = Example(where="a.jsonl:1", messages=read_messages(turns, "messages", {}))
+    with pytest.raises(DataError, match=r"message 22 \(assistant\): .* does not write its reasoning_content"):
+        Encoder(tokenizer, DataSpec()).encode(example)
 
 
 def test_one_proof_serves_all_conversations_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
