@@ -38,7 +38,8 @@ from sft.data.encoding.long_chat import LONG, Place, chained_places
 from sft.data.encoding.tokenizer import ChatTemplates
 from sft.data.encoding.written import WrittenParts, describe, shape_of
 from sft.data.reading.formats import Example
-from sft.data.reading.messages import REASONING, Message, TemplateMessage, Tool
+from sft.data.reading.messages import Message, TemplateMessage, Tool
+from sft.data.reading.row import REASONING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

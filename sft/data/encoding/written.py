@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from launcher.contract.errors import DataError
-from sft.data.reading.messages import REASONING, Description, TemplateMessage, Tool, ToolCall
+from sft.data.reading.messages import Description, TemplateMessage, Tool, ToolCall
+from sft.data.reading.row import REASONING
 
 Apply = Callable[[Sequence[TemplateMessage], Sequence[Tool] | None], str]
 """Render messages and tools without a generation prompt, or raise DataError if the template refuses them."""

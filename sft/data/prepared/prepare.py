@@ -11,12 +11,14 @@ tokenized, without saying why.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +32,7 @@ from sft.data.encoding.tokenizer import tokenizer_files
 from sft.data.prepared.report import check_columns_found, check_counts, check_ends, check_lost, epoch_report, report
 from sft.data.prepared.sources import DataSet, Sources, held_out_sets, joined, training_sets
 from sft.data.reading.files import digest, expand, file_identity, sha256_of
-from sft.data.reading.formats import check_columns, with_detected_form
+from sft.data.reading.formats import check_columns, check_columns_read, read_first_row, with_detected_form
 from sft.data.reading.split import Side, split_of
 
 CODE_VERSION = 5
@@ -101,8 +103,10 @@ def open_or_build(
         check_columns(given.columns, f"data.sources.{name}.columns")
     training = training_sets(spec.data)
     caches = []
-    for data_set in (*training, *held_out_sets(spec.data)):
-        source = _source(spec, data_set, tokenizer_dir, write_notes=build)
+    sets = (*training, *held_out_sets(spec.data))
+    sources = [_source(spec, data_set, tokenizer_dir, write_notes=build) for data_set in sets]
+    _check_columns_read(spec.data, sources)
+    for data_set, source in zip(sets, sources, strict=True):
         if build:
             caches.append(_open_or_make(spec, source, tokenizer_dir, verify))
         else:
@@ -111,6 +115,23 @@ def open_or_build(
         check_lost(caches[-1].counts, data_set.key, spec.data)
     train, held_out = caches[: len(training)], caches[len(training) :]
     return PreparedData(joined(training, train, spec.data), held_out[0] if held_out else None)
+
+
+def _check_columns_read(data: DataSpec, sources: Sequence[_Source]) -> None:
+    """Raise DataError for columns of the config that no data set which has them is read with."""
+    for source in sources:
+        if data.sources and source.of.own_columns:
+            try:
+                check_columns_read(source.of.own_columns, {source.data.format}, f"{source.of.key}.columns")
+            except DataError:
+                read_first_row(source.files, source.data)  # where the format itself is wrong, that is what to say
+                raise
+    if data.columns:
+        alone = dataclasses.replace(data, sources={})
+        others = {f"data.validation_sets.{name}": [given] for name, given in data.validation_sets.items()}
+        held_out = [with_detected_form(expand(files, key), alone, key) for key, files in others.items()]
+        inherits = [source.data for source in sources if not (data.sources and source.of.own_columns)]
+        check_columns_read(data.columns, {each.format for each in (*inherits, *held_out)}, "data.columns")
 
 
 def check_vocabulary(prepared: PreparedData, vocab_size: int) -> None:
@@ -165,6 +186,9 @@ def cache_key(
     }
     if data.loss_on == "all" and data.format == "prompt_completion":
         made_from["prompts"] = "trained"  # earlier versions left out those that are lists of messages
+    dotted = [name for name in ("tools", "labels", "loss_mask") if "." in data.columns.get(name, "")]
+    if dotted:
+        made_from["dotted"] = dotted  # earlier versions did not find these in nested values
     if side is not None:
         made_from["split"] = [data.validation_split, side]
     if _asks_for_the_date(data, tokenizer_dir):

@@ -32,11 +32,20 @@ from sft.data.reading.messages import (
 )
 from sft.data.reading.row import MISSING, Row, find, get, get_text, load, parse_json
 from sft.data.reading.row_forms import COLUMNS, with_form_of
-from sft.data.reading.tables import holds_lines, place, read_rows
+from sft.data.reading.tables import as_json, holds_lines, place, read_rows
 from sft.data.reading.token_rows import read_tokens
 from sft.data.reading.unread import unread_keys
 
 OPTIONAL_COLUMNS = ("input", "system", "tools", "labels", "loss_mask")
+
+_READ_COLUMNS = {
+    "prompt_completion": ("prompt", "completion", "input", "system", "tools", *MESSAGE_COLUMNS),
+    "messages": ("messages", "system", "tools", *MESSAGE_COLUMNS),
+    "sharegpt": ("conversations", "system", "tools", *TURN_COLUMNS, *MESSAGE_COLUMNS),
+    "tokens": ("input_ids", "labels", "loss_mask"),
+    "text": ("text",),
+}
+"""Names in data.columns that rows of each format are read with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +81,22 @@ def check_columns(columns: Mapping[str, str], key: str) -> None:
         raise DataError(problems)
 
 
+def check_columns_read(columns: Mapping[str, str], formats: Collection[str], key: str) -> None:
+    """Raise DataError, beginning with `key`, for a column that rows of none of these formats are read with.
+
+    What it holds would be left out of training.
+    """
+    read = {name for row_format in formats for name in _READ_COLUMNS[row_format]}
+    problems = [
+        f"{key}: {name} is not read in rows of format {' or '.join(sorted(formats))}, so that {column!r} would be left "
+        f"out of training; names read there: {', '.join(sorted(read))}. Remove it, or set data.format"
+        for name, column in columns.items()
+        if name not in read
+    ]
+    if problems:
+        raise DataError(problems)
+
+
 def with_detected_form(files: Sequence[Path], data: DataSpec, key: str) -> DataSpec:
     """Return `data` with the format and the columns of the first row, as far as it leaves them open.
 
@@ -85,6 +110,14 @@ def with_detected_form(files: Sequence[Path], data: DataSpec, key: str) -> DataS
     if data.format != "auto":
         return data
     raise DataError(f"{key}: no rows in {', '.join(map(str, files))}")
+
+
+def read_first_row(files: Sequence[Path], data: DataSpec) -> None:
+    """Raise DataError if the first row cannot be read as an example."""
+    for path in files:
+        for where, row in rows_of(path):
+            parse_row(as_json(row).encode(), where, data.format, data.columns, data.ignore_keys)
+            return
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
@@ -117,7 +150,7 @@ def _example(row: Row, where: str, row_format: str, columns: Mapping[str, str], 
         ids, weights = read_tokens(row, where, columns)
         return Example(where=where, ids=ids, weights=weights)
     tools_key = columns.get("tools", "tools")
-    tools = read_tools(row.get(tools_key), f"{where}: {tools_key!r}")
+    tools = read_tools(find(row, tools_key, None), f"{where}: {tools_key!r}")
     if row_format == "prompt_completion":
         return _pair(row, where, columns, tools, ignored)
     name = "messages" if row_format == "messages" else "conversations"

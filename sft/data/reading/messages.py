@@ -16,27 +16,30 @@ from dataclasses import dataclass, field
 from typing import Literal, NotRequired, Required, TypedDict, cast
 
 from launcher.contract.errors import DataError
-from sft.data.reading.row import MISSING, Row, check_texts, find, get_text, kind, loss_weight, names, parse_json, text
+from sft.data.reading.row import (
+    MISSING,
+    REASONING,
+    Row,
+    check_texts,
+    find,
+    get_text,
+    kind,
+    loss_weight,
+    names,
+    parse_json,
+    text,
+)
 from sft.data.reading.unread import refuse_in_turn
 
 MESSAGE_COLUMNS = ("role", "content")
 TURN_COLUMNS = ("from", "value")
 
 _TEXT_KEYS: tuple[Literal["reasoning_content", "reasoning", "thinking", "tool_call_id", "name"], ...] = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
+    *REASONING,
     "tool_call_id",
     "name",
 )
 """Keys of a message, all texts, that templates look for beside role and content."""
-
-REASONING: tuple[Literal["reasoning_content", "reasoning", "thinking"], ...] = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)
-"""Those of them that hold what an assistant thinks before it answers."""
 
 _SHAREGPT_ROLES = {
     "human": "user",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from launcher.contract.errors import DataError, did_you_mean
 
@@ -23,6 +24,16 @@ LARGEST_WEIGHT = 1e6
 _SMALLEST_WEIGHT = 1e-30
 
 TOO_DEEP = f"JSON is nested too deeply, in more than {MOST_NESTED} levels"
+
+REASONING: tuple[Literal["reasoning_content", "reasoning", "thinking"], ...] = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+"""Keys of a message that hold what an assistant thinks before it answers, all of which templates look for."""
+
+BINARY = "bytes of binary data"
+"""Key of the object that stands for binary data, which JSON does not have: its value is their number."""
 
 MISSING = object()
 """What `find` returns for a key that is not present; None is a value that a row may have."""
@@ -62,15 +73,15 @@ def load(line: bytes, where: str) -> dict[str, object]:
     return row
 
 
-def find(row: object, key: str) -> object:
-    """Return the value of a possibly dotted key, or MISSING."""
+def find(row: object, key: str, default: object = MISSING) -> object:
+    """Return the value of a possibly dotted key, or `default` where it is not present."""
     if isinstance(row, Mapping) and key in row:
         return row[key]
     head, _, rest = key.partition(".")
     if not rest:
-        return row[int(head)] if isinstance(row, list) and head.isdecimal() and int(head) < len(row) else MISSING
+        return row[int(head)] if isinstance(row, list) and head.isdecimal() and int(head) < len(row) else default
     inner = find(row, head)
-    return MISSING if inner is MISSING else find(inner, rest)
+    return default if inner is MISSING else find(inner, rest, default)
 
 
 def get(row: Row, key: str, where: str) -> object:
@@ -173,4 +184,6 @@ def kind(value: object) -> str:
         return f"the text {value[:40]!r}"
     if isinstance(value, list):
         return "an array" if value else "an empty array"
+    if isinstance(value, dict) and value.keys() == {BINARY}:
+        return f"{value[BINARY]} {BINARY}"
     return "an object"

@@ -7,6 +7,7 @@ that are equal are on one side. Whole rows are taken, before they are tokenized:
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,13 @@ import numpy as np
 
 from launcher.contract.errors import DataError
 from sft.data.reading.files import ByteRange, read_lines
+from sft.data.reading.row import BINARY
 from sft.data.reading.tables import as_json, holds_lines, read_rows
 
 Side = Literal["train", "held_out"]
+
+_BINARY = re.compile(rb'\{"%s": [0-9]+\}' % BINARY.encode())
+"""Binary data in a line. They were null there, and a row must not change its side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,4 +65,5 @@ def _lines(files: Sequence[Path]) -> Iterator[bytes]:
 
 
 def _hash(line: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(line.strip(), digest_size=8).digest(), "little")
+    line = _BINARY.sub(b"null", line.strip())
+    return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")

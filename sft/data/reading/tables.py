@@ -23,7 +23,7 @@ from pathlib import Path
 from launcher.contract.errors import DataError
 from sft.data.reading.arrow import ARROW_FILES, read_arrow
 from sft.data.reading.compressed import compression_of, kind_of, opened
-from sft.data.reading.row import DECODER, TOO_DEEP, Row, check_depth, kind, load
+from sft.data.reading.row import BINARY, DECODER, TOO_DEEP, Row, check_depth, kind, load
 
 _SEPARATED = {".csv": ",", ".tsv": "\t"}
 _BOM = b"\xef\xbb\xbf"
@@ -175,9 +175,12 @@ def _header(fields: list[str], where: str) -> list[str]:
     return fields
 
 
-def _plain(value: object) -> str | None:
-    """Return a value that JSON has no type for as text, None for bytes (images, audio)."""
-    # None instead of an error: columns that are not read may hold anything, and one that is read must be a text.
+def _plain(value: object) -> object:
+    """Return a value that JSON has no type for as text, or as an object for bytes (images, audio)."""
+    # No error: columns that are not read may hold anything. And not None, with which an image, or a system prompt that
+    # was written as binary data, would be taken for absent.
+    if isinstance(value, bytes):
+        return {BINARY: len(value)} if value else None
     known = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)
     return str(value) if isinstance(value, known) else None
 

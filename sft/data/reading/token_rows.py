@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from launcher.contract.errors import DataError
-from sft.data.reading.row import Row, get, kind, loss_weight
+from sft.data.reading.row import Row, find, get, kind, loss_weight
 
 _NOT_A_LABEL = -100
 _ONE_SEQUENCE = "a row must be one sequence; write each as its own row, and let data.packing pack them"
@@ -30,7 +30,7 @@ def read_tokens(row: Row, where: str, columns: Mapping[str, str]) -> tuple[tuple
     id_key, label_key, mask_key = (columns.get(name, name) for name in ("input_ids", "labels", "loss_mask"))
     ids = parse_ids(row, id_key, where)
     ids_in_use = _without_padding(row, len(ids), id_key, where)
-    mask, labels = row.get(mask_key), row.get(label_key)
+    mask, labels = find(row, mask_key, None), find(row, label_key, None)
     values = labels if mask is None else mask
     if not isinstance(values, list) or len(values) != len(ids):
         raise DataError(

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from launcher.contract.errors import DataError
-from sft.data.reading.row import Row
+from sft.data.reading.row import REASONING, Row, find
 
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _SYSTEM = ("system_prompt", "system_message", "developer_prompt")
-_WEIGHTS = ("weight", "weights", "loss_weight", "sample_weight", "loss_scale")
+_WEIGHTS = (
+    *("weight", "weights", "loss_weight", "loss_weights", "sample_weight", "sample_weights", "token_weights"),
+    "loss_scale",
+)
 
 _READ = {
     "prompt_completion": ("prompt", "completion", "system", "tools"),
@@ -32,10 +35,7 @@ _TURNS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages"
 """Keys of a row that hold turns."""
 
 _READ_IN_TURNS = {
-    "messages": (
-        *("role", "content", "weight", "train", "tool_calls", "reasoning_content", "reasoning", "thinking"),
-        *("tool_call_id", "name"),
-    ),
+    "messages": (*("role", "content", "weight", "train", "tool_calls", *REASONING, "tool_call_id", "name"),),
     "sharegpt": ("from", "value", "weight", "train"),
 }
 
@@ -46,13 +46,14 @@ _HINTS = {
     **dict.fromkeys(("loss", "training"), "write it as 'train': true or false"),
     **dict.fromkeys(_WEIGHTS, "give messages a 'weight', or take it out"),
 }
-_CHANGES_ALL = (*_MEDIA, "function_call", "functions", "documents", "chat_template_kwargs", "history", *_WEIGHTS)
+_CALLS = ("function_call", "function_calls", "functions")
+_CHANGES_ALL = (*_MEDIA, *_CALLS, "tool_calls", "documents", "chat_template_kwargs", "history", *_WEIGHTS)
 _CHANGES = {
-    "prompt_completion": (*_CHANGES_ALL, *_SYSTEM, "input", "context", "instruction"),
+    "prompt_completion": (*_CHANGES_ALL, *_SYSTEM, *REASONING, "input", "context", "instruction"),
     "messages": (*_CHANGES_ALL, *_SYSTEM),
     "sharegpt": (*_CHANGES_ALL, *_SYSTEM),
     "tokens": (*_MEDIA, *_WEIGHTS, "completion_mask", "assistant_masks"),
-    "text": _MEDIA,
+    "text": (*_MEDIA, *_WEIGHTS),
 }
 """Keys that change what should be trained, unless data.columns names them."""
 
@@ -60,11 +61,12 @@ _CHANGES_PROMPT = (*_MEDIA, *_SYSTEM, "functions", "documents", "chat_template_k
 """Keys beside the messages of a prompt that change what is asked."""
 
 _CHANGES_TURN = (
-    *(*_MEDIA, "function_call", "functions", "documents", "reasoning_details", "thought", "thoughts"),
+    *(*_MEDIA, *_CALLS, "tools", "tool_plan", "tool_responses", "documents", "reasoning_details", "thought"),
+    *("thoughts", "refusal", "channel", "recipient"),
     *("loss", "training", "train_detail", "training_detail", "loss_weight", "loss_scale", "prefix"),
 )
 """Keys of a turn that change what should be trained; in some trainers they choose what has a loss."""
-_CHANGES_SHAREGPT_TURN = (*_CHANGES_TURN, "tool_calls", "reasoning_content", "reasoning", "thinking")
+_CHANGES_SHAREGPT_TURN = (*_CHANGES_TURN, "tool_calls", *REASONING)
 
 _EMPTY: tuple[object, ...] = (None, [], {}, "", "[]", "{}")
 _PREFERENCE = (
@@ -117,7 +119,7 @@ def _of_turns(row: Row, row_format: str, columns: Mapping[str, str]) -> Iterator
     """Yield the keys of turns that nothing reads, each as often as it occurs."""
     for name in _TURNS.get(row_format, ()):
         key = columns.get(name, name)
-        turns = row.get(key)
+        turns = find(row, key)
         for item in turns if isinstance(turns, list) else ():
             if isinstance(item, dict):
                 kind = "sharegpt" if row_format == "sharegpt" and columns.get("from", "from") in item else "messages"

@@ -170,6 +170,20 @@ def test_dotted_columns_go_down() -> None:
         parse(row, "prompt_completion", {"prompt": "a.b", "completion": "instances.1.output"})
 
 
+def test_dotted_columns_of_tools_and_masks_go_down() -> None:
+    """Seen to be left out without a word: the tools were absent, and the labels were trained in place of the mask."""
+    tools = [{"name": "f", "description": "d"}]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    chat = json.dumps({"messages": turns, "more": {"tools": tools}}).encode()
+    assert parse_row(chat, "a:1", "messages", {"tools": "more.tools"}).tools[0]["function"]["name"] == "f"
+    ids = {"input_ids": [1, 2, 3], "more": {"mask": [0, 0, 1], "labels": [-100, -100, 3]}}
+    for columns in ({"loss_mask": "more.mask"}, {"labels": "more.labels"}):
+        assert parse_row(json.dumps(ids).encode(), "a:1", "tokens", columns).weights == (0.0, 0.0, 1.0)
+    both = json.dumps({**ids, "labels": [1, 2, 3]}).encode()
+    with pytest.raises(DataError, match="do not train the same tokens"):
+        parse_row(both, "a:1", "tokens", {"loss_mask": "more.mask"})
+
+
 def test_a_system_column_and_tools_make_a_conversation_of_a_pair() -> None:
     row = {"prompt": "hi", "completion": "yo", "rule": "be brief", "tools": '[{"name": "f"}]'}
     example = parse(row, "prompt_completion", {"system": "rule"})

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import builtins
 import csv
+import dataclasses
 import datetime
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec
 from sft.data.cache.store import TokenCache
 from sft.data.prepared.prepare import open_or_build
 from sft.data.reading.files import expand
-from sft.data.reading.tables import dataset_files, holds_lines, place, read_rows, write_lines
+from sft.data.reading.formats import parse_row
+from sft.data.reading.split import Split
+from sft.data.reading.tables import as_json, dataset_files, holds_lines, place, read_rows, write_lines
 from tests.sft.tokenizers_for_tests import SHARED_DATA
 from tests.tiny_model import make_chat_rows, make_tokenizer, write_jsonl
 
@@ -179,9 +184,36 @@ def test_what_is_not_utf_8_or_damaged_is_named(tmp_path: Path) -> None:
 
 
 def test_what_json_has_no_type_for(tmp_path: Path) -> None:
-    file = write_parquet(tmp_path / "a.parquet", [{"day": datetime.date(2024, 7, 26), "image": b"\xff", "x": 0.5}])
-    write_lines(file, tmp_path / "lines")
-    assert (tmp_path / "lines").read_text() == '1\t{"day": "2024-07-26", "image": null, "x": 0.5}\n'
+    row = {"day": datetime.date(2024, 7, 26), "image": b"\xff", "none": b"", "x": 0.5}
+    write_lines(write_parquet(tmp_path / "a.parquet", [row]), tmp_path / "lines")
+    image = '{"bytes of binary data": 1}'
+    assert (tmp_path / "lines").read_text() == f'1\t{{"day": "2024-07-26", "image": {image}, "none": null, "x": 0.5}}\n'
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("system", "'system' must be a text, found 1 bytes of binary data"),
+        ("tools", "'tools' must be a list of objects, or JSON text of one, found 1 bytes of binary data"),
+        ("image", "image would be left out of training"),
+    ],
+)
+def test_binary_columns_are_not_taken_for_absent(tmp_path: Path, key: str, message: str) -> None:
+    """Seen to be read as null: a system prompt, tools or an image were left out of training without a word."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    file = write_parquet(tmp_path / "a.parquet", [{"messages": turns, key: b"x"}])
+    ((number, row),) = read_rows(file)
+    with pytest.raises(DataError, match=re.escape(message)):
+        parse_row(as_json(row).encode(), place(file, number), "messages", {})
+
+
+def test_binary_columns_change_no_side_of_a_split(tmp_path: Path) -> None:
+    line = as_json({"text": "a", "image": b"\xff"}).encode()
+    side = Split(
+        "held_out", int.from_bytes(hashlib.blake2b(b'{"text": "a", "image": null}', digest_size=8).digest(), "little")
+    )
+    assert side.takes(line)
+    assert not dataclasses.replace(side, limit=side.limit - 1).takes(line)
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

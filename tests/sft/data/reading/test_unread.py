@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.contract.errors import DataError
-from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec
+from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec, SourceSpec
 from sft.data.prepared.prepare import open_or_build, prepare_data
 from sft.data.reading.formats import parse_row
 from tests.tiny_model import CHAT_TEMPLATE, make_tokenizer, write_jsonl
@@ -38,6 +38,10 @@ def unread(row: dict[str, Any], row_format: str, *ignored: str, **columns: str) 
         ({"conversations": SHARED, "system_message": "s"}, "sharegpt", "system_message"),
         ({**IDS, "completion_mask": [0, 1]}, "tokens", "completion_mask"),
         ({"text": "t", "images": ["a.png"]}, "text", "images"),
+        ({"text": "t", "weight": 0.1}, "text", "weight"),
+        ({**PAIR, "reasoning_content": "hm"}, "prompt_completion", "reasoning_content"),
+        ({**PAIR, "tool_calls": [{"name": "f"}]}, "prompt_completion", "tool_calls"),
+        ({"messages": CHAT, "loss_weights": [0.1]}, "messages", "loss_weights"),
     ],
 )
 def test_keys_that_change_the_training_are_refused_until_they_are_named(
@@ -51,9 +55,15 @@ def test_keys_that_change_the_training_are_refused_until_they_are_named(
     assert unread({**row, key: None}, row_format) == ()
 
 
-@pytest.mark.parametrize("key", ["loss", "training", "train_detail", "image", "thoughts"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("loss", "training", "train_detail", "image", "thoughts"),
+        *("tools", "function_calls", "tool_plan", "tool_responses", "refusal", "channel", "recipient"),
+    ],
+)
 def test_keys_of_turns_that_change_the_training_are_refused(key: str) -> None:
-    """`"loss": false` chooses in other trainers what is learnt."""
+    """`"loss": false` chooses in other trainers what is learnt; `channel` says in harmony that this is no answer."""
     row = {"messages": [CHAT[0], {**CHAT[1], key: False}]}
     with pytest.raises(DataError, match=rf"messages\[1\]: {key} would be left out of training"):
         unread(row, "messages")
@@ -152,3 +162,33 @@ def test_a_column_that_no_row_has_is_refused(tmp_path: Path, tokenizer_dir: Path
     assert len(found.train) == 3
     with pytest.raises(DataError, match="reads input from 'moer', which none of 3 rows has"):
         open_or_build(spec_of(tmp_path, rows, columns={"input": "moer"}), tokenizer_dir, build=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "formats"),
+    [
+        ({"messages": CHAT, "ctx": "c"}, {"input": "ctx"}, "messages"),
+        ({"text": "t", "sys": "s"}, {"system": "sys"}, "text"),
+        ({**PAIR, "mask": [1]}, {"loss_mask": "mask"}, "prompt_completion"),
+    ],
+)
+def test_a_column_that_the_format_does_not_read_is_refused(
+    row: dict[str, Any], columns: dict[str, str], formats: str, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """Seen to be left out without a word, since the rows have it."""
+    spec = spec_of(tmp_path, [row], columns=columns, require_end_tokens=False)
+    name = next(iter(columns))
+    with pytest.raises(DataError, match=rf"data\.columns: {name} is not read in rows of format {formats}, so that"):
+        open_or_build(spec, tokenizer_dir, build=True)
+    source = SourceSpec(files=spec.data.train, columns=columns)
+    data = dataclasses.replace(spec.data, train=[], columns={}, sources={"one": source})
+    with pytest.raises(DataError, match=rf"data\.sources\.one\.columns: {name} is not read"):
+        open_or_build(dataclasses.replace(spec, data=data), tokenizer_dir, build=True)
+
+
+def test_a_column_may_be_for_the_held_out_data_alone(tmp_path: Path, tokenizer_dir: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", [{"turns": CHAT}])
+    columns = {"prompt": "q", "completion": "a", "messages": "turns"}
+    for keys in ({"validation": [str(held_out)]}, {"validation_sets": {"one": str(held_out)}}):
+        spec = spec_of(tmp_path, [{"q": "hi", "a": "yo"}], columns=columns, **keys)
+        assert len(open_or_build(spec, tokenizer_dir, build=True).train) == 1
