@@ -145,6 +145,8 @@ class TokenCache:
     """Number of rows with each key that nothing reads, the most frequent ones."""
     ignored_keys: tuple[str, ...]
     """Keys that rows were allowed to have though nothing reads them (data.ignore_keys)."""
+    checks: int
+    """Version of the checks that its rows have passed."""
 
     @classmethod
     def open(cls, directory: Path) -> TokenCache:
@@ -172,6 +174,7 @@ class TokenCache:
                 answer_ends=ends,
                 unread=dict(manifest["unread"]),
                 ignored_keys=tuple(map(str, manifest.get("ignored_keys", ()))),
+                checks=int(manifest.get("checks", 0)),
                 **arrays,
             )
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -182,6 +185,12 @@ class TokenCache:
         changed = [name for name, known in self.checksums.items() if crc32(self.directory / f"{name}.npy") != known]
         if changed:
             raise DataError(f"data cache {self.directory} is damaged: the bytes of {', '.join(changed)} have changed")
+
+    def note_checks(self, checks: int) -> None:
+        """Write down that the rows have passed these checks, where the cache can be written to."""
+        manifest = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8")) | {"checks": checks}
+        with contextlib.suppress(OSError):  # a shared cache may be read-only: its rows are checked again then
+            write_json(self.directory / MANIFEST, {**manifest, "sha256": _digest(manifest)})
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -38,6 +38,10 @@ from sft.data.reading.split import Side, split_of
 CODE_VERSION = 5
 """Increase it with every change that gives the same rows other tokens or weights."""
 
+CHECKS = 1
+"""Increase it with every change that refuses rows which were accepted. The rows of a cache that was made before are
+read once more, and the cache stays if none of them is refused."""
+
 WAIT_SECONDS = 6 * 3600.0
 _POLL_SECONDS = 1.0
 _STALE_SECONDS = 2 * 86400.0
@@ -214,7 +218,8 @@ def _asks_for_the_date(data: DataSpec, tokenizer_dir: Path) -> bool:
 
 def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path, verify: bool) -> TokenCache:
     cache = _opened(source, verify) if source.directory.is_dir() else None  # without its manifest it is a damaged one
-    if cache is not None and set(cache.ignored_keys) <= set(source.data.ignore_keys):
+    lenient = cache is not None and not set(cache.ignored_keys) <= set(source.data.ignore_keys)
+    if cache is not None and not lenient and cache.checks >= CHECKS:
         return cache
     parent = source.directory.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +227,9 @@ def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path, verify: b
     aside = Path(tempfile.mkdtemp(prefix=f".{source.key[:12]}-", dir=parent))
     try:
         _build(spec, source, tokenizer_dir, aside)
-        if cache is not None:  # made with more keys let pass: rows that have none of them gave the same bytes again
+        if cache is not None:  # made with more rows let pass: as none is refused, they gave the same bytes again
+            if not lenient:
+                cache.note_checks(CHECKS)
             return cache
         aside.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out of a shared cache
         publish(aside, source.directory)
@@ -260,7 +267,9 @@ def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> 
     check_columns_found(parts, source.of)
     files = [str(path) for path in source.files]
     ignored = sorted(source.data.ignore_keys)
-    counts = assemble(aside, source.key, parts, files=files, format=source.data.format, ignored_keys=ignored)
+    counts = assemble(
+        aside, source.key, parts, files=files, format=source.data.format, ignored_keys=ignored, checks=CHECKS
+    )
     check_counts(counts, source.of.key, source.files)
 
 

@@ -31,6 +31,7 @@ from sft.data.prepared.prepare import (
     prepare_data,
 )
 from sft.data.prepared.report import report
+from sft.data.reading import messages
 from sft.data.reading.files import sha256_of
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_tokenizer, write_jsonl
@@ -156,6 +157,33 @@ def test_a_cache_whose_prompts_an_earlier_version_left_out_is_built_again(
     assert key_of_earlier_version(whole, content, tokenizer_dir) != new.key
     for same in (answers, dataclasses.replace(whole, format="messages"), dataclasses.replace(whole, format="text")):
         assert cache_key(same, content, tokenizer_dir, None) == key_of_earlier_version(same, content, tokenizer_dir)
+
+
+def test_rows_of_a_cache_that_was_made_with_fewer_checks_are_checked_once(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to be trained from the cache, after the upgrade that refuses such rows."""
+    spec = rows_of(tmp_path)
+    for rows, is_refused in (([{"prompt": "a", "completion": "b"}], False), ([{"messages": CHANNEL}], True)):
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        with monkeypatch.context() as before:
+            before.setattr(prepare, "CHECKS", 0)
+            before.setattr(messages, "refuse_in_turn", lambda *_, **__: None)
+            old = open_or_build(spec, tokenizer_dir, build=True).train
+        assert old.checks == 0
+        if is_refused:
+            with pytest.raises(DataError, match="channel would be left out of training"):
+                open_or_build(spec, tokenizer_dir, build=True)
+            continue
+        checked = open_or_build(spec, tokenizer_dir, build=True, verify=True).train
+        assert checked.key == old.key
+        assert arrays_of(checked) == arrays_of(old)
+        with monkeypatch.context() as after:
+            after.setattr(prepare, "write_parts", lambda *_, **__: pytest.fail("tokenized again"))
+            assert open_or_build(spec, tokenizer_dir, build=True, verify=True).train.checks == prepare.CHECKS
+
+
+CHANNEL = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hm", "channel": "analysis"}]
 
 
 def key_of_earlier_version(data: DataSpec, content: list[str], tokenizer_dir: Path) -> str:
