@@ -9,6 +9,7 @@ Rejected: setting `pad_token = eos_token` and masking by id, which takes the end
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ _OTHER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+_CLASS_HINTS = ("model_type", "tokenizer_class", "model_name", "_name_or_path", "transformers_version")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -62,6 +65,19 @@ def tokenizer_files(path: Path) -> list[Path]:
     named = [path / name for name in (*VOCABULARY_FILES, *_OTHER_FILES)]
     templates = sorted((path / "additional_chat_templates").glob("*.jinja"))
     return [file for file in named if file.is_file()] + templates
+
+
+def class_hints(path: Path) -> dict[str, object]:
+    """Return what transformers reads from the model's config.json in `path` to choose the tokenizer's class.
+
+    Two classes may give a text other ids with the same files: that of Qwen2 splits words in its own way, say. Nothing
+    where there is no such file.
+    """
+    try:
+        config: object = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {key: config[key] for key in _CLASS_HINTS if key in config} if isinstance(config, dict) else {}
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

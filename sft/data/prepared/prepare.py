@@ -28,7 +28,7 @@ from launcher.contract.named_templates import NONE, TOKENIZER, template_bytes
 from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.cache.build import Job, write_parts
 from sft.data.cache.store import FORMAT_VERSION, TokenCache, assemble, publish
-from sft.data.encoding.tokenizer import tokenizer_files
+from sft.data.encoding.tokenizer import class_hints, tokenizer_files
 from sft.data.prepared.report import check_columns_found, check_counts, check_ends, check_lost, epoch_report, report
 from sft.data.prepared.sources import DataSet, Sources, held_out_sets, joined, training_sets
 from sft.data.reading.files import digest, expand, file_identity, sha256_of
@@ -190,6 +190,9 @@ def cache_key(
     }
     if data.loss_on == "all" and data.format == "prompt_completion":
         made_from["prompts"] = "trained"  # earlier versions left out those that are lists of messages
+    hints = class_hints(tokenizer_dir)
+    if hints:
+        made_from["tokenizer_class"] = hints
     dotted = [name for name in ("tools", "labels", "loss_mask") if "." in data.columns.get(name, "")]
     if dotted:
         made_from["dotted"] = dotted  # earlier versions did not find these in nested values

@@ -5,34 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.contract.errors import DataError, LauncherError
-from launcher.contract.rundir import write_json
 from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec
 from sft.data.cache import build, progress
-from sft.data.cache.store import FORMAT_VERSION, MANIFEST, TokenCache, _digest
-from sft.data.encoding.tokenizer import tokenizer_files
+from sft.data.cache.store import MANIFEST, TokenCache
 from sft.data.prepared import prepare
 from sft.data.prepared.prepare import (
-    _ONLY_REFUSE,
-    _POLICIES,
-    CODE_VERSION,
-    cache_key,
     check_vocabulary,
     open_or_build,
     prepare_data,
 )
 from sft.data.prepared.report import report
-from sft.data.reading import messages
-from sft.data.reading.files import sha256_of
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_tokenizer, write_jsonl
 
@@ -67,144 +57,6 @@ def test_data_are_prepared_once(tmp_path: Path, tokenizer_dir: Path, monkeypatch
     assert sorted(path.name for path in (tmp_path / "cache" / "tokens").iterdir()) == sorted(
         [prepared.train.directory.name, prepared.validation.directory.name]
     )
-
-
-def test_every_input_has_a_key_of_its_own(tmp_path: Path, tokenizer_dir: Path) -> None:
-    template = tmp_path / "own.jinja"
-    template.write_text(make_tokenizer().chat_template)
-    other = tmp_path / "other-tokenizer"
-    shutil.copytree(tokenizer_dir, other)
-    (other / "chat_template.jinja").write_text(make_tokenizer().chat_template + "{# other #}")
-    base = spec_of(tmp_path)
-    specs = [
-        (base, tokenizer_dir),
-        (spec_of(tmp_path, seq_length=64), tokenizer_dir),
-        (spec_of(tmp_path, loss_on="all"), tokenizer_dir),
-        (spec_of(tmp_path, length_policy="drop"), tokenizer_dir),
-        (spec_of(tmp_path, chat_template=str(template)), tokenizer_dir),
-        (spec_of(tmp_path, train=base.data.train * 2), tokenizer_dir),
-        (base, other),
-    ]
-    keys = [open_or_build(spec, folder, build=True).train.key for spec, folder in specs]
-    assert len(set(keys)) == len(keys)
-    write_jsonl(tmp_path / "train.jsonl", make_chat_rows(40, 3))
-    assert open_or_build(base, tokenizer_dir, build=True).train.key not in keys
-
-
-ENDLESS = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
-
-
-def rows_of(tmp_path: Path, **data: Any) -> RunSpec:
-    return spec_of(tmp_path, train=[str(tmp_path / "rows.jsonl")], **data)
-
-
-def test_settings_that_only_refuse_rows_are_no_part_of_the_key(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """A run may go on with another of them, and data that it would refuse are refused all the same."""
-    write_jsonl(tmp_path / "rows.jsonl", ENDLESS)
-    lenient = rows_of(tmp_path, require_end_tokens=False)
-    key = open_or_build(lenient, tokenizer_dir, build=True).train.key
-    for may_build in (True, False):
-        with pytest.raises(DataError, match=r"no answer in .* ends with a trained end token"):
-            open_or_build(rows_of(tmp_path), tokenizer_dir, build=may_build)
-    assert open_or_build(lenient, tokenizer_dir, build=False).train.key == key
-
-    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b", "context": "c"}] * 3)
-    lenient = rows_of(tmp_path, ignore_keys=["context", "documents"])
-    key = open_or_build(lenient, tokenizer_dir, build=True).train.key
-    with pytest.raises(DataError, match="context would be left out of training"):
-        open_or_build(rows_of(tmp_path, ignore_keys=["documents"]), tokenizer_dir, build=True)
-    assert open_or_build(rows_of(tmp_path, ignore_keys=["context"]), tokenizer_dir, build=True).train.key == key
-    assert not list((lenient.cache_dir / "tokens").glob(".*"))
-
-    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    keys = {
-        open_or_build(rows_of(tmp_path, **given), tokenizer_dir, build=True).train.key
-        for given in ({}, {"ignore_keys": ["context"]}, {"require_end_tokens": False})
-    }
-    assert len(keys) == 1
-
-
-def test_a_cache_of_an_earlier_version_keeps_its_key(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Checkpoints name it: with another key a run that an earlier version began would not go on."""
-    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    spec = rows_of(tmp_path, ignore_keys=["context"])
-    new = open_or_build(spec, tokenizer_dir, build=True).train
-    data = dataclasses.replace(spec.data, format="prompt_completion")
-    earlier = cache_key(data, [sha256_of(tmp_path / "rows.jsonl")], tokenizer_dir, None, earlier=True)
-    assert earlier != new.key
-    manifest = json.loads((new.directory / MANIFEST).read_text())
-    del manifest["sha256"], manifest["ignored_keys"]
-    manifest["key"] = earlier
-    write_json(new.directory / MANIFEST, {**manifest, "sha256": _digest(manifest)})
-    new.directory.rename(new.directory.with_name(earlier[:40]))
-    assert open_or_build(spec, tokenizer_dir, build=True, verify=True).train.key == earlier
-
-
-@pytest.mark.parametrize("prompt", ["a", [{"role": "user", "content": "a"}]])
-def test_a_cache_whose_prompts_an_earlier_version_left_out_is_built_again(
-    prompt: object, tmp_path: Path, tokenizer_dir: Path
-) -> None:
-    """It trained the completions alone with loss_on all; every other cache keeps its key."""
-    completion = "b" if prompt == "a" else [{"role": "assistant", "content": "b"}]
-    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt, "completion": completion}])
-    settings = {"loss_on": "all", "require_end_tokens": False}
-    new = open_or_build(rows_of(tmp_path, **settings), tokenizer_dir, build=True).train
-    assert new.weights[1:].all()
-
-    content = [sha256_of(tmp_path / "rows.jsonl")]
-    whole, answers = (DataSpec(format="prompt_completion", loss_on=chosen) for chosen in ("all", "assistant"))
-    assert cache_key(whole, content, tokenizer_dir, None) == new.key
-    assert key_of_earlier_version(whole, content, tokenizer_dir) != new.key
-    for same in (answers, dataclasses.replace(whole, format="messages"), dataclasses.replace(whole, format="text")):
-        assert cache_key(same, content, tokenizer_dir, None) == key_of_earlier_version(same, content, tokenizer_dir)
-
-
-def test_rows_of_a_cache_that_was_made_with_fewer_checks_are_checked_once(
-    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Seen to be trained from the cache, after the upgrade that refuses such rows."""
-    spec = rows_of(tmp_path)
-    for rows, is_refused in (([{"prompt": "a", "completion": "b"}], False), ([{"messages": CHANNEL}], True)):
-        write_jsonl(tmp_path / "rows.jsonl", rows)
-        with monkeypatch.context() as before:
-            before.setattr(prepare, "CHECKS", 0)
-            before.setattr(messages, "refuse_in_turn", lambda *_, **__: None)
-            old = open_or_build(spec, tokenizer_dir, build=True).train
-        assert old.checks == 0
-        if is_refused:
-            with pytest.raises(DataError, match="channel would be left out of training"):
-                open_or_build(spec, tokenizer_dir, build=True)
-            continue
-        checked = open_or_build(spec, tokenizer_dir, build=True, verify=True).train
-        assert checked.key == old.key
-        assert arrays_of(checked) == arrays_of(old)
-        with monkeypatch.context() as after:
-            after.setattr(prepare, "write_parts", lambda *_, **__: pytest.fail("tokenized again"))
-            assert open_or_build(spec, tokenizer_dir, build=True, verify=True).train.checks == prepare.CHECKS
-
-
-CHANNEL = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hm", "channel": "analysis"}]
-
-
-def key_of_earlier_version(data: DataSpec, content: list[str], tokenizer_dir: Path) -> str:
-    """The key without what tells caches with trained prompts apart."""
-    made_from = {
-        "code": [CODE_VERSION, FORMAT_VERSION, version("transformers"), version("tokenizers")],
-        "data": content,
-        "format": data.format,
-        "tokenizer": {path.name: sha256_of(path) for path in tokenizer_files(tokenizer_dir)},
-        "template": data.chat_template,
-        "policies": {name: getattr(data, name) for name in _POLICIES} | _ONLY_REFUSE,
-    }
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-
-
-def test_what_does_not_change_tokens_does_not_change_the_key(tmp_path: Path, tokenizer_dir: Path) -> None:
-    spec = spec_of(tmp_path)
-    moved = shutil.copy(spec.data.train[0], tmp_path / "moved.jsonl")
-    other = spec_of(tmp_path, train=[str(moved)], shuffle=False, pad_to_multiple=64, workers=2)
-    keys = [open_or_build(each, tokenizer_dir, build=True).train.key for each in (spec, other)]
-    assert keys[0] == keys[1]
 
 
 def test_spawned_workers_give_the_same_bytes(
@@ -462,16 +314,6 @@ def test_data_of_which_too_much_is_lost_are_refused(tmp_path: Path, tokenizer_di
     assert pieces.train.counts.split > 0
     assert len(pieces.train) > 40
     assert "split: " in report("train", pieces.train)
-
-
-def test_policies_that_change_tokens_change_the_key(tmp_path: Path, tokenizer_dir: Path) -> None:
-    specs = [
-        spec_of(tmp_path),
-        spec_of(tmp_path, on_mismatch="split"),
-        spec_of(tmp_path, chat_template_kwargs={"message": "1"}),
-    ]
-    keys = {open_or_build(spec, tokenizer_dir, build=True).train.key for spec in specs}
-    assert len(keys) == 3
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "nested", "other version"])
