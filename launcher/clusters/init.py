@@ -103,7 +103,7 @@ def cluster_yaml(name: str, answers: Survey) -> str:
 def write_first(name: str) -> Path:
     """Write the file into the user's folder and return its path.
 
-    Raises RunStateError if there already is one.
+    Raise RunStateError if there already is one.
     """
     if not RUN_NAME.fullmatch(name):
         raise ConfigError(f"{name!r} is not a valid name for a cluster; use letters, digits, '.', '_' and '-'")

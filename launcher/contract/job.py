@@ -65,7 +65,7 @@ class Job:
     def from_json(cls, values: Mapping[str, object]) -> Job:
         """Read what `as_json` wrote, here or in an earlier version.
 
-        Raises KeyError, TypeError or ValueError where it is something else.
+        Raise KeyError, TypeError or ValueError where it is something else.
         """
         start = values.get("process_start")
         return cls(

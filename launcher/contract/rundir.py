@@ -176,15 +176,15 @@ class RunPaths:
         return self.logs / attempt / f"rank-{rank}.log"
 
     def stacks(self, attempt: str, rank: int) -> Path:
-        """Stacks of a rank's threads at the time of a hang."""
+        """Return the file with the stacks of a rank's threads at the time of a hang."""
         return self.logs / attempt / f"stacks-rank-{rank}.txt"
 
     def preflight(self, attempt: str) -> Path:
-        """What the nodes of an attempt found before training."""
+        """Return the file with what the nodes of an attempt found before training."""
         return self.root / "preflight" / f"{attempt}.json"
 
     def error(self, attempt: str) -> Path:
-        """The error of the first rank that failed, in its own words."""
+        """Return the file with the error of the first rank that failed, in its own words."""
         return self.logs / attempt / "error.json"
 
     def failure(self, attempt: str) -> Path:

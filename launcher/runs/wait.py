@@ -17,7 +17,7 @@ _PATIENCE = 12  # looks in a row at which every state may be unknown
 def wait(runs: Sequence[RunPaths], timeout: float | None = None, interval: float = _SECONDS) -> list[RunStatus] | None:
     """Return the status of all runs once each has ended for good, or None if `timeout` seconds were not enough.
 
-    Raises SchedulerError if the state of every run that is left stays unknown: it would wait for ever.
+    Raise SchedulerError if the state of every run that is left stays unknown: it would wait for ever.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     unknown_looks = 0

@@ -24,7 +24,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # file systems mounted 
 def claim(root: Path, *, create: bool = False) -> Iterator[None]:
     """Hold the run directory `root`. A second process waits, and then sees what the first one did.
 
-    With `create` a missing directory is made (0700). Raises OSError where it cannot be made or opened.
+    With `create` a missing directory is made (0700). Raise OSError where it cannot be made or opened.
     """
     handle = _take(root, create)
     try:

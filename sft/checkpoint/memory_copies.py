@@ -80,7 +80,7 @@ class MemoryCopies:
     def __init__(
         self, folder: Path, run: Path, place: NodePlace, control: ControlGroup, *, attempt: str, identity: str
     ) -> None:
-        """`identity` is that of the run, its layout and its data: copies of anything else are not gone on from."""
+        """Use `folder`. `identity` is that of the run, its layout and its data: other copies are never used."""
         self._folder = folder
         self._run = run
         self._attempt = attempt
@@ -108,7 +108,7 @@ class MemoryCopies:
     def look(self, newer_than: int) -> Choice | str:
         """Find the newest whole copy of a step after `newer_than` and bring each rank its part of it.
 
-        Returns why there is none to go on from otherwise. Copies that are not gone on from are removed.
+        Return the choice, or why there is no copy to go on from. All other copies are removed.
         """
         found, damage = self._choose()
         if isinstance(found, Choice) and found.step <= newer_than:
@@ -119,7 +119,7 @@ class MemoryCopies:
         return f"{found}; {damage}" if isinstance(found, str) and damage is not None else found
 
     def forget(self) -> None:
-        """Go on from no copy, and remove all."""
+        """Remove all copies: the run goes on from a checkpoint."""
         self._settle(None)
 
     def load(self, module: SFTGPT) -> tuple[int, dict[str, object]]:

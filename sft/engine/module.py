@@ -189,7 +189,7 @@ class SFTGPT(pl.LightningModule):
 
     @property
     def learning_rate(self) -> float:
-        """Return the current learning rate, of parameters that have no other one."""
+        """The current learning rate, of parameters that have none of their own."""
         return self.schedule.rate
 
     def forward_backward(self, batch: StepBatch, *, forward_only: bool) -> Tensor:

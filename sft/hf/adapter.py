@@ -75,18 +75,18 @@ class AdapterTarget:
 
     @property
     def columns(self) -> int:
-        """Return the size of its input."""
+        """The size of its input."""
         assert self.parameter_map.columns is not None
         return self.parameter_map.columns
 
     @property
     def split_input(self) -> bool:
-        """Return whether tensor-parallel ranks hold parts of its input. Otherwise they hold parts of its rows."""
+        """Whether tensor-parallel ranks hold parts of its input. Otherwise they hold parts of its rows."""
         return self.parameter_map.split == 1
 
     @property
     def block_rows(self) -> list[int]:
-        """Return the rows of each block, over all ranks."""
+        """The number of rows of each block, over all ranks."""
         return [sum(piece.rows for piece in block) for block in self.parameter_map.blocks]
 
     def parameter(self, which: str) -> str:

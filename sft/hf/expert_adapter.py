@@ -53,17 +53,17 @@ class ExpertTarget:
 
     @property
     def rows(self) -> int:
-        """Return the rows of an expert's matrix."""
+        """The number of rows of an expert's matrix."""
         return len(self.order)
 
     @property
     def key(self) -> str:
-        """Return what it is called among the adapters of its linear."""
+        """Its name among the adapters of its linear."""
         return self.name.rpartition(".")[2]
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """Return the Hugging Face names of what has the adapters: each expert's layer, or the tensor of all."""
+        """The Hugging Face names of what has the adapters: each expert's layer, or the tensor of all experts."""
         return self.modules if self.tensor is None else (self.tensor,)
 
     def parameter(self, which: str) -> str:

@@ -43,7 +43,7 @@ class FileChunk:
 
     @property
     def place(self) -> ChunkStorageMetadata:
-        """Return its offsets and sizes within the key."""
+        """Its offsets and sizes within the key."""
         offsets = [0] * len(self.shape)
         sizes = list(self.shape)
         if self.index is not None:
@@ -52,7 +52,7 @@ class FileChunk:
 
     @property
     def item(self) -> WriteItem:
-        """Return the entry of torch's plan."""
+        """Its entry in torch's plan."""
         data = TensorWriteData(self.place, TensorProperties(dtype=self.dtype), torch.Size(self.shape))
         return WriteItem(MetadataIndex(self.key, self.place.offsets), WriteItemType.SHARD, tensor_data=data)
 

@@ -222,14 +222,14 @@ def _through_chunks(token_chunks: _TokenChunks, steps: tuple[int, ...], state: T
 
 
 def _in_chunks(x: Tensor, documents: Documents) -> Tensor:
-    """[t, heads, ...] -> [chunks, heads, tokens, ...], with zeros behind the ends of documents: they change nothing."""
+    """Return [t, heads, ...] as [chunks, heads, tokens, ...], with zeros, which change nothing, behind documents."""
     rows = sum(documents.steps) * documents.size
     padded = x.new_zeros(rows, *x.shape[1:]).index_copy(0, documents.rows, x)
     return padded.view(-1, documents.size, *x.shape[1:]).transpose(1, 2)
 
 
 def _running_sum(x: Tensor) -> Tensor:
-    """Return the sums up to each of the last axis, as `cumsum`, which torch refuses in deterministic runs on a GPU."""
+    """Return the running sums over the last axis: `cumsum`, which torch refuses in deterministic runs on a GPU."""
     step = 1
     while step < x.size(-1):
         x = x + F.pad(x[..., :-step], (step, 0))

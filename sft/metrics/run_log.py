@@ -66,7 +66,10 @@ class RunLog:
         utilization: Utilization | None = None,
         may_write: Callable[[float], None] | None = None,
     ) -> None:
-        """`may_write` raises where this rank may no longer write, as seen at most so many seconds ago."""
+        """Log to `paths`, where `is_writer` says that this rank is the one that does.
+
+        `may_write(seconds)` raises where the rank may no longer write, by a check that is at most so many seconds old.
+        """
         self.paths = paths
         self.max_steps = max_steps
         self.is_writer = is_writer

@@ -159,12 +159,12 @@ class Architecture:
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """Return the attention of each layer that has one, and no linear one."""
+        """The attention of each layer that has softmax attention, in their order."""
         return tuple(layer.attention for layer in self.layers if isinstance(layer.attention, Attention))
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
-        """Return the different rotary positions of the layers, the model's first."""
+        """The different rotary positions of the layers, the model's first."""
         own = [attention.rope for attention in self.attentions]
         return tuple(dict.fromkeys(rope for rope in (self.rope, *own) if rope is not None))
 

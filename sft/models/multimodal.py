@@ -41,7 +41,7 @@ def find_language_model(model_dir: Path, *, ties: bool) -> LanguageModel:
     """Return where the language model is in the files of `model_dir`.
 
     `ties` says that the config ties the embeddings. As in transformers, a head that is stored all the same and differs
-    is one of its own. Raises ModelError where no language model, or more than one, is found.
+    is one of its own. Raise ModelError where no language model, or more than one, is found.
     """
     if not has_weights(model_dir):
         return LanguageModel(tied=ties)

@@ -97,12 +97,12 @@ class ParameterMap:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """Return all pieces, in order."""
+        """All pieces, in order."""
         return tuple(piece for block in self.blocks for piece in block)
 
     @property
     def rows(self) -> int:
-        """Return the number of rows without padding."""
+        """The number of rows without padding."""
         return sum(piece.rows for piece in self.pieces)
 
     def place(self, piece: Piece, columns: slice = slice(None)) -> tuple[int | slice, ...]:
@@ -182,7 +182,7 @@ class WeightMap:
 
     @property
     def embedding_name(self) -> str:
-        """Return the Hugging Face name of the token embedding."""
+        """The Hugging Face name of the token embedding."""
         return self.outer[EMBEDDING].pieces[0].name
 
     def module(self, name: str) -> str:

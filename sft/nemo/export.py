@@ -45,7 +45,7 @@ _CONTENT = {
 def export_nemo2(model_dir: Path, out_dir: Path) -> None:
     """Write the model in `model_dir` as the NeMo 2 checkpoint `out_dir`.
 
-    Raises ModelError if NeMo has no class for it.
+    Raise ModelError if NeMo has no class for it.
     """
     architecture = read_architecture(model_dir)
     check_model_files(model_dir, architecture)

@@ -111,7 +111,7 @@ class SFTDataModule(pl.LightningDataModule):
         return {**contents, **rows, **self.schedule.identity}
 
     def example_ids(self, step: int) -> list[int | str]:
-        """The examples of `step` (from 0) as records name them: numbers in data.train, or source and number there."""
+        """Return the examples of `step` (from 0) as records name them: numbers in data.train, or `source:number`."""
         slots, train = self.schedule.examples_at(step), self._data.train
         examples = [int(example) for example in slots[slots != EMPTY_SLOT]]
         return [train.id_of(example) for example in examples] if isinstance(train, Sources) else list(examples)
@@ -127,7 +127,7 @@ class SFTDataModule(pl.LightningDataModule):
         return batch.to(device)
 
     def validation_batches(self) -> StepBatches | None:
-        """Return each held-out example once, in batches like those of training, or None without held-out data."""
+        """Return batches that hold each held-out example once, shaped as in training, or None without such data."""
         cache = self._data.validation
         if cache is None:
             return None
@@ -136,7 +136,7 @@ class SFTDataModule(pl.LightningDataModule):
 
 
 def training_schedule(spec: RunSpec, cache: Examples) -> BatchSchedule:
-    """Which examples of the training data each step holds."""
+    """Return the schedule of the training data: which examples each step holds."""
     if spec.data.cyclic_seed is None:
         return batch_schedule(spec, cache, shuffle=spec.data.shuffle)
     assert spec.train.max_steps is not None, "launcher.contract.config.checks asks for it"
@@ -149,7 +149,7 @@ def training_schedule(spec: RunSpec, cache: Examples) -> BatchSchedule:
 
 
 def batch_schedule(spec: RunSpec, cache: Examples, *, shuffle: bool) -> BatchSchedule:
-    """Which examples of `cache` each step holds."""
+    """Return the schedule of `cache`, training or held-out data: which examples each step holds."""
     train = spec.train
     mixture = Mixture(shares=cache.shares, seed=train.seed, shuffle=shuffle) if isinstance(cache, Sources) else None
     if train.global_batch_unit == "tokens":

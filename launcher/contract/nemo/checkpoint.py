@@ -45,7 +45,7 @@ def is_checkpoint(path: Path) -> bool:
 def sharded_dir(path: Path) -> Path | None:
     """Return the folder of a checkpoint's sharded weights, or None if it has none.
 
-    Raises ModelError if they are incomplete or in a format that is not supported.
+    Raise ModelError if they are incomplete or in a format that is not supported.
     """
     for name in _SHARDED:
         folder = path / name
@@ -111,7 +111,7 @@ def _stated_config(path: Path) -> HfConfig:
 def inside(name: str, path: Path) -> PurePosixPath:
     """Return the name of an archive's member as a path.
 
-    Raises ModelError if it would be unpacked outside its folder.
+    Raise ModelError if it would be unpacked outside its folder.
     """
     place = PurePosixPath(name)
     if place.is_absolute() or ".." in place.parts:

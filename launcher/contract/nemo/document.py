@@ -45,7 +45,7 @@ def is_nemo(text: str) -> bool:
 def read_document(text: str, shown: str) -> dict[str, Entry]:
     """Return the entries by dotted key, in the order of the file. Lists and empty mappings are values, `???` is None.
 
-    `shown` is the name of the file in messages. Raises ConfigError that lists every key whose interpolation does not
+    `shown` is the name of the file in messages. Raise ConfigError that lists every key whose interpolation does not
     resolve, and every secret that an interpolation reads from the environment, or says why the text cannot be read.
     """
     lines = _lines(compose(text, shown))

@@ -133,7 +133,7 @@ class DataSpec:
         return datetime.datetime.combine(day, datetime.time(12))
 
     def of_source(self, name: str) -> DataSpec:
-        """The settings of one source, its files as `train`: its own where it has some, else those of all."""
+        """Return the settings of one source, with its files as `train`: its own settings, else those of all sources."""
         source = self.sources[name]
         special = ("format", "columns", "loss_on", "chat_template_kwargs")
         own = {key: value for key in special if (value := getattr(source, key))}

@@ -43,6 +43,6 @@ class RestartSpec:
     """Anything else, e.g. a rank that was killed."""
 
     def budget(self, cause: str) -> int:
-        """Restarts without progress for a cause that can be restarted at all."""
+        """Return how many restarts in a row without progress are allowed for `cause`, the name of one of the fields."""
         value: int = getattr(self, cause)
         return value

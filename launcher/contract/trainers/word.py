@@ -73,7 +73,7 @@ def missing(why: str, *allowed: object) -> Word:
 
 
 def as_number(value: object) -> float | int:
-    """Return the value as a number, whole where it is. Raises Refused."""
+    """Return the value as an int where it is a whole number (0 aside), else as a float. Raise Refused for no number."""
     try:
         number = float(str(value))
     except ValueError:
@@ -82,7 +82,7 @@ def as_number(value: object) -> float | int:
 
 
 def whole(value: object) -> int:
-    """Return the value as a whole number above 0. Raises Refused."""
+    """Return the value as a whole number above 0, or raise Refused."""
     number = as_number(value)
     if not isinstance(number, int) or number < 1:
         raise Refused(f"{value!r} is not a whole number of steps, at least 1")

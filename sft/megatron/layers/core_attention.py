@@ -197,7 +197,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         )
 
     def _packed_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        """[t, heads, dim] -> the same, in one kernel."""
+        """Return the context of a packed row, [t, heads, dim], by one kernel. key and value [t, groups, dim]."""
         offsets, longest = packed.cu_seqlens_q, packed.max_seqlen_q
         window = self._window if self._window is not None and self._window < longest else None
         if window is not None or self.sinks is not None:
@@ -215,7 +215,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     def _one_by_one(
         self, query: Tensor, key: Tensor, value: Tensor, query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]
     ) -> Tensor:
-        """[s, b, heads, dim] -> the same, sequence after sequence."""
+        """Return the context, [s, b, heads, dim], computed one sequence after the other, from tensors of that form."""
         lengths = (query_lengths, key_lengths, key_lengths)
         parts = [
             torch.split(tensor.permute(1, 2, 0, 3), list(cut), dim=2)
@@ -249,9 +249,10 @@ def _sinks(config: TransformerConfig) -> torch.nn.Parameter:
 
 @functools.cache
 def _packed_attention() -> tuple[Callable[..., Any], dict[str, Any], bool]:
-    """torch's kernel for packed sequences, the options that make it causal, and whether it shares KV heads by itself.
+    """Return torch's kernel for packed sequences, the options that make it causal, and whether it shares KV heads.
 
-    It is young: torch 2.10 says causal by `is_causal`, later ones by a window, and from 2.13 on it shares KV heads.
+    It is young: in torch 2.10 `is_causal` makes it causal, in later versions a window, and from 2.13 on it takes fewer
+    KV heads than query heads.
     """
     from torch.nn.attention.varlen import varlen_attn  # newer than the rest of what we use, and not needed on CPU
 

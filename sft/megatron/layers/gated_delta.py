@@ -232,10 +232,10 @@ def _split(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _one_by_one(rows: Tensor) -> Tensor:
-    """[s, b, ...] -> [b * s, ...]: the tokens of a row, then those of the next one."""
+    """Return rows [s, b, ...] as tokens [b * s, ...]: those of the first row, then those of the next one."""
     return rows.transpose(0, 1).flatten(0, 1)
 
 
 def _as_rows(tokens: Tensor, count: int) -> Tensor:
-    """The reverse of `_one_by_one`, of `count` rows."""
+    """Return tokens [count * s, ...] as rows [s, count, ...]: the reverse of `_one_by_one`."""
     return tokens.view(count, -1, *tokens.shape[1:]).transpose(0, 1)

@@ -35,7 +35,7 @@ class SharedRows(Rows):
 def shared_rows(
     share: ContextShare, documents: Documents | None = None, seq_lengths: tuple[int, ...] | None = None
 ) -> SharedRows:
-    """What the layers must know of this rank's part.
+    """Return what the layers must know of this rank's part of the rows.
 
     The format says that tensors keep the dimension of rows: with `thd`, packed rows', Megatron-core would turn queries
     and keys by segments of its own.
@@ -52,7 +52,7 @@ def shared_rows(
 
 
 def gather_rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of whole rows in their order, [s * cp, ...], from those of each rank's part, [s, ...]."""
+    """Return keys and values of whole rows in their order, [s * cp, ...], from each rank's part, [s, ...]."""
     group = parallel_state.get_context_parallel_group()
     whole: tuple[Tensor, Tensor] = _GatherRows.apply(key, value, group)  # type: ignore[no-untyped-call]
     return whole
@@ -81,5 +81,5 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _as_sent(size: int) -> list[tuple[int, int]]:
-    """(0 for keys and 1 for values, number of the slice) in the order in which the ranks of a group have them."""
+    """Return (0 for keys or 1 for values, number of the slice) for all slices, in the order of the group's ranks."""
     return [(which, number) for rank in range(size) for which in (0, 1) for number in slice_numbers(rank, size)]

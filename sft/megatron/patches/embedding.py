@@ -37,7 +37,7 @@ def use_direct_lookup(model_chunk: GPTModel) -> None:
 
 
 def _embed(layer: tensor_parallel.VocabParallelEmbedding, ids: Tensor) -> Tensor:
-    """Megatron-core's forward pass around the lookup: ids [b, s] -> [b, s, h], or this rank's share [s, b, h]."""
+    """Return the embeddings of ids [b, s]: [b, s, h] or, with sequence parallelism, this rank's part of [s, b, h]."""
     rows = lookup(layer.weight, ids - layer.vocab_start_index, partial=layer.tp_group.size() > 1)
     if layer.reduce_scatter_embeddings:
         rows = rows.transpose(0, 1).contiguous()
