@@ -42,7 +42,7 @@ TIERS = ("parity", "slurm", "gpu", "nemo", "slow")
 
 
 def tier(item: pytest.Item) -> int:
-    """Position of a test's slowest marker; 0 for a unit test."""
+    """Return the position of a test's slowest marker, 0 for a unit test."""
     return max((position for position, name in enumerate(TIERS, start=1) if item.get_closest_marker(name)), default=0)
 
 
@@ -107,5 +107,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Unit tests, then parity, then slurm: a broken basis shows in seconds."""
+    """Sort the tests: unit, then parity, then slurm. A broken basis then shows in seconds."""
     items.sort(key=tier)

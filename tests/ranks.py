@@ -45,7 +45,7 @@ def run_ranks(
     env: dict[str, str] | None = None,
     init: bool = False,
 ) -> list[Any]:
-    """Results of `function(*args)` on ranks 0..world_size-1; `init` starts the gloo world first.
+    """Return the results of `function(*args)` on ranks 0..world_size-1. `init` starts the gloo world first.
 
     Raises RankFailure with the first rank's traceback; the others are then killed. TimeoutError after `timeout` s.
     """

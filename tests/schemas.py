@@ -26,13 +26,13 @@ _RENEW = "describe it in launcher/contract/forms/ (files) or in its dataclass (a
 
 
 def problems(name: str, value: object) -> list[str]:
-    """What is wrong with a value that the schema `name` describes."""
+    """Return what is wrong with a value that the schema `name` describes."""
     found = sorted(_validator(name, _variant(name, value)).iter_errors(value), key=lambda error: len(error.path))
     return [f"{name}{_place(error)}: {error.message[:300]}; {_RENEW}" for error in found]
 
 
 def problems_of_run(root: Path) -> list[str]:
-    """What is wrong with the files of a run directory."""
+    """Return what is wrong with the files of a run directory."""
     return [f"{root.name}: {problem}" for name, value in _records(RunPaths(root)) for problem in problems(name, value)]
 
 
@@ -45,7 +45,7 @@ def runs_below(folder: Path) -> Iterator[Path]:
 
 
 def problems_of_answer(value: object, text: str) -> list[str]:
-    """What is wrong with what `print_json` prints of dataclasses."""
+    """Return what is wrong with what `print_json` prints of dataclasses."""
     names = [name for name, form in ANSWERS.items() if _is_of(value, form)]
     assert names or isinstance(value, dict), f"{type(value)} is in no form of launcher.api.answers"
     return problems(names[0], json.loads(text)) if names else []
@@ -84,7 +84,7 @@ def _place(error: jsonschema.ValidationError) -> str:
 
 
 def _variant(name: str, value: object) -> str:
-    """The one form of an event, so that a message is about that form and not about all of them."""
+    """Return the one form of an event, so that a message is about that form and not about all of them."""
     return str(value.get("event")) if name == "events" and isinstance(value, dict) else ""
 
 
@@ -105,7 +105,7 @@ def _event_of(form: Schema) -> object:
 
 
 def _closed(node: Any) -> Any:
-    """The schema with no other fields than those that it names."""
+    """Return the schema with no other fields than those that it names."""
     if isinstance(node, list):
         return [_closed(item) for item in node]
     if not isinstance(node, dict):

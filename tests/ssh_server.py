@@ -22,7 +22,7 @@ _SEPARATION = Path("/run/sshd")
 
 
 def why_unavailable() -> str | None:
-    """Why no sshd can be started here, or None."""
+    """Return why no sshd can be started here, or None."""
     missing = [name for name in ("sshd", "ssh", "ssh-keygen", "setpriv") if shutil.which(name, path=_PATH) is None]
     return f"not installed: {', '.join(missing)} (Debian: openssh-server openssh-client)" if missing else None
 
@@ -68,15 +68,15 @@ class SshServer:
         wait_until(lambda: accepts_connections(self.port), "sshd to listen", timeout=30)
 
     def stop(self) -> None:
-        """No more connections from here on; those that are stay."""
+        """Take no more connections. Those that are open stay."""
         self._daemons.stop("sshd")
 
     def log(self) -> str:
-        """What sshd has said."""
+        """Return what sshd has said."""
         return (self.root / "sshd.out").read_text(errors="replace")
 
     def logins(self) -> int:
-        """How often somebody has had to prove who he is."""
+        """Return how often somebody has had to authenticate."""
         return self.log().count("Accepted publickey")
 
     def _sshd_config(self) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 
 def thinned(names: Iterable[str], *by_default: str) -> list[Any]:
-    """Every name as a parameter, all but `by_default` marked slow."""
+    """Return every name as a parameter, all but `by_default` marked slow."""
     names = list(names)
     assert set(by_default) <= set(names), by_default
     return [name if name in by_default else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -82,7 +82,7 @@ def make_tiny_model(
 
 
 def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with exactly `vocab_size` entries and a ChatML template."""
+    """Return a byte-level BPE with exactly `vocab_size` entries and a ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -106,7 +106,7 @@ def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
 
 
 def make_chat_rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """`messages` rows of one to three turns, of different lengths, some with a system message."""
+    """Return `messages` rows of one to three turns, of different lengths, some with a system message."""
     draw = random.Random(seed)
     return [{"messages": _conversation(draw)} for _ in range(count)]
 
@@ -141,6 +141,6 @@ FLASH4_HEAD_DIM = 32
 
 
 def make_material(root: Path, rows: int, *, tied: bool = False, head_dim: int = 16) -> tuple[Path, Path]:
-    """A model directory and a file of this many chat rows: what most runs of the tests need."""
+    """Make a model directory and a file of this many chat rows, which is what most runs of the tests need."""
     model = make_tiny_model(root / "model", tied=tied, head_dim=head_dim)
     return model, write_jsonl(root / "chat.jsonl", make_chat_rows(rows, seed=3))

@@ -66,14 +66,14 @@ class Commands:
         self.folder = folder
 
     def add(self, name: str, body: str) -> Path:
-        """A bash script of this name; it logs its arguments to NAME.calls."""
+        """Add a bash script of this name, which logs its arguments to NAME.calls."""
         path = self.folder / name
         path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >>{self.folder}/{name}.calls\n{body}\n')
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return path
 
     def calls(self, name: str) -> list[str]:
-        """Arguments of every call so far, one line each."""
+        """Return the arguments of every call so far, one line each."""
         path = self.folder / f"{name}.calls"
         return path.read_text().splitlines() if path.exists() else []
 

@@ -64,7 +64,7 @@ class FakeSlurm:
         self._change(jobs, state="PENDING", reason="BeginTime", start="N/A", in_queue=True)
 
     def forget(self, *jobs: str) -> None:
-        """MinJobAge has gone by: from now on only sacct knows them."""
+        """Let MinJobAge go by: from now on only sacct knows the jobs."""
         self._change(jobs, in_queue=False)
 
     @property

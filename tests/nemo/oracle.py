@@ -32,14 +32,14 @@ NO_KERNELS = (
 
 
 def versions(request: Any) -> dict[str, str]:
-    """What answers."""
+    """Return the versions of what answers."""
     from importlib.metadata import version
 
     return {name: version(name) for name in ("nemo-toolkit", "megatron-core", "lightning", "transformers", "torch")}
 
 
 def schedules(request: list[dict[str, Any]]) -> list[list[float]]:
-    """Learning rate of every step."""
+    """Return the learning rate of every step."""
     from nemo.core.optim.lr_scheduler import CosineAnnealing
 
     return [_rates(CosineAnnealing, **wanted) for wanted in request]
@@ -57,7 +57,7 @@ def _rates(scheduler: Any, *, lr: float, min_lr: float, warmup: int, hold: int, 
 
 
 def masks(request: dict[str, Any]) -> list[dict[str, list[Any]]]:
-    """Ids and loss mask of every example of a file, as NeMo's SFT data sets give them; its mask is that of ids[1:]."""
+    """Return ids and loss mask of every example of a file, as NeMo's SFT data sets give them: masks are of ids[1:]."""
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.collections.llm.gpt.data.core import create_sft_dataset
 
@@ -123,7 +123,7 @@ def load(request: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _answer(model: Any, rows: list[list[int]]) -> dict[str, Any]:
-    """Logits, and the loss of each token as the label of the one before it."""
+    """Return the logits, and the loss of each token as the label of the one before it."""
     from megatron.core.tensor_parallel import random
 
     cpu.redirect_rng(random)

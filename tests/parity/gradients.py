@@ -35,13 +35,13 @@ class Part:
 
 
 def train_and_capture(config: Path) -> list[list[Part]]:
-    """Runs on a rank: what this rank holds of the gradients of each step, as the optimizer gets them."""
+    """Train, on a rank, and return what it holds of the gradients of each step, as the optimizer gets them."""
     architecture = read_architecture(Path(read_resolved(config).model.path))
     return train_and_keep(config, lambda chunks: _parts(chunks, architecture))
 
 
 def train_and_keep(config: Path, of_step: Callable[[list[Any]], T]) -> list[T]:
-    """Runs on a rank: what `of_step` makes of its model chunks in each step, once they have their gradients."""
+    """Train, on a rank, and return what `of_step` makes of its model chunks in each step, once they have gradients."""
     steps: list[T] = []
     finalize = sft.engine.module.reduce_and_divide_gradients
 
@@ -55,14 +55,14 @@ def train_and_keep(config: Path, of_step: Callable[[list[Any]], T]) -> list[T]:
 
 
 def join(by_rank: list[list[list[Part]]], architecture: Architecture) -> list[dict[str, torch.Tensor]]:
-    """Whole gradients of each step. Parts that several ranks hold must be the same, and none may be missing."""
+    """Return the whole gradients of each step. Parts that several ranks hold must be the same; none may be missing."""
     return [_join_step([part for rank in step for part in rank], architecture) for step in zip(*by_rank, strict=True)]
 
 
 def largest_differences(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], count: int = 5
 ) -> dict[str, float]:
-    """The gradients that differ most, with the norms of their differences over those expected."""
+    """Return the gradients that differ most, with the norms of their differences over those expected."""
     tiny = 1e-30  # an expert without tokens has no gradient on either side
     errors = {
         name: float((found[name] - gradient).norm() / gradient.norm().clamp_min(tiny))
@@ -106,7 +106,7 @@ def _parts(chunks: list[Any], architecture: Architecture) -> list[Part]:
 
 
 def _gather_shards(chunk: Any) -> None:
-    """With the distributed optimizer each data parallel rank has reduced only its own shard of the buffers."""
+    """Gather the buffers: with the distributed optimizer each data parallel rank has reduced its own shard alone."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return
     dense = parallel_state.get_data_parallel_group(with_context_parallel=True)

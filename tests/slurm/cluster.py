@@ -39,7 +39,7 @@ _UP = frozenset({"idle", "mixed", "allocated", "completing", "reserved"})
 
 
 def why_unavailable(*, accounting: bool = False) -> str | None:
-    """Why no cluster can be started here, or None."""
+    """Return why no cluster can be started here, or None."""
     if sys.platform != "linux":
         return "Slurm's daemons need Linux"
     if os.geteuid() != 0:
@@ -156,7 +156,7 @@ class SlurmCluster:
         return result
 
     def node_states(self) -> dict[str, str]:
-        """Node name -> state as sinfo has it; a trailing * means that the node does not answer."""
+        """Return each node's state as sinfo has it, by name. A trailing * means that the node does not answer."""
         lines = self.run(["sinfo", "-h", "-N", "-o", "%N %T"]).stdout.splitlines()
         return dict(line.split(maxsplit=1) for line in lines)
 
@@ -171,7 +171,7 @@ class SlurmCluster:
         self._wait(reached, f"{', '.join(wanted)} to be {' or '.join(states)}", timeout)
 
     def job_state(self, job_id: str) -> str:
-        """State of a job as squeue has it (PENDING, RUNNING, COMPLETED, ...); empty for a job it does not know."""
+        """Return a job's state as squeue has it (PENDING, RUNNING, ...), empty for a job that it does not know."""
         lines = self.run(["squeue", "-h", "-t", "all", "-o", "%A %T"]).stdout.splitlines()
         return dict(line.split() for line in lines).get(job_id, "")
 
@@ -181,7 +181,7 @@ class SlurmCluster:
         return self.job_state(job_id)
 
     def nodes_of(self, job_id: str) -> list[str]:
-        """Names of the nodes a job runs on."""
+        """Return the names of the nodes that a job runs on."""
         nodes = self.run(["squeue", "-h", "-j", job_id, "-o", "%N"]).stdout.strip()
         return self.run(["scontrol", "show", "hostnames", nodes]).stdout.split()
 
@@ -191,7 +191,7 @@ class SlurmCluster:
         self.wait_for_nodes({"idle"})
 
     def kill_node(self, name: str) -> None:
-        """Power cut: slurmd and everything that ran on the node are gone; the controller finds out by itself."""
+        """Cut a node's power: slurmd and all that ran on it are gone. The controller finds out by itself."""
         self._daemons.stop(f"slurmd-{name}", how=signal.SIGKILL)
         kill_all_with(self._node_env(name))
 
@@ -233,7 +233,7 @@ class SlurmCluster:
         self._wait(layout.munge_socket.exists, "munged's socket")
 
     def _start_accounting(self) -> None:
-        """MariaDB without grant tables needs no installed system database, so an empty folder will do."""
+        """Start MariaDB and slurmdbd. Without grant tables MariaDB needs no system database: an empty folder does."""
         root, layout = self.root, self.layout
         command = ["mariadbd", "--no-defaults", "--user=root", "--skip-grant-tables", "--bind-address=127.0.0.1"]
         command += [f"--port={layout.database_port}", f"--datadir={root}/database", f"--socket={root}/mariadb.socket"]
@@ -250,11 +250,11 @@ class SlurmCluster:
         return {"PATH": _PATH, "SLURM_CONF": str(self.layout.slurm_conf)}
 
     def _node_env(self, name: str) -> dict[str, str]:
-        """What marks the processes of one node; Slurm itself sets the same for the tasks it starts."""
+        """Return the variables that mark a node's processes. Slurm itself sets the same for the tasks it starts."""
         return {"SLURM_CONF": str(self.layout.slurm_conf), "SLURMD_NODENAME": name}
 
     def _wait(self, done: Callable[[], bool], what: str, timeout: float = _PATIENCE) -> None:
-        """`wait_until` that gives up at once, with its log, when a daemon has died."""
+        """Call `wait_until`, and give up at once, with its log, when a daemon has died."""
 
         def done_or_dead() -> bool:
             dead = self._daemons.ended()
@@ -269,7 +269,7 @@ class SlurmCluster:
 
 
 def _write_files(layout: ClusterLayout) -> None:
-    """The scratch folder: configuration, munge key and device nodes."""
+    """Fill the scratch folder: configuration, munge key and device nodes."""
     for folder in ("dev", "state", "spool", "database"):
         (layout.root / folder).mkdir(parents=True, exist_ok=True)
     if layout.munge_folder == layout.root:

@@ -39,7 +39,7 @@ class Matrix:
         self._runs: Mapping[Row, Future[RunPaths]] = {row: self._pool.submit(row, bench) for row in dict.fromkeys(rows)}
 
     def run(self, row: Row) -> RunPaths:
-        """The row's run, with whatever went wrong on its way."""
+        """Return the row's run, with whatever went wrong on its way."""
         return self._runs[row].result(timeout=4 * PATIENCE)
 
     def stop(self) -> None:
@@ -50,12 +50,12 @@ class Matrix:
 
 
 def decided(run: RunPaths) -> list[tuple[str, str]]:
-    """Cause and decision of every attempt so far."""
+    """Return cause and decision of every attempt so far."""
     return [(event["cause"], event["decision"]) for event in events(run, "restart_decided")]
 
 
 def wait_for_decisions(run: RunPaths, count: int) -> dict[str, Any]:
-    """The decision about attempt number `count`."""
+    """Wait for and return the decision about attempt number `count`."""
     wait_until(lambda: len(decided(run)) >= count, f"{count} decisions of {run.name}", timeout=PATIENCE)
     return events(run, "restart_decided")[count - 1]
 
@@ -82,27 +82,27 @@ def wait_for_end(bench: Workbench, run: RunPaths, state: str = "COMPLETED", atte
 
 
 def job_of(run: RunPaths) -> str:
-    """The newest job of a run."""
+    """Return the newest job of a run."""
     return str(events(run, "submitted")[-1]["job_id"])
 
 
 def started_after(run: RunPaths) -> list[int]:
-    """Steps that were done when each attempt began to train."""
+    """Return the steps that were done when each attempt began to train."""
     return [event["step"] for event in events(run, "training_started")]
 
 
 def stopped_after(run: RunPaths) -> list[int]:
-    """Steps that were done when an attempt stopped in order."""
+    """Return the steps that were done when an attempt stopped in order."""
     return [event["step"] for event in events(run, "stop_requested")]
 
 
 def rank_processes(job: str, rank: int, ranks: int) -> list[int]:
-    """All processes of a rank in the training step: its shell and its Python."""
+    """Return all processes of a rank in the training step: its shell and its Python."""
     return list(pids_with({"SLURM_JOB_ID": job, "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(ranks)}))
 
 
 def rank_python(job: str, rank: int, ranks: int) -> int:
-    """The Python process of a rank in the training step."""
+    """Return the Python process of a rank in the training step."""
     for pid in rank_processes(job, rank, ranks):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         if b"train" in words and b"python" in words[0]:
@@ -113,7 +113,7 @@ def rank_python(job: str, rank: int, ranks: int) -> int:
 def start_launcher(
     bench: Workbench, output: Path, *arguments: str, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """A launcher beside us, that prints into `output`."""
+    """Start a launcher beside this process, which prints into `output`."""
     command = [sys.executable, "-m", "launcher", *arguments]
     with output.open("wb") as file:
         return subprocess.Popen(

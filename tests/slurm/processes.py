@@ -64,12 +64,12 @@ class DaemonGroup:
             self.stop(name)
 
     def ended(self) -> list[str]:
-        """Names of daemons that ended by themselves."""
+        """Return the names of daemons that ended by themselves."""
         return [name for name, process in list(self._running.items()) if process.poll() is not None]
 
 
 def pids_with(settings: Mapping[str, str]) -> Iterator[int]:
-    """Processes that were started with all of `settings` in their environment."""
+    """Yield the processes that were started with all of `settings` in their environment."""
     wanted = {f"{name}={value}".encode() for name, value in settings.items()}
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -98,7 +98,7 @@ def _oldest_first(pids: Iterable[int]) -> list[int]:
 
 
 def wait_until(done: Callable[[], bool], what: str, *, timeout: float, interval: float = 0.2) -> None:
-    """Poll `done`; TimeoutError naming `what` when it stays false."""
+    """Poll `done`, and raise a TimeoutError that names `what` when it stays false."""
     deadline = time.monotonic() + timeout
     while not done():
         if time.monotonic() > deadline:
@@ -107,14 +107,14 @@ def wait_until(done: Callable[[], bool], what: str, *, timeout: float, interval:
 
 
 def accepts_connections(port: int) -> bool:
-    """True when something listens on a loopback port."""
+    """Return whether something listens on a loopback port."""
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, below those of rendezvous (20000) and clients, so that none is taken meanwhile."""
+    """Return ports that nobody listens on, below those of rendezvous (20000) and clients, so that none gets taken."""
     found: list[int] = []
     for port in random.SystemRandom().sample(range(11000, 20000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -46,7 +46,7 @@ class Workbench:
     def launcher(
         self, *arguments: str, check: bool = True, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """`python -m launcher ARGUMENTS` from the checkout, as a user of the cluster would call it; more in `env`."""
+        """Call `python -m launcher ARGUMENTS` from the checkout, as a user would. `env` adds variables."""
         done = self.cluster.run([sys.executable, "-m", "launcher", *arguments], check=check, cwd=CHECKOUT, env=env)
         checked_output(arguments, done.stdout)
         return done
@@ -56,7 +56,7 @@ class Workbench:
         return self.run_paths(name)
 
     def status(self, run: RunPaths) -> dict[str, Any]:
-        """The run's entry in `status --json`."""
+        """Return the run's entry in `status --json`."""
         (entry,) = json.loads(self.launcher("status", str(run.root), "--json").stdout)
         return dict(entry)
 
@@ -87,13 +87,13 @@ class Workbench:
         wait_until(reached, f"{run.name} to be {state}", timeout=timeout, interval=0.2)
 
     def log(self, run: RunPaths) -> str:
-        """The batch log and rank logs of all attempts, ends only."""
+        """Return the ends of the batch logs and rank logs of all attempts."""
         files = sorted(run.logs.rglob("*.log"))
         return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
 
 
 def make_workbench(root: Path, cluster: SlurmCluster) -> Workbench:
-    """Model, rows and config in `root`; dropout makes the curve depend on the random state as well."""
+    """Write model, rows and config to `root`. Dropout makes the curve depend on the random state as well."""
     make_tiny_model(root / "model", layers=2)
     write_jsonl(root / "train.jsonl", make_chat_rows(64, seed=1))
     config = {
@@ -119,7 +119,7 @@ def make_workbench(root: Path, cluster: SlurmCluster) -> Workbench:
 
 
 def loss_curve(run: RunPaths) -> Curve:
-    """Loss and gradient norm of every step; steps done again after a restart count as they were the last time."""
+    """Return loss and gradient norm of every step, of steps done again after a restart those of the last time."""
     return {line["step"]: (line["loss"], line["grad_norm"]) for line in read_lines(run.metrics) if "loss" in line}
 
 

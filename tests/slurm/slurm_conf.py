@@ -61,7 +61,7 @@ class ClusterLayout:
 
 
 def slurm_conf(layout: ClusterLayout) -> str:
-    """slurm.conf: one partition for every day, and `urgent`, which preempts it by requeueing."""
+    """Return slurm.conf: one partition for every day, and `urgent`, which preempts it by requeueing."""
     root, host = layout.root, socket.gethostname()
     # Slurm takes the Nth port of the list for the Nth node; ranges are not needed.
     ports = ",".join(str(port) for port in layout.node_ports)
@@ -102,13 +102,13 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10
 
 
 def gres_conf(layout: ClusterLayout) -> str:
-    """gres.conf: every node has the same devices."""
+    """Return gres.conf: every node has the same devices."""
     files = f"{layout.root}/dev/gpu[0-{layout.gpus_per_node - 1}]"
     return f"NodeName=node[1-{layout.nodes}] Name=gpu File={files}\n"
 
 
 def slurmdbd_conf(layout: ClusterLayout) -> str:
-    """slurmdbd.conf; Slurm wants it readable by its owner only."""
+    """Return slurmdbd.conf, which Slurm wants readable by its owner only."""
     return f"""\
 DbdHost=localhost
 DbdAddr=127.0.0.1

@@ -64,7 +64,7 @@ class Agent:
 
 
 def as_agent(act: Callable[[Agent], Awaitable[_Result]], *options: str, **variables: str) -> _Result:
-    """What `act` returns, with a server in the current directory that has `options` and the environment's PATH."""
+    """Return what `act` returns with a server in the current directory, started with `options` and our PATH."""
     kept = ("PATH", "HOME", "SFT_SCHEDULER_CACHE_SECONDS", "OMP_NUM_THREADS", "SLURM_CONF")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     server = StdioServerParameters(

@@ -12,7 +12,7 @@ BOS, EOS = 1, 2
 
 
 def character_tokenizer(truncation_side: str = "right") -> PreTrainedTokenizerFast:
-    """ids = ASCII codes, bos 1, eos 2, and no padding token."""
+    """Return a tokenizer whose ids are ASCII codes, with bos 1, eos 2, and no padding token."""
     vocabulary = {"\x00": 0, "<s>": BOS, "</s>": EOS, **{chr(code): code for code in range(3, 128)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="\x00"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -23,7 +23,7 @@ def character_tokenizer(truncation_side: str = "right") -> PreTrainedTokenizerFa
 
 
 def trl_config(model: Path | str, **train: Any) -> dict[str, Any]:
-    """A TRLConfig as a dict, for a short run."""
+    """Return a TRLConfig as a dict, for a short run."""
     return {
         "method": {"name": "SFTConfig", "gen_kwargs": {"max_new_tokens": 6, "use_greedy": True}},
         "model": {"model_path": str(model)},
@@ -46,7 +46,7 @@ def trl_config(model: Path | str, **train: Any) -> dict[str, Any]:
 
 
 def megatron_config(ranks: int = 1, **model: Any) -> dict[str, Any]:
-    """A NeMo config for CPU ranks without the sizes of a model."""
+    """Return a NeMo config for CPU ranks without the sizes of a model."""
     return {
         "trainer": {
             "devices": ranks,

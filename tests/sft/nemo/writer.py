@@ -29,7 +29,7 @@ LLAMA = {
 
 
 def model_settings(config: Any, *, legacy: bool) -> dict[str, Any]:
-    """model_config.yaml of a transformers config."""
+    """Return model_config.yaml of a transformers config."""
     gpt = config.model_type == "gpt2"
     return {
         "num_layers": config.num_hidden_layers,
@@ -49,7 +49,7 @@ def model_settings(config: Any, *, legacy: bool) -> dict[str, Any]:
 
 
 def whole_names(model: Any) -> dict[str, Tensor]:
-    """NeMo's own names -> whole tensors, with query, key and value as three."""
+    """Return whole tensors by NeMo's own names, with query, key and value as three."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return _gpt2_names(state) if model.config.model_type == "gpt2" else _llama_names(state)
 
@@ -100,7 +100,7 @@ def _llama_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def rank_state(
     names: dict[str, Tensor], config: Any, tp: int, pp: int, rank: int, stage: int, legacy: bool
 ) -> dict[str, Tensor]:
-    """What one rank's file holds."""
+    """Return what one rank's file holds."""
     layers = config.num_hidden_layers // pp
     heads = config.num_attention_heads // tp
     state: dict[str, Tensor] = {}
@@ -126,7 +126,7 @@ def rank_state(
 
 
 def _share(name: str, tensor: Tensor, tp: int, rank: int) -> Tensor:
-    """A tensor-parallel rank's part."""
+    """Return a tensor-parallel rank's part."""
     if "word_embeddings" in name or "output_layer" in name:
         padded = -(-len(tensor) // (8 * tp)) * 8 * tp
         tensor = torch.cat([tensor, torch.full((padded - len(tensor), tensor.shape[1]), 7.0)])
@@ -139,7 +139,7 @@ def _share(name: str, tensor: Tensor, tp: int, rank: int) -> Tensor:
 
 
 def write_checkpoint(model: Any, directory: Path, *, tp: int, pp: int, legacy: bool = False) -> Path:
-    """A folder as an unpacked .nemo archive has it."""
+    """Write a folder as an unpacked .nemo archive has it, and return it."""
     directory.mkdir(parents=True)
     (directory / "model_config.yaml").write_text(yaml.safe_dump(model_settings(model.config, legacy=legacy)))
     names = whole_names(model)
@@ -156,7 +156,7 @@ def write_checkpoint(model: Any, directory: Path, *, tp: int, pp: int, legacy: b
 
 
 def archive(directory: Path, target: Path) -> Path:
-    """The folder as a .nemo archive."""
+    """Write the folder as a .nemo archive, and return its path."""
     with tarfile.open(target, "w") as tar:
         tar.add(directory, arcname="./")
     return target

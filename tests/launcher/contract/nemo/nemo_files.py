@@ -111,6 +111,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def nemo_config(name: str, **changes: Any) -> str:
-    """The YAML of one of `SHAPES`, with other sizes where `changes` give some."""
+    """Return the YAML of one of `SHAPES`, with other sizes where `changes` give some."""
     head = HEAD.format(**{"name": name, **SHAPES[name], **changes})
     return head + (LLAMA if name.startswith("llama") else GPT) + TAIL
