@@ -196,6 +196,6 @@ def _matching(text: str) -> Cause | None:
     return next((cause for pattern, cause in _PATTERNS if pattern.search(text)), None)
 
 
-def _first_line(text: str, limit: int = 200) -> str:
+def _first_line(text: str) -> str:
     line = (text.strip().splitlines() or [""])[0]
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+    return line if len(line) <= 200 else f"{line[:197]}..."

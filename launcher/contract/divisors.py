@@ -16,9 +16,9 @@ def nearest_multiples(number: int, step: int) -> list[int]:
     return [size for size in (below, below + step) if size]
 
 
-def shown_numbers(numbers: Iterable[int], limit: int = 12) -> str:
-    """Return the first `limit` numbers as a message lists them, or `none`."""
+def shown_numbers(numbers: Iterable[int]) -> str:
+    """Return the numbers as a message lists them: the first twelve, or `none`."""
     numbers = list(numbers)
     if not numbers:
         return "none"
-    return ", ".join(map(str, numbers[:limit])) + (", ..." if len(numbers) > limit else "")
+    return ", ".join(map(str, numbers[:12])) + (", ..." if len(numbers) > 12 else "")

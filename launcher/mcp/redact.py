@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from launcher.contract.secret_names import is_secret_name
 
@@ -24,12 +24,12 @@ _ADDRESS_NAME = re.compile(r"WEBHOOK", re.IGNORECASE)
 """Variables whose value is an address that is a secret itself."""
 
 
-def redacted(value: object, names: Collection[str] = ()) -> object:
-    """Return a value of JSON without secrets: those of this environment, of the variables `names`, and known forms."""
+def redacted(value: object) -> object:
+    """Return a value of JSON without secrets: those of this process's environment, and texts of known forms."""
     secrets = {
         held: f"<{name}>"
         for name, held in os.environ.items()
-        if len(held) >= _SHORTEST and (name in names or is_secret_name(name) or _ADDRESS_NAME.search(name))
+        if len(held) >= _SHORTEST and (is_secret_name(name) or _ADDRESS_NAME.search(name))
     }
     return _walk(value, dict(sorted(secrets.items(), key=lambda item: -len(item[0]))))
 

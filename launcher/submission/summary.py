@@ -97,9 +97,9 @@ def _predicted(submission: Submission) -> list[str]:
     return [f"predicted  {memory}; {speed}", *([f"cost       {cost.describe()}"] if cost else [])]
 
 
-def _short(value: object, limit: int = 60) -> str:
+def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def run_root_words(root: Path) -> str:

@@ -37,9 +37,7 @@ class StartClock:
         """Seconds of each phase, in their order."""
 
     @classmethod
-    def from_environ(
-        cls, environ: Mapping[str, str] = os.environ, *, clock: Callable[[], float] = time.time
-    ) -> StartClock:
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> StartClock:
         """Return a clock that has seen the phases of the batch script, if one has started this process, and Python's.
 
         Its next phase begins when this process began.
@@ -47,8 +45,8 @@ class StartClock:
         began = {name: float(environ[key]) for key, name in _OF_SCRIPT.items() if key in environ}
         # A script that runs again in the same shell may do less than the first time.
         began = {name: at for name, at in began.items() if at >= began.get(_SCRIPT, at)}
-        edges = [*began.values(), process_began(clock)]
-        made = cls(edges[0], clock=clock)
+        edges = [*began.values(), process_began()]
+        made = cls(edges[0])
         for name, end in zip(began, edges[1:], strict=True):
             made.end(name, at=end)
         return made
@@ -77,10 +75,10 @@ class StartClock:
         return {QUEUE: max(0.0, waited), **self.phases}
 
 
-def process_began(clock: Callable[[], float] = time.time) -> float:
+def process_began() -> float:
     """Return when this process began, in seconds since the epoch, to a hundredth of a second."""
     ticks = start_ticks(os.getpid())
     if ticks is None:
-        return clock()
+        return time.time()
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return clock() - max(0.0, age)
+    return time.time() - max(0.0, age)

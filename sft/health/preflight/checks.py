@@ -29,6 +29,7 @@ _NVIDIA_SMI_SECONDS = 15
 _MIB = 2**20
 _LEAST_FILES = 1024  # what Linux gives by default
 _LEAST_LOCKED = 64 * _MIB
+_INFINIBAND = Path("/sys/class/infiniband")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +75,7 @@ def check_shm(least_mib: int, path: Path = Path("/dev/shm")) -> Check:
     return Check(name="shm", ok=free >= least_mib, detail=f"{free} MiB free in {path}, {least_mib} needed")
 
 
-def check_limits(infiniband: Path = Path("/sys/class/infiniband")) -> Check:
+def check_limits() -> Check:
     """Check what the shell that submitted, or the node's Slurm, allows a process: CPU time, files, locked memory."""
     cpu, _ = resource.getrlimit(resource.RLIMIT_CPU)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -85,17 +86,17 @@ def check_limits(infiniband: Path = Path("/sys/class/infiniband")) -> Check:
         problems.append(f"ulimit -t: {cpu} s of CPU time, after which ranks are killed")
     if files != unlimited and files < _LEAST_FILES:
         problems.append(f"ulimit -n: {files} open files, {_LEAST_FILES} needed")
-    if locked != unlimited and locked < _LEAST_LOCKED and _uses_infiniband(infiniband):
+    if locked != unlimited and locked < _LEAST_LOCKED and _uses_infiniband():
         problems.append(f"ulimit -l: {locked // 1024} KiB of locked memory, too little for InfiniBand")
     detail = "; ".join(problems) or "CPU time, open files, locked memory"
     return Check(name="limits", ok=not problems, detail=detail, fault="run")
 
 
-def _uses_infiniband(devices: Path) -> bool:
+def _uses_infiniband() -> bool:
     """Return whether NCCL registers memory with an InfiniBand device here: a card may be in Ethernet mode."""
-    if os.environ.get("NCCL_IB_DISABLE") == "1" or not devices.is_dir():
+    if os.environ.get("NCCL_IB_DISABLE") == "1" or not _INFINIBAND.is_dir():
         return False
-    layers = [path.read_text(encoding="ascii").strip() for path in devices.glob("*/ports/*/link_layer")]
+    layers = [path.read_text(encoding="ascii").strip() for path in _INFINIBAND.glob("*/ports/*/link_layer")]
     return "InfiniBand" in layers
 
 
