@@ -129,12 +129,32 @@ def child_submission(paths: RunPaths, overrides: Sequence[str], cluster: str | N
     if checkpoints and "checkpoint.resume_from" not in words:
         added.append(f"checkpoint.resume_from={checkpoints[-1]}")
     submission = make_submission(paths.config, [*added, *overrides], cluster, resolved=True)
+    _check_start(before, submission.spec)
     if status.state is JobState.COMPLETED and not _trains_on(before, submission.spec):
         raise RunStateError(
             f"run {paths.name} has finished, and these settings do not train longer; "
             "raise train.max_steps or train.epochs"
         )
     return submission
+
+
+def _check_start(parent: RunSpec, child: RunSpec) -> None:
+    """Raise RunStateError for another model to start from: a run that goes on has the weights of its checkpoint.
+
+    With adapters the model's own weights are read, and the ranks compare them with those that the adapters are of.
+    """
+    if child.checkpoint.resume_from is None or child.model.lora.rank is not None:
+        return
+    was, now = Path(parent.model.path), Path(child.model.path)
+    moved = not was.exists()
+    same = moved or not now.exists() or now.samefile(was)
+    given = [] if same else [f"model.path {child.model.path}"]
+    given += [] if child.model.init == parent.model.init else [f"model.init {child.model.init}"]
+    if given:
+        raise RunStateError(
+            f"{' and '.join(given)}: the weights would be those of {child.checkpoint.resume_from} all the same; drop "
+            "that, or add checkpoint.resume_from=null to start anew from the model"
+        )
 
 
 def _trains_on(parent: RunSpec, child: RunSpec) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from launcher.contract.errors import CheckpointError
+from launcher.contract.spec import TrainSpec
 from launcher.contract.stages import even_split
 from launcher.contract.topology import Topology
 
@@ -71,6 +72,9 @@ class EarlyStoppingState:
     best_step: int = 0
     waited: int = 0
     """Evaluations since then."""
+    metric: str | None = None
+    """What was compared, and whether it is better "min" or "max"; None in earlier checkpoints."""
+    mode: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the form in which trainer.json has it."""
@@ -80,7 +84,10 @@ class EarlyStoppingState:
     def from_json(cls, values: Json) -> EarlyStoppingState:
         """Read what `to_json` gave. ValueError where it is something else."""
         best = None if values.get("best") is None else _checked(values, "best", float)
-        return cls(best, _checked(values, "best_step", int), _checked(values, "waited", int))
+        metric, mode = (
+            None if values.get(name) is None else _checked(values, name, str) for name in ("metric", "mode")
+        )
+        return cls(best, _checked(values, "best_step", int), _checked(values, "waited", int), metric, mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +125,15 @@ class TrainerState:
     """What its adapters are, by config key; empty where all weights are trained, None in earlier checkpoints."""
     model: Mapping[str, object] | None = None
     """What the model computes (`sft.models.numerics`); None in earlier checkpoints."""
+    optimizer: Mapping[str, object] | None = None
+    """What `optimizer_form` gave; None in earlier checkpoints."""
 
     def to_json(self) -> str:
         """Return the content of trainer.json."""
         values = dataclasses.asdict(self)
         if not self.rate_groups:
             del values["rate_groups"]
-        for name in ("adapters", "model"):
+        for name in ("adapters", "model", "optimizer"):
             if values[name] is None:
                 del values[name]
         return json.dumps({"format": FORMAT} | values, indent=1)
@@ -147,8 +156,9 @@ class TrainerState:
         groups = values.get("rate_groups") or []
         if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
             raise ValueError(f"rate_groups is {groups!r}")
-        adapters, model = (
-            None if values.get(name) is None else _checked(values, name, dict) for name in ("adapters", "model")
+        adapters, model, optimizer = (
+            None if values.get(name) is None else _checked(values, name, dict)
+            for name in ("adapters", "model", "optimizer")
         )
         return cls(
             lightning=lightning,
@@ -158,6 +168,7 @@ class TrainerState:
             rate_groups=groups,
             adapters=adapters,
             model=model,
+            optimizer=optimizer,
         )
 
     @classmethod
@@ -197,6 +208,15 @@ class TrainerState:
     def _callback(self, key: str) -> Json | None:
         callbacks = self.lightning.get("callbacks", {})
         return cast("Json | None", callbacks.get(key)) if isinstance(callbacks, Mapping) else None
+
+
+def optimizer_form(train: TrainSpec) -> dict[str, object]:
+    """Return what decides the form in which the optimizer's states are stored, by config key."""
+    if train.optimizer.distributed:
+        return {"train.optimizer.distributed": True}
+    # Without sharding, master weights are stored where there are some, and have no place to be loaded into elsewhere.
+    precision = "fp32" if train.precision == "fp32" else "bf16 or fp8"
+    return {"train.optimizer.distributed": False, "train.precision": precision}
 
 
 def _checked(values: object, name: str, kind: type[T]) -> T:

@@ -13,7 +13,7 @@ import torch
 from launcher.contract.errors import CheckpointError, ConfigError
 from launcher.contract.rundir import checkpoint_step, complete_checkpoints
 from launcher.contract.versions import parse_version
-from sft.checkpoint.contents import SHARDED, TrainerState
+from sft.checkpoint.contents import SHARDED, TrainerState, optimizer_form
 from sft.checkpoint.files import changed_bytes, damage
 from sft.checkpoint.pickles import refuse_code
 from sft.hf.checks import trained_adapters
@@ -74,6 +74,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     _check_adapters(source, trainer, trained_adapters(module.spec.model.lora, module.architecture))
     _check_version(source, trainer)
     refuse_code(source / SHARDED)
+    _check_optimizer(source, trainer, optimizer_form(module.spec.train))
     _check_rate_groups(source, trainer, rate_groups(module.spec.train.optimizer))
     same_topology = trainer.is_of(module.topology)
     hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]
@@ -134,6 +135,16 @@ def _other_run(source: Path, differs: str, consequence: str) -> ConfigError:
         f"{source} was written by a run {differs}. {consequence}. Put that back, or start a new run with model.path "
         "set to the exported model"
     )
+
+
+def _check_optimizer(source: Path, trainer: TrainerState, form: Mapping[str, object]) -> None:
+    """Raise ConfigError where the optimizer's states are stored in a form that this run's optimizer cannot read."""
+    if trainer.optimizer is not None and trainer.optimizer != form:
+        raise _other_run(
+            source,
+            f"that stores the optimizer's states in another form: {_differences(trainer.optimizer, form)}",
+            "They cannot be read",
+        )
 
 
 def _check_rate_groups(source: Path, trainer: TrainerState, groups: list[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from launcher.contract.topology import Topology
-from sft.checkpoint.contents import TrainerState
+from sft.checkpoint.contents import TrainerState, optimizer_form
 from sft.checkpoint.load import load_newest, sharded_state
 from sft.checkpoint.memory_copies import MemoryCopies
 from sft.checkpoint.save import CheckpointSaver
@@ -120,6 +120,7 @@ class MegatronStrategy(DDPStrategy):
             rate_groups=rate_groups(module.spec.train.optimizer),
             adapters=trained_adapters(module.spec.model.lora, module.architecture),
             model=numerics(module.architecture),
+            optimizer=optimizer_form(module.spec.train),
         )
         state = sharded_state(module, loading=False)
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)

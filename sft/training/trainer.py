@@ -153,6 +153,11 @@ def _train(
     )
     resume = _resume_point(spec, paths)
     done = _nothing_to_do(spec, resume, data.max_steps)
+    if done and resume is not None and resume.parent != paths.checkpoints:
+        raise ConfigError(
+            f"checkpoint.resume_from {resume}: {done}, so that this run would train nothing and have no checkpoint to "
+            "export; raise train.max_steps, train.epochs or train.early_stopping.patience"
+        )
     if done:
         log.say(f"{done} ({resume}); nothing to train")
         return ExitCode.OK

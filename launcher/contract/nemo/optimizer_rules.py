@@ -67,6 +67,6 @@ def _decay(settings: dict[str, object], *, floor: float, warmup: int, hold: int,
     nothing = f"constant_steps {hold} leave no step of {steps} to decay"
     if warmup == 0:
         constant = {f"{_OPTIMIZER}lr": floor, f"{_OPTIMIZER}schedule": "constant"}
-        return Translation(settings | constant, f"{nothing}: all run at min_lr")
+        return Translation(constant, f"{nothing}: all run at min_lr")
     linear = {f"{_OPTIMIZER}schedule": "linear", f"{_OPTIMIZER}decay_steps": warmup + 1}
     return Translation(settings | linear, f"{nothing}: min_lr follows the warm-up at once")

@@ -174,6 +174,8 @@ def _generation(config: TRLConfig, problems: list[str]) -> Settings:
     problems += [
         f"method.gen_kwargs.{name}: {values[name]}: give one value, not a sweep over several" for name in lists
     ]
+    if greedy:  # nothing is drawn, so that these would be refused
+        del values["top_k"], values["top_p"]
     return {f"evaluation.{name}": (value, f"method.gen_kwargs.{name}") for name, value in values.items()}
 
 

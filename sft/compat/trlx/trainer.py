@@ -136,9 +136,12 @@ class NeMoSFTTrainer(BaseRLTrainer):
         if not self.store:
             raise DataError("samples: nothing to train on; call make_experience with samples first")
         values = {**self._settled.values, **self._model(), **self._evaluation(), **self._resume()}
+        prompts = self._prompts()
+        if not prompts:  # the settings of answers, which trlx has defaults for, have nothing to be used for
+            values = {key: leaf for key, leaf in values.items() if not key.startswith("evaluation.")}
         values |= {key: Leaf(value, "override", f"overrides[{key!r}]") for key, value in self._overrides.items()}
         model = None if "model.path" in values else self._spelled_out()
-        material = Material(samples=self.store, prompts=self._prompts(), model=model)
+        material = Material(samples=self.store, prompts=prompts, model=model)
         spec = make_spec(values, material, self.paths, self._env)
         if spec.logging.wandb is not None:
             _name_for_wandb(self.config)

@@ -19,6 +19,9 @@ from sft.megatron.core import tensor_parallel
 _LEAST = (8, 9)
 """Compute capability from which on GPUs have products in fp8."""
 
+_OF_LINEAR_ATTENTION = {"in_proj": "qkv", "out_proj": "proj"}
+"""The projections of linear attention, by the names that those of softmax attention have in the config."""
+
 
 class Fp8Linear:
     """What both linears have in common: when their products are in fp8, and which."""
@@ -44,7 +47,8 @@ def set_fp8_options(model_chunk: nn.Module, options: Fp8Spec) -> None:
     """Tell every linear of a chunk that has products in fp8 how they are to be computed."""
     for name, module in model_chunk.named_modules():
         if isinstance(module, Fp8Linear):
-            in_bf16 = name.rpartition(".linear_")[2] in options.bf16_gradients
+            own = name.rpartition(".")[2].removeprefix("linear_")
+            in_bf16 = _OF_LINEAR_ATTENTION.get(own, own) in options.bf16_gradients
             module.gradients = "bf16" if in_bf16 else options.gradients
             module.evaluates_in_fp8 = options.evaluation
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from launcher.contract.errors import ConfigError
 from launcher.contract.spec import OptimizerSpec
 from launcher.contract.steps import share_of_steps
 from sft.megatron.core import MegatronOptimizer, OptimizerParamScheduler
@@ -28,6 +29,10 @@ class Schedule(OptimizerParamScheduler):  # type: ignore[misc]
         self._spec = spec
         warmup = warmup_steps(spec, max_steps)
         end = max(spec.decay_steps or max_steps, warmup + 1)
+        if (spec.wsd_steps or 0) > end - warmup:  # the launcher does not know the steps of train.epochs
+            raise ConfigError(
+                f"train.optimizer.wsd_steps {spec.wsd_steps} is more than the {end - warmup} steps after the warm-up"
+            )
         super().__init__(
             optimizer,
             init_lr=spec.initial_lr,

@@ -21,7 +21,15 @@ class EarlyStopping:
 
     def __init__(self, spec: EarlyStoppingSpec, state: EarlyStoppingState | None = None) -> None:
         self._spec = spec
-        self.state = state or EarlyStoppingState()
+        self.state = EarlyStoppingState(metric=spec.metric, mode=spec.mode)
+        if state is not None:
+            self.restore(state)
+
+    def restore(self, state: EarlyStoppingState) -> None:
+        """Count on from what a checkpoint has seen, unless that was another metric: its best says nothing here."""
+        # A run that goes on with other settings may have changed it. Earlier checkpoints do not say which it was.
+        if state.metric in (None, self._spec.metric) and state.mode in (None, self._spec.mode):
+            self.state = dataclasses.replace(state, metric=self._spec.metric, mode=self._spec.mode)
 
     @property
     def is_due(self) -> bool:
@@ -36,6 +44,6 @@ class EarlyStopping:
         worst = math.inf if self._spec.mode == "min" else -math.inf
         best, min_delta = (worst, 0.0) if self.state.best is None else (self.state.best, self._spec.min_delta)
         if is_better(value, best, self._spec.mode, min_delta):
-            self.state = EarlyStoppingState(value, step, 0)
+            self.state = dataclasses.replace(self.state, best=value, best_step=step, waited=0)
         else:
             self.state = dataclasses.replace(self.state, waited=self.state.waited + 1)

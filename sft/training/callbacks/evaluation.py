@@ -62,7 +62,7 @@ class EvaluationCallback(pl.Callback):
         return self.early_stopping.state.to_json()
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        self.early_stopping.state = EarlyStoppingState.from_json(state_dict)
+        self.early_stopping.restore(EarlyStoppingState.from_json(state_dict))
 
     def metrics_at(self, step: int) -> dict[str, float]:
         """Return the metrics of the evaluation after `step` steps, empty if there was none."""

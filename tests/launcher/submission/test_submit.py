@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import socket
 import stat
 import subprocess
@@ -237,6 +238,27 @@ def test_child_run_of_a_finished_run(workdir: Path, fake_python: str, capsys: py
     assert main(["list", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["run"], row["state"]) for row in rows] == [("first", "COMPLETED"), ("first-2", "COMPLETED")]
+
+
+def test_a_run_that_goes_on_starts_from_no_other_model(
+    workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are those of the checkpoint: the other model would be named in the config, and not be read."""
+    assert launch(fake_python, "--follow") == 0
+    RUN.checkpoint(3).mkdir(parents=True)
+    (RUN.checkpoint(3) / COMPLETE).touch()
+    shutil.copytree("model", "other")
+    longer = ["resubmit", "first", "train.max_steps=9"]
+    capsys.readouterr()
+    for override in ("model.path=other", "model.init=random"):
+        assert main([*longer, override]) == ExitCode.CONFLICT
+        said = capsys.readouterr().err
+        assert f"{override.partition('=')[0]} " in said and "would be those of " in said, said
+    assert main([*longer, "model.path=other", "checkpoint.resume_from=null", "name=anew"]) == 0
+    shutil.rmtree("model")  # moved
+    assert main([*longer, "model.path=other"]) == 0
+    for name in ("anew", "first-2"):
+        wait_for(lambda name=name: state(RunPaths(Path("runs") / name)).terminal)  # type: ignore[misc]
 
 
 def test_logs_of_ranks_batch_and_attempts(workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]) -> None:

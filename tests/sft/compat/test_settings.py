@@ -40,9 +40,9 @@ ALONE: list[tuple[str, Any, str, Any]] = [
     ("method__gen_kwargs", {"use_greedy": False, "temperature": 0.5}, "evaluation.temperature", 0.5),
     ("method__gen_kwargs", {"use_greedy": True, "temperature": 0.5}, "evaluation.temperature", 0.0),
     ("method__gen_kwargs", {"use_greedy": False, "do_sample": False}, "evaluation.temperature", 0.0),
-    ("method__gen_kwargs", {"top_k": 0}, "evaluation.top_k", None),
-    ("method__gen_kwargs", {"top_k": 7}, "evaluation.top_k", 7),
-    ("method__gen_kwargs", {}, "evaluation.top_p", 0.9),
+    ("method__gen_kwargs", {"use_greedy": False, "top_k": 0}, "evaluation.top_k", None),
+    ("method__gen_kwargs", {"use_greedy": False, "top_k": 7}, "evaluation.top_k", 7),
+    ("method__gen_kwargs", {"use_greedy": False}, "evaluation.top_p", 0.9),
     ("method__gen_kwargs", {}, "evaluation.repetition_penalty", 1.2),
     ("model__peft_config", {"peft_type": "LORA", "r": 4}, "model.lora.rank", 4),
     ("model__peft_config", {"peft_type": "LORA", "lora_alpha": 32}, "model.lora.alpha", 32.0),
@@ -72,6 +72,12 @@ ALONE: list[tuple[str, Any, str, Any]] = [
 @pytest.mark.parametrize(("key", "given", "ours", "expected"), ALONE)
 def test_settings_are_mapped(key: str, given: Any, ours: str, expected: Any) -> None:
     assert value(ours, **{key: given}) == expected
+
+
+def test_greedy_answers_have_no_settings_of_sampling() -> None:
+    """They would be refused: nothing is drawn."""
+    found = settled(method__gen_kwargs={"use_greedy": True, "top_k": 7}).values
+    assert not {"evaluation.top_k", "evaluation.top_p"} & found.keys()
 
 
 def test_the_tracker_wandb_logs_to_the_project() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.secret_names import is_secret_name
 from launcher.contract.spec import RunSpec
-from launcher.contract.spec.fields import Problem, values_under
-from launcher.contract.spec.rules import ENVIRONMENT_NAME, SHELL_VARIABLE
+from launcher.contract.spec.fields import Problem, field_problems, values_under
+from launcher.contract.spec.rules import ENVIRONMENT_NAME, SHELL_VARIABLE, shown
 
 _OUR_VARIABLES = ("SLURM_", "SFT_")
 
@@ -38,6 +38,8 @@ def scheduler_problems(spec: RunSpec) -> Iterator[Problem]:
             "resources.nodes",
             f"{resources.nodes} on cluster {cluster.name}, which is this machine alone; set it to 1",
         )
+    if spec.preflight.enabled == "on" and not CAPABILITIES[cluster.scheduler].allocates_nodes:
+        yield "preflight.enabled", f"on with cluster {cluster.name}, which is this machine alone; set it to auto"
     yield from _in_place_problems(spec)
     yield from _copy_problems(spec)
     if set("%\\") & set(spec.run_root):  # both mean something in sbatch's --output and in submitit's folders
@@ -84,5 +86,14 @@ def runtime_problems(spec: RunSpec) -> Iterator[Problem]:
         yield "cluster.runtime.path", f"missing; runtime kind {runtime.kind} needs it"
     if runtime.kind in ("pyxis", "apptainer") and not runtime.image:
         yield "cluster.runtime.image", f"missing; runtime kind {runtime.kind} needs it"
+    if runtime.kind not in ("pyxis", "apptainer"):
+        for name, value in (("image", runtime.image), ("mounts", runtime.mounts)):
+            if value and not any(field_problems(runtime, name)):
+                yield f"cluster.runtime.{name}", f"{shown(value)}: runtime kind {runtime.kind} starts no container"
+    if runtime.path and runtime.kind not in ("venv", "conda"):
+        yield (
+            "cluster.runtime.path",
+            f"{runtime.path}: only runtime kinds venv and conda activate one, not {runtime.kind}",
+        )
     if runtime.kind == "pyxis" and not CAPABILITIES[spec.cluster.scheduler].srun:
         yield "cluster.runtime.kind", "pyxis is an extension of srun; a local run can use apptainer"

@@ -63,6 +63,7 @@ def order_problems(spec: RunSpec) -> Iterator[Problem]:
             "data.cyclic_seed",
             {
                 "data.group_by_length": data.group_by_length,
+                "data.shuffle false, which keeps the order of the files": not data.shuffle,
                 "train.global_batch_unit tokens": in_tokens,
                 "data.sources": bool(data.sources),
                 "train.epochs; give train.max_steps": train.max_steps is None,

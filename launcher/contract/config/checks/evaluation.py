@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 
-from launcher.contract.spec import RunSpec
-from launcher.contract.spec.fields import Problem
+from launcher.contract.spec import CheckpointSpec, EarlyStoppingSpec, EvaluationSpec, RunSpec
+from launcher.contract.spec.fields import Problem, field_problems
+from launcher.contract.spec.rules import shown
 
 
 def evaluation_problems(spec: RunSpec) -> Iterator[Problem]:
@@ -17,14 +19,45 @@ def evaluation_problems(spec: RunSpec) -> Iterator[Problem]:
             f"{train.eval_every} needs data.validation, data.validation_split, data.validation_sets or "
             "evaluation.prompts, and all are empty",
         )
-    if evaluation.metric and not evaluation.prompts:
-        yield "evaluation.metric", f"{evaluation.metric} needs evaluation.prompts, which is unset"
+    yield from _answer_problems(evaluation)
     if "" in evaluation.stop_sequences:
         yield "evaluation.stop_sequences", "an empty text is in every answer; take it out"
     if train.early_stopping.patience is not None:
         yield from _unknown_metric(spec, "train.early_stopping.metric", train.early_stopping.metric)
+    else:
+        yield from _needless(
+            "train.early_stopping", train.early_stopping, "train.early_stopping.patience, which is unset"
+        )
     if spec.checkpoint.keep_best:
         yield from _unknown_metric(spec, "checkpoint.best_metric", spec.checkpoint.best_metric)
+    else:
+        yield from _needless(
+            "checkpoint", spec.checkpoint, "checkpoint.keep_best above 0", ("best_metric", "best_mode")
+        )
+
+
+def _answer_problems(evaluation: EvaluationSpec) -> Iterator[Problem]:
+    """Yield settings of answers that nobody asks for, and of sampling where nothing is sampled."""
+    if not evaluation.prompts:
+        yield from _needless("evaluation", evaluation, "evaluation.prompts, which is unset")
+    elif evaluation.temperature == 0:
+        yield from _needless(
+            "evaluation", evaluation, "evaluation.temperature above 0: nothing is sampled", ("top_k", "top_p")
+        )
+
+
+def _needless(
+    section: str,
+    given: EvaluationSpec | EarlyStoppingSpec | CheckpointSpec,
+    needed: str,
+    names: Sequence[str] | None = None,
+) -> Iterator[Problem]:
+    """Yield those settings of a section (of `names`, if given) that somebody has set and that only `needed` uses."""
+    for item in dataclasses.fields(given):
+        value, unset = getattr(given, item.name), getattr(type(given)(), item.name)
+        if value == unset or not (names is None or item.name in names) or any(field_problems(given, item.name)):
+            continue
+        yield f"{section}.{item.name}", f"{value if isinstance(value, str) else shown(value)} needs {needed}"
 
 
 def _unknown_metric(spec: RunSpec, key: str, metric: str) -> Iterator[Problem]:

@@ -9,7 +9,13 @@ from pathlib import Path
 from launcher.contract.config.checks.cluster import environment_problems, runtime_problems, scheduler_problems
 from launcher.contract.config.checks.data import batch_problems, order_problems, source_problems, template_problems
 from launcher.contract.config.checks.evaluation import evaluation_problems
-from launcher.contract.config.checks.train import fp8_problems, length_problems, lora_problems, optimizer_problems
+from launcher.contract.config.checks.train import (
+    fp8_problems,
+    length_problems,
+    lora_problems,
+    number_problems,
+    optimizer_problems,
+)
 from launcher.contract.logger_packages import missing_loggers
 from launcher.contract.rundir import runs_of_group
 from launcher.contract.spec import RunSpec, read_resolved
@@ -26,6 +32,7 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from source_problems(spec)
     yield from length_problems(spec)
     yield from optimizer_problems(spec)
+    yield from number_problems(spec)
     yield from template_problems(spec)
     yield from batch_problems(spec)
     yield from order_problems(spec)

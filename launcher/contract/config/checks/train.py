@@ -45,6 +45,28 @@ def optimizer_problems(spec: RunSpec) -> Iterator[Problem]:
         )
 
 
+def number_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield number types and kernels that the rest of the settings leave no use for."""
+    train = spec.train
+    if train.precision == "fp32" and train.optimizer.grad_reduce != "fp32":
+        yield (
+            "train.optimizer.grad_reduce",
+            f"{train.optimizer.grad_reduce} with train.precision fp32, whose gradients are summed in fp32; drop one",
+        )
+    if train.kernels == "plain" and train.attention != "auto":
+        yield (
+            "train.attention",
+            f"{train.attention} is a kernel of fused layers, and train.kernels is plain; set one of them to auto",
+        )
+    if train.deterministic:
+        for key, chosen, timed in (
+            ("train.attention", train.attention, "flash4"),
+            ("train.linear_attention", train.linear_attention, "fla"),
+        ):
+            if chosen == timed:
+                yield key, f"{chosen}: its results depend on timing, which train.deterministic refuses; set it to auto"
+
+
 def _warmup_problems(train: TrainSpec) -> Iterator[Problem]:
     """Yield what is wrong with a warm-up that is given as a share of the run."""
     optimizer = train.optimizer
@@ -79,6 +101,15 @@ def _shape_problems(optimizer: OptimizerSpec) -> Iterator[Problem]:
             yield f"train.optimizer.{name}", f"{shown(value)} belongs to schedule {owner}, and schedule is {schedule}"
         if value is None and schedule == owner and name in ("power", "cycles"):
             yield f"train.optimizer.{name}", f"missing; schedule {schedule} needs it"
+    if schedule == "constant":
+        for name, value, unset in (("min_lr", optimizer.min_lr, 0.0), ("decay_steps", optimizer.decay_steps, None)):
+            if value != unset:
+                yield f"train.optimizer.{name}", f"{shown(value)}: schedule constant does not decay; drop one"
+    if optimizer.initial_lr and not (optimizer.warmup_steps or optimizer.warmup_ratio):
+        yield (
+            "train.optimizer.initial_lr",
+            f"{shown(optimizer.initial_lr)} begins a warm-up, and there is none; give train.optimizer.warmup_steps",
+        )
     if schedule != "inverse_sqrt":
         return
     if not (optimizer.warmup_steps or optimizer.warmup_ratio):

@@ -48,6 +48,7 @@ def spec_of(ranks: int = 1, virtual: bool = False, **settings: Any) -> RunSpec:
             "excludes train.global_batch_unit tokens",
         ),
         ({"cyclic_seed": 1000, "group_by_length": True}, "data.cyclic_seed", "excludes data.group_by_length"),
+        ({"cyclic_seed": 1000, "shuffle": False}, "data.cyclic_seed", "excludes data.shuffle false"),
         (
             {"cyclic_seed": 1000, "max_steps": None, "epochs": 2},
             "data.cyclic_seed",

@@ -73,6 +73,22 @@ CFG = Path("cfg.yaml")
         ("train.spike_factor=1", "train.spike_factor: 1 is not above 1"),
         ("evaluation.top_p=0", "evaluation.top_p: 0 is not in (0, 1]"),
         ("evaluation.metric=a.b:c", "evaluation.metric: a.b:c needs evaluation.prompts, which is unset"),
+        ("evaluation.temperature=0.5", "evaluation.temperature: 0.5 needs evaluation.prompts, which is unset"),
+        ("evaluation.stop_tokens=x", "evaluation.stop_tokens: ['x'] needs evaluation.prompts, which is unset"),
+        ("train.early_stopping.min_delta=1", "train.early_stopping.min_delta: 1 needs train.early_stopping.patience, "),
+        ("train.early_stopping.mode=max", "train.early_stopping.mode: max needs train.early_stopping.patience, "),
+        ("checkpoint.best_metric=metric/a", "checkpoint.best_metric: metric/a needs checkpoint.keep_best above 0"),
+        ("checkpoint.best_mode=max", "checkpoint.best_mode: max needs checkpoint.keep_best above 0"),
+        ("cluster.runtime.image=x.sif", "cluster.runtime.image: 'x.sif': runtime kind none starts no container"),
+        ("cluster.runtime.mounts=/a:/b", "cluster.runtime.mounts: ['/a:/b']: runtime kind none starts no container"),
+        ("cluster.runtime.path=env", "cluster.runtime.path: env: only runtime kinds venv and conda activate one, not"),
+        ("preflight.enabled=on", "preflight.enabled: on with cluster local, which is this machine alone; set it to"),
+        ("train.attention=flash4 & train.kernels=plain", "train.attention: flash4 is a kernel of fused layers, and "),
+        ("train.attention=flash4 & train.deterministic=true", "train.attention: flash4: its results depend on timing, "),
+        ("train.linear_attention=fla & train.deterministic=true", "train.linear_attention: fla: its results depend on "),
+        ("train.precision=fp32 & train.optimizer.grad_reduce=bf16", "train.optimizer.grad_reduce: bf16 with "),
+        ("evaluation.prompts=cfg.yaml & evaluation.top_k=5", "evaluation.top_k: 5 needs evaluation.temperature above"),
+        ("evaluation.prompts=cfg.yaml & evaluation.top_p=0.5", "evaluation.top_p: 0.5 needs evaluation.temperature "),
         ("evaluation.prompts=nope", "evaluation.prompts: "),
         ("data.validation_sets.maths=nope/*.jsonl", "data.validation_sets: maths: no file matches "),
         ("model.path=cfg.yaml", "model.path: "),
@@ -85,7 +101,7 @@ CFG = Path("cfg.yaml")
 )  # fmt: skip
 def test_rule(workdir: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(CFG, [override])
+        load_config(CFG, override.split(" & "))
     (problem,) = caught.value.problems
     assert problem.partition(": ")[2].startswith(message)
 

@@ -55,6 +55,9 @@ model: {lora: {rank: 4, targets: all-linear}}
         {"schedule": "inverse_sqrt", "warmup_steps": 5},
         {"schedule": "inverse_sqrt", "warmup_ratio": 0.1},
         {"schedule": "cosine_with_restarts", "cycles": 1},
+        {"schedule": "constant", "warmup_steps": 5, "initial_lr": 1e-6},
+        {"warmup_ratio": 0.1, "initial_lr": 1e-6},
+        {"grad_reduce": "bf16"},
         {"lr_by_name": {"*.embed_tokens.*": "1e-6", "lm_head.*": "0"}},
     ],
 )
@@ -100,6 +103,13 @@ def test_what_can_be(settings: dict[str, Any]) -> None:
             {"schedule": "inverse_sqrt", "warmup_steps": 5, "decay_steps": 50},
             "decay_steps",
             "50: inverse_sqrt has no end; drop it",
+        ),
+        ({"schedule": "constant", "min_lr": 1e-6}, "min_lr", "1e-06: schedule constant does not decay; drop one"),
+        ({"schedule": "constant", "decay_steps": 50}, "decay_steps", "50: schedule constant does not decay; drop one"),
+        (
+            {"initial_lr": 1e-6},
+            "initial_lr",
+            "1e-06 begins a warm-up, and there is none; give train.optimizer.warmup_steps",
         ),
         ({"lr_by_name": {"*": "fast"}}, "lr_by_name", "'fast' is not a number, at least 0"),
         ({"lr_by_name": {"*": "-1"}}, "lr_by_name", "'-1' is not a number, at least 0"),

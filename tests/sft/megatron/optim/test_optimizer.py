@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from launcher.contract.errors import ConfigError
 from launcher.contract.spec import OptimizerSpec
 from sft.megatron.optim.schedule import Schedule
 
@@ -36,8 +37,16 @@ def test_linear_without_warmup() -> None:
     assert rates(OptimizerSpec(lr=1.0, schedule="linear"), 4) == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
+def test_a_decay_longer_than_the_run_is_refused() -> None:
+    """With train.epochs the ranks alone know the steps. It was cut to what there is."""
+    spec = OptimizerSpec(schedule="wsd", wsd_steps=8, warmup_steps=2)
+    assert len(rates(spec, 10)) == 10
+    with pytest.raises(ConfigError, match=r"wsd_steps 8 is more than the 7 steps after the warm-up$"):
+        rates(spec, 9)
+
+
 def test_constant_after_warmup() -> None:
-    found = rates(OptimizerSpec(lr=2.0, min_lr=0.5, schedule="constant", warmup_steps=2), 5)
+    found = rates(OptimizerSpec(lr=2.0, schedule="constant", warmup_steps=2), 5)
     assert found == pytest.approx([0.0, 1.0, 2.0, 2.0, 2.0])
 
 

@@ -55,6 +55,22 @@ def test_state_survives_json() -> None:
     assert second.is_due
 
 
+@pytest.mark.parametrize(
+    ("now", "stops"),
+    [({}, True), ({"metric": "metric/accuracy", "mode": "max"}, False), ({"mode": "max"}, False)],
+)
+def test_the_best_of_another_metric_is_none_of_this_one(now: dict[str, Any], stops: bool) -> None:
+    """A loss of 2 would be an accuracy that is never reached. States of earlier checkpoints do not name theirs."""
+    seen = EarlyStopping(EarlyStoppingSpec(patience=2))
+    seen.update(0, {"eval_loss": 2.0})
+    seen.update(1, {"eval_loss": 2.5})
+    on = EarlyStopping(EarlyStoppingSpec(**{"patience": 2, **now}), seen.state)
+    on.update(2, {"eval_loss": 2.5, "metric/accuracy": 0.5})
+    assert on.is_due is stops
+    earlier = EarlyStoppingState.from_json({"best": 2.0, "best_step": 0, "waited": 2})
+    assert EarlyStopping(EarlyStoppingSpec(patience=2), earlier).is_due
+
+
 def test_nothing_is_better_than_nan_nor_nan_than_anything() -> None:
     assert not is_better(math.nan, 1.0, "min")
     assert not is_better(math.nan, 1.0, "max")
