@@ -57,6 +57,9 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
     linear, linear_text = _linear_attention(spec, architecture, on_gpu=on_gpu)
     common = Kernels(fused=fused, precision=precision, linear_attention=linear, linear_attention_text=linear_text)
     if not fused or because is not None:
+        if spec.train.attention == "flash4":
+            why = f"those of this model are plain: {because}" if fused else "kernels are plain here"
+            raise ModelError(f"train.attention flash4 is a kernel of fused layers, and {why}; set it to auto")
         return replace(common, plain_layers_because=because if fused else None)
     kernel = attention_kernel(spec, architecture)
     by_offsets = on_gpu and (

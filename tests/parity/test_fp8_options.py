@@ -10,9 +10,10 @@ import pytest
 from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.spec import Fp8Spec, LoraSpec
 from sft.engine.module import SFTGPT
-from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear, Fp8Linear, Fp8RowParallelLinear
 from sft.training.trainer import train
 from tests.parity.runs import curve, run_training
+from tests.parity.test_families import family_model
 from tests.parity.test_lora import lora_run
 from tests.ranks import run_ranks
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl
@@ -110,6 +111,30 @@ def test_layers_and_gradients_that_are_left_out(tmp_path: Path, material: tuple[
     none = ["-"] * 4
     assert first | second == {1: none, 2: ["e5m2", "bf16", "bf16", "e5m2"], 3: none, 4: none}
     assert len(curve(paths)[0]) == STEPS
+
+
+def forms_of_all(config: Path) -> set[str]:
+    """Runs on a rank: how the gradients of all linears with products in fp8 enter them, of a training."""
+    found: set[str] = set()
+    wrap = SFTGPT.wrap_chunks
+
+    def spy(self: SFTGPT) -> None:
+        found.update(module.gradients for module in self.gpt[0].modules() if isinstance(module, Fp8Linear))
+        wrap(self)
+
+    SFTGPT.wrap_chunks = spy  # type: ignore[method-assign]
+    train(config)
+    return found
+
+
+def test_linear_attention_has_projections_too(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """Seen to fail: its linears have other names, and went on with gradients in fp8."""
+    sizes = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 16}
+    model = family_model(tmp_path / "model", "qwen3_5_text", **sizes)
+    fp8 = Fp8Spec(bf16_gradients=["qkv", "proj", "fc1", "fc2"])
+    settings = {"ranks": 1, "precision": "fp8", "fp8": fp8, "kernels": "fused"}
+    paths = run_of(tmp_path, (model, material[1]), "run", **settings)
+    assert run_ranks(1, forms_of_all, paths.config) == [{"bf16"}]
 
 
 def test_gradients_in_bf16_leave_the_forward_pass_in_fp8(tmp_path: Path, material: tuple[Path, Path]) -> None:

@@ -103,6 +103,25 @@ def test_trap_16_a_model_that_computes_something_else_is_refused(
     assert "is 0.5. The same weights" in message
 
 
+def test_an_optimizer_stored_otherwise_and_a_run_that_would_train_nothing_are_refused(
+    tmp_path: Path, material: tuple[Path, Path]
+) -> None:
+    """Seen to end in a KeyError of Megatron-core's, and in a success without anything to export."""
+    whole = make_run(tmp_path, *material, ranks=1, name="whole", max_steps=2, distributed=False)
+    run_training(whole, 1)
+    there = str(whole.checkpoint(2))
+    child: dict[str, Any] = {"ranks": 1, "name": "child", "resume_from": there}
+    refusals = {
+        "in another form: train.optimizer.distributed was false, is true": {"distributed": True, "max_steps": 3},
+        'train.precision was "fp32", is "bf16 or fp8"': {"distributed": False, "precision": "bf16", "max_steps": 3},
+        f"checkpoint.resume_from {there}: all 2 steps are done, so that": {"distributed": False, "max_steps": 2},
+    }
+    for expected, settings in refusals.items():
+        paths = make_run(tmp_path, *material, **child, **settings)
+        (message,) = run_training(paths, 1, function=refused)
+        assert expected in message
+
+
 def test_steps_after_the_checkpoint_are_logged_once(
     tmp_path: Path, material: tuple[Path, Path], full: RunPaths
 ) -> None:

@@ -23,9 +23,9 @@ class EvaluationSpec:
     temperature: Annotated[float, AtLeast(0)] = 0.0
     """0 takes the most likely token each time; above 0 tokens are sampled."""
     top_k: Annotated[int | None, AtLeast(1)] = None
-    """Sample only from this many most likely tokens."""
+    """Sample only from this many most likely tokens; needs a temperature."""
     top_p: Annotated[float, Probability()] = 1.0
-    """Sample only from the most likely tokens that together have this probability."""
+    """Sample only from the most likely tokens that together have this probability; needs a temperature."""
     repetition_penalty: Annotated[float, Above(0)] = 1.0
     """Logits of tokens that the prompt or the answer holds already are divided by this if they are above 0, else
     multiplied; 1 changes nothing."""

@@ -15,7 +15,7 @@ class OptimizerSpec:
     lr: Annotated[float, Above(0)] = 1e-5
     """Peak learning rate."""
     min_lr: Annotated[float, AtLeast(0)] = 0.0
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay, of schedules that have one."""
     schedule: Literal["cosine", "linear", "constant", "wsd", "polynomial", "inverse_sqrt", "cosine_with_restarts"] = (
         "cosine"
     )
@@ -35,7 +35,7 @@ class OptimizerSpec:
     warmup_ratio: Annotated[float | None, Fraction()] = None
     """Instead of warmup_steps: the warm-up's share of all steps, rounded up to a step."""
     initial_lr: Annotated[float, AtLeast(0)] = 0.0
-    """Learning rate of the first warm-up step."""
+    """Learning rate of the first warm-up step; needs a warm-up."""
     decay_steps: int | None = None
     """The number of steps, warm-up included, after which the learning rate is min_lr; default all of them, so that the
     last step's rate is still a little above it."""
@@ -46,7 +46,8 @@ class OptimizerSpec:
     loraplus_ratio: Annotated[float | None, Above(0)] = None
     """LoRA+: B of each adapter (and DoRA's magnitudes) learns at this many times the learning rate of A."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
-    """Decoupled weight decay; never on norms, biases and DoRA's magnitudes."""
+    """Decoupled weight decay; never on what has one dimension: norms, biases, DoRA's magnitudes, attention sinks, and
+    the rates at which linear attention forgets."""
     beta1: Annotated[float, Fraction()] = 0.9
     """Adam's first moment decay."""
     beta2: Annotated[float, Fraction()] = 0.95
@@ -84,8 +85,8 @@ class Fp8Spec:
     """The form of gradients in the products that make gradients of inputs. e5m2 rounds by up to an eighth
     instead of a sixteenth, and keeps values down to 3e-10 of the largest of a token instead of 4e-6."""
     bf16_gradients: list[str] = field(default_factory=list)
-    """Linears whose gradients of inputs are computed in bf16: qkv, proj (attention's projections), fc1, fc2 (those of
-    the MLP). With all four, fp8 is left to the forward pass."""
+    """Linears whose gradients of inputs are computed in bf16: qkv, proj (attention's projections, those of linear
+    attention too), fc1, fc2 (those of the MLP). With all four, fp8 is left to the forward pass."""
 
     def layers_in_fp8(self, layers: int) -> range:
         """Return which of so many layers, counted from 0, have products in fp8."""
@@ -172,7 +173,7 @@ class TrainSpec:
     """A step is bad if its gradient norm is above this many times the running mean over good steps; unset: only NaN and
     infinity are bad."""
     deterministic: bool = False
-    """Refuse kernels whose result depends on timing."""
+    """Refuse kernels whose result depends on timing: attention flash4 and linear_attention fla."""
     fp8: Fp8Spec = field(default_factory=Fp8Spec)
     """What is in fp8 with precision fp8."""
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)

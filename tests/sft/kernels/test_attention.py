@@ -63,6 +63,18 @@ def test_asked_for_by_name_it_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
+def test_plain_layers_refuse_it(tmp_path: Path) -> None:
+    """They have no place for it, and trained with torch's attention."""
+    spec = run_spec(save_config("llama", tmp_path), 1)
+    architecture = read_architecture(tmp_path)
+    for kernels, dropout, why in (("plain", 0.0, "kernels are plain here"), ("fused", 0.1, "model.hidden_dropout")):
+        train = dataclasses.replace(spec.train, attention="flash4", kernels=kernels)  # type: ignore[arg-type]
+        own = dataclasses.replace(spec, train=train, model=dataclasses.replace(spec.model, hidden_dropout=dropout))
+        with pytest.raises(ModelError, match=f"is a kernel of fused layers, and .*{why}; set it to auto"):
+            choose_kernels(own, architecture, on_gpu=True)
+
+
+@pytest.mark.usefixtures("hopper")
 def test_capped_scores_go_to_flash4_or_to_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is asked for by name and has no gradients of them, that is said; else the run's log names none."""
     monkeypatch.setattr(attention, "flash4_has_gradients_of", lambda option: option != "softcap")

@@ -53,11 +53,14 @@ def number_problems(spec: RunSpec) -> Iterator[Problem]:
             "train.optimizer.grad_reduce",
             f"{train.optimizer.grad_reduce} with train.precision fp32, whose gradients are summed in fp32; drop one",
         )
-    if train.kernels == "plain" and train.attention != "auto":
-        yield (
-            "train.attention",
-            f"{train.attention} is a kernel of fused layers, and train.kernels is plain; set one of them to auto",
-        )
+    dropout = spec.model.attention_dropout
+    lacks = {
+        "is a kernel of fused layers, and train.kernels is plain": train.kernels == "plain",
+        "computes in half precision, and train.precision is fp32": train.precision == "fp32",
+        f"has no dropout, and model.attention_dropout is {dropout:g}": dropout > 0,
+    }
+    for lack in (text for text, is_so in lacks.items() if is_so and train.attention == "flash4"):
+        yield "train.attention", f"flash4 {lack}; set it to auto"
     if train.deterministic:
         for key, chosen, timed in (
             ("train.attention", train.attention, "flash4"),
