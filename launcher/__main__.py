@@ -90,12 +90,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     head = words[: words.index("--")] if "--" in words else words
     options, rest = parser.parse_known_args(head)
-    if hasattr(options, "program"):  # of `shell`, whose words are its own
+    if hasattr(options, "program"):  # `shell`: what follows -- is the program's
         options.program = list(words[len(head) + 1 :])
     elif head is not words:
         options, rest = parser.parse_known_args(words)
     if rest and getattr(options, "host", "") is None and not rest[0].startswith("-"):
-        options.host = rest.pop(0)  # nodes add --cluster=c node1
+        options.host = rest.pop(0)  # as in `nodes add --cluster=c node1`
     many = next((name for name in ("overrides", "runs") if hasattr(options, name)), None)
     if rest and (many is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -27,10 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, run the command, and return its exit code. Errors become exit codes too."""
     options = _parser().parse_args(arguments)
     _quieten_libraries()
-    if options.command != "audit":  # which may look at data of the hub, before there is a job
+    if options.command != "audit":  # audit runs before there is a job, and may fetch data from the hub
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        if options.command != "preflight":  # which looks at the versions of all nodes, and says what is wrong with them
+        if options.command != "preflight":  # preflight itself compares the versions of all nodes
             check_versions()
         return int(options.run(options))
     except LauncherError as error:

@@ -85,7 +85,7 @@ def list_runs(*, root: Path | None = None, select: Selection | None = None) -> t
     rows = listing(selected((), root, select))
     if select is None or not select.states:
         return tuple(rows)
-    names = {state.value for state in select.states}  # a run that is not known to have ended has no state here
+    names = {state.value for state in select.states}  # rows have no state until the run is known to have ended
     return tuple(row for row in rows if row.state in names)
 
 

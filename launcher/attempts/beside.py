@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _stacks(options: argparse.Namespace) -> int:
     for line in lines_of_node(options.run, options.attempt, _PATIENCE):
-        print(MARK + json.dumps(line))  # ASCII
+        print(MARK + json.dumps(line))  # only ASCII, which any locale of a node can print
     return int(ExitCode.OK)
 
 

@@ -45,7 +45,8 @@ def next_nodes(allocation: Allocation, wanted: int, avoid: Collection[str]) -> t
     Draining nodes come last. Of the others, those that ranks ran on come before spare ones: their caches are warm.
     """
     good = [host for host in allocation.hosts if host in allocation.usable and host not in avoid]
-    by_worth = sorted(good, key=lambda host: (host in allocation.draining, host not in allocation.used))  # stable
+    # Of equal worth, nodes stay in the scheduler's order: sorting is stable.
+    by_worth = sorted(good, key=lambda host: (host in allocation.draining, host not in allocation.used))
     chosen = by_worth[:wanted]
     return tuple(host for host in good if host in chosen) if len(chosen) == wanted else None
 

@@ -82,7 +82,7 @@ def _layout(answers: Answers, survey: Survey, config: LoadedConfig, draft: Path)
         return {}, ""
     text = config_text(answers, survey, {}, "") + "topology: auto\n"
     best = _submission(text, draft).prediction
-    assert best is not None  # of a known kind of GPU
+    assert best is not None  # the kind of GPU is known, so there is a prediction
     shown = ("topology.tensor_parallel", "topology.pipeline_parallel", "train.micro_batch_size", "train.recompute")
     kept = {key: value for key, value in best.overrides.items() if key in shown or value not in (1, False)}
     free = best.memory.total - best.missing

@@ -126,7 +126,8 @@ def _expert_sizes(
         yield spec.topology.expert_parallel if "topology.expert_parallel" in kept else 1, tensor
         return
     given = expert_tensor_parallel(dataclasses.replace(spec.topology, tensor_parallel=tensor))
-    whole = spec.model.lora.rank is not None and expert_adapters(shape, spec.model.lora) > 0  # no part has adapters
+    # Adapters need whole experts on a rank.
+    whole = spec.model.lora.rank is not None and expert_adapters(shape, spec.model.lora) > 0
     tried = {1} if whole else {1, tensor}
     for expert_tensor in (given,) if "topology.expert_tensor_parallel" in kept else sorted(tried):
         if "topology.expert_parallel" in kept:

@@ -45,7 +45,7 @@ def recall(options: argparse.Namespace) -> RemoteRun | None:
     if not words or not _file().exists() or any(_is_here(word, root) for word in words):
         return None
     lines = [line for line in read_lines(_file()) if {"run", "cluster", "secrets"} <= line.keys()]
-    known = {line["run"]: line for line in lines}  # the newest run of each name
+    known = {line["run"]: line for line in lines}  # lines are in order of time: the newest of each name stays
     sent = [known[name] for name in words if name in known]
     clusters = sorted({line["cluster"] for line in sent})
     if len(clusters) > 1:

@@ -41,7 +41,7 @@ def _take(root: Path, create: bool) -> int:
                 root.mkdir(mode=0o700)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except FileNotFoundError:  # the holder removed its directory
+        except FileNotFoundError:  # whoever held the claim has removed the directory
             if create:
                 continue
             raise

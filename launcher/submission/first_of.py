@@ -156,7 +156,7 @@ def _submit(one: Submission, name: str) -> Job:
     write_secrets(spec, paths)
 
     def undo() -> None:
-        if not recorded:  # the others need them
+        if not recorded:  # jobs of other candidates need the file
             remove_secrets(spec, paths)
 
     clusters = scheduler.clusters_of(spec.resources)

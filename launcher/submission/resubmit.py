@@ -120,11 +120,11 @@ def fetch_again(spec: RunSpec) -> None:
 def child_submission(paths: RunPaths, overrides: Sequence[str], cluster: str | None) -> Submission:
     """Return the submission of a child run with `overrides`, resuming from the parent's newest complete checkpoint."""
     status = check_idle(paths)
-    before = read_resolved(paths.config)  # which looks for damage
+    before = read_resolved(paths.config)  # raises where the file is damaged
     words = {word.partition("=")[0] for word in overrides}
     added = [] if "name" in words else [f"name={free_name(paths)}"]
     checkpoints = paths.complete_checkpoints()
-    if not words & {"run_root"} and not _is_in_place(paths, read_resolved(paths.config)):
+    if not words & {"run_root"} and not _is_in_place(paths, before):
         added.append(f"run_root={paths.root.parent}")
     if checkpoints and "checkpoint.resume_from" not in words:
         added.append(f"checkpoint.resume_from={checkpoints[-1]}")

@@ -90,7 +90,8 @@ def model_shape_of(spec: RunSpec) -> ModelShape:
     packaged = package_file(spec.model.path) if spec.model.path.startswith("package:") else None
     path = packaged or Path(spec.model.path)
     if not path.exists() and spec.after_directory is not None and spec.comes_later(spec.model.path):
-        return model_shape_of(read_resolved(RunPaths(spec.after_directory).config))  # of the run that will write it
+        # The run that will write the model starts from one of the same sizes.
+        return model_shape_of(read_resolved(RunPaths(spec.after_directory).config))
     if path.suffix == ".gguf":
         return read_gguf_shape(path)
     if is_checkpoint(path):

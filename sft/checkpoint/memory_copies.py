@@ -138,7 +138,7 @@ class MemoryCopies:
         self._whole = None if choice is None else choice.step
         if self._place.is_first:
             copy_parts.remove_copies(self._folder, but=self._whole)
-        self._control.barrier()  # nobody writes before that
+        self._control.barrier()  # no rank writes a copy while old ones are being removed
 
     def _choose(self) -> tuple[Choice | str, str | None]:
         """Return what all nodes' copies allow, and the first part that is damaged.

@@ -70,7 +70,7 @@ def _run_together(passes: Iterator[bool], more: bool, module: SFTGPT) -> None:
             context = StaticInferenceContext(1, 1)
             context.sequence_len_offset = 0
             _forward(module, torch.zeros(1, 1, dtype=torch.int64), 0, context)
-    next(passes, None)  # runs what follows the last pass
+    next(passes, None)  # answers of the last batch are collected behind its last pass
 
 
 def _is_true_on_any(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -54,7 +54,7 @@ def _serve(listener: socket.socket, rank: int, position: Callable[[], Mapping[st
             connection, _ = listener.accept()
         except OSError:
             return
-        with connection, contextlib.suppress(OSError):  # who asked is gone
+        with connection, contextlib.suppress(OSError):  # whoever asked may be gone
             if not rank_sockets.is_trusted(rank_sockets.peer(connection)[1]):
                 continue
             connection.settimeout(_SEND_SECONDS)

@@ -258,7 +258,7 @@ class Watchdog:
     def _report(self, allowed: float) -> None:
         """Write the event, hang.json, and the failure file, which names the rank that failed first."""
         positions = self._board.positions(range(self._env.world_size)) or [self._position(answered=True)]
-        if self._board.lost and self._env.world_size > 1:  # rank 0 served the store
+        if self._board.lost and self._env.world_size > 1:  # rank 0 serves the board's store, so it hangs
             leader = Position(rank=0, host=self._env.master_addr, pid=0)
             positions = [leader, *(position for position in positions if position.rank)]
         last = ranks_behind(positions)

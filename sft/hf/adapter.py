@@ -140,7 +140,7 @@ def adapter_targets(architecture: Architecture, lora: LoraSpec, layer: int) -> l
     has_experts = isinstance(architecture.layers[layer].mlp, Experts)
     for parameter, parameter_map in architecture.weights.layers[layer].items():
         of_experts = has_experts and parameter.startswith("mlp.") and not parameter.startswith(SHARED_EXPERT)
-        if parameter_map.columns is None or parameter_map.depthwise or of_experts:  # no matrix of a linear layer
+        if parameter_map.columns is None or parameter_map.depthwise or of_experts:  # not the matrix of a linear layer
             continue
         for weight in dict.fromkeys(piece.name for piece in parameter_map.pieces):
             module = weight.removesuffix(_WEIGHT)

@@ -85,5 +85,5 @@ def add_joined(
     own = [f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False) if tensor in adapted]
     tensors = {place: tensor for tensor, place in wrappers(own).items()}
     weights = model.get_parameter(tensors[wrapper])
-    transposed = bool(getattr(module, "is_transposed", False))  # transformers says so of gpt-oss
+    transposed = bool(getattr(module, "is_transposed", False))  # an attribute of gpt-oss' experts in transformers
     weights.copy_(merged_tensor(weights, separated(adapter, len(weights)), scale, transposed=transposed))

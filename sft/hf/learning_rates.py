@@ -92,6 +92,7 @@ def _trained(lora: LoraSpec, architecture: Architecture) -> dict[str, list[str]]
             for target in all_targets(architecture, lora)
             for own, name in target.parts(lora)
         }
-    maps = architecture.weights.parameters() | dict(architecture.weights.outer)  # a stage may have a tied copy
+    # `outer` has the output layer even where it is tied: a last stage holds a copy of the embedding.
+    maps = architecture.weights.parameters() | dict(architecture.weights.outer)
     trained = {name: part for name, part in maps.items() if not part.frozen}
     return {name: list(dict.fromkeys(piece.name for piece in part.pieces)) for name, part in trained.items()}

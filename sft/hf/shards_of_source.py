@@ -42,7 +42,7 @@ def write_shards_of_source(
             if files.get(hf_name) == file
         }
         head = architecture.weights.head
-        if head in names and head not in tensors:  # a copy of the tied embedding
+        if head in names and head not in tensors:  # the source also stores the tied output layer
             embedding = architecture.weights.embedding_name
             tensors[head] = tensors_of(parameters[embedding])[embedding].to(dtypes[embedding]).clone()
         with safe_open(model_dir / file, framework="pt") as source:

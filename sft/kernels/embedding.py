@@ -62,6 +62,6 @@ def _add_rows(out: Tensor, ids: Tensor, here: Tensor | None, rows: Tensor) -> No
 
         triton_embedding.add_rows(out, (ids if here is None else ids.where(here, -1)).flatten(), rows)
         return
-    if here is not None:  # the others add 0 to row 0
+    if here is not None:  # tokens of other ranks add 0 to row 0
         ids, rows = ids.where(here, 0), rows.masked_fill(~here.flatten().unsqueeze(-1), 0.0)
     out.index_add_(0, ids.flatten(), rows.to(out.dtype))

@@ -236,7 +236,7 @@ def _resume_point(spec: RunSpec, paths: RunPaths) -> Path | None:
     if own is not None or spec.checkpoint.resume_from is None:
         return own
     given = Path(spec.checkpoint.resume_from)
-    newest = newest_usable(complete_checkpoints(given))  # of a run's checkpoints folder
+    newest = newest_usable(complete_checkpoints(given))  # where a run's checkpoints folder is named
     if newest is not None:
         return newest
     if given not in complete_checkpoints(given.parent):

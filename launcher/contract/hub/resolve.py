@@ -40,7 +40,8 @@ class Resolution:
 def resolve_hub(spec: RunSpec) -> Resolution:
     """Return the config with the paths of snapshots in place of ids. Of models, config.json is fetched for that."""
     if any(key.endswith("revision") for key, _ in rule_problems(spec)):
-        return Resolution(spec=spec, fetches=(), notes=(), problems=())  # it would become part of a path
+        # Rules refuse such a revision, which would become part of a path here.
+        return Resolution(spec=spec, fetches=(), notes=(), problems=())
     found = Found()
     model = _model(spec.model, found, may_come_later=spec.after is not None)
     data = resolve_data(spec.data, found)

@@ -89,7 +89,7 @@ def _configs_of(card: str | None) -> list[Mapping[str, object]]:
     try:
         front = yaml.safe_load(match[1])
     except yaml.YAMLError:
-        return []  # the hub's own reading of it, too
+        return []  # the hub, too, takes such a README for one without front matter
     configs = front.get("configs") if isinstance(front, dict) else None
     listed = configs if isinstance(configs, list) else []
     return [item for item in listed if isinstance(item, dict) and ("data_files" in item or "data_dir" in item)]

@@ -70,7 +70,7 @@ def convert_entries(entries: Entries, shown: str) -> Conversion:
             outcomes.append(Outcome(key=key, where=entry.where, translation=_translate(key, entry, entries)))
         except Refused as error:
             problems.append(f"{entry.where}: {key}: {error}")
-        except ConfigError as error:  # of another key that the rule reads
+        except ConfigError as error:  # the rule reads another key, whose value is wrong
             problems += error.problems
     outcomes += _absent(entries, shown)
     model = None

@@ -58,7 +58,7 @@ def read_document(text: str, shown: str) -> dict[str, Entry]:
     with _resolvers():
         try:
             config = OmegaConf.create(text)
-        except yaml.YAMLError as error:  # a key that is written twice
+        except yaml.YAMLError as error:  # e.g. a key that is written twice
             raise ConfigError(syntax_problem(error, shown)) from None
         assert isinstance(config, DictConfig)
         for key in _leaves(config):

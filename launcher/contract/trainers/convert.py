@@ -85,7 +85,7 @@ def convert(text: str, shown: str, trainer: Trainer, gpus: int) -> Conversion:
             translation = _translate(key, entry, entries, trainer)
         except Refused as error:
             problems.append(f"{entry.where}: {key}: {error}")
-        except ConfigError as error:  # of another key that the rule reads
+        except ConfigError as error:  # the rule reads another key, whose value is wrong
             problems += error.problems
         else:
             if key in default:

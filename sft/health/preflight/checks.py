@@ -57,7 +57,7 @@ def check_gpus(wanted: int) -> Check:
     if done.returncode != 0:
         return Check(name="gpus", ok=False, detail=f"nvidia-smi failed: {(done.stderr or done.stdout).strip()[:200]}")
     rows = [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    # [N/A] for GPUs without ECC
+    # GPUs without ECC have [N/A] there, which is not a digit.
     faulty = [f"GPU {row[0]}: {row[1]}" for row in rows if len(row) > 1 and row[1].isdigit() and int(row[1])]
     if len(rows) < wanted:
         return Check(name="gpus", ok=False, detail=f"{len(rows)} GPUs, and resources.gpus_per_node is {wanted}")

@@ -125,7 +125,7 @@ class ControlGroup:
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank, on every rank."""
-        values = [value] * dist.get_world_size(self._group)  # each is replaced
+        values = [value] * dist.get_world_size(self._group)  # placeholders, all of which are replaced
         dist.all_gather_object(values, value, group=self._group)
         return values
 

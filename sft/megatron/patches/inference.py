@@ -28,7 +28,7 @@ def inference_mode(model_chunks: Sequence[DistributedDataParallel], config: Tran
             model_chunk.eval()
             for part in model_chunk.modules():
                 for name in _SEQUENCE_PARALLEL:
-                    if getattr(part, name, None) is True:  # one token cannot be split
+                    if getattr(part, name, None) is True:  # a sequence of one token cannot be split
                         change(part, name, False)
         change(config, "sequence_parallel", False)
         yield

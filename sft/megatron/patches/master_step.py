@@ -90,7 +90,8 @@ class MasterStep:
         from sft.kernels.triton import adamw as triton_adamw  # Triton is there where fused kernels run on a GPU
 
         table = self._tables.get(group)
-        if table is None or table.addresses != triton_adamw.addresses_of(rows):  # gradients reduced in bf16 move
+        # Gradients that are reduced in bf16 are at other addresses in each step.
+        if table is None or table.addresses != triton_adamw.addresses_of(rows):
             self._tables[group] = table = triton_adamw.Table(rows)
         triton_adamw.update(table, corrections, scale, skip, settings)
 

@@ -42,7 +42,7 @@ class StartupCallback(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         if len(self._seconds) == 2:
             return
-        if pl_module.device.type == "cuda":  # twice in a run
+        if pl_module.device.type == "cuda":  # the host waits for the device twice in an attempt, for true times
             torch.cuda.synchronize()
         self._seconds.append(time.perf_counter() - self._began)
         if len(self._seconds) == 1:

@@ -14,7 +14,7 @@ from launcher.contract.yaml_document import MOST_ITEMS, WHY_FEW
 def source_problems(spec: RunSpec) -> Iterator[Problem]:
     """Yield where training data is missing, given in two ways, or in too many files."""
     for key, files in (("data.train", spec.data.train), ("data.validation", spec.data.validation)):
-        if len(files) > MOST_ITEMS:  # which a pattern stands for
+        if len(files) > MOST_ITEMS:  # by a glob: longer lists are refused as they are read
             yield key, f"{len(files):,} files, and at most {MOST_ITEMS:,} are read, {WHY_FEW}"
     if not spec.data.train and not spec.data.sources:
         yield "data.train", "missing; one or more data files, or several sources with weights in data.sources"
