@@ -192,6 +192,25 @@ def test_the_reference_has_every_command_and_option(program: str) -> None:
     assert {option for option in long if not re.search(rf"{option}\b(?!-)", text)} == set()
 
 
+OF_EVERY_COMMAND = {"--help", "--debug"}
+
+
+@pytest.mark.parametrize("program", ["launcher", "sft"])
+def test_the_rows_of_a_command_have_its_options_and_no_others(program: str) -> None:
+    launcher, title, sft = read(ROOT / "docs" / "reference" / "commands.md").partition("## python -m sft")
+    assert title
+    rows = [line.replace("\\|", " ") for line in (launcher if program == "launcher" else sft).splitlines()]
+    checked = 0
+    for name, command in commands_of(parser_of(program)).items():
+        own = {option for action in command._actions for option in action.option_strings if option.startswith("--")}
+        # The first two columns list options; the third may name those of other commands.
+        said = [" ".join(row.split("|")[1:3]) for row in rows if re.match(rf"\| `{name}\b", row)]
+        if name != "bench":  # which has a table of its own
+            assert set(re.findall(r"--[a-z][a-z-]*", " ".join(said))) == own - OF_EVERY_COMMAND, name
+            checked += 1
+    assert checked > 4
+
+
 @pytest.mark.parametrize("program", ["launcher", "sft"])
 def test_every_argument_has_help(program: str) -> None:
     arguments = [
