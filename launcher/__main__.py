@@ -23,9 +23,9 @@ from launcher.commands import (
     prepare,
     report,
     resubmit,
+    results,
     status,
     submit,
-    sweep,
     top,
     usage,
 )
@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for family in (
         *(submit, prepare, init, plan, status, logs, top, beside, usage, resubmit),
-        *(sweep, nodes, cluster, import_config, report, explain, mcp),
+        *(results, nodes, cluster, import_config, report, explain, mcp),
     ):
         family.add(commands)
     completion = command(commands, "completion", _completion, "print a shell completion script")

@@ -27,9 +27,7 @@ def export(run: Path, step: int | None = None, *, nemo2: bool = False) -> ExitCo
     With `nemo2` the same model is written to RUN/export_nemo2, too.
     """
     paths = RunPaths(named_run(run).resolve())
-    if not paths.config.is_file():
-        raise RunStateError(f"{run}: no {paths.config.name}; it is not a run directory")
-    spec = read_resolved(paths.config)
+    spec = _spec_of(paths, run)
     if nemo2 and spec.model.lora.rank is not None and not spec.checkpoint.export_merged:
         raise ConfigError(
             "--format nemo2: an adapter alone has no NeMo 2 form here; resubmit with checkpoint.export_merged=true"
@@ -54,15 +52,20 @@ def export_run(run_root: Path, step: int | None = None, *, out_dir: Path | None 
     By default it is the checkpoint that the config says.
     """
     paths = RunPaths(run_root)
-    if not paths.config.is_file():
-        raise RunStateError(f"{run_root}: no {paths.config.name}; it is not a run directory")
-    spec = read_resolved(paths.config)
+    spec = _spec_of(paths, run_root)
     choice = choose(paths, spec, step)
     stop_tokens = recorded_stop_tokens(paths)
     print(f"exporting {choice.path.name}: {choice.why}", flush=True)
     _write(choice.path / SHARDED, spec, out_dir or paths.export)
     add_stop_tokens(out_dir or paths.export, stop_tokens)
     return choice
+
+
+def _spec_of(paths: RunPaths, shown: Path) -> RunSpec:
+    """Return the config of a run, or raise RunStateError where `shown`, as the user wrote it, is no run directory."""
+    if not paths.config.is_file():
+        raise RunStateError(f"{shown} is not a run directory: it has no {paths.config.name}")
+    return read_resolved(paths.config)
 
 
 def _write(sharded: Path, spec: RunSpec, out_dir: Path) -> None:

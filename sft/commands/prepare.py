@@ -1,4 +1,4 @@
-"""The two single-process steps of a job: `prepare` before the ranks start, `export` after they are done."""
+"""`python -m sft prepare CONFIG`: the single process before the ranks, which gets model and data ready for them."""
 
 from __future__ import annotations
 

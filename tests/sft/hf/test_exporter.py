@@ -233,7 +233,7 @@ def test_a_run_is_exported_from_its_newest_checkpoint(source: Path, checkpoint: 
     paths.root.mkdir()
     with pytest.raises(RunStateError) as caught:
         export_run(paths.root)
-    assert str(caught.value) == f"{paths.root}: no config.yaml; it is not a run directory"
+    assert str(caught.value) == f"{paths.root} is not a run directory: it has no config.yaml"
 
     paths.config.write_text(to_yaml(run_spec(source, 1)))
     (paths.checkpoint(9) / "sharded").mkdir(parents=True)
