@@ -6,10 +6,13 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from launcher.commands.completion import CLUSTER, FILE, KEY, RUN, completed
 from launcher.contract.jsonable import jsonable
+
+if TYPE_CHECKING:
+    from launcher.runs.selection import Selection
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -74,6 +77,22 @@ def runs_argument(parser: argparse.ArgumentParser, count: str) -> None:
     """Add several runs (`count` as in argparse's nargs), and where runs are."""
     run_root_option(parser)
     completed(parser.add_argument("runs", metavar="RUN", nargs=count, help="runs' names or directories"), RUN)
+
+
+def selection_options(parser: argparse.ArgumentParser) -> None:
+    """Add --name, --group and --since, which select runs. A command that also selects by state adds --state itself."""
+    parser.add_argument("--name", metavar="GLOB", help="runs whose name fits the pattern, e.g. 'llama-*'")
+    completed(parser.add_argument("--group", metavar="NAME", help="runs of this sweep"), RUN)
+    parser.add_argument("--since", metavar="WHEN", help="created since then: 12h, 3d, 2026-11-24")
+
+
+def selection_of(options: argparse.Namespace) -> Selection:
+    """Return which runs the options select, or raise ConfigError for a time or a state that is none."""
+    from launcher.runs.selection import Selection, parse_since, parse_states
+
+    since = parse_since(options.since) if options.since else None
+    states = parse_states(getattr(options, "state", []))
+    return Selection(name=options.name, group=options.group, since=since, states=states)
 
 
 def print_json(value: object) -> None:

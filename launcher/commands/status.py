@@ -16,13 +16,14 @@ from launcher.commands.arguments import (
     print_json,
     run_root_option,
     runs_argument,
+    selection_of,
+    selection_options,
 )
-from launcher.commands.completion import RUN, STATE, completed
+from launcher.commands.completion import STATE, completed
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from launcher.api.runs import States
-    from launcher.runs.selection import Selection
 
 
 def add(commands: Subcommands) -> None:
@@ -36,20 +37,11 @@ def add(commands: Subcommands) -> None:
     for parser in (status, listing):
         cluster_option(parser)
         json_option(parser)
-        parser.add_argument("--name", metavar="GLOB", help="runs whose name fits the pattern, e.g. 'llama-*'")
-        completed(parser.add_argument("--group", metavar="NAME", help="runs of this sweep"), RUN)
-        parser.add_argument("--since", metavar="WHEN", help="created since then: 12h, 3d, 2026-11-24")
+        selection_options(parser)
         states = parser.add_argument(
             "--state", action="append", default=[], metavar="STATE", help="e.g. running,pending"
         )
         completed(states, STATE)
-
-
-def _selection(options: argparse.Namespace) -> Selection:
-    from launcher.runs.selection import Selection, parse_since, parse_states
-
-    since = parse_since(options.since) if options.since else None
-    return Selection(name=options.name, group=options.group, since=since, states=parse_states(options.state))
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -60,7 +52,7 @@ def _status(options: argparse.Namespace) -> int:
 
     if options.why:
         return _why(options)
-    root, selection = options.run_root or default_run_root(), _selection(options)
+    root, selection = options.run_root or default_run_root(), selection_of(options)
 
     def pick() -> States:
         return status(options.runs, root=root, select=selection)
@@ -86,7 +78,7 @@ def _status(options: argparse.Namespace) -> int:
 def _why(options: argparse.Namespace) -> int:
     from launcher.api.runs import why
 
-    runs = why(options.runs, root=options.run_root, select=_selection(options))
+    runs = why(options.runs, root=options.run_root, select=selection_of(options))
     if options.json:
         print_json(runs)
     else:
@@ -98,7 +90,7 @@ def _list(options: argparse.Namespace) -> int:
     from launcher.api.runs import list_runs
     from launcher.views.text import columns
 
-    rows = list_runs(root=options.run_root, select=_selection(options))
+    rows = list_runs(root=options.run_root, select=selection_of(options))
     if options.json:
         print_json(rows)
         return int(ExitCode.OK)

@@ -8,7 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launcher.commands.arguments import Subcommands, cluster_option, command, runs_argument
+from launcher.commands.arguments import (
+    Subcommands,
+    cluster_option,
+    command,
+    runs_argument,
+    selection_of,
+    selection_options,
+)
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -20,9 +27,7 @@ def add(commands: Subcommands) -> None:
     top = command(commands, "top", _top, "one screen for all runs: curves, queue, faults, and keys to act on them")
     runs_argument(top, "*")
     cluster_option(top)
-    top.add_argument("--name", metavar="GLOB", help="runs whose name fits the pattern, e.g. 'llama-*'")
-    top.add_argument("--group", metavar="NAME", help="runs of this sweep")
-    top.add_argument("--since", metavar="WHEN", help="created since then: 12h, 3d, 2026-11-24")
+    selection_options(top)
 
 
 def _top(options: argparse.Namespace) -> int:
@@ -31,11 +36,9 @@ def _top(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("rich") is None:
         raise ConfigError("top needs the package rich: pip install rich; `launcher status --watch` works without it")
     from launcher.api.runs import status
-    from launcher.runs.selection import Selection, parse_since
     from launcher.views.top import print_once, watch_all
 
-    since = parse_since(options.since) if options.since else None
-    select = Selection(name=options.name, group=options.group, since=since)
+    select = selection_of(options)
 
     def pick() -> tuple[Sequence[RunStatus], str | None]:
         states = status(options.runs, root=options.run_root, select=select)

@@ -13,6 +13,8 @@ from launcher.commands.arguments import (
     json_option,
     print_json,
     runs_argument,
+    selection_of,
+    selection_options,
 )
 from launcher.contract.exit_codes import ExitCode
 
@@ -23,25 +25,20 @@ if TYPE_CHECKING:
 
 def add(commands: Subcommands) -> None:
     """Declare the command."""
-    usage = command(commands, "usage", _usage, "GPU hours of runs, those that were wasted apart")
+    usage = command(commands, "usage", _usage, "GPU hours of runs, and how many of them were wasted")
     runs_argument(usage, "*")
     cluster_option(usage)
     usage.add_argument(
         "--by", default="run", metavar="WORD", help="run (default), user, group, state, cause, or a key of the config"
     )
-    usage.add_argument("--name", metavar="GLOB", help="runs whose name fits the pattern, e.g. 'llama-*'")
-    usage.add_argument("--group", metavar="NAME", help="runs of this sweep")
-    usage.add_argument("--since", metavar="WHEN", help="created since then: 12h, 3d, 2026-11-24")
+    selection_options(usage)
     json_option(usage)
 
 
 def _usage(options: argparse.Namespace) -> int:
     from launcher.api.live import usage
-    from launcher.runs.selection import Selection, parse_since
 
-    since = parse_since(options.since) if options.since else None
-    select = Selection(name=options.name, group=options.group, since=since)
-    told = usage(options.runs, root=options.run_root, select=select, by=options.by)
+    told = usage(options.runs, root=options.run_root, select=selection_of(options), by=options.by)
     if options.json:
         print_json(told)
         return int(ExitCode.OK)

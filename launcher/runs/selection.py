@@ -19,7 +19,7 @@ _DATES = ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """What `status` and `list` show; a field that is not set selects all runs."""
+    """Which runs a command shows. A field that is not set selects all."""
 
     name: str | None = None
     """Shell pattern of the name."""
