@@ -35,6 +35,7 @@ from launcher.contract.errors import DataError, ModelError, did_you_mean
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.escape import ControlTokens
 from sft.data.encoding.long_chat import LONG, Place, chained_places
+from sft.data.encoding.template_reads import TemplateReads
 from sft.data.encoding.tokenizer import ChatTemplates
 from sft.data.encoding.written import WrittenParts, describe, shape_of
 from sft.data.reading.formats import Example
@@ -86,6 +87,7 @@ class ChatRenderer:
         self._spec = spec
         self._variables = {name: _variable(name, value) for name, value in spec.chat_template_kwargs.items()}
         _check_read(self._variables, " ".join(self._templates.values()))
+        self.reads = TemplateReads(self._templates.values())
         self.written = WrittenParts(lambda messages, tools: self.apply(messages, tools, False))
         self._wants_parts = {tools: self._takes_parts_only(template) for tools, template in self._templates.items()}
 
@@ -309,7 +311,10 @@ class _Conversation:
         # The header of another role's turn is not generated, nor is what a template writes before the first turn. Such
         # a turn is trained from its content on, which is the last thing before its end token.
         content = (self._messages[turn]["content"] or "").strip()
-        return max(text.rfind(content, len(prompt), self._controls.trailing(text[:end])[-1]), len(prompt)), end
+        begin = text.rfind(content, len(prompt), self._controls.trailing(text[:end])[-1])
+        if begin < 0:
+            raise DataError(f"{name}: the chat template changes its content, so that it cannot be trained on its own")
+        return begin, end
 
     def _name(self, turn: int) -> str:
         return f"message {turn + 1} ({self._messages[turn]['role']})"

@@ -153,6 +153,7 @@ class Encoder:
     def _conversation(self, example: Example) -> list[Encoded]:
         renderer = self._chat_renderer()
         try:
+            renderer.reads.check(example.unread, self._spec.ignore_keys)
             return [self._tokenized(rendered, renderer.controls) for rendered in renderer.render(example)]
         except DataError as error:
             raise DataError([f"{example.where}: {problem}" for problem in error.problems]) from error
@@ -198,7 +199,7 @@ def _as_turns(example: Example) -> Example:
     if example.completion is None:
         return example
     turns = (Message("user", example.prompt), Message("assistant", example.completion))
-    return Example(where=example.where, messages=turns)
+    return Example(where=example.where, messages=turns, unread=example.unread)
 
 
 def _revealed(rendered: Rendered, controls: ControlTokens) -> Iterator[Span]:

@@ -245,10 +245,16 @@ def _call_of(result: Message, calls: Sequence[ToolCall]) -> int | None:
 
 
 def _role(item: Row, key: str, at: str) -> str:
-    """Return the role of a turn, or raise DataError for another word for the assistant, whose turns are the answers."""
+    """Return the role of a turn, or raise DataError for another word for one that templates know.
+
+    Turns of an assistant by another name would not be trained, and most templates write any other role as it is.
+    """
     role = get_text(item, key, at)
-    if role != "assistant" and _SHAREGPT_ROLES.get(role.strip().lower()) == "assistant":
+    meant = _SHAREGPT_ROLES.get(role.strip().lower(), role)
+    if meant == "assistant" != role:
         raise DataError(f"{at}: the turns of role {role!r} would not be trained; an answer's role is 'assistant'")
+    if meant != role and (meant != "tool" or role.strip().lower() == "tool"):  # GLM-4's templates know `observation`
+        raise DataError(f"{at}: role {role!r} is none that models know; write {meant!r}")
     return role
 
 

@@ -147,6 +147,17 @@ def test_answers_of_a_long_conversation_are_proven_too() -> None:
         Encoder(tokenizer, DataSpec()).encode(example)
 
 
+def test_a_result_that_the_template_rewrites_is_not_trained_with_its_header() -> None:
+    """gpt-oss writes results as JSON text: the whole turn was seen to be trained, though only what it says is meant."""
+    messages = [
+        {"role": "user", "content": "Weather in Paris?"},
+        {"role": "assistant", "content": "", "tool_calls": [call("Paris")]},
+        {"role": "tool", "name": "weather", "content": 'a "sun"', "train": True},
+    ]
+    with pytest.raises(DataError, match=r"message 3 \(tool\): the chat template changes its content"):
+        trained("gptoss", messages, TOOLS)
+
+
 def test_one_proof_serves_all_conversations_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make_tokenizer()
     encoder = Encoder(tokenizer, DataSpec())

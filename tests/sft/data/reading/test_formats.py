@@ -377,6 +377,18 @@ def test_another_word_for_the_assistant_is_refused(role: str) -> None:
         parse({"messages": [{"role": "user", "content": "hi"}, {"role": role, "content": "yo"}]})
 
 
+@pytest.mark.parametrize(
+    ("role", "meant"), [("User", "user"), ("human", "user"), ("System", "system"), ("Tool", "tool")]
+)
+def test_another_word_for_a_role_is_refused(role: str, meant: str) -> None:
+    """Seen to be trained on: most templates write any role, and models know no turns of `human`."""
+    turns = [{"role": role, "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    with pytest.raises(DataError, match=rf"messages\[0\]: role '{role}' is none that models know; write '{meant}'"):
+        parse({"messages": turns})
+    for known in ("developer", "observation", "ipython"):
+        assert parse({"messages": [{**turns[0], "role": known}, turns[1]]}).messages[0].role == known
+
+
 def test_reasoning_of_another_than_the_assistant_is_refused() -> None:
     """Templates leave it out without a word."""
     turn = {"role": "user", "content": "hi", "reasoning_content": "hm"}
