@@ -30,7 +30,7 @@ from sft.data.reading.messages import (
     read_sharegpt,
     read_tools,
 )
-from sft.data.reading.row import MISSING, Row, find, get, get_text, load, parse_json
+from sft.data.reading.row import DECODER, MISSING, Row, find, get, get_text, load, parse_json
 from sft.data.reading.row_forms import COLUMNS, with_form_of
 from sft.data.reading.tables import as_json, holds_lines, place, read_rows
 from sft.data.reading.token_rows import read_tokens
@@ -169,6 +169,11 @@ def _pair(
     """Return the example of a prompt and its completion: two texts, or two lists of messages."""
     prompt_key, completion_key = (columns.get(name, name) for name in COLUMNS["prompt_completion"])
     prompt, completion = get(row, prompt_key, where), get(row, completion_key, where)
+    if _is_json_of_messages(prompt) and _is_json_of_messages(completion):
+        raise DataError(
+            f"{where}: {prompt_key!r} and {completion_key!r} hold lists of messages as JSON text, which would be trained "
+            "as it is; write them as lists, in jsonl or Parquet, or in CSV all turns in one column 'messages'"
+        )
     more = find(row, columns["input"]) if "input" in columns else None
     has_more = more not in (MISSING, None, "")  # many rows of instruction data have none
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -187,6 +192,17 @@ def _pair(
     if len(turns) > 2 or tools:  # only a conversation can hold them
         return Example(where=where, messages=turns, tools=tools)
     return Example(where=where, prompt=question, completion=answer)
+
+
+def _is_json_of_messages(value: object) -> bool:
+    """Return whether a value is the JSON text of a list of messages, as CSV would have to hold it."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return False
+    try:
+        turns = DECODER.decode(value.strip())
+    except (ValueError, RecursionError):
+        return False
+    return bool(turns) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
 
 
 def _as_context(message: Message) -> Message:

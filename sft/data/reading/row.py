@@ -110,12 +110,14 @@ def text(value: object, where: str) -> str:
 
 
 def check_texts(value: object, where: str) -> None:
-    """Raise DataError if a JSON value holds a text that UTF-8 cannot encode, keys included, or no finite number."""
+    """Raise DataError if a JSON value holds a text that UTF-8 cannot encode, keys included, or what JSON lacks."""
     if isinstance(value, str):
         text(value, where)
     elif isinstance(value, float) and not math.isfinite(value):  # which Python reads and writes, and JSON does not have
         raise DataError(f"{where} holds the number {value}, which JSON does not have; write null or a text")
     elif isinstance(value, Mapping):
+        if value.keys() == {BINARY}:
+            raise DataError(f"{where} holds {kind(value)}; write them as text")
         for name, item in value.items():
             text(name, where)
             check_texts(item, where)

@@ -207,6 +207,27 @@ def test_binary_columns_are_not_taken_for_absent(tmp_path: Path, key: str, messa
         parse_row(as_json(row).encode(), place(file, number), "messages", {})
 
 
+def test_binary_data_in_the_arguments_of_a_call_are_refused(tmp_path: Path) -> None:
+    """Seen to be trained as null."""
+    call = {"function": {"name": "save", "arguments": {"content": b"xy"}}}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    ((number, row),) = read_rows(write_parquet(tmp_path / "a.parquet", [{"messages": turns}]))
+    with pytest.raises(DataError, match=r"messages\[1\]: tool_calls holds 2 bytes of binary data; write them as text"):
+        parse_row(as_json(row).encode(), place(tmp_path / "a.parquet", number), "messages", {})
+
+
+def test_lists_of_messages_in_csv_are_no_texts(tmp_path: Path) -> None:
+    """The JSON itself was seen to be trained."""
+    asked, said = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yo"}]
+    row = {"prompt": json.dumps(asked), "completion": json.dumps(said)}
+    ((_, read),) = read_rows(write_csv(tmp_path / "a.csv", [row]))
+    with pytest.raises(DataError, match="'prompt' and 'completion' hold lists of messages as JSON text"):
+        parse_row(as_json(read).encode(), "", "prompt_completion", {})
+    for text in ("[1, 2]", "[]", "[{}]", "[", '[{"role": 1'):
+        plain = as_json({**row, "completion": text}).encode()
+        assert parse_row(plain, "", "prompt_completion", {}).completion == text
+
+
 def test_binary_columns_change_no_side_of_a_split(tmp_path: Path) -> None:
     line = as_json({"text": "a", "image": b"\xff"}).encode()
     side = Split(
