@@ -171,8 +171,8 @@ def _pair(
     prompt, completion = get(row, prompt_key, where), get(row, completion_key, where)
     if _is_json_of_messages(prompt) and _is_json_of_messages(completion):
         raise DataError(
-            f"{where}: {prompt_key!r} and {completion_key!r} hold lists of messages as JSON text, which would be trained "
-            "as it is; write them as lists, in jsonl or Parquet, or in CSV all turns in one column 'messages'"
+            f"{where}: {prompt_key!r} and {completion_key!r} hold lists of messages as JSON text, which would be "
+            "trained as it is; write them as lists, in jsonl or Parquet, or in CSV all turns in one column 'messages'"
         )
     more = find(row, columns["input"]) if "input" in columns else None
     has_more = more not in (MISSING, None, "")  # many rows of instruction data have none
