@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import contextlib
 import io
 import itertools
@@ -253,6 +254,14 @@ def test_the_reference_has_every_environment_variable() -> None:
     assert "SFT_ATTEMPT" in names
     text = read(ROOT / "docs" / "reference" / "environment.md")
     assert {name for name in names if f"`{name}`" not in text} == set()
+
+
+def test_the_page_of_packages_has_every_extra() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]+) \|", read(ROOT / "docs" / "reference" / "packages.md"), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(setup["options.extras_require"])
 
 
 def config_keys() -> set[str]:
