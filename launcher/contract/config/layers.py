@@ -13,7 +13,7 @@ from launcher.contract.config.text import read_text
 from launcher.contract.config.yaml_leaves import read_yaml
 from launcher.contract.errors import ConfigError
 from launcher.contract.leaves import NAMED_SECTIONS, Leaf, Leaves
-from launcher.contract.spec import RunSpec
+from launcher.contract.spec import ResourcesSpec, RunSpec
 
 _AUTO_CHOOSES = tuple(
     f"topology.{name}" for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "layers_per_stage")
@@ -24,6 +24,8 @@ _AUTO_KEEPS = tuple(
     for name in ("sequence_parallel", "expert_parallel", "expert_tensor_parallel", "context_parallel")
 )
 """Keys that may be: the choice keeps them."""
+_SIZES = ("nodes", "spare_nodes", "gpus_per_node", "tasks_per_node")
+"""Resources that say how many ranks there are."""
 
 
 def merged_layers(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:
@@ -39,6 +41,8 @@ def merged_layers(path: Path, overrides: Sequence[str], cluster: str | None, res
     on_top = read_overrides(overrides, RunSpec)
     named = _named_cluster(written, on_top, cluster)
     beneath = read_cluster(named) if named is not None else Leaves()
+    if resolved:
+        _unset_resources(written, beneath)
     merged = Leaves(
         values={**beneath.values, **written.values},
         problems=[*beneath.problems, *written.problems, *on_top.problems],
@@ -53,6 +57,19 @@ def merged_layers(path: Path, overrides: Sequence[str], cluster: str | None, res
         merged.values[key] = leaf
         merged.bad.discard(key)
     return merged
+
+
+def _unset_resources(written: Leaves, beneath: Leaves) -> None:
+    """Take what a run has not set of its resources out of its own config, where another cluster's file gives it.
+
+    A resolved config spells out every key. Sizes are the run's: its layout is made for them.
+    """
+    default = ResourcesSpec()
+    for name in (field.name for field in dataclasses.fields(default) if field.name not in _SIZES):
+        key, unset = f"resources.{name}", getattr(default, name)
+        texts = (unset, str(unset), str(unset).lower())
+        if key in beneath.values and key in written.values and written.values[key].value in texts:
+            del written.values[key]
 
 
 def take_auto_topology(merged: Leaves) -> bool:

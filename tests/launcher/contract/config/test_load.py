@@ -143,6 +143,19 @@ def with_sources(text: str = SOURCES) -> str:
     return CFG.read_text().replace('data: {train: "*.jsonl", seq_length: 128}\n', text)
 
 
+def test_a_run_on_another_cluster_has_what_that_clusters_file_gives(workdir: Path, tmp_path: Path) -> None:
+    """A run's own config spells out every key. Seen to go to the default partition, without an account."""
+    folder = tmp_path / ".config" / "slurm-sft-launcher" / "cluster_configs"
+    folder.mkdir(parents=True)
+    given = "{partition: big, account: mine, cpus_per_task: 12, exclusive: true, signal_seconds: 300, gpus_per_node: 8}"
+    (folder / "far.yaml").write_text(f"scheduler: slurm\nresources: {given}\n")
+    own = load_config(CFG, ["resources.account=ours"]).spec
+    Path("config.yaml").write_text(to_yaml(own))
+    found = load_config(Path("config.yaml"), cluster="far", resolved=True).spec.resources
+    expected = {"partition": "big", "cpus_per_task": 12, "exclusive": True, "signal_seconds": 300}
+    assert found == dataclasses.replace(own.resources, **expected)  # type: ignore[arg-type]
+
+
 def test_sources_of_training_data(workdir: Path) -> None:
     CFG.write_text(with_sources())
     loaded = load_config(CFG, ["data.sources.math.weight=0.5", "data.sources.math.columns.completion=answer"])
