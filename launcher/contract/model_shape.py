@@ -42,6 +42,7 @@ _LANGUAGE_MODELS: dict[str, HfConfig] = {
 _JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
 """Model types whose published files have the matrices of all experts in one tensor."""
 _FOUR_NORMS = ("gemma2", "gemma3_text")
+_NORMS_BEHIND = ("olmo2", "olmo3")
 _QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe", *HYBRID)
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
@@ -93,6 +94,8 @@ class ModelShape:
     """Of a mixture of experts the layers, counted from 0, that have a dense MLP all the same."""
     layer_norms: int = 2
     """Norms of the hidden size in each layer."""
+    norms_first: bool = True
+    """Whether norms are before attention and MLP, or only behind them."""
     qk_norm: bool = False
     """Whether each layer norms heads of queries and keys, with a weight of head_dim for each."""
     width_norm: bool = False
@@ -150,6 +153,7 @@ class ModelShape:
             tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
             gated_mlp=model_type != "gpt2",
             layer_norms=4 if model_type in _FOUR_NORMS else 2,
+            norms_first=model_type not in _NORMS_BEHIND,
             qk_norm=model_type in _QK_NORM or bool(config.get("use_qk_norm")),
             width_norm=model_type in _WIDTH_NORM,
             **read_linear_layers(config, model_type, config["num_hidden_layers"], where),

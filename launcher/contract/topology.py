@@ -308,6 +308,11 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
     if spec.train.precision == "fp8":
         yield from _fp8_problems(shape, spec.topology.tensor_parallel)
         yield from _fp8_layer_problems(shape, spec.train.fp8)
+    if spec.train.recompute == "norms" and not shape.norms_first:
+        yield (
+            f"train.recompute norms: {shape.model_type} has no norms before attention and MLP, so nothing would be "
+            "computed again; set it to none, selective or full"
+        )
     if spec.data.seq_length > shape.max_position_embeddings:
         yield (
             f"data.seq_length {spec.data.seq_length} is longer than the model's "

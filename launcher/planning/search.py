@@ -62,7 +62,8 @@ def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collect
     What the config says by the keys in `kept`, of those in Candidate.overrides, is as it says; context_parallel always.
     """
     workload, implementation = workload_of(spec, shape), implementation_of(spec, shape, gpu)
-    recomputes = (spec.train.recompute,) if "train.recompute" in kept else RECOMPUTE
+    useful = tuple(kind for kind in RECOMPUTE if kind != "norms" or shape.norms_first)
+    recomputes = (spec.train.recompute,) if "train.recompute" in kept else useful
     fitting: list[Candidate] = []
     too_large: list[Candidate] = []
     broken: dict[str, str] = {}

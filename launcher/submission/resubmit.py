@@ -159,6 +159,8 @@ def _check_start(parent: RunSpec, child: RunSpec) -> None:
 
 def _trains_on(parent: RunSpec, child: RunSpec) -> bool:
     before, after = parent.train, child.train
+    if before.early_stopping.patience is not None and before.early_stopping != after.early_stopping:
+        return True  # it may have ended early; the ranks know
     if before.max_steps is not None and after.max_steps is not None:
         return after.max_steps > before.max_steps
     if before.epochs is not None and after.epochs is not None:

@@ -239,6 +239,15 @@ def test_fp8_needs_sides_of_sixteens() -> None:
     ]
 
 
+def test_norms_are_computed_again_where_there_are_some_before_products() -> None:
+    """Olmo 2 and 3 have them behind attention and MLP. Seen to train without a word, in the memory of none."""
+    shape, spec = dataclasses.replace(SMOLLM, model_type="olmo2", norms_first=False), make(tasks=1)
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, recompute="norms"))
+    assert build_topology(spec, SMOLLM).world_size == 1
+    with pytest.raises(TopologyError, match="norms: olmo2 has no norms before attention and MLP"):
+        build_topology(spec, shape)
+
+
 def test_some_layer_is_in_fp8() -> None:
     shape = dataclasses.replace(SMOLLM, num_layers=4)
 

@@ -136,6 +136,12 @@ def test_micro_batches_in_flight(stages: int, virtual: int, rounds: int, data: s
     assert chunks_in_flight(layout(pipeline=stages, virtual=virtual), micro_batches, stage) == expected
 
 
+def test_norms_are_not_computed_again_where_there_are_none_before_products() -> None:
+    shape = dataclasses.replace(named_model_shape("8b"), norms_first=False)
+    found = search_layouts(run(), shape, H100)
+    assert {candidate.layout.recompute for candidate in found.fitting} == {"none", "selective", "full"}
+
+
 def test_what_saves_memory_saves_it_and_costs_time() -> None:
     shape, spec = named_model_shape("8b"), run(batch=32)
     workload = workload_of(spec, shape)

@@ -240,6 +240,16 @@ def test_child_run_of_a_finished_run(workdir: Path, fake_python: str, capsys: py
     assert [(row["run"], row["state"]) for row in rows] == [("first", "COMPLETED"), ("first-2", "COMPLETED")]
 
 
+def test_a_run_that_may_have_stopped_early_goes_on_with_more_patience(workdir: Path, fake_python: str) -> None:
+    """It has trained fewer steps than it was given. It was refused as one that does not train longer."""
+    words = ("data.validation=a.jsonl", "train.early_stopping.patience=2")
+    assert launch(fake_python, *words, "--follow") == 0
+    assert main(["resubmit", "first", "train.early_stopping.patience=2"]) == ExitCode.CONFLICT
+    assert main(["resubmit", "first", "train.early_stopping.patience=5"]) == 0
+    child = RunPaths(Path("runs/first-2"))
+    wait_for(lambda: state(child).terminal)
+
+
 def test_a_run_that_goes_on_starts_from_no_other_model(
     workdir: Path, fake_python: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def planned(spec: RunSpec, architecture: Architecture) -> str:
 @pytest.mark.parametrize("case", OF_TEXT)
 def test_every_family(case: str, tmp_path: Path) -> None:
     architecture = read_architecture(save_config(case, tmp_path))
+    assert {layer.norm_before for layer in architecture.layers} == {architecture.shape.norms_first}
     for spec in (PADDED, PACKED):
         kernels = kernel_choice.choose_kernels(spec, architecture, on_gpu=True)
         name = planned(spec, architecture)

@@ -18,7 +18,7 @@ from launcher.contract.config.checks.train import (
 )
 from launcher.contract.logger_packages import missing_loggers
 from launcher.contract.rundir import runs_of_group
-from launcher.contract.spec import RunSpec, read_resolved
+from launcher.contract.spec import NotifySpec, RunSpec, read_resolved
 from launcher.contract.spec.fields import Problem, path_fields, rule_problems
 from launcher.contract.versions import ranks_versions, version_problems
 
@@ -46,6 +46,8 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
         yield from missing_loggers(spec)
     for problem in version_problems(ranks_versions(spec.cluster.runtime) or {}):
         yield "cluster.runtime", problem
+    if spec.notify.on != NotifySpec().on and not spec.notify.any:
+        yield "notify.on", f"{spec.notify.on}, and nobody is told; give notify.webhook_env, email or command"
     if spec.logging.prompts and not spec.checkpoint.export:
         yield "logging.prompts", "answers need checkpoint.export: true"
 

@@ -73,6 +73,7 @@ CFG = Path("cfg.yaml")
         ("train.spike_factor=1", "train.spike_factor: 1 is not above 1"),
         ("evaluation.top_p=0", "evaluation.top_p: 0 is not in (0, 1]"),
         ("evaluation.metric=a.b:c", "evaluation.metric: a.b:c needs evaluation.prompts, which is unset"),
+        ("notify.on=failure", "notify.on: failure, and nobody is told; give notify.webhook_env, email or command"),
         ("evaluation.temperature=0.5", "evaluation.temperature: 0.5 needs evaluation.prompts, which is unset"),
         ("evaluation.stop_tokens=x", "evaluation.stop_tokens: ['x'] needs evaluation.prompts, which is unset"),
         ("train.early_stopping.min_delta=1", "train.early_stopping.min_delta: 1 needs train.early_stopping.patience, "),
