@@ -156,30 +156,33 @@ class BenchModule(SFTGPT):
             real, supervised = batch.tokens // replicas, batch.supervised_tokens // replicas
             self.clock.after_step(without_padding(lengths, real), slots, supervised)
         if timed and self.clock.over:
-            assert self.last_step is not None
-            train = self.spec.train
-            settings: dict[str, object] = {
-                "layout": self.topology.describe(),
-                **({"stages": self.topology.describe_stages()} if self.topology.pipeline_parallel > 1 else {}),
-                "weights": "bf16 with fp32 master",
-                "rows": train.global_batch_size // self.spec.data.seq_length // self.topology.world_size,
-                "micro_batch_size": train.micro_batch_size,
-                "kernels": self.kernels.describe(),
-                "recompute": train.recompute,
-                "precision": train.precision,
-                "lora": self.spec.model.lora.rank,
-                "attention": self.kernels.attention if self.kernels.fused_layers else "torch",
-            }
-            loss = self.last_step.loss.item()
-            rank = self.spec.model.lora.rank
-            self.result = self.clock.result(
-                "ours", settings, self.architecture.shape, loss, self._expected(), lora_rank=rank
-            )
-            self.result.phases_ms.update(self.timers.milliseconds(self.result.steps, self.result.step_ms))
+            self.result = self._measured()
             self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self._profile.__enter__()
 
+    def _measured(self) -> Result:
+        """Return the result of the timed steps, without the kernels, which are profiled in the steps after them."""
+        assert self.last_step is not None
+        train, topology, rank = self.spec.train, self.topology, self.spec.model.lora.rank
+        settings: dict[str, object] = {
+            "layout": topology.describe(),
+            **({"stages": topology.describe_stages()} if topology.pipeline_parallel > 1 else {}),
+            "weights": "bf16 with fp32 master",
+            "rows": train.global_batch_size // self.spec.data.seq_length // topology.world_size,
+            "micro_batch_size": train.micro_batch_size,
+            "kernels": self.kernels.describe(),
+            "recompute": train.recompute,
+            "precision": train.precision,
+            "lora": rank,
+            "attention": self.kernels.attention if self.kernels.fused_layers else "torch",
+        }
+        loss = self.last_step.loss.item()
+        found = self.clock.result("ours", settings, self.architecture.shape, loss, self._expected(), lora_rank=rank)
+        found.phases_ms.update(self.timers.milliseconds(found.steps, found.step_ms))
+        return found
+
     def _expected(self) -> float | None:
+        """Return the speed that the planner predicts for the lengths and targets that were seen, None if it cannot."""
         lengths, slots = self.clock.lengths, self.clock.slots
         tokens = sum(lengths)
         return expected_tokens_per_second(

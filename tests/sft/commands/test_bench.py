@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,20 @@ def test_the_processes_of_a_contender_have_these_variables(
     assert main(["bench", "--vs", "trl", "--gpus", "1", "2", "--vs-parallel", "ddp"]) == ExitCode.FAILURE
     told = [line for line in capsys.readouterr().out.splitlines() if " sees " in line]
     assert told == 2 * ["rank 0 of 1 sees 5"] + 2 * ["rank 0 of 2 sees 5,6"]
+
+
+@pytest.mark.slow  # a model with the vocabulary of a named shape, on a CPU
+def test_our_contender_is_measured_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To try a command out: trainer, clock, phases and profiler run as on a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    output = tmp_path / "result.json"
+    size = ["--shape", "0.5b", "--layers", "1", "--rows", "1", "--seq-length", "64"]
+    assert main(["bench", *size, "--warmup", "1", "--steps", "1", "--output", str(output)]) == ExitCode.OK
+    (result,) = json.loads(output.read_text())["results"]
+    assert (result["contender"], result["steps"]) == ("ours", 1)
+    assert result["loss"] == pytest.approx(math.log(named_model_shape("0.5b").vocab_size), abs=0.5)
+    assert result["step_ms"] == pytest.approx(sum(result["phases_ms"].values()), rel=0.2)
+    assert result["breakdown_ms"] == {}, "the profiler saw kernels of a GPU"
 
 
 def test_more_gpus_than_are_visible_are_refused() -> None:
