@@ -32,6 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recompute", nargs="+", default=["none"], choices=get_args(Recompute), help="as train.recompute"
     )
     parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step")
+    _add_peers(parser)
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="how many GPUs of this machine to use")
+    parser.add_argument(
+        "--topology", nargs="+", default=["dp"], help="topologies on several GPUs: dp, tp2+sp, pp2, ..."
+    )
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps")
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
+
+
+def _add_peers(parser: argparse.ArgumentParser) -> None:
+    """Add which other trainers to run, and how."""
     parser.add_argument(
         "--vs", nargs="+", default=[], choices=["trl", "transformers", "automodel"], help="other trainers to run"
     )
@@ -46,10 +58,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vs-micro-batches", type=int, help="micro-batches of the others; default: as many as ours")
     parser.add_argument("--vs-parallel", nargs="+", default=["ddp"], choices=["ddp", "fsdp"], help="on several GPUs")
-    parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="how many GPUs of this machine to use")
-    parser.add_argument(
-        "--topology", nargs="+", default=["dp"], help="topologies on several GPUs: dp, tp2+sp, pp2, ..."
-    )
-    parser.add_argument("--warmup", type=int, default=4, help="steps before the clock starts")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps")
-    parser.add_argument("--output", type=Path, help="JSON file of the results")
