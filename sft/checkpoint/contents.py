@@ -75,6 +75,8 @@ class EarlyStoppingState:
     metric: str | None = None
     """What was compared, and whether it is better "min" or "max"; None in earlier checkpoints."""
     mode: str | None = None
+    measured_on: str | None = None
+    """The files that it was measured on; None in earlier checkpoints."""
 
     def to_json(self) -> dict[str, object]:
         """Return the form in which trainer.json has it."""
@@ -84,10 +86,12 @@ class EarlyStoppingState:
     def from_json(cls, values: Json) -> EarlyStoppingState:
         """Read what `to_json` gave. ValueError where it is something else."""
         best = None if values.get("best") is None else _checked(values, "best", float)
-        metric, mode = (
-            None if values.get(name) is None else _checked(values, name, str) for name in ("metric", "mode")
+        metric, mode, measured_on = (
+            None if values.get(name) is None else _checked(values, name, str)
+            for name in ("metric", "mode", "measured_on")
         )
-        return cls(best, _checked(values, "best_step", int), _checked(values, "waited", int), metric, mode)
+        step, waited = _checked(values, "best_step", int), _checked(values, "waited", int)
+        return cls(best, step, waited, metric, mode, measured_on)
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,7 +219,7 @@ def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | 
     if checkpoint_step(resume) >= max_steps:
         return f"all {max_steps} steps are done"
     try:
-        early = EarlyStopping(spec.train.early_stopping, read_trainer_state(resume).early_stopping)
+        early = EarlyStopping(spec, read_trainer_state(resume).early_stopping)
     except (CheckpointError, ValueError):  # the load looks at every byte, and says so or takes an older checkpoint
         return None
     return f"training ended early after step {checkpoint_step(resume)}" if early.is_due else None

@@ -67,6 +67,6 @@ class ModelSpec:
     attention_dropout: Annotated[float, Fraction()] = 0.0
     """Dropout on attention probabilities, whatever the model's own config says."""
     hidden_dropout: Annotated[float, Fraction()] = 0.0
-    """Dropout on each residual branch, whatever the model's own config says."""
+    """Dropout on the embeddings and on each residual branch, whatever the model's own config says."""
     lora: LoraSpec = field(default_factory=LoraSpec)
     """Train low-rank adapters instead of all weights."""

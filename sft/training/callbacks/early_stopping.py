@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from launcher.contract.spec import EarlyStoppingSpec
+from launcher.contract.spec import RunSpec
 from sft.checkpoint.contents import EarlyStoppingState
 
 
@@ -19,17 +19,21 @@ def is_better(value: float, than: float, mode: Literal["min", "max"], min_delta:
 class EarlyStopping:
     """Counts evaluations without improvement."""
 
-    def __init__(self, spec: EarlyStoppingSpec, state: EarlyStoppingState | None = None) -> None:
-        self._spec = spec
-        self.state = EarlyStoppingState(metric=spec.metric, mode=spec.mode)
+    def __init__(self, spec: RunSpec, state: EarlyStoppingState | None = None) -> None:
+        self._spec = spec.train.early_stopping
+        self.state = EarlyStoppingState(
+            metric=self._spec.metric, mode=self._spec.mode, measured_on=_measured_on(spec, self._spec.metric)
+        )
         if state is not None:
             self.restore(state)
 
     def restore(self, state: EarlyStoppingState) -> None:
-        """Count on from what a checkpoint has seen, unless that was another metric: its best says nothing here."""
-        # A run that goes on with other settings may have changed it. Earlier checkpoints do not say which it was.
-        if state.metric in (None, self._spec.metric) and state.mode in (None, self._spec.mode):
-            self.state = dataclasses.replace(state, metric=self._spec.metric, mode=self._spec.mode)
+        """Count on from what a checkpoint has seen, unless that was something else: its best says nothing here."""
+        # A run that goes on with other settings may have changed it. Earlier checkpoints do not say what it was.
+        names = ("metric", "mode", "measured_on")
+        own = {name: getattr(self.state, name) for name in names}
+        if all(getattr(state, name) in (None, own[name]) for name in names):
+            self.state = dataclasses.replace(state, **own)
 
     @property
     def is_due(self) -> bool:
@@ -47,3 +51,14 @@ class EarlyStopping:
             self.state = dataclasses.replace(self.state, best=value, best_step=step, waited=0)
         else:
             self.state = dataclasses.replace(self.state, waited=self.state.waited + 1)
+
+
+def _measured_on(spec: RunSpec, metric: str) -> str:
+    """Return the files that evaluations measure this metric on."""
+    data = spec.data
+    if metric.startswith("metric/"):
+        return f"{spec.evaluation.prompts} by {spec.evaluation.metric}"
+    _, named, name = metric.partition("/")
+    if named:
+        return data.validation_sets.get(name, "")
+    return " ".join([*data.validation, *([f"{data.validation_split} of data.train"] if data.validation_split else [])])

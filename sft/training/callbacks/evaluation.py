@@ -50,7 +50,7 @@ class EvaluationCallback(pl.Callback):
         self._held_out = held_out
         self._answers = answers
         self._log = log
-        self.early_stopping = EarlyStopping(spec.train.early_stopping)
+        self.early_stopping = EarlyStopping(spec)
         self._metric = spec.train.early_stopping.metric
         self._latest: tuple[int, dict[str, float]] = (-1, {})
 

@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 
-from launcher.contract.spec import CheckpointSpec, EarlyStoppingSpec
+from launcher.contract.spec import CheckpointSpec, DataSpec, EarlyStoppingSpec, RunSpec, TrainSpec
 from sft.checkpoint.contents import BestSteps, EarlyStoppingState
 from sft.training.callbacks.checkpoints import BestCheckpoints
 from sft.training.callbacks.early_stopping import EarlyStopping, is_better
 
 
+def stopping_of(state: EarlyStoppingState | None = None, held_out: str = "a.jsonl", **settings: Any) -> EarlyStopping:
+    early = EarlyStoppingSpec(**{"patience": 2, **settings})
+    return EarlyStopping(RunSpec(data=DataSpec(validation=[held_out]), train=TrainSpec(early_stopping=early)), state)
+
+
 def stopped_after(values: list[float], **settings: Any) -> int | None:
     """Number of evaluations until patience ends, if it does."""
-    stopping = EarlyStopping(EarlyStoppingSpec(**{"patience": 2, **settings}))
+    stopping = stopping_of(**settings)
     for step, value in enumerate(values):
         stopping.update(step, {"eval_loss": value})
         if stopping.is_due:
@@ -45,30 +50,38 @@ def test_early_stopping(values: list[float], settings: dict[str, Any], expected:
 
 
 def test_state_survives_json() -> None:
-    first = EarlyStopping(EarlyStoppingSpec(patience=3))
+    first = stopping_of(patience=3)
     for step, value in enumerate([2.0, 1.0, 1.5, 1.5]):
         first.update(step, {"eval_loss": value})
     state = EarlyStoppingState.from_json(json.loads(json.dumps(first.state.to_json())))
     assert (state.best, state.best_step, state.waited) == (1.0, 1, 2)
-    second = EarlyStopping(EarlyStoppingSpec(patience=3), state)
+    second = stopping_of(state, patience=3)
     second.update(4, {"eval_loss": 1.5})
     assert second.is_due
 
 
 @pytest.mark.parametrize(
     ("now", "stops"),
-    [({}, True), ({"metric": "metric/accuracy", "mode": "max"}, False), ({"mode": "max"}, False)],
+    [
+        ({}, True),
+        ({"metric": "metric/accuracy", "mode": "max"}, False),
+        ({"mode": "max"}, False),
+        ({"held_out": "b.jsonl"}, False),
+    ],
 )
 def test_the_best_of_another_metric_is_none_of_this_one(now: dict[str, Any], stops: bool) -> None:
-    """A loss of 2 would be an accuracy that is never reached. States of earlier checkpoints do not name theirs."""
-    seen = EarlyStopping(EarlyStoppingSpec(patience=2))
+    """A loss of 2 would be an accuracy that is never reached, or that of other data.
+
+    States of earlier checkpoints do not name theirs.
+    """
+    seen = stopping_of()
     seen.update(0, {"eval_loss": 2.0})
     seen.update(1, {"eval_loss": 2.5})
-    on = EarlyStopping(EarlyStoppingSpec(**{"patience": 2, **now}), seen.state)
+    on = stopping_of(seen.state, **now)
     on.update(2, {"eval_loss": 2.5, "metric/accuracy": 0.5})
     assert on.is_due is stops
     earlier = EarlyStoppingState.from_json({"best": 2.0, "best_step": 0, "waited": 2})
-    assert EarlyStopping(EarlyStoppingSpec(patience=2), earlier).is_due
+    assert stopping_of(earlier).is_due
 
 
 def test_nothing_is_better_than_nan_nor_nan_than_anything() -> None:
