@@ -237,6 +237,7 @@ class _Conversation:
         Raise Rewritten if one text cannot train all of them, unless `may_split` is set.
         """
         left, texts = sorted(trained), list[Rendered]()
+        self._require_context(left)
         # From the end: the text that ends with the last turn left always trains that one, so each round has fewer.
         while left:
             last, rest = left[-1], list[int]()
@@ -379,6 +380,13 @@ class _Conversation:
         missing = [key for key, part in parts if not _holds(said, part)]
         if missing:
             raise DataError(f"{name}: the chat template does not write its {', '.join(dict.fromkeys(missing))}")
+
+    def _require_context(self, trained: Sequence[int]) -> None:
+        """Raise DataError for an answer before a trained turn of which a part is not written even where it is last."""
+        is_long = len(self._messages) > LONG
+        for turn, message in enumerate(self._messages[: trained[-1]]):
+            if message["role"] == "assistant" and turn not in trained:
+                self._require_said(turn + 1, [turn], shape_of([message, self._tools]) if is_long else None)
 
     def _require_said(self, count: int, turns: Sequence[int], shape: object = None) -> None:
         """Raise DataError if the first `count` messages are written without reasoning or content of these answers."""

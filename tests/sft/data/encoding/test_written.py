@@ -136,6 +136,29 @@ def test_loss_on_all_trains_no_answer_without_its_reasoning(family: str, count: 
         Encoder(tokenizer, DataSpec(loss_on="all")).encode(Example(where="a.jsonl:1", messages=turns))
 
 
+@pytest.mark.parametrize(("family", "is_written"), [("qwen3", True), ("llama3_1", False)])
+def test_an_answer_is_not_trained_behind_one_whose_reasoning_the_template_never_writes(
+    family: str, is_written: bool
+) -> None:
+    """Seen to be trained without it. Qwen 3 writes what was thought between a call and its answer."""
+    template = (templates() / f"{family}.jinja").read_text()
+    tokenizer = tokenizer_for(template, template)
+    messages = [
+        {"role": "user", "content": "Weather in Paris?"},
+        {"role": "assistant", "content": "", "reasoning_content": "I must look.", "tool_calls": [call("Paris")]},
+        {"role": "tool", "name": "weather", "content": "sun"},
+        {"role": "assistant", "content": "Sun."},
+    ]
+    example = Example(where="a.jsonl:1", messages=read_messages(messages, "messages", {}))
+    encoder = Encoder(tokenizer, DataSpec(loss_on="last_assistant"))
+    if is_written:
+        (encoded,) = encoder.encode(example)
+        assert "I must look." in tokenizer.decode(encoded.ids)
+    else:
+        with pytest.raises(DataError, match=r"message 2 \(assistant\): .* does not write its reasoning_content"):
+            encoder.encode(example)
+
+
 def test_answers_of_a_long_conversation_are_proven_too() -> None:
     template = (templates() / "llama3.jinja").read_text()
     tokenizer = tokenizer_for(template, template)
