@@ -98,7 +98,7 @@ EXTRACTIVE = [
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "gemma4", "phi3", "qwen2_5", "qwen3_instruct_2507"])
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
 def test_reasoning_whose_words_the_answer_repeats_is_not_taken_for_written(family: str, key: str) -> None:
-    """Seen to be dropped without a word by 22 of 45 templates, where its words were looked for in the answer."""
+    """Seen to be dropped without a word by 22 of 41 templates, where its words were looked for in the answer."""
     asked, answer = EXTRACTIVE[0], {"role": "assistant", "content": "Paris is the capital.", key: "Paris"}
     with pytest.raises(DataError, match=rf"message 2 \(assistant\): the chat template does not write its {key}"):
         trained(family, [asked, answer])
