@@ -70,6 +70,13 @@ def test_keys_of_turns_that_change_the_training_are_refused(key: str) -> None:
     assert unread(row, "messages", key) == (f"messages[].{key}",)
 
 
+def test_keys_of_turns_in_json_text_are_named_too() -> None:
+    """As CSV holds them. Seen to be left out without a word."""
+    turns = json.dumps([CHAT[0], {**CHAT[1], "mood": "calm"}])
+    assert unread({"messages": turns}, "messages") == ("messages[].mood",)
+    assert unread({"prompt": "[1", "completion": "[2]"}, "prompt_completion") == ()
+
+
 def test_reasoning_beside_the_value_of_a_sharegpt_turn_is_refused() -> None:
     row = {"conversations": [SHARED[0], {**SHARED[1], "reasoning_content": "hm"}]}
     with pytest.raises(DataError, match=r"conversations\[1\]: reasoning_content would be left out"):
