@@ -98,7 +98,8 @@ class EarlyStoppingSpec:
     """End the training when evaluations no longer improve."""
 
     patience: Annotated[int | None, AtLeast(1)] = None
-    """Evaluations in a row without improvement after which training ends; unset: never early."""
+    """Evaluations in a row without improvement after which training ends; needs train.eval_every. Unset: never
+    early."""
     metric: str = "eval_loss"
     """What has to improve: eval_loss, eval_loss/<set>, or metric/<name> of evaluation.metric."""
     mode: Literal["min", "max"] = "min"

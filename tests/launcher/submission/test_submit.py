@@ -242,7 +242,7 @@ def test_child_run_of_a_finished_run(workdir: Path, fake_python: str, capsys: py
 
 def test_a_run_that_may_have_stopped_early_goes_on_with_more_patience(workdir: Path, fake_python: str) -> None:
     """It has trained fewer steps than it was given. It was refused as one that does not train longer."""
-    words = ("data.validation=a.jsonl", "train.early_stopping.patience=2")
+    words = ("data.validation=a.jsonl", "train.eval_every=1", "train.early_stopping.patience=2")
     assert launch(fake_python, *words, "--follow") == 0
     assert main(["resubmit", "first", "train.early_stopping.patience=2"]) == ExitCode.CONFLICT
     assert main(["resubmit", "first", "train.early_stopping.patience=5"]) == 0

@@ -23,7 +23,14 @@ def evaluation_problems(spec: RunSpec) -> Iterator[Problem]:
     if "" in evaluation.stop_sequences:
         yield "evaluation.stop_sequences", "an empty text is in every answer; take it out"
     if train.early_stopping.patience is not None:
-        yield from _unknown_metric(spec, "train.early_stopping.metric", train.early_stopping.metric)
+        unknown = list(_unknown_metric(spec, "train.early_stopping.metric", train.early_stopping.metric))
+        yield from unknown
+        if train.eval_every is None and not unknown:
+            yield (
+                "train.early_stopping.patience",
+                f"{train.early_stopping.patience} needs train.eval_every: without it evaluations are before the first "
+                "and after the last step alone",
+            )
     else:
         yield from _needless(
             "train.early_stopping", train.early_stopping, "train.early_stopping.patience, which is unset"

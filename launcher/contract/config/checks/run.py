@@ -10,6 +10,7 @@ from launcher.contract.config.checks.cluster import environment_problems, runtim
 from launcher.contract.config.checks.data import batch_problems, order_problems, source_problems, template_problems
 from launcher.contract.config.checks.evaluation import evaluation_problems
 from launcher.contract.config.checks.train import (
+    bad_step_problems,
     fp8_problems,
     length_problems,
     lora_problems,
@@ -33,6 +34,7 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from length_problems(spec)
     yield from optimizer_problems(spec)
     yield from number_problems(spec)
+    yield from bad_step_problems(spec)
     yield from template_problems(spec)
     yield from batch_problems(spec)
     yield from order_problems(spec)

@@ -45,6 +45,12 @@ def optimizer_problems(spec: RunSpec) -> Iterator[Problem]:
         )
 
 
+def bad_step_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield a way back to checkpoints that there will not be."""
+    if spec.train.on_bad_step == "rewind" and spec.checkpoint.every is None and not spec.checkpoint_ranking.keep_best:
+        yield "train.on_bad_step", "rewind needs checkpoint.every: without it the first checkpoint is the last step's"
+
+
 def number_problems(spec: RunSpec) -> Iterator[Problem]:
     """Yield number types and kernels that the rest of the settings leave no use for."""
     train = spec.train

@@ -73,6 +73,11 @@ CFG = Path("cfg.yaml")
         ("train.spike_factor=1", "train.spike_factor: 1 is not above 1"),
         ("evaluation.top_p=0", "evaluation.top_p: 0 is not in (0, 1]"),
         ("evaluation.metric=a.b:c", "evaluation.metric: a.b:c needs evaluation.prompts, which is unset"),
+        ("train.on_bad_step=rewind", "train.on_bad_step: rewind needs checkpoint.every: without it "),
+        (
+            "train.early_stopping.patience=2 & data.validation=a.jsonl",
+            "train.early_stopping.patience: 2 needs train.eval_every: without it evaluations are before the first and ",
+        ),
         ("notify.on=failure", "notify.on: failure, and nobody is told; give notify.webhook_env, email or command"),
         ("evaluation.temperature=0.5", "evaluation.temperature: 0.5 needs evaluation.prompts, which is unset"),
         ("evaluation.stop_tokens=x", "evaluation.stop_tokens: ['x'] needs evaluation.prompts, which is unset"),
