@@ -22,7 +22,7 @@ def load_transformers_model(
     multimodal = "text_config" in (read_json(model_dir / "config.json") or {})
     loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     model: PreTrainedModel = loader.from_pretrained(model_dir, dtype=dtype, **options)
-    _set_unit(model)
+    _set_unit(model[0] if isinstance(model, tuple) else model)  # a tuple with `output_loading_info`
     return model
 
 
