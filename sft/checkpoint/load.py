@@ -103,12 +103,7 @@ def _check_version(source: Path, trainer: TrainerState) -> None:
 
 def _check_data(source: Path, trainer: TrainerState, data_key: Mapping[str, object]) -> None:
     """Raise ConfigError where a checkpoint belongs to other data, or to another order of them."""
-    if trainer.data_key != data_key:
-        raise _other_run(
-            source,
-            f"over other batches: {_differences(trainer.data_key, data_key)}",
-            "Going on would repeat or skip examples",
-        )
+    _check_same(source, trainer.data_key, data_key, "over other batches", "Going on would repeat or skip examples")
 
 
 def _check_model(source: Path, trainer: TrainerState, model: Mapping[str, object]) -> None:
@@ -122,29 +117,35 @@ def _check_model(source: Path, trainer: TrainerState, model: Mapping[str, object
 
 def _check_adapters(source: Path, trainer: TrainerState, adapters: Mapping[str, object]) -> None:
     """Raise ConfigError where a checkpoint holds other adapters than this run trains, or would scale otherwise."""
-    if trainer.adapters is not None and trainer.adapters != adapters:
-        raise _other_run(
-            source,
-            f"that trained something else: {_differences(trainer.adapters, adapters)}",
-            "Going on would lose adapters, or change what they do",
-        )
-
-
-def _other_run(source: Path, differs: str, consequence: str) -> ConfigError:
-    return ConfigError(
-        f"{source} was written by a run {differs}. {consequence}. Put that back, or start a new run with model.path "
-        "set to the exported model"
+    _check_same(
+        source,
+        trainer.adapters,
+        adapters,
+        "that trained something else",
+        "Going on would lose adapters, or change what they do",
     )
+
+
+def _check_same(
+    source: Path, before: Mapping[str, object] | None, now: Mapping[str, object], differs: str, consequence: str
+) -> None:
+    """Raise ConfigError where a checkpoint records other values than this run's. Earlier ones record None."""
+    if before is not None and before != now:
+        raise ConfigError(
+            f"{source} was written by a run {differs}: {_differences(before, now)}. {consequence}. Put that back, or "
+            "start a new run with model.path set to the exported model"
+        )
 
 
 def _check_optimizer(source: Path, trainer: TrainerState, form: Mapping[str, object]) -> None:
     """Raise ConfigError where the optimizer's states are stored in a form that this run's optimizer cannot read."""
-    if trainer.optimizer is not None and trainer.optimizer != form:
-        raise _other_run(
-            source,
-            f"that stores the optimizer's states in another form: {_differences(trainer.optimizer, form)}",
-            "They cannot be read",
-        )
+    _check_same(
+        source,
+        trainer.optimizer,
+        form,
+        "that stores the optimizer's states in another form",
+        "They cannot be read",
+    )
 
 
 def _check_rate_groups(source: Path, trainer: TrainerState, groups: list[str]) -> None:

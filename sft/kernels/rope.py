@@ -31,7 +31,7 @@ def split_and_rotate(
         heads = _SplitAndRotate.apply(rows, groups, queries, cos, sin, positions, b)
         query, key, value = (tensor.unflatten(0, (s, b)) for tensor in heads)
         return query, key, value
-    cos, sin = (_of_tokens(table, positions, s, b) for table in (cos, sin))
+    cos, sin = (of_tokens(table, positions, s, b) for table in (cos, sin))
     heads = mixed.view(s, b, groups, queries + 2, -1)
     query, key, value = heads.split([queries, 1, 1], dim=3)
     return rotate(query.flatten(2, 3), cos, sin), rotate(key.flatten(2, 3), cos, sin), value.flatten(2, 3)
@@ -46,10 +46,10 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) 
     if x.is_cuda:
         rows: Tensor = _RotateHeads.apply(x.flatten(0, 1), cos, sin, positions, b)
         return rows.view_as(x)
-    return rotate(x, *(_of_tokens(table, positions, s, b) for table in (cos, sin)))
+    return rotate(x, *(of_tokens(table, positions, s, b) for table in (cos, sin)))
 
 
-def _of_tokens(table: Tensor, positions: Tensor | None, s: int, b: int) -> Tensor:
+def of_tokens(table: Tensor, positions: Tensor | None, s: int, b: int) -> Tensor:
     """Return the rows of the tokens, [s, b or 1, 1, half]."""
     return table[:s, None, None] if positions is None else table[positions].view(s, b, 1, -1)
 

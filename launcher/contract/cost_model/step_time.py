@@ -80,12 +80,16 @@ class _Stage:
     @property
     def late_launches(self) -> float:
         """Seconds per micro-batch in which the GPU waits for the host."""
-        return max(0.0, self.launches - self.passes.total - self.recompute - self.gradients)
+        return self.micro_batch - self._on_gpu
 
     @property
     def micro_batch(self) -> float:
         """Seconds per micro-batch."""
-        return self.passes.total + self.recompute + self.gradients + self.late_launches
+        return max(self.launches, self._on_gpu)
+
+    @property
+    def _on_gpu(self) -> float:
+        return self.passes.total + self.recompute + self.gradients
 
     def step(self, micro_batches: int) -> float:
         """Return the seconds of a step without waiting for other stages."""

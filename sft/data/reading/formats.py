@@ -30,7 +30,7 @@ from sft.data.reading.messages import (
     read_sharegpt,
     read_tools,
 )
-from sft.data.reading.row import DECODER, MISSING, Row, find, get, get_text, load, parse_json
+from sft.data.reading.row import MISSING, Row, find, get, get_text, list_in, load, parse_json
 from sft.data.reading.row_forms import COLUMNS, with_form_of
 from sft.data.reading.tables import as_json, holds_lines, place, read_rows
 from sft.data.reading.token_rows import read_tokens
@@ -196,13 +196,8 @@ def _pair(
 
 def _is_json_of_messages(value: object) -> bool:
     """Return whether a value is the JSON text of a list of messages, as CSV would have to hold it."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return False
-    try:
-        turns = DECODER.decode(value.strip())
-    except (ValueError, RecursionError):
-        return False
-    return bool(turns) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
+    turns = list_in(value) if isinstance(value, str) else None
+    return bool(turns) and all(isinstance(turn, dict) and "role" in turn for turn in turns or ())
 
 
 def _as_context(message: Message) -> Message:

@@ -73,6 +73,17 @@ def load(line: bytes, where: str) -> dict[str, object]:
     return row
 
 
+def list_in(text: str) -> list[object] | None:
+    """Return the list that a text holds as JSON, as CSV has to, or None: a prompt may begin with a bracket."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = DECODER.decode(text.strip())
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
+
+
 def find(row: object, key: str, default: object = MISSING) -> object:
     """Return the value of a possibly dotted key, or `default` where it is not present."""
     if isinstance(row, Mapping) and key in row:

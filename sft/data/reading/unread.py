@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from launcher.contract.errors import DataError
-from sft.data.reading.row import DECODER, REASONING, Row, find
+from sft.data.reading.row import REASONING, Row, find, list_in
 
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _SYSTEM = ("system_prompt", "system_message", "developer_prompt")
@@ -120,21 +120,12 @@ def _of_turns(row: Row, row_format: str, columns: Mapping[str, str]) -> Iterator
     for name in _TURNS.get(row_format, ()):
         key = columns.get(name, name)
         turns = find(row, key)
-        if isinstance(turns, str) and turns.lstrip().startswith("["):
-            turns = _list_of(turns)
+        turns = list_in(turns) if isinstance(turns, str) else turns
         for item in turns if isinstance(turns, list) else ():
             if isinstance(item, dict):
                 kind = "sharegpt" if row_format == "sharegpt" and columns.get("from", "from") in item else "messages"
                 read = {columns.get(known, known) for known in _READ_IN_TURNS[kind]}
                 yield from (f"{key}[].{inner}" for inner in item if inner not in read and not _is_empty(item[inner]))
-
-
-def _list_of(text: str) -> object:
-    """Return the list that a text holds as JSON, as CSV has to, or None: a prompt may begin with a bracket."""
-    try:
-        return DECODER.decode(text.strip())
-    except (ValueError, RecursionError):
-        return None
 
 
 def _refuse_feedback(row: Row, where: str, row_format: str, unread: list[str], ignored: Collection[str]) -> None:

@@ -13,6 +13,15 @@ from torch import Tensor
 
 
 @triton.jit
+def _position_of(token, position_ptr, rows_per_position, HAS_POSITIONS: tl.constexpr):
+    if HAS_POSITIONS:  # noqa: SIM108 - decided when the kernel is compiled
+        position = tl.load(position_ptr + token)
+    else:
+        position = token // rows_per_position
+    return position
+
+
+@triton.jit
 def _rotate(
     mixed_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, position_ptr, rows_per_position,
     GROUPS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
@@ -20,10 +29,7 @@ def _rotate(
     HAS_POSITIONS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    if HAS_POSITIONS:  # noqa: SIM108 - decided when the kernel is compiled
-        position = tl.load(position_ptr + token)
-    else:
-        position = token // rows_per_position
+    position = _position_of(token, position_ptr, rows_per_position, HAS_POSITIONS)
     # The projection's heads in order: of each group the queries, then the key, then the value.
     head = tl.arange(0, HEAD_BLOCK)
     group, place = head // (QUERIES + 2), head % (QUERIES + 2)
@@ -95,10 +101,7 @@ def _rotate_heads(
     HEAD_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, HAS_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    if HAS_POSITIONS:  # noqa: SIM108 - decided when the kernel is compiled
-        position = tl.load(position_ptr + token)
-    else:
-        position = token // rows_per_position
+    position = _position_of(token, position_ptr, rows_per_position, HAS_POSITIONS)
     head, half = tl.arange(0, HEAD_BLOCK)[:, None], tl.arange(0, HALF_BLOCK)[None, :]
     mask = (head < HEADS) & (half < HALF)
     cos = tl.load(cos_ptr + position * HALF + half, mask=half < HALF, other=0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sft.kernels.fp8 import WithRows
-from sft.kernels.rope import rotate
+from sft.kernels.rope import of_tokens, rotate
 from sft.megatron.core import SelfAttention, StaticInferenceContext
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.query_scale import scaled_by_position
@@ -89,8 +89,8 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         if angles is None or not self._rotary:
             return query, key, value, gate
         # Rounded to the activations' type before the products, as transformers and Megatron-core do.
-        cos, sin = self._tables(angles, positions, query.shape[0])
-        cos, sin = cos.to(query.dtype), sin.to(query.dtype)
+        tables = (angles.cos() * self._magnitude, angles.sin() * self._magnitude)
+        cos, sin = (of_tokens(table, positions, *query.shape[:2]).to(query.dtype) for table in tables)
         return rotate(query, cos, sin), rotate(key, cos, sin), value, gate
 
     def _projected(self, hidden_states: Tensor | WithRows) -> Heads:
@@ -103,12 +103,6 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
             rank = self.pg_collection.tp.rank() % (gate.size(2) // heads)
             gate = gate[:, :, rank * heads : (rank + 1) * heads]
         return query, key, value, gate
-
-    def _tables(self, angles: Tensor, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of the tokens, [s, 1, 1, pairs], times the magnitude."""
-        rows = slice(length) if positions is None else positions
-        cos, sin = (table[rows, None, None] * self._magnitude for table in (angles.cos(), angles.sin()))
-        return cos, sin
 
     def _with_earlier(self, key: Tensor, value: Tensor, context: StaticInferenceContext) -> tuple[Tensor, Tensor]:
         """Put keys and values of new positions into the cache, and return those of all positions so far."""
