@@ -113,6 +113,7 @@ def _listing(name: str, result: dict[str, Any]) -> dict[str, Any]:
     words += [f"{settings['recompute']} recomputed"] * (settings["recompute"] != "none")
     words += [precision] * (precision != "bf16") + ["plain kernels"] * ("plain" in kernels)
     words += [f"LoRA of rank {bench.lora_rank}"] * (bench.lora_rank is not None) + ["flash2"] * ("flash2" in kernels)
+    words += ["CUDA graphs"] * ("graphs" in kernels)
     implementation = PLAIN if "plain" in kernels else CURRENT_WITH_FLASH2 if "flash2" in kernels else CURRENT
     return {
         "what": f"{bench.shape}{layers} {bench.data}, {', '.join(words)}",
@@ -122,6 +123,7 @@ def _listing(name: str, result: dict[str, Any]) -> dict[str, Any]:
         "layers": bench.layers,
         "gpu": gpu.name,
         "implementation": implementation.name,
+        "graphs": "graphs" in kernels,
         "gpus": gpus,
         **{{"expert parallel": "ep"}.get(size, size): count for size, count in sizes},
         "micro_batch": settings["micro_batch_size"],
@@ -134,7 +136,8 @@ def _listing(name: str, result: dict[str, Any]) -> dict[str, Any]:
         "recompute": settings["recompute"],
         "lora_rank": bench.lora_rank,
         "tokens_per_second": result["real_tokens_per_second"],
-        "gib": result["peak_memory_gib"],
+        # What a graph keeps between its kernels is no allocation of torch's.
+        "gib": None if "graphs" in kernels else result["peak_memory_gib"],
     }
 
 
@@ -165,7 +168,9 @@ def _row(listing: dict[str, Any]) -> Row:
         workload=workload,
         layout=Layout(topology=_topology(listing, shape), recompute=listing.get("recompute", "none")),
         gpu=gpu_kind(listing["gpu"]),
-        implementation=IMPLEMENTATIONS[listing["implementation"]],
+        implementation=dataclasses.replace(
+            IMPLEMENTATIONS[listing["implementation"]], graphs="always" if listing.get("graphs") else "never"
+        ),
         tokens_per_second=listing.get("tokens_per_second"),
         gib=listing.get("gib"),
     )

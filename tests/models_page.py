@@ -59,9 +59,12 @@ Tokens per second that were measured are in [benchmarks](../benchmarks/README.md
 * Linear attention (Qwen3.5, Qwen3-Next) needs key heads that `topology.tensor_parallel` x `context_parallel` divides.
   Where only some layers have a layer that `model.lora.targets` names, each pipeline stage needs one.
 * On one GPU (H200) all types have followed the reference in fp32 and bf16, in fp32 with every gradient of the first
-  step to 1e-4, linear attention by torch's own operations. Since then heads behind norms (Gemma 3, GLM-4.5, OLMoE,
-  Qwen 3 and 3.5) are rotated by a kernel of their own, which was compared in Triton's interpreter and compiled for that
-  GPU, and has not run on one. The rule of flash-linear-attention agreed there with torch's to 6e-3 in bf16.
+  step to 1e-4, linear attention by torch's own operations. The rule of flash-linear-attention agreed there with torch's
+  to 6e-3 in bf16.
+* Capped scores (Gemma 2) with heads of more than 128 have no kernel of many sequences: they are computed one sequence
+  after the other.
+* Graphs of small micro-batches (`train.cuda_graphs`) are made for dense models without capped scores and linear
+  attention.
 * Weights of a bf16 run are in bf16, also those that files hold in fp32, such as decays (`A_log`) of linear attention.
 """
 

@@ -132,12 +132,13 @@ class BenchModule(SFTGPT):
         self.config.timers = self.timers
         self.gpt = torch.nn.ModuleList(chunk.to(device) for chunk in chunks)
         torch.manual_seed(self.spec.train.seed)
+        zeros = ("bias", "layernorm.weight") if self.config.layernorm_zero_centered_gamma else ("bias",)
         with torch.no_grad():
             for name, parameter in self.gpt.named_parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(std=self.router_std if name.endswith("router.weight") else INITIAL_STD)
                 else:
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                    parameter.fill_(0.0 if name.endswith(zeros) else 1.0)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         timed = not self.clock.over
@@ -174,6 +175,7 @@ class BenchModule(SFTGPT):
             "recompute": train.recompute,
             "precision": train.precision,
             "lora": rank,
+            "launches": "graphs" if self.kernels.graphs else None,
             "attention": self.kernels.attention if self.kernels.fused_layers else "torch",
         }
         loss = self.last_step.loss.item()

@@ -84,7 +84,7 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[int, tuple[str, dict[st
 
 def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, object]]]:
     clock = {"warmup": options.warmup, "steps": options.steps}
-    keys = ("kernels", "attention", "precision", "recompute")
+    keys = ("kernels", "attention", "precision", "recompute", "cuda_graphs")
     chosen = (dict(zip(keys, values, strict=True)) for values in itertools.product(*(vars(options)[k] for k in keys)))
     own: list[tuple[str, dict[str, object]]] = [
         ("ours", {"train": train, "micro_batches": options.micro_batches, **clock}) for train in chosen
@@ -123,7 +123,7 @@ def _run(contender: str, workload: Mapping[str, object], settings: Mapping[str, 
 
 def _line(result: Result, gpus: int, first: Result) -> str:
     """Return the lines of the table for a result, compared with the first one."""
-    keys = ("layout", "parallel", "attention", "precision", "recompute", "weights", "experts", "lora")
+    keys = ("layout", "parallel", "attention", "precision", "recompute", "weights", "experts", "lora", "launches")
     values = [result.settings.get(key) for key in keys]
     name = " ".join([result.contender, *(str(value) for value in values if value not in (None, "none"))])
     mfu = "-" if result.mfu is None else f"{result.mfu:.1%}"

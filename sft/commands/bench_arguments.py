@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recompute", nargs="+", default=["none"], choices=get_args(Recompute), help="as train.recompute"
     )
+    parser.add_argument(
+        "--cuda-graphs", nargs="+", default=["auto"], choices=["auto", "never", "always"], help="as train.cuda_graphs"
+    )
     parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step")
     _add_peers(parser)
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="how many GPUs of this machine to use")

@@ -36,6 +36,7 @@ from sft.megatron.core import (
     get_forward_backward_func,
     parallel_state,
 )
+from sft.megatron.decoder_graphs import DecoderGraphs
 from sft.megatron.initial_weights import load_initial_weights
 from sft.megatron.kernel_choice import Kernels, choose_kernels
 from sft.megatron.model import SFTGPTModel, Targets, build_chunks
@@ -121,6 +122,9 @@ class SFTGPT(pl.LightningModule):
             DistributedDataParallel(self.config, ddp, model_chunk, disable_bucketing=index > 0)
             for index, model_chunk in enumerate(self.gpt)
         ]
+        if self.kernels.graphs:
+            for model_chunk in self.model_chunks:
+                model_chunk.module.graphs = DecoderGraphs(model_chunk.module.decoder.layers, model_chunk)
         no_sync = [model_chunk.no_sync for model_chunk in self.model_chunks]
         self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 

@@ -11,10 +11,30 @@ Only this module reads and writes these attributes of a weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from sft.kernels.products import add_product, set_product
+
+_recording = False
+"""Whether a CUDA graph is recorded now. Not a context variable: autograd runs backward passes in threads of its own."""
+
+
+@contextmanager
+def always_added() -> Iterator[None]:
+    """Add to buffers also what comes first in a step, while a CUDA graph is recorded: any micro-batch may launch it.
+
+    What autograd is given has no memory of its own meanwhile, since the graph would keep it.
+    """
+    global _recording
+    _recording = True
+    try:
+        yield
+    finally:
+        _recording = False
 
 
 class GradientBuffer:
@@ -27,8 +47,8 @@ class GradientBuffer:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added since the step began, so that the buffer is all zeros."""
-        return not has_gradient(self._weight)
+        """Whether nothing was added since the step began, so that the buffer is known to be all zeros."""
+        return not (_recording or has_gradient(self._weight))
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """Add a @ b, which is a part of the gradient or all of it."""
@@ -43,6 +63,8 @@ class GradientBuffer:
     def answer(self) -> Tensor:
         """Return what a backward pass gives autograd when all of the gradient has been added."""
         self.mark()
+        if _recording:
+            return self._weight.new_empty(()).expand_as(self._weight)
         return torch.empty_like(self._weight)
 
 
@@ -55,6 +77,19 @@ def buffer_of(weight: Tensor) -> GradientBuffer | None:
 def has_gradient(weight: Tensor) -> bool:
     """Return whether a kernel has added to the weight's buffer since the step began."""
     return bool(getattr(weight, "grad_added_to_main_grad", False))
+
+
+def announce(weight: Tensor, hook: Callable[[], None]) -> None:
+    """Call Megatron-core's hook on a weight whose gradient is in the buffer, however it came there.
+
+    The hook counts the finished gradients of a bucket. It wants some gradient, and adds none to a flagged weight's
+    buffer.
+    """
+    flag = has_gradient(weight)
+    weight.grad, weight.grad_added_to_main_grad = weight.detach(), True  # type: ignore[attr-defined]
+    hook()
+    # As it was: autograd brings the gradients of a weight without kernels, and the hook must add the next one.
+    weight.grad_added_to_main_grad = flag  # type: ignore[attr-defined]
 
 
 def leave_all_to_kernels(weight: Tensor) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
+from launcher.contract.cuda_graphs import no_graphs_because, uses_cuda_graphs
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import RunSpec
 from sft.kernels import attention, gated_delta
@@ -29,6 +31,8 @@ class Kernels:
     linear_attention_text: str | None = None
     """What to call them; None where the model has none."""
     precision: str = "bf16"
+    graphs: bool = False
+    """Whether the layers' kernels are launched as CUDA graphs."""
 
     @property
     def fused_layers(self) -> bool:
@@ -44,7 +48,8 @@ class Kernels:
             return f"kernels: plain, {products}"
         if self.plain_layers_because is not None:
             return f"kernels: fused loss and optimizer, plain layers ({self.plain_layers_because}), {products}"
-        return f"kernels: fused, attention {self.attention_text}, {products}"
+        launched = ", layers launched as CUDA graphs" if self.graphs else ""
+        return f"kernels: fused, attention {self.attention_text}, {products}{launched}"
 
 
 def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -> Kernels:
@@ -57,6 +62,8 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
     linear, linear_text = _linear_attention(spec, architecture, on_gpu=on_gpu)
     common = Kernels(fused=fused, precision=precision, linear_attention=linear, linear_attention_text=linear_text)
     if not fused or because is not None:
+        if spec.train.cuda_graphs == "always":
+            _refuse_graphs(f"layers are plain: {because}" if fused else "kernels are plain here")
         if spec.train.attention == "flash4":
             why = f"those of this model are plain: {because}" if fused else "kernels are plain here"
             raise ModelError(f"train.attention flash4 is a kernel of fused layers, and {why}; set it to auto")
@@ -72,7 +79,20 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
     by_kernel = by_offsets and (kernel == "flash4" or not _is_capped(architecture))
     broken = attention.broken_flash4() if by_kernel and spec.train.attention == "auto" else None
     text = f"{kernel} (flash-attn-4 cannot be imported: {broken})" if broken else kernel
-    return replace(common, attention=kernel, attention_text=text if by_kernel else "torch's")
+    graphs = _graphs(spec, architecture, on_gpu=on_gpu)
+    return replace(common, attention=kernel, attention_text=text if by_kernel else "torch's", graphs=graphs)
+
+
+def _graphs(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -> bool:
+    """Return what train.cuda_graphs means for fused layers, or raise ModelError if it cannot be."""
+    because = no_graphs_because(spec, architecture.shape) if on_gpu else "there is no GPU here"
+    if because is not None and spec.train.cuda_graphs == "always":
+        _refuse_graphs(because)
+    return on_gpu and uses_cuda_graphs(spec, architecture.shape)
+
+
+def _refuse_graphs(because: str) -> NoReturn:
+    raise ModelError(f"train.cuda_graphs always: graphs are not made for this run ({because}); set it to auto")
 
 
 def _precision(spec: RunSpec, architecture: Architecture) -> Iterator[str]:

@@ -25,11 +25,13 @@ from sft.megatron.core import (
     parallel_state,
     tensor_parallel,
 )
+from sft.megatron.decoder_graphs import DecoderGraphs, RowForm
 from sft.megatron.kernel_choice import Kernels
 from sft.megatron.layers.biases import drop_absent_biases
 from sft.megatron.layers.fp8 import set_fp8_options
 from sft.megatron.layers.lora import attach_adapters
 from sft.megatron.layers.noisy_embedding import NoisyEmbedding, TokenSeeds
+from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.router import tell_documents
 from sft.megatron.layers.spec import LayerOptions, decoder_spec
 from sft.megatron.layers.weights_in_use import await_weights
@@ -74,6 +76,8 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
             self.output_layer.register_forward_hook(partial(_cap_logits, self._softcap))
         self.label_smoothing = 0.0
         """In training, the share of each target's probability that goes to the whole vocabulary."""
+        self.graphs: DecoderGraphs | None = None
+        """The layers as CUDA graphs, in a run that uses them."""
         self.noise: NoisyEmbedding | None = None
         """Of the first stage in a run with noise on embeddings."""
         self.adapted = False
@@ -115,11 +119,30 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
 
         Stages before the last one return their hidden states.
         """
+        if self.graphs is not None and torch.is_grad_enabled() and isinstance(rows, PackedSequences):
+            hidden_states = self._decoded_by_graphs(self.graphs, input_ids, position_ids, rows)
+        else:
+            hidden_states = self._decoded(input_ids, position_ids, rows)
+        return self._summed_loss(hidden_states, targets) if self.post_process else hidden_states
+
+    def _decoded(self, input_ids: Tensor, position_ids: Tensor, rows: Rows | None) -> Tensor:
+        """Return the decoder's output, [s, b, h]."""
         embedded, angles, *_ = self._preprocess(input_ids=input_ids, position_ids=position_ids, packed_seq_params=rows)
         hidden_states: Tensor = self.decoder(
             hidden_states=embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=rows
         )
-        return self._summed_loss(hidden_states, targets) if self.post_process else hidden_states
+        return hidden_states
+
+    def _decoded_by_graphs(
+        self, graphs: DecoderGraphs, input_ids: Tensor, position_ids: Tensor, rows: PackedSequences
+    ) -> Tensor:
+        """Return the same, of a stage that has all layers."""
+        form = RowForm.of(rows.seq_lengths)
+        embedded, angles, *_ = self._preprocess(
+            input_ids=input_ids, position_ids=position_ids, packed_seq_params=form.widened(rows)
+        )
+        hidden_states: Tensor = self.decoder.final_layernorm(graphs(embedded, angles, rows, form))
+        return hidden_states
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the decoder's inputs, with the angles of this rank's tokens where ranks share rows."""

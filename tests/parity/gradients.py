@@ -37,7 +37,7 @@ class Part:
 def train_and_capture(config: Path) -> list[list[Part]]:
     """Train, on a rank, and return what it holds of the gradients of each step, as the optimizer gets them."""
     architecture = read_architecture(Path(read_resolved(config).model.path))
-    return train_and_keep(config, lambda chunks: _parts(chunks, architecture))
+    return train_and_keep(config, lambda chunks: parts_of(chunks, architecture))
 
 
 def train_and_keep(config: Path, of_step: Callable[[list[Any]], T]) -> list[T]:
@@ -86,7 +86,7 @@ def _join_step(parts: list[Part], architecture: Architecture) -> dict[str, torch
     return whole
 
 
-def _parts(chunks: list[Any], architecture: Architecture) -> list[Part]:
+def parts_of(chunks: list[Any], architecture: Architecture) -> list[Part]:
     place = rank_place()
     found = []
     for index, chunk in enumerate(chunks):

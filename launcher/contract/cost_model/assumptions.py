@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launcher.contract.cost_model.implementation import (
     CURRENT,
     CURRENT_WITH_FLASH2,
@@ -11,6 +13,7 @@ from launcher.contract.cost_model.implementation import (
     Implementation,
 )
 from launcher.contract.cost_model.workload import Layout, Recompute, Workload
+from launcher.contract.cuda_graphs import takes_graphs
 from launcher.contract.hardware import GpuKind
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
@@ -62,6 +65,12 @@ def implementation_of(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Impleme
 
     The launcher cannot see what is installed. `sft.megatron.kernel_choice` decides on the ranks, by the same rules.
     """
+    found = _kernels_of(spec, shape, gpu)
+    fused_layers = found not in (PLAIN, CURRENT_WITH_PLAIN_LAYERS)
+    return replace(found, graphs=spec.train.cuda_graphs) if fused_layers and takes_graphs(spec) else found
+
+
+def _kernels_of(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Implementation:
     if spec.train.kernels == "plain":
         return PLAIN
     if shape.model_type in _PLAIN_LAYERS or spec.model.hidden_dropout:

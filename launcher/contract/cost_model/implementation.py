@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from launcher.contract.cuda_graphs import GraphChoice
+
 ATTENTION_EFFICIENCY = {64: 0.28, 128: 0.41}
 """Share of the bf16 peak that causal attention reaches, forward and backward together, by head size. 64 comes from a
 profile, 128 from the ratio of the kernels' published rates."""
@@ -41,6 +43,10 @@ class Implementation:
     """Seconds of a step in which no kernel runs: logging, the loop."""
     layer_launches: float = 0.0
     """Seconds in which the host launches the kernels of a layer, forward and backward: a micro-batch takes no less."""
+    adapted_expert_launches: float = 0.0
+    """The same of a layer whose experts have adapters."""
+    graphs: GraphChoice = "never"
+    """Whether layers are launched as CUDA graphs where they can be: then no launches count."""
     hidden_collectives_cost: float = 0.0
     """Share of their own time within a node by which collectives that run behind computation delay it: their kernels
     take a part of the GPU."""
@@ -134,6 +140,7 @@ CURRENT = dataclasses.replace(
     gradient_bytes=8,
     step_overhead=0.004,
     layer_launches=0.0035,
+    adapted_expert_launches=0.0108,
     hidden_collectives_cost=0.6,
     exchange_overhead=0.003,
     tensor_parallel_exposed=0.95,
@@ -142,8 +149,8 @@ CURRENT = dataclasses.replace(
     passes_expert_rows=8,
 )
 """What `sft` runs with flash-attn-4: SwiGLU's output computed again where the MLP is one operation, weights gathered
-behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens, launches from
-a step of 0.5B with 4,096 tokens, which depends on the host's processor."""
+behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens; launches from
+a step of 0.5B with 4,096 tokens and from LoRA of Qwen3-30B-A3B: they depend on the host's processor."""
 
 CURRENT_WITH_FLASH2 = dataclasses.replace(CURRENT, name="sft-flash2", attention_efficiencies={64: 0.29, 128: 0.36})
 """The same with the attention in torch that takes offsets, from profiles of rows of 1,437 (mean) tokens."""
@@ -171,12 +178,12 @@ LORA_PASSES_IN_PRODUCTS = 4
 """The same where the frozen product adds the adapter: the output is read and written once more by it, and so is the
 gradient of the input. Counted; a run of 8B is predicted to 3 % with it (docs/explanation/planning.md)."""
 
-LINEAR_ATTENTION_EFFICIENCY = 0.1
-"""Part of the bf16 peak that the gated delta rule reaches, counted as in `launcher.contract.flops`; assumed, not
-measured. Working in chunks takes about twice these operations."""
-LINEAR_ATTENTION_PASSES = 12
-"""Reads and writes of queries, keys, values, gates and outputs in convolution, rule and gated norm. Counted, not
-measured."""
+LINEAR_ATTENTION_EFFICIENCY = 0.03
+"""Part of the bf16 peak that flash-linear-attention's gated delta rule reaches, as `launcher.contract.flops` counts it.
+With the passes below from a step of Qwen3.5 4B, whose kernels of linear attention take 140 of 525 ms."""
+LINEAR_ATTENTION_PASSES = 40
+"""Reads and writes of queries, keys, values, gates and outputs in convolution, rule and gated norm, and in the copies
+between them."""
 
 MATMUL_EXPOSED_TRAFFIC = 0.6
 """Part of a product's reads and writes that its arithmetic does not hide: small products are slower than the peak

@@ -154,13 +154,16 @@ def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
 
 
 def _kept_by_linear_attention(shape: ModelShape, layout: Layout) -> float:
-    """Return how many numbers linear attention keeps per token, with the kernels of flash-linear-attention."""
+    """Return how many numbers linear attention keeps per token, with the kernels of flash-linear-attention.
+
+    Convolved rows and values are also kept as the contiguous copies that kernels take: from a step of Qwen3.5 4B.
+    """
     sizes = shape.linear
     assert sizes is not None
     kept = sizes.projected + sizes.values  # outputs of the one projection, inputs of the other
     if layout.recompute != "selective":
         normed = 2 * sizes.keys  # queries and keys
-        kept += sizes.convolved + normed + sizes.value_heads * LINEAR_CHUNK + sizes.values
+        kept += 2 * sizes.convolved + normed + sizes.value_heads * LINEAR_CHUNK + 3 * sizes.values
     return kept / layout.topology.tensor_parallel
 
 

@@ -11,12 +11,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launcher.contract.adapters import expert_adapters
 from launcher.contract.cost_model.implementation import Implementation
 from launcher.contract.cost_model.layer_kinds import KindCounts, LayerKind, counts_by_chunk, counts_by_stage
 from launcher.contract.cost_model.memory import micro_batch_tokens
 from launcher.contract.cost_model.passes import Pass, head_pass, layer_pass, link_rate, recompute_seconds, ring
 from launcher.contract.cost_model.products import memory_rate
 from launcher.contract.cost_model.workload import Layout, Workload, trained_parameters
+from launcher.contract.cuda_graphs import graphs_pay, layout_without_graphs
 from launcher.contract.hardware import GpuKind
 from launcher.contract.topology import Topology
 
@@ -175,11 +177,23 @@ def _stages(
         key = (frozenset(counts.items()), number == 0, last)
         if key not in known:
             trained, head = trained_parameters(workload, topology, number), parts.head if last else Pass()
-            launches = sum(counts.values()) * implementation.layer_launches
+            launches = sum(count * _launches(workload, layout, implementation, kind) for kind, count in counts.items())
             layers = parts.layers(counts)
             known[key] = _stage(layers, head, launches, trained, workload, layout, gpu, implementation)
         stages.append(known[key])
     return stages
+
+
+def _launches(workload: Workload, layout: Layout, implementation: Implementation, kind: LayerKind) -> float:
+    """Return the seconds per micro-batch in which the host launches a layer's kernels one by one."""
+    topology, shape = layout.topology, workload.shape
+    tokens = micro_batch_tokens(workload, topology)
+    without = layout_without_graphs(topology, workload.precision, layout.recompute, shape, adapted=workload.adapted)
+    if graphs_pay(implementation.graphs, shape, workload.seq_length, tokens) and without is None:
+        return 0.0
+    has_experts = bool(shape.num_experts) and not kind.dense
+    adapted = has_experts and workload.adapted and expert_adapters(shape, workload.lora) > 0
+    return implementation.adapted_expert_launches if adapted else implementation.layer_launches
 
 
 def _stage(

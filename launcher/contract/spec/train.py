@@ -143,6 +143,10 @@ class TrainSpec:
     """Kernels of linear attention (Qwen3-Next, Qwen3.5). torch: its own operations, in chunks; fla: the package
     flash-linear-attention, on a GPU and not in fp32; auto: fla where it is installed and works, and `deterministic` is
     off."""
+    cuda_graphs: Literal["auto", "never", "always"] = "auto"
+    """Whether the layers' kernels are launched as CUDA graphs on a GPU, with fused kernels, in bf16, for packed rows of
+    dense models without adapters, recomputation and model parallelism. auto: where a micro-batch is so small that the
+    GPU would wait for the host; always: refuse a run that cannot have them."""
     recompute: Literal["none", "norms", "selective", "full", "offload"] = "none"
     """Activations that are computed again in the backward pass. norms: outputs of norms, a sixth of what layers keep,
     for under 1 % of the time; selective: attention's core; full: whole layers, which keep their inputs; offload: whole

@@ -12,6 +12,7 @@ from launcher.contract.config.checks.evaluation import evaluation_problems
 from launcher.contract.config.checks.train import (
     bad_step_problems,
     fp8_problems,
+    graph_problems,
     length_problems,
     lora_problems,
     number_problems,
@@ -40,6 +41,7 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from order_problems(spec)
     yield from lora_problems(spec)
     yield from fp8_problems(spec)
+    yield from graph_problems(spec)
     yield from environment_problems(spec)
     yield from scheduler_problems(spec)
     yield from runtime_problems(spec)

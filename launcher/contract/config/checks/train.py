@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from launcher.contract.cuda_graphs import no_graphs_because
 from launcher.contract.hardware import gpu_kinds
 from launcher.contract.spec import Fp8Spec, OptimizerSpec, RunSpec, TrainSpec
 from launcher.contract.spec.fields import Problem
@@ -74,6 +75,17 @@ def number_problems(spec: RunSpec) -> Iterator[Problem]:
         ):
             if chosen == timed:
                 yield key, f"{chosen}: its results depend on timing, which train.deterministic refuses; set it to auto"
+
+
+def graph_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield why layers cannot be launched as CUDA graphs where they must be, as far as the config alone says."""
+    if spec.train.cuda_graphs != "always":
+        return
+    because = "train.kernels plain" if spec.train.kernels == "plain" else no_graphs_because(spec, None)
+    if because is None and not spec.resources.gpus_per_node:
+        because = "there are no GPUs: resources.gpus_per_node 0"
+    if because is not None:
+        yield "train.cuda_graphs", f"always: graphs are not made for this run ({because}); set it to auto"
 
 
 def _warmup_problems(train: TrainSpec) -> Iterator[Problem]:

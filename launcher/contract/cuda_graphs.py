@@ -1,0 +1,73 @@
+"""Which runs launch their layers as CUDA graphs (`train.cuda_graphs`): the ranks and the planner ask here."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from launcher.contract.flops import layer_operations
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.spec import RunSpec
+
+GraphChoice = Literal["auto", "never", "always"]
+_FEW_OPERATIONS = 3e12
+"""Operations of a micro-batch in a layer, forward and backward, that a GPU of today computes in less time than a host
+may need to launch the layer's kernels: 5 ms at 600 TFLOP/s."""
+_CAPPED = ("gemma2",)
+"""Model types whose attention reads the lengths of sequences on the host."""
+
+
+class _Parallel(Protocol):
+    @property
+    def tensor_parallel(self) -> int: ...
+    @property
+    def pipeline_parallel(self) -> int: ...
+    @property
+    def context_parallel(self) -> int: ...
+
+
+def uses_cuda_graphs(spec: RunSpec, shape: ModelShape) -> bool:
+    """Return whether the layers of this run are launched as graphs, on GPUs and where layers are fused."""
+    tokens = spec.train.micro_batch_size * spec.data.seq_length
+    wanted = graphs_pay(spec.train.cuda_graphs, shape, spec.data.seq_length, tokens)
+    return wanted and no_graphs_because(spec, shape) is None
+
+
+def no_graphs_because(spec: RunSpec, shape: ModelShape | None) -> str | None:
+    """Return what of the run graphs are not made for, or None. Without a shape the config alone is asked."""
+    train = spec.train
+    if not takes_graphs(spec):
+        return "rows are not packed" if not spec.data.packing else "model.attention_dropout"
+    adapted = spec.model.lora.rank is not None
+    return layout_without_graphs(spec.topology, train.precision, train.recompute, shape, adapted=adapted)
+
+
+def takes_graphs(spec: RunSpec) -> bool:
+    """Return whether the settings that no layout changes allow graphs."""
+    return spec.data.packing and not spec.model.attention_dropout
+
+
+def layout_without_graphs(
+    topology: _Parallel, precision: str, recompute: str, shape: ModelShape | None, *, adapted: bool
+) -> str | None:
+    """Return what of a layout and a model graphs are not made for, or None."""
+    reasons = {
+        "tensor parallelism": topology.tensor_parallel > 1,
+        "pipeline parallelism": topology.pipeline_parallel > 1,
+        "context parallelism": topology.context_parallel > 1,
+        f"train.precision {precision}": precision != "bf16",
+        f"train.recompute {recompute}": recompute != "none",
+        "adapters": adapted,
+    }
+    if shape is not None:
+        reasons |= {
+            "experts": bool(shape.num_experts),
+            "linear attention": shape.linear is not None,
+            "capped scores": shape.model_type in _CAPPED,
+        }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def graphs_pay(choice: GraphChoice, shape: ModelShape, seq_length: int, tokens: float) -> bool:
+    """Return whether graphs are wanted for micro-batches of so many tokens, by the config and by what they save."""
+    few = tokens * max(layer_operations(shape, seq_length)) < _FEW_OPERATIONS
+    return choice == "always" or (choice == "auto" and few)

@@ -1,0 +1,147 @@
+"""What graphs of the layers compute, without a GPU: passes over filled-up rows that add to gradient buffers themselves.
+
+A stand-in computes anew what a graph would repeat. That the graphs do is tested on GPUs
+(tests/gpu/test_decoder_graphs.py).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sft.engine.module
+from sft.megatron import decoder_graphs, kernel_choice
+from sft.megatron.decoder_graphs import DecoderGraphs, Inputs, Passes, Recorded
+from sft.megatron.layers.packed_rows import PackedSequences
+from sft.models.registry import read_architecture
+from tests.parity.gradients import Part, join, train_and_capture
+from tests.parity.runs import curve, make_run, reference_curve, run_training
+from tests.parity.test_families import RATE, family_model
+from tests.parity.test_grid import assert_gradients_equal
+from tests.tiny_model import make_chat_rows, write_jsonl
+
+pytestmark = pytest.mark.parity
+
+STEPS = 4
+FAMILIES = ["qwen3", "gemma3_text", "granite", "ministral3"]
+"""Norms of heads; windows, two RoPEs and norms after; multipliers; queries scaled by position."""
+
+
+class HostInputs(Inputs):
+    """Says the sequences' lengths truly: on a CPU attention reads them."""
+
+    @property
+    def sequences(self) -> PackedSequences:
+        found = super().sequences
+        found.seq_lengths = tuple(length for length in self.offsets.diff().tolist() if length)
+        return found
+
+
+class Repeated(Recorded):
+    """Computes anew what a graph would repeat."""
+
+    def _record(self, decoder: DecoderGraphs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        states = [torch.zeros_like(self.inputs.hidden) for _ in range(3)]
+        return states[0], states[1], states[2]
+
+    def forward(self) -> None:
+        self._passes = Passes(self._segments, self.inputs, self._angles)
+        for part in range(len(self._segments)):
+            with torch.enable_grad():  # as where a graph is recorded
+                output = self._passes.forward(part)
+        self.output.copy_(output)
+
+    def backward(self) -> None:
+        grad = self.output_grad.clone()
+        for part in reversed(range(len(self._segments))):
+            grad = self._passes.backward(part, grad)
+            self._segments[part].have_gradients(self._passes.by_kernels[part])
+        self.input_grad.copy_(grad)
+
+
+def train_by_stand_ins(config: Path) -> list[list[Part]]:
+    """Train on a rank that takes its CPU for a GPU with graphs."""
+    steps, by_graph = train_and_watch(config)
+    assert any(by_graph)
+    return steps
+
+
+def train_mixed(config: Path) -> list[list[Part]]:
+    """The same, where rows of a new form come behind repeated ones."""
+    steps, by_graph = train_and_watch(config)
+    assert (True, False) in pairwise(by_graph)
+    return steps
+
+
+def train_and_watch(config: Path) -> tuple[list[list[Part]], list[bool]]:
+    """Train, and return the gradients, and of each row whether it had a graph."""
+    by_graph: list[bool] = []
+
+    class Counted(Repeated):
+        def forward(self) -> None:
+            super().forward()
+            by_graph.append(True)
+
+    class Mixed(DecoderGraphs):
+        def _without_graph(self, *row: Any) -> torch.Tensor:
+            by_graph.append(False)
+            return super()._without_graph(*row)
+
+    kernel_choice._graphs = lambda *_, **__: True
+    decoder_graphs.free_memory = lambda _: 2**40
+    decoder_graphs.Inputs = HostInputs  # type: ignore[misc]
+    decoder_graphs.Recorded = Counted  # type: ignore[misc]
+    sft.engine.module.DecoderGraphs = Mixed  # type: ignore[misc]
+    return train_and_capture(config), by_graph
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", make_chat_rows(36, seed=3))
+
+
+def expect_reference(
+    root: Path, model: Path, chat: Path, ranks: int, train: Any = train_by_stand_ins, **settings: Any
+) -> None:
+    own = {**RATE, "global_batch_size": 8, "seq_length": 128}
+    expected = reference_curve(root / "reference", model, chat, steps=STEPS, **own)
+    fused = {"packing": True, "kernels": "fused"}
+    paths = make_run(root, model, chat, ranks=ranks, max_steps=STEPS, **own, **fused, **settings)
+    by_rank = run_training(paths, ranks, function=train)
+    losses, norms = curve(paths)
+    assert losses == pytest.approx(expected.losses, rel=2e-5)
+    assert norms == pytest.approx(expected.grad_norms, rel=1e-4)
+    found = join(by_rank, read_architecture(model))
+    for gradients, exact in zip(found[:2], expected.gradients[:2], strict=True):
+        assert_gradients_equal(gradients, exact)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_gradient_follows_reference(family: str, tmp_path: Path, chat: Path) -> None:
+    """Several micro-batches a step: the first of a step adds to what is there, too."""
+    expect_reference(tmp_path, family_model(tmp_path / "model", family), chat, 1)
+
+
+def test_rows_of_a_new_form_behind_repeated_ones(tmp_path: Path, chat: Path) -> None:
+    """Their gradients of norms and biases, too, which autograd brings and Megatron-core's hook adds."""
+    expect_reference(tmp_path, family_model(tmp_path / "model", "qwen2"), chat, 1, train_mixed)
+
+
+def train_in_many_buckets(config: Path) -> list[list[Part]]:
+    """The same, with buckets that hold about a layer each."""
+    own = partial(sft.engine.module.DistributedDataParallelConfig, bucket_size=30_000)
+    sft.engine.module.DistributedDataParallelConfig = own
+    return train_by_stand_ins(config)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_gradients_reduced_behind_the_backward_pass(distributed: bool, tmp_path: Path, chat: Path) -> None:
+    """Parts of the layers, after each of which Megatron-core is told that their gradients are there: in buckets that
+    it reduces in the same order on both ranks, although their rows have no graphs in different steps."""
+    model = family_model(tmp_path / "model", "qwen3", num_hidden_layers=5)
+    expect_reference(tmp_path, model, chat, 2, train_in_many_buckets, overlap=True, distributed=distributed)

@@ -1,0 +1,55 @@
+"""The forms that rows are filled up to, so that a graph fits many of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sft.megatron.decoder_graphs import Inputs, RowForm
+from sft.megatron.layers.packed_rows import packed_sequences
+
+
+@pytest.mark.parametrize(
+    ("lengths", "form"),
+    [
+        ([1000, 900, 800, 700, 600, 64], RowForm(4096, 16, 1024)),
+        ([4000, 96], RowForm(4096, 16, 4096)),
+        ([375] * 10 + [38], RowForm(3840, 16, 1024)),
+        ([10] * 15 + [11], RowForm(192, 32, 1024)),  # one sequence more, for what fills the row up
+        ([200] * 100 + [60], RowForm(20480, 128, 1024)),
+        ([2048, 2048], RowForm(4096, 2, 2048, equal=True)),
+        ([37], RowForm(37, 1, 37, equal=True)),
+    ],
+    ids=str,
+)
+def test_forms(lengths: list[int], form: RowForm) -> None:
+    assert RowForm.of(lengths) == form
+
+
+@pytest.mark.parametrize("tokens", [64, 65, 1000, 4095, 4096, 4097, 30000, 131072])
+@pytest.mark.parametrize("longest", [1, 60, 700])
+def test_what_fills_a_row_up_is_a_sequence_that_attention_sees_whole(tokens: int, longest: int) -> None:
+    whole, rest = divmod(tokens, longest)
+    lengths = [longest] * whole + [rest] * (rest > 0)
+    form = RowForm.of([*lengths, 1])
+    assert form.equal or form.longest >= max(longest, form.tokens - tokens - 1)
+    assert form.equal or form.documents > len(lengths) + 1
+    assert tokens + 1 <= form.tokens <= (tokens + 1) * 9 / 8 + 64
+
+
+def test_a_row_is_copied_over_the_one_before() -> None:
+    """What an earlier, longer row left behind is gone."""
+    long, short = [70, 60, 50], [30, 90, 16]
+    form = RowForm(192, 4, 1024)
+    inputs = Inputs(form, torch.zeros(1, 1, 8))
+    for lengths in (long, short):
+        tokens = sum(lengths)
+        ends = torch.tensor([0, *lengths]).cumsum(0).int()
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        hidden = torch.randn(tokens, 1, 8)
+        inputs.fill(hidden, packed_sequences(ends, tuple(lengths), positions))
+        assert torch.equal(inputs.hidden[:tokens], hidden) and not inputs.hidden[tokens:].any()
+        assert inputs.offsets.tolist() == [*ends.tolist(), 192]
+        assert torch.equal(inputs.positions[:tokens], positions) and not inputs.positions[tokens:].any()
+        found = inputs.sequences
+        assert (found.max_seqlen_q, found.cu_seqlens_q is inputs.offsets) == (1024, True)
