@@ -22,7 +22,7 @@ class CheckpointSpec:
     """Newest complete checkpoints to keep."""
     keep_best: Annotated[int, AtLeast(0)] = 0
     """Checkpoints to keep besides the newest: those with the best best_metric. An evaluation that is among the best so
-    far saves one. With early_stopping the best by its metric is kept even at 0."""
+    far saves one; needs train.eval_every. With early_stopping the best by its metric is kept even at 0."""
     best_metric: str = "eval_loss"
     """What keep_best compares: eval_loss, eval_loss/<set>, or metric/<name> of evaluation.metric."""
     best_mode: Literal["min", "max"] = "min"

@@ -22,25 +22,19 @@ def evaluation_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from _answer_problems(evaluation)
     if "" in evaluation.stop_sequences:
         yield "evaluation.stop_sequences", "an empty text is in every answer; take it out"
-    if train.early_stopping.patience is not None:
-        unknown = list(_unknown_metric(spec, "train.early_stopping.metric", train.early_stopping.metric))
-        yield from unknown
-        if train.eval_every is None and not unknown:
-            yield (
-                "train.early_stopping.patience",
-                f"{train.early_stopping.patience} needs train.eval_every: without it evaluations are before the first "
-                "and after the last step alone",
-            )
-    else:
-        yield from _needless(
-            "train.early_stopping", train.early_stopping, "train.early_stopping.patience, which is unset"
+    early, checkpoint = train.early_stopping, spec.checkpoint
+    if early.patience is not None:
+        yield from _comparison_problems(
+            spec, ("train.early_stopping.metric", early.metric), "train.early_stopping.patience", early.patience
         )
-    if spec.checkpoint.keep_best:
-        yield from _unknown_metric(spec, "checkpoint.best_metric", spec.checkpoint.best_metric)
     else:
-        yield from _needless(
-            "checkpoint", spec.checkpoint, "checkpoint.keep_best above 0", ("best_metric", "best_mode")
+        yield from _needless("train.early_stopping", early, "train.early_stopping.patience, which is unset")
+    if checkpoint.keep_best:
+        yield from _comparison_problems(
+            spec, ("checkpoint.best_metric", checkpoint.best_metric), "checkpoint.keep_best", checkpoint.keep_best
         )
+    else:
+        yield from _needless("checkpoint", checkpoint, "checkpoint.keep_best above 0", ("best_metric", "best_mode"))
 
 
 def _answer_problems(evaluation: EvaluationSpec) -> Iterator[Problem]:
@@ -65,6 +59,18 @@ def _needless(
         if value == unset or not (names is None or item.name in names) or any(field_problems(given, item.name)):
             continue
         yield f"{section}.{item.name}", f"{value if isinstance(value, str) else shown(value)} needs {needed}"
+
+
+def _comparison_problems(spec: RunSpec, metric: tuple[str, str], key: str, value: int) -> Iterator[Problem]:
+    """Yield why the setting `key` has nothing to compare: its metric (key, name) is not known, or is measured once."""
+    unknown = list(_unknown_metric(spec, *metric))
+    yield from unknown
+    if spec.train.eval_every is None and not unknown:
+        yield (
+            key,
+            f"{value} needs train.eval_every: without it evaluations are before the first and after the last "
+            "step alone",
+        )
 
 
 def _unknown_metric(spec: RunSpec, key: str, metric: str) -> Iterator[Problem]:

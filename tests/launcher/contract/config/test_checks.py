@@ -78,6 +78,15 @@ CFG = Path("cfg.yaml")
             "train.early_stopping.patience=2 & data.validation=a.jsonl",
             "train.early_stopping.patience: 2 needs train.eval_every: without it evaluations are before the first and ",
         ),
+        (
+            "checkpoint.keep_best=2 & data.validation=a.jsonl",
+            "checkpoint.keep_best: 2 needs train.eval_every: without it evaluations are before the first and ",
+        ),
+        (
+            "checkpoint.keep_best=2 & checkpoint.best_metric=metric/x & evaluation.metric=a.b:c & "
+            "evaluation.prompts=cfg.yaml",
+            "checkpoint.keep_best: 2 needs train.eval_every: ",
+        ),
         ("notify.on=failure", "notify.on: failure, and nobody is told; give notify.webhook_env, email or command"),
         ("evaluation.temperature=0.5", "evaluation.temperature: 0.5 needs evaluation.prompts, which is unset"),
         ("evaluation.stop_tokens=x", "evaluation.stop_tokens: ['x'] needs evaluation.prompts, which is unset"),
