@@ -27,8 +27,8 @@ from sft.data.batches.batch import RankShare, collate
 from sft.data.batches.sampler import TokenSchedule
 from sft.data.cache.store import TokenCache
 from sft.data.prepared.prepare import open_or_build
+from sft.data.prepared.schedule import batch_schedule
 from sft.model_source import resolve_model_dir
-from sft.training.datamodule import batch_schedule
 
 ROW_LENGTHS = (2048, 4096)
 

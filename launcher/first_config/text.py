@@ -104,7 +104,6 @@ def _train(answers: Answers, survey: Survey, lengths: Lengths, layout: Mapping[s
     rate, why_rate = learning_rate(answers, survey)
     steps = "" if lengths.steps is None else f"about {lengths.steps:,} steps"
     chosen = [(key.partition(".")[2], value) for key, value in layout.items() if key.startswith("train.")]
-    warmup = max(1, (lengths.steps or 300) * 3 // 100)
     return [
         (0, "train", None, ""),
         (1, "epochs", lengths.epochs, steps),
@@ -114,7 +113,7 @@ def _train(answers: Answers, survey: Survey, lengths: Lengths, layout: Mapping[s
         (1, "optimizer", None, ""),
         (2, "lr", f"{rate:.1e}", why_rate),
         (2, "min_lr", f"{rate / 10:.1e}", "at the end of the cosine"),
-        (2, "warmup_steps", warmup, "3 % of the steps" if lengths.steps else "3 % of 300 steps"),
+        (2, "warmup_ratio", 0.03, "of all steps"),
     ]
 
 

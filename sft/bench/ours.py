@@ -33,11 +33,12 @@ from sft.bench.topology import expected_tokens_per_second, micro_batch_rows, par
 from sft.bench.workload import INITIAL_STD, Workload
 from sft.data.batches.batch import StepBatch
 from sft.data.cache.store import TokenPair
+from sft.data.prepared.schedule import batch_schedule
 from sft.engine.module import SFTGPT
 from sft.models.registry import read_architecture
 from sft.runtime import lightning as pl
 from sft.runtime.rank_env import RankEnv
-from sft.training.datamodule import StepBatches, StepLoader, batch_schedule
+from sft.training.datamodule import StepBatches, StepLoader
 from sft.training.trainer import megatron_trainer
 
 PROFILED_STEPS = 2

@@ -13,6 +13,7 @@ from launcher.contract.topology import build_topology
 from sft.data.prepared.held_out import open_validation_sets
 from sft.data.prepared.prepare import check_vocabulary, prepare_data
 from sft.data.prepared.report import report
+from sft.data.prepared.schedule import check_schedule
 from sft.generation.evaluation_prompts import check_prompts
 from sft.hf.answer import answers_wanted, record_answers
 from sft.hf.checks import check_model_settings
@@ -40,6 +41,7 @@ def prepare(config: Path) -> ExitCode:
     print("".join(f"{remark}\n" for remark in unused_dropouts(model_dir, spec.model)), end="")
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
     data = prepare_data(spec, tokenizer_dir)
+    check_schedule(spec, data.train)
     check_vocabulary(data, architecture.shape.vocab_size)
     record_stop_tokens(paths, data.stop_tokens)
     for name, prepared in open_validation_sets(spec, tokenizer_dir, build=True):

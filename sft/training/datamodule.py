@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 from sft.data.batches.batch import RankShare, StepBatch, collate
-from sft.data.batches.mixture import Mixture
-from sft.data.batches.sampler import EMPTY_SLOT, BatchSchedule, CyclicSchedule, ExampleSchedule, TokenSchedule
+from sft.data.batches.sampler import EMPTY_SLOT, BatchSchedule
 from sft.data.cache.store import Examples
 from sft.data.prepared.prepare import PreparedData
+from sft.data.prepared.schedule import batch_schedule, steps_of, training_schedule
 from sft.data.prepared.sources import Sources
 from sft.megatron.core import parallel_state
 from sft.runtime import lightning as pl
@@ -92,8 +92,7 @@ class SFTDataModule(pl.LightningDataModule):
     @property
     def max_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        train = self._spec.train
-        return train.max_steps if train.max_steps is not None else self.schedule.steps_in(train.epochs or 1.0)
+        return steps_of(self._spec, self.schedule)
 
     @property
     def data_key(self) -> dict[str, object]:
@@ -133,42 +132,6 @@ class SFTDataModule(pl.LightningDataModule):
             return None
         schedule = batch_schedule(self._spec, cache, shuffle=False)
         return StepBatches(cache, schedule, self._spec, self._topology, schedule.steps_per_epoch)
-
-
-def training_schedule(spec: RunSpec, cache: Examples) -> BatchSchedule:
-    """Return the schedule of the training data: which examples each step holds."""
-    if spec.data.cyclic_seed is None:
-        return batch_schedule(spec, cache, shuffle=spec.data.shuffle)
-    assert spec.train.max_steps is not None, "launcher.contract.config.checks asks for it"
-    return CyclicSchedule(
-        num_examples=len(cache),
-        global_batch_size=spec.train.global_batch_size,
-        max_steps=spec.train.max_steps,
-        seed=spec.data.cyclic_seed,
-    )
-
-
-def batch_schedule(spec: RunSpec, cache: Examples, *, shuffle: bool) -> BatchSchedule:
-    """Return the schedule of `cache`, training or held-out data: which examples each step holds."""
-    train = spec.train
-    mixture = Mixture(shares=cache.shares, seed=train.seed, shuffle=shuffle) if isinstance(cache, Sources) else None
-    if train.global_batch_unit == "tokens":
-        return TokenSchedule(
-            lengths=cache.lengths - 1,
-            row_length=spec.data.seq_length,
-            rows_per_step=train.global_batch_size // spec.data.seq_length,
-            seed=train.seed,
-            shuffle=shuffle,
-            mixture=mixture,
-        )
-    return ExampleSchedule(
-        num_examples=len(cache),
-        global_batch_size=train.global_batch_size,
-        seed=train.seed,
-        shuffle=shuffle,
-        mixture=mixture,
-        group_lengths=cache.lengths if spec.data.group_by_length and shuffle else None,
-    )
 
 
 class _RemainingSteps(Sampler[int]):

@@ -27,7 +27,7 @@ from launcher.contract.spec import (
     to_yaml,
 )
 from sft.data.prepared.prepare import open_or_build
-from sft.training.datamodule import batch_schedule
+from sft.data.prepared.schedule import batch_schedule
 from sft.training.trainer import train
 from tests.parity.reference import Curve, train_reference
 from tests.ranks import run_ranks

@@ -27,6 +27,7 @@ from sft.__main__ import main
 from sft.commands.export import export_run
 from sft.data.batches.sampler import EMPTY_SLOT
 from sft.data.prepared.prepare import open_or_build
+from sft.data.prepared.schedule import batch_schedule
 from sft.engine.module import SFTGPT
 from sft.hf.adapter import all_targets
 from sft.hf.answer import answer
@@ -34,7 +35,6 @@ from sft.hf.checks import check_model_settings
 from sft.hf.loaded_model import load_transformers_model
 from sft.hf.sharded_reader import ShardedReader
 from sft.models.registry import SUPPORTED, read_architecture
-from sft.training.datamodule import batch_schedule
 from sft.training.trainer import train
 from tests.parity.reference import RouterWatch, target_losses
 from tests.parity.runs import curve, make_run, run_training

@@ -29,10 +29,10 @@ from sft.data.batches.batch import example_seed
 from sft.data.batches.sampler import EMPTY_SLOT
 from sft.data.cache.store import TokenCache
 from sft.data.prepared.prepare import open_or_build
+from sft.data.prepared.schedule import batch_schedule
 from sft.hf.adapter import all_targets
 from sft.kernels.embedding_noise import uniform_noise
 from sft.models.registry import read_architecture
-from sft.training.datamodule import batch_schedule
 from sft.training.trainer import train
 from tests.parity.reference import clip_gradients
 from tests.parity.runs import curve, make_run, run_training

@@ -18,10 +18,10 @@ from launcher.contract.errors import ModelError
 from launcher.contract.rundir import RunPaths, read_lines
 from launcher.contract.spec import read_resolved, to_yaml
 from sft.data.prepared.prepare import open_or_build
+from sft.data.prepared.schedule import batch_schedule
 from sft.engine.routing import AUX_LOSS, NUMBERS
 from sft.hf.checks import check_model_settings
 from sft.models.registry import read_architecture
-from sft.training.datamodule import batch_schedule
 from tests.parity.gradients import join, train_and_capture
 from tests.parity.reference import Curve, RouterWatch
 from tests.parity.runs import curve, make_run, reference_curve, run_training

@@ -10,7 +10,7 @@ import math
 
 from launcher.contract.errors import ConfigError
 from launcher.contract.spec import OptimizerSpec
-from launcher.contract.steps import share_of_steps
+from launcher.contract.steps import schedule_problems, share_of_steps, warmup_of
 from sft.megatron.core import MegatronOptimizer, OptimizerParamScheduler
 
 _WSD_SHARE = 0.1
@@ -27,12 +27,11 @@ class Schedule(OptimizerParamScheduler):  # type: ignore[misc]
 
     def __init__(self, spec: OptimizerSpec, optimizer: MegatronOptimizer, max_steps: int) -> None:
         self._spec = spec
-        warmup = warmup_steps(spec, max_steps)
+        problems = [f"{key}: {text}" for key, text in schedule_problems(spec, max_steps)]
+        if problems:
+            raise ConfigError(problems)
+        warmup = warmup_of(spec, max_steps)
         end = max(spec.decay_steps or max_steps, warmup + 1)
-        if (spec.wsd_steps or 0) > end - warmup:  # the launcher does not know the steps of train.epochs
-            raise ConfigError(
-                f"train.optimizer.wsd_steps {spec.wsd_steps} is more than the {end - warmup} steps after the warm-up"
-            )
         super().__init__(
             optimizer,
             init_lr=spec.initial_lr,
@@ -71,8 +70,3 @@ class Schedule(OptimizerParamScheduler):  # type: ignore[misc]
         elif done < 1:
             left = 0.5 * (1 + math.cos(math.pi * ((self._spec.cycles or 1) * done % 1.0)))
         return float(self.min_lr + left * (self.max_lr - self.min_lr))
-
-
-def warmup_steps(spec: OptimizerSpec, max_steps: int) -> int:
-    """Return the steps of the warm-up."""
-    return spec.warmup_steps if spec.warmup_ratio is None else share_of_steps(spec.warmup_ratio, max_steps)

@@ -52,7 +52,7 @@ def test_cpu_ranks_of_this_machine(work: Path, capsys: pytest.CaptureFixture[str
     assert "launcher submit cfg.yaml" in capsys.readouterr().out
     values = written()
     assert values["name"] == "model-rows"
-    assert values["train"]["optimizer"] == {"lr": 2e-5, "min_lr": 2e-6, "warmup_steps": 3}
+    assert values["train"]["optimizer"] == {"lr": 2e-5, "min_lr": 2e-6, "warmup_ratio": 0.03}
     assert (values["train"]["global_batch_size"], values["train"]["epochs"]) == (16, 3)
     assert values["data"]["seq_length"] == 512  # 1,529 bytes / 3
     assert values["train"]["precision"] == "fp32"
@@ -64,7 +64,7 @@ def test_a_layout_of_the_planner_for_gpus(work: Path) -> None:
     values = written()
     assert values["resources"] == {"nodes": 2, "gpus_per_node": 8}
     assert set(values["topology"]) >= {"tensor_parallel", "pipeline_parallel"}
-    assert values["train"]["optimizer"] == {"lr": 1e-5, "min_lr": 1e-6, "warmup_steps": 3}
+    assert values["train"]["optimizer"] == {"lr": 1e-5, "min_lr": 1e-6, "warmup_ratio": 0.03}
     assert "planned:" in Path("cfg.yaml").read_text()
     assert main(["submit", "cfg.yaml", "--dry-run"]) == 0
 

@@ -15,7 +15,7 @@ from sft.compat.trlx.samples import SampleEncoder, Tokens, collate
 from sft.data.batches.batch import RankShare
 from sft.data.batches.batch import collate as batch_of
 from sft.data.prepared.prepare import open_or_build
-from sft.training.datamodule import training_schedule
+from sft.data.prepared.schedule import training_schedule
 from tests.sft.compat.material import BOS, EOS, character_tokenizer
 
 SAMPLES = ("AB", "ABCDEFGH", "")

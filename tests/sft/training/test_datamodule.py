@@ -16,7 +16,8 @@ from launcher.contract.topology import Topology, build_topology
 from sft.data.batches.sampler import ExampleSchedule, TokenSchedule
 from sft.data.cache.store import TokenCache
 from sft.data.prepared.prepare import PreparedData
-from sft.training.datamodule import SFTDataModule, StepBatches, batch_schedule
+from sft.data.prepared.schedule import batch_schedule
+from sft.training.datamodule import SFTDataModule, StepBatches
 from tests.sft.caches_for_tests import make_cache, ragged_pairs
 
 

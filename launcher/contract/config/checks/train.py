@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from launcher.contract.cuda_graphs import no_graphs_because
 from launcher.contract.hardware import gpu_kinds
 from launcher.contract.spec import Fp8Spec, OptimizerSpec, RunSpec, TrainSpec
-from launcher.contract.spec.fields import Problem
+from launcher.contract.spec.fields import Problem, field_problems
 from launcher.contract.spec.model import ALL_LINEAR
 from launcher.contract.spec.rules import shown
 from launcher.contract.spec.train import FP8_LINEARS
-from launcher.contract.steps import share_of_steps
+from launcher.contract.steps import schedule_problems, share_of_steps
 
 
 def length_problems(spec: RunSpec) -> Iterator[Problem]:
@@ -38,12 +38,9 @@ def optimizer_problems(spec: RunSpec) -> Iterator[Problem]:
         )
     yield from _warmup_problems(spec.train)
     yield from _shape_problems(optimizer)
-    end = optimizer.decay_steps or spec.train.max_steps
-    if optimizer.wsd_steps and end and optimizer.wsd_steps > end - optimizer.warmup_steps:
-        yield (
-            "train.optimizer.wsd_steps",
-            f"{optimizer.wsd_steps} is more than the {end - optimizer.warmup_steps} steps after the warm-up",
-        )
+    steps = spec.train.max_steps or optimizer.decay_steps or 0  # those of train.epochs are known to prepare alone
+    if steps > 0 and not any(field_problems(optimizer, "warmup_ratio")):
+        yield from schedule_problems(optimizer, steps)
 
 
 def bad_step_problems(spec: RunSpec) -> Iterator[Problem]:

@@ -57,6 +57,9 @@ model: {lora: {rank: 4, targets: all-linear}}
         {"schedule": "cosine_with_restarts", "cycles": 1},
         {"schedule": "constant", "warmup_steps": 5, "initial_lr": 1e-6},
         {"warmup_ratio": 0.1, "initial_lr": 1e-6},
+        {"warmup_steps": 100},
+        {"warmup_steps": 101, "decay_steps": 102},
+        {"warmup_steps": 101, "steps": None},
         {"grad_reduce": "bf16"},
         {"lr_by_name": {"*.embed_tokens.*": "1e-6", "lm_head.*": "0"}},
     ],
@@ -93,6 +96,23 @@ def test_what_can_be(settings: dict[str, Any]) -> None:
             {"schedule": "wsd", "wsd_steps": 96, "warmup_steps": 5},
             "wsd_steps",
             "96 is more than the 95 steps after the warm-up",
+        ),
+        (
+            {"schedule": "wsd", "wsd_steps": 91, "warmup_ratio": 0.1},
+            "wsd_steps",
+            "91 is more than the 90 steps after the warm-up",
+        ),
+        (
+            {"warmup_steps": 198, "lr": 2e-5},
+            "warmup_steps",
+            "198 is more than the 100 steps of the run, whose last would have a learning rate of 1e-05 in place of "
+            "2e-05; lower it, or give train.optimizer.warmup_ratio",
+        ),
+        (
+            {"warmup_steps": 101, "schedule": "constant", "initial_lr": 1e-6, "lr": 1.01e-4},
+            "warmup_steps",
+            "101 is more than the 100 steps of the run, whose last would have a learning rate of 9.9e-05 in place of "
+            "0.000101; lower it, or give train.optimizer.warmup_ratio",
         ),
         (
             {"schedule": "inverse_sqrt"},

@@ -41,8 +41,18 @@ def test_a_decay_longer_than_the_run_is_refused() -> None:
     """With train.epochs the ranks alone know the steps. It was cut to what there is."""
     spec = OptimizerSpec(schedule="wsd", wsd_steps=8, warmup_steps=2)
     assert len(rates(spec, 10)) == 10
-    with pytest.raises(ConfigError, match=r"wsd_steps 8 is more than the 7 steps after the warm-up$"):
+    with pytest.raises(ConfigError, match=r"wsd_steps: 8 is more than the 7 steps after the warm-up$"):
         rates(spec, 9)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused() -> None:
+    """It was begun, and the rate that was asked for never came. One of just the run's length rises to its end."""
+    spec = OptimizerSpec(lr=1.0, warmup_steps=4)
+    assert rates(spec, 4) == pytest.approx([0.0, 0.25, 0.5, 0.75])
+    with pytest.raises(ConfigError, match=r"warmup_steps: 4 is more than the 3 steps of the run, whose last would "):
+        rates(spec, 3)
+    longer = OptimizerSpec(lr=1.0, warmup_steps=4, decay_steps=10)
+    assert rates(longer, 3) == pytest.approx([0.0, 0.25, 0.5])
 
 
 def test_constant_after_warmup() -> None:
