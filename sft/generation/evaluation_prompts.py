@@ -19,6 +19,7 @@ from sft.data.reading.formats import after_system
 from sft.data.reading.messages import Message, read_messages, read_tools
 from sft.data.reading.row import load
 from sft.data.reading.token_rows import parse_ids
+from sft.data.reading.tool_results import check_results
 from sft.data.reading.unread import refuse_in_prompt
 from sft.runtime.own_code import import_named
 
@@ -57,6 +58,7 @@ def _prompt(line: bytes, where: str, writer: PromptWriter, spec: RunSpec) -> Pro
     tools = read_tools(row.get("tools"), f"{where}: 'tools'")
     if "messages" in row:
         turns = read_messages(row["messages"], f"{where}: messages", {})
+        check_results((f"{where}: messages", turns))
     else:
         turns = (Message("user", str(question)),)
     turns = after_system(row, turns, where, {})

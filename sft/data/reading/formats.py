@@ -34,6 +34,7 @@ from sft.data.reading.row import MISSING, Row, find, get, get_text, list_in, loa
 from sft.data.reading.row_forms import COLUMNS, with_form_of
 from sft.data.reading.tables import as_json, holds_lines, place, read_rows
 from sft.data.reading.token_rows import read_tokens
+from sft.data.reading.tool_results import check_results
 from sft.data.reading.unread import unread_keys
 
 OPTIONAL_COLUMNS = ("input", "system", "tools", "labels", "loss_mask")
@@ -160,6 +161,7 @@ def _example(row: Row, where: str, row_format: str, columns: Mapping[str, str], 
         value = parse_json(value, f"{where}: {key!r}")
     read = read_messages if row_format == "messages" else read_sharegpt
     turns = read(value, f"{where}: {key}", columns, ignored)
+    check_results((f"{where}: {key}", turns))
     return Example(where=where, messages=after_system(row, turns, where, columns), tools=tools)
 
 
@@ -179,8 +181,10 @@ def _pair(
     if isinstance(prompt, list) and isinstance(completion, list):
         if has_more:
             raise DataError(f"{where}: {columns['input']!r} cannot be added to a prompt that is a list of messages")
-        questions = read_messages(prompt, f"{where}: {prompt_key}", columns, ignored)
-        answers = read_messages(completion, f"{where}: {completion_key}", columns, ignored)
+        in_prompt, in_completion = (f"{where}: {key}" for key in (prompt_key, completion_key))
+        questions = read_messages(prompt, in_prompt, columns, ignored)
+        answers = read_messages(completion, in_completion, columns, ignored)
+        check_results((in_prompt, questions), (in_completion, answers))
         context = (message if message.weight is not None else _as_context(message) for message in questions)
         turns = after_system(row, (*context, *answers), where, columns)
         return Example(where=where, messages=turns, tools=tools)

@@ -10,8 +10,7 @@ train on something else than the user wrote.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, Required, TypedDict, cast
 
@@ -142,7 +141,6 @@ def read_messages(
             extra["tool_calls"] = _tool_calls(item["tool_calls"], f"{at}: tool_calls")
         content = _content(item, content_key, at, "tool_calls" in extra)
         messages.append(Message(role, content, _weight(item, at), extra, item.get("train") is True))
-    _check_order_of_results(messages, where)
     return tuple(messages)
 
 
@@ -215,33 +213,6 @@ def _items(value: object, where: str, what: str, keys: str) -> list[tuple[Row, s
         if not isinstance(item, dict):
             raise DataError(f"{where}[{index}] must be an object with {keys}, found {kind(item)}")
     return [(item, f"{where}[{index}]") for index, item in enumerate(value)]
-
-
-def _check_order_of_results(messages: Sequence[Message], where: str) -> None:
-    """Raise DataError where results of several calls come in another order than the calls.
-
-    Most templates write no ids, and each result would be read as that of another call.
-    """
-    for turn, message in enumerate(messages):
-        calls = message.extra.get("tool_calls", [])
-        results = itertools.takewhile(lambda later: later.role == "tool", messages[turn + 1 :])
-        places = [place for result in results if (place := _call_of(result, calls)) is not None]
-        if places != sorted(places):
-            raise DataError(
-                f"{where}[{turn}]: the results of its calls come in another order than the calls, by their "
-                "tool_call_id or name; put them in the order of the calls, since chat templates may write no ids"
-            )
-
-
-def _call_of(result: Message, calls: Sequence[ToolCall]) -> int | None:
-    """Return which call a result answers, by its id, or else by a name that one call alone has."""
-    own = result.extra.get("tool_call_id")
-    ids = [call.get("id") for call in calls]
-    if own is not None:
-        return ids.index(own) if own in ids else None
-    names = [call["function"]["name"] for call in calls]
-    name = result.extra.get("name", "")
-    return names.index(name) if names.count(name) == 1 else None
 
 
 def _role(item: Row, key: str, at: str) -> str:

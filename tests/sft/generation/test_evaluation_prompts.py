@@ -71,6 +71,15 @@ def test_without_a_template_the_text_is_the_prompt(tmp_path: Path) -> None:
         ({"question": "?"}, r"prompts.jsonl:1: a row has prompt \(a text\) or messages"),
         ({"prompt": 3}, r"prompts.jsonl:1: a row has prompt"),
         ({"messages": "?"}, r"prompts.jsonl:1: messages"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"id": "a", "name": "f", "arguments": {}}]},
+                    {"role": "tool", "content": "4", "tool_call_id": "b"},
+                ]
+            },
+            r"prompts.jsonl:1: messages\[1\]: tool_call_id 'b' is that of no call before it; these have 'a'",
+        ),
         ({"prompt": "?", "system_prompt": "Be brief."}, r"prompts.jsonl:1: system_prompt would be left out of the"),
     ],
 )

@@ -411,26 +411,3 @@ def test_rows_of_several_formats_need_a_choice(row: dict[str, Any], formats: str
     with pytest.raises(DataError, match=rf"a\.jsonl:1: the keys .* fit several formats.* data\.format to {formats}"):
         with_detected_form([file], DataSpec(), "data.train")
     assert with_detected_form([file], DataSpec(format="messages"), "data.train").format == "messages"
-
-
-def test_results_in_another_order_than_their_calls_are_refused() -> None:
-    """Templates without ids write each behind the call of another."""
-    calls = [{"id": name, "function": {"name": "f", "arguments": {"city": name}}} for name in ("Paris", "Rome")]
-    results = [{"role": "tool", "content": f"It rains in {name}.", "tool_call_id": name} for name in ("Paris", "Rome")]
-    question = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": calls}]
-    assert len(parse({"messages": [*question, *results]}).messages) == 4
-    with pytest.raises(DataError, match=r"messages\[1\]: the results of its calls come in another order"):
-        parse({"messages": [*question, *results[::-1]]})
-    elsewhere = [{**result, "tool_call_id": "x"} for result in results]
-    assert len(parse({"messages": [*question, *elsewhere]}).messages) == 4
-
-
-def test_results_without_ids_are_compared_with_their_calls_by_name() -> None:
-    calls = [{"function": {"name": name, "arguments": {}}} for name in ("sun", "rain", "rain")]
-    sun, rain = ({"role": "tool", "content": "It does.", "name": name} for name in ("sun", "rain"))
-    question = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": calls[:2]}]
-    assert len(parse({"messages": [*question, sun, rain]}).messages) == 4
-    with pytest.raises(DataError, match="in another order than the calls, by their tool_call_id or name"):
-        parse({"messages": [*question, rain, sun]})
-    question[1]["tool_calls"] = calls  # two of one name: which of them a result answers is not known
-    assert len(parse({"messages": [*question, rain, rain, sun]}).messages) == 5
