@@ -64,6 +64,17 @@ def with_text(text: str) -> list[int]:
 
 def is_session_leader(pid: int) -> bool:
     """Return whether a process leads a session of its own, as the controller of a local run does."""
+    return session(pid) == pid
+
+
+def session(pid: int) -> int | None:
+    """Return the id of the session that a process is in, which is that of its first process, or None if it is gone."""
     with contextlib.suppress(ProcessLookupError):
-        return os.getsid(pid) == pid
-    return False
+        return os.getsid(pid)
+    return None
+
+
+def parent(pid: int) -> int | None:
+    """Return the id of a process's parent, or None if it is gone."""
+    word = _status(pid, "PPid")
+    return int(word) if word else None

@@ -1,6 +1,7 @@
 """Runs as processes of this machine, behind the `Scheduler` protocol.
 
-A job is the controller's process. Its id alone is reused; with the start time that the kernel keeps it is not.
+A job is the controller's process. Its id alone is reused; with the start time that the kernel keeps it is not. Where
+the controller was killed, the job is what it left in its session: the batch script goes on without it.
 """
 
 from __future__ import annotations
@@ -53,17 +54,18 @@ class Local(Scheduler):
 
     def cancel(self, job: Job) -> None:
         """Send TERM to the controller, which passes it on to the ranks, and after a while KILL to the whole session."""
-        pid = int(job.id.text)
         for number, patience in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
-            if not _is_alive(job):
+            heads = _heads(job)
+            if not heads:
                 return
-            with contextlib.suppress(ProcessLookupError):
-                if number is signal.SIGTERM:
-                    os.kill(pid, number)
-                else:
-                    os.killpg(pid, number)
+            for pid in heads:
+                with contextlib.suppress(ProcessLookupError):
+                    if number is signal.SIGTERM:
+                        os.kill(pid, number)
+                    else:
+                        os.killpg(os.getpgid(pid), number)
             deadline = time.monotonic() + patience
-            while _is_alive(job) and time.monotonic() < deadline:
+            while _heads(job) and time.monotonic() < deadline:
                 time.sleep(0.05)
 
     def expected_start(self, script: str, clusters: str = "") -> str:
@@ -93,9 +95,19 @@ def _state(job: Job) -> tuple[JobState, str]:
         return JobState.UNKNOWN, "started by hand, and not ended"
     if job.host != socket.gethostname():
         return JobState.UNKNOWN, f"it runs on {job.host}; look there"
-    if _is_alive(job):
+    if _heads(job):
         return JobState.RUNNING, ""
     return JobState.FAILED, f"process {job.id} is gone and did not record how it ended"
+
+
+def _heads(job: Job) -> list[int]:
+    """Return the processes that pass signals on to the others of a job: its controller or, without it, its script."""
+    if _is_alive(job):
+        return [int(job.id.text)]
+    if not job.id.token:
+        return []
+    left = {pid for pid in processes.with_text(job.id.token) if processes.session(pid) == int(job.id.text)}
+    return sorted(pid for pid in left if processes.parent(pid) not in left)
 
 
 def _is_alive(job: Job) -> bool:

@@ -21,6 +21,7 @@ from launcher.contract.rundir import RunPaths, append_event, read_lines
 from launcher.scheduler.slurm.scheduler import Slurm
 from launcher.submission.claim import LOCK_FILE, claim
 from tests.launcher.conftest import Commands
+from tests.slurm.processes import wait_until
 
 RUN = RunPaths(Path("runs/first"))
 
@@ -228,6 +229,27 @@ def test_local_run_of_a_killed_launcher_is_cancelled(
     (job,) = read_manifest(RUN).jobs
     assert job.process_start is not None
     assert processes.start_ticks(int(job.id.text)) is None
+
+
+def test_local_run_goes_on_without_its_controller(
+    workdir: Path, fake_python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`status` was seen to say FAILED of a run that trained, `cancel` to refuse it, `resubmit` to start it again."""
+    monkeypatch.setenv("FAKE_TICKS", "200")
+    assert main(["submit", "cfg.yaml", fake_python]) == 0
+    (job,) = read_manifest(RUN).jobs
+    wait_until((RUN.logs / "local-1").exists, "the script", timeout=20, interval=0.02)
+    os.kill(int(job.id.text), signal.SIGKILL)
+    wait_until(lambda: processes.start_ticks(int(job.id.text)) is None, "its end", timeout=20, interval=0.02)
+    capsys.readouterr()
+    assert main(["status", "first"]) == 0
+    assert "RUNNING" in capsys.readouterr().out
+    assert main(["resubmit", "first"]) == ExitCode.CONFLICT
+    assert main(["cancel", "first"]) == 0
+    assert [pid for pid in processes.with_text(job.id.token) if processes.session(pid) == int(job.id.text)] == []
+    capsys.readouterr()
+    assert main(["status", "first"]) == 0
+    assert "CANCELLED" in capsys.readouterr().out
 
 
 def _killed_when(condition: Callable[..., bool]) -> Callable[..., None]:
