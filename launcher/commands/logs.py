@@ -10,6 +10,7 @@ from launcher.commands.arguments import (
     Subcommands,
     cluster_option,
     command,
+    count,
     json_option,
     print_json,
     run_argument,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from launcher.contract.rundir import RunPaths
     from launcher.runs.state import RunStatus
     from launcher.views.log_files import Choice
+
+_JSON_LINES = 100
 
 
 def add(commands: Subcommands) -> None:
@@ -35,7 +38,9 @@ def add(commands: Subcommands) -> None:
     which.add_argument("--failed", action="store_true", help="last words of the rank that failed first")
     parser.add_argument("--attempt", metavar="A", help="default: the newest")
     parser.add_argument("-f", "--follow", action="store_true", help="print more as it comes, until the attempt ends")
-    parser.add_argument("--lines", type=int, default=100, metavar="N", help="of --json: the last N (default 100)")
+    parser.add_argument(
+        "-n", "--lines", type=count, metavar="N", help="only the last N of each log (default: all; with --json 100)"
+    )
     json_option(parser)
     wait = command(commands, "wait", _wait, "wait until runs have ended; exits with the first code that is not 0")
     runs_argument(wait, "+")
@@ -45,6 +50,7 @@ def add(commands: Subcommands) -> None:
 
 def _logs(options: argparse.Namespace) -> int:
     from launcher.api.runs import logs
+    from launcher.contract.errors import ConfigError
     from launcher.contract.rundir import default_run_root
     from launcher.runs.find import find_run
     from launcher.views.log_files import Choice, parse_ranks
@@ -57,23 +63,31 @@ def _logs(options: argparse.Namespace) -> int:
         failed=options.failed,
         attempt=options.attempt,
     )
-    if options.follow and not options.failed and not options.json:
-        return follow_run(find_run(options.run, options.run_root or default_run_root()), choice)
+    if options.follow and (options.failed or options.json):
+        other = "--failed" if options.failed else "--json"
+        raise ConfigError(f"--follow prints what comes, and {other} is printed once; leave one of them out")
+    if options.lines and options.failed:
+        raise ConfigError("--lines is for whole logs; --failed prints the end of one, from its last error on")
+    if options.follow:
+        return follow_run(find_run(options.run, options.run_root or default_run_root()), choice, options.lines)
     found = logs(options.run, choice, root=options.run_root)
     if options.json:
-        print_json(found.text(max(1, options.lines)))
+        print_json(found.text(options.lines or _JSON_LINES))
     else:
-        show(found)
+        show(found, options.lines)
     return int(ExitCode.OK)
 
 
-def follow_run(paths: RunPaths, choice: Choice) -> int:
-    """Show a run's logs until it has ended and return its exit code. Ctrl-C ends the showing only."""
+def follow_run(paths: RunPaths, choice: Choice, lines: int | None = None) -> int:
+    """Show a run's logs until it has ended and return its exit code. Ctrl-C ends the showing only.
+
+    `lines` is how many of those that are there already are shown; None shows all.
+    """
     from launcher.submission.summary import run_root_words
     from launcher.views.logs import follow
 
     try:
-        return exit_with(follow(paths, choice))
+        return exit_with(follow(paths, choice, lines))
     except KeyboardInterrupt:
         where = f"{paths.name}{run_root_words(paths.root.parent)}"
         print(

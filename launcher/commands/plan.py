@@ -8,6 +8,7 @@ from launcher.commands.arguments import (
     Subcommands,
     command,
     config_argument,
+    count,
     json_option,
     override_arguments,
     print_json,
@@ -23,9 +24,7 @@ def add(commands: Subcommands) -> None:
     plan.add_argument(
         "--gpus", metavar="N|A..B", help="plan for N GPUs, or for A, 2A, 4A... up to B; default the config's own"
     )
-    plan.add_argument(
-        "--top", type=_count, metavar="K", help="layouts to list of each number of GPUs (default 5, or 1)"
-    )
+    plan.add_argument("--top", type=count, metavar="K", help="layouts to list of each number of GPUs (default 5, or 1)")
     json_option(plan)
 
 
@@ -39,10 +38,3 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         print(text(found.searches, found.top))
     return int(ExitCode.OK if found.fits else ExitCode.BAD_INPUT)
-
-
-def _count(word: str) -> int:
-    """Return a whole number above 0, or raise ArgumentTypeError."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number above 0")
-    return int(word)

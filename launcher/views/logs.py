@@ -74,18 +74,21 @@ def choose(paths: RunPaths, choice: Choice) -> Logs:
     return Logs(run=paths.name, attempt=attempt, files=tuple(map(str, files)), note=note)
 
 
-def show(logs: Logs) -> None:
-    """Print logs as they are now."""
+def show(logs: Logs, lines: int | None = None) -> None:
+    """Print logs as they are now, of each file the last lines where a number is given."""
     if logs.note:
         print(f"# {logs.note}", file=sys.stderr)
     if logs.words:
         print(logs.words)
     for file in map(Path, logs.files):
-        _Follower(file, prefixed=len(logs.files) > 1).copy(last=True)
+        _Follower(file, prefixed=len(logs.files) > 1, lines=lines).copy(last=True)
 
 
-def follow(paths: RunPaths, choice: Choice) -> RunStatus:
-    """Print logs as they grow, then what the rank that failed first said. Return the status at the attempt's end."""
+def follow(paths: RunPaths, choice: Choice, lines: int | None = None) -> RunStatus:
+    """Print logs as they grow, then what the rank that failed first said. Return the status at the attempt's end.
+
+    `lines` is how many lines of each log that is there already are printed; None prints all.
+    """
     followers: dict[Path, _Follower] = {}
     told, asked = "", 0.0
     before = None
@@ -103,7 +106,10 @@ def follow(paths: RunPaths, choice: Choice) -> RunStatus:
                 print(f"# {line}", file=sys.stderr, flush=True)
                 told = line
         for file in files_to_follow(paths, attempt, choice):
-            followers.setdefault(file, _Follower(file, prefixed=choice.several)).copy(last=over)
+            if file not in followers:
+                followers[file] = _Follower(file, prefixed=choice.several, lines=lines)
+            followers[file].copy(last=over)
+        lines = None  # files that come later are shown from their first line on
         if over:
             if attempt is not None and not choice.batch:
                 _explain(paths, attempt, followers)
@@ -114,10 +120,10 @@ def follow(paths: RunPaths, choice: Choice) -> RunStatus:
 class _Follower:
     """Prints what a file gains: with a prefix only whole lines, so that lines of several files do not mix."""
 
-    def __init__(self, file: Path, *, prefixed: bool) -> None:
+    def __init__(self, file: Path, *, prefixed: bool, lines: int | None) -> None:
         self._file = file
         self._prefix = f"[{file.stem.replace('-', ' ')}] " if prefixed else ""
-        self._offset = 0
+        self._offset = 0 if lines is None else _begin_of_last(file, lines)
 
     def copy(self, *, last: bool) -> None:
         """Print what is new. `last` says that nothing more will come, so an unfinished line is printed too."""
@@ -136,6 +142,15 @@ class _Follower:
                 text = "".join(f"{self._prefix}{line}\n" for line in text.splitlines())
             sys.stdout.write(text)
             sys.stdout.flush()
+
+
+def _begin_of_last(file: Path, lines: int) -> int:
+    """Return the offset at which the last lines of a file begin, 0 where it is not there yet."""
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
+        return 0
+    return len(text) - sum(map(len, text.splitlines(keepends=True)[-lines:]))
 
 
 def _ended(paths: RunPaths, attempt: str | None) -> bool:

@@ -82,6 +82,27 @@ def test_following_ends_with_the_words_of_the_rank_that_failed_first(
     assert "failed first" not in capsys.readouterr().out  # the traceback itself was shown
 
 
+def test_last_lines(failed: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--lines` was for JSON alone, and was ignored without it."""
+    assert run("logs", str(failed.root), "--rank", "3", "-n", "2") == 0
+    assert capsys.readouterr().out.splitlines() == _TRACEBACKS.splitlines()[-2:]
+    run("logs", str(failed.root), "--rank", "1,2", "--lines", "1")
+    assert capsys.readouterr().out.splitlines() == ["[rank 1] no end of line", "[rank 2] no end of line"]
+    run("logs", str(failed.root), "--rank", "3", "-f", "-n", "1")
+    assert capsys.readouterr().out.splitlines() == _TRACEBACKS.splitlines()[-1:]
+    run("logs", str(failed.root), "-n", "1000000")
+    assert capsys.readouterr().out == "hello from 0\nno end of line"
+
+
+@pytest.mark.parametrize("words", [("-f", "--json"), ("-f", "--failed"), ("--failed", "-n", "3"), ("-n", "0")])
+def test_options_of_which_one_would_be_ignored(
+    failed: RunPaths, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    with pytest.raises((SystemExit, ConfigError)):
+        run("logs", str(failed.root), *words)
+    assert capsys.readouterr().out == ""
+
+
 def test_nothing_failed(tmp_path: Path, slurm: FakeSlurm) -> None:
     slurm.submit("a")
     with pytest.raises(RunStateError, match="no rank of run a is known to have failed"):
