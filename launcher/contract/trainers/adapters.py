@@ -31,7 +31,7 @@ class LoraWords:
         rank = whole_number_of(entries, self.rank, self.default_rank)
         alpha = self.default_alpha if self.alpha_over_rank is None else self.alpha_over_rank * rank
         given = value_of(entries, self.targets)
-        if given is None and value_of(entries, "lora_target_linear"):
+        if value_of(entries, "lora_target_linear"):  # axolotl adapts every linear layer beside those that are named
             given = "all-linear"
         targets = list(self.default_targets) if given is None else target_names(given)
         absent = [

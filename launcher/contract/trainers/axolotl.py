@@ -6,6 +6,7 @@ from launcher.contract.nemo.entries import Entries, number_of, value_of
 from launcher.contract.nemo.rule import Refused, Translation
 from launcher.contract.trainers import rules
 from launcher.contract.trainers.adapters import LoraWords
+from launcher.contract.trainers.axolotl_data import datasets, held_out
 from launcher.contract.trainers.hf_trainer import WORDS as HF_TRAINER
 from launcher.contract.trainers.hf_trainer import batch_word
 from launcher.contract.trainers.word import (
@@ -31,14 +32,6 @@ _LORA = LoraWords(
     default_dropout=0.0,
     default_targets=(),
 )
-_FORMATS: dict[str, dict[str, object]] = {
-    "chat_template": {},
-    "completion": {"data.format": "text"},
-    "alpaca": {},
-    "sharegpt": {"data.format": "sharegpt"},
-}
-"""Type of a data set -> our settings for it, where one exists."""
-_DATASET_KEYS = {"path", "type", "split", "name", "data_files", "ds_type", "field", "field_messages", "revision"}
 _KERNELS = needless("kernels are chosen by train.kernels and train.attention")
 _QUANTIZED = "the frozen weights stay in bf16, or their products are in fp8 (train.precision)"
 _PREFERENCES = "supervised fine-tuning alone is done here"
@@ -52,52 +45,6 @@ def _adapter(value: object, entries: Entries) -> Translation:
     return _LORA.settings(entries)
 
 
-def _datasets(value: object, entries: Entries) -> Translation:
-    """Translate the list of data sets: files or hub ids, one format for all."""
-    listed = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-    if not listed:
-        raise Refused("no data set in it; give data.train")
-    found = [_dataset_settings(each) for each in listed]
-    for key in {key for settings in found for key in settings}:
-        if any(settings.get(key) != found[0].get(key) for settings in found):
-            raise Refused(f"data sets with different {key}; name them in data.sources, each with its own")
-    trained = {"data.train": [_place(each) for each in listed]}
-    return Translation(trained | found[0], "each counts as often as it has examples" if len(listed) > 1 else "")
-
-
-def _place(each: dict[object, object]) -> str:
-    files = each.get("data_files")
-    if isinstance(files, list) and len(files) != 1:
-        raise Refused("data_files with several files; name each in data.train")
-    return str(files[0] if isinstance(files, list) else files or each.get("path"))
-
-
-def _dataset_settings(each: dict[object, object]) -> dict[str, object]:
-    unknown = [str(key) for key in each if key not in _DATASET_KEYS]
-    if unknown:
-        raise Refused(f"{', '.join(unknown)} of a data set: see data.columns, data.loss_on and data.chat_template")
-    kind = str(each.get("type") or "chat_template")
-    if kind not in _FORMATS:
-        raise Refused(f"type {kind!r} is not known; {', '.join(_FORMATS)} are, others need data.columns")
-    settings = dict(_FORMATS[kind])
-    named = {"split": "data.hub.split", "name": "data.hub.config", "revision": "data.hub.revision"}
-    settings |= {ours: each[key] for key, ours in named.items() if each.get(key) not in (None, "train")}
-    columns = {"text": each.get("field"), "messages": each.get("field_messages")}
-    given = {ours: str(name) for ours, name in columns.items() if name not in (None, ours)}
-    return settings | ({"data.columns": given} if given else {})
-
-
-def _held_out(value: object, entries: Entries) -> Translation:
-    listed = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-    # Files have no splits: axolotl's `split: train` of one means all of its rows.
-    is_file = [bool(each.get("ds_type") or each.get("data_files")) for each in listed]
-    splits = [
-        "" if own or not each.get("split") else f":{each['split']}" for own, each in zip(is_file, listed, strict=True)
-    ]
-    paths = [f"{_place(each)}{split}" for each, split in zip(listed, splits, strict=True)]
-    return Translation({"data.validation": paths} if paths else {})
-
-
 def _batch_size(value: object, entries: Entries) -> Translation:
     if value is None:
         return Translation(note="read from micro_batch_size and gradient_accumulation_steps")
@@ -109,7 +56,9 @@ def _min_lr(value: object, entries: Entries) -> Translation:
         return Translation(note="not set")
     if value_of(entries, "lr_scheduler", "cosine") != "cosine":
         return Translation(note="counts for the cosine schedule alone")
-    return Translation({"train.optimizer.min_lr": as_number(value) * number_of(entries, "learning_rate", 0.0)})
+    return Translation(
+        {"train.optimizer.min_lr": rules.share_of(number_of(entries, "learning_rate", 0.0), as_number(value))}
+    )
 
 
 def _template(value: object, entries: Entries) -> Translation:
@@ -169,10 +118,12 @@ _MODEL: dict[str, Word] = {
     "lora_target_parameters": missing(
         "model.lora.targets names tensors of all experts, too: experts.gate_up_proj, experts.down_proj"
     ),
+    "lora_on_cpu": needless("adapters are merged on a CPU in any case (checkpoint.export_merged)"),
     "lora_modules_to_save": missing("only adapters are trained with model.lora.rank"),
     "lora_fan_in_fan_out": missing("the model's files say how their matrices lie"),
     "peft_use_dora": at("model.lora.dora"),
     "peft_use_rslora": at("model.lora.rslora"),
+    "lora_layers_to_transform": missing("adapters are in all layers"),
     "peft_layers_to_transform": missing("adapters are in all layers"),
     "peft_init_lora_weights": missing("A starts random and B at zero", True),
     "peft": missing("nothing of it exists here"),
@@ -188,11 +139,13 @@ _MODEL: dict[str, Word] = {
 }
 
 _DATA: dict[str, Word] = {
-    "datasets": becomes("data.train, or data.sources with weights", _datasets),
-    "test_datasets": becomes("data.validation", _held_out),
+    "datasets": becomes("data.train, or data.sources with weights", datasets),
+    "test_datasets": becomes("data.validation", held_out),
     "val_set_size": becomes("data.validation_split", rules.held_out_share),
     "pretraining_dataset": missing(_PREFERENCES),
     "dataset_prepared_path": needless("here it is data.cache_dir"),
+    "dataset_keep_in_memory": needless("data are read from a cache on disk"),
+    "min_sample_len": missing("every row counts"),
     "dataset_processes": at("data.workers"),
     "dataset_num_proc": at("data.workers"),
     "shuffle_merged_datasets": at("data.shuffle"),
@@ -212,6 +165,9 @@ _DATA: dict[str, Word] = {
             "sample_packing_group_size",
             "sample_packing_bin_size",
             "sample_packing_sequentially",
+            "sample_packing_eff_est",
+            "total_num_tokens",
+            "total_supervised_tokens",
             "multipack_real_batches",
         ),
         needless("all examples of a step are packed together"),
@@ -244,6 +200,9 @@ _TRAINING: dict[str, Word] = {
     ),
     "early_stopping_patience": at("train.early_stopping.patience"),
     "eval_table_size": missing("here it is evaluation.prompts"),
+    "eval_max_new_tokens": needless("read with eval_table_size; here it is evaluation.max_new_tokens"),
+    "eval_causal_lm_metrics": needless("read with do_causal_lm_eval; here it is evaluation.metric"),
+    "do_causal_lm_eval": missing("here it is evaluation.prompts with evaluation.metric"),
     "do_bench_eval": missing("here it is evaluation.prompts with evaluation.metric"),
     "bf16": becomes("train.precision", rules.flag({"train.precision": "bf16"})),
     "bfloat16": becomes("train.precision", rules.flag({"train.precision": "bf16"})),
@@ -259,7 +218,15 @@ _TRAINING: dict[str, Word] = {
     "wandb_project": at("logging.wandb"),
     "mlflow_tracking_uri": at("logging.mlflow"),
     **dict.fromkeys(
-        ("wandb_name", "wandb_run_id", "wandb_entity", "wandb_log_model", "wandb_watch", "mlflow_experiment_name"),
+        (
+            "wandb_name",
+            "wandb_run_id",
+            "wandb_entity",
+            "wandb_log_model",
+            "wandb_watch",
+            "wandb_mode",
+            "mlflow_experiment_name",
+        ),
         needless("a run is logged by its own name"),
     ),
     **dict.fromkeys(
@@ -285,6 +252,8 @@ _TRAINING: dict[str, Word] = {
             "liger_layer_norm",
             "liger_fused_linear_cross_entropy",
             "plugins",
+            "cut_cross_entropy",
+            "attn_implementation",
         ),
         _KERNELS,
     ),
@@ -292,7 +261,17 @@ _TRAINING: dict[str, Word] = {
     "loss_watchdog_threshold": needless("here it is train.on_bad_step and train.spike_factor"),
     "loss_watchdog_patience": needless("here it is train.on_bad_step"),
     **dict.fromkeys(
-        ("gc_steps", "strict", "device", "device_map", "world_size", "ddp", "low_cpu_mem_usage", "fsdp_version"),
+        (
+            "gc_steps",
+            "gpu_memory_limit",
+            "strict",
+            "device",
+            "device_map",
+            "world_size",
+            "ddp",
+            "low_cpu_mem_usage",
+            "fsdp_version",
+        ),
         needless("resources and topology say where ranks run"),
     ),
     **dict.fromkeys(

@@ -163,7 +163,12 @@ _DATA: dict[str, Word] = {
     "tool_format": missing("tools are written by the chat template"),
     "default_system": missing("write it into the rows or the chat template"),
     "enable_thinking": missing("here it is data.chat_template_kwargs: {enable_thinking: ...}", True),
-    "media_dir": needless("text alone is trained"),
+    **dict.fromkeys(
+        ("media_dir", "image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels", "video_maxlen"),
+        needless("text alone is trained"),
+    ),
+    "disable_shuffling": becomes("data.shuffle: false", rules.flag({"data.shuffle": False})),
+    "buffer_size": needless("read with streaming"),
 }
 
 _RECORDS: dict[str, Word] = {

@@ -110,7 +110,12 @@ def _lowest(entries: Entries, share: str) -> float:
     ratio, rate = number_of(entries, f"{_KWARGS}{share}", 0.0), number_of(entries, "learning_rate", 0.0)
     if ratio and not rate:
         raise Refused(f"{share} is a share of learning_rate, which is not in the file")
-    return ratio * rate
+    return share_of(rate, ratio)
+
+
+def share_of(rate: float, ratio: float) -> float:
+    """Return a share of a learning rate, without the digits that only binary fractions have."""
+    return float(f"{rate * ratio:.12g}")
 
 
 def _scheduler(entries: Entries) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launcher.contract.hub_cache import is_id
 from launcher.contract.nemo.entries import Entries, value_of
 from launcher.contract.nemo.rule import Refused, Translation
 from launcher.contract.trainers import rules
@@ -25,6 +26,16 @@ _QUANTIZED = "the frozen weights stay in bf16, or their products are in fp8 (tra
 
 def _peft(value: object, entries: Entries) -> Translation:
     return _LORA.settings(entries) if value else Translation(note="all weights are trained")
+
+
+def _dataset(value: object, entries: Entries) -> Translation:
+    """Translate the data set, with its other split where evaluations are made: TRL loads that in no other case."""
+    found = rules.hub_or_files("data.train", "dataset_train_split")(value, entries)
+    when = value_of(entries, "eval_strategy", value_of(entries, "evaluation_strategy", "no"))
+    if when in ("no", False) or not is_id(str(value)):
+        return found
+    held_out = f"{value}:{value_of(entries, 'dataset_test_split', 'test')}"
+    return Translation({**found.settings, "data.validation": [held_out]}, found.note)
 
 
 def _loss_on(value: object, entries: Entries) -> Translation:
@@ -104,10 +115,10 @@ _MODEL: dict[str, Word] = {
 }
 
 _DATA: dict[str, Word] = {
-    "dataset_name": becomes("data.train", rules.hub_or_files("data.train", "dataset_train_split")),
+    "dataset_name": becomes("data.train", _dataset),
     "dataset_config": at("data.hub.config"),
     "dataset_train_split": beside("data.hub.split", "dataset_name"),
-    "dataset_test_split": needless("name held-out data in data.validation, e.g. ORG/NAME:test"),
+    "dataset_test_split": beside("data.validation, e.g. ORG/NAME:test", "dataset_name, where there are evaluations"),
     "dataset_streaming": missing("data are tokenized once, into a cache on disk"),
     "streaming": missing("data are tokenized once, into a cache on disk"),
     "datasets": missing("name several sources in data.sources, each with files and a weight"),

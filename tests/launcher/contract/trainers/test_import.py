@@ -112,6 +112,7 @@ def test_trl() -> None:
     assert settings(TRL, gpus=4) == {
         "model.path": "Qwen/Qwen2.5-0.5B",
         "data.train": ["trl-lib/Capybara"],
+        "data.validation": ["trl-lib/Capybara:test"],
         "train.optimizer.lr": 2e-4,
         "train.epochs": 1,
         "data.packing": True,
@@ -125,7 +126,7 @@ def test_trl() -> None:
         "model.lora.dropout": 0.05,
         "model.lora.rslora": True,
         "train.optimizer.schedule": "cosine",
-        "train.optimizer.min_lr": pytest.approx(2e-5),
+        "train.optimizer.min_lr": 2e-5,
         "train.optimizer.warmup_ratio": 0.03,
         "train.label_smoothing": 0.1,
         "train.neftune_alpha": 5,
@@ -158,7 +159,7 @@ def test_axolotl() -> None:
         "train.global_batch_size": 2 * 2 * 2,
         "train.epochs": 2.5,
         "train.optimizer.schedule": "cosine",
-        "train.optimizer.min_lr": pytest.approx(2e-5),
+        "train.optimizer.min_lr": 2e-5,
         "train.optimizer.lr": 2e-4,
         "train.precision": "bf16",
         "train.recompute": "full",
@@ -169,6 +170,44 @@ def test_axolotl() -> None:
         "data.length_policy": "drop",
     }
     assert settings(AXOLOTL | {"excess_length_strategy": "truncate"}, gpus=2)["data.length_policy"] == "truncate_right"
+
+
+@pytest.mark.parametrize(
+    ("change", "held_out"),
+    [
+        ({"dataset_test_split": "test_sft"}, ["trl-lib/Capybara:test_sft"]),
+        ({"eval_strategy": "no"}, None),  # TRL then loads no held-out data
+        ({"eval_strategy": None}, None),
+        ({"dataset_name": "data/chat.jsonl"}, None),
+    ],
+)
+def test_held_out_data_of_trl(change: dict[str, Any], held_out: list[str] | None) -> None:
+    """They were left out, and `validate` then refused the evaluations."""
+    assert settings(TRL | change).get("data.validation") == held_out
+
+
+def test_axolotl_adapts_every_linear_layer_beside_those_that_are_named() -> None:
+    found = settings(AXOLOTL | {"lora_target_modules": ["q_proj", "v_proj"]})
+    assert found["model.lora.targets"] == ["all-linear"]
+
+
+def test_rows_of_axolotl() -> None:
+    """What its pages write out is what it does without it; conversations have other names for role and text."""
+    said = {
+        "message_property_mappings": {"role": "role", "content": "content"},
+        "roles": {"user": ["user"], "assistant": ["assistant"]},
+        "roles_to_train": ["assistant"],
+        "train_on_eos": "turn",
+    }
+    plain = [{"path": "org/set", "type": "chat_template"}]
+    assert settings(AXOLOTL | {"datasets": [plain[0] | said]}) == settings(AXOLOTL | {"datasets": plain})
+    sharegpt = {
+        "field_messages": "talk",
+        "message_property_mappings": {"role": "from", "content": "value"},
+        "roles": {"user": ["human"], "assistant": ["gpt"], "system": "system"},
+    }
+    found = settings(AXOLOTL | {"datasets": [plain[0] | sharegpt]})
+    assert (found["data.format"], found["data.columns"]) == ("sharegpt", {"conversations": "talk"})
 
 
 def test_llama_factory() -> None:
@@ -223,7 +262,16 @@ def test_what_is_printed_is_a_config_of_ours_and_every_key_is_accounted_for(conf
         (AXOLOTL, {"lr_scheduler": "rex"}, "lr_scheduler: 'rex' does not exist here; these do: linear, cosine"),
         (AXOLOTL, {"optimizer": "adamw_bnb_8bit"}, "optimizer: 'adamw_bnb_8bit' is not supported; AdamW with 32-bit"),
         (AXOLOTL, {"datasets": [{"path": "a", "type": "oasst"}]}, "datasets: type 'oasst' is not known"),
-        (AXOLOTL, {"datasets": [{"path": "a", "roles_to_train": ["user"]}]}, "datasets: roles_to_train of a data set"),
+        (AXOLOTL, {"datasets": [{"path": "a", "roles_to_train": ["user"]}]}, "datasets: roles_to_train ['user'] of a"),
+        (AXOLOTL, {"datasets": [{"path": "a", "train_on_eos": "last"}]}, "datasets: train_on_eos 'last' of a data set"),
+        (AXOLOTL, {"datasets": [{"path": "a", "type": "alpaca"}]}, "type 'alpaca' writes texts of its own around"),
+        (AXOLOTL, {"datasets": [{"path": "a", "roles": {"user": ["me"]}}]}, "datasets: roles: me for user"),
+        (
+            AXOLOTL,
+            {"datasets": [{"path": "a", "message_property_mappings": {"role": "who", "content": "said"}}]},
+            "datasets: messages with 'who' and 'said': they have role and content here, or from and value",
+        ),
+        (AXOLOTL, {"datasets": [{"path": "a", "roles_of_users": []}]}, "datasets: roles_of_users of a data set"),
         (AXOLOTL, {"lora_target_linear": None, "lora_target_modules": ".*_proj"}, "adapter: .*_proj: layers are named"),
         (AXOLOTL, {"excess_length_strategy": "split"}, "'split' is not drop, truncate or raise"),
         (AXOLOTL, {"sequnce_len": 3}, "sequnce_len: not a word of axolotl that is known; did you mean 'sequence_len'?"),
