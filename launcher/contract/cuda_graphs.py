@@ -27,28 +27,31 @@ class _Parallel(Protocol):
 
 def uses_cuda_graphs(spec: RunSpec, shape: ModelShape) -> bool:
     """Return whether the layers of this run are launched as graphs, on GPUs and where layers are fused."""
-    tokens = spec.train.micro_batch_size * spec.data.seq_length
-    wanted = graphs_pay(spec.train.cuda_graphs, shape, spec.data.seq_length, tokens)
+    choice, length, adapted = spec.train.cuda_graphs, spec.data.seq_length, spec.model.lora.rank is not None
+    wanted = graphs_pay(choice, shape, length, spec.train.micro_batch_size * length, adapted=adapted)
     return wanted and no_graphs_because(spec, shape) is None
 
 
 def no_graphs_because(spec: RunSpec, shape: ModelShape | None) -> str | None:
     """Return what of the run graphs are not made for, or None. Without a shape the config alone is asked."""
     train = spec.train
-    if not takes_graphs(spec):
-        return "rows are not packed" if not spec.data.packing else "model.attention_dropout"
-    adapted = spec.model.lora.rank is not None
-    return layout_without_graphs(spec.topology, train.precision, train.recompute, shape, adapted=adapted)
+    fixed = _fixed_setting_without_graphs(spec)
+    return fixed or layout_without_graphs(spec.topology, train.precision, train.recompute, shape)
 
 
 def takes_graphs(spec: RunSpec) -> bool:
     """Return whether the settings that no layout changes allow graphs."""
-    return spec.data.packing and not spec.model.attention_dropout
+    return _fixed_setting_without_graphs(spec) is None
 
 
-def layout_without_graphs(
-    topology: _Parallel, precision: str, recompute: str, shape: ModelShape | None, *, adapted: bool
-) -> str | None:
+def _fixed_setting_without_graphs(spec: RunSpec) -> str | None:
+    if not spec.data.packing:
+        return "rows are not packed"
+    dropouts = {"model.attention_dropout": spec.model.attention_dropout, "model.lora.dropout": spec.model.lora.dropout}
+    return next((name for name, share in dropouts.items() if share), None)
+
+
+def layout_without_graphs(topology: _Parallel, precision: str, recompute: str, shape: ModelShape | None) -> str | None:
     """Return what of a layout and a model graphs are not made for, or None."""
     reasons = {
         "tensor parallelism": topology.tensor_parallel > 1,
@@ -56,7 +59,6 @@ def layout_without_graphs(
         "context parallelism": topology.context_parallel > 1,
         f"train.precision {precision}": precision != "bf16",
         f"train.recompute {recompute}": recompute != "none",
-        "adapters": adapted,
     }
     if shape is not None:
         reasons |= {
@@ -67,7 +69,8 @@ def layout_without_graphs(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def graphs_pay(choice: GraphChoice, shape: ModelShape, seq_length: int, tokens: float) -> bool:
+def graphs_pay(choice: GraphChoice, shape: ModelShape, seq_length: int, tokens: float, *, adapted: bool) -> bool:
     """Return whether graphs are wanted for micro-batches of so many tokens, by the config and by what they save."""
     few = tokens * max(layer_operations(shape, seq_length)) < _FEW_OPERATIONS
-    return choice == "always" or (choice == "auto" and few)
+    # Those of layers with adapters have not run on a GPU yet.
+    return choice == "always" or (choice == "auto" and few and not adapted)

@@ -137,8 +137,8 @@ class Segment:
 
     @property
     def weights(self) -> Iterator[Parameter]:
-        """The layers' weights."""
-        return (weight for layer in self.layers for weight in layer.parameters())
+        """The layers' weights that are trained."""
+        return (weight for layer in self.layers for _, weight in trained_of(layer))
 
     def run(self, hidden: Tensor, angles: Tensor | None, rows: PackedSequences, stand_ins: StandIns = ()) -> Tensor:
         """Return the states behind the last layer, [s, b, h], computed with `stand_ins` in place of weights."""
@@ -159,12 +159,17 @@ class Segment:
 
 
 def stand_ins_of(layers: Iterable[Module]) -> StandIns:
-    """Return parameters with the memory and the buffers of the layers' weights, for use while a graph is recorded.
+    """Return parameters with the memory and the buffers of what is trained, for use while a graph is recorded.
 
     Megatron-core keeps the node in which autograd accumulates a weight's gradient, which belongs to the stream that it
     was made in; no recording can wait for another stream.
     """
-    return [{name: _stand_in(weight) for name, weight in layer.named_parameters()} for layer in layers]
+    return [{name: _stand_in(weight) for name, weight in trained_of(layer)} for layer in layers]
+
+
+def trained_of(layer: Module) -> Iterator[tuple[str, Parameter]]:
+    """Yield the weights of a layer that are trained, with their names."""
+    return ((name, weight) for name, weight in layer.named_parameters() if weight.requires_grad)
 
 
 def _stand_in(weight: Parameter) -> Parameter:
@@ -274,7 +279,7 @@ class DecoderGraphs:
         return torch.cuda.graph_pool_handle()
 
     def __call__(self, hidden: Tensor, angles: Tensor | None, rows: PackedSequences, form: RowForm) -> Tensor:
-        """Return the states behind the layers, [t, 1, h], of states of that shape, which need a gradient.
+        """Return the states behind the layers, [t, 1, h], of states of that shape.
 
         `angles` are those of positions up to the form's longest sequence. What is returned lies in a graph's memory,
         which the next row overwrites.
@@ -284,6 +289,8 @@ class DecoderGraphs:
         if self._waits_for_weights:
             for module in self._modules:
                 await_weights(module)
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()  # that of frozen embeddings: without one, backward would not come
         if form not in self.recorded:
             self.recorded[form] = Recorded(form, hidden, angles, self)
         output: Tensor = _Replay.apply(hidden, rows, self.recorded[form])  # type: ignore[no-untyped-call]
@@ -321,7 +328,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _segment(layers: Sequence[Module], ddp: DistributedDataParallel, reduces_behind: bool) -> Segment:
-    weights = [weight for layer in layers for weight in layer.parameters()]
+    weights = [weight for layer in layers for _, weight in trained_of(layer)]
     # The hooks as Megatron-core makes them: what they call to start a bucket's reduction differs between versions.
     hooks = [(weight, ddp._make_backward_post_hook(weight)) for weight in weights] if reduces_behind else []
     return Segment(layers, hooks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sft.models.registry import read_architecture
 from tests.parity.gradients import Part, join, largest_differences, parts_of, train_and_keep
 from tests.parity.runs import curve, make_run, run_training
 from tests.parity.test_families import family_model
+from tests.parity.test_lora import ALL, lora_run
 from tests.tiny_model import FLASH4_HEAD_DIM, make_chat_rows, make_tiny_model, write_jsonl
 
 GPUS = torch.cuda.device_count()
@@ -75,6 +77,20 @@ def test_families_train_as_without_graphs(family: str, tmp_path: Path) -> None:
 def test_one_gpu_with_flash4_where_it_is_installed(grad_reduce: str, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", head_dim=FLASH4_HEAD_DIM)
     expect_the_same(tmp_path, model, 1, grad_reduce=grad_reduce, seq_length=512)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_train_as_without_graphs(dora: bool, tmp_path: Path) -> None:
+    model, lora = family_model(tmp_path / "model", "qwen2"), dataclasses.replace(ALL, dora=dora)
+    chat = write_jsonl(tmp_path / "chat.jsonl", make_chat_rows(120, seed=3))
+    own = {"max_steps": STEPS, "lr": 1e-3, "precision": "bf16", "packing": True, "kernels": "fused"}
+    curves = []
+    for choice in ("never", "always"):
+        paths = lora_run(tmp_path, model, chat, lora, ranks=1, gpus_per_node=1, name=choice, cuda_graphs=choice, **own)
+        run_training(paths, 1)
+        curves.append(curve(paths))
+    assert curves[1][0] == pytest.approx(curves[0][0], rel=1e-2)
+    assert curves[1][1] == pytest.approx(curves[0][1], rel=5e-2)
 
 
 @pytest.mark.skipif(GPUS < 2, reason=f"{GPUS} CUDA devices here; data parallelism over NCCL needs 2")

@@ -6,6 +6,7 @@ A stand-in computes anew what a graph would repeat. That the graphs do is tested
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +20,13 @@ from sft.megatron import decoder_graphs, kernel_choice
 from sft.megatron.decoder_graphs import DecoderGraphs, Inputs, Passes, Recorded
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.models.registry import read_architecture
+from sft.training.trainer import train
 from tests.parity.gradients import Part, join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_families import RATE, family_model
 from tests.parity.test_grid import assert_gradients_equal
+from tests.parity.test_lora import ALL, adapted, expected_curve, lora_run
+from tests.parity.test_lora import STEPS as STEPS_OF_LORA
 from tests.tiny_model import make_chat_rows, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -30,6 +34,7 @@ pytestmark = pytest.mark.parity
 STEPS = 4
 FAMILIES = ["qwen3", "gemma3_text", "granite", "ministral3"]
 """Norms of heads; windows, two RoPEs and norms after; multipliers; queries scaled by position."""
+ADAPTED: dict[str, Any] = {"ranks": 1, "max_steps": STEPS_OF_LORA, "packing": True, "kernels": "fused"}
 
 
 class HostInputs(Inputs):
@@ -78,8 +83,14 @@ def train_mixed(config: Path) -> list[list[Part]]:
     return steps
 
 
-def train_and_watch(config: Path) -> tuple[list[list[Part]], list[bool]]:
-    """Train, and return the gradients, and of each row whether it had a graph."""
+def train_adapters(config: Path) -> None:
+    """The same, without looking at gradients."""
+    _, by_graph = train_and_watch(config, train)
+    assert any(by_graph)
+
+
+def train_and_watch(config: Path, function: Any = train_and_capture) -> tuple[Any, list[bool]]:
+    """Train by a function of that form, and return its result, and of each row whether it had a graph."""
     by_graph: list[bool] = []
 
     class Counted(Repeated):
@@ -97,7 +108,7 @@ def train_and_watch(config: Path) -> tuple[list[list[Part]], list[bool]]:
     decoder_graphs.Inputs = HostInputs  # type: ignore[misc]
     decoder_graphs.Recorded = Counted  # type: ignore[misc]
     sft.engine.module.DecoderGraphs = Mixed  # type: ignore[misc]
-    return train_and_capture(config), by_graph
+    return function(config), by_graph
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +117,13 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expect_reference(
-    root: Path, model: Path, chat: Path, ranks: int, train: Any = train_by_stand_ins, **settings: Any
+    root: Path, model: Path, chat: Path, ranks: int, function: Any = train_by_stand_ins, **settings: Any
 ) -> None:
     own = {**RATE, "global_batch_size": 8, "seq_length": 128}
     expected = reference_curve(root / "reference", model, chat, steps=STEPS, **own)
     fused = {"packing": True, "kernels": "fused"}
     paths = make_run(root, model, chat, ranks=ranks, max_steps=STEPS, **own, **fused, **settings)
-    by_rank = run_training(paths, ranks, function=train)
+    by_rank = run_training(paths, ranks, function=function)
     losses, norms = curve(paths)
     assert losses == pytest.approx(expected.losses, rel=2e-5)
     assert norms == pytest.approx(expected.grad_norms, rel=1e-4)
@@ -130,6 +141,29 @@ def test_every_gradient_follows_reference(family: str, tmp_path: Path, chat: Pat
 def test_rows_of_a_new_form_behind_repeated_ones(tmp_path: Path, chat: Path) -> None:
     """Their gradients of norms and biases, too, which autograd brings and Megatron-core's hook adds."""
     expect_reference(tmp_path, family_model(tmp_path / "model", "qwen2"), chat, 1, train_mixed)
+
+
+def test_adapters_follow_plain_pytorch(tmp_path: Path, chat: Path) -> None:
+    """Frozen embeddings need no gradient, and frozen weights have no buffer."""
+    model = family_model(tmp_path / "model", "qwen2")
+    expected = expected_curve(tmp_path / "reference", model, chat, lambda spec: adapted(model, ALL, spec.train.seed))
+    paths = lora_run(tmp_path, model, chat, ALL, **ADAPTED)
+    run_training(paths, 1, function=train_adapters)
+    losses, norms = curve(paths)
+    assert losses == pytest.approx(expected.losses, rel=1e-5)
+    assert norms == pytest.approx(expected.grad_norms, rel=1e-4)
+
+
+def test_dora_trains_as_without_graphs(tmp_path: Path, chat: Path) -> None:
+    """Its norms are computed anew for each row."""
+    model, lora = family_model(tmp_path / "model", "qwen2"), dataclasses.replace(ALL, dora=True)
+    curves = []
+    for name, function in (("without", None), ("graphs", train_adapters)):
+        paths = lora_run(tmp_path, model, chat, lora, name=name, **ADAPTED)
+        run_training(paths, 1, function=function)
+        curves.append(curve(paths))
+    assert curves[1][0] == pytest.approx(curves[0][0], rel=1e-6)
+    assert curves[1][1] == pytest.approx(curves[0][1], rel=1e-5)
 
 
 def train_in_many_buckets(config: Path) -> list[list[Part]]:

@@ -188,8 +188,8 @@ def _launches(workload: Workload, layout: Layout, implementation: Implementation
     """Return the seconds per micro-batch in which the host launches a layer's kernels one by one."""
     topology, shape = layout.topology, workload.shape
     tokens = micro_batch_tokens(workload, topology)
-    without = layout_without_graphs(topology, workload.precision, layout.recompute, shape, adapted=workload.adapted)
-    if graphs_pay(implementation.graphs, shape, workload.seq_length, tokens) and without is None:
+    wanted = graphs_pay(implementation.graphs, shape, workload.seq_length, tokens, adapted=workload.adapted)
+    if wanted and layout_without_graphs(topology, workload.precision, layout.recompute, shape) is None:
         return 0.0
     has_experts = bool(shape.num_experts) and not kind.dense
     adapted = has_experts and workload.adapted and expert_adapters(shape, workload.lora) > 0

@@ -29,7 +29,7 @@ def changed(choice: GraphChoice = "auto", **train: Any) -> RunSpec:
         (dataclasses.replace(SMALL, topology=TopologySpec(tensor_parallel=2)), "tensor parallelism"),
         (dataclasses.replace(SMALL, topology=TopologySpec(pipeline_parallel=2)), "pipeline parallelism"),
         (dataclasses.replace(SMALL, topology=TopologySpec(context_parallel=2)), "context parallelism"),
-        (dataclasses.replace(SMALL, model=ModelSpec(lora=LoraSpec(rank=8))), "adapters"),
+        (dataclasses.replace(SMALL, model=ModelSpec(lora=LoraSpec(rank=8, dropout=0.1))), "model.lora.dropout"),
         (dataclasses.replace(SMALL, model=ModelSpec(attention_dropout=0.1)), "model.attention_dropout"),
         (changed(precision="fp8"), "train.precision fp8"),
         (changed(recompute="full"), "train.recompute full"),
@@ -54,6 +54,12 @@ def test_models(model: str, because: str | None) -> None:
 def test_small_micro_batches_have_them(choice: GraphChoice, rows: int, used: bool) -> None:
     """0.5B: 4,096 tokens are 0.5 TFLOP a layer, 65,536 more than 3."""
     assert uses_cuda_graphs(changed(choice, micro_batch_size=rows), named_model_shape("0.5b")) == used
+
+
+def test_adapters_have_them_where_they_are_asked_for() -> None:
+    for choice, used in (("auto", False), ("always", True)):
+        adapted = dataclasses.replace(changed(choice), model=ModelSpec(lora=LoraSpec(rank=8)))  # type: ignore[arg-type]
+        assert uses_cuda_graphs(adapted, named_model_shape("0.5b")) == used
 
 
 def planned_overhead(spec: RunSpec, shape: ModelShape) -> float:
