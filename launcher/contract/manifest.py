@@ -55,6 +55,8 @@ class Manifest:
     """The sweep it belongs to."""
     digests: dict[str, str] = field(default_factory=dict)
     """File that a job starts from -> its SHA-256. Earlier versions wrote none."""
+    given_resources: tuple[str, ...] | None = None
+    """Keys of `resources` that the user wrote, whichever cluster the run goes to. Earlier versions wrote none."""
     jobs: tuple[Job, ...] = field(default_factory=tuple)
     """Every job of the run, oldest first. The file calls them `attempts`."""
 
@@ -149,6 +151,8 @@ def read_manifest(paths: RunPaths) -> Manifest:
         kept = {name: value for name, value in values.items() if name in known}
         kept["jobs"] = tuple(Job.from_json(job) for job in values[_JOBS_KEY])
         kept["command"] = tuple(values["command"])
+        given = values.get("given_resources")
+        kept["given_resources"] = None if given is None else tuple(map(str, given))
         return Manifest(**kept)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunStateError(f"{paths.manifest} cannot be read: {error}") from None

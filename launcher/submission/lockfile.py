@@ -50,6 +50,7 @@ class Lock(TypedDict, total=False):
     run: str
     code: dict[str, object] | None
     files: Fingerprints
+    given_resources: list[str] | None
 
 
 _WHOLE = 64 << 20
@@ -72,6 +73,7 @@ def write_lockfile(paths: RunPaths, spec: RunSpec, manifest: Manifest, code: Sna
         "source": {top: {"commit": at["commit"], "dirty": at["dirty"]} for top, at in manifest.source.items()},
         "code": dataclasses.asdict(code) | {"left_out": list(code.left_out)} if code is not None else None,
         "versions": dict(manifest.versions),
+        "given_resources": None if manifest.given_resources is None else list(manifest.given_resources),
         "files": fingerprints(spec),
     }
     head = "# Made by the launcher. `launcher submit run.lock.yaml` submits this run again, as a new one.\n"
@@ -85,10 +87,13 @@ def submission_of_lockfile(path: Path, overrides: Sequence[str], cluster: str | 
 
     Raise ConfigError where files that the run reads have changed, except under keys that `overrides` set anew.
     """
-    submission = make_submission(path, overrides, cluster, resolved=True)
-    if not any(word.startswith("name=") for word in overrides) and submission.paths.root.exists():
-        submission = make_submission(path, [f"name={free_name(submission.paths)}", *overrides], cluster, resolved=True)
     lock = read_lockfile(path)
+    submitted = functools.partial(
+        make_submission, path, cluster=cluster, resolved=True, given=lock.get("given_resources")
+    )
+    submission = submitted(overrides)
+    if not any(word.startswith("name=") for word in overrides) and submission.paths.root.exists():
+        submission = submitted([f"name={free_name(submission.paths)}", *overrides])
     # What has yet to be fetched is what it was: the hub's commit says so.
     pending = {f"{wanted.snapshot}/{name}" for wanted in submission.config.fetches for name in wanted.names}
     problems = [
@@ -125,7 +130,8 @@ def read_lockfile(path: Path) -> Lock:
         said = str(error).splitlines()[0]
         raise ConfigError(f"{path}: lock: missing or damaged ({said}); restore it from the run's directory") from None
     lock = document.get("lock") if isinstance(document, dict) else None
-    if not isinstance(lock, dict) or not isinstance(lock.get("files"), dict):
+    given = lock.get("given_resources") if isinstance(lock, dict) else None
+    if not isinstance(lock, dict) or not isinstance(lock.get("files"), dict) or not isinstance(given, list | None):
         raise ConfigError(f"{path}: lock: missing or damaged; to submit it as a config, give it another name")
     return cast(Lock, lock)
 

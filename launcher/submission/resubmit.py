@@ -18,6 +18,7 @@ from launcher.contract.hub_cache import cache_root
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.lease import Owner, check_free, holder
+from launcher.contract.manifest import read_manifest
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.runs.state import RunStatus, collect
@@ -128,7 +129,8 @@ def child_submission(paths: RunPaths, overrides: Sequence[str], cluster: str | N
         added.append(f"run_root={paths.root.parent}")
     if checkpoints and "checkpoint.resume_from" not in words:
         added.append(f"checkpoint.resume_from={checkpoints[-1]}")
-    submission = make_submission(paths.config, [*added, *overrides], cluster, resolved=True)
+    given = read_manifest(paths).given_resources
+    submission = make_submission(paths.config, [*added, *overrides], cluster, resolved=True, given=given)
     _check_start(before, submission.spec)
     if status.state is JobState.COMPLETED and not _trains_on(before, submission.spec):
         raise RunStateError(

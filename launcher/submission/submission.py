@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +45,15 @@ class Submission:
 
 
 def make_submission(
-    path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False
+    path: Path,
+    overrides: Sequence[str] = (),
+    cluster: str | None = None,
+    *,
+    resolved: bool = False,
+    given: Collection[str] | None = None,
 ) -> Submission:
     """Load and check everything that can be checked without a scheduler."""
-    config = load_config(path, overrides, cluster, resolved=resolved)
+    config = load_config(path, overrides, cluster, resolved=resolved, given=given)
     shape, gpu = model_shape_of(config.spec), gpu_of(config.spec)
     if config.described is not None:
         check_described(config.described, shape, str(config.path), config.spec.model.path)

@@ -148,6 +148,7 @@ def _unknown(hosts: Sequence[str], spec: RunSpec) -> list[str]:
 def fill_directory(submission: Submission, manifest: Manifest, diff: str) -> None:
     """Write the files of a new run. The manifest comes last: it says that all of them are there."""
     script = script_of(submission)
+    manifest = dataclasses.replace(manifest, given_resources=submission.config.given_resources)
     write_atomic(submission.paths.config, sealed(submission.spec))
     write_atomic(submission.paths.script, script, mode=0o755)
     submission.paths.logs.mkdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from launcher.contract.config.cluster_file import read_cluster
@@ -24,14 +24,22 @@ _AUTO_KEEPS = tuple(
     for name in ("sequence_parallel", "expert_parallel", "expert_tensor_parallel", "context_parallel")
 )
 """Keys that may be: the choice keeps them."""
-_SIZES = ("nodes", "spare_nodes", "gpus_per_node", "tasks_per_node")
+_PER_NODE = ("gpus_per_node", "tasks_per_node")
+_SIZES = ("nodes", "spare_nodes", *_PER_NODE)
 """Resources that say how many ranks there are."""
 
 
-def merged_layers(path: Path, overrides: Sequence[str], cluster: str | None, resolved: bool) -> Leaves:
+def merged_layers(
+    path: Path,
+    overrides: Sequence[str],
+    cluster: str | None,
+    resolved: bool,
+    given: Collection[str] | None = None,
+) -> Leaves:
     """Return the leaves of all layers.
 
     `cluster` is the word of --cluster; `resolved` says that the file is a run's own config.yaml, in which `${` is text.
+    `given` are the keys of its `resources` that its user wrote, None where that was not recorded.
     """
     written = _read_file(path, ("lock" if resolved else "sweep",))
     if resolved:
@@ -41,8 +49,10 @@ def merged_layers(path: Path, overrides: Sequence[str], cluster: str | None, res
     on_top = read_overrides(overrides, RunSpec)
     named = _named_cluster(written, on_top, cluster)
     beneath = read_cluster(named) if named is not None else Leaves()
-    if resolved:
+    if resolved and given is None:
         _unset_resources(written, beneath)
+    elif resolved and given is not None:
+        _take_back_resources(written, given, beneath if named is not None else None)
     merged = Leaves(
         values={**beneath.values, **written.values},
         problems=[*beneath.problems, *written.problems, *on_top.problems],
@@ -59,17 +69,41 @@ def merged_layers(path: Path, overrides: Sequence[str], cluster: str | None, res
     return merged
 
 
+def _take_back_resources(written: Leaves, given: Collection[str], beneath: Leaves | None) -> None:
+    """Have the resources that a run's user did not write come from its cluster's file again, and from another's anew.
+
+    `beneath` is the file of the cluster that is named anew, None where none is. The run's layout is made for its
+    numbers of nodes and ranks: they stay where that file does not give others.
+    """
+    for name in (field.name for field in dataclasses.fields(ResourcesSpec) if field.name not in given):
+        key = f"resources.{name}"
+        leaf = written.values.get(key)
+        if leaf is None:
+            continue
+        sizes = _PER_NODE if name in _PER_NODE else (name,)
+        stays = beneath is None or (name in _SIZES and not any(f"resources.{size}" in beneath.values for size in sizes))
+        if stays:
+            written.values[key] = dataclasses.replace(leaf, source="default" if _is_unset(name, leaf) else "cluster")
+        else:
+            del written.values[key]
+
+
 def _unset_resources(written: Leaves, beneath: Leaves) -> None:
     """Take what a run has not set of its resources out of its own config, where another cluster's file gives it.
 
-    A resolved config spells out every key. Sizes are the run's: its layout is made for them.
+    A resolved config spells out every key. What is at its default is taken for not set: earlier versions did not
+    record it. Sizes are the run's: its layout is made for them.
     """
-    default = ResourcesSpec()
-    for name in (field.name for field in dataclasses.fields(default) if field.name not in _SIZES):
-        key, unset = f"resources.{name}", getattr(default, name)
-        texts = (unset, str(unset), str(unset).lower())
-        if key in beneath.values and key in written.values and written.values[key].value in texts:
+    for name in (field.name for field in dataclasses.fields(ResourcesSpec) if field.name not in _SIZES):
+        key = f"resources.{name}"
+        if key in beneath.values and key in written.values and _is_unset(name, written.values[key]):
             del written.values[key]
+
+
+def _is_unset(name: str, leaf: Leaf) -> bool:
+    """Return whether a leaf of a resolved config has the default of this key of `resources`."""
+    unset = getattr(ResourcesSpec(), name)
+    return leaf.value in (unset, str(unset), str(unset).lower())
 
 
 def take_auto_topology(merged: Leaves) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,8 @@ class LoadedConfig:
     path: Path
     sources: Mapping[str, Source]
     """Dotted key -> the layer its value came from, in schema order."""
+    given_resources: tuple[str, ...] | None
+    """Keys of `resources` that the user wrote; None for a run's config that was made without a record of it."""
     described: Mapping[str, object] | None = None
     """config.json of the model that a NeMo config spells out; the one in model.path must be like it."""
     auto_topology: bool = False
@@ -54,13 +56,19 @@ class LoadedConfig:
 
 
 def load_config(
-    path: Path, overrides: Sequence[str] = (), cluster: str | None = None, *, resolved: bool = False
+    path: Path,
+    overrides: Sequence[str] = (),
+    cluster: str | None = None,
+    *,
+    resolved: bool = False,
+    given: Collection[str] | None = None,
 ) -> LoadedConfig:
     """Read and check a config, or raise ConfigError with every problem.
 
-    `resolved` says that the file is a run's own config.yaml, in which `${` is text.
+    `resolved` says that the file is a run's own config.yaml, in which `${` is text. `given` are the keys of its
+    `resources` that its user wrote, None where that was not recorded.
     """
-    merged = merged_layers(path, overrides, cluster, resolved)
+    merged = merged_layers(path, overrides, cluster, resolved, given)
     auto = take_auto_topology(merged)
     found = _checked(merged, str(path))
     spec = found.spec
@@ -71,6 +79,7 @@ def load_config(
         spec=spec,
         path=path,
         sources=sources,
+        given_resources=_given_resources(sources) if given is not None or not resolved else None,
         described=merged.described,
         auto_topology=auto,
         notes=found.notes,
@@ -132,6 +141,12 @@ def read_remote(path: Path, overrides: Sequence[str] = (), cluster: str | None =
     if merged.problems:
         raise ConfigError(merged.problems)
     return spec
+
+
+def _given_resources(sources: Mapping[str, Source]) -> tuple[str, ...]:
+    section = "resources."
+    written = (key for key, source in sources.items() if source not in ("default", "cluster"))
+    return tuple(key.removeprefix(section) for key in written if key.startswith(section))
 
 
 def value_at(spec: RunSpec, key: str) -> object:

@@ -92,6 +92,8 @@ class ManifestFile:
     """Every job, oldest first."""
     digests: dict[str, str] = field(default_factory=dict)
     """File that a job starts from to its SHA-256."""
+    given_resources: tuple[str, ...] | None = None
+    """Keys of `resources` that the user wrote; at another cluster the others are of that cluster's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
