@@ -20,7 +20,6 @@ from functools import cached_property, lru_cache
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from launcher.contract.steps import share_of_steps
@@ -269,6 +268,8 @@ class CyclicSchedule:
 
 def cyclic_order(count: int, seed: int) -> NDArray[np.int64]:
     """Return torch's random permutation of `count` places, which trlx uses. numpy's would differ."""
+    import torch  # slow to import, for prepare, which counts steps alone
+
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
 
 

@@ -56,10 +56,11 @@ def steps_of(spec: RunSpec, schedule: BatchSchedule) -> int:
 
 def check_schedule(spec: RunSpec, examples: Examples) -> None:
     """Raise ConfigError if the steps of train.epochs are too few for the schedule: the launcher cannot know them."""
-    if spec.train.epochs is None:
+    optimizer = spec.train.optimizer
+    if spec.train.epochs is None or not (optimizer.warmup_steps or optimizer.wsd_steps):
         return
     steps = steps_of(spec, training_schedule(spec, examples))
     length = f"train.epochs {shown(spec.train.epochs)} comes to {steps:,} steps"
-    problems = [f"{key}: {text} ({length})" for key, text in schedule_problems(spec.train.optimizer, steps)]
+    problems = [f"{key}: {text} ({length})" for key, text in schedule_problems(optimizer, steps)]
     if problems:
         raise ConfigError(problems)
