@@ -56,6 +56,9 @@ def _of_memory(spec: RunSpec) -> Iterator[Remedy]:
     if spec.train.recompute != "full":
         why = "activations are computed again in the backward pass instead of kept"
         yield Remedy(key="train.recompute", value="full", why=why)
+    elif spec.train.recompute_layers is not None:
+        why = f"all layers are computed again, and not {spec.train.recompute_layers} of each pipeline stage"
+        yield Remedy(key="train.recompute_layers", value="null", why=why)
     yield Remedy(key="resources.nodes", value=None, why="more GPUs share weights and optimizer states")
 
 

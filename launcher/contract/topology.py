@@ -313,10 +313,25 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
             f"train.recompute norms: {shape.model_type} has no norms before attention and MLP, so nothing would be "
             "computed again; set it to none, selective or full"
         )
+    yield from _recompute_problems(spec, shape)
     if spec.data.seq_length > shape.max_position_embeddings:
         yield (
             f"data.seq_length {spec.data.seq_length} is longer than the model's "
             f"{shape.max_position_embeddings} positions; shorten it to at most that"
+        )
+
+
+def _recompute_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
+    """Yield a number of recomputed layers that is more than any model chunk has."""
+    given, topo = spec.train.recompute_layers, spec.topology
+    if given is None or topo.pipeline_parallel * topo.virtual_pipeline > shape.num_layers:
+        return
+    most = max(layers_per_stage(spec, shape))
+    if given > most:
+        part = "model chunk" if topo.virtual_pipeline > 1 else "pipeline stage"
+        yield (
+            f"train.recompute_layers {given}: no {part} has more than {most} layers; give at most that, or leave it "
+            "out to compute all of them again"
         )
 
 

@@ -22,7 +22,7 @@ Predictions for one model on one kind of GPU are off by much the same part under
 better than they predict each. Over all pairs of measured rows that differ in their layout alone, the predicted ratio of
 speeds is off by 2.8 % (root mean square; docs/explanation/planning.md). A test holds this figure to those rows."""
 
-_KEPT_WITH_SIZES = ("train.micro_batch_size", "train.recompute")
+_KEPT_WITH_SIZES = ("train.micro_batch_size", "train.recompute", "train.recompute_layers")
 _KEPT_WITH_AUTO = (
     "topology.sequence_parallel",
     "topology.expert_parallel",

@@ -178,6 +178,8 @@ def override_words(spec: RunSpec, candidate: Candidate) -> str:
     given = tuple(spec.topology.layers_per_stage)
     if given and candidate.layout.topology.layers_per_stage != given:
         values["topology.layers_per_stage"] = "[]"
+    if spec.train.recompute_layers is not None and candidate.layout.recompute_layers is None:
+        values["train.recompute_layers"] = "null"
     values |= candidate.overrides
     return " ".join(
         f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()

@@ -6,14 +6,16 @@ few thousand, and each costs some microseconds.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from launcher.contract.cost_model.assumptions import implementation_of, layout_of, workload_of
 from launcher.contract.cost_model.implementation import Implementation
+from launcher.contract.cost_model.memory import StageMemory, largest_stage
 from launcher.contract.cost_model.predict import Candidate, evaluate
-from launcher.contract.cost_model.workload import Recompute, Workload
+from launcher.contract.cost_model.workload import Layout, Recompute, Workload
 from launcher.contract.divisors import nearest_multiples, shown_numbers
 from launcher.contract.errors import TopologyError
 from launcher.contract.hardware import GpuKind
@@ -81,9 +83,10 @@ def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collect
                 layers = layers_per_stage(with_recompute(run, recompute), shape)
                 topology = dataclasses.replace(topology, layers_per_stage=layers)
             layout = layout_of(run, topology, recompute)
+            if recompute == "full" and "train.recompute" not in kept:
+                layout = _with_fewest_recomputed(layout, workload, gpu, implementation)
             candidate = evaluate(workload, layout, gpu, implementation)
-            fits = candidate.memory.total <= HEADROOM * gpu.memory_gib
-            (fitting if fits else too_large).append(candidate)
+            (fitting if _has_headroom(candidate.memory, gpu) else too_large).append(candidate)
     return SearchResult(
         workload=workload,
         implementation=implementation,
@@ -92,6 +95,25 @@ def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collect
         too_large=tuple(sorted(too_large, key=lambda candidate: candidate.missing)),
         broken=tuple((sizes, rule) for sizes, rule in broken.items() if sizes not in valid),
     )
+
+
+def _with_fewest_recomputed(layout: Layout, workload: Workload, gpu: GpuKind, implementation: Implementation) -> Layout:
+    """Return the layout with as few recomputed layers as fit; with all where these are too many, or none have to be."""
+
+    def fits(layers: int | None, recompute: Recompute = "full") -> bool:
+        some = dataclasses.replace(layout, recompute=recompute, recompute_layers=layers)
+        return _has_headroom(largest_stage(workload, some, implementation), gpu)
+
+    layout = dataclasses.replace(layout, recompute_layers=None)
+    most = max(layout.topology.layers_per_stage)
+    if fits(None, "none") or not fits(None):
+        return layout
+    fewest = bisect.bisect_left(range(1, most), True, key=fits) + 1
+    return layout if fewest == most else dataclasses.replace(layout, recompute_layers=fewest)
+
+
+def _has_headroom(memory: StageMemory, gpu: GpuKind) -> bool:
+    return memory.total <= HEADROOM * gpu.memory_gib
 
 
 def nearest_fitting(spec: RunSpec, fitting: Sequence[Candidate]) -> Candidate | None:
@@ -107,6 +129,7 @@ def nearest_fitting(spec: RunSpec, fitting: Sequence[Candidate]) -> Candidate | 
         "topology.expert_tensor_parallel": expert_tensor_parallel(spec.topology),
         "train.micro_batch_size": spec.train.micro_batch_size,
         "train.recompute": spec.train.recompute,
+        "train.recompute_layers": spec.train.recompute_layers,
     }
     return min(fitting, key=lambda candidate: sum(given[key] != value for key, value in candidate.overrides.items()))
 

@@ -89,14 +89,15 @@ def with_layout(spec: RunSpec, candidate: Candidate) -> RunSpec:
         experts=topology.expert_parallel,
         expert_tensor=topology.expert_tensor_parallel,
     )
-    found = with_recompute(variant(spec, sizes, ()), candidate.layout.recompute)
+    found = with_recompute(variant(spec, sizes, ()), candidate.layout.recompute, candidate.layout.recompute_layers)
     shared = dataclasses.replace(found.topology, sequence_parallel=topology.sequence_parallel)
     return dataclasses.replace(found, topology=shared)
 
 
-def with_recompute(spec: RunSpec, recompute: Recompute) -> RunSpec:
+def with_recompute(spec: RunSpec, recompute: Recompute, layers: int | None = None) -> RunSpec:
     """Return the run with this recomputation."""
-    return dataclasses.replace(spec, train=dataclasses.replace(spec.train, recompute=recompute))
+    train = dataclasses.replace(spec.train, recompute=recompute, recompute_layers=layers)
+    return dataclasses.replace(spec, train=train)
 
 
 def _micro_batch_sizes(spec: RunSpec, ranks: int, kept: Collection[str]) -> list[int]:

@@ -63,7 +63,7 @@ def _row(spec: RunSpec, candidate: Candidate) -> tuple[str, ...]:
         f"{topology.data_parallel}",
         f"{topology.expert_parallel}x{topology.expert_tensor_parallel}" if candidate.has_experts else "-",
         f"{topology.micro_batch_size}",
-        candidate.layout.recompute,
+        candidate.layout.recompute_words,
         f"{candidate.memory.total:.1f}",
         f"{candidate.time.total:.2f}",
         f"{candidate.tokens_per_second:,.0f}",

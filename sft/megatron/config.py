@@ -73,7 +73,7 @@ def transformer_config(
         gradient_accumulation_fusion=kernels.fused,
         deterministic_mode=False,
         **_parallel_settings(topology, on_gpu),
-        **_recompute_settings(spec.train.recompute),
+        **_recompute_settings(spec.train.recompute, spec.train.recompute_layers),
     )
 
 
@@ -120,7 +120,9 @@ def contents_of_chunks(topology: Topology) -> list[list[str]]:
     return chunks
 
 
-def _recompute_settings(recompute: str) -> dict[str, object]:
+def _recompute_settings(recompute: str, layers: int | None) -> dict[str, object]:
+    if layers is not None:
+        return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
     if recompute in ("full", "offload"):
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if recompute == "norms":

@@ -49,11 +49,12 @@ def workload_of(spec: RunSpec, shape: ModelShape) -> Workload:
 
 
 def layout_of(spec: RunSpec, topology: Topology, recompute: Recompute) -> Layout:
-    """Return a layout with the optimizer's settings of the run."""
+    """Return a layout with the optimizer's settings of the run, and its number of recomputed layers if it is full."""
     optimizer = spec.train.optimizer
     return Layout(
         topology=topology,
         recompute=recompute,
+        recompute_layers=spec.train.recompute_layers if recompute == "full" else None,
         distributed_optimizer=optimizer.distributed,
         grad_reduce=optimizer.grad_reduce,
         overlap=optimizer.overlap is not False,

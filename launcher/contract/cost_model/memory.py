@@ -197,8 +197,18 @@ def _activation_bytes(workload: Workload, layout: Layout, implementation: Implem
         return in_flight * sum(layers * kept[kind] for kind, layers in counts.items())
     sequence = topology.tensor_parallel if topology.sequence_parallel else 1
     inputs = workload.shape.hidden_size / sequence * workload.width * micro_batch_tokens(workload, topology)
-    # the inputs of all layers, and the one layer that is being recomputed
-    return in_flight * sum(counts.values()) * inputs + max(kept.values())
+    again = _recomputed_layers(layout, stage)
+    share = again / sum(counts.values())
+    # the inputs of recomputed layers, what the others keep, and the one layer that is being recomputed
+    others = (1 - share) * sum(layers * kept[kind] for kind, layers in counts.items())
+    return in_flight * (again * inputs + others) + max(kept.values())
+
+
+def _recomputed_layers(layout: Layout, stage: int) -> int:
+    """Return how many of a stage's layers are recomputed."""
+    chunks = [len(chunk) for chunk in layout.topology.layers_of(stage)]
+    most = layout.recompute_layers
+    return sum(chunks) if most is None else sum(min(most, layers) for layers in chunks)
 
 
 def _logit_bytes(workload: Workload, topology: Topology, implementation: Implementation) -> float:

@@ -198,7 +198,7 @@ def recompute_seconds(layout: Layout, layers: Pass) -> float:
     if layout.recompute in ("full", "offload"):  # copies to the host run beside computation
         computed = layers.attention + layers.elementwise + layers.tensor_parallel
         gathered = layers.expert_parallel + layers.context_parallel
-        return layers.matmul_forward + computed / 3 + gathered / 2
+        return layout.recomputed_share * (layers.matmul_forward + computed / 3 + gathered / 2)
     if layout.recompute == "norms":
         return layers.norms
     return layers.attention / 3 + layers.context_parallel / 2 if layout.recompute == "selective" else 0.0

@@ -34,6 +34,7 @@ class Candidate:
             "topology.expert_parallel": topology.expert_parallel,
             "topology.expert_tensor_parallel": topology.expert_tensor_parallel,
         }
+        layers = self.layout.recompute_layers
         return {
             "topology.tensor_parallel": topology.tensor_parallel,
             "topology.pipeline_parallel": topology.pipeline_parallel,
@@ -42,6 +43,7 @@ class Candidate:
             **(experts if self.has_experts else {}),
             "train.micro_batch_size": topology.micro_batch_size,
             "train.recompute": self.layout.recompute,
+            **({} if layers is None else {"train.recompute_layers": layers}),
         }
 
 

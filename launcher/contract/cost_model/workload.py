@@ -85,6 +85,8 @@ class Layout:
 
     topology: Topology
     recompute: Recompute = "none"
+    recompute_layers: int | None = None
+    """Of each model chunk, with whole layers recomputed; None for all."""
     distributed_optimizer: bool = True
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     """Number type of the buffers of gradients."""
@@ -96,9 +98,24 @@ class Layout:
         """Bytes of a gradient in its buffer."""
         return 4 if self.grad_reduce == "fp32" else 2
 
+    @property
+    def recomputed_share(self) -> float:
+        """The share of the layers that are recomputed, where whole layers are."""
+        if self.recompute_layers is None:
+            return 1.0
+        chunks = self.topology.layers_per_stage
+        return sum(min(self.recompute_layers, layers) for layers in chunks) / sum(chunks)
+
+    @property
+    def recompute_words(self) -> str:
+        """What is computed again, as tables show it."""
+        return self.recompute if self.recompute_layers is None else f"{self.recompute} {self.recompute_layers}"
+
     def describe(self) -> str:
         """Return the topology, micro-batch size and recomputation in words."""
         recompute = "" if self.recompute == "none" else f", {self.recompute} recompute"
+        if self.recompute_layers is not None:
+            recompute += f" of {self.recompute_layers} layers a stage"
         return f"{self.topology.describe()}, micro-batch {self.topology.micro_batch_size}{recompute}"
 
 

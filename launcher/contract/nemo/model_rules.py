@@ -28,6 +28,15 @@ def recompute(value: object, entries: Entries) -> Translation:
     return Translation({"train.recompute": value or "none"})
 
 
+def recomputed_layers(value: object, entries: Entries) -> Translation:
+    """Translate how many layers of each pipeline stage are recomputed, which NeMo reads with method `block` alone."""
+    in_blocks = value_of(entries, "model.activations_checkpoint_method") == "block"
+    if value is None or not in_blocks or value_of(entries, "model.activations_checkpoint_granularity") != "full":
+        return Translation(note="`full` recomputes every layer, unless the method is `block`")
+    layers = whole_number_of(entries, "model.activations_checkpoint_num_layers", 1)
+    return Translation({"train.recompute_layers": layers})
+
+
 def sequence_length(value: object, entries: Entries) -> Translation:
     """Translate the longest example in tokens, unless the training data have a limit of their own."""
     if value_of(entries, "model.data.train_ds.max_seq_length"):

@@ -64,6 +64,7 @@ _MODEL: dict[str, Rule] = {
     "model.attention_dropout": to("model.attention_dropout"),
     "model.ffn_dropout": only(None, 0, 0.0, why="there is no dropout inside the MLP"),
     "model.activations_checkpoint_granularity": model.recompute,
+    "model.activations_checkpoint_num_layers": model.recomputed_layers,
     "model.answer_only_loss": model.answer_only,
     "model.fsdp": only(None, False, why="the distributed optimizer shards states"),
     "model.do_layer_norm_weight_decay": only(None, False, why="norms and biases have no weight decay"),

@@ -153,6 +153,10 @@ class TrainSpec:
     """Activations that are computed again in the backward pass. norms: outputs of norms, a sixth of what layers keep,
     for under 1 % of the time; selective: attention's core; full: whole layers, which keep their inputs; offload: whole
     layers whose inputs wait in the host's memory, for rows of 100,000 tokens and more."""
+    recompute_layers: Annotated[int | None, AtLeast(1)] = None
+    """With recompute full, how many layers of each pipeline stage are computed again, from its first one on (with
+    virtual stages, of each model chunk); unset, all. The fewer that fit, the faster: `topology: auto` and
+    `launcher plan` choose the number."""
     eval_every: Annotated[int | None, AtLeast(1)] = None
     """Steps between evaluations; default only before the first and after the last step. Needs something to evaluate:
     data.validation, data.validation_sets or evaluation.prompts."""

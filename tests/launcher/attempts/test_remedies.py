@@ -40,6 +40,12 @@ def test_nothing_is_named_that_is_set_already() -> None:
     assert [remedy.key for remedy in remedies(least, {"cause": "out_of_memory"}, None)] == ["resources.nodes"]
 
 
+def test_all_layers_are_computed_again_where_some_were_not_enough() -> None:
+    some = dataclasses.replace(SPEC, train=TrainSpec(micro_batch_size=1, recompute="full", recompute_layers=3))
+    found = remedies(some, {"cause": "out_of_memory"}, None)
+    assert [(remedy.key, remedy.value) for remedy in found][:1] == [("train.recompute_layers", "null")]
+
+
 def test_a_damaged_checkpoint_has_another_beside_it(tmp_path: Path) -> None:
     error = RankError(kinds=("CheckpointError", "LauncherError"), message="damaged")
     given = tmp_path / "step-00000002"

@@ -248,6 +248,19 @@ def test_norms_are_computed_again_where_there_are_some_before_products() -> None
         build_topology(spec, shape)
 
 
+def test_no_more_layers_are_computed_again_than_a_stage_has() -> None:
+    shape, spec = dataclasses.replace(SMOLLM, num_layers=8), make(tasks=2, pipeline_parallel=2)
+
+    def again(layers: int) -> RunSpec:
+        train = dataclasses.replace(spec.train, recompute="full", recompute_layers=layers)
+        return dataclasses.replace(spec, train=train)
+
+    most = max(build_topology(again(1), shape).layers_per_stage)
+    assert build_topology(again(most), shape).world_size == 2
+    with pytest.raises(TopologyError, match=f"recompute_layers {most + 1}: no pipeline stage has more than {most} lay"):
+        build_topology(again(most + 1), shape)
+
+
 def test_some_layer_is_in_fp8() -> None:
     shape = dataclasses.replace(SMOLLM, num_layers=4)
 

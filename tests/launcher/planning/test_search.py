@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.__main__ import main
-from launcher.contract.cost_model.assumptions import workload_of
+from launcher.contract.cost_model.assumptions import implementation_of, workload_of
 from launcher.contract.cost_model.implementation import CURRENT, FUSED, PAIR_RATE, PLAIN
 from launcher.contract.cost_model.memory import chunks_in_flight, largest_stage, pipeline_memory
 from launcher.contract.cost_model.predict import Candidate, evaluate
@@ -31,7 +31,7 @@ from launcher.contract.model_shape import named_model_shape
 from launcher.contract.spec import DataSpec, LoraSpec, ModelSpec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.stages import even_split
 from launcher.contract.topology import Topology, build_topology
-from launcher.planning.run_plan import run_cost
+from launcher.planning.run_plan import override_words, run_cost
 from launcher.planning.search import HEADROOM, search_layouts, with_gpus
 from launcher.planning.variants import with_layout
 
@@ -140,6 +140,34 @@ def test_norms_are_not_computed_again_where_there_are_none_before_products() -> 
     shape = dataclasses.replace(named_model_shape("8b"), norms_first=False)
     found = search_layouts(run(), shape, H100)
     assert {candidate.layout.recompute for candidate in found.fitting} == {"none", "selective", "full"}
+
+
+def test_as_few_layers_are_computed_again_as_fit() -> None:
+    """One layer less would not, where all layers fit and none recomputed does not; the fewer, the faster."""
+    shape, spec = named_model_shape("8b"), run(batch=32)
+    found = [one for one in search_layouts(spec, shape, H100).fitting if one.layout.recompute_layers is not None]
+    assert found
+    implementation = implementation_of(spec, shape, H100)
+    for one in found:
+        layers = one.layout.recompute_layers
+        assert layers is not None and 1 <= layers < max(one.layout.topology.layers_per_stage)
+        fewer = None if layers == 1 else layers - 1
+        less = dataclasses.replace(one.layout, recompute="full" if fewer else "none", recompute_layers=fewer)
+        whole = dataclasses.replace(one.layout, recompute_layers=None)
+        memories = [largest_stage(workload_of(spec, shape), each, implementation).total for each in (less, whole)]
+        assert memories[0] > HEADROOM * H100.memory_gib >= one.memory.total > memories[1]
+        assert evaluate(workload_of(spec, shape), whole, H100, implementation).time.total > one.time.total
+        assert one.overrides["train.recompute_layers"] == layers
+
+
+def test_a_number_of_recomputed_layers_that_the_config_has_is_kept_or_taken_back() -> None:
+    shape, spec = named_model_shape("8b"), run(batch=32)
+    train = dataclasses.replace(spec.train, recompute="full", recompute_layers=5)
+    own = dataclasses.replace(spec, train=train)
+    kept = ("train.recompute", "train.recompute_layers")
+    assert {one.layout.recompute_layers for one in search_layouts(own, shape, H100, kept).fitting} == {5}
+    other = next(one for one in search_layouts(own, shape, H100).fitting if one.layout.recompute_layers is None)
+    assert "train.recompute_layers=null" in override_words(own, other).split()
 
 
 def test_what_saves_memory_saves_it_and_costs_time() -> None:

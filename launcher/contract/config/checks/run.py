@@ -17,6 +17,7 @@ from launcher.contract.config.checks.train import (
     lora_problems,
     number_problems,
     optimizer_problems,
+    recompute_problems,
 )
 from launcher.contract.logger_packages import missing_loggers
 from launcher.contract.rundir import runs_of_group
@@ -41,6 +42,7 @@ def spec_problems(spec: RunSpec) -> Iterator[Problem]:
     yield from order_problems(spec)
     yield from lora_problems(spec)
     yield from fp8_problems(spec)
+    yield from recompute_problems(spec)
     yield from graph_problems(spec)
     yield from environment_problems(spec)
     yield from scheduler_problems(spec)

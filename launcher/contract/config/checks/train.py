@@ -74,6 +74,15 @@ def number_problems(spec: RunSpec) -> Iterator[Problem]:
                 yield key, f"{chosen}: its results depend on timing, which train.deterministic refuses; set it to auto"
 
 
+def recompute_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield a number of recomputed layers where no whole layers are, or all have to be."""
+    layers, recompute = spec.train.recompute_layers, spec.train.recompute
+    if layers is None or recompute == "full":
+        return
+    why = "all inputs of layers go to the host" if recompute == "offload" else "no whole layers are computed again"
+    yield "train.recompute_layers", f"{layers} needs train.recompute full; with {recompute} {why}"
+
+
 def graph_problems(spec: RunSpec) -> Iterator[Problem]:
     """Yield why layers cannot be launched as CUDA graphs where they must be, as far as the config alone says."""
     if spec.train.cuda_graphs != "always":

@@ -103,6 +103,8 @@ CFG = Path("cfg.yaml")
         ("train.attention=flash4 & model.attention_dropout=0.1", "train.attention: flash4 has no dropout, and "),
         ("train.attention=flash4 & train.deterministic=true", "train.attention: flash4: its results depend "),
         ("train.linear_attention=fla & train.deterministic=true", "train.linear_attention: fla: its results "),
+        ("train.recompute_layers=2", "train.recompute_layers: 2 needs train.recompute full; with none no whole layers"),
+        ("train.recompute=offload & train.recompute_layers=2", "train.recompute_layers: 2 needs train.recompute full"),
         ("train.cuda_graphs=always", "train.cuda_graphs: always: graphs are not made for this run (rows are not "),
         ("train.cuda_graphs=always & data.packing=true", "train.cuda_graphs: always: graphs are not made for this "),
         ("train.cuda_graphs=always & train.kernels=plain", "train.cuda_graphs: always: graphs are not made for this "),

@@ -85,6 +85,17 @@ def test_gpt_becomes_gpt2_and_nemos_silent_defaults_are_taken_over() -> None:
     assert (found["train.optimizer.clip_grad"], found["train.optimizer.beta2"]) == (0.0, 0.999)
 
 
+@pytest.mark.parametrize(("method", "layers"), [("block", 3), ("uniform", None)])
+def test_a_number_of_recomputed_layers_is_that_of_blocks(method: str, layers: int | None) -> None:
+    """With method uniform NeMo's number is that of layers which are recomputed together: all of them are."""
+    lines = f"activations_checkpoint_granularity: full\n  activations_checkpoint_method: {method}\n"
+    text = nemo_config("gpt-20b").replace(
+        "activations_checkpoint_granularity: selective\n", f"{lines}  activations_checkpoint_num_layers: 3\n"
+    )
+    found = settings(text)
+    assert (found["train.recompute"], found.get("train.recompute_layers")) == ("full", layers)
+
+
 def test_unknown_keys_and_unsupported_values_are_refused_with_their_lines() -> None:
     text = nemo_config("gpt-20b").replace("precision: bf16", "precision: 16").replace("  seed: 1234", "  sed: 1234")
     line = text[: text.index("  sed:")].count("\n") + 1
