@@ -98,7 +98,7 @@ def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collect
 
 
 def _with_fewest_recomputed(layout: Layout, workload: Workload, gpu: GpuKind, implementation: Implementation) -> Layout:
-    """Return the layout with as few recomputed layers as fit; with all where these are too many, or none have to be."""
+    """Return the layout with as few recomputed layers as fit, or with all if not even these do or none have to be."""
 
     def fits(layers: int | None, recompute: Recompute = "full") -> bool:
         some = dataclasses.replace(layout, recompute=recompute, recompute_layers=layers)
