@@ -19,7 +19,7 @@ test:  ## Install what the tests need, then run them: unit, parity, slurm (a qua
 	@scripts/install-slurm
 	@scripts/test
 
-test-all:  ## The same with those marked slow: full grids, every fault once more (more than an hour)
+test-all:  ## The same with those marked slow: full grids, every fault once more (an hour)
 	@scripts/bootstrap dev
 	@scripts/install-slurm
 	@scripts/test --all
