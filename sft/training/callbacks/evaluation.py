@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
+from launcher.contract.errors import ConfigError
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 from sft.checkpoint.contents import EarlyStoppingState
@@ -40,18 +41,37 @@ def held_out_batches(
     return {suffix: batches for suffix, batches in found.items() if batches is not None}
 
 
+def missing_metrics(spec: RunSpec, metrics: Mapping[str, float]) -> list[str]:
+    """Return a problem for each metric that this run compares and that an evaluation did not give.
+
+    The launcher does not know what evaluation.metric returns. Its misspelled name would stop a run as one that does not
+    improve, and keep no checkpoint as the best.
+    """
+    early, checkpoint = spec.train.early_stopping, spec.checkpoint
+    compared = {
+        "train.early_stopping.metric": early.metric if early.patience is not None else None,
+        "checkpoint.best_metric": checkpoint.best_metric if checkpoint.keep_best else None,
+    }
+    given = ", ".join(sorted(metrics)) or "none"
+    return [
+        f"{key}: {name!r} is not what evaluations of this run give: {given}"
+        for key, name in compared.items()
+        if name is not None and name not in metrics
+    ]
+
+
 class EvaluationCallback(pl.Callback):
     """Evaluates before the first step, every `eval_every` steps, and after the last."""
 
     def __init__(
         self, spec: RunSpec, held_out: Mapping[str, StepBatches], answers: Answers | None, log: RunLog
     ) -> None:
+        self._spec = spec
         self._every = spec.train.eval_every
         self._held_out = held_out
         self._answers = answers
         self._log = log
         self.early_stopping = EarlyStopping(spec)
-        self._metric = spec.train.early_stopping.metric
         self._latest: tuple[int, dict[str, float]] = (-1, {})
 
     @property
@@ -89,10 +109,16 @@ class EvaluationCallback(pl.Callback):
         if self._answers is not None:
             metrics |= self._answers(module, cast(MegatronStrategy, trainer.strategy).control, step)
         self._latest = (step, metrics)
+        missing = missing_metrics(self._spec, metrics)
+        if missing and step == 0:  # later, what has been trained is worth more than an early end
+            raise ConfigError(missing)
+        for problem in missing:
+            self._log.say(f"step {step}: {problem}")
         if metrics:
             self._log.metrics(step=step, **metrics)
         self.early_stopping.update(step, metrics)
         if self.early_stopping.is_due and step < self._log.max_steps:
+            metric = self._spec.train.early_stopping.metric
             best, waited = self.early_stopping.state.best_step, self.early_stopping.state.waited
-            self._log.say(f"step {step}: {self._metric} has not improved in {waited} evaluations; best at step {best}")
-            self._log.event("stopped_early", step=step, metric=self._metric, best_step=best)
+            self._log.say(f"step {step}: {metric} has not improved in {waited} evaluations; best at step {best}")
+            self._log.event("stopped_early", step=step, metric=metric, best_step=best)

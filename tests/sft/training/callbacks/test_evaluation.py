@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from launcher.contract.errors import ConfigError
+from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import CheckpointSpec, DataSpec, EarlyStoppingSpec, RunSpec, TrainSpec
 from sft.checkpoint.contents import BestSteps, EarlyStoppingState
+from sft.metrics.run_log import RunLog
 from sft.training.callbacks.checkpoints import BestCheckpoints
 from sft.training.callbacks.early_stopping import EarlyStopping, is_better
+from sft.training.callbacks.evaluation import EvaluationCallback
 
 
 def stopping_of(state: EarlyStoppingState | None = None, held_out: str = "a.jsonl", **settings: Any) -> EarlyStopping:
@@ -82,6 +88,34 @@ def test_the_best_of_another_metric_is_none_of_this_one(now: dict[str, Any], sto
     assert on.is_due is stops
     earlier = EarlyStoppingState.from_json({"best": 2.0, "best_step": 0, "waited": 2})
     assert stopping_of(earlier).is_due
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        (
+            {"train": TrainSpec(early_stopping=EarlyStoppingSpec(patience=1, metric="metric/acc"))},
+            "train.early_stopping.",
+        ),
+        ({"checkpoint": CheckpointSpec(keep_best=1, best_metric="metric/acc")}, "checkpoint.best_"),
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_before_the_first_step(
+    settings: dict[str, Any], key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen to end a run after `patience` evaluations, and to keep no checkpoint as the best, without a word."""
+    spec = RunSpec(name="run", **settings)
+    log = RunLog(RunPaths(tmp_path), spec, attempt="a.1", max_steps=9, is_writer=True)
+    callback = EvaluationCallback(spec, {}, lambda *_: {"metric/accuracy": 0.5, "metric/acc2": 0.5}, log)
+    trainer: Any = SimpleNamespace(global_step=0, strategy=SimpleNamespace(control=None))
+    module: Any = None
+    problem = f"{key}metric: 'metric/acc' is not what evaluations of this run give: metric/acc2, metric/accuracy"
+    with pytest.raises(ConfigError) as caught:
+        callback.on_train_start(trainer, module)
+    assert list(caught.value.problems) == [problem]
+    trainer.global_step = 9  # a run that goes on with other settings: what it has trained is not lost
+    callback.on_train_batch_end(trainer, module)
+    assert f"step 9: {problem}" in capsys.readouterr().out
 
 
 def test_nothing_is_better_than_nan_nor_nan_than_anything() -> None:
