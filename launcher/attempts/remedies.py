@@ -16,7 +16,7 @@ from launcher.contract.divisors import divisors
 from launcher.contract.rank_error import RankError
 from launcher.contract.rundir import complete_checkpoints
 from launcher.contract.spec import RunSpec
-from launcher.scheduler.time_limit import as_time_limit, time_limit_minutes
+from launcher.contract.time_limit import as_time_limit, time_limit_minutes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

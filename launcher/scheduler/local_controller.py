@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from submitit.local.local import LocalExecutor, LocalJob
 
-from launcher.scheduler.time_limit import time_limit_minutes
+from launcher.contract.time_limit import time_limit_minutes
 
 _Result = TypeVar("_Result")  # of submitit's functions, which are not used
 

@@ -44,7 +44,7 @@ class ResourcesSpec:
     exclusive: bool = False
     """Take whole nodes."""
     signal_seconds: Annotated[int, AtLeast(0)] = 120
-    """Seconds before the time limit at which ranks are told to save and stop."""
+    """Seconds before the time limit, which must be longer, at which ranks are told to save and stop."""
     gpu_hour_limit: Annotated[float | None, AtLeast(0)] = None
     """`submit` asks before it submits a run that may take more GPU hours than this, unless --yes is given. Unset: it
     never asks."""

@@ -11,12 +11,12 @@ from launcher.contract.errors import LauncherError, RunStateError, SchedulerErro
 from launcher.contract.job import Job, JobId
 from launcher.contract.job_state import JobState
 from launcher.contract.spec import ClusterSpec, ResourcesSpec
+from launcher.contract.time_limit import time_limit_minutes
 from launcher.scheduler.base import Allocation, Answer, Dependency, Intent, JobRecord, JobRequest, JobView, Scheduler
 from launcher.scheduler.slurm import commands, queries
 from launcher.scheduler.slurm.parsers import parse_job_view, parse_log
 from launcher.scheduler.slurm.reasons import explained
 from launcher.scheduler.slurm.states import from_slurm
-from launcher.scheduler.time_limit import time_limit_minutes
 
 _CLOCK_SKEW = 3600.0  # seconds: clocks differ, and a job may start before sbatch has answered
 _CLAUSES = {"succeeded": "afterok", "ended": "afterany"}

@@ -15,7 +15,7 @@ from launcher.contract.errors import CheckpointError, LauncherError, UserCodeErr
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import COMPLETE, RunPaths, append_event
 from launcher.contract.spec import RunSpec, read_resolved
-from launcher.scheduler.time_limit import time_limit_minutes
+from launcher.contract.time_limit import time_limit_minutes
 from sft.runtime.error_record import record_error
 
 

@@ -9,6 +9,7 @@ from launcher.contract.secret_names import is_secret_name
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.fields import Problem, field_problems, values_under
 from launcher.contract.spec.rules import ENVIRONMENT_NAME, SHELL_VARIABLE, shown
+from launcher.contract.time_limit import time_limit_minutes
 
 _OUR_VARIABLES = ("SLURM_", "SFT_")
 
@@ -40,10 +41,25 @@ def scheduler_problems(spec: RunSpec) -> Iterator[Problem]:
         )
     if spec.preflight.enabled == "on" and not CAPABILITIES[cluster.scheduler].allocates_nodes:
         yield "preflight.enabled", f"on with cluster {cluster.name}, which is this machine alone; set it to auto"
+    yield from _notice_problems(spec)
     yield from _in_place_problems(spec)
     yield from _copy_problems(spec)
     if set("%\\") & set(spec.run_root):  # both mean something in sbatch's --output and in submitit's folders
         yield "run_root", f"{spec.run_root!r} holds % or a backslash, which Slurm reads as part of a pattern"
+
+
+def _notice_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield a notice before the time limit that is longer than the limit: each attempt would end at its first step."""
+    resources = spec.resources
+    if any(field_problems(resources, "time")):
+        return
+    seconds = 60 * (time_limit_minutes(resources.time) or 0)  # Slurm reads 0 as no limit
+    if 0 < seconds <= resources.signal_seconds:
+        yield (
+            "resources.signal_seconds",
+            f"{resources.signal_seconds} is not below the {seconds:.0f} s of resources.time {resources.time}, so that "
+            "ranks would be told to stop as they start; lower it, or give more time",
+        )
 
 
 def _in_place_problems(spec: RunSpec) -> Iterator[Problem]:

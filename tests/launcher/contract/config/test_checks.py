@@ -62,6 +62,11 @@ CFG = Path("cfg.yaml")
         ("cluster.env.HF_TOKEN=x", "cluster.env: HF_TOKEN looks like a secret, and would be stored in the run "),
         ("resources.nodes=2", "resources.nodes: 2 on cluster local, which is this machine alone; set it to 1"),
         ("resources.spare_nodes=1", "resources.spare_nodes: 1 on cluster local, which is this machine alone; "),
+        (
+            "resources.time=2 & resources.signal_seconds=120",
+            "resources.signal_seconds: 120 is not below the 120 s of resources.time 2, so that ranks would be told to ",
+        ),
+        ("resources.time=0:01:30", "resources.signal_seconds: 120 is not below the 90 s of resources.time 0:01:30, "),
         ("restart.node_seconds=0", "restart.node_seconds: 0 is not above 0"),
         ("run_root=a%j", "run_root: '"),
         ("cluster.runtime.kind=venv", "cluster.runtime.path: missing; runtime kind venv needs it"),
@@ -137,9 +142,10 @@ def test_rules_between_two_values(workdir: Path) -> None:
         load_config(CFG, ["cluster.runtime.kind=venv", "cluster.runtime.path=model"])
 
 
-@pytest.mark.parametrize("limit", ["30", "1:30", "01:00:00", "1-00", "1-00:30", "1-00:30:15", "UNLIMITED"])
+@pytest.mark.parametrize("limit", ["30", "1:30", "0", "01:00:00", "1-00", "1-00:30", "1-00:30:15", "UNLIMITED"])
 def test_time_limits_slurm_takes(workdir: Path, limit: str) -> None:
-    assert load_config(CFG, [f"resources.time={limit}"]).spec.resources.time == limit
+    given = [f"resources.time={limit}", "resources.signal_seconds=60"]
+    assert load_config(CFG, given).spec.resources.time == limit
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.scheduler.time_limit import as_time_limit, time_limit_minutes
+from launcher.contract.time_limit import as_time_limit, time_limit_minutes
 
 
 @pytest.mark.parametrize(
