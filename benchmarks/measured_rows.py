@@ -134,6 +134,7 @@ def _listing(name: str, result: dict[str, Any]) -> dict[str, Any]:
         "trained": TRAINED_SHARE if bench.data == "ragged" else 1.0,
         "precision": precision,
         "recompute": settings["recompute"],
+        "recompute_layers": settings.get("recompute_layers"),
         "lora_rank": bench.lora_rank,
         "tokens_per_second": result["real_tokens_per_second"],
         # What a graph keeps between its kernels is no allocation of torch's.
@@ -166,7 +167,11 @@ def _row(listing: dict[str, Any]) -> Row:
         source=listing["source"],
         use=listing["use"],
         workload=workload,
-        layout=Layout(topology=_topology(listing, shape), recompute=listing.get("recompute", "none")),
+        layout=Layout(
+            topology=_topology(listing, shape),
+            recompute=listing.get("recompute", "none"),
+            recompute_layers=listing.get("recompute_layers"),
+        ),
         gpu=gpu_kind(listing["gpu"]),
         implementation=dataclasses.replace(
             IMPLEMENTATIONS[listing["implementation"]], graphs="always" if listing.get("graphs") else "never"

@@ -9,9 +9,9 @@ from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
 
 GraphChoice = Literal["auto", "never", "always"]
-_FEW_OPERATIONS = 3e12
-"""Operations of a micro-batch in a layer, forward and backward, that a GPU of today computes in less time than a host
-may need to launch the layer's kernels: 5 ms at 600 TFLOP/s."""
+_FEW_OPERATIONS = 1.5e12
+"""Operations of a micro-batch in a layer, forward and backward, that a GPU of today computes in less time than a slow
+host needs to launch the layer's kernels: 3 ms at 500 TFLOP/s. With more, graphs would cost their memory for nothing."""
 _CAPPED = ("gemma2",)
 """Model types whose attention reads the lengths of sequences on the host."""
 

@@ -174,6 +174,7 @@ class BenchModule(SFTGPT):
             "micro_batch_size": train.micro_batch_size,
             "kernels": self.kernels.describe(),
             "recompute": train.recompute,
+            **({} if train.recompute_layers is None else {"recompute_layers": train.recompute_layers}),
             "precision": train.precision,
             "lora": rank,
             "launches": "graphs" if self.kernels.graphs else None,

@@ -85,7 +85,11 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[int, tuple[str, dict[st
 def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, object]]]:
     clock = {"warmup": options.warmup, "steps": options.steps}
     keys = ("kernels", "attention", "precision", "recompute", "cuda_graphs")
-    chosen = (dict(zip(keys, values, strict=True)) for values in itertools.product(*(vars(options)[k] for k in keys)))
+    values_of = itertools.product(*(vars(options)[key] for key in keys))
+    chosen = [dict(zip(keys, values, strict=True)) for values in values_of]
+    for train in chosen:
+        if train["recompute"] == "full":
+            train["recompute_layers"] = options.recompute_layers
     own: list[tuple[str, dict[str, object]]] = [
         ("ours", {"train": train, "micro_batches": options.micro_batches, **clock}) for train in chosen
     ]
@@ -123,8 +127,8 @@ def _run(contender: str, workload: Mapping[str, object], settings: Mapping[str, 
 
 def _line(result: Result, gpus: int, first: Result) -> str:
     """Return the lines of the table for a result, compared with the first one."""
-    keys = ("layout", "parallel", "attention", "precision", "recompute", "weights", "experts", "lora", "launches")
-    values = [result.settings.get(key) for key in keys]
+    how = ("layout", "parallel", "attention", "precision", "recompute", "recompute_layers")
+    values = [result.settings.get(key) for key in (*how, "weights", "experts", "lora", "launches")]
     name = " ".join([result.contender, *(str(value) for value in values if value not in (None, "none"))])
     mfu = "-" if result.mfu is None else f"{result.mfu:.1%}"
     line = (

@@ -39,8 +39,8 @@ from sft.megatron.layers.weights_in_use import await_weights
 _MOST_FORMS = 32
 """Rows of further forms are computed without graphs: each graph has some MiB of the driver's memory."""
 _ROOM = 1.5
-"""Memory of a graph over what the layers keep for the backward pass, which itself needs some. All graphs share one
-pool, so that only a larger one needs more."""
+"""Memory of a row over what the layers keep for its backward pass, which itself needs some. All graphs share one pool,
+so that only a larger one needs more."""
 _GIB = 2**30
 _SEGMENTS = 4
 """Parts of the layers with graphs of their own where gradients are reduced behind the backward pass: those of a part
@@ -313,7 +313,9 @@ class DecoderGraphs:
         if len(self.recorded) == _MOST_FORMS:
             return False
         pool = max((self._kept[recorded] for recorded in self.recorded), default=0)
-        needed, free = _ROOM * max(self._kept[form] - pool, 0) + _GIB, free_memory(device)
+        # Beside the pool there must still be room for a row of a form that has no graph yet.
+        more = max(self._kept[form] - pool, 0) + max(self._kept.values())
+        needed, free = _ROOM * more + _GIB, free_memory(device)
         if needed > free and not self._told:
             self._told = True
             sizes = f"needs {needed / _GIB:.1f} GiB of memory, and {free / _GIB:.1f} are free"

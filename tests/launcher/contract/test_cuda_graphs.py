@@ -52,7 +52,7 @@ def test_models(model: str, because: str | None) -> None:
     ("choice", "rows", "used"), [("auto", 1, True), ("auto", 16, False), ("always", 16, True), ("never", 1, False)]
 )
 def test_small_micro_batches_have_them(choice: GraphChoice, rows: int, used: bool) -> None:
-    """0.5B: 4,096 tokens are 0.5 TFLOP a layer, 65,536 more than 3."""
+    """0.5B: 4,096 tokens are 0.5 TFLOP a layer, 65,536 are 8."""
     assert uses_cuda_graphs(changed(choice, micro_batch_size=rows), named_model_shape("0.5b")) == used
 
 
