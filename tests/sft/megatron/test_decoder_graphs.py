@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from sft.megatron.decoder_graphs import Inputs, RowForm
+from sft.megatron import decoder_graphs
+from sft.megatron.decoder_graphs import DecoderGraphs, Inputs, RowForm
 from sft.megatron.layers.packed_rows import packed_sequences
 
 
@@ -53,3 +56,29 @@ def test_a_row_is_copied_over_the_one_before() -> None:
         assert torch.equal(inputs.positions[:tokens], positions) and not inputs.positions[tokens:].any()
         found = inputs.sequences
         assert (found.max_seqlen_q, found.cu_seqlens_q is inputs.offsets) == (1024, True)
+
+
+def test_a_graph_is_recorded_only_where_a_row_without_one_has_room_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One and a half times what both keep, and a GiB."""
+    config = SimpleNamespace(overlap_grad_reduce=False, overlap_param_gather=False)
+    graphs = DecoderGraphs([torch.nn.Linear(2, 2)], SimpleNamespace(ddp_config=config))
+    small, large = RowForm(1024, 16, 1024), RowForm(4096, 16, 1024)
+    gib = 2**30
+    graphs._kept = {small: 2 * gib, large: 4 * gib}
+    free = 0
+
+    def recordable(form: RowForm, room: float) -> bool:
+        nonlocal free
+        free = int(room * gib)
+        return graphs._has_room(form, torch.device("cpu"))
+
+    monkeypatch.setattr(decoder_graphs, "free_memory", lambda _: free)
+    assert not recordable(small, 1.5 * (2 + 4) + 0.9) and recordable(small, 1.5 * (2 + 4) + 1)
+    assert not recordable(large, 1.5 * (4 + 4) + 0.9)
+    graphs.recorded = {small: None}  # type: ignore[dict-item]
+    assert recordable(large, 1.5 * (2 + 4) + 1), "the pool holds 2 GiB already"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "a CUDA graph of 1,024 tokens needs 10.0 GiB of memory, and 9.9 are free" in said
