@@ -72,6 +72,8 @@ def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collect
     valid: set[str] = set()
     for sizes in sizes_to_try(spec, shape, kept):
         run = variant(spec, sizes, kept)
+        if "train.recompute" not in kept:
+            run = with_recompute(run, run.train.recompute)  # another layout's stages may have fewer layers
         try:
             topology = build_topology(run, shape)
         except TopologyError as error:

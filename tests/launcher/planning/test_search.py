@@ -168,6 +168,10 @@ def test_a_number_of_recomputed_layers_that_the_config_has_is_kept_or_taken_back
     assert {one.layout.recompute_layers for one in search_layouts(own, shape, H100, kept).fitting} == {5}
     other = next(one for one in search_layouts(own, shape, H100).fitting if one.layout.recompute_layers is None)
     assert "train.recompute_layers=null" in override_words(own, other).split()
+    most = dataclasses.replace(own, train=dataclasses.replace(train, recompute_layers=shape.num_layers))
+    assert {one.layout for one in search_layouts(most, shape, H100).fitting} == {
+        one.layout for one in search_layouts(spec, shape, H100).fitting
+    }
 
 
 def test_what_saves_memory_saves_it_and_costs_time() -> None:
