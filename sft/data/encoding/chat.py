@@ -24,14 +24,14 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
 
-from launcher.contract.errors import DataError, ModelError, did_you_mean
+from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.escape import ControlTokens
 from sft.data.encoding.long_chat import LONG, Place, chained_places
@@ -86,8 +86,8 @@ class ChatRenderer:
         self._controls = controls
         self._spec = spec
         self._variables = {name: _variable(name, value) for name, value in spec.chat_template_kwargs.items()}
-        _check_read(self._variables, " ".join(self._templates.values()))
         self.reads = TemplateReads(self._templates.values())
+        self.reads.check_given(self._variables)
         self.written = WrittenParts(lambda messages, tools: self.apply(messages, tools, False))
         self._wants_parts = {tools: self._takes_parts_only(template) for tools, template in self._templates.items()}
 
@@ -458,16 +458,6 @@ def _variable(name: str, text: str) -> object:
     except yaml.YAMLError:
         raise DataError(f"data.chat_template_kwargs.{name}: {text!r} is not valid YAML") from None
     return text if isinstance(value, datetime.date) else value  # templates expect dates as texts
-
-
-def _check_read(names: Collection[str], templates: str) -> None:
-    """Raise ModelError for a variable whose name is nowhere in the templates: it would change nothing."""
-    words = set(re.findall(r"\w+", templates))
-    unread = [name for name in names if name not in words]
-    if unread:
-        raise ModelError(
-            f"data.chat_template_kwargs: the chat template does not read {unread[0]!r}{did_you_mean(unread[0], words)}"
-        )
 
 
 def _with_parts(message: Mapping[str, object]) -> Mapping[str, object]:

@@ -239,8 +239,8 @@ def test_a_system_turn_that_a_template_inserts_is_not_trained_with_the_first_tur
 
 def test_template_variables_are_yaml_and_dates_stay_text() -> None:
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ day }} {{ none is none }} {{ flag is true }} {{ n + 1 }}" + CHAT_TEMPLATE
-    given = {"day": "2024-07-26", "none": "null", "flag": "true", "n": "2"}
+    tokenizer.chat_template = "{{ day }} {{ nothing is none }} {{ flag is true }} {{ n + 1 }}" + CHAT_TEMPLATE
+    given = {"day": "2024-07-26", "nothing": "null", "flag": "true", "n": "2"}
     encoded = encode(chat("hi", "yo"), tokenizer, DataSpec(chat_template_kwargs=given))
     assert str(tokenizer.decode(encoded.ids)).startswith("2024-07-26 True True 3<|im_start|>")
     for name, text, message in (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.contract.errors import DataError
+from launcher.contract.errors import DataError, ModelError
 from launcher.contract.spec import DataSpec
 from sft.data.encoding.masking import Encoder
 from sft.data.encoding.template_reads import TemplateReads
@@ -50,6 +50,24 @@ def test_a_key_of_a_turn_that_the_template_reads_is_refused() -> None:
     reads = TemplateReads(["{{ message.end_turn }}"])
     with pytest.raises(DataError, match="reads 'end_turn', which a message has"):
         reads.check(["completion[].end_turn"], [])
+
+
+@pytest.mark.parametrize("name", ["message", "content", "im_start", "endfor", "loop", "enable_thinkng"])
+def test_a_word_of_a_template_is_no_variable_of_it(name: str) -> None:
+    """Seen to be taken for one because it is in the text, as a key, a part of a token or a loop's own variable."""
+    template = (templates() / "qwen2_5.jinja").read_text() + "{# enable_thinkng #}"
+    example = parse_row(json.dumps({"messages": CHAT}).encode(), "a.jsonl:1", "messages", {})
+    encoder = Encoder(tokenizer_for(template, template), DataSpec(chat_template_kwargs={name: "1"}))
+    with pytest.raises(ModelError, match=rf"the chat template does not read '{name}'"):
+        encoder.encode(example)
+
+
+def test_a_variable_that_a_template_sets_on_one_path_is_read_on_the_other() -> None:
+    reads = TemplateReads(["{% if messages %}{% set mood = 'calm' %}{% endif %}{{ mood }}", "{{ flag }}"])
+    reads.check_given(["mood", "flag"])
+    with pytest.raises(ModelError, match="does not read 'flags'; did you mean 'flag'"):
+        reads.check_given(["flags"])
+    TemplateReads(["{{ flag | nope }}"]).check_given(["flag"])  # rendering refuses the filter
 
 
 def test_names_of_a_templates_own_are_none_of_a_row() -> None:
