@@ -90,5 +90,23 @@ def prompt_template(value: object, entries: Entries) -> Translation:
 
 
 def truncation(value: object, entries: Entries) -> Translation:
-    """Translate the end at which long examples are cut."""
-    return Translation({"data.length_policy": f"truncate_{value}"})
+    """Translate the end at which long examples are cut: of the prompt alone, where a field to be cut is named."""
+    if value not in (None, "left", "right"):
+        raise Refused(f"{value!r} is not left or right")
+    settings: dict[str, object] = {"data.length_policy": f"truncate_{value or 'right'}"}
+    field = value_of(entries, "model.data.train_ds.truncation_field")
+    if value == "left" or not field:
+        return Translation(settings)
+    settings["data.max_lost_percent"] = 0
+    return Translation(
+        settings,
+        f"NeMo cuts {field} and keeps the whole answer; here the answer would be cut, so data with longer examples are "
+        "refused: raise data.seq_length, or take data.length_policy drop or truncate_left",
+    )
+
+
+def probabilities(value: object, entries: Entries) -> Translation:
+    """Refuse shares of several files; that of a single one says nothing."""
+    if value is None or (isinstance(value, list) and len(value) == 1):
+        return Translation(note="of a single file")
+    raise Refused(f"{value!r} is not supported: give several data.sources with weights instead")

@@ -88,9 +88,7 @@ _DATA: dict[str, Rule] = {
     "model.data.train_ds.max_seq_length": to("data.seq_length"),
     "model.data.train_ds.shuffle": to("data.shuffle"),
     "model.data.train_ds.prompt_template": model.prompt_template,
-    "model.data.train_ds.concat_sampling_probabilities": only(
-        None, why="give several data.sources with weights instead"
-    ),
+    "model.data.train_ds.concat_sampling_probabilities": model.probabilities,
     "model.data.train_ds.truncation_method": model.truncation,
     "model.data.train_ds.add_sep": only(None, False, why="write a separator into the data or a chat template"),
     "model.data.validation_ds.file_names": files_to("data.validation"),

@@ -188,6 +188,26 @@ model:
     assert "'adapter' is not supported" in refusals(text.replace("peft_scheme: lora", "peft_scheme: adapter"))[0]
 
 
+def test_long_examples_of_a_fine_tuning_config() -> None:
+    """NeMo cuts the prompt and keeps the answer; ours lost its end, and with it the end token, without a word."""
+    text = """\
+trainer: {devices: 1, precision: bf16-mixed, max_steps: 10}
+model:
+  data:
+    train_ds:
+      {file_names: [a.jsonl], concat_sampling_probabilities: [1.0], truncation_field: input, truncation_method: right}
+  optim: {name: fused_adam, lr: 1e-4}
+"""
+    cut = [settings(text)[key] for key in ("data.length_policy", "data.max_lost_percent")]
+    assert cut == ["truncate_right", 0]
+    left = settings(text.replace("right", "left"))  # both cut the beginning of the prompt
+    assert (left["data.length_policy"], left.get("data.max_lost_percent")) == ("truncate_left", None)
+    whole = settings(text.replace("truncation_field: input", "truncation_field: ''"))
+    assert (whole["data.length_policy"], whole.get("data.max_lost_percent")) == ("truncate_right", None)
+    assert "'middle' is not left or right" in refusals(text.replace("right", "middle"))[0]
+    assert "several data.sources" in refusals(text.replace("[1.0]", "[0.5, 0.5]"))[0]
+
+
 def test_written_config_is_json_too(workdir: Path) -> None:
     (workdir / "nemo.yaml").write_text(nemo_config("gpt-20b"))
     main(["import", "nemo.yaml", "--model-dir", "scratch"])
