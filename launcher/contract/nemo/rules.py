@@ -139,7 +139,26 @@ _WITHOUT_EFFECT: dict[str, Rule] = {
     **dict.fromkeys(("model.init_method_std", "model.use_scaled_init_method"), _initial_weights),
 }
 
-RULES: dict[str, Rule] = {**_TRAINER, **_MODEL, **_DATA, **_OPTIM, **_WITHOUT_EFFECT}
+_ANOTHER_TRAINING: dict[str, Rule] = {
+    "trainer.limit_train_batches": trainer.limit_train_batches,
+    "trainer.overfit_batches": only(None, 0, why="every example is trained; name a smaller file in data.train"),
+    "trainer.fast_dev_run": only(None, False, why="set train.max_steps"),
+    "trainer.gradient_clip_algorithm": only(None, "norm", why="gradients are clipped by their norm"),
+    "exp_manager.ema.enable": only(None, False, why="weights are not averaged over steps"),
+    "exp_manager.create_early_stopping_callback": only(None, False, why="here it is train.early_stopping"),
+    "exp_manager.resume_from_checkpoint": only(None, why="here it is checkpoint.resume_from"),
+    "model.peft.restore_from_path": only(None, why="adapters start anew; merge the first into the model"),
+    "model.peft.lora_tuning.weight_tying": only(None, False, why="each layer has adapters of its own"),
+    "model.optim.amsgrad": only(None, False, why="the optimizer is AdamW"),
+    "model.data.chat": only(None, False, why="conversations are data.format messages or sharegpt"),
+    "model.data.train_ds.packed_sequence": only(None, False, why="here it is data.packing, of plain rows"),
+    "model.data.train_ds.hf_dataset": only(None, False, why="name its files, or ORG/NAME of the hub, in data.train"),
+    "model.data.train_ds.min_seq_length": only(None, 0, 1, why="no example is left out because it is short"),
+    "model.data.train_ds.max_num_samples": only(None, why="every example is trained; set train.max_steps"),
+}
+"""Keys of sections whose other keys have no effect on what is trained."""
+
+RULES: dict[str, Rule] = {**_TRAINER, **_MODEL, **_DATA, **_OPTIM, **_ANOTHER_TRAINING, **_WITHOUT_EFFECT}
 """NeMo's key -> its rule."""
 
 SECTIONS: dict[str, Rule] = {

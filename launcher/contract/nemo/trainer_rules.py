@@ -57,6 +57,13 @@ def val_check_interval(value: object, entries: Entries) -> Translation:
     return Translation({"train.eval_every": value})
 
 
+def limit_train_batches(value: object, entries: Entries) -> Translation:
+    """Refuse a part of an epoch: the float 1.0 is all of it, the whole number 1 a single batch."""
+    if value is None or (isinstance(value, float) and value == 1.0):
+        return Translation(note="every example is trained")
+    raise Refused(f"{value!r} is not supported: every example is trained; set train.max_steps, or train.epochs: 0.1")
+
+
 def log_directory(value: object, entries: Entries) -> Translation:
     """Translate the run's directory, which is run_root/name here."""
     if value is None:

@@ -13,6 +13,7 @@ from launcher.contract.errors import ConfigError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.nemo.convert import convert
 from launcher.contract.nemo.document import is_nemo, read_document
+from launcher.contract.nemo.rule import Refused
 from launcher.contract.nemo.rules import rule_of
 from launcher.submission.submission import make_submission
 from tests.launcher.conftest import CONFIG
@@ -228,6 +229,38 @@ def test_end_tokens_of_a_fine_tuning_config() -> None:
     assert notes["model.data.add_bos"].startswith("the tokenizer decides")
     (refusal,) = refusals(text.replace("{eos}", "False"))
     assert "model.data.add_eos: False is not supported: texts and completions always end with the end token" in refusal
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("trainer.limit_train_batches", 0.1, 1.0),
+        ("trainer.limit_train_batches", 1, 1.0),
+        ("trainer.overfit_batches", 0.5, 0.0),
+        ("trainer.fast_dev_run", True, False),
+        ("trainer.gradient_clip_algorithm", "value", "norm"),
+        ("exp_manager.ema.enable", True, False),
+        ("exp_manager.create_early_stopping_callback", True, False),
+        ("exp_manager.resume_from_checkpoint", "last.ckpt", None),
+        ("model.peft.restore_from_path", "lora.nemo", None),
+        ("model.peft.lora_tuning.weight_tying", True, False),
+        ("model.optim.amsgrad", True, False),
+        ("model.data.chat", True, False),
+        ("model.data.train_ds.packed_sequence", True, False),
+        ("model.data.train_ds.hf_dataset", True, False),
+        ("model.data.train_ds.min_seq_length", 64, 1),
+        ("model.data.train_ds.max_num_samples", 1000, None),
+    ],
+)
+def test_keys_that_would_train_something_else_do_not_pass_with_their_section(
+    key: str, value: object, same: object
+) -> None:
+    """Other keys of these sections have no effect; these were dropped with them."""
+    rule = rule_of(key)
+    assert rule is not None
+    assert rule(same, {}).note
+    with pytest.raises(Refused, match="is not supported: "):
+        rule(value, {})
 
 
 def test_loggers_and_empty_sections() -> None:
