@@ -69,6 +69,7 @@ CFG = Path("cfg.yaml")
         ("resources.time=0:01:30", "resources.signal_seconds: 120 is not below the 90 s of resources.time 0:01:30, "),
         ("restart.node_seconds=0", "restart.node_seconds: 0 is not above 0"),
         ("run_root=a%j", "run_root: '"),
+        ("run_root=a:b", "run_root: '"),
         ("cluster.runtime.kind=venv", "cluster.runtime.path: missing; runtime kind venv needs it"),
         ("cluster.runtime.kind=apptainer", "cluster.runtime.image: missing; runtime kind apptainer needs it"),
         ("cluster.runtime.mounts=/a", "cluster.runtime.mounts: '/a' is not SOURCE:TARGET[:OPTIONS]"),
