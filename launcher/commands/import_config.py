@@ -57,6 +57,7 @@ def _converted(text: str, path: Path, gpus: int | None) -> Conversion:
     from launcher.contract.errors import ConfigError
     from launcher.contract.nemo import convert as nemo
     from launcher.contract.trainers import convert as trainers
+    from launcher.contract.yaml_document import top_level_keys
     from launcher.nemo.topology import check_topology
 
     trainer = trainers.recognised(text)
@@ -64,6 +65,11 @@ def _converted(text: str, path: Path, gpus: int | None) -> Conversion:
         if gpus is not None and gpus < 1:
             raise ConfigError(f"--gpus {gpus}: at least 1")
         return trainers.convert(text, str(path), trainer, gpus or 1)
+    keys = top_level_keys(text, str(path))
+    if not keys:
+        raise ConfigError(f"{path}: no keys in it; a config of NeMo 1.x, TRL, axolotl or LLaMA-Factory is meant")
+    if "trainer" not in keys and keys & {"cluster", "data", "train", "topology", "checkpoint"}:
+        raise ConfigError(f"{path}: a config of the launcher's own keys already; `launcher validate {path}` checks it")
     if gpus is not None:
         raise ConfigError(f"{path}: --gpus is for TRL, axolotl and LLaMA-Factory, and this is none of their configs")
     conversion = nemo.convert(text, str(path))

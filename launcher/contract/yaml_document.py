@@ -43,6 +43,14 @@ def compose(text: str, shown: str) -> yaml.Node | None:
     return node
 
 
+def top_level_keys(text: str, shown: str) -> set[str]:
+    """Return the keys of a YAML mapping, none where the text is something else. Raise ConfigError as `compose` does."""
+    node = compose(text, shown)
+    if not isinstance(node, yaml.MappingNode):
+        return set()
+    return {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+
+
 def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
     """Return how many nodes a walk would meet, those behind an alias each time.
 

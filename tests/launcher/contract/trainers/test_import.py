@@ -355,6 +355,26 @@ def test_options_that_do_not_fit(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no keys in it; a config of NeMo 1.x, TRL, axolotl or LLaMA-Factory is meant"),  # one was printed
+        ("hello\n", "no keys in it; "),
+        ("- a\n", "no keys in it; "),
+        ("name: a\ncluster: local\nmodel: {path: b}\n", "a config of the launcher's own keys already; "),
+    ],
+)
+def test_what_is_no_config_of_another_trainer(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cfg.yaml"
+    path.write_text(text)
+    assert main(["import", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {path}: {message}")
+
+
 def test_a_config_of_ours_is_nobody_elses() -> None:
     assert recognised("name: run\nmodel: {path: a}\nbase_model: b\n") is None
     assert recognised("trainer: {devices: 1}\nmodel: {}\n") is None
