@@ -56,8 +56,22 @@ def add(commands: Subcommands) -> None:
 def _submit(options: argparse.Namespace) -> int:
     from launcher.api.checked import CheckedSweep
 
+    _check_options(options)
     checked = _checked(options)
     return _submit_sweep(options, checked) if isinstance(checked, CheckedSweep) else _submit_run(options, checked)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise ConfigError for options of which one would be ignored."""
+    from launcher.contract.errors import ConfigError
+
+    kinds = {"--dry-run": options.dry_run, "--test-only": options.test_only, "--follow": options.follow}
+    given = [word for word, on in kinds.items() if on]
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} exclude each other; leave one out")
+    if options.json and given:
+        more = "; `launcher validate --json` checks and submits nothing" if options.dry_run else ""
+        raise ConfigError(f"{given[0]} prints text, and no JSON; leave one of {given[0]} and --json out{more}")
 
 
 def _checked(options: argparse.Namespace) -> CheckedRun | CheckedSweep:

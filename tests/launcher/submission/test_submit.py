@@ -113,6 +113,25 @@ def test_run_root_that_cannot_be_made(workdir: Path, capsys: pytest.CaptureFixtu
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--dry-run", "--json"), "--dry-run prints text, and no JSON"),
+        (("--test-only", "--json"), "--test-only prints text, and no JSON"),
+        (("--follow", "--json"), "--follow prints text, and no JSON"),
+        (("--dry-run", "--follow"), "--dry-run and --follow exclude each other"),
+        (("--dry-run", "--test-only"), "--dry-run and --test-only exclude each other"),
+    ],
+)
+def test_options_of_which_one_was_ignored(
+    workdir: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert launch(*words) == ExitCode.BAD_INPUT
+    out, err = capsys.readouterr()
+    assert (out, message in err) == ("", True)
+    assert not Path("runs").exists()
+
+
 def test_dry_run_and_render_write_nothing(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("--dry-run") == 0
     dry = capsys.readouterr().out
