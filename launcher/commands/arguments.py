@@ -95,13 +95,6 @@ def selection_of(options: argparse.Namespace) -> Selection:
     return Selection(name=options.name, group=options.group, since=since, states=states)
 
 
-def count(word: str) -> int:
-    """Return a whole number above 0, or raise ArgumentTypeError."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number above 0")
-    return int(word)
-
-
 def print_json(value: object) -> None:
     """Print a dataclass, or several, as JSON for programs."""
     print(json_text(value))

@@ -10,12 +10,12 @@ from launcher.commands.arguments import (
     Subcommands,
     cluster_option,
     command,
-    count,
     json_option,
     print_json,
     run_argument,
     runs_argument,
 )
+from launcher.contract.argument_types import count, seconds
 from launcher.contract.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add(commands: Subcommands) -> None:
     wait = command(commands, "wait", _wait, "wait until runs have ended; exits with the first code that is not 0")
     runs_argument(wait, "+")
     cluster_option(wait)
-    wait.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long, with exit code 124")
+    wait.add_argument("--timeout", type=seconds, metavar="SECONDS", help="give up after this long, with exit code 124")
 
 
 def _logs(options: argparse.Namespace) -> int:

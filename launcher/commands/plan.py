@@ -8,11 +8,11 @@ from launcher.commands.arguments import (
     Subcommands,
     command,
     config_argument,
-    count,
     json_option,
     override_arguments,
     print_json,
 )
+from launcher.contract.argument_types import count
 from launcher.contract.exit_codes import ExitCode
 
 

@@ -195,5 +195,5 @@ def _first_failure(paths: RunPaths, attempt: str | None) -> str:
 def _awaited(paths: RunPaths, file: Path | None) -> str:
     """Return why a log is missing."""
     status = _status(paths)
-    missing = f"no {file.name} yet; " if file is not None else "no log yet; "
-    return f"{missing if not status.state.terminal else ''}{_line(status)}"
+    what = file.name if file is not None else "log"
+    return f"no {what}{'' if status.state.terminal else ' yet'}; {_line(status)}"

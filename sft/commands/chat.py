@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def chat(options: argparse.Namespace) -> ExitCode:
 
 def _sampling(options: argparse.Namespace) -> EvaluationSpec:
     """Return the settings of answers, or raise ConfigError."""
-    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+    if options.max_new_tokens < 1 or not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
         raise ConfigError("--max-new-tokens must be at least 1, --temperature at least 0, and --top-p in (0, 1]")
     return EvaluationSpec(
         max_new_tokens=options.max_new_tokens,

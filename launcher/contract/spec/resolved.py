@@ -46,7 +46,7 @@ def read_resolved(path: Path) -> RunSpec:
         _check_seal(text, path)
         values = yaml.safe_load(text)
     except FileNotFoundError:
-        raise ConfigError(f"{path} cannot be read: it is gone") from None
+        raise ConfigError(f"{path} cannot be read: no such file") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from None
     return cast(RunSpec, _build(RunSpec, values, f"{path}: "))
@@ -100,5 +100,6 @@ def _mapping(values: object, known: Iterable[str] | None, where: str) -> dict[st
         if not unknown:
             return values
     raise ConfigError(
-        f"{where}not of a resolved config: {', '.join(unknown)}; it was edited, or made by a newer version"
+        f"{where}not of a resolved config: {', '.join(unknown)}; RUN/config.yaml is meant, as `launcher submit` writes "
+        "it; this one was edited, made by a newer version, or not yet submitted"
     )

@@ -103,6 +103,19 @@ def test_options_of_which_one_would_be_ignored(
     assert capsys.readouterr().out == ""
 
 
+def test_a_rank_without_a_log_is_named(failed: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was told that the run had ended, and nothing of the rank."""
+    run("logs", str(failed.root), "--rank", "99")
+    assert capsys.readouterr().err.startswith("# no rank-99.log; run a: job 1 is FAILED")
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-1", "soon"])
+def test_time_to_wait_is_a_number_of_seconds(failed: RunPaths, seconds: str) -> None:
+    """Of `nan` seconds none was ever over."""
+    with pytest.raises(SystemExit):
+        run("wait", str(failed.root), f"--timeout={seconds}")
+
+
 def test_nothing_failed(tmp_path: Path, slurm: FakeSlurm) -> None:
     slurm.submit("a")
     with pytest.raises(RunStateError, match="no rank of run a is known to have failed"):

@@ -48,6 +48,15 @@ def test_wrong_words_end_it_with_2(arguments: list[str], message: str, capsys: p
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--gpus", "--rows", "--seq-length", "--steps", "--layers", "--micro-batches"])
+def test_there_is_at_least_one_of_everything(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No GPU ended in a traceback, and no row in a rank that failed."""
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", option, "0"])
+    assert ended.value.code == ExitCode.BAD_INPUT
+    assert "'0' is not a whole number above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("layout", "rows", "micro_batches", "expected"),
     [("dp", 8, 1, 8), ("dp", 8, 2, 4), ("dp", 1, 4, 1), ("tp2+sp", 4, 1, 8), ("pp2", 8, 1, 2), ("pp2", 2, 1, 1)],

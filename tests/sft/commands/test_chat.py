@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import DataSpec, ModelSpec, RunSpec, to_yaml
 from sft.__main__ import main
@@ -80,6 +81,14 @@ def test_sampling_is_that_of_evaluations_and_repeats_itself(chat: Chat, model: P
     first = chat(model, "Who?", options=options)
     assert chat(model, "Who?", options=options) == first
     assert chat(model, "Who?", options=(*options, "--seed", "5")) != first
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "-1"])
+def test_a_temperature_by_which_nothing_can_be_divided(
+    model: Path, temperature: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", str(model), "--temperature", temperature]) == ExitCode.BAD_INPUT
+    assert "--temperature at least 0" in capsys.readouterr().err
 
 
 def test_of_a_run_its_export_with_its_prompts_and_stop_tokens(

@@ -47,7 +47,7 @@ def scheduler_problems(spec: RunSpec) -> Iterator[Problem]:
     if set("%\\") & set(spec.run_root):  # both mean something in sbatch's --output and in submitit's folders
         yield "run_root", f"{spec.run_root!r} holds % or a backslash, which Slurm reads as part of a pattern"
     if ":" in spec.run_root:  # ranks would run the launcher that is installed, not the run's own code
-        yield "run_root", f"{spec.run_root!r} holds a colon, at which PYTHONPATH would divide the path of the run's code"
+        yield "run_root", f"{spec.run_root!r} holds a colon, at which PYTHONPATH divides the path of the run's code"
 
 
 def _notice_problems(spec: RunSpec) -> Iterator[Problem]:
