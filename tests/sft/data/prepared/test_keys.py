@@ -23,7 +23,7 @@ from sft.data.reading import messages
 from sft.data.reading.files import sha256_of
 from tests.sft.data.prepared.test_prepare import arrays_of, spec_of
 from tests.sft.tokenizers_for_tests import sentencepiece_like
-from tests.tiny_model import make_chat_rows, make_tokenizer, write_jsonl
+from tests.tiny_model import CHAT_TEMPLATE, make_chat_rows, make_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +188,12 @@ def test_what_does_not_change_tokens_does_not_change_the_key(tmp_path: Path, tok
 
 
 def test_policies_that_change_tokens_change_the_key(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "moody.jinja").write_text("{{ mood }}" + CHAT_TEMPLATE)
+    template = str(tmp_path / "moody.jinja")
     specs = [
-        spec_of(tmp_path),
-        spec_of(tmp_path, on_mismatch="split"),
-        spec_of(tmp_path, chat_template_kwargs={"message": "1"}),
+        spec_of(tmp_path, chat_template=template),
+        spec_of(tmp_path, chat_template=template, on_mismatch="split"),
+        spec_of(tmp_path, chat_template=template, chat_template_kwargs={"mood": "1"}),
     ]
     keys = {open_or_build(spec, tokenizer_dir, build=True).train.key for spec in specs}
     assert len(keys) == 3
