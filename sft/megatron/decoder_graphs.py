@@ -19,6 +19,7 @@ Megatron-core has graphs of its own, layer by layer, for rows of one length with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module, Parameter
+from torch.utils.hooks import RemovableHandle
 
 from sft.kernels.autograd import Context
 from sft.kernels.gradient_buffer import GradientBuffer, always_added, announce, buffer_of, has_gradient
@@ -148,14 +150,24 @@ class Segment:
             hidden, _ = functional_call(layer, given, kwargs={"hidden_states": hidden, **own})
         return hidden
 
-    def have_gradients(self, by_kernels: Sequence[bool]) -> None:
+    def have_gradients(self, added: Added) -> None:
         """Say of each weight that its gradient of this row is in the buffer, and whether a kernel has added it."""
-        for weight, by_kernel in zip(self.weights, by_kernels, strict=True):
+        for weight, by_kernel in zip(self.weights, added.by_kernels, strict=True):
             if by_kernel:
                 _buffer(weight).mark()
-        # Backward, as without a graph: another rank may have none for its row, and buckets are reduced as they fill.
-        for weight, hook in reversed(self.hooks):
-            announce(weight, hook)
+        # As without a graph: another rank may have none for its row, and buckets are reduced in the order they fill.
+        for number in added.order if self.hooks else ():
+            announce(*self.hooks[number])
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """How a backward pass has added the gradients of a segment's weights."""
+
+    by_kernels: Sequence[bool]
+    """For each weight, whether a kernel adds its gradient; autograd brings those of norms and biases."""
+    order: Sequence[int]
+    """The weights' numbers, in the order in which autograd has their gradients."""
 
 
 def stand_ins_of(layers: Iterable[Module]) -> StandIns:
@@ -192,8 +204,8 @@ class Passes:
         self._stand_ins = [stand_ins_of(segment.layers) for segment in segments]
         self._begins: list[Tensor] = []
         self._ends: list[Tensor] = []
-        self.by_kernels: dict[int, list[bool]] = {}
-        """For each weight of a part, whether a kernel adds its gradient; autograd brings those of norms and biases."""
+        self.added: dict[int, Added] = {}
+        """By part."""
 
     def forward(self, part: int) -> Tensor:
         """Return the states behind a part, whose predecessor has been computed."""
@@ -206,15 +218,32 @@ class Passes:
     def backward(self, part: int, grad: Tensor) -> Tensor:
         """Add the gradients of a part's weights to their buffers, and return that of its input, from its output's."""
         weights = [weight for layer in self._stand_ins[part] for weight in layer.values()]
+        order: list[int] = []
+        notes = [_noted(weight, order, number) for number, weight in enumerate(weights)]
         with always_added():
             own, *of_weights = torch.autograd.grad(
                 self._ends[part], [self._begins[part], *weights], grad, allow_unused=True
             )
-        self.by_kernels[part] = [has_gradient(weight) for weight in weights]
+        for note in notes:
+            note.remove()
+        self.added[part] = Added([has_gradient(weight) for weight in weights], order)
         for weight, gradient in zip(weights, of_weights, strict=True):
             if gradient is not None and not has_gradient(weight):
                 _buffer(weight).values.add_(gradient)
         return own
+
+
+def _noted(weight: Tensor, order: list[int], number: int) -> RemovableHandle:
+    """Append a weight's number to `order` when autograd has its gradient.
+
+    The hook knows nothing else: in a cycle of references what a graph keeps would not be freed for the next one.
+    """
+
+    def note(_: Tensor) -> None:
+        order.append(number)
+
+    handle: RemovableHandle = weight.register_hook(note)  # type: ignore[no-untyped-call]
+    return handle
 
 
 class Recorded:
@@ -238,7 +267,7 @@ class Recorded:
         for part in reversed(parts):
             with _recording(self._backward[part], decoder.pool):
                 grad = passes.backward(part, grad)
-        self._by_kernels = passes.by_kernels
+        self._added = passes.added
         return output, output_grad, grad
 
     def forward(self) -> None:
@@ -250,7 +279,7 @@ class Recorded:
         """Compute the gradient of the input from that of the output, and add those of weights to their buffers."""
         for part in reversed(range(len(self._segments))):
             self._backward[part].replay()
-            self._segments[part].have_gradients(self._by_kernels[part])
+            self._segments[part].have_gradients(self._added[part])
 
 
 def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
@@ -267,6 +296,9 @@ class DecoderGraphs:
         ends = [len(layers) * part // count for part in range(count + 1)]
         self.segments = [_segment(layers[first:last], ddp, reduces_behind) for first, last in pairwise(ends)]
         self._modules = [module for layer in layers for module in layer.modules()]
+        self._used: dict[Module, None] = {}
+        """The modules, in the order in which a row without a graph waits for their weights. Each wait starts to gather
+        the next ones, and ranks with and without a graph must gather in the same order."""
         self._waits_for_weights = ddp.ddp_config.overlap_param_gather
         self._kept: dict[RowForm, int] = {}
         """Bytes that the layers keep for the backward pass, of each form that has been computed."""
@@ -287,7 +319,7 @@ class DecoderGraphs:
         if form not in self._kept or not (form in self.recorded or self._has_room(form, hidden.device)):
             return self._without_graph(hidden, angles, rows, form)
         if self._waits_for_weights:
-            for module in self._modules:
+            for module in self._used:
                 await_weights(module)
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()  # that of frozen embeddings: without one, backward would not come
@@ -303,8 +335,9 @@ class DecoderGraphs:
         inputs.fill(hidden.detach(), rows)
         count = len(hidden)
         states = F.pad(hidden, (0, 0, 0, 0, 0, form.tokens - count))
-        for segment in self.segments:
-            states = segment.run(states, angles, inputs.sequences)
+        with nullcontext(self._used) if self._used else _noting_uses(self._modules) as self._used:
+            for segment in self.segments:
+                states = segment.run(states, angles, inputs.sequences)
         self._kept[form] = torch.cuda.memory_allocated() - before
         return states[:count]
 
@@ -321,6 +354,22 @@ class DecoderGraphs:
             sizes = f"needs {needed / _GIB:.1f} GiB of memory, and {free / _GIB:.1f} are free"
             print(f"a CUDA graph of {form.tokens:,} tokens {sizes}: layers are launched without one", flush=True)
         return needed <= free
+
+
+@contextmanager
+def _noting_uses(modules: Iterable[Module]) -> Iterator[dict[Module, None]]:
+    """Note modules as they, or their weights alone, are used."""
+    used: dict[Module, None] = {}
+
+    def note(module: Module, _: object) -> None:
+        used[module] = None
+
+    notes = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield used
+    finally:
+        for each in notes:
+            each.remove()
 
 
 def free_memory(device: torch.device) -> int:

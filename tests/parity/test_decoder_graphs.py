@@ -7,6 +7,7 @@ A stand-in computes anew what a graph would repeat. That the graphs do is tested
 from __future__ import annotations
 
 import dataclasses
+import os
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -65,7 +66,7 @@ class Repeated(Recorded):
         grad = self.output_grad.clone()
         for part in reversed(range(len(self._segments))):
             grad = self._passes.backward(part, grad)
-            self._segments[part].have_gradients(self._passes.by_kernels[part])
+            self._segments[part].have_gradients(self._passes.added[part])
         self.input_grad.copy_(grad)
 
 
@@ -166,16 +167,26 @@ def test_dora_trains_as_without_graphs(tmp_path: Path, chat: Path) -> None:
     assert curves[1][1] == pytest.approx(curves[0][1], rel=1e-5)
 
 
-def train_in_many_buckets(config: Path) -> list[list[Part]]:
-    """The same, with buckets that hold about a layer each."""
-    own = partial(sft.engine.module.DistributedDataParallelConfig, bucket_size=30_000)
+def train_in_small_buckets(config: Path) -> list[list[Part]]:
+    """The same, with a bucket for each weight, and with graphs on the first rank alone."""
+    own = partial(sft.engine.module.DistributedDataParallelConfig, bucket_size=1)
     sft.engine.module.DistributedDataParallelConfig = own
-    return train_by_stand_ins(config)
+    if os.environ["RANK"] == "0":
+        return train_by_stand_ins(config)
+    decoder_graphs.DecoderGraphs._has_room = lambda *_: False  # type: ignore[method-assign]
+    steps, by_graph = train_and_watch(config)
+    assert not any(by_graph)
+    return steps
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_gradients_reduced_behind_the_backward_pass(distributed: bool, tmp_path: Path, chat: Path) -> None:
-    """Parts of the layers, after each of which Megatron-core is told that their gradients are there: in buckets that
-    it reduces in the same order on both ranks, although their rows have no graphs in different steps."""
-    model = family_model(tmp_path / "model", "qwen3", num_hidden_layers=5)
-    expect_reference(tmp_path, model, chat, 2, train_in_many_buckets, overlap=True, distributed=distributed)
+@pytest.mark.parametrize(
+    ("family", "distributed"),
+    [("qwen3", True), ("gemma3_text", True), pytest.param("gemma3_text", False, marks=pytest.mark.slow)],
+)
+def test_ranks_with_and_without_graphs_communicate_in_the_same_order(
+    family: str, distributed: bool, tmp_path: Path, chat: Path
+) -> None:
+    """Buckets of gradients, which are reduced behind the backward pass, and of weights, which are gathered behind the
+    forward pass: norms behind a layer's MLP are registered far from where they are used."""
+    model = family_model(tmp_path / "model", family, num_hidden_layers=5)
+    expect_reference(tmp_path, model, chat, 2, train_in_small_buckets, overlap=True, distributed=distributed)
