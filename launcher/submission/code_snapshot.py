@@ -22,6 +22,7 @@ import sysconfig
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from launcher.contract.errors import ConfigError
@@ -195,13 +196,18 @@ def _named_modules(spec: RunSpec) -> Iterator[Path]:
     """Yield packages and modules that the config names by import path and that no package manager has installed."""
     for _, word in values_under(spec, FUNCTION):
         top = word.partition(":")[0].partition(".")[0]
-        module = importlib.util.find_spec(top) if top.isidentifier() else None
+        module = _module(top) if top.isidentifier() else None
         if module is None:
             continue
         places = [*(module.submodule_search_locations or []), *([module.origin] if module.origin else [])]
         path = Path(places[0]).absolute() if places else None
         if path is not None and path.exists() and not _is_installed(path):
             yield path
+
+
+def _module(name: str) -> ModuleSpec | None:
+    """Find a module as `python -m launcher` does: the command `launcher` has no working directory on its path."""
+    return importlib.util.find_spec(name) or PathFinder.find_spec(name, [str(Path.cwd())])
 
 
 def _is_installed(path: Path) -> bool:

@@ -142,7 +142,7 @@ _MODEL: dict[str, Word] = {
 _DATA: dict[str, Word] = {
     "dataset": becomes("data.train", _dataset),
     "eval_dataset": becomes("data.validation", _eval_dataset),
-    "dataset_dir": needless("paths in data.train start at the config's directory"),
+    "dataset_dir": needless("paths in data.train start in the working directory"),
     "template": becomes("data.chat_template", _template),
     "cutoff_len": at("data.seq_length"),
     "train_on_prompt": becomes("data.loss_on: all", _loss_on),

@@ -161,6 +161,17 @@ def test_modules_that_the_config_names_go_along(
         assert names(tmp_path / f"{metric}.zip") == expected
 
 
+def test_a_module_beside_the_config_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:
+    """It did with `python -m launcher` alone; jobs of the command `launcher` ended in `prepare` without it."""
+    (tmp_path / "my_metrics.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    monkeypatch.setattr(code_snapshot, "checkout_root", lambda: None)
+    spec = RunSpec(evaluation=EvaluationSpec(metric="my_metrics:accuracy"))
+    take_snapshot(spec, tmp_path / "code.zip")
+    assert names(tmp_path / "code.zip") == ["my_metrics.py"]
+
+
 def test_run_directory_has_code_lock_and_environment(workdir: Path, fake_python: str) -> None:
     assert main(["submit", "cfg.yaml", fake_python]) == 0
     assert {"sft/__main__.py", "templates/base.sh.j2"} <= set(names(RUN.code))
