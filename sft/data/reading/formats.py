@@ -14,6 +14,7 @@ read raise DataError with file, line and key. The turns of conversations are rea
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,13 @@ _READ_COLUMNS = {
 }
 """Names in data.columns that rows of each format are read with."""
 
+_APART: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (COLUMNS["prompt_completion"], ("input", "system", "tools")),
+    (MESSAGE_COLUMNS, ()),
+    (TURN_COLUMNS, ()),
+)
+"""Names that hold different things, each with those beside them that are read where they are mapped."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
@@ -70,7 +78,7 @@ class Example:
 
 
 def check_columns(columns: Mapping[str, str], key: str) -> None:
-    """Raise DataError, beginning with `key`, if data.columns maps a name that no format has."""
+    """Raise DataError, beginning with `key`, if data.columns maps a name that no format has, or two to one column."""
     known = {name for needed in COLUMNS.values() for name in needed}
     known |= {*MESSAGE_COLUMNS, *TURN_COLUMNS, *OPTIONAL_COLUMNS}
     problems = [
@@ -78,8 +86,20 @@ def check_columns(columns: Mapping[str, str], key: str) -> None:
         for name in columns
         if name not in known
     ]
+    problems += [f"{key}: {problem}" for problem in _read_twice(columns)]
     if problems:
         raise DataError(problems)
+
+
+def _read_twice(columns: Mapping[str, str]) -> Iterator[str]:
+    """Yield the names of a question and its answer, or of a role and its text, that one column would be read for."""
+    for needed, optional in _APART:
+        if not columns.keys() & set(needed):
+            continue
+        read = {name: columns.get(name, name) for name in (*needed, *(name for name in optional if name in columns))}
+        for name, other in itertools.combinations(read, 2):
+            if read[name] == read[other]:
+                yield f"{name} and {other} would both be read from {read[name]!r}; name another column"
 
 
 def check_columns_read(columns: Mapping[str, str], formats: Collection[str], key: str) -> None:

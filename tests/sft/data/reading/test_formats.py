@@ -350,6 +350,37 @@ def test_an_unknown_format_names_the_keys(tmp_path: Path) -> None:
         with_detected_form([file], DataSpec(), "data.train")
 
 
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        ({"prompt": "completion"}, "prompt and completion would both be read from 'completion'"),
+        ({"prompt": "text", "completion": "text"}, "prompt and completion would both be read from 'text'"),
+        ({"prompt": "q", "completion": "a", "input": "a"}, "completion and input would both be read from 'a'"),
+        ({"content": "role"}, "role and content would both be read from 'role'"),
+        ({"from": "value"}, "from and value would both be read from 'value'"),
+    ],
+)
+def test_a_column_is_read_for_one_thing(columns: dict[str, str], names: str) -> None:
+    """Seen to train a model to say the prompt again."""
+    with pytest.raises(DataError, match=rf"data\.columns: {names}; name another column"):
+        check_columns(columns, "data.columns")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": "content"},
+        {"messages": "turns", "system": "prompt"},
+        {"from": "role", "value": "content"},
+        {"role": "from", "content": "value"},
+        {"labels": "input_ids"},
+        {"prompt": "completion", "completion": "prompt"},
+    ],
+)
+def test_columns_that_only_look_alike(columns: dict[str, str]) -> None:
+    check_columns(columns, "data.columns")
+
+
 def test_an_unknown_column_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(DataError, match=r"data\.columns: unknown name 'promt'; did you mean 'prompt'\?"):
         check_columns({"promt": "question"}, "data.columns")
