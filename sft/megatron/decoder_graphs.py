@@ -41,8 +41,7 @@ from sft.megatron.layers.weights_in_use import await_weights
 _MOST_FORMS = 32
 """Rows of further forms are computed without graphs: each graph has some MiB of the driver's memory."""
 _ROOM = 1.5
-"""Memory of a row over what the layers keep for its backward pass, which itself needs some. All graphs share one pool,
-so that only a larger one needs more."""
+"""Memory of a row over what the layers keep for its backward pass, which itself needs some."""
 _GIB = 2**30
 _SEGMENTS = 4
 """Parts of the layers with graphs of their own where gradients are reduced behind the backward pass: those of a part
@@ -67,9 +66,10 @@ class RowForm:
     def of(cls, lengths: Sequence[int]) -> RowForm:
         """Return the form that a row of sequences of these lengths is filled up to."""
         tokens, longest = sum(lengths), max(lengths)
-        if min(lengths) == longest:
-            return cls(tokens, len(lengths), longest, equal=True)
         filled = _round_up(tokens, max(64, _power_of_two(tokens) // 16))
+        # A sequence has any length: rows of one sequence each would have as many forms.
+        if min(lengths) == longest and (len(lengths) > 1 or filled == tokens):
+            return cls(tokens, len(lengths), longest, equal=True)
         # What fills the row up is one more sequence.
         documents, longest = max(len(lengths) + 1, 16), max(longest, filled - tokens, 1024)
         return cls(filled, _power_of_two(documents), _power_of_two(longest))
@@ -345,14 +345,14 @@ class DecoderGraphs:
         """Return whether there is memory to record one more graph, and say so once if there is not."""
         if len(self.recorded) == _MOST_FORMS:
             return False
-        pool = max((self._kept[recorded] for recorded in self.recorded), default=0)
-        # Beside the pool there must still be room for a row of a form that has no graph yet.
-        more = max(self._kept[form] - pool, 0) + max(self._kept.values())
-        needed, free = _ROOM * more + _GIB, free_memory(device)
+        # Graphs share one pool, as large as the largest needs it, and rows of forms without a graph cannot use it.
+        of_graphs, of_rows = max(self._kept[each] for each in (*self.recorded, form)), max(self._kept.values())
+        needed, free = _ROOM * (of_graphs + of_rows) + _GIB, free_memory(device)
         if needed > free and not self._told:
             self._told = True
-            sizes = f"needs {needed / _GIB:.1f} GiB of memory, and {free / _GIB:.1f} are free"
-            print(f"a CUDA graph of {form.tokens:,} tokens {sizes}: layers are launched without one", flush=True)
+            sizes = f"need {needed / _GIB:.1f} GiB of memory, and {free / _GIB:.1f} are free"
+            graphs = f"CUDA graphs of up to {form.tokens:,} tokens, and rows without one beside them,"
+            print(f"{graphs} {sizes}: layers of so many tokens are launched without one", flush=True)
         return needed <= free
 
 
@@ -373,7 +373,7 @@ def _noting_uses(modules: Iterable[Module]) -> Iterator[dict[Module, None]]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU that nothing uses, with those that torch's allocator has and nobody uses."""
+    """Return the bytes of a GPU that nothing uses, with those that torch's allocator and the graphs' pool reserve."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

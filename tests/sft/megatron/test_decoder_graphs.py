@@ -21,7 +21,10 @@ from sft.megatron.layers.packed_rows import packed_sequences
         ([10] * 15 + [11], RowForm(192, 32, 1024)),  # one sequence more, for what fills the row up
         ([200] * 100 + [60], RowForm(20480, 128, 1024)),
         ([2048, 2048], RowForm(4096, 2, 2048, equal=True)),
-        ([37], RowForm(37, 1, 37, equal=True)),
+        ([1000, 1000], RowForm(2000, 2, 1000, equal=True)),
+        ([4096], RowForm(4096, 1, 4096, equal=True)),
+        ([3001], RowForm(3072, 16, 4096)),  # as [3002] and many others
+        ([37], RowForm(64, 16, 1024)),
     ],
     ids=str,
 )
@@ -78,7 +81,10 @@ def test_a_graph_is_recorded_only_where_a_row_without_one_has_room_beside_it(
     assert not recordable(small, 1.5 * (2 + 4) + 0.9) and recordable(small, 1.5 * (2 + 4) + 1)
     assert not recordable(large, 1.5 * (4 + 4) + 0.9)
     graphs.recorded = {small: None}  # type: ignore[dict-item]
-    assert recordable(large, 1.5 * (2 + 4) + 1), "the pool holds 2 GiB already"
+    assert not recordable(large, 1.5 * (4 + 4) + 0.9), "what is free includes the pool, which rows cannot use"
+    assert recordable(large, 1.5 * (4 + 4) + 1)
+    graphs.recorded = {large: None}  # type: ignore[dict-item]
+    assert not recordable(small, 1.5 * (4 + 4) + 0.9) and recordable(small, 1.5 * (4 + 4) + 1)
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    assert "a CUDA graph of 1,024 tokens needs 10.0 GiB of memory, and 9.9 are free" in said
+    assert "rows without one beside them, need 10.0 GiB of memory, and 9.9 are free" in said
