@@ -106,7 +106,7 @@ def truncation(value: object, entries: Entries) -> Translation:
 
 
 def probabilities(value: object, entries: Entries) -> Translation:
-    """Refuse shares of several files; that of a single one says nothing."""
+    """Refuse shares of several files, not that of a single one, which says nothing."""
     if value is None or (isinstance(value, list) and len(value) == 1):
         return Translation(note="of a single file")
     raise Refused(f"{value!r} is not supported: give several data.sources with weights instead")
