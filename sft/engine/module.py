@@ -124,7 +124,9 @@ class SFTGPT(pl.LightningModule):
         ]
         if self.kernels.graphs:
             for model_chunk in self.model_chunks:
-                model_chunk.module.graphs = DecoderGraphs(model_chunk.module.decoder.layers, model_chunk)
+                model_chunk.module.graphs = DecoderGraphs(
+                    model_chunk.module.decoder.layers, model_chunk, required=self.spec.train.cuda_graphs == "always"
+                )
         no_sync = [model_chunk.no_sync for model_chunk in self.model_chunks]
         self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 

@@ -290,7 +290,9 @@ def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
 class DecoderGraphs:
     """The layers of a decoder, by graphs where there are some for a row."""
 
-    def __init__(self, layers: Sequence[Module], ddp: DistributedDataParallel) -> None:
+    def __init__(self, layers: Sequence[Module], ddp: DistributedDataParallel, *, required: bool = False) -> None:
+        """Take the layers that `ddp` is around. `required` says to fail rather than to go on without graphs."""
+        self._required = required
         reduces_behind = ddp.ddp_config.overlap_grad_reduce
         count = min(_SEGMENTS if reduces_behind else 1, len(layers))
         ends = [len(layers) * part // count for part in range(count + 1)]
@@ -303,6 +305,7 @@ class DecoderGraphs:
         self._kept: dict[RowForm, int] = {}
         """Bytes that the layers keep for the backward pass, of each form that has been computed."""
         self.recorded: dict[RowForm, Recorded] = {}
+        self._failed = False
         self._told = False
 
     @cached_property
@@ -318,15 +321,26 @@ class DecoderGraphs:
         """
         if form not in self._kept or not (form in self.recorded or self._has_room(form, hidden.device)):
             return self._without_graph(hidden, angles, rows, form)
+        if form not in self.recorded and not self._record(hidden, angles, form):
+            return self._without_graph(hidden, angles, rows, form)
         if self._waits_for_weights:
             for module in self._used:
                 await_weights(module)
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()  # that of frozen embeddings: without one, backward would not come
-        if form not in self.recorded:
-            self.recorded[form] = Recorded(form, hidden, angles, self)
         output: Tensor = _Replay.apply(hidden, rows, self.recorded[form])  # type: ignore[no-untyped-call]
         return output
+
+    def _record(self, hidden: Tensor, angles: Tensor | None, form: RowForm) -> bool:
+        """Record the graphs of a form, and return whether that went well."""
+        try:
+            self.recorded[form] = Recorded(form, hidden, angles, self)
+        except RuntimeError as error:  # what torch raises of anything that cannot be recorded, and of too little memory
+            if self._required:
+                raise
+            self._failed = True
+            print(f"layers are launched without CUDA graphs, which cannot be recorded here: {error}", flush=True)
+        return not self._failed
 
     def _without_graph(self, hidden: Tensor, angles: Tensor | None, rows: PackedSequences, form: RowForm) -> Tensor:
         """Compute what a graph of the form will."""
@@ -343,7 +357,7 @@ class DecoderGraphs:
 
     def _has_room(self, form: RowForm, device: torch.device) -> bool:
         """Return whether there is memory to record one more graph, and say so once if there is not."""
-        if len(self.recorded) == _MOST_FORMS:
+        if self._failed or len(self.recorded) == _MOST_FORMS:
             return False
         # Graphs share one pool, as large as the largest needs it, and rows of forms without a graph cannot use it.
         of_graphs, of_rows = max(self._kept[each] for each in (*self.recorded, form)), max(self._kept.values())

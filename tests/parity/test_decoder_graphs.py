@@ -7,7 +7,9 @@ A stand-in computes anew what a graph would repeat. That the graphs do is tested
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
+from contextlib import redirect_stdout
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +30,7 @@ from tests.parity.test_families import RATE, family_model
 from tests.parity.test_grid import assert_gradients_equal
 from tests.parity.test_lora import ALL, adapted, expected_curve, lora_run
 from tests.parity.test_lora import STEPS as STEPS_OF_LORA
+from tests.ranks import RankFailure
 from tests.tiny_model import make_chat_rows, write_jsonl
 
 pytestmark = pytest.mark.parity
@@ -165,6 +168,39 @@ def test_dora_trains_as_without_graphs(tmp_path: Path, chat: Path) -> None:
         curves.append(curve(paths))
     assert curves[1][0] == pytest.approx(curves[0][0], rel=1e-6)
     assert curves[1][1] == pytest.approx(curves[0][1], rel=1e-5)
+
+
+def train_where_nothing_is_recorded(config: Path) -> tuple[list[list[Part]], str]:
+    """Train where recording fails, and return the gradients and what was said."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    Repeated._record = fails  # type: ignore[method-assign,assignment]
+    said = io.StringIO()
+    with redirect_stdout(said):
+        steps, by_graph = train_and_watch(config)
+    assert not any(by_graph)
+    return steps, said.getvalue()
+
+
+def test_a_run_goes_on_where_graphs_cannot_be_recorded(tmp_path: Path, chat: Path) -> None:
+    """Unless the config says always."""
+    model = family_model(tmp_path / "model", "qwen3")
+    curves = []
+    for name, function in (("without", None), ("failed", train_where_nothing_is_recorded)):
+        paths = make_run(tmp_path, model, chat, ranks=1, name=name, max_steps=STEPS, packing=True, kernels="fused")
+        results = run_training(paths, 1, function=function)
+        curves.append(curve(paths))
+    assert curves[1][0] == pytest.approx(curves[0][0], rel=1e-6)
+    said = results[0][1]
+    assert said.count("cannot be recorded here: operation not permitted when stream is capturing") == 1
+    paths = make_run(
+        tmp_path, model, chat, ranks=1, name="always", max_steps=STEPS, packing=True, kernels="fused",
+        cuda_graphs="always",
+    )  # fmt: skip
+    with pytest.raises(RankFailure, match="operation not permitted"):
+        run_training(paths, 1, function=train_where_nothing_is_recorded)
 
 
 def train_in_small_buckets(config: Path) -> list[list[Part]]:
