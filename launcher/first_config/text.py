@@ -31,7 +31,8 @@ class Lengths:
         ranks = max(1, answers.gpus)
         batch = math.ceil(wanted / ranks) * ranks
         epochs = 3 if rows is None or rows < 50_000 else 2
-        return Lengths(batch=batch, epochs=epochs, steps=None if rows is None else max(1, rows * epochs // batch))
+        steps = None if rows is None else max(1, epochs * math.ceil(rows / batch))  # an epoch's last step may be short
+        return Lengths(batch=batch, epochs=epochs, steps=steps)
 
 
 def config_text(answers: Answers, survey: Survey, layout: Mapping[str, object], why_layout: str) -> str:

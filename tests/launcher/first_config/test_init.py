@@ -54,6 +54,7 @@ def test_cpu_ranks_of_this_machine(work: Path, capsys: pytest.CaptureFixture[str
     assert values["name"] == "model-rows"
     assert values["train"]["optimizer"] == {"lr": 2e-5, "min_lr": 2e-6, "warmup_ratio": 0.03}
     assert (values["train"]["global_batch_size"], values["train"]["epochs"]) == (16, 3)
+    assert "# about 114 steps\n" in Path("cfg.yaml").read_text()  # 3 epochs of 600 / 16, the last of each short
     assert values["data"]["seq_length"] == 512  # 1,529 bytes / 3
     assert values["train"]["precision"] == "fp32"
     assert main(["submit", "cfg.yaml", "--dry-run"]) == 0
