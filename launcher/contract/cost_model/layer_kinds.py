@@ -51,5 +51,24 @@ def counts_by_chunk(kinds: tuple[LayerKind, ...], split: tuple[int, ...]) -> tup
 @lru_cache(maxsize=4096)
 def counts_by_stage(kinds: tuple[LayerKind, ...], split: tuple[int, ...], stages: int) -> tuple[KindCounts, ...]:
     """Return how many layers of each kind each pipeline stage has."""
-    chunks = counts_by_chunk(kinds, split)
+    return _by_stage(counts_by_chunk(kinds, split), stages)
+
+
+@lru_cache(maxsize=4096)
+def recomputed_by_chunk(
+    kinds: tuple[LayerKind, ...], split: tuple[int, ...], most: int | None
+) -> tuple[KindCounts, ...]:
+    """Return how many layers of each kind are recomputed in each model chunk: its first ones, `most` of them or all."""
+    return tuple(Counter(kinds[layer] for layer in layers[:most]) for layers in chunk_ranges(split))
+
+
+@lru_cache(maxsize=4096)
+def recomputed_by_stage(
+    kinds: tuple[LayerKind, ...], split: tuple[int, ...], stages: int, most: int | None
+) -> tuple[KindCounts, ...]:
+    """Return how many layers of each kind are recomputed in each pipeline stage."""
+    return _by_stage(recomputed_by_chunk(kinds, split, most), stages)
+
+
+def _by_stage(chunks: tuple[KindCounts, ...], stages: int) -> tuple[KindCounts, ...]:
     return tuple(sum((Counter(chunk) for chunk in chunks[stage::stages]), Counter()) for stage in range(stages))

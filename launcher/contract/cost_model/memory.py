@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from launcher.contract.adapters import expert_adapters
 from launcher.contract.cost_model.implementation import COMMUNICATOR_GIB, CUDA_CONTEXT_GIB, Implementation
-from launcher.contract.cost_model.layer_kinds import LayerKind, counts_by_stage
+from launcher.contract.cost_model.layer_kinds import KindCounts, LayerKind, counts_by_stage, recomputed_by_stage
 from launcher.contract.cost_model.workload import (
     Layout,
     Workload,
@@ -66,12 +66,15 @@ def largest_stage(workload: Workload, layout: Layout, implementation: Implementa
     """Return the stage with the highest peak.
 
     It is the first one, with the embedding, the last one, with the output layer, or the first of those with the same
-    layers, as earlier stages have more micro-batches in flight.
+    layers and the same ones recomputed, as earlier stages have more micro-batches in flight.
     """
     topology = layout.topology
     stages = range(topology.pipeline_parallel)
     counts = counts_by_stage(workload.kinds, topology.layers_per_stage, len(stages))
-    first_with = {frozenset(counts[stage].items()): stage for stage in reversed(stages)}
+    again = _recomputed(workload, layout)
+    first_with = {
+        (frozenset(counts[stage].items()), frozenset(again[stage].items())): stage for stage in reversed(stages)
+    }
     return max(
         (stage_memory(workload, layout, implementation, stage) for stage in {0, *first_with.values(), stages[-1]}),
         key=lambda memory: memory.total,
@@ -197,18 +200,17 @@ def _activation_bytes(workload: Workload, layout: Layout, implementation: Implem
         return in_flight * sum(layers * kept[kind] for kind, layers in counts.items())
     sequence = topology.tensor_parallel if topology.sequence_parallel else 1
     inputs = workload.shape.hidden_size / sequence * workload.width * micro_batch_tokens(workload, topology)
-    again = _recomputed_layers(layout, stage)
-    share = again / sum(counts.values())
+    recomputed = _recomputed(workload, layout)[stage]
     # the inputs of recomputed layers, what the others keep, and the one layer that is being recomputed
-    others = (1 - share) * sum(layers * kept[kind] for kind, layers in counts.items())
-    return in_flight * (again * inputs + others) + max(kept.values())
+    others = sum((layers - recomputed.get(kind, 0)) * kept[kind] for kind, layers in counts.items())
+    return in_flight * (sum(recomputed.values()) * inputs + others) + max(kept[kind] for kind in recomputed)
 
 
-def _recomputed_layers(layout: Layout, stage: int) -> int:
-    """Return how many of a stage's layers are recomputed."""
-    chunks = [len(chunk) for chunk in layout.topology.layers_of(stage)]
-    most = layout.recompute_layers
-    return sum(chunks) if most is None else sum(min(most, layers) for layers in chunks)
+def _recomputed(workload: Workload, layout: Layout) -> tuple[KindCounts, ...]:
+    """Return how many layers of each kind are recomputed in each stage, where whole layers are."""
+    topology = layout.topology
+    split, stages = topology.layers_per_stage, topology.pipeline_parallel
+    return recomputed_by_stage(workload.kinds, split, stages, layout.recompute_layers)
 
 
 def _logit_bytes(workload: Workload, topology: Topology, implementation: Implementation) -> float:

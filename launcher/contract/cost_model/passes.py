@@ -190,7 +190,7 @@ def head_pass(workload: Workload, topology: Topology, gpu: GpuKind, implementati
 
 
 def recompute_seconds(layout: Layout, layers: Pass) -> float:
-    """Return the seconds per micro-batch of recomputation.
+    """Return the seconds per micro-batch of recomputation in `layers`, those of which something is computed again.
 
     The forward pass of products is known. That of attention, elementwise kernels and tensor parallel collectives is
     taken for a third of both passes together, that of gathering rows and exchanging tokens for half.
@@ -198,7 +198,7 @@ def recompute_seconds(layout: Layout, layers: Pass) -> float:
     if layout.recompute in ("full", "offload"):  # copies to the host run beside computation
         computed = layers.attention + layers.elementwise + layers.tensor_parallel
         gathered = layers.expert_parallel + layers.context_parallel
-        return layout.recomputed_share * (layers.matmul_forward + computed / 3 + gathered / 2)
+        return layers.matmul_forward + computed / 3 + gathered / 2
     if layout.recompute == "norms":
         return layers.norms
     return layers.attention / 3 + layers.context_parallel / 2 if layout.recompute == "selective" else 0.0

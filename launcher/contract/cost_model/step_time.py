@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 from launcher.contract.adapters import expert_adapters
 from launcher.contract.cost_model.implementation import Implementation
-from launcher.contract.cost_model.layer_kinds import KindCounts, LayerKind, counts_by_chunk, counts_by_stage
+from launcher.contract.cost_model.layer_kinds import (
+    KindCounts,
+    LayerKind,
+    counts_by_chunk,
+    counts_by_stage,
+    recomputed_by_chunk,
+    recomputed_by_stage,
+)
 from launcher.contract.cost_model.memory import micro_batch_tokens
 from launcher.contract.cost_model.passes import Pass, head_pass, layer_pass, link_rate, recompute_seconds, ring
 from launcher.contract.cost_model.products import memory_rate
@@ -130,6 +137,7 @@ class _Parts:
         kinds = set(workload.kinds)
         self.by_kind = {kind: layer_pass(workload, topology, gpu, implementation, kind) for kind in kinds}
         self.head = head_pass(workload, topology, gpu, implementation)
+        self._again = {kind: recompute_seconds(layout, one) for kind, one in self.by_kind.items()}
 
     def layers(self, counts: KindCounts) -> Pass:
         """Return the seconds of so many layers of each kind."""
@@ -137,6 +145,10 @@ class _Parts:
         for kind, count in counts.items():
             found = found.plus(self.by_kind[kind], count)
         return found
+
+    def recompute(self, counts: KindCounts) -> float:
+        """Return the seconds of recomputation in so many recomputed layers of each kind."""
+        return sum(count * self._again[kind] for kind, count in counts.items())
 
 
 def _waiting(parts: _Parts, stages: Sequence[_Stage], slowest: _Stage, workload: Workload, layout: Layout) -> float:
@@ -152,10 +164,12 @@ def _waiting(parts: _Parts, stages: Sequence[_Stage], slowest: _Stage, workload:
     once = (sum(stage.micro_batch for stage in stages) - slowest.micro_batch) / topology.virtual_pipeline
     if topology.virtual_pipeline == 1:
         return once
-    each = {kind: one.total + recompute_seconds(layout, one) for kind, one in parts.by_kind.items()}
+    each = {kind: one.total for kind, one in parts.by_kind.items()}
+    chunks = counts_by_chunk(workload.kinds, topology.layers_per_stage)
+    recomputed = recomputed_by_chunk(workload.kinds, topology.layers_per_stage, layout.recompute_layers)
     seconds = [
-        sum(count * each[kind] for kind, count in counts.items())
-        for counts in counts_by_chunk(workload.kinds, topology.layers_per_stage)
+        sum(count * each[kind] for kind, count in counts.items()) + parts.recompute(again)
+        for counts, again in zip(chunks, recomputed, strict=True)
     ]
     seconds[-1] += parts.head.total
     size = topology.pipeline_parallel
@@ -169,17 +183,19 @@ def _stages(
 ) -> list[_Stage]:
     """Return the seconds of every stage. Stages that hold the same are computed once."""
     topology = layout.topology
-    known: dict[tuple[frozenset[tuple[LayerKind, int]], bool, bool], _Stage] = {}
+    known: dict[tuple[frozenset[tuple[LayerKind, int]], float, bool, bool], _Stage] = {}
     stages = []
-    by_stage = counts_by_stage(workload.kinds, topology.layers_per_stage, topology.pipeline_parallel)
-    for number, counts in enumerate(by_stage):
-        last = number == topology.pipeline_parallel - 1
-        key = (frozenset(counts.items()), number == 0, last)
+    split, size = topology.layers_per_stage, topology.pipeline_parallel
+    by_stage = counts_by_stage(workload.kinds, split, size)
+    recomputed = recomputed_by_stage(workload.kinds, split, size, layout.recompute_layers)
+    for number, (counts, again) in enumerate(zip(by_stage, recomputed, strict=True)):
+        last, recompute = number == size - 1, parts.recompute(again)
+        key = (frozenset(counts.items()), recompute, number == 0, last)
         if key not in known:
             trained, head = trained_parameters(workload, topology, number), parts.head if last else Pass()
             launches = sum(count * _launches(workload, layout, implementation, kind) for kind, count in counts.items())
             layers = parts.layers(counts)
-            known[key] = _stage(layers, head, launches, trained, workload, layout, gpu, implementation)
+            known[key] = _stage(layers, head, recompute, launches, trained, workload, layout, gpu, implementation)
         stages.append(known[key])
     return stages
 
@@ -199,6 +215,7 @@ def _launches(workload: Workload, layout: Layout, implementation: Implementation
 def _stage(
     layers: Pass,
     head: Pass,
+    recompute: float,
     launches: float,
     trained: tuple[int, int],
     workload: Workload,
@@ -207,7 +224,6 @@ def _stage(
     implementation: Implementation,
 ) -> _Stage:
     """Return the seconds of a stage with `trained` parameters outside of experts and in experts."""
-    recompute = recompute_seconds(layout, layers)
     gradients = sum(trained) * implementation.gradient_bytes * layout.gradient_width / 4 / memory_rate(gpu)
     backward = (layers.total + recompute + gradients + head.matmul + head.elementwise) * 2 / 3
     return _Stage(

@@ -99,14 +99,6 @@ class Layout:
         return 4 if self.grad_reduce == "fp32" else 2
 
     @property
-    def recomputed_share(self) -> float:
-        """The share of the layers that are recomputed, where whole layers are."""
-        if self.recompute_layers is None:
-            return 1.0
-        chunks = self.topology.layers_per_stage
-        return sum(min(self.recompute_layers, layers) for layers in chunks) / sum(chunks)
-
-    @property
     def recompute_words(self) -> str:
         """What is computed again, as tables show it."""
         return self.recompute if self.recompute_layers is None else f"{self.recompute} {self.recompute_layers}"
@@ -115,7 +107,8 @@ class Layout:
         """Return the topology, micro-batch size and recomputation in words."""
         recompute = "" if self.recompute == "none" else f", {self.recompute} recompute"
         if self.recompute_layers is not None:
-            recompute += f" of {self.recompute_layers} layers a stage"
+            part = "model chunk" if self.topology.virtual_pipeline > 1 else "stage"
+            recompute += f" of {self.recompute_layers} layers a {part}"
         return f"{self.topology.describe()}, micro-batch {self.topology.micro_batch_size}{recompute}"
 
 

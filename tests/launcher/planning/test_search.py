@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launcher.__main__ import main
 from launcher.contract.cost_model.assumptions import implementation_of, workload_of
 from launcher.contract.cost_model.implementation import CURRENT, FUSED, PAIR_RATE, PLAIN
-from launcher.contract.cost_model.memory import chunks_in_flight, largest_stage, pipeline_memory
+from launcher.contract.cost_model.memory import chunks_in_flight, largest_stage, layer_activation_bytes, pipeline_memory
 from launcher.contract.cost_model.predict import Candidate, evaluate
 from launcher.contract.cost_model.step_time import StepTime
 from launcher.contract.cost_model.workload import (
@@ -172,6 +172,51 @@ def test_a_number_of_recomputed_layers_that_the_config_has_is_kept_or_taken_back
     assert {one.layout for one in search_layouts(most, shape, H100).fitting} == {
         one.layout for one in search_layouts(spec, shape, H100).fitting
     }
+
+
+def test_recomputed_layers_of_unequal_stages_are_counted_in_their_own_stage() -> None:
+    """Stages of 24 and 8 layers, of which 8 are recomputed: a third of the first, all of the second."""
+    shape, spec = named_model_shape("8b"), run(nodes=1, gpus=2, batch=32)
+    workload = workload_of(spec, shape)
+    topology = dataclasses.replace(layout(pipeline=2), layers_per_stage=(24, 8), global_batch_size=32)
+    whole = Layout(topology=topology, recompute="full")
+    some = dataclasses.replace(whole, recompute_layers=8)
+    times = [evaluate(workload, one, H100, FUSED).time for one in (some, whole)]
+    assert times[0].recompute == pytest.approx(times[1].recompute / 3)
+    kept = layer_activation_bytes(workload, some, FUSED, workload.kinds[0])
+    inputs = shape.hidden_size * 2 * 4096
+    # The first stage has two micro-batches in flight, and each one layer more that is being recomputed.
+    expected = [2 * (8 * inputs + 16 * kept) + kept, 8 * inputs + kept]
+    assert [stage.activations * 2**30 for stage in pipeline_memory(workload, some, FUSED)] == pytest.approx(expected)
+
+
+def test_the_first_layers_are_recomputed_and_not_average_ones() -> None:
+    """GLM-4.5-Air's first layer has an MLP in place of experts, and keeps less than the others."""
+    shape, spec = named_model_shape("106b-a12b"), run(nodes=1, gpus=1, batch=1)
+    workload = workload_of(spec, shape)
+    none = Layout(topology=layout(layers=46))
+    first = dataclasses.replace(none, recompute="full", recompute_layers=1)
+    kinds = workload.kinds[:2]
+    kept = [layer_activation_bytes(workload, none, FUSED, kind) / 2**30 for kind in kinds]
+    inputs = shape.hidden_size * 2 * 4096 / 2**30
+    before, after = (largest_stage(workload, one, FUSED).activations for one in (none, first))
+    assert kept[0] < kept[1]
+    # Its inputs stay, and when it is recomputed it is there as it was.
+    assert after - before == pytest.approx(inputs)
+
+
+def test_stages_with_the_same_layers_in_other_chunks_recompute_others() -> None:
+    shape, spec = named_model_shape("8b"), run(nodes=1, gpus=2, batch=32)
+    split = (12, 8, 4, 8)
+    topology = dataclasses.replace(layout(pipeline=2, virtual=2), layers_per_stage=split, global_batch_size=32)
+    some = Layout(topology=topology, recompute="full", recompute_layers=8)
+    assert "full recompute of 8 layers a model chunk" in some.describe()
+    workload = workload_of(spec, shape)
+    stages = pipeline_memory(workload, some, FUSED)
+    assert largest_stage(workload, some, FUSED) == max(stages, key=lambda stage: stage.total)
+    whole = evaluate(workload, dataclasses.replace(some, recompute_layers=None), H100, FUSED).time.recompute
+    # Of the second stage, the slowest with its output layer, these are all layers; of the first, all but 4.
+    assert evaluate(workload, some, H100, FUSED).time.recompute == whole
 
 
 def test_what_saves_memory_saves_it_and_costs_time() -> None:
