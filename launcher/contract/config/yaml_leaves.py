@@ -19,6 +19,9 @@ from launcher.contract.yaml_document import compose
 SECTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 """Names that a user may give to a section."""
 
+_MOST_UNKNOWN = 50
+"""Unknown keys of a section that are told one by one, each with what it may mean: a data file has thousands."""
+
 
 def read_yaml(
     text: str, shown: str, schema: type, source: Source, named: Sequence[str] = (), others: Sequence[str] = ()
@@ -57,20 +60,25 @@ class _Walk:
     def section(self, node: yaml.Node, section: type, prefix: str) -> None:
         if _is_null(node):
             return  # a heading with nothing below it
-        types = field_types(section)
+        types, unknown = field_types(section), 0
         for name, key, value in self.pairs(node, prefix.rstrip(".")):
             dotted = f"{prefix}{name}"
             kind = types.get(name)
             if dotted in self.others:
                 continue
             if kind is None:
-                self.problem(key, f"unknown key '{dotted}'{unknown_hint(dotted, name, types)}")
+                unknown += 1
+                if unknown <= _MOST_UNKNOWN:
+                    self.problem(key, f"unknown key '{dotted}'{unknown_hint(dotted, name, types)}")
             elif (mapped := mapped_section(kind)) is not None:
                 self.sections(value, mapped, dotted)
             elif (inner := section_type(kind)) and not (dotted in self.named and isinstance(value, yaml.ScalarNode)):
                 self.section(value, inner, f"{dotted}.")
             else:
                 self.leaf(key, value, kind, dotted)
+        if unknown > _MOST_UNKNOWN:
+            more, where = unknown - _MOST_UNKNOWN, prefix.rstrip(".") or "the document"
+            self.problem(node, f"{where} has {more:,} more unknown keys; is this the config of a run?")
 
     def sections(self, node: yaml.Node, section: type, prefix: str) -> None:
         """Walk sections below names of the user's own."""

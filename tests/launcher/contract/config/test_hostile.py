@@ -41,3 +41,13 @@ def test_a_value_reads_no_secret_of_the_environment(
         shown = capsys.readouterr()
         assert "A_TOKEN" in shown.out + shown.err
         assert "correct-horse" not in shown.out + shown.err
+
+
+def test_of_thousands_of_unknown_keys_some_are_told(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of 60,000 took a minute, and printed as many lines."""
+    path = workdir / "cfg.yaml"
+    path.write_text(path.read_text() + "".join(f"key{number}: 1\n" for number in range(2000)))
+    assert main(["validate", "cfg.yaml"]) == ExitCode.BAD_INPUT
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 51
+    assert told[-1] == "cfg.yaml:1: the document has 1,950 more unknown keys; is this the config of a run?"
