@@ -189,6 +189,9 @@ def _validate(options: argparse.Namespace) -> int:
     from launcher.submission.summary import summary
 
     checked = _checked(options)
+    one = checked.first() if isinstance(checked, CheckedSweep) else checked
+    for candidate in one.each():
+        _ = candidate.script  # what `submit` would write: raises TemplateError where it cannot be rendered
     if options.json:
         print_json(checked.answer())
         return int(ExitCode.OK)

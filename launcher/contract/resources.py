@@ -58,6 +58,7 @@ def find(kind: Kind, name: str, suffix: str = "") -> Path:
         if path.is_file():
             return path
     what = "template" if kind == "templates" else "cluster"
-    known = {path.name.removesuffix(suffix) for folder in folders for path in folder.glob(f"*{suffix}")}
+    files = [path for folder in folders for path in folder.glob(f"*{suffix}") if path.is_file()]
+    known = {path.name.removesuffix(suffix) for path in files}
     looked = "".join(f"\n    {folder}" for folder in folders)
     raise TemplateError(f"{what} {name!r} not found{did_you_mean(name, known)}; looked for {name}{suffix} in:{looked}")

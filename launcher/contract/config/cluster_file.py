@@ -62,6 +62,8 @@ def read_cluster(named: Leaf) -> Leaves:
     leaves = Leaves(problems=flat.problems)
     for key, leaf in flat.values.items():
         leaves.values[key if key.startswith("resources.") else f"cluster.{key}"] = leaf
+    if "scheduler" not in flat.values and not flat.problems:  # a job of Slurm would else run on the login node
+        leaves.problems.append(f"{path}: scheduler: missing; slurm, or local for processes of this machine")
     name = leaves.values.setdefault("cluster.name", Leaf(named.value, "cluster", str(path)))
     if name.value != named.value:
         leaves.problems.append(f"{name.where}: name: {name.value!r} is not the file's name {named.value!r}")

@@ -132,6 +132,13 @@ def test_options_of_which_one_was_ignored(
     assert not Path("runs").exists()
 
 
+def test_a_template_that_is_missing_is_not_valid(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`validate` was seen to say valid of what `submit` refused."""
+    for command in ("submit", "validate"):
+        assert main([command, "cfg.yaml", "cluster.template=mine.sh.j2"]) == ExitCode.BAD_INPUT
+        assert capsys.readouterr().err.startswith("error: template 'mine.sh.j2' not found; ")
+
+
 def test_dry_run_and_render_write_nothing(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("--dry-run") == 0
     dry = capsys.readouterr().out

@@ -283,6 +283,22 @@ def test_named_cluster_and_its_resources(workdir: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("text", ["", "resources: {partition: gpu, account: mine}\n"])
+def test_a_cluster_file_says_its_scheduler(workdir: Path, tmp_path: Path, text: str) -> None:
+    """Of a file for Slurm without it, runs were processes of the login node."""
+    folder = tmp_path / ".config" / "slurm-sft-launcher" / "cluster_configs"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(text)
+    (problem,) = problems(cluster="mine")
+    assert problem == f"{folder}/mine.yaml: scheduler: missing; slurm, or local for processes of this machine"
+
+
+def test_a_folder_is_no_cluster_file(workdir: Path, tmp_path: Path) -> None:
+    (tmp_path / ".config" / "slurm-sft-launcher" / "cluster_configs" / "mine.yaml").mkdir(parents=True)
+    with pytest.raises(TemplateError, match="cluster 'mine' not found; looked for"):  # it was seen to mean itself
+        load_config(CFG, cluster="mine")
+
+
 def test_cluster_option_displaces_the_files_settings(workdir: Path) -> None:
     CFG.write_text(CFG.read_text() + "cluster: {scheduler: local, gpu_type: h100}\n")
     cluster = load_config(CFG, ["cluster.env.A=b"], "slurm-dev").spec.cluster
