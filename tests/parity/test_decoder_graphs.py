@@ -38,6 +38,22 @@ pytestmark = pytest.mark.parity
 STEPS = 4
 FAMILIES = ["qwen3", "gemma3_text", "granite", "ministral3"]
 """Norms of heads; windows, two RoPEs and norms after; multipliers; queries scaled by position."""
+FURTHER = [
+    "gemma",
+    "gemma_untied",
+    "granite_tied",
+    "llama_biased_attention",
+    "llama_tied",
+    "ministral3_tied",
+    "mistral",
+    "phi3_longrope",
+    "phi3_partial_rope",
+    "qwen2_windows",
+    "smollm3",
+    "smollm3_by_interval",
+]
+"""One-headed KV, tied embeddings, biases of both projections, windows in all layers and in some, angles of a part of
+each head, layers without RoPE."""
 ADAPTED: dict[str, Any] = {"ranks": 1, "max_steps": STEPS_OF_LORA, "packing": True, "kernels": "fused"}
 
 
@@ -136,7 +152,7 @@ def expect_reference(
         assert_gradients_equal(gradients, exact)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(case, marks=pytest.mark.slow) for case in FURTHER)])
 def test_every_gradient_follows_reference(family: str, tmp_path: Path, chat: Path) -> None:
     """Several micro-batches a step: the first of a step adds to what is there, too."""
     expect_reference(tmp_path, family_model(tmp_path / "model", family), chat, 1)
