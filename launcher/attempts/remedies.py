@@ -53,7 +53,10 @@ def _of_memory(spec: RunSpec) -> Iterator[Remedy]:
         smaller = max(number for number in divisors(size) if number < size)
         why = f"rows of one forward pass, {size} now; the batch of a step stays as it is"
         yield Remedy(key="train.micro_batch_size", value=str(smaller), why=why)
-    if spec.train.recompute != "full":
+    if spec.train.cuda_graphs == "always":  # with which nothing can be computed again
+        why = "graphs of layers have memory of their own, and allow no activations to be computed again"
+        yield Remedy(key="train.cuda_graphs", value="never", why=why)
+    elif spec.train.recompute != "full":
         why = "activations are computed again in the backward pass instead of kept"
         yield Remedy(key="train.recompute", value="full", why=why)
     elif spec.train.recompute_layers is not None:

@@ -167,7 +167,7 @@ SECTIONS: dict[str, Rule] = {
     "exp_manager.resume": drop("`launcher resubmit` resumes from the newest complete checkpoint"),
     "exp_manager.": drop("the launcher keeps run directories: logs, checkpoints, events"),
     "model.tokenizer.": _tokenizer,
-    "model.activations_checkpoint_": drop("`full` recomputes every layer, `selective` the attention"),
+    "model.activations_checkpoint_": drop("read with the granularity and, for method `block`, the number of layers"),
     "model.peft.": drop("belongs to another peft_scheme, or is read with it"),
     "model.nsys_profile.": drop("profiling is not part of a run"),
     "model.optim.sched.": drop("read with model.optim.sched.name"),

@@ -46,6 +46,16 @@ def test_all_layers_are_computed_again_where_some_were_not_enough() -> None:
     assert [(remedy.key, remedy.value) for remedy in found][:1] == [("train.recompute_layers", "null")]
 
 
+def test_graphs_are_given_up_before_anything_is_computed_again() -> None:
+    """A config with both is refused."""
+    always = dataclasses.replace(SPEC, train=TrainSpec(micro_batch_size=1, cuda_graphs="always"))
+    found = remedies(always, {"cause": "out_of_memory"}, None)
+    assert [remedy.key for remedy in found] == ["train.cuda_graphs", "resources.nodes"]
+    train = dataclasses.replace(always.train, cuda_graphs="never")
+    found = remedies(dataclasses.replace(always, train=train), {"cause": "out_of_memory"}, None)
+    assert [remedy.key for remedy in found] == ["train.recompute", "resources.nodes"]
+
+
 def test_a_damaged_checkpoint_has_another_beside_it(tmp_path: Path) -> None:
     error = RankError(kinds=("CheckpointError", "LauncherError"), message="damaged")
     given = tmp_path / "step-00000002"

@@ -95,6 +95,8 @@ def test_a_number_of_recomputed_layers_is_that_of_blocks(method: str, layers: in
     )
     found = settings(text)
     assert (found["train.recompute"], found.get("train.recompute_layers")) == ("full", layers)
+    notes = {outcome.key: outcome.translation.note for outcome in convert(text, "x.yaml").outcomes}
+    assert notes["model.activations_checkpoint_method"].startswith("read with the granularity")
 
 
 def test_unknown_keys_and_unsupported_values_are_refused_with_their_lines() -> None:
