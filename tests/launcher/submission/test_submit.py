@@ -132,6 +132,15 @@ def test_options_of_which_one_was_ignored(
     assert not Path("runs").exists()
 
 
+def test_what_a_cluster_without_a_queue_does_not_use_is_said(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("resources.partition=gpu", "resources.exclusive=true", "cluster.srun_args=[--mpi=none]")
+    assert main(["validate", "cfg.yaml", *words]) == 0
+    said = "unused     resources.partition, resources.exclusive, cluster.srun_args: cluster local has no queue\n"
+    assert said in capsys.readouterr().out
+    assert main(["validate", "cfg.yaml", "--cluster", "slurm-dev", *words]) == 0
+    assert "unused" not in capsys.readouterr().out
+
+
 def test_a_template_that_is_missing_is_not_valid(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`validate` was seen to say valid of what `submit` refused."""
     for command in ("submit", "validate"):
