@@ -45,7 +45,9 @@ def _template(cluster: ClusterFile) -> Iterator[str]:
 
 def _runtime(cluster: ClusterFile) -> Iterator[str]:
     runtime = cluster.runtime
-    if runtime.kind == "venv" and not (runtime.path and (Path(runtime.path) / "bin" / "activate").is_file()):
+    if runtime.kind == "venv" and not runtime.path:
+        yield "runtime.path: missing; kind venv needs its directory"
+    if runtime.kind == "venv" and runtime.path and not (Path(runtime.path) / "bin" / "activate").is_file():
         yield f"runtime.path: {runtime.path} is not a venv: it has no bin/activate"
     if runtime.kind == "conda" and not runtime.path:
         yield "runtime.path: missing; kind conda needs an environment's name or directory"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from launcher.contract import resources
-from launcher.contract.config.conversion import build, schema_of
+from launcher.contract.config.conversion import build, not_a, schema_of
+from launcher.contract.config.overrides import type_of
 from launcher.contract.config.text import read_text
 from launcher.contract.config.yaml_leaves import read_yaml
 from launcher.contract.errors import ConfigError
@@ -39,6 +40,8 @@ def load_cluster(name: str) -> ClusterFile:
     for key, leaf in written.items():
         try:
             build(ClusterFile, schema, {key: leaf})
+        except ValidationError:
+            problems.append(f"{leaf.where}: {key}: {not_a(leaf.value, type_of(ClusterFile, key))}")
         except OmegaConfBaseException as error:
             reason = str(error).partition("\n")[0]
             problems.append(f"{leaf.where}: {key}: {reason}")

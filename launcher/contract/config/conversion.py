@@ -98,7 +98,7 @@ def _fitting(schema: DictConfig, raw: DictConfig, merged: Leaves) -> dict[str, L
                 raise ValidationError
             fitting[key] = resolved
         except (ValidationError, TypeError):
-            merged.reject(key, _not_a(leaf.value, type_of(RunSpec, key)))
+            merged.reject(key, not_a(leaf.value, type_of(RunSpec, key)))
         except OmegaConfBaseException as error:
             reason = str(error).partition("\n")[0]
             merged.reject(key, f"{leaf.value!r} does not resolve: {reason}{_variable_hint(leaf)}")
@@ -144,7 +144,8 @@ def _resolved(raw: DictConfig, key: str) -> object:
     return literal(OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value)
 
 
-def _not_a(value: object, kind: FieldType) -> str:
+def not_a(value: object, kind: FieldType) -> str:
+    """Return that a value is not of its key's type, and what it may mean."""
     written = "null" if value is None else repr(value)
     choices = [str(choice) for choice in get_args(kind) if get_origin(kind) is Literal]
     return f"{written} is not {describe(kind)}{did_you_mean(str(value), choices)}"
