@@ -28,10 +28,24 @@ from launcher.sweeps.job_array import check_alike, submit_arrays
 from launcher.sweeps.sweep import Sweep
 
 
+def _check_overrides(sweep: Sweep, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for overrides of what the sweep sets in its runs, whose values would win."""
+    swept = {key for point in sweep.points for key, _ in point}
+    lost = [word for word in overrides if word.partition("=")[0] in swept]
+    if lost:
+        raise ConfigError(
+            [
+                f"override {word!r}: the sweep sets {word.partition('=')[0]} in its runs; leave out one of the two"
+                for word in lost
+            ]
+        )
+
+
 def sweep_submissions(
     path: Path, sweep: Sweep, overrides: Sequence[str], cluster: str | None
 ) -> tuple[Group, list[Submission]]:
     """Return every run of a sweep, checked. ConfigError with the problems of all points, each said once."""
+    _check_overrides(sweep, overrides)
     problems: dict[str, None] = {}
     submissions: list[Submission] = []
     name = ""

@@ -83,9 +83,11 @@ class _Reader:
             self.problem(node, f": {many} points; give product, zip or list, of at most {MOST_POINTS} points together")
         at_once = self.count(parts["max_at_once"]) if "max_at_once" in parts else None
         array = "as" in parts and self.is_array(parts["as"])
+        chained = tuple(tuple(itertools.chain(*point)) for point in points)
+        for key in dict.fromkeys(key for point in chained for key in _doubled(point)):
+            self.problem(node, f": {key} is set by two of product, zip and list, and one would win; name it in one")
         if self.problems:
             raise ConfigError(self.problems)
-        chained = tuple(tuple(itertools.chain(*point)) for point in points)
         return Sweep(points=chained, max_at_once=at_once, array=array)
 
     def product(self, node: yaml.Node) -> Iterator[Point]:
@@ -142,6 +144,11 @@ class _Reader:
             self.problem(node, ".max_at_once: not a number of runs, at least 1")
             return None
         return int(text)
+
+
+def _doubled(point: Point) -> list[str]:
+    keys = [key for key, _ in point]
+    return [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
 
 
 def _text(node: yaml.Node) -> str:

@@ -54,6 +54,7 @@ def test_points(tmp_path: Path) -> None:
         ("{product: {a: []}}", r"sweep\.product: a is not a list of values"),
         ("{product: {name: [a, b]}}", r"sweep\.product: name is the same for all runs of a sweep"),
         ("{list: {a: 1}}", r"sweep\.list: not a list of mappings"),
+        ("{product: {a: [1]}, list: [{b: 1}, {a: 2}]}", r"sweep: a is set by two of product, zip and list, and one"),
         ("[1]", "sweep: not a mapping"),
         ("{}", "sweep: no points"),
         ("{product: {a: [1], b: [1]}, max_at_once: 0}", r"sweep\.max_at_once: not a number of runs, at least 1"),
@@ -135,6 +136,14 @@ def test_validate_and_render_know_of_the_sweep(jobs: Path, capsys: pytest.Captur
 def test_the_next_commands_name_the_run_root(jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", "cfg.yaml", SLURM, f"run_root={tmp_path / 'else where'}"]) == 0
     assert f"launcher results first --run-root '{tmp_path}/else where'" in capsys.readouterr().out
+
+
+def test_overrides_of_what_the_sweep_sets_are_refused(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sweep's values won, without a word."""
+    key = next(iter(dict(read_sweep(Path("cfg.yaml")).points[0])))  # type: ignore[union-attr]
+    assert main(["submit", "cfg.yaml", SLURM, f"{key}=1"]) == ExitCode.BAD_INPUT
+    assert f"override '{key}=1': the sweep sets {key} in its runs; " in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_dry_run_shows_the_points(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
