@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 from contextlib import redirect_stdout
 from functools import partial
@@ -19,8 +20,9 @@ import pytest
 import torch
 
 import sft.engine.module
+from launcher.contract.exit_codes import ExitCode
 from sft.megatron import decoder_graphs, kernel_choice
-from sft.megatron.decoder_graphs import DecoderGraphs, Inputs, Passes, Recorded
+from sft.megatron.decoder_graphs import DecoderGraphs, Inputs, Passes, Recorded, stand_ins_of
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.models.registry import read_architecture
 from sft.training.trainer import train
@@ -28,6 +30,7 @@ from tests.parity.gradients import Part, join, train_and_capture
 from tests.parity.runs import curve, make_run, reference_curve, run_training
 from tests.parity.test_families import RATE, family_model
 from tests.parity.test_grid import assert_gradients_equal
+from tests.parity.test_guard import events, train_with_bad_steps
 from tests.parity.test_lora import ALL, adapted, expected_curve, lora_run
 from tests.parity.test_lora import STEPS as STEPS_OF_LORA
 from tests.ranks import RankFailure
@@ -68,14 +71,16 @@ class HostInputs(Inputs):
 
 
 class Repeated(Recorded):
-    """Computes anew what a graph would repeat."""
+    """Computes anew what a graph would repeat, from the memory of the weights as it was when the graph was recorded."""
 
     def _record(self, decoder: DecoderGraphs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self._stand_ins = [stand_ins_of(segment.layers) for segment in self._segments]
         states = [torch.zeros_like(self.inputs.hidden) for _ in range(3)]
         return states[0], states[1], states[2]
 
     def forward(self) -> None:
         self._passes = Passes(self._segments, self.inputs, self._angles)
+        self._passes._stand_ins = self._stand_ins
         for part in range(len(self._segments)):
             with torch.enable_grad():  # as where a graph is recorded
                 output = self._passes.forward(part)
@@ -217,6 +222,32 @@ def test_a_run_goes_on_where_graphs_cannot_be_recorded(tmp_path: Path, chat: Pat
     )  # fmt: skip
     with pytest.raises(RankFailure, match="operation not permitted"):
         run_training(paths, 1, function=train_where_nothing_is_recorded)
+
+
+def train_with_a_bad_step(config: Path) -> None:
+    """Train with a loss of NaN in the fourth step, behind which weights are loaded."""
+    (code, _), by_graph = train_and_watch(config, partial(train_with_bad_steps, factor=math.nan, first=4, last=4))
+    assert code == ExitCode.OK and by_graph[-1]
+
+
+def test_weights_are_loaded_into_the_memory_that_graphs_read(tmp_path: Path, chat: Path) -> None:
+    """Of a run that goes back to a checkpoint, evaluates between its steps, and does not train one weight."""
+    model = family_model(tmp_path / "model", "qwen2")
+    settings: dict[str, Any] = {"max_steps": 7, "packing": True, "kernels": "fused", "held_out": chat, "eval_every": 2}
+    settings |= {"on_bad_step": "rewind", "every": 2, "keep_last": 9, "lr_by_name": {"*.0.mlp.down_proj.weight": 0.0}}
+    curves = []
+    for name, function in (("graphs", train_with_a_bad_step), ("without", train_with_a_bad_step_without_graphs)):
+        paths = make_run(tmp_path, model, chat, ranks=1, name=name, **settings)
+        run_training(paths, 1, function=function)
+        assert [event["step"] for event in events(paths, "rewound")] == [5]
+        curves.append(curve(paths))
+    for graphs, without in zip(*curves, strict=True):
+        assert graphs == pytest.approx(without, rel=1e-5, nan_ok=True)
+
+
+def train_with_a_bad_step_without_graphs(config: Path) -> None:
+    """The same with layers launched one by one."""
+    assert train_with_bad_steps(config, math.nan, 4, 4)[0] == ExitCode.OK
 
 
 def train_in_small_buckets(config: Path) -> list[list[Part]]:
