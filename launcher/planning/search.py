@@ -65,6 +65,8 @@ def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collect
     """
     workload, implementation = workload_of(spec, shape), implementation_of(spec, shape, gpu)
     useful = tuple(kind for kind in RECOMPUTE if kind != "norms" or shape.norms_first)
+    if spec.train.cuda_graphs == "always":
+        useful = ("none",)
     recomputes = (spec.train.recompute,) if "train.recompute" in kept else useful
     fitting: list[Candidate] = []
     too_large: list[Candidate] = []

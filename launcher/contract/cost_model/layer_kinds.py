@@ -70,5 +70,5 @@ def recomputed_by_stage(
     return _by_stage(recomputed_by_chunk(kinds, split, most), stages)
 
 
-def _by_stage(chunks: tuple[KindCounts, ...], stages: int) -> tuple[KindCounts, ...]:
-    return tuple(sum((Counter(chunk) for chunk in chunks[stage::stages]), Counter()) for stage in range(stages))
+def _by_stage(model_chunks: tuple[KindCounts, ...], stages: int) -> tuple[KindCounts, ...]:
+    return tuple(sum((Counter(chunk) for chunk in model_chunks[stage::stages]), Counter()) for stage in range(stages))

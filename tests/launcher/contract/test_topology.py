@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.contract.errors import TopologyError
 from launcher.contract.linear_attention import LinearAttention
-from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_shape import ModelShape, named_model_shape
 from launcher.contract.spec import DataSpec, Fp8Spec, ResourcesSpec, RunSpec, TopologySpec, TrainSpec
 from launcher.contract.topology import build_topology
 
@@ -259,6 +259,15 @@ def test_no_more_layers_are_computed_again_than_a_stage_has() -> None:
     assert build_topology(again(most), shape).world_size == 2
     with pytest.raises(TopologyError, match=f"recompute_layers {most + 1}: no pipeline stage has more than {most} lay"):
         build_topology(again(most + 1), shape)
+
+
+def test_graphs_that_must_be_are_refused_before_a_run_waits_for_its_ranks() -> None:
+    """Whether the model's layers can be graphs is known with its shape."""
+    spec = make(tasks=1)
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, cuda_graphs="always", precision="bf16"))
+    assert build_topology(spec, named_model_shape("1b")).world_size == 1
+    with pytest.raises(TopologyError, match=r"train.cuda_graphs always: graphs are not made for this run \(experts\)"):
+        build_topology(spec, named_model_shape("30b-a3b"))
 
 
 def test_some_layer_is_in_fp8() -> None:

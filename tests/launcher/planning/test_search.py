@@ -174,6 +174,15 @@ def test_a_number_of_recomputed_layers_that_the_config_has_is_kept_or_taken_back
     }
 
 
+def test_layouts_have_graphs_where_these_must_be() -> None:
+    own = dataclasses.replace(run(batch=32, cuda_graphs="always"), data=DataSpec(seq_length=4096, packing=True))
+    found = search_layouts(own, named_model_shape("8b"), H100).fitting
+    assert found
+    for one in found:
+        topology = one.layout.topology
+        assert (topology.tensor_parallel, topology.pipeline_parallel, one.layout.recompute) == (1, 1, "none")
+
+
 def test_recomputed_layers_of_unequal_stages_are_counted_in_their_own_stage() -> None:
     """Stages of 24 and 8 layers, of which 8 are recomputed: a third of the first, all of the second."""
     shape, spec = named_model_shape("8b"), run(nodes=1, gpus=2, batch=32)
