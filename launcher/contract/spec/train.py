@@ -155,8 +155,8 @@ class TrainSpec:
     layers whose inputs wait in the host's memory, for rows of 100,000 tokens and more."""
     recompute_layers: Annotated[int | None, AtLeast(1)] = None
     """With recompute full, how many layers of each pipeline stage are computed again, from its first one on (with
-    virtual stages, of each model chunk); unset, all. The fewer that fit, the faster: `topology: auto` and
-    `launcher plan` choose the number."""
+    virtual stages, of each model chunk); unset, all. The fewer that fit, the faster: `launcher plan` finds the number,
+    as does `topology: auto` where the config leaves recompute out."""
     eval_every: Annotated[int | None, AtLeast(1)] = None
     """Steps between evaluations; default only before the first and after the last step. Needs something to evaluate:
     data.validation, data.validation_sets or evaluation.prompts."""
