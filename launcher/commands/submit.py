@@ -159,7 +159,10 @@ def _accepted(checked: CheckedRun | CheckedSweep, yes: bool) -> bool:
 
 def _render(options: argparse.Namespace) -> int:
     from launcher.api.checked import CheckedSweep
+    from launcher.contract.errors import ConfigError
 
+    if options.run_root is not None and not options.diff:
+        raise ConfigError("--run-root says where the RUN of --diff is; the run's own place is set by run_root=DIR")
     checked = _checked(options)
     if isinstance(checked, CheckedSweep):
         first, count = checked.submissions[0].spec.name, len(checked.submissions)

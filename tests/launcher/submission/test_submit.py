@@ -141,6 +141,13 @@ def test_what_a_cluster_without_a_queue_does_not_use_is_said(workdir: Path, caps
     assert "unused" not in capsys.readouterr().out
 
 
+def test_render_has_no_use_for_a_run_root_without_a_run(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script was that of the config's own run_root."""
+    assert main(["render", "cfg.yaml", "--run-root", "elsewhere"]) == ExitCode.BAD_INPUT
+    out, err = capsys.readouterr()
+    assert (out, err.startswith("error: --run-root says where the RUN of --diff is; ")) == ("", True)
+
+
 def test_a_template_that_is_missing_is_not_valid(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`validate` was seen to say valid of what `submit` refused."""
     for command in ("submit", "validate"):
