@@ -47,6 +47,9 @@ def takes_graphs(spec: RunSpec) -> bool:
 def _fixed_setting_without_graphs(spec: RunSpec) -> str | None:
     if not spec.data.packing:
         return "rows are not packed"
+    # Which rows have a graph depends on when a run began: the first product of a step is written or added to zeros.
+    if spec.train.deterministic:
+        return "train.deterministic"
     dropouts = {"model.attention_dropout": spec.model.attention_dropout, "model.lora.dropout": spec.model.lora.dropout}
     return next((name for name, share in dropouts.items() if share), None)
 

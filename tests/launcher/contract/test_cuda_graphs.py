@@ -31,6 +31,7 @@ def changed(choice: GraphChoice = "auto", **train: Any) -> RunSpec:
         (dataclasses.replace(SMALL, topology=TopologySpec(context_parallel=2)), "context parallelism"),
         (dataclasses.replace(SMALL, model=ModelSpec(lora=LoraSpec(rank=8, dropout=0.1))), "model.lora.dropout"),
         (dataclasses.replace(SMALL, model=ModelSpec(attention_dropout=0.1)), "model.attention_dropout"),
+        (changed(deterministic=True), "train.deterministic"),
         (changed(precision="fp8"), "train.precision fp8"),
         (changed(recompute="full"), "train.recompute full"),
     ],
