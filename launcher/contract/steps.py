@@ -26,19 +26,26 @@ def warmup_of(optimizer: OptimizerSpec, steps: int) -> int:
 def schedule_problems(optimizer: OptimizerSpec, steps: int) -> Iterator[Problem]:
     """Yield parts of the schedule that a run of `steps` is too short for.
 
-    A warm-up of just `steps` is none of them: a rate that rises to the end, as a search for a learning rate wants it.
     With decay_steps the schedule is as long as that, whatever the run has of it.
     """
-    warmup, end = warmup_of(optimizer, steps), optimizer.decay_steps or steps
-    if warmup > end and optimizer.decay_steps is None:
-        last = optimizer.initial_lr + (optimizer.lr - optimizer.initial_lr) * (steps - 1) / warmup
-        yield (
-            "train.optimizer.warmup_steps",
-            f"{warmup} is more than the {steps:,} steps of the run, whose last would have a learning rate of "
-            f"{last:.2g} in place of {shown(optimizer.lr)}; lower it, or give train.optimizer.warmup_ratio",
-        )
-    elif optimizer.wsd_steps and optimizer.wsd_steps > end - warmup >= 0:
+    left = max(0, (optimizer.decay_steps or steps) - warmup_of(optimizer, steps))
+    if optimizer.wsd_steps and optimizer.wsd_steps > left:
         yield (
             "train.optimizer.wsd_steps",
-            f"{optimizer.wsd_steps} is more than the {end - warmup} steps after the warm-up",
+            f"{optimizer.wsd_steps} is more than the {left} steps after the warm-up",
         )
+
+
+def warmup_remark(optimizer: OptimizerSpec, steps: int) -> str | None:
+    """Return what to say of a warm-up that is longer than a run of `steps`, or None.
+
+    It is not refused: a few steps of a config are a usual trial, and its schedule is followed as far as they go.
+    """
+    warmup = warmup_of(optimizer, steps)
+    if warmup <= steps or optimizer.decay_steps is not None:
+        return None
+    last = optimizer.initial_lr + (optimizer.lr - optimizer.initial_lr) * (steps - 1) / warmup
+    return (
+        f"warm-up of {warmup:,} steps is longer than the run of {steps:,}, whose last has a learning rate of "
+        f"{last:.2g} in place of {shown(optimizer.lr)}"
+    )

@@ -11,6 +11,7 @@ from launcher.contract.job import JobId
 from launcher.contract.rundir import default_run_root
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import ResourcesSpec, RunSpec
+from launcher.contract.steps import warmup_remark
 from launcher.contract.topology import describe_batch
 from launcher.planning.run_plan import run_cost
 from launcher.runs import excluded_nodes
@@ -41,6 +42,7 @@ def outline(submission: Submission) -> str:
             *_predicted(submission),
             *_excluded(submission),
             *_unused(submission),
+            *_schedule(submission),
             *(f"hub        {note}" for note in submission.config.notes),
             f"directory  {submission.paths.root}",
         ]
@@ -103,6 +105,13 @@ def _unused(submission: Submission) -> list[str]:
     names = [f"resources.{name}" for name in _OF_A_QUEUE if getattr(spec.resources, name) != getattr(default, name)]
     names += ["cluster.srun_args"] if spec.cluster.srun_args else []
     return [f"unused     {', '.join(names)}: cluster {spec.cluster.name} has no queue"] if names else []
+
+
+def _schedule(submission: Submission) -> list[str]:
+    """Return what is odd about the learning rate's schedule, where the config says how long the run is."""
+    train = submission.spec.train
+    remark = None if train.max_steps is None else warmup_remark(train.optimizer, train.max_steps)
+    return [] if remark is None else [f"schedule   {remark}"]
 
 
 def _predicted(submission: Submission) -> list[str]:

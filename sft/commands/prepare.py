@@ -41,7 +41,9 @@ def prepare(config: Path) -> ExitCode:
     print("".join(f"{remark}\n" for remark in unused_dropouts(model_dir, spec.model)), end="")
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
     data = prepare_data(spec, tokenizer_dir)
-    check_schedule(spec, data.train)
+    remark = check_schedule(spec, data.train)
+    if remark is not None:
+        print(remark)
     check_vocabulary(data, architecture.shape.vocab_size)
     record_stop_tokens(paths, data.stop_tokens)
     for name, prepared in open_validation_sets(spec, tokenizer_dir, build=True):

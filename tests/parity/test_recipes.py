@@ -242,7 +242,8 @@ def test_the_bound_of_the_noise_is_transformers(model: Path) -> None:
 def test_evaluation_is_neither_smoothed_nor_noisy(tmp_path: Path, model: Path, chat: Path) -> None:
     """The held-out loss before the first step is that of a run without them; the training loss is not."""
     plain = make_run(tmp_path, model, chat, name="plain", ranks=1, max_steps=1, held_out=chat)
-    paths = make_run(tmp_path, model, chat, ranks=1, max_steps=1, held_out=chat, **{**FULL, "wsd_steps": 1})
+    own = {**FULL, "schedule": "constant", "wsd_steps": None, "wsd_decay": None}
+    paths = make_run(tmp_path, model, chat, ranks=1, max_steps=1, held_out=chat, **own)
     for run in (plain, paths):
         run_training(run, 1)
     first, other = (run.metrics.read_text().splitlines()[0] for run in (plain, paths))

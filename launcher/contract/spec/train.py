@@ -31,8 +31,7 @@ class OptimizerSpec:
     cycles: Annotated[int | None, AtLeast(1)] = None
     """For cosine_with_restarts: how many cosines."""
     warmup_steps: Annotated[int, AtLeast(0)] = 0
-    """Steps of linear warm-up from initial_lr; at most all of the run's, unless decay_steps makes the schedule
-    longer than the run."""
+    """Steps of linear warm-up from initial_lr."""
     warmup_ratio: Annotated[float | None, Fraction()] = None
     """Instead of warmup_steps: the warm-up's share of all steps, rounded up to a step."""
     initial_lr: Annotated[float, AtLeast(0)] = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.contract.errors import ConfigError
 from launcher.contract.spec import RunSpec
 from launcher.contract.spec.rules import shown
-from launcher.contract.steps import schedule_problems
+from launcher.contract.steps import schedule_problems, warmup_remark
 from sft.data.batches.mixture import Mixture
 from sft.data.batches.sampler import BatchSchedule, CyclicSchedule, ExampleSchedule, TokenSchedule
 from sft.data.cache.store import Examples
@@ -54,13 +54,17 @@ def steps_of(spec: RunSpec, schedule: BatchSchedule) -> int:
     return train.max_steps if train.max_steps is not None else schedule.steps_in(train.epochs or 1.0)
 
 
-def check_schedule(spec: RunSpec, examples: Examples) -> None:
-    """Raise ConfigError if the steps of train.epochs are too few for the schedule: the launcher cannot know them."""
+def check_schedule(spec: RunSpec, examples: Examples) -> str | None:
+    """Return what to say of a warm-up that the steps of train.epochs are too few for: the launcher cannot know them.
+
+    Raise ConfigError if they are too few for the rest of the schedule.
+    """
     optimizer = spec.train.optimizer
     if spec.train.epochs is None or not (optimizer.warmup_steps or optimizer.wsd_steps):
-        return
+        return None
     steps = steps_of(spec, training_schedule(spec, examples))
     length = f"train.epochs {shown(spec.train.epochs)} comes to {steps:,} steps"
     problems = [f"{key}: {text} ({length})" for key, text in schedule_problems(optimizer, steps)]
     if problems:
         raise ConfigError(problems)
+    return warmup_remark(optimizer, steps)

@@ -1,8 +1,9 @@
-"""What `python -m sft prepare` refuses before a rank is started."""
+"""What `python -m sft prepare` refuses or tells before a rank is started."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,13 @@ from sft.commands.prepare import prepare
 from tests.tiny_model import make_material
 
 
-def test_a_schedule_that_the_steps_of_the_epochs_are_too_few_for(tmp_path: Path) -> None:
+def test_a_schedule_that_the_steps_of_the_epochs_are_too_few_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its arithmetic is known when the examples are counted: 2 epochs of 10 examples, 4 a step, have 6 steps."""
     model, rows = make_material(tmp_path, 10)
 
-    def prepare_with(**optimizer: int) -> None:
+    def prepare_with(**optimizer: Any) -> None:
         spec = RunSpec(
             name="run",
             model=ModelSpec(path=str(model), init="random"),
@@ -27,9 +30,12 @@ def test_a_schedule_that_the_steps_of_the_epochs_are_too_few_for(tmp_path: Path)
         prepare(tmp_path / "config.yaml")
 
     prepare_with(warmup_steps=6)
+    assert "warm-up" not in capsys.readouterr().out
+    prepare_with(warmup_steps=10)
+    said = "warm-up of 10 steps is longer than the run of 6, whose last has a learning rate of 0.0005 in place of 0.001"
+    assert said in capsys.readouterr().out
     with pytest.raises(ConfigError) as caught:
-        prepare_with(warmup_steps=10)
+        prepare_with(schedule="wsd", warmup_steps=4, wsd_steps=3)
     assert list(caught.value.problems) == [
-        "train.optimizer.warmup_steps: 10 is more than the 6 steps of the run, whose last would have a learning rate "
-        "of 0.0005 in place of 0.001; lower it, or give train.optimizer.warmup_ratio (train.epochs 2 comes to 6 steps)"
+        "train.optimizer.wsd_steps: 3 is more than the 2 steps after the warm-up (train.epochs 2 comes to 6 steps)"
     ]
