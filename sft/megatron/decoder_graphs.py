@@ -118,10 +118,7 @@ class Inputs:
             (self.offsets, rows.cu_seqlens_q, self.form.tokens),
             (self.positions, rows.positions, 0),
         ):
-            count = len(values)
-            memory[:count].copy_(values)
-            if count < len(memory):
-                memory[count:].fill_(rest)
+            _fill(memory, values, rest)
 
     @property
     def sequences(self) -> PackedSequences:
@@ -129,18 +126,23 @@ class Inputs:
         return self.form.sequences(self.offsets, self.positions)
 
 
+def _fill(memory: Tensor, values: Tensor, rest: int) -> None:
+    """Copy `values` into the first rows of `memory`, and `rest` into the others."""
+    count = len(values)
+    memory[:count].copy_(values)
+    if count < len(memory):
+        memory[count:].fill_(rest)
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Layers one after the other, and what to tell when their gradients have been added."""
 
     layers: Sequence[Module]
-    hooks: Sequence[tuple[Parameter, Callable[[], None]]]
-    """Megatron-core's hooks on the weights, where gradients are reduced behind the backward pass; else none."""
-
-    @property
-    def weights(self) -> Iterator[Parameter]:
-        """The layers' weights that are trained."""
-        return (weight for layer in self.layers for _, weight in trained_of(layer))
+    weights: Sequence[Parameter]
+    """Those that are trained."""
+    hooks: Sequence[Callable[[], None]]
+    """Megatron-core's hook on each weight, where gradients are reduced behind the backward pass; else none."""
 
     def run(self, hidden: Tensor, angles: Tensor | None, rows: PackedSequences, stand_ins: StandIns = ()) -> Tensor:
         """Return the states behind the last layer, [s, b, h], computed with `stand_ins` in place of weights."""
@@ -157,7 +159,7 @@ class Segment:
                 _buffer(weight).mark()
         # As without a graph: another rank may have none for its row, and buckets are reduced in the order they fill.
         for number in added.order if self.hooks else ():
-            announce(*self.hooks[number])
+            announce(self.weights[number], self.hooks[number])
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,8 +321,6 @@ class DecoderGraphs:
         `angles` are those of positions up to the form's longest sequence. What is returned lies in a graph's memory,
         which the next row overwrites.
         """
-        if form not in self._kept or not (form in self.recorded or self._has_room(form, hidden.device)):
-            return self._without_graph(hidden, angles, rows, form)
         if form not in self.recorded and not self._record(hidden, angles, form):
             return self._without_graph(hidden, angles, rows, form)
         if self._waits_for_weights:
@@ -332,7 +332,9 @@ class DecoderGraphs:
         return output
 
     def _record(self, hidden: Tensor, angles: Tensor | None, form: RowForm) -> bool:
-        """Record the graphs of a form, and return whether that went well."""
+        """Record the graphs of a form that has been computed, if there is room, and return whether that went well."""
+        if form not in self._kept or not self._has_room(form, hidden.device):
+            return False
         try:
             self.recorded[form] = Recorded(form, hidden, angles, self)
         except RuntimeError as error:  # what torch raises of anything that cannot be recorded, and of too little memory
@@ -395,8 +397,8 @@ def free_memory(device: torch.device) -> int:
 def _segment(layers: Sequence[Module], ddp: DistributedDataParallel, reduces_behind: bool) -> Segment:
     weights = [weight for layer in layers for _, weight in trained_of(layer)]
     # The hooks as Megatron-core makes them: what they call to start a bucket's reduction differs between versions.
-    hooks = [(weight, ddp._make_backward_post_hook(weight)) for weight in weights] if reduces_behind else []
-    return Segment(layers, hooks)
+    hooks = [ddp._make_backward_post_hook(weight) for weight in weights] if reduces_behind else []
+    return Segment(layers, weights, hooks)
 
 
 class _ReplayContext(Context):
@@ -414,9 +416,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _ReplayContext, grad: Tensor) -> tuple[Tensor, None, None]:
-        recorded, count = ctx.recorded, ctx.count
-        recorded.output_grad[:count].copy_(grad)
-        if count < len(recorded.output_grad):
-            recorded.output_grad[count:].zero_()
+        recorded = ctx.recorded
+        _fill(recorded.output_grad, grad, 0)
         recorded.backward()
-        return recorded.input_grad[:count], None, None
+        return recorded.input_grad[: ctx.count], None, None
