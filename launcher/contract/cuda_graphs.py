@@ -39,6 +39,11 @@ def no_graphs_because(spec: RunSpec, shape: ModelShape | None) -> str | None:
     return fixed or layout_without_graphs(spec.topology, train.precision, train.recompute, shape)
 
 
+def no_graphs(because: str) -> str:
+    """Return why `always` is refused."""
+    return f"always: graphs are not made for this run ({because}); set it to auto"
+
+
 def takes_graphs(spec: RunSpec) -> bool:
     """Return whether the settings that no layout changes allow graphs."""
     return _fixed_setting_without_graphs(spec) is None

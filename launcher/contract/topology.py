@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launcher.contract.cuda_graphs import layout_without_graphs
+from launcher.contract.cuda_graphs import layout_without_graphs, no_graphs
 from launcher.contract.divisors import divisors, nearest_multiples, shown_numbers
 from launcher.contract.errors import TopologyError
 from launcher.contract.model_shape import ModelShape
@@ -317,7 +317,7 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
     yield from _recompute_problems(spec, shape)
     because = layout_without_graphs(spec.topology, spec.train.precision, spec.train.recompute, shape)
     if spec.train.cuda_graphs == "always" and because is not None:
-        yield f"train.cuda_graphs always: graphs are not made for this run ({because}); set it to auto"
+        yield f"train.cuda_graphs {no_graphs(because)}"
     if spec.data.seq_length > shape.max_position_embeddings:
         yield (
             f"data.seq_length {spec.data.seq_length} is longer than the model's "

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
-from launcher.contract.cuda_graphs import no_graphs_because, uses_cuda_graphs
+from launcher.contract.cuda_graphs import no_graphs, no_graphs_because, uses_cuda_graphs
 from launcher.contract.errors import ModelError
 from launcher.contract.spec import RunSpec
 from sft.kernels import attention, gated_delta
@@ -63,7 +62,8 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
     common = Kernels(fused=fused, precision=precision, linear_attention=linear, linear_attention_text=linear_text)
     if not fused or because is not None:
         if spec.train.cuda_graphs == "always":
-            _refuse_graphs(f"layers are plain: {because}" if fused else "kernels are plain here")
+            why = f"layers are plain: {because}" if fused else "kernels are plain here"
+            raise ModelError(f"train.cuda_graphs {no_graphs(why)}")
         if spec.train.attention == "flash4":
             why = f"those of this model are plain: {because}" if fused else "kernels are plain here"
             raise ModelError(f"train.attention flash4 is a kernel of fused layers, and {why}; set it to auto")
@@ -87,12 +87,8 @@ def _graphs(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -> bool:
     """Return what train.cuda_graphs means for fused layers, or raise ModelError if it cannot be."""
     because = no_graphs_because(spec, architecture.shape) if on_gpu else "there is no GPU here"
     if because is not None and spec.train.cuda_graphs == "always":
-        _refuse_graphs(because)
+        raise ModelError(f"train.cuda_graphs {no_graphs(because)}")
     return on_gpu and uses_cuda_graphs(spec, architecture.shape)
-
-
-def _refuse_graphs(because: str) -> NoReturn:
-    raise ModelError(f"train.cuda_graphs always: graphs are not made for this run ({because}); set it to auto")
 
 
 def _precision(spec: RunSpec, architecture: Architecture) -> Iterator[str]:

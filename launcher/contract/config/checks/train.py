@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from launcher.contract.cuda_graphs import no_graphs_because
+from launcher.contract.cuda_graphs import no_graphs, no_graphs_because
 from launcher.contract.hardware import gpu_kinds
 from launcher.contract.spec import Fp8Spec, OptimizerSpec, RunSpec, TrainSpec
 from launcher.contract.spec.fields import Problem, field_problems
@@ -91,7 +91,7 @@ def graph_problems(spec: RunSpec) -> Iterator[Problem]:
     if because is None and not spec.resources.gpus_per_node:
         because = "there are no GPUs: resources.gpus_per_node 0"
     if because is not None:
-        yield "train.cuda_graphs", f"always: graphs are not made for this run ({because}); set it to auto"
+        yield "train.cuda_graphs", no_graphs(because)
 
 
 def _warmup_problems(train: TrainSpec) -> Iterator[Problem]:
