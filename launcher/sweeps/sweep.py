@@ -14,6 +14,7 @@ same schema, and a point is a run that a person could have submitted by hand.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +148,7 @@ class _Reader:
 
 
 def _doubled(point: Point) -> list[str]:
-    keys = [key for key, _ in point]
-    return [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    return [key for key, times in Counter(key for key, _ in point).items() if times > 1]
 
 
 def _text(node: yaml.Node) -> str:

@@ -49,10 +49,10 @@ def merged_layers(
     on_top = read_overrides(overrides, RunSpec)
     named = _named_cluster(written, on_top, cluster)
     beneath = read_cluster(named) if named is not None else Leaves()
-    if resolved and given is None:
-        _unset_resources(written, beneath)
-    elif resolved and given is not None:
+    if given is not None:
         _take_back_resources(written, given, beneath if named is not None else None)
+    elif resolved:
+        _unset_resources(written, beneath)
     merged = Leaves(
         values={**beneath.values, **written.values},
         problems=[*beneath.problems, *written.problems, *on_top.problems],

@@ -193,23 +193,24 @@ def _stages(
         key = (frozenset(counts.items()), recompute, number == 0, last)
         if key not in known:
             trained, head = trained_parameters(workload, topology, number), parts.head if last else Pass()
-            launches = sum(count * _launches(workload, layout, implementation, kind) for kind, count in counts.items())
+            launches = _launches(workload, layout, implementation, counts)
             layers = parts.layers(counts)
             known[key] = _stage(layers, head, recompute, launches, trained, workload, layout, gpu, implementation)
         stages.append(known[key])
     return stages
 
 
-def _launches(workload: Workload, layout: Layout, implementation: Implementation, kind: LayerKind) -> float:
-    """Return the seconds per micro-batch in which the host launches a layer's kernels one by one."""
+def _launches(workload: Workload, layout: Layout, implementation: Implementation, counts: KindCounts) -> float:
+    """Return the seconds per micro-batch in which the host launches the kernels of so many layers one by one."""
     topology, shape = layout.topology, workload.shape
     tokens = micro_batch_tokens(workload, topology)
     wanted = graphs_pay(implementation.graphs, shape, workload.seq_length, tokens, adapted=workload.adapted)
     if wanted and layout_without_graphs(topology, workload.precision, layout.recompute, shape) is None:
         return 0.0
-    has_experts = bool(shape.num_experts) and not kind.dense
-    adapted = has_experts and workload.adapted and expert_adapters(shape, workload.lora) > 0
-    return implementation.adapted_expert_launches if adapted else implementation.layer_launches
+    layers, adapted = sum(counts.values()), 0
+    if shape.num_experts and workload.adapted and expert_adapters(shape, workload.lora):
+        adapted = sum(count for kind, count in counts.items() if not kind.dense)
+    return (layers - adapted) * implementation.layer_launches + adapted * implementation.adapted_expert_launches
 
 
 def _stage(
