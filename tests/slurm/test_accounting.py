@@ -57,6 +57,10 @@ def test_usage_is_what_sacct_says(slurm_with_accounting: SlurmCluster, tmp_path:
     (bench.root / "site" / "go-on").unlink()
     ended = bench.submit("ended", *words, python)
     wait_until(lambda: len((bench.root / "site" / "seen").read_text().splitlines()) == 3 * GPUS, "ranks", timeout=60)
+    job = bench.status(ended)["job"]
+    elapsed = ["squeue", "--noheader", f"--jobs={job}", "--format=%M"]
+    # Slurm counts whole seconds, and the other attempts may end within the one in which they began.
+    wait_until(lambda: cluster.run(elapsed).stdout.strip() > "0:00", "a whole second", timeout=60)
     bench.launcher("cancel", str(ended.root))
     bench.wait_for_state(ended, "CANCELLED")
     bench.launcher("cancel", str(held.root))
