@@ -83,12 +83,10 @@ def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collect
             continue
         valid.add(sizes.describe())
         for recompute in recomputes:
-            if topology.pipeline_parallel > 1:
-                layers = layers_per_stage(with_recompute(run, recompute), shape)
-                topology = dataclasses.replace(topology, layers_per_stage=layers)
-            layout = layout_of(run, topology, recompute)
+            again = with_recompute(run, recompute, run.train.recompute_layers if recompute == "full" else None)
+            layout = _with_own_stages(layout_of(again, topology, recompute), again, shape)
             if recompute == "full" and "train.recompute" not in kept:
-                layout = _with_fewest_recomputed(layout, workload, gpu, implementation)
+                layout = _with_fewest_recomputed(layout, again, workload, gpu, implementation)
             candidate = evaluate(workload, layout, gpu, implementation)
             (fitting if _has_headroom(candidate.memory, gpu) else too_large).append(candidate)
     return SearchResult(
@@ -101,19 +99,32 @@ def search_layouts(spec: RunSpec, shape: ModelShape, gpu: GpuKind, kept: Collect
     )
 
 
-def _with_fewest_recomputed(layout: Layout, workload: Workload, gpu: GpuKind, implementation: Implementation) -> Layout:
+def _with_own_stages(layout: Layout, run: RunSpec, shape: ModelShape) -> Layout:
+    """Return the layout with the stages that the run has: which layers are recomputed decides on them."""
+    if layout.topology.pipeline_parallel == 1:
+        return layout
+    topology = dataclasses.replace(layout.topology, layers_per_stage=layers_per_stage(run, shape))
+    return dataclasses.replace(layout, topology=topology)
+
+
+def _with_fewest_recomputed(
+    layout: Layout, run: RunSpec, workload: Workload, gpu: GpuKind, implementation: Implementation
+) -> Layout:
     """Return the layout with as few recomputed layers as fit, or with all if not even these do or none have to be."""
 
-    def fits(layers: int | None, recompute: Recompute = "full") -> bool:
+    def with_layers(layers: int | None, recompute: Recompute = "full") -> Layout:
         some = dataclasses.replace(layout, recompute=recompute, recompute_layers=layers)
+        return _with_own_stages(some, with_recompute(run, recompute, layers), workload.shape)
+
+    def fits(some: Layout) -> bool:
         return _has_headroom(largest_stage(workload, some, implementation), gpu)
 
-    layout = dataclasses.replace(layout, recompute_layers=None)
-    most = max(layout.topology.layers_per_stage)
-    if fits(None, "none") or not fits(None):
-        return layout
-    fewest = bisect.bisect_left(range(1, most), True, key=fits) + 1
-    return layout if fewest == most else dataclasses.replace(layout, recompute_layers=fewest)
+    whole = with_layers(None)
+    if fits(with_layers(None, "none")) or not fits(whole):
+        return whole
+    most = max(whole.topology.layers_per_stage)
+    found = with_layers(bisect.bisect_left(range(1, most), True, key=lambda layers: fits(with_layers(layers))) + 1)
+    return found if (found.recompute_layers or 0) < max(found.topology.layers_per_stage) else whole
 
 
 def _has_headroom(memory: StageMemory, gpu: GpuKind) -> bool:

@@ -24,23 +24,27 @@ def all_splits(layers: int, chunks: int) -> list[tuple[int, ...]]:
     return found
 
 
-def chunk_costs(split: tuple[int, ...], costs: list[int], head: int) -> list[int]:
-    found = [sum(costs[layer] for layer in layers) for layers in chunk_ranges(split)]
-    found[-1] += head
+def chunk_costs(split: tuple[int, ...], costs: list[int], head: int, recomputed: int) -> list[int]:
+    """In thirds of a layer's cost, of which its forward pass is one."""
+    found = [
+        sum(3 * costs[layer] for layer in layers) + sum(costs[layer] for layer in layers[:recomputed])
+        for layers in chunk_ranges(split)
+    ]
+    found[-1] += 3 * head
     return found
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=8), st.integers(0, 12), st.data())
-def test_no_split_is_better(costs: list[int], head: int, data: st.DataObject) -> None:
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(0, 24), st.integers(0, 8), st.data())
+def test_no_split_is_better(costs: list[int], head: int, recomputed: int, data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, len(costs)))
     virtual = data.draw(st.integers(1, len(costs) // stages))
 
     def order(split: tuple[int, ...]) -> tuple[int, int, int, tuple[int, ...]]:
-        by_chunk = chunk_costs(split, costs, head)
+        by_chunk = chunk_costs(split, costs, head, recomputed)
         return max(by_chunk), sum(cost * cost for cost in by_chunk), sum(by_chunk[stages - 1 :: stages]), split
 
     best = min(all_splits(len(costs), stages * virtual), key=order)
-    assert split_by_cost(tuple(costs), head, stages, virtual) == best
+    assert split_by_cost(tuple(costs), head, stages, virtual, recomputed) == best
 
 
 def test_even_splits() -> None:
@@ -93,6 +97,16 @@ def test_recomputed_layers_and_long_rows_make_the_output_layer_cheaper() -> None
     assert balanced_split(spec(4), shape)[-1] < balanced_split(spec(4, length=131_072), shape)[-1]
     costs = [balanced_split(spec(8, recompute=recompute), shape)[-1] for recompute in ("none", "full")]
     assert costs == sorted(costs)
+
+
+@pytest.mark.parametrize(
+    ("layers", "split"), [(1, (8, 9, 9, 6)), (6, (9, 9, 9, 5)), (9, (8, 8, 9, 7)), (None, (8, 8, 9, 7))]
+)
+def test_of_a_stage_only_layers_that_are_recomputed_cost_more(layers: int | None, split: tuple[int, ...]) -> None:
+    """The last stage of 8B has fewer layers, and more of them recomputed, until all are."""
+    run = spec(4, recompute="full")
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, recompute_layers=layers))
+    assert balanced_split(run, named_model_shape("8b")) == split
 
 
 def test_layers_with_a_window_cost_less_in_long_rows() -> None:

@@ -160,6 +160,14 @@ def test_as_few_layers_are_computed_again_as_fit() -> None:
         assert one.overrides["train.recompute_layers"] == layers
 
 
+def test_layouts_are_predicted_with_the_stages_that_their_runs_have() -> None:
+    shape, spec = named_model_shape("8b"), run(nodes=1, gpus=4, batch=8)
+    found = search_layouts(spec, shape, H100).fitting
+    stages = {one: build_topology(with_layout(spec, one), shape).layers_per_stage for one in found}
+    assert stages == {one: one.layout.topology.layers_per_stage for one in found}
+    assert any(one.layout.recompute_layers is not None and len(set(split)) > 1 for one, split in stages.items())
+
+
 def test_a_number_of_recomputed_layers_that_the_config_has_is_kept_or_taken_back() -> None:
     shape, spec = named_model_shape("8b"), run(batch=32)
     train = dataclasses.replace(spec.train, recompute="full", recompute_layers=5)
