@@ -12,7 +12,7 @@ from launcher.contract.config.conversion import build, not_a, schema_of
 from launcher.contract.config.overrides import type_of
 from launcher.contract.config.text import read_text
 from launcher.contract.config.yaml_leaves import read_yaml
-from launcher.contract.errors import ConfigError
+from launcher.contract.errors import ConfigError, TemplateError
 from launcher.contract.leaves import Leaf, Leaves
 from launcher.contract.rundir import RUN_NAME
 from launcher.contract.spec import ClusterSpec, ResourcesSpec
@@ -31,7 +31,7 @@ def load_cluster(name: str) -> ClusterFile:
 
     Raise ConfigError with every line that is wrong.
     """
-    leaves = read_cluster(Leaf(name, "cluster", f"cluster {name}"))
+    leaves = _leaves(Leaf(name, "cluster", f"cluster {name}"))
     if leaves.problems:
         raise ConfigError(leaves.problems)
     written = {key.removeprefix("cluster."): leaf for key, leaf in leaves.values.items()}
@@ -57,7 +57,18 @@ def load_cluster(name: str) -> ClusterFile:
 
 
 def read_cluster(named: Leaf) -> Leaves:
-    """Return the leaves of the named cluster's file, keyed as in a RunSpec."""
+    """Return the leaves of the named cluster's file, keyed as in a RunSpec.
+
+    Raise TemplateError, with the place where it was named, where there is no such file: what the rest of the config
+    means depends on it.
+    """
+    try:
+        return _leaves(named)
+    except TemplateError as error:
+        raise TemplateError(f"{named.where}: {error}") from None
+
+
+def _leaves(named: Leaf) -> Leaves:
     if not isinstance(named.value, str) or not RUN_NAME.fullmatch(named.value):
         return Leaves(problems=[f"{named.where}: cluster: {named.value!r} is not the name of a cluster file"])
     path = resources.find("cluster_configs", named.value, ".yaml")

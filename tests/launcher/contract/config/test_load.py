@@ -306,11 +306,24 @@ def test_cluster_option_displaces_the_files_settings(workdir: Path) -> None:
     assert cluster.env == {"GLOO_SOCKET_IFNAME": "lo", "A": "b"}
 
 
-def test_unknown_cluster_prints_the_search_path(workdir: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "overrides", "where"),
+    [
+        ("slurm-dv", [], "--cluster slurm-dv"),
+        (None, ["cluster=slurm-dv"], "override 'cluster=slurm-dv'"),
+        (None, [], f"{CFG}:2"),
+    ],
+)
+def test_unknown_cluster_prints_where_it_is_named_and_the_search_path(
+    workdir: Path, option: str | None, overrides: list[str], where: str
+) -> None:
+    if where.startswith(str(CFG)):
+        CFG.write_text("# the file's own word\ncluster: slurm-dv\n" + CFG.read_text())
     with pytest.raises(TemplateError) as caught:
-        load_config(CFG, cluster="slurm-dv")
+        load_config(CFG, overrides, option)
     text = str(caught.value)
-    assert text.startswith("cluster 'slurm-dv' not found; did you mean 'slurm-dev'?; looked for slurm-dv.yaml in:\n")
+    found = f"{where}: cluster 'slurm-dv' not found; did you mean 'slurm-dev'?; looked for slurm-dv.yaml in:\n"
+    assert text.startswith(found)
     assert f"{Path.home()}/.config/slurm-sft-launcher/cluster_configs" in text
 
 
