@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import yaml
 
 from launcher.contract.errors import ConfigError
@@ -13,6 +15,10 @@ WHY_FEW = "since each rank reads the list; join files into fewer, larger ones"
 
 _MOST_SEPARATORS = 5 * MOST_ITEMS
 """Lines and commas of a text, which are counted at once; PyYAML takes a minute for a list of a million items."""
+
+_MOST_KEYS = 10_000
+"""Keys of a text that a person wrote; PyYAML takes a second for so many."""
+_KEY = re.compile(r"(?<=[\"']):|:(?=[\s\[{])")
 
 MOST_NODES = 1_000_000
 """A config of a few aliases can stand for more values than memory holds."""
@@ -41,6 +47,13 @@ def compose(text: str, shown: str) -> yaml.Node | None:
     if problem is not None:
         raise ConfigError(f"{shown}:{problem[0]}: {problem[1]}")
     return node
+
+
+def check_keys(text: str, shown: str) -> None:
+    """Raise ConfigError where a text has more keys than a person writes, as a data file has, before it is read."""
+    keys = sum(1 for _ in _KEY.finditer(text))
+    if keys > _MOST_KEYS:
+        raise ConfigError(f"{shown}: {keys:,} keys, and at most {_MOST_KEYS:,} are read; is this the config of a run?")
 
 
 def top_level_keys(text: str, shown: str) -> set[str]:

@@ -23,7 +23,7 @@ import yaml
 
 from launcher.contract.config.text import read_text
 from launcher.contract.errors import ConfigError, did_you_mean
-from launcher.contract.yaml_document import compose
+from launcher.contract.yaml_document import check_keys, compose
 
 Point = tuple[tuple[str, str], ...]
 """Dotted key and value as text, in the order of the file."""
@@ -50,6 +50,7 @@ def read_sweep(path: Path) -> Sweep | None:
     text = read_text(path)
     if "sweep" not in text:
         return None
+    check_keys(text, str(path))
     document = compose(text, str(path))
     pairs = document.value if isinstance(document, yaml.MappingNode) else []
     node = next((value for key, value in pairs if key.value == "sweep"), None)

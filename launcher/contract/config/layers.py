@@ -14,6 +14,7 @@ from launcher.contract.config.yaml_leaves import read_yaml
 from launcher.contract.errors import ConfigError
 from launcher.contract.leaves import NAMED_SECTIONS, Leaf, Leaves
 from launcher.contract.spec import ResourcesSpec, RunSpec
+from launcher.contract.yaml_document import check_keys
 
 _AUTO_CHOOSES = tuple(
     f"topology.{name}" for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "layers_per_stage")
@@ -41,7 +42,7 @@ def merged_layers(
     `cluster` is the word of --cluster; `resolved` says that the file is a run's own config.yaml, in which `${` is text.
     `given` are the keys of its `resources` that its user wrote, None where that was not recorded.
     """
-    written = _read_file(path, ("lock" if resolved else "sweep",))
+    written = _read_file(path, resolved)
     if resolved:
         written.values = {
             key: dataclasses.replace(leaf, value=literal(leaf.value)) for key, leaf in written.values.items()
@@ -129,12 +130,11 @@ def take_auto_topology(merged: Leaves) -> bool:
     return not sizes
 
 
-def _read_file(path: Path, others: Sequence[str]) -> Leaves:
-    """Return the leaves of the user's file, which may be a NeMo config.
-
-    `others` are sections that do not belong to a run.
-    """
+def _read_file(path: Path, resolved: bool) -> Leaves:
+    """Return the leaves of the user's file, which may be a NeMo config."""
     text = read_text(path)
+    if not resolved:  # which spells out more keys than its user wrote
+        check_keys(text, str(path))
     if "trainer" in text:
         # Most configs are not NeMo's, and do without the time that these imports take.
         from launcher.contract.nemo.convert import read_leaves
@@ -142,7 +142,9 @@ def _read_file(path: Path, others: Sequence[str]) -> Leaves:
 
         if is_nemo(text):
             return read_leaves(text, str(path))
-    leaves = read_yaml(text, str(path), RunSpec, "file", named=NAMED_SECTIONS, others=others)
+    leaves = read_yaml(
+        text, str(path), RunSpec, "file", named=NAMED_SECTIONS, others=("lock" if resolved else "sweep",)
+    )
     if leaves.problems:
         from launcher.contract.trainers.convert import recognised
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,17 @@ def test_of_thousands_of_unknown_keys_some_are_told(workdir: Path, capsys: pytes
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 51
     assert told[-1] == "cfg.yaml:1: the document has 1,950 more unknown keys; is this the config of a run?"
+
+
+@pytest.mark.parametrize("line", ["key{}: 1\n", '"key{}":1,\n', "k{}: {{k{}: 1}}\n"])
+@pytest.mark.parametrize("command", ["validate", "submit"])
+def test_a_data_file_is_no_config_and_not_read_as_yaml(
+    workdir: Path, capsys: pytest.CaptureFixture[str], line: str, command: str
+) -> None:
+    """60,000 keys were walked for ten seconds, twice."""
+    path = workdir / "cfg.yaml"
+    path.write_text(path.read_text() + "".join(line.format(number, number) for number in range(30_000)) + "sweep: {}\n")
+    begin = time.process_time()
+    assert main([command, "cfg.yaml"]) == ExitCode.BAD_INPUT
+    assert time.process_time() - begin < 2
+    assert "keys, and at most 10,000 are read; is this the config of a run?" in capsys.readouterr().err
