@@ -27,6 +27,7 @@ from launcher.contract.exit_codes import ExitCode
 from launcher.contract.records import read_progress
 from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import NotifySpec, read_resolved
+from launcher.contract.spec.notify import WEB_SCHEMES
 
 _SECONDS = 10.0
 _OUTCOMES = {int(ExitCode.OK): "completed", int(ExitCode.REQUEUE): "interrupted"}
@@ -103,7 +104,7 @@ def send(notify: NotifySpec, message: dict[str, object]) -> list[str]:
 
 def _post(variable: str, message: dict[str, object]) -> None:
     address = os.environ.get(variable, "")
-    if not address.startswith(("https://", "http://")):
+    if not address.startswith(WEB_SCHEMES):
         raise _NoAddress(f"{variable} is not set to a http(s) address in the job's environment")
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(address, json.dumps(message).encode(), headers, method="POST")

@@ -21,6 +21,9 @@ from launcher.contract.errors import ConfigError
 from launcher.contract.rundir import RunPaths, write_atomic
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.spec import RunSpec
+from launcher.contract.spec.fields import values_under
+from launcher.contract.spec.notify import WEB_SCHEMES
+from launcher.contract.spec.rules import SHELL_VARIABLE
 
 DEFAULT_FOLDER = Path("~/.config/slurm-sft-launcher/secrets")
 
@@ -37,12 +40,15 @@ def secrets_file(spec: RunSpec, paths: RunPaths) -> Path | None:
 
 
 def check_secrets(spec: RunSpec) -> None:
-    """Raise ConfigError where a named variable is missing from our environment."""
+    """Raise ConfigError where a named variable is missing from our environment, or holds no address of a webhook."""
     problems = [
-        f"env_from: {name} is not set in this shell, from which the run would take it; export it and submit again"
-        for name in spec.secret_names
+        f"{key}: {name} is not set in this shell, from which the run would take it; export it and submit again"
+        for key, name in values_under(spec, SHELL_VARIABLE)
         if name not in os.environ
     ]
+    webhook = spec.notify.webhook_env
+    if webhook and not os.environ.get(webhook, WEB_SCHEMES[0]).startswith(WEB_SCHEMES):  # it may be a secret: not shown
+        problems.append(f"notify.webhook_env: {webhook} holds no http(s) address in this shell; correct it")
     if problems:
         raise ConfigError(problems)
 

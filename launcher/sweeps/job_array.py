@@ -32,7 +32,8 @@ def submit_arrays(
     group: Group, submissions: Sequence[Submission], max_at_once: int | None, command: Sequence[str]
 ) -> list[Job]:
     """Submit all runs as arrays and return the jobs of the runs. Called again after an interruption it goes on."""
-    check_secrets(submissions[0].spec)
+    for submission in submissions:
+        check_secrets(submission.spec)
     scheduler = scheduler_of(submissions[0].spec.cluster.scheduler)
     size = scheduler.max_array_size()
     jobs: list[Job] = []

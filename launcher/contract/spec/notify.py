@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from launcher.contract.spec.rules import EMAIL, SHELL_VARIABLE
 
+WEB_SCHEMES = ("https://", "http://")
+"""How the address of a webhook begins."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NotifySpec:

@@ -87,6 +87,32 @@ def test_missing_value_is_an_error_before_the_queue(
     assert "cluster.env_from: TWICE is set by cluster.env; drop one" in err
 
 
+@pytest.mark.parametrize("cluster", ["local", "slurm-dev"])
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [(None, "HOOK is not set in this shell"), ("", "HOOK holds no http(s)"), ("hooks/secret", "HOOK holds no http(s)")],
+)
+def test_a_webhook_without_address_is_an_error_at_submission(
+    workdir: Path,
+    commands: Commands,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: str,
+    address: str | None,
+    problem: str,
+) -> None:
+    """It was told when an attempt had ended, or by the name of another key."""
+    commands.add("sbatch", "echo 1")
+    monkeypatch.delenv("HOOK", raising=False)
+    if address is not None:
+        monkeypatch.setenv("HOOK", address)
+    assert main(["submit", "cfg.yaml", "--cluster", cluster, "notify.webhook_env=HOOK"]) == ExitCode.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: notify.webhook_env: {problem}")
+    assert "secret" not in error
+    assert not Path("runs").exists()
+
+
 def test_refused_job_leaves_no_secret(workdir: Path, commands: Commands, values: None) -> None:
     commands.add("srun", "")
     commands.add("sbatch", "exit 1")
