@@ -12,8 +12,11 @@ from launcher.commands.arguments import Subcommands, command, json_option, print
 from launcher.commands.completion import CLUSTER, completed
 from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
 from launcher.contract.exit_codes import ExitCode
+from launcher.contract.schedulers import CAPABILITIES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from launcher.contract.spec import ClusterSpec
     from launcher.runs.excluded_nodes import NodeEvidence
 
@@ -45,14 +48,20 @@ def _nodes(options: argparse.Namespace) -> int:
         why = " --why TEXT" if options.action == "add" else ""
         raise ConfigError(f"nodes {options.action} needs a node and its cluster: HOST --cluster NAME{why}")
     from launcher.contract.config.cluster_file import load_cluster
-    from launcher.runs.excluded_nodes import by_hand, ledger_of
+    from launcher.runs.excluded_nodes import by_hand, hosts_to_exclude, ledger_of
 
     cluster = load_cluster(options.cluster)
     ledger = ledger_of(cluster)
     if options.action == "add":
+        _check_use(cluster)
         hosts = _existing(options.host, cluster)
+        _check_number(hosts, cluster)
+        before = set(hosts_to_exclude(cluster))
         ledger.add([by_hand(host, options.why, cluster.node_days) for host in hosts])
         print(f"kept away from for {cluster.node_days:g} days: {', '.join(hosts)}")
+        displaced = sorted(before - set(hosts_to_exclude(cluster)))
+        if displaced:
+            print(f"used again, as max_excluded of {cluster.name} is {cluster.max_excluded}: {', '.join(displaced)}")
         return int(ExitCode.OK)
     known = {entry.host for entry in ledger.entries()}
     hosts = [options.host] if options.host in known else _hosts(options.host, cluster)
@@ -62,6 +71,26 @@ def _nodes(options: argparse.Namespace) -> int:
         ledger.clear(host)
     print(f"may be used again: {', '.join(hosts)}")
     return int(ExitCode.OK)
+
+
+def _check_use(cluster: ClusterSpec) -> None:
+    """Raise ConfigError where jobs of the cluster keep away from no node, whatever is known of it."""
+    because = {
+        "it is this machine alone, without nodes to choose from": not CAPABILITIES[cluster.scheduler].allocates_nodes,
+        "its max_excluded is 0": not cluster.max_excluded,
+        "its node_days is 0": not cluster.node_days,
+    }
+    for why in (why for why, is_so in because.items() if is_so):
+        raise ConfigError(f"nodes add has no effect on cluster {cluster.name}: {why}")
+
+
+def _check_number(hosts: Sequence[str], cluster: ClusterSpec) -> None:
+    """Raise ConfigError where not even these hosts can all be excluded."""
+    if len(hosts) > cluster.max_excluded:
+        raise ConfigError(
+            f"{len(hosts)} nodes, and jobs of cluster {cluster.name} keep away from at most {cluster.max_excluded}; "
+            "raise max_excluded in its file, or name them in resources.exclude"
+        )
 
 
 def _hosts(words: str, cluster: ClusterSpec) -> list[str]:

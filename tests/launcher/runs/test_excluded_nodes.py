@@ -137,6 +137,42 @@ def test_command(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs a node and its cluster" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ("scheduler: local", "it is this machine alone"),
+        ("scheduler: slurm\nmax_excluded: 0", "its max_excluded is 0"),
+        ("scheduler: slurm\nnode_days: 0", "its node_days is 0"),
+    ],
+)
+def test_nothing_is_added_of_what_no_job_keeps_away_from(
+    workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: str, why: str
+) -> None:
+    folder = tmp_path / ".config" / "slurm-sft-launcher" / "cluster_configs"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"{settings}\n")
+    assert main(["nodes", "add", "n7", "--cluster=mine", "--why=slow disk"]) == ExitCode.BAD_INPUT
+    assert f"nodes add has no effect on cluster mine: {why}" in capsys.readouterr().err
+    assert excluded_nodes.ledger_of(ClusterSpec(name="mine")).entries() == []
+
+
+def test_of_more_nodes_than_are_excluded_none_is_left_out_silently(
+    workdir: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All were said to be kept away from, and the first four were."""
+    commands.add("sinfo", "printf 'n1\nn2\nn3\nn4\nn5\nn6\n'")
+    commands.add("scontrol", 'echo "$3" | tr , "\n"')
+    add = ["nodes", "add", "--cluster=slurm-dev", "--why=fan"]
+    assert main([*add, "n1,n2,n3,n4,n5"]) == ExitCode.BAD_INPUT
+    assert "5 nodes, and jobs of cluster slurm-dev keep away from at most 4; raise" in capsys.readouterr().err
+    assert main([*add, "n1,n2,n3"]) == main([*add, "n4"]) == 0
+    assert "used again" not in capsys.readouterr().out
+    assert main([*add, "n5,n6"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("kept away from for 3 days: n5, n6\nused again, as max_excluded of slurm-dev is 4: n")
+    assert len(shown.splitlines()[1].rpartition(": ")[2].split(", ")) == 2
+
+
 def test_submit_keeps_away_and_says_so(workdir: Path, commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = ClusterSpec(name="slurm-dev")
     excluded_nodes.ledger_of(cluster).add([by_hand("n7", "slow", 1)])
