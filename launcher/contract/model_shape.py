@@ -52,7 +52,7 @@ _WIDTH_NORM = ("olmo2", "olmo3", "olmoe")
 _WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
 """Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""
 
-_GPT2_KEYS = {
+GPT2_KEYS = {
     "num_hidden_layers": "n_layer",
     "hidden_size": "n_embd",
     "intermediate_size": "n_inner",
@@ -129,7 +129,7 @@ class ModelShape:
         config = language_model_config(config)
         model_type = str(config.get("model_type", ""))
         if model_type == "gpt2":
-            named = {ours: config.get(theirs, config.get(ours)) for ours, theirs in _GPT2_KEYS.items()}
+            named = {ours: config.get(theirs, config.get(ours)) for ours, theirs in GPT2_KEYS.items()}
             config = config | named | {"num_key_value_heads": None, "head_dim": None}  # GPT-2 reads neither
             config["intermediate_size"] = config.get("intermediate_size") or 4 * (config.get("hidden_size") or 0)
         if model_type == "qwen3_5_moe_text":  # none of its layers is dense
@@ -184,6 +184,7 @@ def _windows(config: HfConfig, model_type: str) -> tuple[int | None, tuple[int, 
     if not isinstance(window, int):
         return None, ()
     kinds, bound = config.get("layer_types"), config.get("max_window_layers", 28)
+    bound = bound if isinstance(bound, int) else 28  # families that read it refuse anything else
     used = bool(config.get("use_sliding_window"))
     if model_type in _WINDOW_IN_ALL:
         found = list(layers)

@@ -21,7 +21,7 @@ from sft.hf.files import check_model_files
 from sft.hf.stop_tokens import record_stop_tokens
 from sft.model_source import resolve_model_dir
 from sft.models.registry import read_architecture
-from sft.models.unused_settings import unused_dropouts
+from sft.models.unused_settings import unused_settings
 from sft.runtime.rank_env import RankEnv
 
 
@@ -38,7 +38,7 @@ def prepare(config: Path) -> ExitCode:
     check_model_settings(spec, architecture)
     if spec.model.init == "pretrained":
         check_model_files(model_dir, architecture)
-    print("".join(f"{remark}\n" for remark in unused_dropouts(model_dir, spec.model)), end="")
+    print("".join(f"{remark}\n" for remark in unused_settings(model_dir, spec)), end="")
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
     data = prepare_data(spec, tokenizer_dir)
     remark = check_schedule(spec, data.train)

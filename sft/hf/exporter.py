@@ -237,8 +237,19 @@ def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: bytes | N
             shutil.copyfile(path, directory / path.name)
     if chat_template is not None:
         (directory / "chat_template.jinja").write_bytes(chat_template)
-        # Those of the tokenizer would be chosen for conversations with tools, which were trained with this one.
-        shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
+        _drop_other_templates(directory)
+
+
+def _drop_other_templates(directory: Path) -> None:
+    """Remove the templates that would be chosen before chat_template.jinja, with which the run was trained."""
+    # For conversations with tools.
+    shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
+    # By the processor of a multimodal model, which servers ask before the tokenizer.
+    (directory / "chat_template.json").unlink(missing_ok=True)
+    path = directory / "processor_config.json"
+    settings = read_json(path)
+    if isinstance(settings, dict) and settings.pop("chat_template", None) is not None:
+        write_json(path, settings)
 
 
 def write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:

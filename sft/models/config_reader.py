@@ -71,7 +71,7 @@ class ConfigReader:
     def count(self, key: str, default: int) -> int:
         """Return the whole number under `key`, which must be above 0."""
         value = self.positive(key, default)
-        if value.is_integer():
+        if float(value).is_integer():  # an int, the default, has that method from Python 3.12 on
             return int(value)
         self.refuse(f"{key} {value:g} is not a whole number")
         return default

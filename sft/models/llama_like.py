@@ -103,6 +103,13 @@ def refuse_earlier_type(config: ConfigReader, scaling: Mapping[str, object]) -> 
         config.refuse("rope_scaling with type: transformers reads rope_type alone in this family, and would not scale")
 
 
+def refuse_untruncated(config: ConfigReader, **kinds: Mapping[str, object]) -> None:
+    """Refuse YaRN's `truncate: false` in the RoPE settings of a kind of layer, by whose name they are given."""
+    for kind, settings in kinds.items():
+        if not settings.get("truncate", True):
+            config.refuse(f"truncate false in rope_parameters.{kind} is not supported; transformers ignores it")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Biases:
     """Which linear layers have a bias."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,9 @@ _NEVER_BUILT = (
 )
 """Settings that change every layer and that no family here builds."""
 
+_ALWAYS_BUILT = ("is_causal", "scale_attn_weights")
+"""Settings that are true where they are left out, and that every layer here follows."""
+
 _OF_SINGLE_FAMILIES = (
     "attention_chunk_size",
     "attention_k_eq_v",
@@ -112,6 +116,7 @@ def read_architecture(model_dir: Path) -> Architecture:
     place = find_language_model(model_dir, ties=bool(whole.get("tie_word_embeddings", found.tied_by_default)))
     values = {**values, "tie_word_embeddings": place.tied}
     config = ConfigReader(values, replace(shape, tied_embeddings=place.tied))
+    _refuse_false(config, whole)  # some take it from there, too
     return inside(_read_checked(path, config, found), place)
 
 
@@ -122,11 +127,16 @@ def _read_checked(path: Path, config: ConfigReader, found: Family) -> Architectu
     for key in _OF_SINGLE_FAMILIES:
         if config.values.get(key) and key not in config.asked:
             config.refuse(f"{key} {config.values[key]} is not supported for model type {config.shape.model_type}")
-    if not config.values.get("scale_attn_weights", True):
-        config.refuse("scale_attn_weights false is not supported")
+    _refuse_false(config, config.values)
     for key in ("quantization_config", "compression_config"):
         if config.values.get(key) and key not in config.asked:
             config.refuse(f"{key}: quantized weights are not supported; use the unquantized model")
     if config.problems:
         raise ModelError([f"{path}: {problem}" for problem in config.problems])
     return architecture
+
+
+def _refuse_false(config: ConfigReader, values: Mapping[str, object]) -> None:
+    for key in _ALWAYS_BUILT:
+        if not values.get(key, True):
+            config.refuse(f"{key} false is not supported")

@@ -37,6 +37,8 @@ _OPTIONAL = {
     "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
 }
 """Numbers that a kind may leave out."""
+_OF_ORIGINAL_POSITIONS = ("llama3", "longrope", "yarn")
+"""Kinds for which `original_max_position_embeddings` at the top of a config comes before that among the settings."""
 _OF_SINGLE_FAMILIES = ("alpha", "llama_4_scaling_beta", "mrope_section", "xdrope_section")
 """Settings that change queries and keys in those families whose code reads them."""
 
@@ -173,7 +175,7 @@ def rope_settings(
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
     rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", default_fraction))
-    if "original_max_position_embeddings" in config:
+    if "original_max_position_embeddings" in config and rope["rope_type"] in _OF_ORIGINAL_POSITIONS:
         rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     return rope
 
@@ -218,7 +220,9 @@ def _problems(rope: Settings, partial: bool, understood: Collection[str]) -> lis
     """Return what of these settings is not covered."""
     problems = []
     fraction = rope["partial_rotary_factor"]
-    if not partial and fraction != 1.0:
+    if not _is_number(fraction):
+        problems.append(f"partial_rotary_factor {fraction} is not a number")
+    elif not partial and fraction != 1.0:
         problems.append(f"partial_rotary_factor {fraction} is not supported; only 1.0")
     if not _is_number(rope["rope_theta"]) or any(isinstance(value, dict) for value in rope.values()):
         problems.append("RoPE settings that differ between layers are not supported")

@@ -10,6 +10,10 @@ from sft.models.multimodal import read_language_model
 
 
 def _read(config: ConfigReader) -> Architecture:
+    if config.values.get("final_logit_softcapping"):
+        config.refuse(
+            "final_logit_softcapping is not supported beside images: transformers caps the text model's logits alone"
+        )
     return read_language_model(config, gemma3_text.FAMILY)
 
 

@@ -10,7 +10,7 @@ from sft.models.architecture import Architecture, Attention, DecoderLayer, Dense
 from sft.models.config_reader import ConfigReader
 from sft.models.families.gemma2 import GELU_TANH, alternating_windows, layer_with_four_norms
 from sft.models.family import Config, Family
-from sft.models.llama_like import SMALL, Layer, head_norms, refuse_earlier_type, rope_of, weight_map
+from sft.models.llama_like import SMALL, Layer, head_norms, refuse_earlier_type, refuse_untruncated, rope_of, weight_map
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 """Those that do not depend on the length of a batch."""
@@ -61,6 +61,7 @@ def _rope_settings(config: ConfigReader) -> tuple[Config, Config]:
         stated = {}
     everywhere: dict[str, object] = {**(stated.get("full_attention") or {}), **scaling}
     in_window: dict[str, object] = dict(stated.get("sliding_attention") or {})
+    refuse_untruncated(config, full_attention=everywhere, sliding_attention=in_window)
     everywhere.setdefault("rope_theta", config.values.get("rope_theta", 1000000.0))
     in_window.setdefault("rope_theta", config.values.get("rope_local_base_freq", 10000.0))
     return {"rope_parameters": everywhere}, {"rope_parameters": in_window}

@@ -5,7 +5,7 @@ The files hold matrices as [input, output], and query, key and value in one tens
 
 from __future__ import annotations
 
-from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_shape import GPT2_KEYS, ModelShape
 from sft.models.architecture import Activation, Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
@@ -30,6 +30,7 @@ def _read(config: ConfigReader) -> Architecture:
     shape = config.shape
     if "max_position_embeddings" not in config.values:
         config.require("n_positions")  # rows of a table, for which there is no default that fits all files
+    _refuse_two_sizes(config)
     activation = config.choice("activation_function", _ACTIVATIONS)
     config.refuse_true("attention_bias", "mlp_bias")
     layer = DecoderLayer(
@@ -44,6 +45,15 @@ def _read(config: ConfigReader) -> Architecture:
         rope=None,
         norm="layer",
     )
+
+
+def _refuse_two_sizes(config: ConfigReader) -> None:
+    """Refuse a size that is stated by both of its names with two values. The number of heads shows in no weight."""
+    names = {ours: theirs for ours, theirs in GPT2_KEYS.items() if theirs != "n_inner"}  # transformers knows it alone
+    for ours, theirs in names.items():
+        values = [config.values.get(key) for key in (theirs, ours)]
+        if None not in values and values[0] != values[1]:
+            config.refuse(f"{theirs} {values[0]} and {ours} {values[1]} mean the same, and differ")
 
 
 def _weight_map(shape: ModelShape) -> WeightMap:

@@ -9,7 +9,7 @@ from sft.models.config_reader import ConfigReader
 from sft.models.families.gemma2 import alternating_windows
 from sft.models.families.olmo2 import olmo_layer
 from sft.models.family import Config, Family
-from sft.models.llama_like import ACTIVATIONS, SMALL, refuse_earlier_type, rope_of, weight_map
+from sft.models.llama_like import ACTIVATIONS, SMALL, refuse_earlier_type, refuse_untruncated, rope_of, weight_map
 
 _THETA = 500000.0
 
@@ -62,8 +62,7 @@ def _rope_settings(config: ConfigReader) -> tuple[Config, Config]:
         everywhere |= scaling
     everywhere.setdefault("rope_theta", config.values.get("rope_theta", _THETA))
     in_window.setdefault("rope_theta", _THETA)
-    if not everywhere.get("truncate", True):
-        config.refuse("truncate false in rope_parameters.full_attention is not supported; transformers ignores it")
+    refuse_untruncated(config, full_attention=everywhere, sliding_attention=in_window)
     return {"rope_parameters": everywhere}, {"rope_parameters": in_window}
 
 

@@ -226,6 +226,19 @@ def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) 
             {"model_type": "gemma", "head_dim": 16, "use_bidirectional_attention": True},
             "use_bidirectional_attention true is not supported",
         ),
+        ({"is_causal": False}, "is_causal false is not supported"),
+        (
+            {"model_type": "phi3", "partial_rotary_factor": None, "sliding_window": None},
+            "partial_rotary_factor None is not a number",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": None},
+            "max_window_layers None is not a number",
+        ),
+        (
+            {"model_type": "gemma3_text", "head_dim": 16, "sliding_window_pattern": 0},
+            "sliding_window_pattern 0 is not above 0",
+        ),
         (
             {"compression_config": {"format": "pack-quantized"}},
             "compression_config: quantized weights are not supported; use the unquantized model",
@@ -414,6 +427,52 @@ def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: lis
 )
 def test_refusals_of_models_with_experts(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert refusal(tmp_path, **{**family(name).small_config, "model_type": name, **changes}) == [message]
+
+
+def test_gemma3_with_images_caps_no_logits(tmp_path: Path) -> None:
+    """Seen to cap them; transformers' class with an image tower does not."""
+    small: dict[str, Any] = dict(family("gemma3").small_config)
+    text = {**small["text_config"], "vocab_size": 97, "max_position_embeddings": 128, "final_logit_softcapping": 0.5}
+    assert refusal(tmp_path, **{**small, "model_type": "gemma3", "text_config": text}) == [
+        "final_logit_softcapping is not supported beside images: transformers caps the text model's logits alone"
+    ]
+
+
+@pytest.mark.parametrize("where", ["top", "text_config"])
+def test_attention_to_later_tokens_is_refused_in_a_multimodal_config(where: str, tmp_path: Path) -> None:
+    small: dict[str, Any] = dict(family("mistral3").small_config)
+    text = {**small["text_config"], "vocab_size": 97, "max_position_embeddings": 128}
+    config = {**small, "model_type": "mistral3", "text_config": text}
+    (config if where == "top" else text)["is_causal"] = False
+    assert refusal(tmp_path, **config) == ["is_causal false is not supported"]
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo3"])
+def test_a_ramp_of_yarn_that_transformers_rounds_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+    """Seen not to round it, other frequencies than transformers', which looks for the key in another place."""
+    small: dict[str, Any] = dict(family(name).small_config)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False}
+    ropes = {**small["rope_parameters"], kind: yarn}
+    assert refusal(tmp_path, **{**small, "model_type": name, "rope_parameters": ropes}) == [
+        f"truncate false in rope_parameters.{kind} is not supported; transformers ignores it"
+    ]
+
+
+def test_ministral3_counts_from_the_positions_among_its_rope_settings(tmp_path: Path) -> None:
+    """Seen to take those at the top, which transformers does for some kinds of scaling alone."""
+    small: dict[str, Any] = dict(family("ministral3").small_config)
+    rope = {"rope_type": "default", "llama_4_scaling_beta": 0.2, "original_max_position_embeddings": 8}
+    config = {**small, "model_type": "ministral3", "rope_parameters": rope, "original_max_position_embeddings": 48}
+    scales = {attention.query_scale for attention in read_architecture(write_config(tmp_path, **config)).attentions}
+    assert {scale.every for scale in scales if scale is not None} == {8}
+
+
+def test_two_names_of_a_size_of_gpt2_must_agree(tmp_path: Path) -> None:
+    """Seen to take n_head, where transformers takes the other: other attention over the same weights."""
+    small = {**family("gpt2").small_config, "model_type": "gpt2"}
+    assert refusal(tmp_path, **small, n_head=3) == ["n_head 3 and num_attention_heads 6 mean the same, and differ"]
+    assert read_architecture(write_config(tmp_path, **small, n_head=6)).shape.num_attention_heads == 6
 
 
 def test_olmo3_takes_no_earlier_name_of_a_scaling(tmp_path: Path) -> None:

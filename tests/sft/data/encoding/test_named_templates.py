@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -156,3 +157,22 @@ def test_an_export_has_the_named_template_and_no_other(tmp_path: Path) -> None:
     copy_settings(source, source, named_template("chatml").encode(), target)
     exported = PreTrainedTokenizerFast.from_pretrained(target)
     assert exported.get_chat_template(tools=[TOOL]) == named_template("chatml")  # type: ignore[list-item]
+
+
+def test_the_processor_of_an_export_has_the_named_template_too(tmp_path: Path) -> None:
+    """Seen to have the source's: processors read chat_template.json and their own config before chat_template.jinja."""
+    from transformers import ProcessorMixin
+
+    from sft.hf.exporter import copy_settings
+
+    source, target = tmp_path / "source", tmp_path / "target"
+    byte_level().save_pretrained(source)
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": DEFAULT}))
+    (source / "processor_config.json").write_text(json.dumps({"image_seq_length": 4, "chat_template": DEFAULT}))
+    target.mkdir()
+    copy_settings(source, source, named_template("chatml").encode(), target)
+    settings, _ = ProcessorMixin.get_processor_dict(target)
+    assert settings == {"image_seq_length": 4, "chat_template": named_template("chatml")}
+    # Without a template of the run they stay as they are.
+    copy_settings(source, source, None, target)
+    assert ProcessorMixin.get_processor_dict(target)[0]["chat_template"] == DEFAULT
