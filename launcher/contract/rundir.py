@@ -21,6 +21,7 @@
       checkpoints/step-<N>/ a checkpoint, complete when it contains COMPLETE
       bad_steps.jsonl       steps whose update was not applied, with the ids of their examples
       stop_tokens.json      the tokens that end answers in the training data
+      chat_template.jinja   the template of data.chat_template as the data were written with it
       generations.jsonl     answers given during training
       export/               Hugging Face directory
       export_nemo2/         the same as a NeMo 2 checkpoint (`sft export --format nemo2`)
@@ -165,6 +166,11 @@ class RunPaths:
     def stop_tokens(self) -> Path:
         """The tokens that end answers in the training data."""
         return self.root / "stop_tokens.json"
+
+    @property
+    def chat_template(self) -> Path:
+        """The template of data.chat_template as the data were written with it."""
+        return self.root / "chat_template.jinja"
 
     @property
     def samples(self) -> Path:

@@ -131,13 +131,15 @@ class TrainerState:
     """What the model computes (`sft.models.numerics`); None in earlier checkpoints."""
     optimizer: Mapping[str, object] | None = None
     """What `optimizer_form` gave; None in earlier checkpoints."""
+    base_weights: str | None = None
+    """Identifies the frozen weights that its adapters belong to; None without adapters, and in earlier checkpoints."""
 
     def to_json(self) -> str:
         """Return the content of trainer.json."""
         values = dataclasses.asdict(self)
         if not self.rate_groups:
             del values["rate_groups"]
-        for name in ("adapters", "model", "optimizer"):
+        for name in ("adapters", "model", "optimizer", "base_weights"):
             if values[name] is None:
                 del values[name]
         return json.dumps({"format": FORMAT} | values, indent=1)
@@ -164,6 +166,7 @@ class TrainerState:
             None if values.get(name) is None else _checked(values, name, dict)
             for name in ("adapters", "model", "optimizer")
         )
+        base = None if values.get("base_weights") is None else _checked(values, "base_weights", str)
         return cls(
             lightning=lightning,
             topology=topology,
@@ -173,6 +176,7 @@ class TrainerState:
             adapters=adapters,
             model=model,
             optimizer=optimizer,
+            base_weights=base,
         )
 
     @classmethod

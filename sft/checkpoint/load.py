@@ -16,13 +16,14 @@ from launcher.contract.versions import parse_version
 from sft.checkpoint.contents import SHARDED, TrainerState, optimizer_form
 from sft.checkpoint.files import changed_bytes, damage
 from sft.checkpoint.pickles import refuse_code
+from sft.checkpoint.same_model import check_model
 from sft.hf.checks import trained_adapters
 from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.parallel.groups import ControlGroup
 from sft.megatron.patches import adamw_state
-from sft.models.numerics import differences, numerics
+from sft.models.numerics import numerics
 
 # From here on, what is no tensor is in the sharded files. Later versions read common.pt of earlier ones as well.
 _COMMON_MOVED_IN = "0.19"
@@ -70,7 +71,7 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     """
     trainer = read_trainer_state(source)
     _check_data(source, trainer, data_key)
-    _check_model(source, trainer, numerics(module.architecture))
+    check_model(source, trainer, numerics(module.architecture))
     _check_adapters(source, trainer, trained_adapters(module.spec.model.lora, module.architecture))
     _check_version(source, trainer)
     refuse_code(source / SHARDED)
@@ -104,15 +105,6 @@ def _check_version(source: Path, trainer: TrainerState) -> None:
 def _check_data(source: Path, trainer: TrainerState, data_key: Mapping[str, object]) -> None:
     """Raise ConfigError where a checkpoint belongs to other data, or to another order of them."""
     _check_same(source, trainer.data_key, data_key, "over other batches", "Going on would repeat or skip examples")
-
-
-def _check_model(source: Path, trainer: TrainerState, model: Mapping[str, object]) -> None:
-    """Raise ConfigError where a checkpoint's weights belong to a model that computes something else."""
-    if trainer.model is not None and trainer.model != model:
-        raise ConfigError(
-            f"{source} was written by a run of another model: {'; '.join(differences(trainer.model, model))}. The same "
-            "weights would mean something else. Put config.json of model.path back, or start a new run"
-        )
 
 
 def _check_adapters(source: Path, trainer: TrainerState, adapters: Mapping[str, object]) -> None:

@@ -6,17 +6,21 @@ from pathlib import Path
 
 from launcher.contract.errors import ConfigError, RunStateError
 from launcher.contract.exit_codes import ExitCode
-from launcher.contract.named_templates import template_bytes
 from launcher.contract.records import read_metrics
 from launcher.contract.rundir import RunPaths, append_event, named_run
 from launcher.contract.spec import RunSpec, read_resolved
 from sft.checkpoint.choose import Choice, choose
-from sft.checkpoint.contents import SHARDED
+from sft.checkpoint.contents import SHARDED, TrainerState
+from sft.checkpoint.same_model import check_base_weights, check_model
 from sft.hf.adapter_export import export_adapter
 from sft.hf.answer import answers_wanted, record_answers
 from sft.hf.exporter import export_checkpoint
+from sft.hf.files import weights_identity
+from sft.hf.run_template import recorded_template
 from sft.hf.stop_tokens import add_stop_tokens, recorded_stop_tokens
 from sft.model_source import resolve_model_dir
+from sft.models.numerics import numerics
+from sft.models.registry import read_architecture
 from sft.nemo.export import export_nemo2
 from sft.runtime.rank_env import RankEnv
 
@@ -56,7 +60,7 @@ def export_run(run_root: Path, step: int | None = None, *, out_dir: Path | None 
     choice = choose(paths, spec, step)
     stop_tokens = recorded_stop_tokens(paths)
     print(f"exporting {choice.path.name}: {choice.why}", flush=True)
-    _write(choice.path / SHARDED, spec, out_dir or paths.export)
+    _write(choice.path, spec, out_dir or paths.export, recorded_template(paths, spec))
     add_stop_tokens(out_dir or paths.export, stop_tokens)
     return choice
 
@@ -68,10 +72,13 @@ def _spec_of(paths: RunPaths, shown: Path) -> RunSpec:
     return read_resolved(paths.config)
 
 
-def _write(sharded: Path, spec: RunSpec, out_dir: Path) -> None:
+def _write(checkpoint: Path, spec: RunSpec, out_dir: Path, template: bytes | None) -> None:
     model_dir = resolve_model_dir(spec, convert=False)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else None
-    template = template_bytes(spec.data.chat_template)
+    sharded, trainer = checkpoint / SHARDED, TrainerState.read(checkpoint)
+    check_model(checkpoint, trainer, numerics(read_architecture(model_dir)))
+    if trainer.base_weights is not None:
+        check_base_weights(checkpoint, trainer, weights_identity(model_dir))
     if spec.model.lora.rank is None:
         export_checkpoint(sharded, model_dir, out_dir, tokenizer_dir=tokenizer_dir, chat_template=template)
         return

@@ -18,6 +18,7 @@ from sft.generation.evaluation_prompts import check_prompts
 from sft.hf.answer import answers_wanted, record_answers
 from sft.hf.checks import check_model_settings
 from sft.hf.files import check_model_files
+from sft.hf.run_template import record_template
 from sft.hf.stop_tokens import record_stop_tokens
 from sft.model_source import resolve_model_dir
 from sft.models.registry import read_architecture
@@ -46,6 +47,7 @@ def prepare(config: Path) -> ExitCode:
         print(remark)
     check_vocabulary(data, architecture.shape.vocab_size)
     record_stop_tokens(paths, data.stop_tokens)
+    record_template(paths, spec)
     for name, prepared in open_validation_sets(spec, tokenizer_dir, build=True):
         check_vocabulary(prepared, architecture.shape.vocab_size)
         if prepared.validation is not None:

@@ -121,6 +121,7 @@ class MegatronStrategy(DDPStrategy):
             adapters=trained_adapters(module.spec.model.lora, module.architecture),
             model=numerics(module.architecture),
             optimizer=optimizer_form(module.spec.train),
+            base_weights=str(module.model_chunks[0].module.base_weights) or None,
         )
         state = sharded_state(module, loading=False)
         self.saver.begin(Path(filepath), state, trainer, copy=module.spec.checkpoint.asynchronous)

@@ -7,6 +7,7 @@ test but A's first values.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -308,6 +309,28 @@ def error_of_train(config: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         train(config)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [("weights", "trained on other weights than those in model.path now"), ("config.json", "layernorm_epsilon was ")],
+)
+def test_an_adapter_is_exported_for_its_own_model_alone(
+    changed: str, message: str, merged: bool, tmp_path: Path, model: Path, finished: RunPaths
+) -> None:
+    """Seen to be exported for, and merged into, whatever model.path held by then."""
+    path = model / ("config.json" if changed == "config.json" else "model.safetensors")
+    before = path.read_bytes()
+    if changed == "config.json":
+        path.write_text(json.dumps({**json.loads(before), "rms_norm_eps": 0.01}))
+    else:
+        shutil.copy(make_tiny_model(tmp_path / "other", tied=True, seed=1) / path.name, path)
+    try:
+        with pytest.raises(ConfigError, match=message):
+            exported(finished, tmp_path, merged=merged)
+    finally:
+        path.write_bytes(before)
 
 
 def exported(paths: RunPaths, root: Path, *, merged: bool) -> Path:

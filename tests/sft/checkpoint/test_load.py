@@ -10,6 +10,7 @@ from launcher.contract.errors import CheckpointError, ConfigError
 from launcher.contract.spec import LoraSpec
 from sft.checkpoint import load
 from sft.checkpoint.contents import TrainerState
+from sft.checkpoint.same_model import check_base_weights, check_model
 from sft.hf.checks import trained_adapters
 from sft.models.numerics import numerics
 from sft.models.registry import read_architecture
@@ -69,8 +70,19 @@ def test_another_model_than_that_of_a_checkpoint_is_refused(tmp_path: Path) -> N
     llama, qwen2 = (numerics(read_architecture(save_config(case, tmp_path / case))) for case in ("llama", "qwen2"))
     state = TrainerState(lightning={}, topology={}, data_key={}, model=llama)
     state, source = TrainerState.from_json(state.to_json()), Path("step-00000002")
-    load._check_model(source, state, llama)
+    check_model(source, state, llama)
     with pytest.raises(ConfigError, match="step-00000002 was written by a run of another model: "):
-        load._check_model(source, state, qwen2)
+        check_model(source, state, qwen2)
     earlier = TrainerState.from_json(TrainerState(lightning={}, topology={}, data_key={}).to_json())
-    load._check_model(source, earlier, qwen2)
+    check_model(source, earlier, qwen2)
+
+
+def test_adapters_of_other_weights_are_refused() -> None:
+    """By an export, too (tests/parity/test_lora.py)."""
+    written = TrainerState(lightning={}, topology={}, data_key={}, base_weights="abc").to_json()
+    state, source = TrainerState.from_json(written), Path("step-00000002")
+    check_base_weights(source, state, "abc")
+    with pytest.raises(ConfigError, match="step-00000002 holds adapters that were trained on other weights"):
+        check_base_weights(source, state, "abd")
+    earlier = TrainerState.from_json(TrainerState(lightning={}, topology={}, data_key={}).to_json())
+    check_base_weights(source, earlier, "abd")

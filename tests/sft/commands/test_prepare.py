@@ -10,7 +10,7 @@ import pytest
 from launcher.contract.errors import ConfigError
 from launcher.contract.spec import DataSpec, ModelSpec, OptimizerSpec, RunSpec, TrainSpec, to_yaml
 from sft.commands.prepare import prepare
-from tests.tiny_model import make_material
+from tests.tiny_model import CHAT_TEMPLATE, make_material
 
 
 def test_a_schedule_that_the_steps_of_the_epochs_are_too_few_for(
@@ -39,3 +39,18 @@ def test_a_schedule_that_the_steps_of_the_epochs_are_too_few_for(
     assert list(caught.value.problems) == [
         "train.optimizer.wsd_steps: 3 is more than the 2 steps after the warm-up (train.epochs 2 comes to 6 steps)"
     ]
+
+
+def test_the_template_of_the_data_is_kept(tmp_path: Path) -> None:
+    model, rows = make_material(tmp_path, 10)
+    template = tmp_path / "own.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    spec = RunSpec(
+        name="run",
+        model=ModelSpec(path=str(model), init="random"),
+        data=DataSpec(train=[str(rows)], seq_length=128, workers=1, chat_template=str(template)),
+        train=TrainSpec(max_steps=1, global_batch_size=4),
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(spec))
+    prepare(tmp_path / "config.yaml")
+    assert (tmp_path / "chat_template.jinja").read_text() == CHAT_TEMPLATE
