@@ -5,17 +5,20 @@ Megatron-core's own has one RoPE for all layers, whose magnitude comes from a fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft.kernels.fp8 import WithRows
 from sft.kernels.rope import of_tokens, rotate
-from sft.megatron.core import SelfAttention, StaticInferenceContext
+from sft.megatron.core import SelfAttention, StaticInferenceContext, TransformerConfig
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.query_scale import scaled_by_position
 from sft.megatron.parallel.documents import Rows
 from sft.models.architecture import QueryScale
 
+Norm = Callable[[TransformerConfig, int, float], nn.Module]
 Heads = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Query, key, value, and the gate of the output where there is one."""
 
@@ -34,9 +37,15 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         angles: slice,
         magnitude: float = 1.0,
         query_scale: QueryScale | None = None,
+        width_norms: tuple[Norm, Norm] | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if width_norms is not None:
+            # Megatron-core 0.18 and later build norms of queries and keys where its `qk_layernorm` says that each rank
+            # has them whole, and then add up gradients that are not partial ones.
+            of_heads = self.config, self.hidden_size_per_attention_head, self.config.layernorm_epsilon
+            self.q_layernorm, self.k_layernorm = (norm(*of_heads) for norm in width_norms)
         self._rotary = rotary
         self._angles = angles
         """This layer's columns of the table of angles, which has those of every kind of layer."""

@@ -29,7 +29,7 @@ from sft.megatron.core import (
     TransformerLayerSubmodules,
 )
 from sft.megatron.kernel_choice import Kernels
-from sft.megatron.layers.attention import RotarySelfAttention
+from sft.megatron.layers.attention import Norm, RotarySelfAttention
 from sft.megatron.layers.core_attention import CoreAttention
 from sft.megatron.layers.fused import (
     FusedCoreAttention,
@@ -154,7 +154,7 @@ def _attention_spec(
         own = {"sizes": attention, "linears": linears, "kernel": kernels.linear_attention}
         return ModuleSpec(module=GatedDeltaNet, params=own)
     fused = kernels.fused_layers
-    query_norm, key_norm = _norms_of_heads(architecture, attention, fused=fused)
+    norm = (FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]) if attention.qk_norm else None
     core = {
         "scale": attention.softmax_scale,
         "window": attention.window,
@@ -170,6 +170,7 @@ def _attention_spec(
             "magnitude": 1.0 if rope is None else rope.attention_factor,
             "angles": _columns_of_angles(architecture, rope),
             "query_scale": attention.query_scale,
+            "width_norms": _width_norms(architecture) if attention.width_norm else None,
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=linears.column,
@@ -177,21 +178,19 @@ def _attention_spec(
             if fused
             else ModuleSpec(module=CoreAttention, params=core),
             linear_proj=linears.row,
-            q_layernorm=query_norm,
-            k_layernorm=key_norm,
+            q_layernorm=norm,
+            k_layernorm=norm,
         ),
     )
 
 
-def _norms_of_heads(architecture: Architecture, attention: Attention, *, fused: bool) -> tuple[object, object]:
-    """Return the norms of queries and of keys."""
-    if attention.width_norm:
-        heads = architecture.shape.num_attention_heads, architecture.shape.num_query_groups
-        late = architecture.norm == "late_rounded_rms"
-        queries, keys = (ModuleSpec(module=WidthRMSNorm, params={"heads": count, "late": late}) for count in heads)
-        return queries, keys
-    norm = (FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]) if attention.qk_norm else None
-    return norm, norm
+def _width_norms(architecture: Architecture) -> tuple[Norm, Norm]:
+    """Return the norms of all query heads together, and of all key heads."""
+    shape, late = architecture.shape, architecture.norm == "late_rounded_rms"
+    queries, keys = (
+        partial(WidthRMSNorm, heads=heads, late=late) for heads in (shape.num_attention_heads, shape.num_query_groups)
+    )
+    return queries, keys
 
 
 def _columns_of_angles(architecture: Architecture, rope: Rope | None) -> slice:

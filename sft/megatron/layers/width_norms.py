@@ -22,9 +22,7 @@ from sft.megatron.core import (
 class WidthRMSNorm(nn.Module):
     """RMSNorm over `heads` heads of all ranks. Rounds before the product with the weight, or with `late` after it."""
 
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int, late: bool, **_: object
-    ) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int, late: bool) -> None:
         super().__init__()
         self._late = late
         self._group = parallel_state.get_tensor_model_parallel_group()

@@ -27,7 +27,7 @@ def same_bits() -> dict[str, bool]:
     x, weight = torch.randn(40, 2, HEADS, DIM).bfloat16(), torch.randn(HEADS * DIM).bfloat16()
     outputs = {}
     for late, reference in ((False, OlmoeRMSNorm), (True, Olmo2RMSNorm)):
-        ours, theirs = WidthRMSNorm(config, DIM, heads=HEADS, late=late), reference(HEADS * DIM, 1e-5).bfloat16()
+        ours, theirs = WidthRMSNorm(config, DIM, 1e-5, heads=HEADS, late=late), reference(HEADS * DIM, 1e-5).bfloat16()
         for norm in (ours, theirs):
             norm.weight.data.copy_(weight)
         outputs[late] = ours(x), theirs(x.flatten(-2)).view_as(x)
