@@ -71,6 +71,13 @@ def save_hf_model(
     """Write the model of `case` with random weights, biases and norms."""
     torch.manual_seed(0)
     model = auto_class(case).from_config(hf_config(case, **more))
+    randomize(model)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard)
+    return directory
+
+
+def randomize(model: Any) -> None:
+    """Fill a model with random weights, biases and norms, none of which is what a fresh model has."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name or ".ln_" in name
@@ -82,8 +89,6 @@ def save_hf_model(
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):  # by which experts are chosen
                 buffer.normal_(0.0, 0.1)
-    model.to(dtype).save_pretrained(directory, max_shard_size=shard)
-    return directory
 
 
 def drop_prefix(directory: Path, prefix: str) -> None:
@@ -131,8 +136,8 @@ def run_spec(directory: Path, world_size: int, precision: str = "fp32", **topolo
     )
 
 
-def build_and_load(spec: RunSpec) -> list[Any]:
-    """Return, on a rank, its chunks, filled from the Hugging Face directory."""
+def build_and_load(spec: RunSpec, *, with_groups: bool = True) -> list[Any]:
+    """Return, on a rank, its chunks, filled from the Hugging Face directory. `with_groups` makes the groups first."""
     from launcher.contract.topology import build_topology
     from sft.hf.importer import load_hf_weights
     from sft.megatron.config import transformer_config
@@ -144,7 +149,8 @@ def build_and_load(spec: RunSpec) -> list[Any]:
 
     architecture = read_architecture(Path(spec.model.path))
     topology = build_topology(spec, architecture.shape)
-    init_model_parallel(topology, seed=1)
+    if with_groups:
+        init_model_parallel(topology, seed=1)
     kernels = choose_kernels(spec, architecture, on_gpu=False)
     config = transformer_config(spec, architecture, topology, kernels, on_gpu=False)
     chunks = build_chunks(spec, architecture, topology, config, kernels)
