@@ -112,12 +112,12 @@ def _chunk_costs(costs: Sequence[int], head: int, recomputed: int) -> _ChunkCost
 
 
 def _with_one_more(
-    chunks: _ChunkCosts, rest: Sequence[int | None], limit: int, scale: int, *, of_last: bool
+    table: _ChunkCosts, rest: Sequence[int | None], limit: int, scale: int, *, of_last: bool
 ) -> tuple[list[int | None], list[int]]:
     """Return the least prices with one chunk more in front, and where that chunk then ends, by its start."""
     best: list[int | None] = [None] * len(rest)
     ends = [0] * len(rest)
-    for start, costs in enumerate(chunks):
+    for start, costs in enumerate(table):
         least: int | None = None
         for end, cost in enumerate(costs, start + 1):
             own, behind = _price(cost, limit, scale, of_last=of_last), rest[end]
@@ -139,24 +139,24 @@ def _price(cost: int, limit: int, scale: int, *, of_last: bool) -> int | None:
     return cost * cost * scale + (cost if of_last else 0)
 
 
-def _least_maximum(chunks: _ChunkCosts, model_chunks: int) -> int:
+def _least_maximum(table: _ChunkCosts, model_chunks: int) -> int:
     """Return the cost of the costliest chunk in the best split.
 
     Not by bisection with chunks filled greedily: a chunk of expensive layers alone can cost more than one with cheap
     layers before them, which are then those that are recomputed.
     """
     # least[start] is that of the chunks that have the layers from `start` on. The last chunk comes first.
-    least = [own[-1] for own in chunks]
-    impossible = 2 * chunks[0][-1]  # all layers recomputed cost at most a third more than none
+    least = [own[-1] for own in table]
+    impossible = 2 * table[0][-1]  # all layers recomputed cost at most a third more than none
     for _ in range(model_chunks - 1):
-        least = [_least_from(own, least[start + 1 :], impossible) for start, own in enumerate(chunks)]
+        least = [_least_from(own, least[start + 1 :], impossible) for start, own in enumerate(table)]
     return least[0]
 
 
-def _least_from(chunks: Sequence[int], behind: Sequence[int], impossible: int) -> int:
+def _least_from(costs: Sequence[int], behind: Sequence[int], impossible: int) -> int:
     """Return the least maximum of a chunk and those behind it, `impossible` where there are too few layers for them."""
     found = impossible
-    for own, others in zip(chunks, behind, strict=False):  # the longest chunk has none behind it
+    for own, others in zip(costs, behind, strict=False):  # the longest chunk has none behind it
         if own >= found:
             break  # so have all that are longer
         if others < found:

@@ -21,7 +21,7 @@ def record_template(paths: RunPaths, spec: RunSpec) -> None:
 
 
 def recorded_template(paths: RunPaths, spec: RunSpec) -> bytes | None:
-    """Return the template that was kept; of an earlier version's run, which has none, what the config names now."""
+    """Return the template that was kept, or what the config names now if an earlier version kept none."""
     if paths.chat_template.is_file():
         return paths.chat_template.read_bytes()
     return template_bytes(spec.data.chat_template)
