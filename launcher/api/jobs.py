@@ -127,15 +127,20 @@ def submit_run(checked: CheckedRun, command: Sequence[str]) -> SubmittedRun:
 
 
 def cost_above_limit(submissions: Sequence[Submission]) -> str | None:
-    """Return what runs cost together where that is above resources.gpu_hour_limit, else None."""
+    """Return what runs cost together where that is, or may be, above resources.gpu_hour_limit, else None."""
     from launcher.planning.run_plan import run_cost
 
     limit = submissions[0].spec.resources.gpu_hour_limit
-    costs = [
-        cost for submission in submissions if (cost := run_cost(submission.spec, submission.prediction)) is not None
-    ]
+    if limit is None:
+        return None
+    with_gpus = [submission for submission in submissions if submission.spec.resources.gpus_per_node]
+    found = [run_cost(submission.spec, submission.prediction) for submission in with_gpus]
+    if None in found:
+        why = "neither train.max_steps with a known GPU nor resources.time tells it"
+        return f"how many GPU hours the run takes is not known ({why}); resources.gpu_hour_limit is {limit:,.1f}"
+    costs = [cost for cost in found if cost is not None]
     hours = sum(cost.gpu_hours for cost in costs)
-    if limit is None or hours <= limit:
+    if hours <= limit:
         return None
     what = f"{len(submissions)} runs take up to {hours:,.1f} GPU hours"
     if len(submissions) == 1:

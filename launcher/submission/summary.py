@@ -10,19 +10,14 @@ from launcher.contract.config.load import value_at
 from launcher.contract.job import JobId
 from launcher.contract.rundir import default_run_root
 from launcher.contract.schedulers import CAPABILITIES
-from launcher.contract.spec import ResourcesSpec, RunSpec
+from launcher.contract.spec import RunSpec
 from launcher.contract.steps import warmup_remark
 from launcher.contract.topology import describe_batch
 from launcher.planning.run_plan import run_cost
 from launcher.runs import excluded_nodes
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission.submission import Submission
-
-_OF_A_QUEUE = (
-    *("partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude", "exclusive"),
-    *("memory_per_node", "extra_sbatch"),
-)
-"""Keys of `resources` that only a scheduler with a queue reads."""
+from launcher.submission.unused import unused_settings
 
 
 def outline(submission: Submission) -> str:
@@ -97,14 +92,8 @@ def _excluded(submission: Submission) -> list[str]:
 
 
 def _unused(submission: Submission) -> list[str]:
-    """Return which settings have no effect on a cluster without a queue, so that a run may be tried there as it is."""
-    spec = submission.spec
-    if CAPABILITIES[spec.cluster.scheduler].allocates_nodes:
-        return []
-    default = ResourcesSpec()
-    names = [f"resources.{name}" for name in _OF_A_QUEUE if getattr(spec.resources, name) != getattr(default, name)]
-    names += ["cluster.srun_args"] if spec.cluster.srun_args else []
-    return [f"unused     {', '.join(names)}: cluster {spec.cluster.name} has no queue"] if names else []
+    """Return which settings have no effect, each group with its reason."""
+    return [f"unused     {', '.join(names)}: {why}" for names, why in unused_settings(submission.spec) if names]
 
 
 def _schedule(submission: Submission) -> list[str]:

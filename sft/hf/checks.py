@@ -20,6 +20,7 @@ def check_model_settings(spec: RunSpec, architecture: Architecture) -> None:
         *_head_problems(spec, architecture),
         *_lora_problems(spec, architecture),
         *_router_problems(spec, architecture),
+        *_linear_attention_problems(spec, architecture),
         *router_problems(spec.model.lora, architecture),
     ]
     if not problems:  # the names of adapters come from targets that exist
@@ -87,6 +88,13 @@ def _router_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
         return []
     kind = architecture.shape.model_type
     return [f"train.router_aux_loss {coefficient:g}: a {kind} model has no experts to use more evenly; set it to 0"]
+
+
+def _linear_attention_problems(spec: RunSpec, architecture: Architecture) -> list[str]:
+    chosen, kind = spec.train.linear_attention, architecture.shape.model_type
+    if chosen == "auto" or architecture.shape.linear is not None:
+        return []
+    return [f"train.linear_attention {chosen}: a {kind} model has no linear attention; set it to auto"]
 
 
 def _position_problems(spec: RunSpec, architecture: Architecture) -> list[str]:

@@ -64,9 +64,11 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
         if spec.train.cuda_graphs == "always":
             why = f"layers are plain: {because}" if fused else "kernels are plain here"
             raise ModelError(f"train.cuda_graphs {no_graphs(why)}")
-        if spec.train.attention == "flash4":
+        if spec.train.attention != "auto":
             why = f"those of this model are plain: {because}" if fused else "kernels are plain here"
-            raise ModelError(f"train.attention flash4 is a kernel of fused layers, and {why}; set it to auto")
+            raise ModelError(
+                f"train.attention {spec.train.attention} is a kernel of fused layers, and {why}; set it to auto"
+            )
         return replace(common, plain_layers_because=because if fused else None)
     kernel = attention_kernel(spec, architecture)
     by_offsets = on_gpu and (
@@ -77,10 +79,21 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
         or _is_capped(architecture)
     )
     by_kernel = by_offsets and (kernel == "flash4" or not _is_capped(architecture))
+    if on_gpu and not by_kernel and spec.train.attention != "auto":
+        raise ModelError(
+            f"train.attention {kernel} would compute nothing: {_why_torchs(by_offsets=by_offsets)}; set it to auto"
+        )
     broken = attention.broken_flash4() if by_kernel and spec.train.attention == "auto" else None
     text = f"{kernel} (flash-attn-4 cannot be imported: {broken})" if broken else kernel
     graphs = _graphs(spec, architecture, on_gpu=on_gpu)
     return replace(common, attention=kernel, attention_text=text if by_kernel else "torch's", graphs=graphs)
+
+
+def _why_torchs(*, by_offsets: bool) -> str:
+    """Return why attention is computed by torch's own operations."""
+    if by_offsets:
+        return "this model's scores are capped, which only flash4 computes"
+    return "rows are neither packed, nor shared by ranks, nor longer than a sliding window"
 
 
 def _graphs(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -> bool:
@@ -149,12 +162,7 @@ def _linear_attention(
     """Return what train.linear_attention means here and what to call it, or raise ModelError if it cannot be used."""
     chosen = spec.train.linear_attention
     if architecture.shape.linear is None:
-        if chosen == "auto":
-            return "torch", None
-        raise ModelError(
-            f"train.linear_attention {chosen}: a {architecture.shape.model_type} model has no linear attention; set it "
-            "to auto"
-        )
+        return "torch", None
     if chosen == "torch":
         return "torch", "torch's"
     because = _no_fla_because(spec, on_gpu=on_gpu)

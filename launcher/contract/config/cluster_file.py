@@ -31,7 +31,8 @@ def load_cluster(name: str) -> ClusterFile:
 
     Raise ConfigError with every line that is wrong.
     """
-    leaves = _leaves(Leaf(name, "cluster", f"cluster {name}"))
+    named = Leaf(name, "cluster", f"cluster {name}")
+    leaves = _leaves(named)
     if leaves.problems:
         raise ConfigError(leaves.problems)
     written = {key.removeprefix("cluster."): leaf for key, leaf in leaves.values.items()}
@@ -48,7 +49,10 @@ def load_cluster(name: str) -> ClusterFile:
     if problems:
         raise ConfigError(problems)
     cluster = build(ClusterFile, schema, written)
-    problems = [f"{written['host'].where}: {key}: {problem}" for key, problem in host_problems(cluster)]
+    problems = [
+        f"{written.get(key, written.get('host', named)).where}: {key}: {problem}"
+        for key, problem in host_problems(cluster)
+    ]
     ledger = (problem for key, problem in rule_problems(cluster) if key == "node_ledger")
     problems += [f"{written['node_ledger'].where}: node_ledger: {problem}" for problem in ledger]
     if problems:
@@ -89,3 +93,7 @@ def host_problems(cluster: ClusterSpec) -> Iterator[Problem]:
     yield from (problem for problem in rule_problems(cluster) if problem[0] == "host")
     if cluster.host is not None and not cluster.host_directory:
         yield "host_directory", f"missing; the directory on {cluster.host} in which commands run and runs/ is"
+    unset = ClusterSpec()
+    for name in ("host_directory", "host_python", "host_options"):
+        if cluster.host is None and getattr(cluster, name) != getattr(unset, name):
+            yield name, "needs host: without it commands run on this machine"

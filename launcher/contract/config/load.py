@@ -105,12 +105,14 @@ def checked_spec(merged: Leaves, shown: str) -> RunSpec:
 
 def _checked(merged: Leaves, shown: str) -> Resolution:
     """Return the checked spec, and what became of the hub ids in it."""
-    found = resolve_hub(_at_its_host(typed_spec(merged)))
+    written = typed_spec(merged)
+    found = resolve_hub(_at_its_host(written))
     spec = _dated(with_absolute_paths(found.spec))
     for key, message in found.problems:
         merged.problems.append(f"{merged.where(key, shown)}: {key}: {message}")
     merged.bad |= {key for key, _ in found.problems}
-    for key, message in (*spec_problems(spec), *file_problems(spec)):
+    of_host = ((f"cluster.{key}", problem) for key, problem in host_problems(written.cluster))
+    for key, message in (*of_host, *spec_problems(spec), *file_problems(spec)):
         if key not in merged.bad:
             merged.problems.append(f"{merged.where(key, shown)}: {key}: {message}")
     if merged.problems:

@@ -33,6 +33,7 @@ from sft.data.prepared.report import check_columns_found, check_counts, check_en
 from sft.data.prepared.sources import DataSet, Sources, held_out_sets, joined, training_sets
 from sft.data.reading.files import digest, expand, file_identity, sha256_of
 from sft.data.reading.formats import check_columns, check_columns_read, read_first_row, with_detected_form
+from sft.data.reading.policies import policy_problems
 from sft.data.reading.split import Side, split_of
 
 CODE_VERSION = 5
@@ -109,7 +110,7 @@ def open_or_build(
     caches = []
     sets = (*training, *held_out_sets(spec.data))
     sources = [_source(spec, data_set, tokenizer_dir, write_notes=build) for data_set in sets]
-    _check_columns_read(spec.data, sources)
+    _check_settings_read(spec.data, sources)
     for data_set, source in zip(sets, sources, strict=True):
         if build:
             caches.append(_open_or_make(spec, source, tokenizer_dir, verify))
@@ -121,8 +122,8 @@ def open_or_build(
     return PreparedData(joined(training, train, spec.data), held_out[0] if held_out else None)
 
 
-def _check_columns_read(data: DataSpec, sources: Sequence[_Source]) -> None:
-    """Raise DataError for columns of the config that no data set which has them is read with."""
+def _check_settings_read(data: DataSpec, sources: Sequence[_Source]) -> None:
+    """Raise DataError for columns and policies of the config that no data set which has them is read with."""
     for source in sources:
         if data.sources and source.of.own_columns:
             try:
@@ -130,12 +131,15 @@ def _check_columns_read(data: DataSpec, sources: Sequence[_Source]) -> None:
             except DataError:
                 read_first_row(source.files, source.data)  # where the format itself is wrong, that is what to say
                 raise
+    alone = dataclasses.replace(data, sources={})
+    others = {f"data.validation_sets.{name}": [given] for name, given in data.validation_sets.items()}
+    held_out = {key: with_detected_form(expand(files, key), alone, key).format for key, files in others.items()}
     if data.columns:
-        alone = dataclasses.replace(data, sources={})
-        others = {f"data.validation_sets.{name}": [given] for name, given in data.validation_sets.items()}
-        held_out = [with_detected_form(expand(files, key), alone, key) for key, files in others.items()]
-        inherits = [source.data for source in sources if not (data.sources and source.of.own_columns)]
-        check_columns_read(data.columns, {each.format for each in (*inherits, *held_out)}, "data.columns")
+        inherits = {source.data.format for source in sources if not (data.sources and source.of.own_columns)}
+        check_columns_read(data.columns, inherits | set(held_out.values()), "data.columns")
+    problems = list(policy_problems(data, {source.of.key: source.data.format for source in sources} | held_out))
+    if problems:
+        raise DataError(problems)
 
 
 def check_vocabulary(prepared: PreparedData, vocab_size: int) -> None:

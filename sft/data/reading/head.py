@@ -17,7 +17,15 @@ from launcher.contract.spec import DataSpec
 from sft.data.reading.arrow import ARROW_FILES
 from sft.data.reading.compressed import compression_of, kind_of
 from sft.data.reading.files import expand
-from sft.data.reading.formats import Example, check_columns, parse_row, rows_of, with_detected_form
+from sft.data.reading.formats import (
+    Example,
+    check_columns,
+    check_columns_read,
+    parse_row,
+    rows_of,
+    with_detected_form,
+)
+from sft.data.reading.policies import policy_problems
 from sft.data.reading.tables import as_json, holds_lines
 
 _FILES = 16
@@ -38,9 +46,25 @@ def head_problems(data: DataSpec, vocab_size: int | None = None) -> list[str]:
             check_columns(names, key)
         except DataError as error:
             problems |= dict.fromkeys(error.problems)
-    for key, part in _data_sets(data):
-        problems |= dict.fromkeys(_set_problems(part, key, vocab_size))
+    formats: dict[str, str] = {}
+    sets = list(_data_sets(data))
+    for key, part in sets:
+        problems |= dict.fromkeys(_set_problems(part, key, vocab_size, formats))
+    if not problems and len(formats) == len(sets):
+        problems |= dict.fromkeys((*policy_problems(data, formats), *_column_problems(data, formats)))
     return list(problems)
+
+
+def _column_problems(data: DataSpec, formats: dict[str, str]) -> Iterator[str]:
+    """Yield columns that no rows of the data sets which have them are read with."""
+    own = {f"data.sources.{name}": source.columns for name, source in data.sources.items() if source.columns}
+    inherits = {row_format for key, row_format in formats.items() if key not in own}
+    named = [(f"{key}.columns", columns, {formats[key]}) for key, columns in own.items()]
+    for key, columns, read in (*named, ("data.columns", data.columns, inherits)):
+        try:
+            check_columns_read(columns, read, key)
+        except DataError as error:
+            yield from error.problems
 
 
 def _data_sets(data: DataSpec) -> Iterator[tuple[str, DataSpec]]:
@@ -56,12 +80,15 @@ def _data_sets(data: DataSpec) -> Iterator[tuple[str, DataSpec]]:
         yield f"data.validation_sets.{name}", dataclasses.replace(alone, train=[pattern])
 
 
-def _set_problems(data: DataSpec, key: str, vocab_size: int | None) -> Iterator[str]:
+def _set_problems(data: DataSpec, key: str, vocab_size: int | None, formats: dict[str, str]) -> Iterator[str]:
+    """Yield the problems of one data set, and put the format of its rows into `formats` where it can be known here."""
     if not all(Path(pattern).exists() for pattern in data.train):
         return  # a glob of held-out files, or what is still on the hub
     try:
         files = [path for path in expand(data.train, key)[:_FILES] if _is_readable(path)]
         data = with_detected_form(files, data, key) if files else data
+        if data.format != "auto":
+            formats[key] = data.format
     except DataError as error:
         yield from error.problems
         return

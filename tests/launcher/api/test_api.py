@@ -85,6 +85,14 @@ def test_a_costly_run_is_submitted_only_where_its_cost_is_accepted(workdir: Path
     assert not Path("runs").exists()
 
 
+def test_a_limit_of_cost_is_not_kept_by_a_run_of_unknown_cost(workdir: Path, fake_python: str) -> None:
+    """Without a time limit, and with a GPU that is not known, the limit was passed over."""
+    words = [fake_python, "resources.gpus_per_node=2", "resources.gpu_hour_limit=0.5", "resources.time=null"]
+    with pytest.raises(ConfigError, match=r"how many GPU hours the run takes is not known.*submit with --yes"):
+        api.submit("cfg.yaml", words)
+    assert not Path("runs").exists()
+
+
 def test_errors_have_the_exit_code_of_the_command(workdir: Path) -> None:
     with pytest.raises(ConfigError) as wrong:
         api.validate("cfg.yaml", ["train.max_step=3", "topology.nope=1"])

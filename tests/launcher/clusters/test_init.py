@@ -82,6 +82,7 @@ def test_check_says_all_that_is_wrong(workdir: Path, commands: Commands, capsys:
     assert "invalid gres" in wrong("scheduler: slurm\nresources: {partition: gpu}\n")
     assert "is not a venv" in wrong("scheduler: slurm\nruntime: {kind: venv, path: /no}\n")
     assert "runtime.path: missing; kind venv needs its directory" in wrong("scheduler: slurm\nruntime: {kind: venv}\n")
+    assert "big.yaml:2: host_directory: needs host: without it" in wrong("scheduler: slurm\nhost_directory: /work\n")
     said = wrong("scheduler: slrm\nresources: {gpus_per_node: eight}\n")  # in the words that runs are told
     assert "big.yaml:1: scheduler: 'slrm' is not one of slurm, local; did you mean 'slurm'?" in said
     assert "big.yaml:2: resources.gpus_per_node: 'eight' is not an integer" in said

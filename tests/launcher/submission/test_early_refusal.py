@@ -94,3 +94,38 @@ def test_none_of_it_needs_torch(workdir: Path) -> None:
     bad = [*command, "model.lora.rank=4", "model.lora.targets=q_prj"]
     done = subprocess.run(bad, env=environment, capture_output=True, text=True, check=False)
     assert "has no linear layer q_prj" in done.stderr
+
+
+TOKENS = {"input_ids": [1, 2], "labels": [-100, 2]}
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "override", "problem"),
+    [
+        (TOKENS, "data.loss_on=all", "data.loss_on: all is not read in rows of format tokens, which say themselves"),
+        (TOKENS, "data.on_mismatch=split", "data.on_mismatch: split is for turns of conversations, and rows of format"),
+        ({"text": "a"}, "data.loss_on=last_assistant", "data.loss_on: last_assistant is not read in rows of format te"),
+        ({"text": "a"}, "data.loss_on=all", None),
+        (CHAT, "data.loss_on=all", None),
+        (CHAT, "data.columns.prompt=question", "data.columns: prompt is not read in rows of format messages, so that"),
+    ],
+)
+def test_settings_that_no_rows_are_read_with(workdir: Path, row: object, override: str, problem: str | None) -> None:
+    write_rows(row)
+    if problem is None:
+        make_submission(Path("cfg.yaml"), [override])
+    else:
+        assert problem in problems(override)
+        write_rows(CHAT, name="b.json")  # others are: all that inherit the setting count
+        if "loss_on" in override:
+            make_submission(Path("cfg.yaml"), [override, "data.validation=[b.json]"])
+
+
+def test_a_source_has_its_own_settings_read(workdir: Path) -> None:
+    write_rows(TOKENS)
+    write_rows(CHAT, name="b.json")
+    sources = ["data.train=[]", "data.sources.ids.files=[a.jsonl]", "data.sources.chat.files=[b.json]"]
+    make_submission(Path("cfg.yaml"), [*sources, "data.loss_on=last_assistant"])
+    found = problems(*sources, "data.sources.ids.loss_on=last_assistant")
+    assert "data.sources.ids.loss_on: last_assistant is not read in rows of format tokens" in found

@@ -141,6 +141,30 @@ def test_what_a_cluster_without_a_queue_does_not_use_is_said(workdir: Path, caps
     assert "unused" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["watchdog.enabled=false", "watchdog.multiple=3", "watchdog.floor_seconds=9"],
+            "watchdog.multiple, watchdog.floor_seconds: watchdog.enabled is false",
+        ),
+        (["restart.how=none", "restart.hang=9"], "restart.hang: restart.how is none"),
+        (["preflight.enabled=off", "preflight.min_shm_mib=9"], "preflight.min_shm_mib: preflight.enabled is off"),
+        (
+            ["--cluster=slurm-dev", "preflight.min_shm_mib=9"],
+            "preflight.min_shm_mib: preflight.enabled is auto: there are neither several nodes nor GPUs to test",
+        ),
+        (["restart.how=in_place", "restart.node_seconds=9"], "restart.node_seconds: cluster local has no queue"),
+    ],
+)
+def test_settings_of_what_is_switched_off_are_said(
+    workdir: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    """They were ignored without a word."""
+    assert main(["validate", "cfg.yaml", *words]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "unused" in line] == [f"unused     {said}"]
+
+
 def test_render_has_no_use_for_a_run_root_without_a_run(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The script was that of the config's own run_root."""
     assert main(["render", "cfg.yaml", "--run-root", "elsewhere"]) == ExitCode.BAD_INPUT

@@ -75,6 +75,23 @@ def test_plain_layers_refuse_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("kernel", ["flash2", "flash4"])
+def test_a_kernel_that_would_compute_nothing_is_refused(tmp_path: Path, kernel: str) -> None:
+    """Padded rows without a window were trained with torch's attention, whichever was asked for."""
+    spec = run_spec(make_tiny_model(tmp_path / "model", head_dim=64), 1)
+    train = dataclasses.replace(spec.train, attention=kernel, kernels="fused", precision="bf16")  # type: ignore[arg-type]
+    spec = dataclasses.replace(spec, train=train, data=dataclasses.replace(spec.data, packing=False))
+    architecture = read_architecture(Path(spec.model.path))
+    with pytest.raises(ModelError, match=rf"attention {kernel} would compute nothing: rows are neither packed, nor"):
+        choose_kernels(spec, architecture, on_gpu=True)
+    packed = dataclasses.replace(spec, data=dataclasses.replace(spec.data, packing=True))
+    assert f"attention {kernel}" in choose_kernels(packed, architecture, on_gpu=True).describe()
+    plain = dataclasses.replace(packed, train=dataclasses.replace(train, kernels="plain"))
+    with pytest.raises(ModelError, match=f"attention {kernel} is a kernel of fused layers, and kernels are plain here"):
+        choose_kernels(plain, architecture, on_gpu=True)
+
+
+@pytest.mark.usefixtures("hopper")
 def test_capped_scores_go_to_flash4_or_to_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is asked for by name and has no gradients of them, that is said; else the run's log names none."""
     monkeypatch.setattr(attention, "flash4_has_gradients_of", lambda option: option != "softcap")

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.contract.errors import ModelError
+from launcher.contract.spec import RunSpec
+from sft.hf.checks import check_model_settings
 from sft.kernels import gated_delta
 from sft.kernels.gated_delta import CHUNK, documents_of, gated_convolution, gated_delta_rule
 from sft.megatron.kernel_choice import choose_kernels
+from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
 from tests.sft.hf_cases import run_spec, save_config
 
@@ -124,10 +127,14 @@ def test_half_precision_is_computed_in_fp32() -> None:
     assert (exact - wide).abs().max() > 0
 
 
-def choice(tmp_path: Path, case: str, *, on_gpu: bool, **train: object) -> str:
+def settings(tmp_path: Path, case: str, **train: object) -> tuple[RunSpec, Architecture]:
     spec = run_spec(save_config(case, tmp_path), 1)
     spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, **train))  # type: ignore[arg-type]
-    return choose_kernels(spec, read_architecture(tmp_path), on_gpu=on_gpu).describe()
+    return spec, read_architecture(tmp_path)
+
+
+def choice(tmp_path: Path, case: str, *, on_gpu: bool, **train: object) -> str:
+    return choose_kernels(*settings(tmp_path, case, **train), on_gpu=on_gpu).describe()
 
 
 def test_the_log_says_what_computes_linear_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +151,7 @@ def test_the_log_says_what_computes_linear_attention(tmp_path: Path, monkeypatch
     with pytest.raises(ModelError, match="linear_attention fla cannot be used: it is not installed; set it to auto"):
         choice(tmp_path, case, **half, linear_attention="fla")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"linear_attention torch: a llama model has no linear attention"):
-        choice(tmp_path, "llama", on_gpu=False, linear_attention="torch")
+        check_model_settings(*settings(tmp_path, "llama", linear_attention="torch"))
     monkeypatch.setattr(gated_delta, "fla_problem", lambda: None)
     assert "linear attention fla, " in choice(tmp_path, case, **half)  # type: ignore[arg-type]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from launcher.contract.schedulers import CAPABILITIES
 from launcher.contract.secret_names import is_secret_name
-from launcher.contract.spec import RunSpec
+from launcher.contract.spec import RestartSpec, RunSpec
 from launcher.contract.spec.fields import Problem, field_problems, values_under
 from launcher.contract.spec.rules import ENVIRONMENT_NAME, SHELL_VARIABLE, shown
 from launcher.contract.time_limit import time_limit_minutes
@@ -71,6 +71,12 @@ def _in_place_problems(spec: RunSpec) -> Iterator[Problem]:
     in_place = spec.restart.how == "in_place"
     if in_place and not can.restarts_in_place:
         yield "restart.how", f"in_place: jobs of cluster {cluster.name} cannot start their ranks again; use requeue"
+    seconds = spec.restart.node_seconds
+    if not in_place and seconds != RestartSpec().node_seconds and not any(field_problems(spec.restart, "node_seconds")):
+        yield (
+            "restart.node_seconds",
+            f"{shown(seconds)} with restart.how {spec.restart.how}: only restart.how in_place waits for nodes; drop it",
+        )
     if not resources.spare_nodes:
         return
     if not can.allocates_nodes:

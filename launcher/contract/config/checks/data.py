@@ -28,8 +28,10 @@ def source_problems(spec: RunSpec) -> Iterator[Problem]:
 
 
 def template_problems(spec: RunSpec) -> Iterator[Problem]:
-    """Yield variables of a chat template where there is none."""
+    """Yield settings of a chat template where there is none."""
     if spec.data.chat_template == NONE:
+        if spec.data.on_mismatch == "split":
+            yield "data.on_mismatch", "split is for turns that a chat template rewrites, and data.chat_template is none"
         for key, variables in _template_variables(spec):
             names = ", ".join(variables)
             yield key, f"{names}: of a chat template, and data.chat_template is none"

@@ -13,12 +13,14 @@ from launcher.contract.spec.rules import shown
 def evaluation_problems(spec: RunSpec) -> Iterator[Problem]:
     """Yield evaluations of nothing, and metrics that no evaluation gives."""
     evaluation, train = spec.evaluation, spec.train
-    if train.eval_every is not None and not _held_out_metrics(spec) and not evaluation.prompts:
+    if train.eval_every is not None and not is_evaluated(spec):
         yield (
             "train.eval_every",
             f"{train.eval_every} needs data.validation, data.validation_split, data.validation_sets or "
             "evaluation.prompts, and all are empty",
         )
+    if train.precision == "fp8" and train.fp8.evaluation and not is_evaluated(spec):
+        yield "train.fp8.evaluation", "true, and nothing is evaluated; drop it"
     yield from _answer_problems(evaluation)
     if "" in evaluation.stop_sequences:
         yield "evaluation.stop_sequences", "an empty text is in every answer; take it out"
@@ -43,7 +45,7 @@ def _answer_problems(evaluation: EvaluationSpec) -> Iterator[Problem]:
         yield from _needless("evaluation", evaluation, "evaluation.prompts, which is unset")
     elif evaluation.temperature == 0:
         yield from _needless(
-            "evaluation", evaluation, "evaluation.temperature above 0: nothing is sampled", ("top_k", "top_p")
+            "evaluation", evaluation, "evaluation.temperature above 0: nothing is sampled", ("top_k", "top_p", "seed")
         )
 
 
@@ -81,6 +83,11 @@ def _unknown_metric(spec: RunSpec, key: str, metric: str) -> Iterator[Problem]:
     if metric not in known:
         given = ", ".join(sorted(known) + (["metric/<name>"] if spec.evaluation.metric else [])) or "none"
         yield key, f"{metric!r} is not what evaluations of this run give: {given}"
+
+
+def is_evaluated(spec: RunSpec) -> bool:
+    """Return whether a run has anything to evaluate."""
+    return bool(_held_out_metrics(spec) or spec.evaluation.prompts)
 
 
 def _held_out_metrics(spec: RunSpec) -> set[str]:

@@ -57,21 +57,35 @@ def number_problems(spec: RunSpec) -> Iterator[Problem]:
             "train.optimizer.grad_reduce",
             f"{train.optimizer.grad_reduce} with train.precision fp32, whose gradients are summed in fp32; drop one",
         )
+    yield from _attention_problems(spec)
+    if train.linear_attention == "fla":
+        if train.deterministic:
+            yield "train.linear_attention", f"fla{_TIMED}"
+        elif train.precision == "fp32":
+            yield "train.linear_attention", "fla does not compute in fp32, which train.precision is; set it to auto"
+        elif not spec.resources.gpus_per_node:
+            yield "train.linear_attention", "fla needs GPUs, and resources.gpus_per_node is 0; set it to auto"
+
+
+_TIMED = ": its results depend on timing, which train.deterministic refuses; set it to auto"
+
+
+def _attention_problems(spec: RunSpec) -> Iterator[Problem]:
+    """Yield why the attention kernel that is named would not be used."""
+    key, kernel, train = "train.attention", spec.train.attention, spec.train
+    if kernel == "auto":
+        return
     dropout = spec.model.attention_dropout
-    lacks = {
-        "is a kernel of fused layers, and train.kernels is plain": train.kernels == "plain",
-        "computes in half precision, and train.precision is fp32": train.precision == "fp32",
-        f"has no dropout, and model.attention_dropout is {dropout:g}": dropout > 0,
-    }
-    for lack in (text for text, is_so in lacks.items() if is_so and train.attention == "flash4"):
-        yield "train.attention", f"flash4 {lack}; set it to auto"
-    if train.deterministic:
-        for key, chosen, timed in (
-            ("train.attention", train.attention, "flash4"),
-            ("train.linear_attention", train.linear_attention, "fla"),
-        ):
-            if chosen == timed:
-                yield key, f"{chosen}: its results depend on timing, which train.deterministic refuses; set it to auto"
+    lacks = {"is a kernel of fused layers, and train.kernels is plain": train.kernels == "plain"}
+    if kernel == "flash4":
+        lacks["computes in half precision, and train.precision is fp32"] = train.precision == "fp32"
+        lacks[f"has no dropout, and model.attention_dropout is {dropout:g}"] = dropout > 0
+    found = [f"{kernel} {lack}; set it to auto" for lack, is_so in lacks.items() if is_so]
+    if train.deterministic and kernel == "flash4":
+        found.append(f"{kernel}{_TIMED}")
+    if not found and not spec.resources.gpus_per_node:
+        found.append(f"{kernel} is a kernel for GPUs, and resources.gpus_per_node is 0; set it to auto")
+    yield from ((key, problem) for problem in found)
 
 
 def recompute_problems(spec: RunSpec) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from launcher.contract.secret_names import is_secret_name
 from launcher.contract.spec import (
     CheckpointSpec,
     ClusterSpec,
+    DataSpec,
     Fp8Spec,
     LoraSpec,
     ModelSpec,
@@ -105,6 +106,18 @@ CFG = Path("cfg.yaml")
         ("cluster.runtime.path=env", "cluster.runtime.path: env: only runtime kinds venv and conda activate one, not"),
         ("preflight.enabled=on", "preflight.enabled: on with cluster local, which is this machine alone; set it to"),
         ("train.attention=flash4 & train.kernels=plain", "train.attention: flash4 is a kernel of fused layers, and "),
+        ("train.attention=flash2 & train.kernels=plain", "train.attention: flash2 is a kernel of fused layers, and "),
+        ("train.attention=flash2", "train.attention: flash2 is a kernel for GPUs, and resources.gpus_per_node is 0; "),
+        ("train.linear_attention=fla", "train.linear_attention: fla needs GPUs, and resources.gpus_per_node is 0; "),
+        ("train.linear_attention=fla & train.precision=fp32", "train.linear_attention: fla does not compute in fp32"),
+        ("cluster.host_directory=/x", "cluster.host_directory: needs host: without it commands run on this machine"),
+        ("restart.node_seconds=5", "restart.node_seconds: 5 with restart.how requeue: only restart.how in_place waits"),
+        ("data.on_mismatch=split & data.chat_template=none", "data.on_mismatch: split is for turns that a chat "),
+        ("train.precision=fp8 & train.fp8.evaluation=true", "train.fp8.evaluation: true, and nothing is evaluated; "),
+        (
+            "evaluation.prompts=cfg.yaml & evaluation.seed=5",
+            "evaluation.seed: 5 needs evaluation.temperature above 0: nothing is sampled",
+        ),
         ("train.attention=flash4 & train.precision=fp32", "train.attention: flash4 computes in half "),
         ("train.attention=flash4 & model.attention_dropout=0.1", "train.attention: flash4 has no dropout, and "),
         ("train.attention=flash4 & train.deterministic=true", "train.attention: flash4: its results depend "),
@@ -175,7 +188,8 @@ def test_settings_of_fp8() -> None:
 
     def problems(**settings: Any) -> dict[str, str]:
         train = TrainSpec(precision="fp8", fp8=Fp8Spec(**settings))
-        return {key: text for key, text in spec_problems(RunSpec(train=train)) if "fp8" in key}
+        spec = RunSpec(train=train, data=DataSpec(validation=["held-out.jsonl"]))
+        return {key: text for key, text in spec_problems(spec) if "fp8" in key}
 
     assert not problems(evaluation=True, bf16_last_layers=2, gradients="e5m2", bf16_gradients=["fc1", "proj"])
     assert problems(bf16_gradients=["fc3"]) == {

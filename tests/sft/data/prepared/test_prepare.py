@@ -355,3 +355,16 @@ def test_data_that_are_not_to_end_can_be_asked_for(tmp_path: Path, tokenizer_dir
         open_or_build(spec_of(tmp_path, train=files), tokenizer_dir, build=True)
     spec = spec_of(tmp_path, train=files, require_end_tokens=False)
     assert len(open_or_build(spec, tokenizer_dir, build=True).train) == 3
+
+
+def test_settings_that_no_rows_are_read_with_are_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Rows of token ids were trained by their labels, whatever data.loss_on said."""
+    rows = [{"input_ids": [300, 301, 302], "labels": [-100, 301, 302]}] * 3
+    files = [str(write_jsonl(tmp_path / "tokens.jsonl", rows))]
+    for policy, problem in (({"loss_on": "all"}, "data.loss_on: all"), ({"on_mismatch": "split"}, "on_mismatch: spl")):
+        spec = spec_of(tmp_path, train=files, require_end_tokens=False, **policy)
+        with pytest.raises(DataError, match=problem):
+            open_or_build(spec, tokenizer_dir, build=True)
+    chat = [str(write_jsonl(tmp_path / "chat.jsonl", make_chat_rows(5, 2)))]
+    spec = spec_of(tmp_path, train=files, validation=chat, require_end_tokens=False, loss_on="all")
+    assert len(open_or_build(spec, tokenizer_dir, build=True).train) == 3
