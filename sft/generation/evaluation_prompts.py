@@ -21,6 +21,7 @@ from sft.data.reading.row import load
 from sft.data.reading.token_rows import parse_ids
 from sft.data.reading.tool_results import check_results
 from sft.data.reading.unread import refuse_in_prompt
+from sft.hf.stop_tokens import end_tokens
 from sft.runtime.own_code import import_named
 
 if TYPE_CHECKING:
@@ -81,11 +82,7 @@ def _prompt(line: bytes, where: str, writer: PromptWriter, spec: RunSpec) -> Pro
 def stop_tokens(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> set[int]:
     """Return the tokens that end an answer: the end tokens of tokenizer and model, and evaluation.stop_tokens."""
     stops = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
-    if (model_dir / "generation_config.json").is_file():
-        from transformers import GenerationConfig  # slow to import, for ranks that answer no prompts
-
-        ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
-        stops |= set(ends) if isinstance(ends, list) else {ends} if isinstance(ends, int) else set()
+    stops |= set(end_tokens(model_dir))
     vocabulary = tokenizer.get_vocab()
     for text in spec.evaluation.stop_tokens:
         if text not in vocabulary:

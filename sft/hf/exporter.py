@@ -25,6 +25,7 @@ from launcher.contract.errors import CheckpointError, ModelError
 from launcher.contract.rundir import read_json, sync_path, write_json
 from sft.hf.carried import Carried
 from sft.hf.files import check_model_files, sync_files, write_weights
+from sft.hf.processor_template import drop_processor_templates, unite_templates
 from sft.hf.sharded_reader import ShardedReader
 from sft.hf.shards_of_source import write_shards_of_source
 from sft.models.architecture import Architecture
@@ -237,19 +238,11 @@ def copy_settings(model_dir: Path, tokenizer_dir: Path, chat_template: bytes | N
             shutil.copyfile(path, directory / path.name)
     if chat_template is not None:
         (directory / "chat_template.jinja").write_bytes(chat_template)
-        _drop_other_templates(directory)
-
-
-def _drop_other_templates(directory: Path) -> None:
-    """Remove the templates that would be chosen before chat_template.jinja, with which the run was trained."""
-    # For conversations with tools.
-    shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
-    # By the processor of a multimodal model, which servers ask before the tokenizer.
-    (directory / "chat_template.json").unlink(missing_ok=True)
-    path = directory / "processor_config.json"
-    settings = read_json(path)
-    if isinstance(settings, dict) and settings.pop("chat_template", None) is not None:
-        write_json(path, settings)
+        # Those of the tokenizer would be chosen for conversations with tools, which were trained with this one.
+        shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
+        drop_processor_templates(directory)
+    else:
+        unite_templates(directory)
 
 
 def write_config(model_dir: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -39,10 +39,21 @@ def add_stop_tokens(directory: Path, trained: Collection[int]) -> None:
     A directory without that file gets one that also has the end tokens of its config.json, which it replaces as what
     `generate` reads.
     """
-    settings = read_json(directory / _FILE)
-    source = settings if settings is not None else read_json(directory / "config.json") or {}
-    known = source.get(_KEY)
-    ends = list(known) if isinstance(known, list) else [known] if isinstance(known, int) else []
+    ends = end_tokens(directory)
     missing = [token for token in sorted(trained) if token not in ends]
     if missing:
-        write_json(directory / _FILE, {**(settings or {}), _KEY: [*ends, *missing]})
+        write_json(directory / _FILE, {**(read_json(directory / _FILE) or {}), _KEY: [*ends, *missing]})
+
+
+def end_tokens(directory: Path) -> list[int]:
+    """Return the tokens with which transformers ends answers of the model in `directory`.
+
+    They are those of generation_config.json, also where it states none; without that file those of config.json, or of
+    the language model in it.
+    """
+    settings = read_json(directory / _FILE)
+    if settings is None:
+        config = read_json(directory / "config.json") or {}
+        settings = config if config.get(_KEY) is not None else config.get("text_config") or {}
+    known = settings.get(_KEY)
+    return list(known) if isinstance(known, list) else [known] if isinstance(known, int) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,19 @@ def test_stop_tokens_are_those_of_tokenizer_model_and_config(tmp_path: Path) -> 
     assert stop_tokens(spec, TOKENIZER, tmp_path) == {0, 1, 2, 3}
     with pytest.raises(ModelError, match=r"evaluation\.stop_tokens: 'no such' is not a token"):
         stop_tokens(RunSpec(evaluation=EvaluationSpec(stop_tokens=["no such"])), TOKENIZER, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config", [{"eos_token_id": [0, 3]}, {"eos_token_id": None, "text_config": {"eos_token_id": 3}}]
+)
+def test_without_generation_settings_the_end_tokens_of_the_model_config_count(
+    config: dict[str, object], tmp_path: Path
+) -> None:
+    """Seen not to, though transformers stops at them: answers in evaluations went on."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert 3 in stop_tokens(RunSpec(), TOKENIZER, tmp_path)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert 3 not in stop_tokens(RunSpec(), TOKENIZER, tmp_path)
 
 
 def test_averages() -> None:

@@ -38,6 +38,7 @@ def test_the_end_of_the_turns_is_known_whatever_the_tokenizer_calls_its_end(tmp_
         ({}, {}, {"eos_token_id": [7]}),
         (None, {"eos_token_id": 5}, {"eos_token_id": [5, 7]}),
         (None, {"eos_token_id": 7}, None),
+        (None, {"text_config": {"eos_token_id": 5}}, {"eos_token_id": [5, 7]}),
     ],
 )
 def test_trained_ends_come_behind_those_of_the_source(

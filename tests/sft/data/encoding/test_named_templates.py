@@ -173,6 +173,36 @@ def test_the_processor_of_an_export_has_the_named_template_too(tmp_path: Path) -
     copy_settings(source, source, named_template("chatml").encode(), target)
     settings, _ = ProcessorMixin.get_processor_dict(target)
     assert settings == {"image_seq_length": 4, "chat_template": named_template("chatml")}
-    # Without a template of the run they stay as they are.
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_the_processor_of_an_export_has_the_template_of_the_tokenizer(as_file: bool, tmp_path: Path) -> None:
+    """Where the source's differ, a run that takes the tokenizer's was seen to be asked in the processor's."""
+    from transformers import ProcessorMixin
+
+    from sft.hf.exporter import copy_settings
+
+    source, target = tmp_path / "source", tmp_path / "target"
+    tokenizer = byte_level()
+    tokenizer.chat_template = DEFAULT
+    tokenizer.save_pretrained(source, save_jinja_files=as_file)
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": WITH_TOOLS}))
+    (source / "processor_config.json").write_text("{}")
+    target.mkdir()
     copy_settings(source, source, None, target)
     assert ProcessorMixin.get_processor_dict(target)[0]["chat_template"] == DEFAULT
+    assert PreTrainedTokenizerFast.from_pretrained(target).chat_template == DEFAULT
+    # One of several by name.
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    named = [{"name": "default", "template": DEFAULT}, {"name": "tool_use", "template": "tools"}]
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
+    several = tmp_path / "several"
+    several.mkdir()
+    copy_settings(source, source, None, several)
+    assert not (several / "chat_template.json").exists()
+    assert PreTrainedTokenizerFast.from_pretrained(several).chat_template == {"default": DEFAULT, "tool_use": "tools"}
+    # Where they agree, files stay as they are.
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": DEFAULT}))
+    copy_settings(source, source, None, target)
+    assert (target / "chat_template.json").read_bytes() == (source / "chat_template.json").read_bytes()
