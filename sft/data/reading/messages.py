@@ -255,8 +255,8 @@ def _tool_calls(value: object, where: str) -> list[ToolCall]:
         arguments = _arguments(call, function, where)
         check_texts([function["name"], arguments], where)
         tool_call = ToolCall(type="function", function={"name": function["name"], "arguments": arguments})
-        if isinstance(call.get("id"), str):
-            tool_call["id"] = call["id"]
+        if call.get("id") is not None:  # templates that write it would write a number in another way than its text
+            tool_call["id"] = text(call["id"], f"{where}: the id of the call of {function['name']!r}")
         calls.append(tool_call)
     return calls
 

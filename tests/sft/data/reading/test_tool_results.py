@@ -76,3 +76,17 @@ def test_results_without_ids_are_compared_with_their_calls_by_name() -> None:
         parse({"messages": [*question, rain, sun]})
     question[1]["tool_calls"] = calls  # two of one name: which of them a result answers is not known
     assert len(parse({"messages": [*question, rain, rain, sun]}).messages) == 5
+
+
+@pytest.mark.parametrize("given", [7, 0, 1.5, True, {"a": 1}, ["x"]])
+def test_the_id_of_a_call_is_a_text(given: object) -> None:
+    """Another one was dropped, and templates that write ids wrote none."""
+    call: dict[str, Any] = {"function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [{**call, "id": given}]}]
+    with pytest.raises(DataError, match=r"messages\[1\]: tool_calls: the id of the call of 'f' must be a text, found "):
+        parse({"messages": turns})
+    said = json.dumps({"id": given, "name": "f", "arguments": {}})
+    sharegpt = [{"from": "human", "value": "Rain?"}, {"from": "function_call", "value": said}]
+    with pytest.raises(DataError, match=r"conversations\[1\]: 'value': the id of the call of 'f' must be a text"):
+        parse({"conversations": sharegpt}, "sharegpt")
+    assert parse({"messages": [turns[0], {"role": "assistant", "tool_calls": [{**call, "id": None}]}]}).messages
