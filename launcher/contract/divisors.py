@@ -10,6 +10,11 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
+def rounded_up(number: int, multiple: int) -> int:
+    """Return the least multiple of `multiple` that is not below `number`."""
+    return -(-number // multiple) * multiple
+
+
 def nearest_multiples(number: int, step: int) -> list[int]:
     """Return the multiples of `step` next below (or at) and above `number`, without 0."""
     below = number // step * step

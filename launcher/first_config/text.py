@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from launcher.contract.divisors import rounded_up
 from launcher.first_config.answers import Answers
 from launcher.first_config.survey import Survey
 
@@ -29,7 +30,7 @@ class Lengths:
         rows = survey.data.rows
         wanted = 32 if rows is None or rows >= 2_000 else 16 if rows >= 500 else 8
         ranks = max(1, answers.gpus)
-        batch = math.ceil(wanted / ranks) * ranks
+        batch = rounded_up(wanted, ranks)
         epochs = 3 if rows is None or rows < 50_000 else 2
         steps = None if rows is None else max(1, epochs * math.ceil(rows / batch))  # an epoch's last step may be short
         return Lengths(batch=batch, epochs=epochs, steps=steps)

@@ -32,6 +32,7 @@ from torch.func import functional_call
 from torch.nn import Module, Parameter
 from torch.utils.hooks import RemovableHandle
 
+from launcher.contract.divisors import rounded_up
 from sft.kernels.autograd import Context
 from sft.kernels.gradient_buffer import GradientBuffer, always_added, announce, buffer_of, has_gradient
 from sft.megatron.core import DistributedDataParallel
@@ -66,7 +67,7 @@ class RowForm:
     def of(cls, lengths: Sequence[int]) -> RowForm:
         """Return the form that a row of sequences of these lengths is filled up to."""
         tokens, longest = sum(lengths), max(lengths)
-        filled = _round_up(tokens, max(64, _power_of_two(tokens) // 16))
+        filled = rounded_up(tokens, max(64, _power_of_two(tokens) // 16))
         # A sequence has any length: rows of one sequence each would have as many forms.
         if min(lengths) == longest and (len(lengths) > 1 or filled == tokens):
             return cls(tokens, len(lengths), longest, equal=True)
@@ -91,10 +92,6 @@ class RowForm:
         """Return `rows` with the longest sequence of the form, for which tables of angles are made."""
         assert rows.positions is not None
         return self.sequences(rows.cu_seqlens_q, rows.positions)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _power_of_two(number: int) -> int:

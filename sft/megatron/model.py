@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.contract.divisors import rounded_up
 from launcher.contract.errors import CheckpointError, ConfigError
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
@@ -57,7 +58,7 @@ class Targets:
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     """Return the vocabulary rounded up so that each tensor parallel rank has equally many rows."""
-    return -(-vocab_size // tensor_parallel) * tensor_parallel
+    return rounded_up(vocab_size, tensor_parallel)
 
 
 class SFTGPTModel(GPTModel):  # type: ignore[misc]

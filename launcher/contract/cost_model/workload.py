@@ -7,6 +7,7 @@ from typing import Literal
 
 from launcher.contract.adapters import expert_adapters, layer_adapters
 from launcher.contract.cost_model.layer_kinds import KindCounts, LayerKind, counts_by_stage, layer_kinds
+from launcher.contract.divisors import rounded_up
 from launcher.contract.flops import (
     expert_parameters,
     layer_matmul_parameters,
@@ -75,8 +76,7 @@ class Workload:
     def micro_batches(self, topology: Topology) -> int:
         """Return the number of a rank's micro-batches in a step. Ranks with fewer rows get empty ones."""
         each = -(-self.rows // (topology.micro_batch_size * topology.data_parallel))
-        multiple = topology.micro_batch_multiple
-        return max(1, -(-each // multiple) * multiple)
+        return max(1, rounded_up(each, topology.micro_batch_multiple))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from launcher.contract.divisors import rounded_up
 from sft.data.batches.context_slice import ContextShare, share_rows
 from sft.data.batches.packing import EMPTY_ROW, Rows, assign_rows, pack_step, row_cost
 from sft.data.batches.sampler import EMPTY_SLOT, BatchSchedule, complete, rank_slice
@@ -157,8 +158,7 @@ def collate(cache: Examples, schedule: BatchSchedule, step: int, share: RankShar
     rows = _padded_rows(slots, share) if share.row_length is None else _packed_rows(schedule, step, lengths, share)
     # Rows are only as long as the longest of this rank: other ranks may have others, which nothing depends on.
     longest = max((int((lengths[row] - 1).sum()) for batch in rows for row in batch), default=1)
-    multiple = math.lcm(share.pad_to_multiple, share.sequence_multiple)
-    padded = -(-max(longest, 1) // multiple) * multiple
+    padded = rounded_up(max(longest, 1), math.lcm(share.pad_to_multiple, share.sequence_multiple))
     return StepBatch(
         micro_batches=tuple(_micro_batch(cache, batch, padded, share, step) for batch in rows),
         step=step,

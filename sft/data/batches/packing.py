@@ -29,6 +29,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.contract.divisors import rounded_up
+
 EMPTY_ROW = -1
 """Stands where a rank has no row."""
 _EQUAL_COST_LENGTH = 24_576
@@ -169,7 +171,7 @@ def pack_step(
 
 def rows_a_rank(rows: int, ranks: int, multiple: int = 1) -> int:
     """Return the rows of each rank, the same for all: a multiple of `multiple`, at least one time."""
-    return max(1, -(-rows // (ranks * multiple))) * multiple
+    return rounded_up(max(1, rows), ranks * multiple) // ranks
 
 
 def row_cost(lengths: NDArray[np.int64]) -> float:

@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.contract.divisors import rounded_up
 from launcher.contract.steps import share_of_steps
 from sft.data.batches.mixture import Mixture, permutation
 from sft.data.batches.packing import Rows, best_fit_decreasing
@@ -275,7 +276,7 @@ def cyclic_order(count: int, seed: int) -> NDArray[np.int64]:
 
 def complete(slots: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
     """Return `slots` padded with EMPTY_SLOT to a multiple of `multiple` greater than 0."""
-    places = max(1, -(-len(slots) // multiple)) * multiple
+    places = rounded_up(max(1, len(slots)), multiple)
     return np.concatenate([slots, np.full(places - len(slots), EMPTY_SLOT, dtype=np.int64)])
 
 
