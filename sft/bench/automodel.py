@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.bench.peers import packed_batches, train_in_a_loop
+from sft.bench.plain_loop import packed_batches, train_in_a_loop
 from sft.bench.result import Result, StepClock
 from sft.bench.workload import Workload
 

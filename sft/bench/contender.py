@@ -20,7 +20,7 @@ def main(request_file: Path, result_file: Path) -> None:
     """Run the contender of the request in `request_file`, and write its result to `result_file`."""
     import torch
 
-    from sft.bench import automodel, ours, peers
+    from sft.bench import automodel, ours, peers, torchtitan
     from sft.bench.workload import Workload
 
     request = json.loads(request_file.read_text(encoding="utf-8"))
@@ -37,6 +37,8 @@ def main(request_file: Path, result_file: Path) -> None:
             result = ours.run_ours(workload, Path(folder), **settings)
     elif contender == "automodel":
         result = automodel.run_automodel(workload, **settings)
+    elif contender == "torchtitan":
+        result = torchtitan.run_torchtitan(workload, **settings)
     elif contender == "trl":
         result = peers.run_trl(workload, **settings)
     else:

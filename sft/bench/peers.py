@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -22,23 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sft.bench.plain_loop import IGNORED, packed_batches, train_in_a_loop
 from sft.bench.result import Result, StepClock
 from sft.bench.workload import Workload
-from sft.data.batches.packing import best_fit_decreasing
 from sft.kernels import attention
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_IGNORED = -100
-"""The label of a token that is not trained, to TRL and transformers."""
 ATTENTION = "packed_offsets"
 """A name with "flash" in it would make transformers look for a package of that name."""
 Weights = Literal["fp32", "bf16"]
 Chosen = Literal["auto", "flash2", "flash4"]
 Experts = Literal["liger", "grouped"]
-PackedBatch = tuple[dict[str, Tensor], list[int], int]
-"""Inputs of a model, lengths of their examples, and how many of their tokens are targets."""
 
 
 def packed_flash(
@@ -147,7 +142,7 @@ def run_trl(
         output = trainer.train()
     timed = [each for step in pending[warmup:] for each in step]
     clock.lengths = [int(length) for offsets, _ in timed for length in offsets.diff().tolist()]
-    clock.supervised = sum(int((labels != _IGNORED).sum()) for _, labels in timed)
+    clock.supervised = sum(int((labels != IGNORED).sum()) for _, labels in timed)
     settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
     loss, rank = float(output.training_loss), workload.lora_rank
     return clock.result("trl", settings, workload.model_shape, loss, lora_rank=rank)
@@ -183,7 +178,7 @@ def _trl_dataset(workload: Workload, steps: int) -> object:
         # A `full` example has one token more than fits into a row of TRL, whose inputs and labels are the same tokens.
         length = len(ids) - 1 if workload.data == "full" else len(ids)
         columns["input_ids"].append(ids[:length].tolist())
-        columns["labels"].append(np.where(trained, ids, _IGNORED)[:length].tolist())
+        columns["labels"].append(np.where(trained, ids, IGNORED)[:length].tolist())
     return datasets.Dataset.from_dict(columns)
 
 
@@ -244,38 +239,6 @@ def run_transformers(
     return clock.result("transformers", settings, workload.model_shape, loss, lora_rank=rank)
 
 
-def train_in_a_loop(
-    clock: StepClock,
-    batches: list[PackedBatch],
-    micro_batches: int,
-    model: torch.nn.Module,
-    share_of: Callable[[dict[str, Tensor], list[int], int], Tensor],
-) -> float:
-    """Train with AdamW in a plain loop, each step timed, and return the last step's loss.
-
-    `share_of` makes a micro-batch's share of it, from its inputs, the lengths of its examples and the targets of the
-    whole step.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = trained[0].device
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
-    loss, waiting = torch.zeros(()), iter(batches)
-    for parts in zip(*[waiting] * micro_batches, strict=True):
-        clock.before_step()
-        loss = torch.zeros((), device=device)
-        targets = sum(supervised for _, _, supervised in parts)
-        for batch, lengths, _ in parts:
-            share = share_of(batch, lengths, targets)
-            share.backward()
-            loss += share.detach()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        slots = sum(batch["input_ids"].numel() for batch, _, _ in parts)
-        clock.after_step([length for _, lengths, _ in parts for length in lengths], slots, targets)
-    return float(loss)
-
-
 def _peft_config(workload: Workload) -> PeftConfig | None:
     """Return PEFT's adapters of every linear layer, or None if all weights are trained."""
     if workload.lora_rank is None:
@@ -295,32 +258,3 @@ def _fsdp() -> dict[str, object]:
 def _settings(workload: Workload, weights: Weights, kernel: attention.Kernel) -> dict[str, object]:
     made: dict[str, object] = {"weights": weights, "rows": workload.rows, "liger": True, "packing": "bfd"}
     return {**made, "attention": kernel, "lora": workload.lora_rank}
-
-
-def packed_batches(workload: Workload, steps: int, micro_batches: int = 1) -> list[PackedBatch]:
-    """Return the micro-batches of so many steps, of each its packed rows concatenated."""
-    examples = [
-        (ids[: workload.seq_length], trained[: workload.seq_length]) for ids, trained in workload.examples(steps)
-    ]
-    packed = best_fit_decreasing(np.array([len(ids) for ids, _ in examples], dtype=np.int64), workload.seq_length)
-    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(workload.seed)).tolist()
-    batches = []
-    rows = workload.rows // micro_batches
-    for first in range(0, steps * workload.rows, rows):
-        chosen = [examples[item] for row in order[first : first + rows] for item in packed[row].tolist()]
-        lengths = [len(ids) for ids, _ in chosen]
-        labels = [
-            torch.where(torch.from_numpy(trained), torch.from_numpy(ids).long(), _IGNORED) for ids, trained in chosen
-        ]
-        for label in labels:
-            label[0] = _IGNORED  # labels are shifted: this would be the target of the last token of another example
-        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        batch = {
-            "input_ids": torch.cat([torch.from_numpy(ids).long() for ids, _ in chosen])[None],
-            "labels": torch.cat(labels)[None],
-            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-            "cu_seq_lens_q": offsets,
-            "cu_seq_lens_k": offsets,
-        }
-        batches.append((batch, lengths, int((batch["labels"] != _IGNORED).sum())))
-    return batches

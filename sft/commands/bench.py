@@ -36,6 +36,7 @@ _PACKAGES = (
     "trl",
     "liger-kernel",
     "nemo-automodel",
+    "torchtitan",
     "peft",
     "accelerate",
     "flash-attn-4",
@@ -76,7 +77,7 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[int, tuple[str, dict[st
         for contender, settings in _contenders(options):
             if contender == "ours":
                 yield from ((gpus, (contender, {**settings, "topology": name})) for name in topologies)
-            elif gpus == 1:
+            elif gpus == 1 or contender == "torchtitan":
                 yield gpus, (contender, settings)
             elif contender == "trl":
                 yield from ((gpus, (contender, {**settings, "parallel": way})) for way in options.vs_parallel)
@@ -95,15 +96,17 @@ def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, object
     ]
     cut = options.vs_micro_batches or options.micro_batches
     others: list[tuple[str, dict[str, object]]] = [
-        (name, {"weights": weights, "attention": attention, "micro_batches": cut, **experts, **clock})
+        (name, {"weights": weights, "attention": attention, "micro_batches": cut, **choice, **clock})
         for name, weights, attention in itertools.product(options.vs, options.vs_weights, options.vs_attention)
-        for experts in _experts_of(name, options)
+        for choice in _choices_of(name, options)
     ]
     return own + others
 
 
-def _experts_of(contender: str, options: argparse.Namespace) -> list[dict[str, object]]:
-    """Return the settings of a contender's experts, where it has a choice and the model has some."""
+def _choices_of(contender: str, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Return what one contender alone has a choice of: launches, and experts where the model has some."""
+    if contender == "torchtitan":
+        return [{"graphs": graphs} for graphs in options.vs_cuda_graphs]
     if contender != "transformers" or not any(named_model_shape(shape).num_experts for shape in options.shape):
         return [{}]
     return [{"experts": experts} for experts in options.vs_experts]

@@ -50,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_peers(parser: argparse.ArgumentParser) -> None:
     """Add which other trainers to run, and how."""
     parser.add_argument(
-        "--vs", nargs="+", default=[], choices=["trl", "transformers", "automodel"], help="other trainers to run"
+        "--vs",
+        nargs="+",
+        default=[],
+        choices=["trl", "transformers", "automodel", "torchtitan"],
+        help="other trainers to run",
     )
     parser.add_argument(
         "--vs-weights", nargs="+", default=["fp32"], choices=["fp32", "bf16"], help="precision of their weights"
@@ -60,6 +64,13 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vs-experts", nargs="+", default=["liger"], choices=["liger", "grouped"], help="experts of transformers"
+    )
+    parser.add_argument(
+        "--vs-cuda-graphs",
+        nargs="+",
+        default=["never"],
+        choices=["never", "always"],
+        help="whether torchtitan's passes are launched as CUDA graphs",
     )
     parser.add_argument("--vs-micro-batches", type=count, help="micro-batches of the others; default: as many as ours")
     parser.add_argument("--vs-parallel", nargs="+", default=["ddp"], choices=["ddp", "fsdp"], help="on several GPUs")
