@@ -11,18 +11,16 @@ lose small updates.
 from __future__ import annotations
 
 import os
-import tempfile
-import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.bench.plain_loop import IGNORED, packed_batches, train_in_a_loop
+from sft.bench.plain_loop import packed_batches, train_in_a_loop
 from sft.bench.result import Result, StepClock
+from sft.bench.sft_trainer import tokenizer_of_two, train_with_trl
 from sft.bench.workload import Workload
 from sft.kernels import attention
 
@@ -59,7 +57,8 @@ def packed_flash(
     return attention.flash(query, key, value, *packed, window=window, sinks=s_aux)[None], None
 
 
-def _kernel(chosen: Chosen, workload: Workload) -> attention.Kernel:
+def choose_kernel(chosen: Chosen, workload: Workload) -> attention.Kernel:
+    """Return the kernel of attention that was asked for, or for `auto` the fastest one there is."""
     return attention.fastest_kernel(workload.model_shape.head_dim) if chosen == "auto" else chosen
 
 
@@ -94,104 +93,22 @@ def run_trl(
     parallel: str = "ddp",
 ) -> Result:
     """Train with TRL's SFTTrainer: packing `bfd`, no gradient checkpointing, DDP or FSDP2 on several GPUs."""
-    import trl
-    from transformers import TrainerCallback
-
-    clock, kernel = StepClock(warmup, steps), _kernel(attention, workload)
+    kernel = choose_kernel(attention, workload)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-
-    # They stay on the device while steps are timed: reading a length would make the host wait.
-    rows: list[tuple[Tensor, Tensor]] = []  # offsets and labels of each micro-batch of the step
-    pending: list[list[tuple[Tensor, Tensor]]] = []  # of each step
-    slots = [0]
-
-    class Trainer(trl.SFTTrainer):  # type: ignore[misc]
-        def training_step(self, model: object, inputs: dict[str, Tensor], *args: object, **kwargs: object) -> Tensor:
-            if not rows:
-                clock.before_step()
-            rows.append((inputs["cu_seq_lens_q"], inputs["labels"]))
-            slots[0] += inputs["input_ids"].numel()
-            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-            return loss
-
-    class Count(TrainerCallback):
-        def on_step_end(self, *args: object, **kwargs: object) -> None:
-            pending.append(rows.copy())
-            clock.after_step([], slots[0], 0)
-            rows.clear()
-            slots[0] = 0
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = Trainer(
-            model=build_model(workload, weights, kernel),
-            args=trl.SFTConfig(
-                output_dir=folder,
-                max_steps=warmup + steps,
-                per_device_train_batch_size=workload.rows // micro_batches,
-                gradient_accumulation_steps=micro_batches,
-                max_length=workload.seq_length,
-                **_trl_arguments(on_gpu=torch.cuda.is_available()),
-                **_fsdp() if parallel == "fsdp" and world > 1 else {},
-            ),
-            train_dataset=_trl_dataset(workload, (warmup + steps + 1) * world),
-            processing_class=_trl_tokenizer(),
-            peft_config=_peft_config(workload),
-            callbacks=[Count()],
-        )
-        output = trainer.train()
-    timed = [each for step in pending[warmup:] for each in step]
-    clock.lengths = [int(length) for offsets, _ in timed for length in offsets.diff().tolist()]
-    clock.supervised = sum(int((labels != IGNORED).sum()) for _, labels in timed)
-    settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
-    loss, rank = float(output.training_loss), workload.lora_rank
-    return clock.result("trl", settings, workload.model_shape, loss, lora_rank=rank)
-
-
-def _trl_arguments(*, on_gpu: bool) -> dict[str, object]:
-    """Return the arguments of SFTConfig that do not depend on the workload."""
-    return {
-        "packing": True,
-        "packing_strategy": "bfd",
-        "bf16": on_gpu,
-        "use_cpu": not on_gpu,
-        "gradient_checkpointing": False,
-        "use_liger_kernel": on_gpu,
-        "optim": "adamw_torch_fused",
-        "learning_rate": 1e-5,
-        "lr_scheduler_type": "constant",
-        "dataloader_num_workers": 4 if on_gpu else 0,
-        "logging_steps": 10_000,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "ddp_find_unused_parameters": False,
-    }
-
-
-def _trl_dataset(workload: Workload, steps: int) -> object:
-    """Return the examples of `steps` steps of one GPU as a data set with input_ids and labels."""
-    import datasets
-
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for ids, trained in workload.examples(steps):
-        # A `full` example has one token more than fits into a row of TRL, whose inputs and labels are the same tokens.
-        length = len(ids) - 1 if workload.data == "full" else len(ids)
-        columns["input_ids"].append(ids[:length].tolist())
-        columns["labels"].append(np.where(trained, ids, IGNORED)[:length].tolist())
-    return datasets.Dataset.from_dict(columns)
-
-
-def _trl_tokenizer() -> object:
-    """Return a tokenizer of two tokens: SFTTrainer asks for one, although the data are tokenized."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
+    clock, rank = StepClock(warmup, steps), workload.lora_rank
+    loss = train_with_trl(
+        workload,
+        clock,
+        build_model(workload, weights, kernel),
+        tokenizer_of_two(),
+        micro_batches=micro_batches,
+        lengths_of=lambda inputs: inputs["cu_seq_lens_q"].diff(),
+        peft_config=_peft_config(workload),
+        use_liger_kernel=torch.cuda.is_available(),
+        **_fsdp() if parallel == "fsdp" and world > 1 else {},
     )
+    settings = {**_settings(workload, weights, kernel), **({"parallel": parallel} if world > 1 else {})}
+    return clock.result("trl", settings, workload.model_shape, loss, lora_rank=rank)
 
 
 def run_transformers(
@@ -214,7 +131,7 @@ def run_transformers(
 
         monkey_patch._apply_liger_kernel(workload.model_shape.model_type, swiglu=experts == "liger")
     device = "cuda" if on_gpu else "cpu"
-    kernel = _kernel(attention, workload)
+    kernel = choose_kernel(attention, workload)
     model = build_model(workload, weights, kernel).train()
     adapted = _peft_config(workload)
     if adapted is not None:

@@ -57,8 +57,8 @@ class StepClock:
     """
 
     def __init__(self, warmup: int, steps: int, gpus_per_replica: int = 1) -> None:
-        self._warmup = warmup
-        self._steps = steps
+        self.warmup = warmup
+        self.steps = steps
         self._gpus = gpus_per_replica
         self._done = 0
         self._began = self._elapsed = 0.0
@@ -68,12 +68,12 @@ class StepClock:
     @property
     def begins(self) -> bool:
         """Whether the next step is the first that counts."""
-        return self._done == self._warmup
+        return self._done == self.warmup
 
     @property
     def over(self) -> bool:
         """Whether all steps that count are done."""
-        return self._done == self._warmup + self._steps
+        return self._done == self.warmup + self.steps
 
     def before_step(self) -> None:
         """Start the clock if the step is the first that counts. Call it at the beginning of each step."""
@@ -88,7 +88,7 @@ class StepClock:
 
         Stop the clock if it was the last. Call it at the end of each step.
         """
-        if self._done >= self._warmup:
+        if self._done >= self.warmup:
             self.lengths += lengths
             self.slots += slots
             self.supervised += supervised
@@ -113,7 +113,7 @@ class StepClock:
         Raise RuntimeError if the last step has not ended.
         """
         if not self.over:
-            raise RuntimeError(f"{self._done - self._warmup} steps were timed, not {self._steps}")
+            raise RuntimeError(f"{self._done - self.warmup} steps were timed, not {self.steps}")
         seconds = self._elapsed * self._gpus
         flops = training_flops(shape, self.lengths, LoraSpec(rank=lora_rank))
         kind = match_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -123,8 +123,8 @@ class StepClock:
         return Result(
             contender=contender,
             settings=settings,
-            steps=self._steps,
-            step_ms=round(self._elapsed / self._steps * 1e3, 2),
+            steps=self.steps,
+            step_ms=round(self._elapsed / self.steps * 1e3, 2),
             real_tokens_per_second=round(sum(self.lengths) / seconds, 1),
             slots_per_second=round(self.slots / seconds, 1),
             supervised_tokens_per_second=round(self.supervised / seconds, 1),

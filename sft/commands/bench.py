@@ -37,6 +37,8 @@ _PACKAGES = (
     "liger-kernel",
     "nemo-automodel",
     "torchtitan",
+    "unsloth",
+    "unsloth-zoo",
     "peft",
     "accelerate",
     "flash-attn-4",

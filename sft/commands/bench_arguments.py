@@ -53,7 +53,7 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
         "--vs",
         nargs="+",
         default=[],
-        choices=["trl", "transformers", "automodel", "torchtitan"],
+        choices=["trl", "transformers", "automodel", "torchtitan", "unsloth"],
         help="other trainers to run",
     )
     parser.add_argument(

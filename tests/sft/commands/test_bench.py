@@ -89,6 +89,28 @@ def test_the_processes_of_a_contender_have_these_variables(
     assert told == 2 * ["rank 0 of 1 sees 5"] + 2 * ["rank 0 of 2 sees 5,6"]
 
 
+def test_other_trainers_get_their_own_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CUDA graphs are a choice of torchtitan's alone, which also runs on several GPUs; unsloth runs on one."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\necho "request on $WORLD_SIZE:" $(cat "$3")\nexit 3\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setattr("sft.commands.bench.sys.executable", str(interpreter))
+    peers = ["--vs", "torchtitan", "unsloth", "--vs-cuda-graphs", "never", "always"]
+    assert main(["bench", *peers, "--gpus", "1", "2"]) == ExitCode.FAILURE
+    told = [line.split(":", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("request on ")]
+    found = [
+        (ranks.removeprefix("request on "), request["contender"], request["settings"].get("graphs"))
+        for ranks, request in ((ranks, json.loads(text)) for ranks, text in told)
+    ]
+    titan = [("torchtitan", "never"), ("torchtitan", "always")]
+    assert found == [
+        ("1", "ours", None), *[("1", *each) for each in titan], ("1", "unsloth", None),
+        ("2", "ours", None), *[("2", *each) for each in titan],
+    ]  # fmt: skip
+
+
 @pytest.mark.slow  # a model with the vocabulary of a named shape, on a CPU
 def test_our_contender_is_measured_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To try a command out: trainer, clock, phases and profiler run as on a GPU."""
