@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from launcher.contract import race, resources
 from launcher.contract.arrival import arrival
 from launcher.contract.config.cluster_file import load_cluster
-from launcher.contract.errors import ConfigError, LauncherError, SchedulerError
+from launcher.contract.errors import ConfigError, LauncherError, SchedulerError, did_you_mean
 from launcher.contract.job import Job
 from launcher.contract.manifest import describe_run, read_manifest
 from launcher.contract.records import read_events
@@ -49,6 +49,12 @@ def candidates(
     ]
     if far:
         raise ConfigError(far)
+    partitions = [name for name in names if name not in known]
+    given = [word for word in overrides if word.startswith("resources.partition=")]
+    if partitions and given:
+        raise ConfigError(
+            f"override {given[-1]!r}: --first-of names the partition {partitions[0]}; drop one of the two"
+        )
     found = [
         make_submission(config, overrides, name)
         if name in known
@@ -56,10 +62,19 @@ def candidates(
         for name in names
     ]
     found = [dataclasses.replace(one, candidate=name) for one, name in zip(found, names, strict=True)]
-    problems = [f"--first-of {one.candidate}: {text}" for one in found if (text := _difference(found[0], one))]
+    problems = [
+        f"--first-of {one.candidate}: {_no_cluster(one.candidate, known)}{text}"
+        for one in found
+        if (text := _difference(found[0], one))
+    ]
     if problems:
         raise ConfigError(problems)
     return tuple(found)
+
+
+def _no_cluster(name: str, known: Collection[str]) -> str:
+    """Return that a candidate is a partition where it is no cluster, which may have been meant."""
+    return "" if name in known else f"no cluster has this name{did_you_mean(name, known)}; as a partition: "
 
 
 def _difference(first: Submission, other: Submission) -> str | None:

@@ -174,6 +174,14 @@ def test_nothing_more_is_submitted_once_one_has_started(paper: type[Paper], monk
         (["--first-of=fast,fast"], "name two or more clusters or partitions, each once"),
         (["--first-of=fast,a b"], "name two or more clusters or partitions, each once"),
         (["--first-of=fast,local"], "--first-of local: cluster local has no queue"),
+        (
+            ["--first-of=fast,large", "resources.partition=x"],
+            "--first-of names the partition fast; drop one of the two",
+        ),
+        (
+            ["--cluster=local", "--first-of=slurm-dev,secrt"],
+            "--first-of secrt: no cluster has this name; did you mean 'secret'?; as a partition: cluster local has no",
+        ),
         (["--first-of=fast,far"], "--first-of far: it is reached by ssh to nowhere"),
         (["--first-of=fast,wide"], "--first-of wide: its layout is"),
         (["--first-of=fast,secret"], "--first-of secret: env_from or cluster.secrets_dir are not those of fast"),
