@@ -48,7 +48,7 @@ def rate_groups(optimizer: OptimizerSpec) -> list[str]:
 
 
 def rate_problems(optimizer: OptimizerSpec, lora: LoraSpec, architecture: Architecture) -> list[str]:
-    """Return patterns that name nothing that is trained, and those that divide a parameter."""
+    """Return patterns that name nothing that is trained, or never come first, and those that divide a parameter."""
     trained = _trained(lora, architecture)
     every = [name for names in trained.values() for name in names]
     problems = [
@@ -56,6 +56,14 @@ def rate_problems(optimizer: OptimizerSpec, lora: LoraSpec, architecture: Archit
         for pattern in optimizer.lr_by_name
         if not fnmatch.filter(every, pattern)
     ]
+    problems += [
+        f"{_KEY}: {pattern!r} stands behind patterns that match all of its parameters, and the first that matches "
+        "counts; write it before them"
+        for pattern in sorted(set(optimizer.lr_by_name) - {_pattern(optimizer, name) for name in every})
+        if fnmatch.filter(every, pattern)
+    ]
+    if all(float(optimizer.lr_by_name.get(_pattern(optimizer, name) or "", optimizer.lr)) == 0 for name in every):
+        problems.append(f"{_KEY}: every trained parameter has rate 0, so that nothing would be trained")
     for names in trained.values():
         patterns = {name: _pattern(optimizer, name) for name in names}
         if len(set(patterns.values())) > 1:

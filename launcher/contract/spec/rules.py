@@ -279,7 +279,8 @@ NAME_OF_RUN = Pattern(RUN_NAME, "a run name: letters, digits, '.', '_', '-', fir
 SET_NAME = Pattern(RUN_NAME, "a name: letters, digits, '.', '_', '-'")
 REVISION = Pattern(re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*", re.ASCII), "a branch, tag or commit")
 SHARE_OF_ROWS = Pattern(
-    re.compile(r"[1-9]\d*|\d{1,2}(\.\d+)?%"), "a percentage below 100% or a number of rows, e.g. 1% or 500"
+    re.compile(r"[1-9]\d*|(?![0.]*%)\d{1,2}(\.\d+)?%"),
+    "a percentage above 0% and below 100% or a number of rows, e.g. 1% or 500",
 )
 TIME_LIMIT = Pattern(
     re.compile(r"\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE),

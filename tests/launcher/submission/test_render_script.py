@@ -363,6 +363,18 @@ def test_checkout_goes_first_on_pythonpath() -> None:
     assert "PYTHONPATH" not in script(spec)
 
 
+def test_no_setting_takes_the_runs_own_code_from_pythonpath(tmp_path: Path) -> None:
+    """With PYTHONPATH in cluster.env the ranks ran the code that is installed."""
+    spec = make_spec(cluster=ClusterSpec(env={"PYTHONPATH": "/from/env"}))
+    lines = script(spec, source_root=Path("/own")).splitlines()
+    own = lines.index("export PYTHONPATH=/own${PYTHONPATH:+:$PYTHONPATH}")
+    assert lines.index("export PYTHONPATH=/from/env") < own
+    spec = make_spec(cluster=ClusterSpec(scheduler="slurm", secrets_dir=str(tmp_path)), env_from=["PYTHONPATH"])
+    lines = script(spec, source_root=Path("/own")).splitlines()
+    read = next(number for number, line in enumerate(lines) if line.startswith('. "$secrets"'))
+    assert read < lines.index("export PYTHONPATH=/own${PYTHONPATH:+:$PYTHONPATH}")
+
+
 def test_newline_is_refused() -> None:
     spec = make_spec(cluster=ClusterSpec(scheduler="slurm", env={"A": "x\ny"}))
     with pytest.raises(TemplateError, match=r"'x\\ny' holds '\\n', which cannot stand in a batch script"):

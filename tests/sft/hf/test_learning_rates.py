@@ -107,3 +107,17 @@ def test_groups_are_the_settings_and_not_their_rates() -> None:
 def test_patterns_that_do_nothing_or_cannot_be_are_refused(pattern: str, lora: LoraSpec, message: str) -> None:
     (problem,) = rate_problems(optimizer(lr_by_name={pattern: "2e-3"}), lora, architecture())
     assert problem.startswith("train.optimizer.lr_by_name: ") and message in problem
+
+
+def test_a_pattern_behind_one_that_matches_all_of_its_parameters_is_refused() -> None:
+    """It was ignored, and its parameters learnt at the other rate."""
+    narrow, wide = ("*.lora_B.*", "1e-3"), ("*", "1e-4")
+    assert rate_problems(optimizer(lr_by_name=dict([narrow, wide])), LORA, architecture()) == []
+    (problem,) = rate_problems(optimizer(lr_by_name=dict([wide, narrow])), LORA, architecture())
+    assert problem.startswith("train.optimizer.lr_by_name: '*.lora_B.*' stands behind patterns that match all of its")
+
+
+def test_rates_that_leave_nothing_to_train_are_refused() -> None:
+    (problem,) = rate_problems(optimizer(lr_by_name={"*": "0"}), FULL, architecture())
+    assert problem == "train.optimizer.lr_by_name: every trained parameter has rate 0, so that nothing would be trained"
+    assert rate_problems(optimizer(lr_by_name={"*.lora_A.*": "0"}), LORA, architecture()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from launcher.contract.schedulers import CAPABILITIES
@@ -12,6 +13,11 @@ from launcher.contract.spec.rules import ENVIRONMENT_NAME, SHELL_VARIABLE, shown
 from launcher.contract.time_limit import time_limit_minutes
 
 _OUR_VARIABLES = ("SLURM_", "SFT_")
+_OF_RANKS = re.compile(
+    r"SFT_.*|SLURM_(JOB|STEP|TASK|NTASKS|PROCID|LOCALID|NODEID|NNODES|RESTART|CLUSTER_NAME).*"
+    r"|(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
+)
+"""Variables by which a process knows its run and its rank: with others it would be another."""
 
 
 def environment_problems(spec: RunSpec) -> Iterator[Problem]:
@@ -24,10 +30,12 @@ def environment_problems(spec: RunSpec) -> Iterator[Problem]:
                 f"{name} looks like a secret, and would be stored in the run directory; "
                 f"name it in env_from: [{name}] instead, and export it in your shell",
             )
+        elif _OF_RANKS.fullmatch(name):
+            yield "cluster.env", f"{name} is set by the launcher or Slurm, for each attempt and rank; drop it"
     for key, name in values_under(spec, SHELL_VARIABLE):
         if name in cluster.env:
             yield key, f"{name} is set by cluster.env; drop one"
-        elif name.startswith(_OUR_VARIABLES):
+        elif name.startswith(_OUR_VARIABLES) or _OF_RANKS.fullmatch(name):
             yield key, f"{name} is set by the launcher; drop it"
 
 

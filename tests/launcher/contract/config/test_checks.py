@@ -61,6 +61,11 @@ CFG = Path("cfg.yaml")
         ("cluster.srun_args=mpi", "cluster.srun_args: 'mpi' is not an option that starts with -; one"),
         ("cluster.env.A-B=1", "cluster.env: 'A-B' is not the name of an environment variable"),
         ("cluster.env.HF_TOKEN=x", "cluster.env: HF_TOKEN looks like a secret, and would be stored in the run "),
+        ("cluster.env.SFT_ATTEMPT=x", "cluster.env: SFT_ATTEMPT is set by the launcher or Slurm, for "),
+        ("cluster.env.RANK=0", "cluster.env: RANK is set by the launcher or Slurm"),
+        ("cluster.env.SLURM_NTASKS_PER_NODE=0", "cluster.env: SLURM_NTASKS_PER_NODE is set by the launcher or Slurm"),
+        ("env_from=[WORLD_SIZE]", "env_from: WORLD_SIZE is set by the launcher; drop it"),
+        ("data.validation_split=0.0%", "data.validation_split: '0.0%' is not a percentage above 0% and below 100%"),
         ("resources.nodes=2", "resources.nodes: 2 on cluster local, which is this machine alone; set it to 1"),
         ("resources.spare_nodes=1", "resources.spare_nodes: 1 on cluster local, which is this machine alone; "),
         (
