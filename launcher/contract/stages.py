@@ -56,13 +56,13 @@ def _recomputed_layers(train: TrainSpec, shape: ModelShape) -> int:
 
 
 def _shares_of_bf16(spec: RunSpec, shape: ModelShape) -> list[int]:
-    """Return how many quarters of its time in bf16 each layer takes: three in fp8, but for layers whose MLP is experts.
+    """Return how many quarters of its time in bf16 each layer takes: three in fp8.
 
-    Their products are never in fp8, and neither is that of the output layer.
+    Layers with experts count as in bf16 unless their products are in fp8 too. That of the output layer never is.
     """
     layers = spec.train.fp8.layers_in_fp8(shape.num_layers) if spec.train.precision == "fp8" else range(0)
-    dense = set(range(shape.num_layers)) if not shape.num_experts else set(shape.dense_layers)
-    return [3 if layer in layers and layer in dense else 4 for layer in range(shape.num_layers)]
+    whole = set(shape.dense_layers) if shape.num_experts and not spec.train.fp8.experts else set(layers)
+    return [3 if layer in layers and layer in whole else 4 for layer in range(shape.num_layers)]
 
 
 @lru_cache(maxsize=1024)

@@ -309,6 +309,7 @@ def _model_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
     if spec.train.precision == "fp8":
         yield from _fp8_problems(shape, spec.topology.tensor_parallel)
         yield from _fp8_layer_problems(shape, spec.train.fp8)
+        yield from _fp8_expert_problems(shape, spec.train.fp8, spec.topology)
     if spec.train.recompute == "norms" and not shape.norms_first:
         yield (
             f"train.recompute norms: {shape.model_type} has no norms before attention and MLP, so nothing would be "
@@ -452,6 +453,19 @@ def _fp8_layer_problems(shape: ModelShape, fp8: Fp8Spec) -> Iterator[str]:
         yield (
             f"train.fp8.bf16_first_layers {fp8.bf16_first_layers} + bf16_last_layers {fp8.bf16_last_layers} = "
             f"{in_bf16} leave none of the {shape.num_layers} layers in fp8; set train.precision to bf16, or fewer"
+        )
+
+
+def _fp8_expert_problems(shape: ModelShape, fp8: Fp8Spec, topo: TopologySpec) -> Iterator[str]:
+    """Yield why products of experts cannot be in fp8, where that is asked for."""
+    if not fp8.experts:
+        return
+    if not shape.num_experts:
+        yield f"train.fp8.experts: a {shape.model_type} model has no experts; drop it"
+    elif (width := shape.expert_ffn_hidden_size / expert_tensor_parallel(topo)) % 16:
+        yield (
+            f"train.fp8.experts needs multiples of 16, and an expert's width on a rank is {width:g}; set it to false, "
+            "or another topology.expert_tensor_parallel"
         )
 
 

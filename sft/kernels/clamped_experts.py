@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sft.kernels.autograd import Context
 from sft.kernels.expert_bias import by_row, sums_by_expert
-from sft.kernels.grouped_experts import expert_products, expert_weight_gradients, wide
+from sft.kernels.fp8_experts import Forms, forward_products, input_gradients
+from sft.kernels.grouped_experts import expert_weight_gradients, wide
 
 Unit = tuple[float, float]
 """Slope and limit of the unit (up + 1) * gate * sigmoid(slope * gate): the gate is at most the limit before, the up
@@ -36,6 +37,7 @@ def clamped_experts(
     unit: Unit,
     *,
     adds_bias: bool = True,
+    fp8_gradients: Forms | None = None,
 ) -> Tensor:
     """Return weights * (unit(rows @ up^T + its bias) @ down^T + its bias), [rows, hidden], with each row's expert.
 
@@ -43,29 +45,32 @@ def clamped_experts(
     hidden] with an expert's gate above its up projection, and their biases; `down` matrices [experts * hidden, width]
     and theirs. `ends` int32 [experts] holds for each expert the row behind its last one. A rank that does not say
     `adds_bias` leaves the second bias out: the result is a part of a sum, of which another rank adds it
-    (sft.kernels.expert_bias).
+    (sft.kernels.expert_bias). With `fp8_gradients`, the forms of gradients for `up` and `down`, the products are in
+    fp8.
     """
-    output: Tensor = _ClampedExperts.apply(rows, weights, *up, *down, ends, unit, adds_bias)
+    output: Tensor = _ClampedExperts.apply(rows, weights, *up, *down, ends, unit, adds_bias, fp8_gradients)
     return output
 
 
 class _Saved(Context, Protocol):
     unit: Unit
     adds_bias: bool
+    gradients: Forms
 
 
 class _ClampedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: _Saved, rows: Tensor, weights: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor,
-        ends: Tensor, unit: Unit, adds_bias: bool,
+        ends: Tensor, unit: Unit, adds_bias: bool, fp8_gradients: Forms | None,
     ) -> Tensor:  # fmt: skip
-        ctx.unit, ctx.adds_bias, count = unit, adds_bias, len(ends)
-        mixed = expert_products(rows, up.view(count, -1, up.size(1)), ends)
+        ctx.unit, ctx.adds_bias, count, in_fp8 = unit, adds_bias, len(ends), fp8_gradients is not None
+        ctx.gradients = fp8_gradients or ("bf16", "bf16")
+        mixed = forward_products(rows, up, ends, in_fp8=in_fp8)
         # In place: the product is this function's own, and as large as anything in the layer.
         mixed += by_row(up_bias.view(count, -1), len(rows), ends)
         ctx.save_for_backward(rows, weights, mixed, up, up_bias, down, down_bias, ends)
-        output = expert_products(_weighted(mixed, weights, unit), down.view(count, -1, down.size(1)), ends)
+        output = forward_products(_weighted(mixed, weights, unit), down, ends, in_fp8=in_fp8)
         if adds_bias:
             output += (by_row(down_bias.view(count, -1), len(rows), ends) * weights.unsqueeze(-1)).to(output.dtype)
         return output
@@ -75,7 +80,8 @@ class _ClampedExperts(torch.autograd.Function):
         rows, weights, mixed, up, up_bias, down, down_bias, ends = ctx.saved_tensors
         _, _, wants_up, wants_up_bias, wants_down, wants_down_bias, *_ = ctx.needs_input_grad
         grad, count = grads[0].contiguous(), len(ends)
-        gated_grad = expert_products(grad, down.view(count, -1, down.size(1)).transpose(1, 2), ends)
+        of_up, of_down = ctx.gradients
+        gated_grad = input_gradients(grad, down, ends, of_down)
         gated, mixed_grad, weights_grad = _weighted_backward(gated_grad, mixed, weights, ctx.unit)
         del gated_grad  # these are the largest tensors of a layer: each is freed before the next is made
         if ctx.adds_bias:
@@ -85,10 +91,10 @@ class _ClampedExperts(torch.autograd.Function):
         del gated
         # Whole on every rank, also on one that adds no bias: the gradient of the sum is that of each of its parts.
         own_down = sums_by_expert(grad, ends, weights).to(down_bias.dtype).flatten() if wants_down_bias else None
-        rows_grad = expert_products(mixed_grad, up.view(count, -1, up.size(1)).transpose(1, 2), ends)
+        rows_grad = input_gradients(mixed_grad, up, ends, of_up)
         up_grad = expert_weight_gradients(up, count, mixed_grad, rows, ends) if wants_up else None
         own_up = sums_by_expert(mixed_grad, ends).to(up_bias.dtype).flatten() if wants_up_bias else None
-        return rows_grad, weights_grad, up_grad, own_up, down_grad, own_down, None, None, None
+        return rows_grad, weights_grad, up_grad, own_up, down_grad, own_down, None, None, None, None
 
 
 def _weighted(mixed: Tensor, weights: Tensor, unit: Unit) -> Tensor:

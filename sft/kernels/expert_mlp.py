@@ -14,17 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sft.kernels.autograd import Context
-from sft.kernels.grouped_experts import expert_products, expert_weight_gradients, wide
+from sft.kernels.fp8_experts import Forms, forward_products, input_gradients
+from sft.kernels.grouped_experts import expert_weight_gradients, wide
 
 
-def swiglu_experts(rows: Tensor, weights: Tensor, up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+def swiglu_experts(
+    rows: Tensor, weights: Tensor, up: Tensor, down: Tensor, ends: Tensor, *, fp8_gradients: Forms | None = None
+) -> Tensor:
     """Return weights * ((silu(g) * u) @ down^T), [rows, hidden], where [g, u] = rows @ up^T with each row's expert.
 
     rows are [rows, hidden], sorted by expert, their weights fp32 [rows]. up is [experts * 2 * width, hidden] with an
     expert's gate above its up projection, down [experts * hidden, width]. `ends` int32 [experts] holds for each expert
-    the row behind its last one.
+    the row behind its last one. With `fp8_gradients`, the forms of gradients for `up` and `down`, the products are in
+    fp8.
     """
-    output: Tensor = _SwiGLUExperts.apply(rows, weights, up, down, ends)
+    output: Tensor = _SwiGLUExperts.apply(rows, weights, up, down, ends, fp8_gradients)
     return output
 
 
@@ -50,30 +54,40 @@ class _WeightedSwiGLU(torch.autograd.Function):
         return mixed_grad, weights_grad
 
 
-class _SavedCount(Context, Protocol):
-    count: int
+class _FormsContext(Context, Protocol):
+    gradients: Forms
 
 
 class _SwiGLUExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _SavedCount, rows: Tensor, weights: Tensor, up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-        ctx.count = count = len(ends)
-        mixed = expert_products(rows, up.view(count, -1, up.size(1)), ends)
+    def forward(
+        ctx: _FormsContext,
+        rows: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        down: Tensor,
+        ends: Tensor,
+        fp8_gradients: Forms | None,
+    ) -> Tensor:
+        in_fp8 = fp8_gradients is not None
+        ctx.gradients = fp8_gradients or ("bf16", "bf16")
+        mixed = forward_products(rows, up, ends, in_fp8=in_fp8)
         ctx.save_for_backward(rows, weights, mixed, up, down, ends)
-        return expert_products(_weighted(mixed, weights), down.view(count, -1, down.size(1)), ends)
+        return forward_products(_weighted(mixed, weights), down, ends, in_fp8=in_fp8)
 
     @staticmethod
-    def backward(ctx: _SavedCount, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _FormsContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, mixed, up, down, ends = ctx.saved_tensors
-        grad, count = grads[0].contiguous(), ctx.count
-        gated_grad = expert_products(grad, down.view(count, -1, down.size(1)).transpose(1, 2), ends)
+        grad, count = grads[0].contiguous(), len(ends)
+        of_up, of_down = ctx.gradients
+        gated_grad = input_gradients(grad, down, ends, of_down)
         gated, mixed_grad, weights_grad = _weighted_backward(gated_grad, mixed, weights)
         del gated_grad  # these are the largest tensors of a layer: each is freed before the next is made
         down_grad = expert_weight_gradients(down, count, grad, gated, ends) if ctx.needs_input_grad[3] else None
         del gated
-        rows_grad = expert_products(mixed_grad, up.view(count, -1, up.size(1)).transpose(1, 2), ends)
+        rows_grad = input_gradients(mixed_grad, up, ends, of_up)
         up_grad = expert_weight_gradients(up, count, mixed_grad, rows, ends) if ctx.needs_input_grad[2] else None
-        return rows_grad, weights_grad, up_grad, down_grad, None
+        return rows_grad, weights_grad, up_grad, down_grad, None, None
 
 
 def _weighted(mixed: Tensor, weights: Tensor) -> Tensor:

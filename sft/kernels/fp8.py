@@ -56,21 +56,23 @@ def quantize(x: Tensor, form: Format = "e4m3") -> Rows:
     return Rows((x.float() * (1 / scales)).to(DTYPES[form]), scales)
 
 
-def quantize_transposed(weight: Tensor) -> Rows:
-    """Return the transpose of a contiguous weight [rows, columns] in fp8, with a scale for each column of `weight`.
+def quantize_transposed(weight: Tensor, count: int = 1) -> Rows:
+    """Return the transposes of `count` matrices, contiguous one below the other, in fp8, again one below the other.
 
-    The largest value of each column is found once a step, not in each micro-batch, and of a frozen weight once.
+    Each column of a matrix has a scale. The largest value of each column is found once a step, not in each
+    micro-batch, and of a frozen weight once.
     """
     if not weight.is_cuda:
-        return quantize(weight.t().contiguous())
+        matrices = weight.view(count, -1, weight.size(1)).transpose(1, 2)
+        return quantize(matrices.reshape(-1, matrices.size(2)))
     from sft.kernels.triton import fp8 as triton_fp8
 
     # Weights change between steps, and a step begins with no gradient in the weight's buffer.
     peaks: Tensor | None = getattr(weight, _PEAKS, None)
     if peaks is None or (weight.requires_grad and not has_gradient(weight)):
-        peaks = triton_fp8.column_peaks(weight)
+        peaks = triton_fp8.column_peaks(weight, count)
         setattr(weight, _PEAKS, peaks)
-    return Rows(*triton_fp8.transposed(weight, peaks))
+    return Rows(*triton_fp8.transposed(weight, peaks, count))
 
 
 def unquantized(x: Tensor | WithRows) -> Tensor:

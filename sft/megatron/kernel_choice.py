@@ -110,7 +110,7 @@ def _precision(spec: RunSpec, architecture: Architecture) -> Iterator[str]:
     if spec.train.precision != "fp8":
         return
     fp8 = spec.train.fp8
-    if any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
+    if any(isinstance(layer.mlp, Experts) for layer in architecture.layers) and not fp8.experts:
         yield "those of experts in bf16"
     for place, layers in (("first", fp8.bf16_first_layers), ("last", fp8.bf16_last_layers)):
         if layers:

@@ -10,7 +10,9 @@ from torch import Tensor
 from sft.kernels.clamped_experts import Unit, _weighted, _weighted_backward, clamped_experts, clamped_unit
 from sft.kernels.expert_bias import add_expert_bias
 from sft.kernels.expert_mlp import swiglu_experts
+from sft.kernels.fp8_experts import fp8_expert_products
 from sft.kernels.grouped_experts import Assignment, assign, looped_products, sort_rows, sum_of_experts, to_experts
+from sft.kernels.linear import fp8_linear
 from tests.gpu.test_kernels import assert_equal, drawn
 
 pytestmark = [
@@ -55,6 +57,42 @@ def test_experts(tokens: int) -> None:
         return (rows[assignment.place].view(-1, CHOSEN, HIDDEN) * weights.unsqueeze(-1)).sum(1)
 
     assert_equal(ours, plain, inputs(tokens), tolerance=1e-2)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() not in ((9, 0), (10, 0)),
+    reason="torch has a grouped product in fp8 for Hopper and Blackwell",
+)
+@pytest.mark.parametrize("tokens", [1, 45, 3000])
+def test_experts_in_fp8(tokens: int) -> None:
+    """Groups of any number of rows, and the last expert has none. Both ways round the same values."""
+    ends = choice(tokens).ends
+    x, weights, up, down = inputs(tokens)
+    rows, by_row = x.repeat_interleave(CHOSEN, 0), weights.flatten()
+
+    def at_once(*given: Tensor) -> Tensor:
+        return swiglu_experts(*given, ends, fp8_gradients=("e4m3", "e4m3"))
+
+    def by_expert(rows: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        own = zip(*(each.split(ends.diff(prepend=ends.new_zeros(1)).tolist()) for each in (rows, weights)), strict=True)
+        matrices = zip(up.view(EXPERTS, -1, HIDDEN), down.view(EXPERTS, HIDDEN, -1), strict=True)
+        outputs = []
+        for (part, weight), (first, second) in zip(own, matrices, strict=True):
+            gate, other = (part @ first.t()).chunk(2, dim=-1)
+            outputs.append((F.silu(gate) * other * weight.unsqueeze(-1)) @ second.t())
+        return torch.cat(outputs)
+
+    assert_equal(at_once, by_expert, [rows, by_row, up, down], tolerance=1e-1)
+
+
+def test_each_expert_in_fp8_is_a_linear_in_fp8() -> None:
+    """Torch's two products of the same rounded values."""
+    ends = choice(3000).ends
+    rows, weight = drawn(int(ends[-1]), HIDDEN), drawn(EXPERTS * WIDTH, HIDDEN) / HIDDEN**0.5
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = zip(rows.split(sizes), weight.view(EXPERTS, WIDTH, HIDDEN), strict=True)
+    expected = torch.cat([fp8_linear(part, matrix.contiguous()) for part, matrix in parts if len(part)])
+    torch.testing.assert_close(fp8_expert_products(rows, weight, ends), expected, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("tokens", [1, 45, 3000])

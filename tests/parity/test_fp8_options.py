@@ -149,3 +149,48 @@ def test_gradients_in_bf16_leave_the_forward_pass_in_fp8(tmp_path: Path, materia
         found[name] = losses[0], norms[0]
     assert len({loss for loss, _ in found.values()}) == 1
     assert len({norm for _, norm in found.values()}) == 3
+
+
+SIDES = {
+    "qwen3_moe": {"moe_intermediate_size": 32, "head_dim": 16},
+    "gpt_oss": {"intermediate_size": 32, "head_dim": 16},
+}
+"""Of sixteens."""
+FUSED = {"kernels": "fused", "packing": True}
+EXPERT_CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], int | None]] = {
+    "ep2": ("qwen3_moe", 2, {"expert_parallel": 2}, FUSED, None),
+    "plain": ("qwen3_moe", 1, {}, {"kernels": "plain"}, None),
+    "recomputed": ("qwen3_moe", 1, {}, {**FUSED, "recompute": "full"}, None),
+    "adapters": ("qwen3_moe", 1, {}, FUSED, 4),
+    "biased": ("gpt_oss", 1, {}, FUSED, None),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [name if name == "ep2" else pytest.param(name, marks=pytest.mark.slow) for name in EXPERT_CASES]
+)
+def test_experts_in_fp8(case: str, tmp_path: Path, material: tuple[Path, Path], held_out: Path) -> None:
+    """They change the first loss, and no evaluation; where they are held does not matter, nor whether twice computed.
+
+    Seen to fail with experts that stay in bf16, and with ones that compute in fp8 whatever the mode.
+    """
+    family, ranks, topology, settings, lora = EXPERT_CASES[case]
+    data = family_model(tmp_path / "model", family, **SIDES[family]), material[1]
+    here, experts = (ranks, topology, settings), {"precision": "fp8", "fp8": Fp8Spec(experts=True)}
+    runs = {
+        "bf16": (here, {"precision": "bf16"}),
+        "others": (here, {"precision": "fp8"}),
+        "experts": (here, experts),
+    }
+    if case in ("ep2", "recomputed"):
+        runs["one rank"] = (1, {}, FUSED), experts
+    found = {}
+    for name, ((count, layout, kernels), precision) in runs.items():
+        given = {**kernels, **precision, "held_out": held_out}
+        paths = run_of(tmp_path, data, name, lora, ranks=count, topology=layout, **given)
+        run_training(paths, count)
+        found[name] = evaluations(paths)[0], *(values[0] for values in curve(paths))
+    assert found["others"][0] == found["experts"][0] == found["bf16"][0]
+    assert len({found[name][1] for name in ("bf16", "others", "experts")}) == 3
+    if "one rank" in found:
+        assert found["one rank"] == pytest.approx(found["experts"], rel=1e-6)

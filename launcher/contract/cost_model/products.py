@@ -23,6 +23,8 @@ from launcher.contract.topology import Topology
 
 FP32_RATE = 0.5
 """fp32 products run as TF32, by NVIDIA's data sheets at half the bf16 rate."""
+ROUNDING_BYTES = 3
+"""Read and written for each weight that is rounded from bf16 to fp8. For dense linears the rate of products has it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +38,9 @@ class Product:
     outer: float
     """Number of inputs and outputs per token."""
     place: Place | None = None
-    """None for experts and output layer, which are never in fp8."""
+    """None for experts and output layer."""
+    experts: bool = False
+    """Whether these are the products of experts."""
     rate: float = 1.0
     """Share of the rate of large products that it reaches."""
     adapted: bool = False
@@ -72,9 +76,12 @@ def product_seconds(
     Frozen weights have no third one. `fp8` says whether the layer has products in fp8.
     """
     numbers, operations = tokens * product.outer + product.read, 2 * product.weights * tokens
+    fp8 = fp8 and (workload.fp8.experts if product.experts else product.place is not None)
     found = []
-    for low in _forms(workload, implementation, product, fp8=fp8 and product.place is not None):
+    for low in _forms(workload, implementation, product, fp8=fp8):
         traffic = MATMUL_EXPOSED_TRAFFIC * numbers * (1 if low else workload.width)
+        if low and product.experts:  # a token meets few of the matrices, and all of them are rounded
+            traffic += ROUNDING_BYTES * product.read
         rate = product.rate * _rate(workload, gpu, implementation, fp8=low)
         found.append(operations / rate + traffic / memory_rate(gpu))
     return found
@@ -87,7 +94,9 @@ def memory_rate(gpu: GpuKind) -> float:
 
 def _forms(workload: Workload, implementation: Implementation, product: Product, *, fp8: bool) -> list[bool]:
     """Return whether each of a place's products is in fp8, in the order of `product_seconds`."""
-    forms = [fp8, fp8 and product.place not in workload.fp8.bf16_gradients]
+    in_bf16 = workload.fp8.bf16_gradients
+    places = ("fc1", "fc2") if product.experts else (product.place,)
+    forms = [fp8, fp8 and not any(place in in_bf16 for place in places)]
     return forms if workload.adapted else [*forms, fp8 and implementation.fp8_weight_gradients]
 
 
@@ -127,6 +136,7 @@ def _experts(workload: Workload, topology: Topology) -> Product:
         weights=busiest * active_expert_parameters(shape) / tensor + router_parameters(shape) / tensor,
         read=expert_layer_parameters(shape, topology),
         outer=rows * numbers,
+        experts=True,
         rate=EXPERT_PRODUCTS_RATE,
         adapted=workload.adapted and expert_adapters(shape, workload.lora) > 0,
     )

@@ -87,6 +87,9 @@ class Fp8Spec:
     bf16_gradients: list[str] = field(default_factory=list)
     """Linears whose gradients of inputs are computed in bf16: qkv, proj (attention's projections, those of linear
     attention too), fc1, fc2 (those of the MLP). With all four, fp8 is left to the forward pass."""
+    experts: bool = False
+    """Products of experts in fp8 as well, on Hopper and Blackwell. It pays where experts are wide and each rank has
+    few of them, since the matrices of all have to be rounded in every micro-batch."""
 
     def layers_in_fp8(self, layers: int) -> range:
         """Return which of so many layers, counted from 0, have products in fp8."""

@@ -41,7 +41,9 @@ def _rows(x_ptr, y_ptr, scale_ptr, columns, LIMIT: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _column_peaks(x_ptr, peak_ptr, rows, columns, SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    # A program takes COLUMNS columns and SHARE rows.
+    # A program takes COLUMNS columns and SHARE rows of one of the matrices, which lie one below the other.
+    x_ptr += tl.program_id(2).to(tl.int64) * rows * columns
+    peak_ptr += tl.program_id(2).to(tl.int64) * columns
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1).to(tl.int64) * SHARE
     peak = tl.zeros((COLUMNS,), dtype=tl.float32)
@@ -55,6 +57,11 @@ def _column_peaks(x_ptr, peak_ptr, rows, columns, SHARE: tl.constexpr, ROWS: tl.
 
 @triton.jit
 def _transposed(x_ptr, peak_ptr, y_ptr, scale_ptr, rows, columns, TILE: tl.constexpr):
+    matrix = tl.program_id(2).to(tl.int64)
+    x_ptr += matrix * rows * columns
+    y_ptr += matrix * rows * columns
+    peak_ptr += matrix * columns
+    scale_ptr += matrix * columns
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -121,25 +128,25 @@ def rows(x: Tensor, dtype: torch.dtype = E4M3, largest: float = _E4M3_LARGEST) -
     return y, scale
 
 
-def column_peaks(x: Tensor) -> Tensor:
-    """Return the largest absolute value of each column of contiguous `x` [rows, columns], in fp32."""
-    count, columns = x.shape
-    peaks = torch.zeros(columns, dtype=torch.float32, device=x.device)
-    share = max(triton.cdiv(count, 64), 32)  # at most 64 programs for the same columns
-    grid = (triton.cdiv(columns, _WIDE), triton.cdiv(count, share))
-    _column_peaks[grid](x, peaks, count, columns, SHARE=share, ROWS=32, COLUMNS=_WIDE, num_warps=8)
+def column_peaks(x: Tensor, count: int = 1) -> Tensor:
+    """Return the largest absolute value of each column of `count` matrices, contiguous one below the other, in fp32."""
+    rows, columns = len(x) // count, x.shape[1]
+    peaks = torch.zeros(count * columns, dtype=torch.float32, device=x.device)
+    share = max(triton.cdiv(rows, 64), 32)  # at most 64 programs for the same columns
+    grid = (triton.cdiv(columns, _WIDE), triton.cdiv(rows, share), count)
+    _column_peaks[grid](x, peaks, rows, columns, SHARE=share, ROWS=32, COLUMNS=_WIDE, num_warps=8)
     return peaks
 
 
-def transposed(x: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the transpose of contiguous `x` [rows, columns] as fp8 values [columns, rows] and scales [columns, 1].
+def transposed(x: Tensor, peaks: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the transposes of `count` matrices, each [rows, columns] and contiguous one below the other.
 
-    `peaks` are the `column_peaks` of `x`.
+    As fp8 values [count * columns, rows] and scales [count * columns, 1]. `peaks` are the `column_peaks` of `x`.
     """
-    count, columns = x.shape
-    y, scale = empty_rows(x, columns, count)
-    grid = (triton.cdiv(count, _TILE), triton.cdiv(columns, _TILE))
-    _transposed[grid](x, peaks, y, scale, count, columns, TILE=_TILE, num_warps=4)
+    rows, columns = len(x) // count, x.shape[1]
+    y, scale = empty_rows(x, count * columns, rows)
+    grid = (triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE), count)
+    _transposed[grid](x, peaks, y, scale, rows, columns, TILE=_TILE, num_warps=4)
     return y, scale
 
 

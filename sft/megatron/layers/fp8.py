@@ -18,6 +18,8 @@ from sft.megatron.core import tensor_parallel
 
 _LEAST = (8, 9)
 """Compute capability from which on GPUs have products in fp8."""
+_WITH_EXPERTS = ((9, 0), (10, 0))
+"""Those for which torch has a grouped one."""
 
 _OF_LINEAR_ATTENTION = {"in_proj": "qkv", "out_proj": "proj"}
 """The projections of linear attention, by the names that those of softmax attention have in the config."""
@@ -98,11 +100,21 @@ class Fp8RowParallelLinear(Fp8Linear, tensor_parallel.RowParallelLinear):  # typ
         return fp8_linear(input, weight, self.gradients)
 
 
-def check_fp8_device() -> None:
-    """Raise ModelError where the GPU has no products in fp8. A CPU computes them with the same rounding, for tests."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _LEAST:
-        name, found = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
+def check_fp8_device(*, experts: bool = False) -> None:
+    """Raise ModelError where the GPU has no products in fp8. A CPU computes them with the same rounding, for tests.
+
+    Those of experts are fewer GPUs'.
+    """
+    if not torch.cuda.is_available():
+        return
+    found = torch.cuda.get_device_capability()
+    has = f"{torch.cuda.get_device_name()} has {found[0]}.{found[1]}"
+    if found < _LEAST:
         raise ModelError(
-            f"train.precision fp8 needs compute capability 8.9 (Ada, Hopper or newer), and {name} has {found}; "
-            "set it to bf16"
+            f"train.precision fp8 needs compute capability 8.9 (Ada, Hopper or newer), and {has}; set it to bf16"
+        )
+    if experts and found not in _WITH_EXPERTS:
+        raise ModelError(
+            "train.fp8.experts needs torch's grouped product in fp8, which exists for compute capability 9.0 and 10.0 "
+            f"(Hopper, Blackwell), and {has}; set it to false"
         )

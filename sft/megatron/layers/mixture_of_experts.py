@@ -24,6 +24,7 @@ from sft.hf.expert_adapter import ExpertTarget
 from sft.kernels.clamped_experts import Unit, clamped_experts, clamped_unit
 from sft.kernels.expert_bias import add_expert_bias
 from sft.kernels.expert_mlp import swiglu_experts, weighted_swiglu
+from sft.kernels.fp8_experts import fp8_expert_products
 from sft.kernels.grouped_experts import (
     Assignment,
     assign,
@@ -43,6 +44,7 @@ from sft.megatron.core import (
     tensor_parallel,
 )
 from sft.megatron.layers.expert_lora import ExpertAdapters
+from sft.megatron.layers.fp8 import Fp8Linear, fp8_gradients
 from sft.megatron.layers.router import Router
 from sft.megatron.layers.weights_in_use import await_weights
 from sft.megatron.parallel.experts import mark_as_experts, plan_exchange
@@ -71,16 +73,36 @@ class ExpertLinear(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Return the product of each expert's rows, which end where `ends` says, with its matrix, and its bias."""
-        product = expert_products(rows, self.weight.view(self._count, -1, self.weight.size(1)), ends)
+        product = self._product(rows, ends)
         if self.bias is not None:
             product = add_expert_bias(product, self.bias.view(self._count, -1), ends, here=self.adds_bias)
         return product if self.lora is None else product + self.lora(rows, ends)
+
+    def _product(self, rows: Tensor, ends: Tensor) -> Tensor:
+        return expert_products(rows, self.weight.view(self._count, -1, self.weight.size(1)), ends)
+
+
+class Fp8ExpertLinear(Fp8Linear, ExpertLinear):
+    """The same with its products in fp8. Biases and adapters stay as they are."""
+
+    def _product(self, rows: Tensor, ends: Tensor) -> Tensor:
+        if not self.computes_in_fp8:
+            return super()._product(rows, ends)
+        return fp8_expert_products(rows, self.weight, ends, self.gradients)
 
 
 class ExpertMLP(MegatronModule):  # type: ignore[misc]
     """The feed-forward part of a decoder layer whose tokens go to a few of many gated MLPs."""
 
-    def __init__(self, config: TransformerConfig, *, experts: Experts, fused: bool = False, **_: object) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        experts: Experts,
+        linear: type[ExpertLinear] = ExpertLinear,
+        fused: bool = False,
+        **_: object,
+    ) -> None:
         super().__init__(config=config)
         self._fused = fused
         clamped = experts.clamped
@@ -92,8 +114,8 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         width = experts.width // self.tp_group.size()
         self.router = Router(config, experts)
         hidden, biased = config.hidden_size, experts.bias
-        self.linear_fc1 = ExpertLinear(config, self._held, 2 * width, hidden, split=0, biased=biased)
-        self.linear_fc2 = ExpertLinear(config, self._held, hidden, width, split=1, biased=biased)
+        self.linear_fc1 = linear(config, self._held, 2 * width, hidden, split=0, biased=biased)
+        self.linear_fc2 = linear(config, self._held, hidden, width, split=1, biased=biased)
         self.sequence_parallel: bool = config.sequence_parallel
 
     def adapt(self, lora: LoraSpec, targets: Sequence[ExpertTarget]) -> None:
@@ -150,12 +172,13 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
     def _at_once(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         """Return the weighted outputs, by one operation."""
         up, down = self.linear_fc1, self.linear_fc2
+        forms = fp8_gradients(up, down)
         if self._unit is None:
-            return swiglu_experts(rows, weights, up.weight, down.weight, ends)
+            return swiglu_experts(rows, weights, up.weight, down.weight, ends, fp8_gradients=forms)
         assert up.bias is not None
         assert down.bias is not None
         biased = (up.weight, up.bias), (down.weight, down.bias)
-        return clamped_experts(rows, weights, *biased, ends, self._unit, adds_bias=down.adds_bias)
+        return clamped_experts(rows, weights, *biased, ends, self._unit, adds_bias=down.adds_bias, fp8_gradients=forms)
 
     def _activated(self, mixed: Tensor) -> Tensor:
         """Return the gated unit of [gate, up], without the weights of rows."""

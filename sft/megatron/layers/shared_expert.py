@@ -39,10 +39,9 @@ class SharedExpertMLP(ExpertMLP):
         experts: Experts,
         mlp: type[MLP],
         linears: Linears,
-        fused: bool = False,
-        **_: object,
+        **options: Any,
     ) -> None:
-        super().__init__(config, experts=experts, fused=fused)
+        super().__init__(config, experts=experts, **options)
         assert experts.shared is not None
         # Megatron-core's MLP takes its width from the configuration, which has that of dense layers.
         own = copy.copy(config)

@@ -31,6 +31,7 @@ from sft.megatron.core import (
 from sft.megatron.kernel_choice import Kernels
 from sft.megatron.layers.attention import Norm, RotarySelfAttention
 from sft.megatron.layers.core_attention import CoreAttention
+from sft.megatron.layers.fp8 import check_fp8_device
 from sft.megatron.layers.fused import (
     FusedCoreAttention,
     FusedGeGLUMLP,
@@ -41,7 +42,7 @@ from sft.megatron.layers.fused import (
 )
 from sft.megatron.layers.gated_delta import GatedDeltaNet
 from sft.megatron.layers.linears import Linears, choose_linears
-from sft.megatron.layers.mixture_of_experts import ExpertMLP
+from sft.megatron.layers.mixture_of_experts import ExpertLinear, ExpertMLP, Fp8ExpertLinear
 from sft.megatron.layers.norms import PLAIN_NORMS
 from sft.megatron.layers.post_norms import PostNormTransformerLayer
 from sft.megatron.layers.residual import residual_addition
@@ -88,14 +89,15 @@ def layer_spec(architecture: Architecture, options: LayerOptions, layer_number: 
     fused = options.kernels.fused_layers
     in_fp8 = options.fp8_in(layer_number, len(architecture.layers))
     linears = choose_linears(fp8=in_fp8, adapted=options.adapted)
-    before_attention, before_mlp = _norms_before(architecture, layer, options if in_fp8 else replace(options, fp8=None))
+    own = options if in_fp8 else replace(options, fp8=None)
+    before_attention, before_mlp = _norms_before(architecture, layer, own)
     submodules = TransformerLayerSubmodules(
         input_layernorm=before_attention,
         self_attention=_attention_spec(architecture, layer.attention, options.kernels, linears),
         # Fused layers add residuals themselves.
         self_attn_bda=residual_addition(layer.residual_multiplier),
         pre_mlp_layernorm=before_mlp,
-        mlp=_experts_spec(layer.mlp, linears, fused=fused)
+        mlp=_experts_spec(layer.mlp, linears, own)
         if isinstance(layer.mlp, Experts)
         else _mlp_spec(layer.mlp, linears, fused=fused),
         mlp_bda=residual_addition(layer.residual_multiplier),
@@ -137,7 +139,7 @@ def _norms_before(architecture: Architecture, layer: DecoderLayer, options: Laye
 def _norm_before_product(
     architecture: Architecture, options: LayerOptions, *, experts: bool = False
 ) -> ModuleSpec | type[nn.Module]:
-    """Return the norm whose output goes into linear_qkv, linear_fc1 or to experts, whose products are not in fp8."""
+    """Return the norm whose output goes into linear_qkv, linear_fc1 or to experts, whose rows are sorted first."""
     if options.kernels.fused_layers:
         rows = "never"
         if options.fp8 is not None and not experts:
@@ -214,9 +216,13 @@ def _mlp_spec(mlp: DenseMLP, linears: Linears, *, fused: bool) -> object:
     return _MLPSpec(module=module, submodules=submodules)
 
 
-def _experts_spec(experts: Experts, linears: Linears, *, fused: bool) -> object:
+def _experts_spec(experts: Experts, linears: Linears, options: LayerOptions) -> object:
     module: type[nn.Module] = ExpertMLP
+    fused, in_fp8 = options.kernels.fused_layers, options.fp8 is not None and options.fp8.experts
+    if in_fp8:
+        check_fp8_device(experts=True)
     params: dict[str, object] = {"experts": experts, "fused": fused}
+    params["linear"] = Fp8ExpertLinear if in_fp8 else ExpertLinear
     if experts.shared is not None:
         module = SharedExpertMLP
         params |= {"mlp": FusedMLP if fused else MLP, "linears": linears}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sft.kernels import adamw, norm
+from sft.kernels import adamw, fp8, norm
 from sft.kernels.clamped_experts import clamped_experts
 from sft.kernels.embedding import lookup
 from sft.kernels.expert_mlp import swiglu_experts
@@ -132,6 +132,18 @@ def test_weight_gradients_of_experts(overwrite: bool) -> None:
     for expert, (first, end) in enumerate(zip([0, *CHOSEN.ends.tolist()], CHOSEN.ends.tolist(), strict=False)):
         exact = grad[first:end].t() @ rows[first:end] + (0 if overwrite else before[expert])
         torch.testing.assert_close(found[expert], exact, rtol=1e-5, atol=1e-5)
+
+
+def test_transposes_of_several_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before values are rounded to fp8, which the interpreter does wrongly next to powers of two."""
+    from sft.kernels.triton import fp8 as triton_fp8
+
+    monkeypatch.setattr(triton_fp8, "empty_rows", lambda x, *size: (torch.empty(size), torch.empty(size[0], 1)))
+    weight = drawn(EXPERTS * 70, 300) * torch.linspace(0.1, 3, 300)
+    values, scales = triton_fp8.transposed(weight, triton_fp8.column_peaks(weight, EXPERTS), EXPERTS)
+    torch.testing.assert_close(scales, fp8.quantize_transposed(weight, EXPERTS).scales, rtol=1e-6, atol=0)
+    exact = weight.view(EXPERTS, 70, 300).transpose(1, 2).reshape(-1, 70)
+    torch.testing.assert_close(values * scales, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])

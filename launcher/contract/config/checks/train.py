@@ -174,6 +174,8 @@ def fp8_problems(spec: RunSpec) -> Iterator[Problem]:
         yield "train.fp8.bf16_gradients", f"{fp8.bf16_gradients} names a linear twice"
     if fp8.gradients != "e4m3" and set(fp8.bf16_gradients) >= set(FP8_LINEARS):
         yield "train.fp8.gradients", f"{fp8.gradients} is of no use where train.fp8.bf16_gradients names every linear"
+    if fp8.experts and fp8.gradients != "e4m3":
+        yield "train.fp8.experts", f"torch's grouped product takes e4m3 alone, not train.fp8.gradients {fp8.gradients}"
     name = (spec.cluster.gpu or spec.cluster.gpu_type or "").lower()
     if any(kind.name == name and kind.fp8_tflops is None for kind in gpu_kinds()):
         yield "train.precision", f"fp8 on GPUs of kind {name}, which have no fp8 products; set it to bf16"
