@@ -31,7 +31,7 @@ from launcher.contract.cost_model.step_time import step_time
 from launcher.contract.cost_model.workload import Layout, Workload
 from launcher.contract.hardware import GpuKind, gpu_kind, match_gpu
 from launcher.contract.model_shape import ModelShape, named_model_config
-from launcher.contract.spec import LoraSpec
+from launcher.contract.spec import Fp8Spec, LoraSpec
 from launcher.contract.stages import even_split
 from launcher.contract.topology import Topology
 from sft.bench.workload import TRAINED_SHARE
@@ -111,7 +111,8 @@ def _listing(name: str, result: dict[str, Any]) -> dict[str, Any]:
     words = [settings.get("layout", "dp1").partition(" = ")[0] + (" + expert parallel" * ("expert" in str(sizes)))]
     words += [f"{bench.rows} rows of {bench.seq_length:,} a GPU", f"micro-batch {settings['micro_batch_size']}"]
     words += [f"{settings['recompute']} recomputed"] * (settings["recompute"] != "none")
-    words += [precision] * (precision != "bf16") + ["plain kernels"] * ("plain" in kernels)
+    words += [precision] * (precision != "bf16") + ["experts in fp8"] * (settings.get("experts") == "fp8")
+    words += ["plain kernels"] * ("plain" in kernels)
     words += [f"LoRA of rank {bench.lora_rank}"] * (bench.lora_rank is not None) + ["flash2"] * ("flash2" in kernels)
     words += ["CUDA graphs"] * ("graphs" in kernels)
     implementation = PLAIN if "plain" in kernels else CURRENT_WITH_FLASH2 if "flash2" in kernels else CURRENT
@@ -133,6 +134,7 @@ def _listing(name: str, result: dict[str, Any]) -> dict[str, Any]:
         "fill": result["real_tokens_per_second"] / result["slots_per_second"],
         "trained": TRAINED_SHARE if bench.data == "ragged" else 1.0,
         "precision": precision,
+        "fp8_experts": settings.get("experts") == "fp8",
         "recompute": settings["recompute"],
         "recompute_layers": settings.get("recompute_layers"),
         "lora_rank": bench.lora_rank,
@@ -160,6 +162,7 @@ def _row(listing: dict[str, Any]) -> Row:
         fill=listing.get("fill", 1.0),
         trained=listing.get("trained", 1.0),
         precision=listing.get("precision", "bf16"),
+        fp8=Fp8Spec(experts=listing.get("fp8_experts", False)),
         lora=LoraSpec(rank=listing.get("lora_rank")),
     )
     return Row(

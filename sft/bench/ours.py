@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from launcher.contract.spec import (
     DataSpec,
+    Fp8Spec,
     LoraSpec,
     ModelSpec,
     OptimizerSpec,
@@ -73,7 +74,7 @@ def run_ours(
 ) -> Result:
     """Train `warmup` steps, then `steps` timed ones, then a few under the profiler, and return the result.
 
-    `train` holds fields of TrainSpec.
+    `train` holds fields of TrainSpec, and of `fp8` those of Fp8Spec.
     """
     env = RankEnv.from_environ()
     max_steps = warmup + steps + PROFILED_STEPS
@@ -99,6 +100,7 @@ def run_spec(
     max_steps: int,
 ) -> RunSpec:
     """Return the config of the benchmark's run. Each GPU has `workload.rows` rows a step, whatever the topology."""
+    own = {**train, "fp8": Fp8Spec(**train.get("fp8", {}))}
     return RunSpec(
         name="bench",
         resources=ResourcesSpec(gpus_per_node=ranks if torch.cuda.is_available() else 0, tasks_per_node=ranks),
@@ -111,7 +113,7 @@ def run_spec(
             global_batch_unit="tokens",
             micro_batch_size=micro_batch_rows(topology, workload.rows, micro_batches),
             optimizer=OptimizerSpec(lr=1e-5, schedule="constant"),
-            **train,
+            **own,
         ),
     )
 
@@ -176,6 +178,7 @@ class BenchModule(SFTGPT):
             "recompute": train.recompute,
             **({} if train.recompute_layers is None else {"recompute_layers": train.recompute_layers}),
             "precision": train.precision,
+            **({"experts": "fp8"} if train.fp8.experts else {}),
             "lora": rank,
             "launches": "graphs" if self.kernels.graphs else None,
             "attention": self.kernels.attention if self.kernels.fused_layers else "torch",

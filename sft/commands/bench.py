@@ -93,6 +93,8 @@ def _contenders(options: argparse.Namespace) -> list[tuple[str, dict[str, object
     for train in chosen:
         if train["recompute"] == "full":
             train["recompute_layers"] = options.recompute_layers
+        if train["precision"] == "fp8" and options.fp8_experts:
+            train["fp8"] = {"experts": True}
     own: list[tuple[str, dict[str, object]]] = [
         ("ours", {"train": train, "micro_batches": options.micro_batches, **clock}) for train in chosen
     ]

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recompute", nargs="+", default=["none"], choices=get_args(Recompute), help="as train.recompute"
     )
+    parser.add_argument("--fp8-experts", action="store_true", help="as train.fp8.experts, where --precision is fp8")
     parser.add_argument("--recompute-layers", type=count, help="as train.recompute_layers, where --recompute is full")
     parser.add_argument(
         "--cuda-graphs", nargs="+", default=["auto"], choices=["auto", "never", "always"], help="as train.cuda_graphs"

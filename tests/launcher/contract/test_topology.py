@@ -239,6 +239,19 @@ def test_fp8_needs_sides_of_sixteens() -> None:
     ]
 
 
+def test_experts_in_fp8_need_some_of_sides_of_sixteens() -> None:
+    spec = make(tasks=2, tensor_parallel=2)
+    train = dataclasses.replace(spec.train, precision="fp8", fp8=Fp8Spec(experts=True))
+    spec, shape = dataclasses.replace(spec, train=train), named_model_shape("30b-a3b")
+    assert build_topology(spec, shape).world_size == 2
+    for other, problem in (
+        (SMOLLM, "train.fp8.experts: a llama model has no experts; drop it"),
+        (dataclasses.replace(shape, expert_ffn_hidden_size=720), "an expert's width on a rank is 360; set it to false"),
+    ):
+        with pytest.raises(TopologyError, match=problem):
+            build_topology(spec, other)
+
+
 def test_norms_are_computed_again_where_there_are_some_before_products() -> None:
     """Olmo 2 and 3 have them behind attention and MLP. Seen to train without a word, in the memory of none."""
     shape, spec = dataclasses.replace(SMOLLM, model_type="olmo2", norms_first=False), make(tasks=1)

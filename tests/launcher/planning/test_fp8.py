@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from launcher.contract.cost_model.assumptions import layout_of, workload_of
@@ -55,13 +57,36 @@ def test_gradients_in_bf16_take_half_of_the_gain() -> None:
     assert max(parts) == parts[ALL.index("fc1")]
 
 
-def test_products_of_experts_are_never_in_fp8() -> None:
+def test_products_of_experts_stay_in_bf16() -> None:
     """The gain of Qwen3-30B-A3B is that of its attention alone."""
     shape = named_model_shape("30b-a3b")
     gain = products(run("bf16"), shape) - products(run(), shape)
     without = products(run(bf16_gradients=["fc1", "fc2"]), shape)
     assert 0 < gain < 0.2 * products(run("bf16"), shape)
     assert without == products(run(), shape)
+
+
+def test_experts_in_fp8_pay_where_each_rank_has_few_and_wide_ones() -> None:
+    """All matrices of a rank are rounded in every micro-batch, however few tokens each of them meets."""
+
+    def gain(name: str, ranks: int = 1, **fp8: object) -> float:
+        shape, found = named_model_shape(name), []
+        for experts in (False, True):
+            spec = run(experts=experts, **fp8)
+            topology = dataclasses.replace(spec.topology, expert_parallel=ranks)
+            found.append(products(dataclasses.replace(spec, topology=topology), shape))
+        return 1 - found[1] / found[0]
+
+    assert gain("30b-a3b") < 0 < gain("30b-a3b", 8) < gain("mixtral-8x7b", 8)
+    half = gain("mixtral-8x7b", 8, bf16_gradients=["fc1"])
+    assert half == pytest.approx(gain("mixtral-8x7b", 8) / 2, rel=0.05)
+
+
+def test_stages_of_layers_with_experts_in_fp8_are_balanced_so() -> None:
+    """The last stage has the output layer, which is never in fp8."""
+    shape = named_model_shape("30b-a3b")
+    both = [build_topology(run(pipeline=4, experts=experts), shape).layers_per_stage for experts in (False, True)]
+    assert both == [(13, 13, 13, 9), (13, 13, 14, 8)]
 
 
 def test_layers_in_bf16_keep_what_those_of_bf16_keep() -> None:

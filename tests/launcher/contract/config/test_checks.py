@@ -204,6 +204,8 @@ def test_settings_of_fp8() -> None:
     every = ["qkv", "proj", "fc1", "fc2"]
     assert problems(bf16_gradients=every).keys() == set()
     assert "of no use" in problems(bf16_gradients=every, gradients="e5m2")["train.fp8.gradients"]
+    assert not problems(experts=True)
+    assert "takes e4m3 alone" in problems(experts=True, gradients="e5m2")["train.fp8.experts"]
 
 
 def test_fp8_where_it_cannot_be() -> None:
