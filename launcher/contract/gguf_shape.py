@@ -36,17 +36,25 @@ _OURS = {
 
 def read_gguf_shape(path: Path) -> ModelShape:
     """Return the sizes of the model in a GGUF file, or raise ModelError."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            values, tensors = _Header(data).read()
-    except (OSError, ValueError, KeyError, OverflowError, RecursionError, struct.error) as error:
-        raise ModelError(f"model.path: {path} is not a readable GGUF file ({error})") from None
+    values, tensors = read_gguf_header(path)
     architecture = values.get("general.architecture") or ""
     config = {ours: values.get(f"{architecture}.{theirs}") for ours, theirs in _OURS.items()}
     if config["vocab_size"] is None:  # optional in the format, unlike the list of tokens
         config["vocab_size"] = len(values.get("tokenizer.ggml.tokens", ())) or None
     tied = "output.weight" not in tensors
     return ModelShape.from_config({**config, "model_type": architecture, "tie_word_embeddings": tied}, str(path))
+
+
+def read_gguf_header(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """Return the metadata of a GGUF file by key and the names of its tensors, or raise ModelError.
+
+    Of a list of texts only the length is right.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(data).read()
+    except (OSError, ValueError, KeyError, OverflowError, RecursionError, struct.error) as error:
+        raise ModelError(f"model.path: {path} is not a readable GGUF file ({error})") from None
 
 
 @dataclass(slots=True)

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 from launcher.contract.errors import ModelError
+from launcher.contract.gguf_shape import read_gguf_header
 from sft.hf.files import check_model_files, write_weights
+from sft.hf.gguf_metadata import split_as_stated, unread_settings
 from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
 from sft.models.stored_tensors import SINGLE
@@ -69,6 +71,13 @@ def convert_gguf(source: Path, directory: Path) -> None:
         reader = gguf.GGUFReader(source)
     except (OSError, ValueError, IndexError) as error:
         raise ModelError(f"model.path: {source} is not a readable GGUF file ({error})") from None
+    metadata, _ = read_gguf_header(source)
+    unread = list(unread_settings(metadata, architecture.shape))
+    if unread:
+        raise ModelError(
+            f"model.path: {source}: {', '.join(unread)} would not be read, and the model would compute something else; "
+            "use the Hugging Face directory"
+        )
     tensors = {}
     shapes = architecture.weights.hf_shapes()
     for tensor in reader.tensors:
@@ -121,6 +130,14 @@ def _write_config(source: Path, directory: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"model.path: {source}: transformers does not read it ({error})") from None
+    metadata, _ = read_gguf_header(source)
+    unknown = split_as_stated(tokenizer, metadata)
+    if unknown is not None:
+        raise ModelError(
+            f"model.path: {source}: its tokenizer splits words in the way {unknown!r}, which is not known here "
+            "(tokenizer.ggml.pre): texts would have other tokens than those the model knows; use its Hugging Face "
+            "directory"
+        )
     config.save_pretrained(directory)
     GenerationConfig.from_model_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from launcher.contract.errors import ModelError
 from launcher.contract.rundir import COMPLETE
 from launcher.contract.spec import DataSpec, ModelSpec, RunSpec
+from sft.data.encoding.tokenizer import load_tokenizer
 from sft.hf import gguf as gguf_convert
 from sft.hf.answer import answer
 from sft.hf.exporter import export_checkpoint
@@ -184,8 +185,13 @@ def test_deinterleave_is_the_inverse_of_llama_cpps_permutation() -> None:
     assert torch.equal(deinterleave(permuted, 3), rows)
 
 
-def write_gguf(path: Path, family: str, **extra: np.ndarray[Any, Any]) -> Path:
-    """A GGUF of a two-layer model with a five-word tokenizer; `extra` adds tensors."""
+def write_gguf(
+    path: Path,
+    family: str,
+    settings: Callable[[Any], None] = lambda writer: None,
+    **extra: np.ndarray[Any, Any],
+) -> Path:
+    """A GGUF of a two-layer model with a five-word tokenizer; `extra` adds tensors, `settings` metadata."""
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -202,6 +208,7 @@ def write_gguf(path: Path, family: str, **extra: np.ndarray[Any, Any]) -> Path:
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(3)
     writer.add_eos_token_id(4)
+    settings(writer)
     draw = np.random.default_rng(0)
     shapes = {"token_embd": (5, 16), "output_norm": (16,), "output": (5, 16)}
     for layer in range(2):
@@ -242,6 +249,46 @@ def test_a_gguf_with_more_than_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         convert_gguf(source, tmp_path / "out")
     assert str(caught.value) == f"model.path: {source}: tensor rope_freqs.weight has no place in a llama model"
+
+
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        (lambda writer: writer.add_rope_scaling_factor(4.0), "llama.rope.scaling.factor 4.0"),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "llama.rope.scaling.type yarn"),
+        (lambda writer: writer.add_sliding_window(8), "llama.attention.sliding_window 8"),
+        (lambda writer: writer.add_logit_scale(0.5), "llama.logit_scale 0.5"),
+    ],
+)
+def test_settings_of_a_gguf_that_would_not_be_read_are_refused(
+    settings: Callable[[Any], None], unread: str, tmp_path: Path
+) -> None:
+    """Seen to be passed over: a model with a scaled RoPE was trained unscaled."""
+    source = write_gguf(tmp_path / "model.gguf", "llama", settings)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match=f"{unread} would not be read"):
+        convert_gguf(source, tmp_path / "out")
+
+
+def test_settings_of_a_gguf_that_change_nothing(tmp_path: Path) -> None:
+    def settings(writer: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1.0)
+        writer.add_rope_dimension_count(4)
+        writer.add_key_length(4)
+
+    (tmp_path / "out").mkdir()
+    convert_gguf(write_gguf(tmp_path / "model.gguf", "llama", settings), tmp_path / "out")
+
+
+def test_words_are_split_as_a_gguf_says(smollm2: Path, tmp_path: Path) -> None:
+    """Seen to be split as GPT-2 does, with two spaces as two tokens in front of a number."""
+    tokens = load_tokenizer(smollm2).tokenize("a  12 = 3\n\n  45")
+    assert tokens == ["a", "ĠĠ", "1", "2", "Ġ=", "Ġ", "3", "ĊĊĠĠ", "4", "5"]
+    (tmp_path / "out").mkdir()
+    source = write_gguf(tmp_path / "model.gguf", "llama", lambda writer: writer.add_tokenizer_pre("deepseek-coder"))
+    with pytest.raises(ModelError, match=r"splits words in the way 'deepseek-coder', which is not known here"):
+        convert_gguf(source, tmp_path / "out")
 
 
 def test_what_is_no_gguf(tmp_path: Path) -> None:

@@ -55,6 +55,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     # Third-party loaders: the Rust side raises bare Exception on a file it cannot parse.
     except Exception as error:
         raise ModelError(f"model.tokenizer: the tokenizer in {path} cannot be loaded: {error}") from error
+    dropout = getattr(tokenizer.backend_tokenizer.model, "dropout", None) if tokenizer.is_fast else None
+    if dropout:
+        # Ids and offsets come from different calls: the loss would be on other tokens than those of the answer.
+        raise ModelError(
+            f"model.tokenizer: the tokenizer in {path} cuts words at random (model.dropout {dropout:g} in its "
+            "tokenizer.json), so that a text has other tokens each time; set that to null"
+        )
     # It would only cause warnings: data.seq_length is what limits an example.
     tokenizer.model_max_length = 10**30
     return tokenizer
