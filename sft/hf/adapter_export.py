@@ -41,7 +41,7 @@ from sft.hf.exporter import (
     write_model,
 )
 from sft.hf.files import WeightFiles, write_weights
-from sft.hf.joined_experts import add_joined, is_wrapper, joined, merged_tensor, wrappers
+from sft.hf.joined_experts import add_joined, is_wrapper, joined, merged_tensor, of_both, wrappers
 from sft.hf.peft_config import peft_config
 from sft.hf.sharded_reader import ShardedReader
 from sft.hf.trained_routers import frozen_parts, name_in_memory, trained_routers
@@ -182,6 +182,11 @@ def _write_adapter(
     for target in targets:
         tensors |= target.read(reader, dora=lora.dora).named(architecture.weights.module(target.module))
     modules = wrappers([target.tensor for target in of_experts if target.tensor is not None])
+    if architecture.weights.language_prefix is not None:
+        # PEFT puts adapters of single experts together for language models alone.
+        separate = [target for target in of_experts if target.tensor is None]
+        tensors |= _joined_layers(reader, separate, architecture)
+        of_experts = [target for target in of_experts if target.tensor is not None]
     for experts in of_experts:
         if experts.tensor is not None:
             adapters = joined([adapter for _, adapter in experts.read(reader)])
@@ -194,6 +199,21 @@ def _write_adapter(
     for tensor in frozen_parts(architecture, lora):
         tensors[f"{PEFT_PREFIX}{name_in_memory(architecture, tensor)}"] = source.unchanged(tensor)
     write_weights({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / ADAPTER_WEIGHTS)
+
+
+def _joined_layers(
+    reader: ShardedReader, separate: list[ExpertTarget], architecture: Architecture
+) -> dict[str, torch.Tensor]:
+    """Return the adapters of single experts as those of the tensors in which transformers has all of a layer."""
+    by_tensor: dict[str, list[ExpertTarget]] = {}
+    for target in separate:
+        by_tensor.setdefault(target.tensor_in_memory, []).append(target)
+    places, found = wrappers(list(by_tensor)), {}
+    for tensor, targets in by_tensor.items():
+        halves = [[adapter for _, adapter in target.read(reader)] for target in targets]
+        whole = [of_both(*pair) if len(pair) == 2 else pair[0] for pair in zip(*halves, strict=True)]
+        found |= joined(whole).named(architecture.weights.module(places[tensor]))
+    return found
 
 
 def _router(reader: ShardedReader, architecture: Architecture, name: str) -> torch.Tensor:

@@ -66,6 +66,12 @@ class ExpertTarget:
         """The Hugging Face names of what has the adapters: each expert's layer, or the tensor of all experts."""
         return self.modules if self.tensor is None else (self.tensor,)
 
+    @property
+    def tensor_in_memory(self) -> str:
+        """The tensor in which transformers keeps this matrix of every expert, gate and up projection being one."""
+        block, _, _ = self.modules[0].rpartition(".experts.")
+        return f"{block}.experts.{'down_proj' if self.key in _DOWNS else 'gate_up_proj'}"
+
     def parameter(self, which: str) -> str:
         """Return the name of the parameter `lora_A` or `lora_B` in the whole model."""
         return f"decoder.layers.{self.layer}.{self.linear}{MARK}{self.key}.{which}"

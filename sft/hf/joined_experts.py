@@ -33,6 +33,13 @@ def joined(by_expert: Sequence[AdapterTensors]) -> AdapterTensors:
     )
 
 
+def of_both(gate: AdapterTensors, up: AdapterTensors) -> AdapterTensors:
+    """Return the adapter of twice the rank that does to one matrix, gate rows above up rows, what these do to two."""
+    import torch
+
+    return AdapterTensors(torch.cat([gate.a, up.a]), torch.block_diag(gate.b, up.b))
+
+
 def separated(adapter: AdapterTensors, experts: int) -> list[AdapterTensors]:
     """Return the adapter of each expert: the reverse of `joined`."""
     b = adapter.b.view(len(adapter.b), -1, experts)

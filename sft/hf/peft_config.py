@@ -36,7 +36,11 @@ def peft_config(
     """
     assert lora.rank is not None
     snapshot = snapshot_of(str(base))
-    alpha = lora.rank if lora.alpha is None else lora.alpha
+    alpha, rslora = lora.rank if lora.alpha is None else lora.alpha, lora.rslora
+    if rslora and any(target.tensor is None for target in of_experts):
+        # PEFT joins two adapters of an expert to one of twice the rank and twice the alpha, which is another scale with
+        # rsLoRA. So its alpha / sqrt(rank) is stated as what a plain adapter has.
+        alpha, rslora = lora.scale * lora.rank, False
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -52,7 +56,7 @@ def peft_config(
         "inference_mode": True,
         "modules_to_save": modules_to_save(architecture, lora),
         "use_dora": lora.dora,
-        "use_rslora": lora.rslora,
+        "use_rslora": rslora,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 BY_EXPERT = ["qwen3_moe", "mixtral", "olmoe", "glm4_moe", "qwen3_next", "qwen3_moe_dense_layers", "qwen2_moe"]
 BY_EXPERT += ["qwen3_5_moe_text"]  # in the form that transformers writes
 """Cases whose files have a tensor for each matrix of each expert."""
+WITH_RSLORA = [f"{case} with rsLoRA" for case in ("mixtral", "qwen2_moe", "qwen3_5_moe_text")]
+"""One of those whose experts PEFT knows, one of which it knows some, and one of which it knows none."""
 
 
 class AddedProducts(nn.Module):
@@ -110,14 +113,17 @@ def test_layout_follows_reference(name: str, tmp_path: Path, model: Path, chat: 
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks for modules of these names
-@pytest.mark.parametrize("case", thinned(BY_EXPERT, "mixtral", "glm4_moe"))
-def test_peft_loads_and_merges_what_is_exported(case: str, tmp_path: Path, chat: Path) -> None:
+@pytest.mark.parametrize("name", thinned([*BY_EXPERT, *WITH_RSLORA], "mixtral with rsLoRA", "glm4_moe"))
+def test_peft_loads_and_merges_what_is_exported(name: str, tmp_path: Path, chat: Path) -> None:
     """By expert in the files, and in PEFT's hands adapters of the tensors that hold all experts. Shared experts and
-    dense layers, whose layers have the same names, keep theirs, which PEFT forgot without a word."""
+    dense layers, whose layers have the same names, keep theirs, which PEFT forgot without a word. With rsLoRA gate and
+    up projections were seen to be scaled by a further sqrt(2)."""
     peft = pytest.importorskip("peft")
+    case, rslora, _ = name.partition(" with rsLoRA")
+    lora = dataclasses.replace(LORA, rslora=bool(rslora))
     model = family_model(tmp_path / "model", case)
     paths = lora_run(
-        tmp_path, model, chat, LORA, ranks=2, topology={"expert_parallel": 2}, max_steps=2, export_merged=True
+        tmp_path, model, chat, lora, ranks=2, topology={"expert_parallel": 2}, max_steps=2, export_merged=True
     )
     run_training(paths, 2)
     export_run(paths.root)
@@ -130,13 +136,13 @@ def test_peft_loads_and_merges_what_is_exported(case: str, tmp_path: Path, chat:
     ours = load_transformers_model(paths.export, torch.float32).state_dict()
     start = load_transformers_model(model, torch.float32).state_dict()
     assert merged.keys() == ours.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
+    for own, tensor in ours.items():
+        torch.testing.assert_close(merged[own], tensor, rtol=1e-5, atol=1e-6)
     added = load_transformers_model(model, torch.float32)
     add_adapter(added, adapter)
-    for name, tensor in added.state_dict().items():
-        torch.testing.assert_close(tensor, ours[name], rtol=1e-5, atol=1e-6)
-    assert all(not torch.equal(ours[name], start[name]) for name in ours if "experts" in name)
+    for own, tensor in added.state_dict().items():
+        torch.testing.assert_close(tensor, ours[own], rtol=1e-5, atol=1e-6)
+    assert all(not torch.equal(ours[own], start[own]) for own in ours if "experts" in own)
 
 
 def test_a_checkpoint_goes_on_with_other_owners(tmp_path: Path, model: Path, chat: Path) -> None:

@@ -20,7 +20,7 @@ from sft.commands.export import export_run
 from sft.hf.adapter import AdapterTensors, all_targets, target_names
 from sft.hf.adapter_export import add_adapter
 from sft.hf.expert_adapter import ExpertTarget, all_expert_targets
-from sft.hf.joined_experts import joined, separated, wrappers
+from sft.hf.joined_experts import joined, of_both, separated, wrappers
 from sft.hf.loaded_model import load_transformers_model
 from sft.models.registry import read_architecture
 from sft.models.weight_map import canonical_name
@@ -245,9 +245,13 @@ def test_one_of_the_two_tensors_alone(tmp_path: Path, models: dict[str, Path], c
 
 
 @pytest.mark.slow
-def test_those_inside_a_multimodal_model(tmp_path: Path, chat: Path) -> None:
-    """Qwen3.5 as it is published: what is adapted has the names of its language model's modules."""
-    model = as_published(family_model(tmp_path / "model", "qwen3_5_moe"))
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks for modules of these names
+@pytest.mark.parametrize("published", [True, False])
+def test_those_inside_a_multimodal_model(published: bool, tmp_path: Path, chat: Path) -> None:
+    """Qwen3.5 as it is published, or as transformers writes it, each expert by itself: what is adapted has the names of
+    its language model's modules. In the second form PEFT was seen to pass over the adapters of all experts."""
+    model = family_model(tmp_path / "model", "qwen3_5_moe")
+    model = as_published(model) if published else model
     paths = lora_run(tmp_path, model, chat, LORA, ranks=1, max_steps=2, export_merged=True)
     run_training(paths, 1)
     export_run(paths.root)
@@ -277,6 +281,12 @@ def test_adapters_over_published_files_are_merged_into_bf16(tmp_path: Path, chat
     for name, tensor in found.items():
         assert torch.equal(tensor, merged[name].to(tensor.dtype)), name
         assert (".experts." in name and "bias" not in name) <= (not torch.equal(merged[name], start[name])), name
+
+
+def test_two_adapters_as_one_of_the_matrix_that_holds_both() -> None:
+    gate, up = (AdapterTensors(torch.randn(2, 3), torch.randn(5, 2)) for _ in range(2))
+    both = of_both(gate, up)
+    torch.testing.assert_close(both.b @ both.a, torch.cat([gate.b @ gate.a, up.b @ up.a]))
 
 
 def test_the_expert_changes_fastest_in_b() -> None:
