@@ -208,7 +208,8 @@ def _joined_layers(
     by_tensor: dict[str, list[ExpertTarget]] = {}
     for target in separate:
         by_tensor.setdefault(target.tensor_in_memory, []).append(target)
-    places, found = wrappers(list(by_tensor)), {}
+    places = wrappers(list(by_tensor))
+    found: dict[str, torch.Tensor] = {}
     for tensor, targets in by_tensor.items():
         halves = [[adapter for _, adapter in target.read(reader)] for target in targets]
         whole = [of_both(*pair) if len(pair) == 2 else pair[0] for pair in zip(*halves, strict=True)]

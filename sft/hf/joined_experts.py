@@ -37,7 +37,8 @@ def of_both(gate: AdapterTensors, up: AdapterTensors) -> AdapterTensors:
     """Return the adapter of twice the rank that does to one matrix, gate rows above up rows, what these do to two."""
     import torch
 
-    return AdapterTensors(torch.cat([gate.a, up.a]), torch.block_diag(gate.b, up.b))
+    blocks: torch.Tensor = torch.block_diag(gate.b, up.b)  # type: ignore[no-untyped-call]
+    return AdapterTensors(torch.cat([gate.a, up.a]), blocks)
 
 
 def separated(adapter: AdapterTensors, experts: int) -> list[AdapterTensors]:
