@@ -16,7 +16,7 @@ import os
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -24,11 +24,14 @@ from torch import Tensor
 
 from sft.bench.workload import Workload
 
+if TYPE_CHECKING:  # they import packages that unsloth changes
+    from sft.bench.peers import Chosen
+    from sft.bench.result import Result
+    from sft.kernels.attention import Kernel
+
 DEVICE = "cuda"
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """All linear layers of a decoder layer."""
-_KERNELS = ["apply_lora_qkv", "apply_lora_o", "apply_lora_mlp_swiglu"]
-"""The functions that compute the adapters of a layer whose kernels are unsloth's."""
 _FAMILIES = ("llama", "qwen2", "qwen3")
 """Types of models that it has a path of its own for, and whose linear layers are those above."""
 
@@ -43,14 +46,15 @@ def load(folder: Path) -> None:
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",  # it fetches a file of the hub to be counted
+        "UNSLOTH_FLASH_ATTENTION_IMPL": "off",  # it would put other kernels in the place of torch's, and so of ours
         "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth"),
     }
     importlib.import_module("unsloth")
 
 
 def run_unsloth(
-    workload: Workload, *, weights: str, attention: Any, micro_batches: int, warmup: int, steps: int, **_: object
-) -> Any:
+    workload: Workload, *, weights: str, attention: Chosen, micro_batches: int, warmup: int, steps: int, **_: object
+) -> Result:
     """Train adapters with unsloth. Raise ValueError for a workload that it cannot train here."""
     from sft.bench.peers import choose_kernel
     from sft.bench.result import StepClock
@@ -80,7 +84,7 @@ def refuse(workload: Workload, weights: str) -> None:
         raise ValueError(f"unsloth keeps frozen weights in bf16, not {weights}: --vs-weights bf16")
 
 
-def use_kernel(kernel: Any) -> None:
+def use_kernel(kernel: Kernel) -> None:
     """Make unsloth compute packed attention with one of our kernels, as if flash-attn were installed."""
     from unsloth.utils import attention_dispatch
 
@@ -136,8 +140,10 @@ def check_kernels(model: Any) -> None:
     for number, layer in enumerate(model.base_model.model.model.layers):
         parts = layer.self_attn.apply_qkv, layer.self_attn.apply_o, layer.mlp.forward
         names = [getattr(part, "__func__", part).__name__ for part in parts]
-        if names != _KERNELS:
-            raise RuntimeError(f"unsloth computes layer {number} with {', '.join(names)}, not {', '.join(_KERNELS)}")
+        biased = layer.self_attn.q_proj.base_layer.bias is not None
+        expected = ["original_apply_qkv" if biased else "apply_lora_qkv", "apply_lora_o", "apply_lora_mlp_swiglu"]
+        if names != expected:
+            raise RuntimeError(f"unsloth computes layer {number} with {', '.join(names)}, not {', '.join(expected)}")
 
 
 def config_file(workload: Workload) -> dict[str, Any]:

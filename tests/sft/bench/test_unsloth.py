@@ -74,19 +74,26 @@ def test_weights_are_drawn_where_they_would_be_read(tmp_path: Path, monkeypatch:
 
 
 def test_a_layer_without_its_kernels_is_told() -> None:
+    """Biases of queries, as Qwen2 has them, are what it has no kernel for."""
+
     def apply_lora_qkv() -> None: ...
+    def original_apply_qkv() -> None: ...
     def apply_lora_o() -> None: ...
     def apply_lora_mlp_swiglu() -> None: ...
     def forward() -> None: ...
 
-    def model_of(*forwards: object) -> object:
-        attention = SimpleNamespace(apply_qkv=apply_lora_qkv, apply_o=apply_lora_o)
+    def model_of(qkv: object, *forwards: object, bias: object = None) -> object:
+        projection = SimpleNamespace(base_layer=SimpleNamespace(bias=bias))
+        attention = SimpleNamespace(apply_qkv=qkv, apply_o=apply_lora_o, q_proj=projection)
         layers = [SimpleNamespace(self_attn=attention, mlp=SimpleNamespace(forward=each)) for each in forwards]
         return SimpleNamespace(base_model=SimpleNamespace(model=SimpleNamespace(model=SimpleNamespace(layers=layers))))
 
-    unsloth.check_kernels(model_of(apply_lora_mlp_swiglu))
+    unsloth.check_kernels(model_of(apply_lora_qkv, apply_lora_mlp_swiglu))
+    unsloth.check_kernels(model_of(original_apply_qkv, apply_lora_mlp_swiglu, bias=torch.ones(2)))
     with pytest.raises(RuntimeError, match="layer 1 with apply_lora_qkv, apply_lora_o, forward, not"):
-        unsloth.check_kernels(model_of(apply_lora_mlp_swiglu, forward))
+        unsloth.check_kernels(model_of(apply_lora_qkv, apply_lora_mlp_swiglu, forward))
+    with pytest.raises(RuntimeError, match="layer 0 with original_apply_qkv"):
+        unsloth.check_kernels(model_of(original_apply_qkv, apply_lora_mlp_swiglu))
 
 
 def _fields(workload: Workload) -> dict[str, object]:
