@@ -17,6 +17,7 @@ from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.spec.fields import path_fields
 from sft.data.audit.audit import Sample, audit_data, summary
 from sft.data.audit.html import write_report
+from sft.data.encoding.same_split import unlike_its_file
 from sft.data.prepared.report import check_lost, report
 from sft.model_source import resolve_model_dir
 
@@ -37,6 +38,9 @@ def audit(config: Path, output: Path | None = None) -> ExitCode:
         write_report(audits, spec, target)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}; name another file with --output") from error
+    remark = unlike_its_file(tokenizer_dir)
+    if remark is not None:
+        print(remark)
     for each in audits:
         print("\n".join([report(each.name, each.cache), *summary(each)]))
     print(coloured(audits[0].samples[:_PRINTED_EXAMPLES], colours=sys.stdout.isatty()))

@@ -10,6 +10,7 @@ from launcher.contract.logger_packages import missing_loggers
 from launcher.contract.rundir import RunPaths, append_event
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.topology import build_topology
+from sft.data.encoding.same_split import check_split_of_export
 from sft.data.prepared.held_out import open_validation_sets
 from sft.data.prepared.prepare import check_vocabulary, prepare_data
 from sft.data.prepared.report import report
@@ -41,6 +42,8 @@ def prepare(config: Path) -> ExitCode:
         check_model_files(model_dir, architecture)
     print("".join(f"{remark}\n" for remark in unused_settings(model_dir, spec)), end="")
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
+    if spec.model.tokenizer:
+        check_split_of_export(tokenizer_dir, model_dir)
     data = prepare_data(spec, tokenizer_dir)
     remark = check_schedule(spec, data.train)
     if remark is not None:
