@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from launcher.contract.errors import ConfigError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.local_ranks import run_ranks
 from launcher.contract.model_shape import named_model_shape
@@ -43,6 +44,8 @@ _PACKAGES = (
     "accelerate",
     "flash-attn-4",
 )
+_ON_SEVERAL = ("torchtitan", "trl")
+"""Other trainers that run on several GPUs here: torchtitan under FSDP2, TRL as `--vs-parallel` says."""
 _HEAD = f"{'contender':<50}{'step ms':>9}{'real tok/s':>12}{'slots/s':>10}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'loss':>8}"
 
 
@@ -53,6 +56,11 @@ def bench(options: argparse.Namespace) -> ExitCode:
         named_model_shape(shape)
     for topology in options.topology:
         parse_topology(topology)
+    _check_gpus(options)
+    if options.fp8_experts and "fp8" not in options.precision:
+        raise ConfigError("--fp8-experts needs --precision fp8")
+    if options.recompute_layers is not None and "full" not in options.recompute:
+        raise ConfigError("--recompute-layers needs --recompute full")
     results, failed = [], False
     for shape, data, length, rows in itertools.product(options.shape, options.data, options.seq_length, options.rows):
         workload = {"shape": shape, "data": data, "seq_length": length, "rows": rows}
@@ -72,6 +80,18 @@ def bench(options: argparse.Namespace) -> ExitCode:
     return ExitCode.FAILURE if failed else ExitCode.OK
 
 
+def _check_gpus(options: argparse.Namespace) -> None:
+    """Raise ConfigError for trainers that would run nowhere, and say where others do not run."""
+    several = [str(gpus) for gpus in options.gpus if gpus > 1]
+    alone = [name for name in options.vs if name not in _ON_SEVERAL]
+    if not several or not alone:
+        return
+    what = f"{', '.join(alone)}: run on one GPU only"
+    if 1 not in options.gpus:
+        raise ConfigError(f"--vs {what}, and --gpus is {' '.join(several)}; add 1 to it, or drop them")
+    print(f"{what}, left out of --gpus {' '.join(several)}", file=sys.stderr)
+
+
 def _runs(options: argparse.Namespace) -> Iterator[tuple[int, tuple[str, dict[str, object]]]]:
     """Yield the number of GPUs, the contender and its settings of each run."""
     for gpus in options.gpus:
@@ -81,7 +101,7 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[int, tuple[str, dict[st
                 yield from ((gpus, (contender, {**settings, "topology": name})) for name in topologies)
             elif gpus == 1 or contender == "torchtitan":
                 yield gpus, (contender, settings)
-            elif contender == "trl":
+            elif contender in _ON_SEVERAL:
                 yield from ((gpus, (contender, {**settings, "parallel": way})) for way in options.vs_parallel)
 
 

@@ -41,6 +41,10 @@ def test_layouts_by_name() -> None:
     [
         (["--topology", "zp2"], "error: --topology zp2: 'zp2' is not one of dp, tpN"),
         (["--shape", "1c"], "error: '1c' is not a known model size"),
+        (
+            ["--vs", "trl", "automodel", "--gpus", "2"],
+            "error: --vs automodel: run on one GPU only, and --gpus is 2; add",
+        ),
     ],
 )
 def test_wrong_words_end_it_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
