@@ -41,6 +41,8 @@ def test_layouts_by_name() -> None:
     [
         (["--topology", "zp2"], "error: --topology zp2: 'zp2' is not one of dp, tpN"),
         (["--shape", "1c"], "error: '1c' is not a known model size"),
+        (["--fp8-experts"], "error: --fp8-experts needs --precision fp8"),
+        (["--recompute-layers", "2"], "error: --recompute-layers needs --recompute full"),
         (
             ["--vs", "trl", "automodel", "--gpus", "2"],
             "error: --vs automodel: run on one GPU only, and --gpus is 2; add",
