@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.contract.errors import ConfigError, RunStateError
+from launcher.contract.errors import CheckpointError, ConfigError, RunStateError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.records import read_metrics
 from launcher.contract.rundir import RunPaths, append_event, named_run
@@ -75,10 +75,8 @@ def _spec_of(paths: RunPaths, shown: Path) -> RunSpec:
 def _write(checkpoint: Path, spec: RunSpec, out_dir: Path, template: bytes | None) -> None:
     model_dir = resolve_model_dir(spec, convert=False)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else None
-    sharded, trainer = checkpoint / SHARDED, TrainerState.read(checkpoint)
-    check_model(checkpoint, trainer, numerics(read_architecture(model_dir)))
-    if trainer.base_weights is not None:
-        check_base_weights(checkpoint, trainer, weights_identity(model_dir))
+    _check_trained_with(checkpoint, model_dir)
+    sharded = checkpoint / SHARDED
     if spec.model.lora.rank is None:
         export_checkpoint(sharded, model_dir, out_dir, tokenizer_dir=tokenizer_dir, chat_template=template)
         return
@@ -86,6 +84,17 @@ def _write(checkpoint: Path, spec: RunSpec, out_dir: Path, template: bytes | Non
     export_adapter(
         sharded, model_dir, out_dir, spec.model.lora, merged=merged, tokenizer_dir=tokenizer_dir, chat_template=template
     )
+
+
+def _check_trained_with(checkpoint: Path, model_dir: Path) -> None:
+    """Raise ConfigError where a checkpoint records another model, or other frozen weights, than are in `model_dir`."""
+    try:
+        trainer = TrainerState.read(checkpoint)
+    except CheckpointError:  # of another version: its bytes are as they were written, and it records neither
+        return
+    check_model(checkpoint, trainer, numerics(read_architecture(model_dir)))
+    if trainer.base_weights is not None:
+        check_base_weights(checkpoint, trainer, weights_identity(model_dir))
 
 
 def _held_out_change(paths: RunPaths, step: int) -> list[str]:

@@ -42,7 +42,7 @@ def unite_templates(directory: Path) -> None:
 
 
 def _of_tokenizer(directory: Path) -> dict[str, str]:
-    """Return the tokenizer's templates by name; of those in files the default one alone, as the others stay."""
+    """Return the tokenizer's templates by name, of those in files the default one alone: the others stay."""
     if (directory / _OWN).is_file():
         return {"default": (directory / _OWN).read_bytes().decode("utf-8")}
     settings = read_json(directory / "tokenizer_config.json")
