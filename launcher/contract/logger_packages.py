@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from launcher.contract.spec import RunSpec
+from launcher.contract.spec.fields import field_problems
 
 PROMETHEUS = "prometheus_client"
 _PACKAGES = {"nemo": "nemo_toolkit"}
@@ -25,7 +26,7 @@ def missing_loggers(spec: RunSpec) -> Iterator[tuple[str, str]]:
         "nemo": logging.nemo,
     }
     for module, setting in wanted.items():
-        if setting and importlib.util.find_spec(module) is None:
+        if setting and not any(field_problems(logging, module)) and importlib.util.find_spec(module) is None:
             package = _PACKAGES.get(module, module)
             yield f"logging.{module}", f"needs the package {package}: pip install {package}, or leave this out"
     if spec.prometheus_file is not None and importlib.util.find_spec(PROMETHEUS) is None:

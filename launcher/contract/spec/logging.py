@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from launcher.contract.spec.rules import AtLeast
+from launcher.contract.spec.rules import TRACKING_PLACE, WANDB_PROJECT, AtLeast
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,10 +20,10 @@ class LoggingSpec:
     """Draw loss.png at the end."""
     tensorboard: bool = False
     """Curves for TensorBoard in RUN/tensorboard."""
-    wandb: str | None = None
+    wandb: Annotated[str | None, WANDB_PROJECT] = None
     """Log to this Weights & Biases project: kept in RUN/wandb for `wandb sync`, or sent with WANDB_MODE=online in
     cluster.env and WANDB_API_KEY in env_from."""
-    mlflow: str | None = None
+    mlflow: Annotated[str | None, TRACKING_PLACE] = None
     """Log to MLflow: a tracking URI, or `local` for RUN/mlflow.db."""
     nemo: bool = False
     """Write the numbers of each log line with NeMo's logger, too (package nemo_toolkit 3), where its exp_manager

@@ -275,6 +275,10 @@ _SBATCH_OPTIONS = {
 ENVIRONMENT_NAME = Pattern(re.compile(r"[A-Za-z_][A-Za-z0-9_]*"), "the name of an environment variable")
 SHELL_VARIABLE = Pattern(ENVIRONMENT_NAME.regex, "the name of an environment variable")
 """A variable whose value comes from the shell that submits the run, and is never stored: RunSpec.secret_names."""
+_NO_TRUTH = r"(?i:(?!(true|false|yes|no|on|off|none)$).+)"
+WANDB_PROJECT = Pattern(re.compile(_NO_TRUTH), "the name of a project")
+"""Not a word for yes or no, which would be a project of that name."""
+TRACKING_PLACE = Pattern(re.compile(_NO_TRUTH), "a tracking URI or local")
 NAME_OF_RUN = Pattern(RUN_NAME, "a run name: letters, digits, '.', '_', '-', first a letter or digit, <= 128")
 SET_NAME = Pattern(RUN_NAME, "a name: letters, digits, '.', '_', '-'")
 REVISION = Pattern(re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*", re.ASCII), "a branch, tag or commit")

@@ -66,6 +66,8 @@ CFG = Path("cfg.yaml")
         ("cluster.env.SLURM_NTASKS_PER_NODE=0", "cluster.env: SLURM_NTASKS_PER_NODE is set by the launcher or Slurm"),
         ("env_from=[WORLD_SIZE]", "env_from: WORLD_SIZE is set by the launcher; drop it"),
         ("data.validation_split=0.0%", "data.validation_split: '0.0%' is not a percentage above 0% and below 100%"),
+        ("logging.wandb=false", "logging.wandb: 'false' is not the name of a project"),
+        ("logging.mlflow=True", "logging.mlflow: 'True' is not a tracking URI or local"),
         ("resources.nodes=2", "resources.nodes: 2 on cluster local, which is this machine alone; set it to 1"),
         ("resources.spare_nodes=1", "resources.spare_nodes: 1 on cluster local, which is this machine alone; "),
         (
