@@ -61,6 +61,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2_sp_packed": (2, {"tensor_parallel": 2, "sequence_parallel": True}, {"packing": True}),
     "recompute_full": (1, {}, {"recompute": "full"}),
     "recompute_norms": (1, {}, {"recompute": "norms", "kernels": "fused"}),
+    "recompute_norms_plain": (1, {}, {"recompute": "norms", "kernels": "plain"}),
     "cp2_packed": (2, {"context_parallel": 2}, {"packing": True}),
 }
 
@@ -169,11 +170,13 @@ def curves(tmp_path_factory: pytest.TempPathFactory, model: Path, chat: Path) ->
     }
 
 
-@pytest.mark.parametrize("name", thinned(LAYOUTS, "tp1", "tp2_pp2", "tp2_sp_packed", "recompute_full"))
+@pytest.mark.parametrize(
+    "name", thinned(LAYOUTS, "tp1", "tp2_pp2", "tp2_sp_packed", "recompute_full", "recompute_norms_plain")
+)
 def test_layout_follows_reference(name: str, tmp_path: Path, model: Path, chat: Path, curves: dict[str, Curve]) -> None:
     """Seen to fail: tp2_sp without the sequence-parallel mark on the parts that every rank holds, tp2 without the
-    all-reduce of what is between A and B or without the split mark, recompute_full where the embedding's output
-    requires no gradient."""
+    all-reduce of what is between A and B or without the split mark, recompute_full and recompute_norms_plain
+    where the embedding's output requires no gradient."""
     ranks, topology, settings = LAYOUTS[name]
     paths = lora_run(tmp_path, model, chat, ALL, ranks=ranks, topology=topology, max_steps=STEPS, **settings)
     run_training(paths, ranks)

@@ -313,7 +313,8 @@ def attach_adapters(
             module.lora = Adapters(own, lora, module, architecture)
         if isinstance(layer.mlp, ExpertMLP):
             layer.mlp.adapt(lora, expert_targets(architecture, lora, layer.layer_number - 1))
-    if model_chunk.pre_process and config.recompute_granularity == "full":
+    recomputes = config.recompute_granularity == "full" or "layernorm" in (config.recompute_modules or ())
+    if model_chunk.pre_process and recomputes:
         model_chunk.embedding.register_forward_hook(_require_grad)
 
 
@@ -328,7 +329,10 @@ def reset_adapters(model_chunks: Sequence[nn.Module], seed: int) -> None:
 
 
 def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """Make the embedding require a gradient: recomputed layers get none for their adapters if no input does."""
+    """Make the embedding require a gradient: recomputed layers get none for their adapters if no input does.
+
+    Recomputed norms, which are frozen, would not even keep their input.
+    """
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
