@@ -19,13 +19,17 @@ _OF_A_QUEUE = (
 """Keys of `resources` that only a scheduler with a queue reads."""
 
 
+_OF_A_QUEUES_JOBS = ("node_seconds", "preempted", "timeout", "node_failure", "bad_node")
+"""Keys of `restart` for what only befalls a scheduler's jobs: a local run ends with its time limit."""
+
+
 def unused_settings(spec: RunSpec) -> Iterator[tuple[list[str], str]]:
     """Yield keys that somebody has set, and why nothing reads them in this run."""
     cluster = spec.cluster
     if not CAPABILITIES[cluster.scheduler].allocates_nodes:
         names = _given("resources", spec.resources, _OF_A_QUEUE)
         names += ["cluster.srun_args"] if cluster.srun_args else []
-        names += _given("restart", spec.restart, ("node_seconds",))
+        names += _given("restart", spec.restart, _OF_A_QUEUES_JOBS)
         yield names, f"cluster {cluster.name} has no queue"
     if not spec.watchdog.enabled:
         yield _given("watchdog", spec.watchdog, but=("enabled",)), "watchdog.enabled is false"

@@ -154,7 +154,10 @@ def test_what_a_cluster_without_a_queue_does_not_use_is_said(workdir: Path, caps
             ["--cluster=slurm-dev", "preflight.min_shm_mib=9"],
             "preflight.min_shm_mib: preflight.enabled is auto: there are neither several nodes nor GPUs to test",
         ),
-        (["restart.how=in_place", "restart.node_seconds=9"], "restart.node_seconds: cluster local has no queue"),
+        (
+            ["restart.how=in_place", "restart.node_seconds=9", "restart.timeout=9"],
+            "restart.node_seconds, restart.timeout: cluster local has no queue",
+        ),
     ],
 )
 def test_settings_of_what_is_switched_off_are_said(
