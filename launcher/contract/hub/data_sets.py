@@ -54,6 +54,8 @@ class _Scope:
     listings: dict[str, Listing] = field(default_factory=dict)
     ids: set[str] = field(default_factory=set)
     """Repositories that were named by id, found or not."""
+    reads_split: bool = False
+    """Whether some id has no split of its own, so that the section's counts."""
 
     def files(self, key: str, texts: Sequence[str], split: str | None) -> list[str]:
         """Return the files that a list of paths and ids stands for."""
@@ -83,6 +85,10 @@ class _Scope:
             self.found.problem(
                 self.key, f"{given} would be that of {names}; give each a source of its own, with its own hub section"
             )
+        if self.ids and self.hub.split is not None and not self.reads_split:
+            self.found.problem(
+                f"{self.key}.split", f"{self.hub.split}: {', '.join(sorted(self.ids))} has a split in its id; drop one"
+            )
         if self.commits and not self.ids:
             self._check_unchanged(next(iter(self.commits.values())))
         revision = next(iter(self.commits.values())) if len(self.commits) == 1 else None
@@ -109,6 +115,7 @@ class _Scope:
                 self.found.problem(key, f"{text}: {name} is a folder here, which has no splits; name its files")
             return None
         self.ids.add(name)
+        self.reads_split |= not colon and split is not None
         split = named_split if colon else split
         if split is None:
             self.found.problem(key, f"{text} needs its split, e.g. {name}:validation or {name}:test")

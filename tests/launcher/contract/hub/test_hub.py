@@ -302,6 +302,8 @@ def test_data_by_split_config_and_revision(hub: HubServer) -> None:
     assert "several configs (extra, main)" in problems("data.train=org/many", f"data.hub.revision={old}")
     assert "data.hub: split needs a data set of the hub" in problems("data.train=cfg.yaml", "data.hub.split=test")
     assert "give each a source of its own" in problems("data.train=[org/many,org/rows]", "data.hub.config=main")
+    given = ["data.train=org/many:test", "data.hub.config=main", "data.hub.split=train"]  # which was not read
+    assert "data.hub.split: train: org/many has a split in its id; drop one" in problems(*given)
 
 
 def test_sources_have_hub_settings_of_their_own(hub: HubServer) -> None:
