@@ -155,13 +155,25 @@ def _check_rate_groups(source: Path, trainer: TrainerState, groups: list[str]) -
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """Return how two data keys differ, by the keys of the config."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}" for name in names)
+    each = [f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}" for name in names]
+    return "; ".join(each) + (_WHAT_A_CACHE_DEPENDS_ON if any(_is_cache(now.get(name)) for name in names) else "")
+
+
+_WHAT_A_CACHE_DEPENDS_ON = (
+    " (the files, or what decides on their tokens: the tokenizer, data.chat_template, data.seq_length, data.loss_on, "
+    "data.validation_split and their like)"
+)
+
+
+def _is_cache(value: object) -> bool:
+    """Return whether a value of a data key is the hash of tokenized data."""
+    return isinstance(value, str) and value.startswith("sha256:")
 
 
 def _shown(value: object) -> str:
     """Return a value for people, shortened if it is the hash of a cache."""
-    if isinstance(value, str) and value.startswith("sha256:"):
-        return value[: len("sha256:") + 12]
+    if _is_cache(value):
+        return str(value)[: len("sha256:") + 12]
     return "unset" if value is None else json.dumps(value)
 
 

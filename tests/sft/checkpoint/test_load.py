@@ -86,3 +86,12 @@ def test_adapters_of_other_weights_are_refused() -> None:
         check_base_weights(source, state, "xyz")
     earlier = TrainerState.from_json(TrainerState(lightning={}, topology={}, data_key={}).to_json())
     check_base_weights(source, earlier, "xyz")
+
+
+def test_what_decides_on_the_tokens_is_named_where_they_differ() -> None:
+    """data.train was named where data.seq_length had changed."""
+    before = {"data.train": f"sha256:{'a' * 64}", "train.seed": 1}
+    said = load._differences(before, {**before, "data.train": f"sha256:{'b' * 64}"})
+    assert said.startswith("data.train was sha256:aaaaaaaaaaaa, is sha256:bbbbbbbbbbbb (the files, or what decides on")
+    assert "data.seq_length, data.loss_on" in said
+    assert load._differences(before, {**before, "train.seed": 2}) == "train.seed was 1, is 2"
