@@ -254,6 +254,10 @@ def _tool_calls(value: object, where: str) -> list[ToolCall]:
             raise DataError(f"{where}: a call must be an object with name and arguments, found {kind(call)}")
         arguments = _arguments(call, function, where)
         check_texts([function["name"], arguments], where)
+        if call.get("type") not in (None, "function"):
+            raise DataError(
+                f"{where}: the call of {function['name']!r} is of type {call['type']!r}; only function is read"
+            )
         tool_call = ToolCall(type="function", function={"name": function["name"], "arguments": arguments})
         if call.get("id") is not None:  # templates that write it would write a number in another way than its text
             tool_call["id"] = text(call["id"], f"{where}: the id of the call of {function['name']!r}")

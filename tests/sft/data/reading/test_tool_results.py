@@ -90,3 +90,11 @@ def test_the_id_of_a_call_is_a_text(given: object) -> None:
     with pytest.raises(DataError, match=r"conversations\[1\]: 'value': the id of the call of 'f' must be a text"):
         parse({"conversations": sharegpt}, "sharegpt")
     assert parse({"messages": [turns[0], {"role": "assistant", "tool_calls": [{**call, "id": None}]}]}).messages
+
+
+def test_a_call_is_one_of_a_function() -> None:
+    """Another type was replaced by that word, which templates may write."""
+    call: dict[str, Any] = {"type": "custom", "function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(DataError, match=r"tool_calls: the call of 'f' is of type 'custom'; only function is read"):
+        parse({"messages": turns})
