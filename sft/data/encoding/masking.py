@@ -29,6 +29,7 @@ from sft.data.encoding.escape import ControlTokens, Tokenized
 from sft.data.encoding.tokenizer import chat_template, control_tokens, end_of_text, leading_ids
 from sft.data.reading.formats import Example
 from sft.data.reading.messages import Message
+from sft.data.reading.policies import NEEDS_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,10 +163,7 @@ class Encoder:
         if self._renderer is None:
             template = chat_template(self._tokenizer, self._spec)
             if template is None:
-                raise ModelError(
-                    "data.chat_template: none joins a prompt and its completion, but the rows hold messages; name a "
-                    "Jinja2 file, or tokenizer for its own template"
-                )
+                raise ModelError(NEEDS_TEMPLATE)
             self._renderer = ChatRenderer(self._tokenizer, template, ControlTokens(self._tokenizer), self._spec)
         return self._renderer
 

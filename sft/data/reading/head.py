@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.contract.errors import DataError
+from launcher.contract.named_templates import NONE
 from launcher.contract.spec import DataSpec
 from sft.data.reading.arrow import ARROW_FILES
 from sft.data.reading.compressed import compression_of, kind_of
@@ -25,7 +26,7 @@ from sft.data.reading.formats import (
     rows_of,
     with_detected_form,
 )
-from sft.data.reading.policies import policy_problems
+from sft.data.reading.policies import NEEDS_TEMPLATE, policy_problems
 from sft.data.reading.tables import as_json, holds_lines
 
 _FILES = 16
@@ -97,6 +98,8 @@ def _set_problems(data: DataSpec, key: str, vocab_size: int | None, formats: dic
             for where, row in itertools.islice(rows_of(path), _ROWS):
                 example = parse_row(as_json(row).encode(), where, data.format, data.columns, data.ignore_keys)
                 _check_ids(example, vocab_size)
+                if example.messages and data.chat_template == NONE:
+                    raise DataError(NEEDS_TEMPLATE)
         except DataError as error:
             yield error.problems[0]
 

@@ -6,6 +6,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 from launcher.contract.spec import DataSpec
 
+NEEDS_TEMPLATE = (
+    "data.chat_template: none joins a prompt and its completion, but the rows hold messages; name a Jinja2 file, or "
+    "tokenizer for its own template"
+)
 _OF_CONVERSATIONS = ("prompt_completion", "messages", "sharegpt")
 
 
