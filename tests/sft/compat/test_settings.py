@@ -91,7 +91,8 @@ def test_the_tracker_wandb_logs_to_the_project() -> None:
 
 def test_wandb_is_told_entity_group_and_tags(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ENTITY", "RUN_GROUP", "TAGS"):
-        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+        monkeypatch.setenv(f"WANDB_{name}", "")  # so that it is removed behind the test
+        monkeypatch.delenv(f"WANDB_{name}")
     monkeypatch.setenv("WANDB_ENTITY", "mine")
     _name_for_wandb(config(train__entity_name="theirs", train__group_name="g", train__tags=["a", "b"]))
     found = [os.environ[f"WANDB_{name}"] for name in ("ENTITY", "RUN_GROUP", "TAGS")]

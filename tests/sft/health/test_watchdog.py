@@ -83,12 +83,9 @@ def hang(tmp_path: Path, action: str, ranks: int = 2) -> tuple[int, RunPaths]:
     paths = RunPaths(tmp_path / "run")
     paths.logs.mkdir(parents=True)
     command = [sys.executable, "-c", HANGING.replace("ACTION", action), str(paths.root)]
-    os.environ |= {"SFT_ATTEMPT": "a", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(CHECKOUT)}
-    try:
-        return run_ranks(command, ranks, paths.logs / "a", grace=0.5), paths
-    finally:
-        for name in ("SFT_ATTEMPT", "GLOO_SOCKET_IFNAME", "PYTHONPATH"):
-            del os.environ[name]
+    path = os.pathsep.join([str(CHECKOUT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    variables = {"SFT_ATTEMPT": "a", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    return run_ranks(command, ranks, paths.logs / "a", grace=0.5, variables=variables), paths
 
 
 ACTIONS = {
