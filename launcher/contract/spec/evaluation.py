@@ -30,7 +30,8 @@ class EvaluationSpec:
     """Logits of tokens that the prompt or the answer holds already are divided by this if they are above 0, else
     multiplied; 1 changes nothing."""
     seed: Annotated[int, Bits(63)] = 1234
-    """Seed of sampling; each prompt has a random stream of its own, whatever the topology."""
+    """Seed of sampling, which needs a temperature; each prompt has a random stream of its own, whatever the
+    topology."""
     stop_tokens: list[str] = field(default_factory=list)
     """Further tokens that end an answer, besides the end tokens of model and tokenizer."""
     stop_sequences: list[str] = field(default_factory=list)

@@ -46,8 +46,8 @@ class ResourcesSpec:
     signal_seconds: Annotated[int, AtLeast(0)] = 120
     """Seconds before the time limit, which must be longer, at which ranks are told to save and stop."""
     gpu_hour_limit: Annotated[float | None, AtLeast(0)] = None
-    """`submit` asks before it submits a run that may take more GPU hours than this, unless --yes is given. Unset: it
-    never asks."""
+    """`submit` asks before it submits a run that may take more GPU hours than this, or nobody knows how many, unless
+    --yes is given. Unset: it never asks."""
     extra_sbatch: Annotated[list[str], SBATCH_OPTION] = field(default_factory=list)
     """Further sbatch options, one per list item, e.g. --mail-type=END."""
 
