@@ -12,7 +12,6 @@ from launcher.commands.arguments import Subcommands, command, json_option, print
 from launcher.commands.completion import CLUSTER, completed
 from launcher.contract.errors import ConfigError, RunStateError, SchedulerError
 from launcher.contract.exit_codes import ExitCode
-from launcher.contract.schedulers import CAPABILITIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +74,8 @@ def _nodes(options: argparse.Namespace) -> int:
 
 def _check_use(cluster: ClusterSpec) -> None:
     """Raise ConfigError where jobs of the cluster keep away from no node, whatever is known of it."""
+    from launcher.contract.schedulers import CAPABILITIES
+
     because = {
         "it is this machine alone, without nodes to choose from": not CAPABILITIES[cluster.scheduler].allocates_nodes,
         "its max_excluded is 0": not cluster.max_excluded,
