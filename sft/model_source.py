@@ -27,6 +27,11 @@ from sft.hf.files import sync_files
 PACKAGE = "package:"
 
 _BLOCK = 2**22
+_FORMS = {".gguf": "-2"}
+"""What to add to the names of conversions that earlier versions made otherwise: their runs go on with their own.
+
+GGUF files: which words a tokenizer splits was not read.
+"""
 
 
 def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
@@ -37,7 +42,8 @@ def resolve_model_dir(spec: RunSpec, *, convert: bool = True) -> Path:
     source = locate(spec.model.path)
     if source.is_dir() and not is_checkpoint(source):
         return source
-    target = spec.cache_dir / "models" / _digest(source, spec.cache_dir / "digests", write=convert)
+    digest = _digest(source, spec.cache_dir / "digests", write=convert)
+    target = spec.cache_dir / "models" / f"{digest}{_FORMS.get(source.suffix, '')}"
     problem = _damage(target, compare_bytes=convert)
     if problem is None:
         return target

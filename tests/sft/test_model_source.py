@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -364,11 +365,18 @@ def test_a_damaged_conversion_is_made_again(
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_a_conversion_of_an_earlier_version_is_used(tmp_path: Path, counted: list[Path]) -> None:
-    source = tmp_path / "a.gguf"
-    source.write_bytes(b"model")
-    spec = spec_of(source, tmp_path / "cache")
-    target = resolve_model_dir(spec)
-    (target / COMPLETE).write_text(f"{source}\n")
-    assert resolve_model_dir(spec) == target
-    assert len(counted) == 1
+def test_a_conversion_of_an_earlier_version(
+    tmp_path: Path, counted: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a NeMo checkpoint it is used, without checksums. A GGUF file's had other words: a run of then keeps it."""
+    monkeypatch.setattr("sft.nemo.convert.convert_nemo", lambda *_: pytest.fail("it is there already"))
+    for name, again in (("a.nemo", []), ("a.gguf", [tmp_path / "a.gguf"])):
+        source = tmp_path / name
+        source.write_bytes(b"model")
+        earlier = tmp_path / name[2:] / "models" / hashlib.sha256(b"model").hexdigest()
+        earlier.mkdir(parents=True)
+        (earlier / COMPLETE).write_text(f"{source}\n")
+        found = resolve_model_dir(spec_of(source, tmp_path / name[2:]))
+        assert counted == again
+        assert (found == earlier) is not bool(again)
+        assert (earlier / COMPLETE).exists()
