@@ -105,7 +105,7 @@ CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
     [
         (TOKENS, "data.loss_on=all", "data.loss_on: all is not read in rows of format tokens, which say themselves"),
         (TOKENS, "data.on_mismatch=split", "data.on_mismatch: split is for turns of conversations, and rows of format"),
-        ({"text": "a"}, "data.loss_on=last_assistant", "data.loss_on: last_assistant is not read in rows of format te"),
+        ({"text": "a"}, "data.loss_on=last_assistant", "data.loss_on: last_assistant is not read in rows of format"),
         ({"text": "a"}, "data.loss_on=all", None),
         (CHAT, "data.chat_template=none", "data.chat_template: none joins a prompt and its completion, but the rows h"),
         (CHAT, "data.loss_on=all", None),
