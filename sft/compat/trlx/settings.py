@@ -83,7 +83,6 @@ def _training(config: TRLConfig) -> Settings:
         "train.max_steps": (train.total_steps, "train.total_steps"),
         "train.global_batch_size": (train.batch_size, "train.batch_size"),
         "data.cyclic_seed": (train.seed, "train.seed"),
-        "evaluation.seed": (train.seed, "train.seed"),
         "checkpoint.every": (train.checkpoint_interval, "train.checkpoint_interval"),
         "data.chat_template": ("none", "samples"),
         "data.format": ("tokens", "samples"),
@@ -176,7 +175,8 @@ def _generation(config: TRLConfig, problems: list[str]) -> Settings:
     ]
     if greedy:  # nothing is drawn, so that these would be refused
         del values["top_k"], values["top_p"]
-    return {f"evaluation.{name}": (value, f"method.gen_kwargs.{name}") for name, value in values.items()}
+    settings: Settings = {f"evaluation.{name}": (value, f"method.gen_kwargs.{name}") for name, value in values.items()}
+    return settings if greedy else {**settings, "evaluation.seed": (config.train.seed, "train.seed")}
 
 
 def _lora(config: TRLConfig, problems: list[str]) -> Settings:
