@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from transformers import AutoTokenizer
 import sft.generation.answers
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import read_lines
-from launcher.contract.spec import EvaluationSpec
+from launcher.contract.spec import EvaluationSpec, read_resolved
 from sft.__main__ import main
+from sft.commands.export import export
+from sft.commands.prepare import prepare
+from sft.generation.evaluation_prompts import stop_tokens
 from sft.hf.loaded_model import load_transformers_model
 from sft.models.registry import SUPPORTED
 from sft.training.trainer import train
@@ -169,6 +174,42 @@ def test_sampled_answers_do_not_depend_on_layout_or_batch(
     assert run_and_collect(tmp_path / "pp2", material, *LAYOUTS["pp2"], **settings) == one
     other = {**settings, "seed": 8}
     assert run_and_collect(tmp_path / "other", material, *LAYOUTS["tp1"], **other) != one
+
+
+def stops_of(config: Path) -> set[int]:
+    """Runs on a rank: the tokens at which a run's answers end."""
+    found: set[int] = set()
+    generate = sft.generation.answers.generate
+
+    def spy(*given: Any, stops: set[int], **more: Any) -> list[list[int]]:
+        found.update(stops)
+        return generate(*given, stops=stops, **more)
+
+    sft.generation.answers.generate = spy
+    train(config)
+    return found
+
+
+def test_answers_end_with_the_token_that_was_trained(tmp_path: Path, material: Material) -> None:
+    """From the data to the run's answers and its export: a tokenizer that calls another token its end, under ChatML.
+
+    Seen to fail without each of: the record in `prepare`, its use by answers, and by the export.
+    """
+    model = tmp_path / "model"
+    shutil.copytree(material[0], model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(model)
+    own, trained = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps({**settings, "eos_token_id": own}))
+    paths = make_run(tmp_path, model, material[1], ranks=1, export=True, **evaluation(material))
+    assert prepare(paths.config) == ExitCode.OK
+    assert run_ranks(1, stops_of, paths.config) == [{own, trained}]
+    assert export(paths.root) == ExitCode.OK
+    assert json.loads((paths.export / "generation_config.json").read_text())["eos_token_id"] == [own, trained]
+    assert set(stop_tokens(read_resolved(paths.config), tokenizer, paths.export)) == {own, trained}
 
 
 def metric(*, samples: list[str], prompts: list[str], outputs: list[str]) -> dict[str, Any]:

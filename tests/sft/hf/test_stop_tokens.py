@@ -16,8 +16,9 @@ from sft.hf.stop_tokens import add_stop_tokens, record_stop_tokens, recorded_sto
 from tests.tiny_model import make_chat_rows, make_tokenizer, write_jsonl
 
 
-def ends_of(tmp_path: Path, **settings: Any) -> set[int]:
+def ends_of(tmp_path: Path, end: str = "<|im_end|>", **settings: Any) -> set[int]:
     tokenizer = make_tokenizer()
+    tokenizer.eos_token = end
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     write_jsonl(tmp_path / "rows.jsonl", make_chat_rows(8, seed=0))
     data = DataSpec(train=[str(tmp_path / "rows.jsonl")], cache_dir=str(tmp_path / "cache"), workers=1, **settings)
@@ -27,7 +28,7 @@ def ends_of(tmp_path: Path, **settings: Any) -> set[int]:
 def test_the_end_of_the_turns_is_known_whatever_the_tokenizer_calls_its_end(tmp_path: Path) -> None:
     """Seen to be missing from the export: a tokenizer that ends with `<|endoftext|>` under a ChatML template."""
     tokenizer = make_tokenizer()
-    assert ends_of(tmp_path) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert ends_of(tmp_path, "<|endoftext|>") == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
 @pytest.mark.parametrize(
