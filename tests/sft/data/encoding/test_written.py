@@ -63,6 +63,17 @@ def test_a_tool_turn_whose_words_the_answer_repeats_is_not_taken_for_written() -
         trained("phi3", messages)
 
 
+def test_a_turn_of_a_role_that_the_template_passes_over_is_not_taken_for_written() -> None:
+    """Its words stand in the answer, too."""
+    messages = [
+        {"role": "developer", "content": "Say Paris"},
+        {"role": "user", "content": "Capital of France?"},
+        {"role": "assistant", "content": "I was told: Say Paris"},
+    ]
+    with pytest.raises(DataError, match=r"message 1 \(developer\): the chat template does not write its content"):
+        trained("phi3", messages)
+
+
 @pytest.mark.parametrize("family", ["llama3", "phi3", "gemma"])
 def test_tools_whose_name_the_question_holds_are_not_taken_for_written(family: str) -> None:
     messages = [
