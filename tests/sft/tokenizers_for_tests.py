@@ -19,6 +19,7 @@ SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}[INST] {{ message['content'] | trim }} [/INST]"
+    "{% elif message['role'] == 'system' %}<<SYS>> {{ message['content'] | trim }} <</SYS>>"
     "{% else %} {{ message['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """Writes its own BOS; the answer begins with a space, which is no part of the generation prompt."""

@@ -25,6 +25,9 @@ Apply = Callable[[Sequence[TemplateMessage], Sequence[Tool] | None], str]
 """Render messages and tools without a generation prompt, or raise DataError if the template refuses them."""
 
 _TOOL_TEXTS = ("name", "description")
+_ARGUMENTS = "tool call's arguments"
+_FIRST_NUMBER = 730_916_000
+"""From which on numbers stand for those of a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,38 @@ class WrittenParts:
             text = self._apply(marked_messages, marked_tools)
         except DataError:
             return ()  # the template checks the words themselves: markers prove nothing
-        return tuple(part for part in marking.parts if part.marker not in text)
+        left_out = tuple(part for part in marking.parts if part.marker not in text)
+        return (*left_out, *self._taken_for_answers(marked_messages, marked_tools, text))
+
+    def _taken_for_answers(
+        self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None, text: str
+    ) -> Iterator[Part]:
+        """Yield the first turn of each role, not of a user or an assistant, that the template writes as an answer.
+
+        A template that asks for `user` and has an `else` does. One that tells no roles apart writes nothing wrong.
+        """
+        for role in dict.fromkeys(message["role"] for message in messages):
+            if role in ("user", "assistant"):
+                continue
+            as_answer, as_question = (
+                self._in_place_of(role, other, messages, tools) for other in ("assistant", "user")
+            )
+            if text == as_answer != as_question:
+                first = next(turn for turn, message in enumerate(messages) if message["role"] == role)
+                yield Part(first, "role: it writes an answer", "")
+
+    def _in_place_of(
+        self, role: str, other: str, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None
+    ) -> str | None:
+        """Return the text with another role for all turns of a role, None if the template refuses it."""
+        changed = [message.copy() for message in messages]
+        for message in changed:
+            if message["role"] == role:
+                message["role"] = other
+        try:
+            return self._apply(changed, tools)
+        except DataError:
+            return None
 
 
 class _Marking:
@@ -186,18 +220,27 @@ class _Marking:
     def _call(self, turn: int, call: ToolCall) -> ToolCall:
         function = call["function"].copy()
         function["name"] = self._new(turn, "tool call")
-        function["arguments"] = {name: self._argument(turn, item) for name, item in function["arguments"].items()}
+        function["arguments"] = self._arguments(turn, function["arguments"])
         marked = call.copy()
         marked["function"] = function
         return marked
 
+    def _arguments(self, turn: int, values: Mapping[str, object]) -> dict[str, object]:
+        return {self._new(turn, _ARGUMENTS): self._argument(turn, item) for item in values.values()}
+
     def _argument(self, turn: int, value: object) -> object:
-        """Return an argument of a call with markers for its texts. Keys, numbers and booleans stay."""
+        """Return an argument of a call with markers for its names, texts and numbers. Other values stay."""
         if isinstance(value, str):
-            return self._new(turn, "tool call's arguments") if value.strip() else value
+            return self._new(turn, _ARGUMENTS) if value.strip() else value
         if isinstance(value, Mapping):
-            return {name: self._argument(turn, item) for name, item in value.items()}
-        return [self._argument(turn, item) for item in value] if isinstance(value, list) else value
+            return self._arguments(turn, value)
+        if isinstance(value, list):
+            return [self._argument(turn, item) for item in value]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        number = _FIRST_NUMBER + next(self._numbers)
+        self.parts.append(Part(turn, _ARGUMENTS, str(number)))
+        return number
 
     def _new(self, turn: int | None, what: str) -> str:
         marker = self._marker()

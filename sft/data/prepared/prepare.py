@@ -39,7 +39,7 @@ from sft.data.reading.split import Side, split_of
 CODE_VERSION = 5
 """Increase it with every change that gives the same rows other tokens or weights."""
 
-CHECKS = 3
+CHECKS = 4
 """Increase it with every change that refuses rows which were accepted. The rows of a cache that was made before are
 read once more, and the cache stays if none of them is refused."""
 

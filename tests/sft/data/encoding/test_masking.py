@@ -34,6 +34,7 @@ THINK_TEMPLATE = (
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}Human: {{ m['content'] }}\nAssistant: "
+    "{% elif m['role'] == 'system' %}{{ m['content'] }}\n\n"
     "{% else %}{{ m['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
 )
 

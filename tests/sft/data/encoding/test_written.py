@@ -22,6 +22,16 @@ def call(city: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
 
 
+def encoded(template: str, messages: list[dict[str, Any]]) -> list[int]:
+    """The ids of a conversation under a template of one's own."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    example = Example(where="a.jsonl:1", messages=read_messages(messages, "messages", {}))
+    (only,) = Encoder(tokenizer, DataSpec()).encode(example)
+    ids: list[int] = only.ids.tolist()
+    return ids
+
+
 def trained(family: str, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[str]:
     """What each trained run of tokens decodes to."""
     template = (templates() / f"{family}.jinja").read_text()
@@ -72,6 +82,48 @@ def test_a_turn_of_a_role_that_the_template_passes_over_is_not_taken_for_written
     ]
     with pytest.raises(DataError, match=r"message 1 \(developer\): the chat template does not write its content"):
         trained("phi3", messages)
+
+
+ELSE_ANSWERS = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+NO_ROLES = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(("role", "turn"), [("system", 0), ("developer", 0), ("tool", 2)])
+def test_a_turn_that_the_template_writes_as_an_answer_is_refused(role: str, turn: int) -> None:
+    """Seen to be trained behind: a template that asks for users, and takes whatever else for answers."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    messages = [*messages[:turn], {"role": role, "content": "Be brief."}, *messages[turn:], *messages]
+    with pytest.raises(DataError, match=rf"message {turn + 1} \({role}\): .* does not write its role: it writes an an"):
+        encoded(ELSE_ANSWERS, messages)
+    assert encoded(NO_ROLES, messages)
+
+
+CALLED = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    "(CALL){% endfor %}{{ eos_token }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "written", ["", "{{ c.function.arguments.values() | list }}", "{{ c.function.arguments | list }}"]
+)
+@pytest.mark.parametrize("value", [3, 0.5, True, {"x": 3}])
+def test_arguments_that_are_no_texts_must_be_written_too(written: str, value: object) -> None:
+    """Neither without them, nor without their names, nor without what they are."""
+    asked = {"name": "add", "arguments": {"a": value}}
+    messages = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": asked}]},
+    ]
+    if value is True and "arguments | list" in written:
+        assert encoded(CALLED.replace("CALL", written), messages)  # true and false cannot be told from other words
+        return
+    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* does not write its tool call's arguments"):
+        encoded(CALLED.replace("CALL", written), messages)
+    assert encoded(CALLED.replace("CALL", "{{ c.function.arguments | tojson }}"), messages)
 
 
 @pytest.mark.parametrize("family", ["llama3", "phi3", "gemma"])
