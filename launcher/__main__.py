@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: the working directory was deleted; change to one that exists", file=sys.stderr)
         return int(ExitCode.BAD_INPUT)
     options = _parse(words)
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises an error)
+        print("error: this user has no home directory here; set HOME to a folder that is yours", file=sys.stderr)
+        return int(ExitCode.BAD_INPUT)
     options.command_line = ["launcher", *words]
     handler: Handler = options.handler
     try:

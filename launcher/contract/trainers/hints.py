@@ -17,7 +17,12 @@ _PEFT: dict[str, Word] = {
 }
 """PEFT's LoraConfig, where trainers have other words."""
 
-WORDS: dict[str, Word] = {**_PEFT, **axolotl.WORDS, **llama_factory.WORDS, **trl.WORDS}
+_OF_4_BITS = dict.fromkeys(
+    ("qlora", "quantization", "quantization_config", "bnb_4bit", "bnb_config", "use_4bit"), trl.WORDS["load_in_4bit"]
+)
+"""What people call a base model of 4 bits, beside the words of trainers."""
+
+WORDS: dict[str, Word] = {**_PEFT, **_OF_4_BITS, **axolotl.WORDS, **llama_factory.WORDS, **trl.WORDS}
 """Of all trainers; where two have the same word with another meaning, TRL's counts."""
 
 

@@ -144,6 +144,16 @@ def test_deleted_working_directory(tmp_path: Path) -> None:
     assert done.stderr == "error: the working directory was deleted; change to one that exists\n"
 
 
+def test_no_home_directory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a container under a number that no user has."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    assert main(["status"]) == ExitCode.BAD_INPUT
+    assert (
+        capsys.readouterr().err == "error: this user has no home directory here; set HOME to a folder that is yours\n"
+    )
+
+
 def test_completion_of_runs_keys_clusters_and_states(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a real bash, which looks for runs by itself."""
     for file in ("runs/alpha/manifest.json", "runs/.groups/swept.json", "runs/not-a-run/x"):

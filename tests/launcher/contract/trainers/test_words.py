@@ -96,6 +96,9 @@ def test_hints_fit_behind_a_semicolon(words: dict[str, Word]) -> None:
         assert word.hint and not word.hint.endswith(".") and not word.hint[0].isspace()
 
 
+QUANTIZED = "; the frozen weights stay in bf16, or their products are in fp8 (train.precision)"
+
+
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
@@ -120,6 +123,9 @@ def test_hints_fit_behind_a_semicolon(words: dict[str, Word]) -> None:
         ("fp16", "; fp16 does not exist here; train.precision is bf16, fp32 or fp8"),
         ("train.lr", "; here it is train.optimizer.lr"),
         ("train.warmup_ratio", "; here it is train.optimizer.warmup_ratio"),
+        ("model.load_in_4bit", QUANTIZED),
+        ("model.quantization", QUANTIZED),
+        ("model.lora.qlora", QUANTIZED),
         ("train.nonsense", ""),
     ],
 )
