@@ -19,9 +19,10 @@ from launcher.contract.spec import RunSpec, TopologySpec
 
 def check_early(spec: RunSpec) -> None:
     """Raise ConfigError with everything that the model's config.json and the first rows of the data already tell."""
-    from sft.data.reading.head import head_problems
+    from sft.data.reading.head import head_problems, prompt_problems
 
     problems = [*_model_problems(spec), *head_problems(spec.data, _vocab_size(spec))]
+    problems += prompt_problems(spec.evaluation.prompts, spec.data)
     if problems:
         raise ConfigError(problems)
 

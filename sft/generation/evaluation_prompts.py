@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from launcher.contract.errors import ConfigError, DataError, ModelError
-from launcher.contract.spec import RunSpec
+from launcher.contract.named_templates import NONE
+from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.encoding.prompt import Prompt, PromptWriter
 from sft.data.encoding.tokenizer import chat_template, load_tokenizer
-from sft.data.reading.formats import after_system
-from sft.data.reading.messages import Message, read_messages, read_tools
-from sft.data.reading.row import load
-from sft.data.reading.token_rows import parse_ids
-from sft.data.reading.tool_results import check_results
-from sft.data.reading.unread import refuse_in_prompt
+from sft.data.reading.prompt_rows import read_prompt_row
 from sft.hf.stop_tokens import end_tokens
 from sft.runtime.own_code import import_named
 
@@ -39,7 +35,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, spec: RunSpec) 
         raise DataError(f"evaluation.prompts: {path} cannot be read: {error}") from error
     writer = PromptWriter(tokenizer, chat_template(tokenizer, spec.data), spec.data)
     prompts = [
-        _prompt(line, f"evaluation.prompts: {path}:{number}", writer, spec)
+        _prompt(line, f"evaluation.prompts: {path}:{number}", writer, spec.data)
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
@@ -48,30 +44,15 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, spec: RunSpec) 
     return prompts
 
 
-def _prompt(line: bytes, where: str, writer: PromptWriter, spec: RunSpec) -> Prompt:
-    row = load(line, where)
-    question = row.get("prompt")
-    if not isinstance(question, str) and "messages" not in row:
-        raise DataError(f"{where}: a row has prompt (a text) or messages")
-    if "input_ids" in row and isinstance(question, str):
-        return Prompt(question, tuple(parse_ids(row, "input_ids", where)))
-    refuse_in_prompt(row, where, spec.data.ignore_keys)
-    tools = read_tools(row.get("tools"), f"{where}: 'tools'")
-    if "messages" in row:
-        turns = read_messages(row["messages"], f"{where}: messages", {})
-        check_results((f"{where}: messages", turns))
-    else:
-        turns = (Message("user", str(question)),)
-    turns = after_system(row, turns, where, {})
-    if turns[-1].role == "assistant":
-        raise DataError(f"{where}: the last turn is the assistant's; a prompt ends with what is to be answered")
+def _prompt(line: bytes, where: str, writer: PromptWriter, data: DataSpec) -> Prompt:
+    row = read_prompt_row(line, where, data)
+    if row.ids is not None:
+        return Prompt(row.question, row.ids)
     try:
-        if spec.data.chat_template != "none":
-            prompt = writer.conversation(turns, tools)
-        elif len(turns) == 1 and "messages" not in row and not tools:
-            prompt = writer.question(turns[0].content or "")
+        if data.chat_template == NONE:
+            prompt = writer.question(row.turns[0].content or "")
         else:
-            raise DataError("messages, system and tools need a chat template, and data.chat_template is none")
+            prompt = writer.conversation(row.turns, row.tools)
     except DataError as error:
         raise DataError([f"{where}: {problem}" for problem in error.problems]) from error
     if not prompt.ids:

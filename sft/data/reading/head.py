@@ -27,6 +27,7 @@ from sft.data.reading.formats import (
     with_detected_form,
 )
 from sft.data.reading.policies import NEEDS_TEMPLATE, policy_problems
+from sft.data.reading.prompt_rows import read_prompt_row
 from sft.data.reading.tables import as_json, holds_lines
 
 _FILES = 16
@@ -54,6 +55,20 @@ def head_problems(data: DataSpec, vocab_size: int | None = None) -> list[str]:
     if not problems and len(formats) == len(sets):
         problems |= dict.fromkeys((*policy_problems(data, formats), *_column_problems(data, formats)))
     return list(problems)
+
+
+def prompt_problems(prompts: str | None, data: DataSpec) -> list[str]:
+    """Return what is wrong with the first rows of evaluation.prompts, one problem at most."""
+    if prompts is None or not Path(prompts).is_file():
+        return []
+    try:
+        with Path(prompts).open("rb") as lines:
+            for number, line in enumerate(itertools.islice(lines, _ROWS), start=1):
+                if line.strip():
+                    read_prompt_row(line, f"evaluation.prompts: {prompts}:{number}", data)
+    except DataError as error:
+        return [error.problems[0]]
+    return []
 
 
 def _column_problems(data: DataSpec, formats: dict[str, str]) -> Iterator[str]:

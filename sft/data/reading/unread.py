@@ -59,6 +59,8 @@ _CHANGES = {
 
 _CHANGES_PROMPT = (*_MEDIA, *_SYSTEM, "functions", "documents", "chat_template_kwargs", "history")
 """Keys beside the messages of a prompt that change what is asked."""
+_CHANGES_QUESTION = ("input", "context", "instruction")
+"""The same beside a question in words, as in rows that are trained."""
 
 _CHANGES_TURN = (
     *(*_MEDIA, *_CALLS, "tools", "tool_plan", "tool_responses", "documents", "reasoning_details", "thought"),
@@ -107,7 +109,8 @@ def refuse_in_turn(item: Row, where: str, ignored: Collection[str], *, sharegpt:
 
 def refuse_in_prompt(row: Row, where: str, ignored: Collection[str]) -> None:
     """Raise DataError where a row that is to be answered has a key that nothing reads, and that changes the prompt."""
-    changing = [key for key in _CHANGES_PROMPT if not _is_empty(row.get(key)) and key not in ignored]
+    known = (*_CHANGES_PROMPT, *(() if "messages" in row else _CHANGES_QUESTION))
+    changing = [key for key in known if not _is_empty(row.get(key)) and key not in ignored]
     if changing:
         raise DataError(
             f"{where}: {', '.join(changing)} would be left out of the prompt; write it into 'system' or the messages, "

@@ -123,6 +123,46 @@ def test_settings_that_no_rows_are_read_with(workdir: Path, row: object, overrid
             make_submission(Path("cfg.yaml"), [override, "data.validation=[b.json]"])
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "a", "completion": "b", "context": "x"}, "context"),
+        ({"system": "Be kind.", "messages": [SYSTEM, *CHAT["messages"]]}, "system"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"),
+        ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
+    ],
+)
+def test_rows_that_mean_something_else(workdir: Path, row: object, problem: str) -> None:
+    """In the words of `prepare`."""
+    write_rows(row)
+    assert problem in problems()
+
+
+@pytest.mark.parametrize(
+    ("row", "override", "problem"),
+    [
+        ({"question": "?"}, "", "a row has prompt (a text) or messages"),
+        (CHAT, "", "the last turn is the assistant's"),
+        ({"prompt": "?", "context": "x"}, "", "context"),
+        ({"messages": CHAT["messages"][:1]}, "data.chat_template=none", "need a chat template"),
+        ({"prompt": "?"}, "data.chat_template=none", None),
+        ({"messages": CHAT["messages"][:1]}, "", None),
+    ],
+)
+def test_prompts_that_cannot_be_asked(workdir: Path, row: object, override: str, problem: str | None) -> None:
+    write_rows({"prompt": "first"}, row, name="prompts.json")
+    words = ["evaluation.prompts=prompts.json", *([override] if override else [])]
+    if problem is None:
+        make_submission(Path("cfg.yaml"), words)
+    else:
+        found = problems(*words)
+        assert "prompts.json:2: " in found
+        assert problem in found
+
+
 def test_a_source_has_its_own_settings_read(workdir: Path) -> None:
     write_rows(TOKENS)
     write_rows(CHAT, name="b.json")
