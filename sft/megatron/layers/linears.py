@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from launcher.contract.spec import Fp8Spec
 from sft.megatron.core import tensor_parallel
 from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, check_fp8_device
 from sft.megatron.layers.lora import AdaptedColumn, AdaptedRow
+from sft.megatron.layers.mixture_of_experts import ExpertLinear, Fp8ExpertLinear
 
 
 class LoraColumnParallelLinear(AdaptedColumn, tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
@@ -35,15 +37,21 @@ class Linears:
     """Of linear_qkv and linear_fc1."""
     row: type[nn.Module]
     """Of linear_proj and linear_fc2."""
+    experts: type[ExpertLinear]
+    """Of both, where the MLP is experts."""
 
 
-def choose_linears(*, fp8: bool, adapted: bool) -> Linears:
-    """Return the linears for these settings, or raise ModelError if the GPU cannot do them."""
-    if fp8:
-        check_fp8_device()
-    return {
-        (False, False): Linears(tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear),
-        (False, True): Linears(LoraColumnParallelLinear, LoraRowParallelLinear),
-        (True, False): Linears(Fp8ColumnParallelLinear, Fp8RowParallelLinear),
-        (True, True): Linears(LoraFp8ColumnParallelLinear, LoraFp8RowParallelLinear),
-    }[fp8, adapted]
+def choose_linears(*, fp8: Fp8Spec | None, adapted: bool) -> Linears:
+    """Return the linears for these settings, or raise ModelError if the GPU cannot do them.
+
+    `fp8` is None where no product is in fp8.
+    """
+    if fp8 is not None:
+        check_fp8_device(experts=fp8.experts)
+    column, row = {
+        (False, False): (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear),
+        (False, True): (LoraColumnParallelLinear, LoraRowParallelLinear),
+        (True, False): (Fp8ColumnParallelLinear, Fp8RowParallelLinear),
+        (True, True): (LoraFp8ColumnParallelLinear, LoraFp8RowParallelLinear),
+    }[fp8 is not None, adapted]
+    return Linears(column, row, Fp8ExpertLinear if fp8 is not None and fp8.experts else ExpertLinear)

@@ -31,7 +31,6 @@ from sft.megatron.core import (
 from sft.megatron.kernel_choice import Kernels
 from sft.megatron.layers.attention import Norm, RotarySelfAttention
 from sft.megatron.layers.core_attention import CoreAttention
-from sft.megatron.layers.fp8 import check_fp8_device
 from sft.megatron.layers.fused import (
     FusedCoreAttention,
     FusedGeGLUMLP,
@@ -42,7 +41,7 @@ from sft.megatron.layers.fused import (
 )
 from sft.megatron.layers.gated_delta import GatedDeltaNet
 from sft.megatron.layers.linears import Linears, choose_linears
-from sft.megatron.layers.mixture_of_experts import ExpertLinear, ExpertMLP, Fp8ExpertLinear
+from sft.megatron.layers.mixture_of_experts import ExpertMLP
 from sft.megatron.layers.norms import PLAIN_NORMS
 from sft.megatron.layers.post_norms import PostNormTransformerLayer
 from sft.megatron.layers.residual import residual_addition
@@ -88,8 +87,8 @@ def layer_spec(architecture: Architecture, options: LayerOptions, layer_number: 
     layer = architecture.layers[layer_number - 1]
     fused = options.kernels.fused_layers
     in_fp8 = options.fp8_in(layer_number, len(architecture.layers))
-    linears = choose_linears(fp8=in_fp8, adapted=options.adapted)
     own = options if in_fp8 else replace(options, fp8=None)
+    linears = choose_linears(fp8=own.fp8, adapted=options.adapted)
     before_attention, before_mlp = _norms_before(architecture, layer, own)
     submodules = TransformerLayerSubmodules(
         input_layernorm=before_attention,
@@ -97,7 +96,7 @@ def layer_spec(architecture: Architecture, options: LayerOptions, layer_number: 
         # Fused layers add residuals themselves.
         self_attn_bda=residual_addition(layer.residual_multiplier),
         pre_mlp_layernorm=before_mlp,
-        mlp=_experts_spec(layer.mlp, linears, own)
+        mlp=_experts_spec(layer.mlp, linears, fused=fused)
         if isinstance(layer.mlp, Experts)
         else _mlp_spec(layer.mlp, linears, fused=fused),
         mlp_bda=residual_addition(layer.residual_multiplier),
@@ -216,13 +215,9 @@ def _mlp_spec(mlp: DenseMLP, linears: Linears, *, fused: bool) -> object:
     return _MLPSpec(module=module, submodules=submodules)
 
 
-def _experts_spec(experts: Experts, linears: Linears, options: LayerOptions) -> object:
+def _experts_spec(experts: Experts, linears: Linears, *, fused: bool) -> object:
     module: type[nn.Module] = ExpertMLP
-    fused, in_fp8 = options.kernels.fused_layers, options.fp8 is not None and options.fp8.experts
-    if in_fp8:
-        check_fp8_device(experts=True)
-    params: dict[str, object] = {"experts": experts, "fused": fused}
-    params["linear"] = Fp8ExpertLinear if in_fp8 else ExpertLinear
+    params: dict[str, object] = {"experts": experts, "linear": linears.experts, "fused": fused}
     if experts.shared is not None:
         module = SharedExpertMLP
         params |= {"mlp": FusedMLP if fused else MLP, "linears": linears}
