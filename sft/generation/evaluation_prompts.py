@@ -16,7 +16,7 @@ from launcher.contract.named_templates import NONE
 from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.encoding.prompt import Prompt, PromptWriter
 from sft.data.encoding.tokenizer import chat_template, load_tokenizer
-from sft.data.reading.prompt_rows import read_prompt_row
+from sft.data.reading.prompt_rows import PromptRow, read_prompt_rows
 from sft.hf.stop_tokens import end_tokens
 from sft.runtime.own_code import import_named
 
@@ -29,23 +29,14 @@ Metric = Callable[..., Mapping[str, object]]
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, spec: RunSpec) -> list[Prompt]:
     """Return the prompts of a jsonl file, or raise DataError with the line that is wrong."""
-    try:
-        lines = path.read_bytes().split(b"\n")  # not splitlines, which also cuts at characters that JSON texts may hold
-    except OSError as error:
-        raise DataError(f"evaluation.prompts: {path} cannot be read: {error}") from error
     writer = PromptWriter(tokenizer, chat_template(tokenizer, spec.data), spec.data)
-    prompts = [
-        _prompt(line, f"evaluation.prompts: {path}:{number}", writer, spec.data)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    prompts = [_prompt(row, where, writer, spec.data) for where, row in read_prompt_rows(path, spec.data)]
     if not prompts:
         raise DataError(f"evaluation.prompts: {path} holds no prompt")
     return prompts
 
 
-def _prompt(line: bytes, where: str, writer: PromptWriter, data: DataSpec) -> Prompt:
-    row = read_prompt_row(line, where, data)
+def _prompt(row: PromptRow, where: str, writer: PromptWriter, data: DataSpec) -> Prompt:
     if row.ids is not None:
         return Prompt(row.question, row.ids)
     try:

@@ -27,7 +27,7 @@ from sft.data.reading.formats import (
     with_detected_form,
 )
 from sft.data.reading.policies import NEEDS_TEMPLATE, policy_problems
-from sft.data.reading.prompt_rows import read_prompt_row
+from sft.data.reading.prompt_rows import read_prompt_rows
 from sft.data.reading.tables import as_json, holds_lines
 
 _FILES = 16
@@ -62,10 +62,8 @@ def prompt_problems(prompts: str | None, data: DataSpec) -> list[str]:
     if prompts is None or not Path(prompts).is_file():
         return []
     try:
-        with Path(prompts).open("rb") as lines:
-            for number, line in enumerate(itertools.islice(lines, _ROWS), start=1):
-                if line.strip():
-                    read_prompt_row(line, f"evaluation.prompts: {prompts}:{number}", data)
+        for _ in itertools.islice(read_prompt_rows(Path(prompts), data), _ROWS):
+            pass
     except DataError as error:
         return [error.problems[0]]
     return []

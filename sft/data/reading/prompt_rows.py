@@ -1,11 +1,13 @@
-"""Read a row of evaluation.prompts: what is asked, before a tokenizer sees it.
+"""Read the rows of evaluation.prompts: what is asked, before a tokenizer sees it.
 
 Without torch, numpy and transformers: the launcher looks at the first rows on a login node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.contract.errors import DataError
 from launcher.contract.named_templates import NONE
@@ -29,7 +31,19 @@ class PromptRow:
     tools: tuple[Tool, ...] = ()
 
 
-def read_prompt_row(line: bytes, where: str, data: DataSpec) -> PromptRow:
+def read_prompt_rows(path: Path, data: DataSpec) -> Iterator[tuple[str, PromptRow]]:
+    """Yield place and prompt of each line of a jsonl file that is not blank. Raise DataError where one is wrong."""
+    try:
+        with path.open("rb") as lines:  # bytes end at line feeds alone, and JSON texts may hold what else ends a line
+            for number, line in enumerate(lines, start=1):
+                where = f"evaluation.prompts: {path}:{number}"
+                if line.strip():
+                    yield where, _prompt_row(line, where, data)
+    except OSError as error:
+        raise DataError(f"evaluation.prompts: {path} cannot be read: {error}") from error
+
+
+def _prompt_row(line: bytes, where: str, data: DataSpec) -> PromptRow:
     """Return the prompt in a line of JSON, or raise DataError where it has none, or more than would be asked."""
     row = load(line, where)
     question = row.get("prompt")
