@@ -86,11 +86,8 @@ class WrittenParts:
         marked = list(messages)
         for turn in turns:
             marked[turn] = marking.answer(turn, marked[turn])
-        try:
-            text = self._apply(marked, tools)
-        except DataError:
-            return ()  # as in _prove
-        return tuple(part for part in marking.parts if part.marker not in text)
+        text = self._rendered(marked, tools)
+        return () if text is None else tuple(part for part in marking.parts if part.marker not in text)
 
     def drops_names(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> bool:
         """Return whether the template leaves out the name of a message. One that refuses other names reads them.
@@ -114,20 +111,23 @@ class WrittenParts:
         marked = [message.copy() for message in messages]
         for turn in named:
             marked[turn]["name"] = f"zqname{turn:06d}xk"
+        text = self._rendered(marked, tools)
+        return text is not None and any(marked[turn]["name"] not in text for turn in named)
+
+    def _rendered(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> str | None:
+        """Return the text of changed messages, or None if the template refuses them: then they prove nothing."""
         try:
-            text = self._apply(marked, tools)
+            return self._apply(messages, tools)
         except DataError:
-            return False
-        return any(marked[turn]["name"] not in text for turn in named)
+            return None
 
     def _prove(self, messages: Sequence[TemplateMessage], tools: Sequence[Tool] | None) -> tuple[Part, ...]:
         marking = _Marking()
         marked_messages = [marking.message(turn, message) for turn, message in enumerate(messages)]
         marked_tools = [marking.tool(tool) for tool in tools or ()] or None
-        try:
-            text = self._apply(marked_messages, marked_tools)
-        except DataError:
-            return ()  # the template checks the words themselves: markers prove nothing
+        text = self._rendered(marked_messages, marked_tools)
+        if text is None:
+            return ()
         left_out = tuple(part for part in marking.parts if part.marker not in text)
         return (*left_out, *self._taken_for_answers(marked_messages, marked_tools, text))
 
@@ -156,10 +156,7 @@ class WrittenParts:
         for message in changed:
             if message["role"] == role:
                 message["role"] = other
-        try:
-            return self._apply(changed, tools)
-        except DataError:
-            return None
+        return self._rendered(changed, tools)
 
 
 class _Marking:
