@@ -56,11 +56,7 @@ def bench(options: argparse.Namespace) -> ExitCode:
         named_model_shape(shape)
     for topology in options.topology:
         parse_topology(topology)
-    _check_gpus(options)
-    if options.fp8_experts and "fp8" not in options.precision:
-        raise ConfigError("--fp8-experts needs --precision fp8")
-    if options.recompute_layers is not None and "full" not in options.recompute:
-        raise ConfigError("--recompute-layers needs --recompute full")
+    _check_options(options)
     results, failed = [], False
     for shape, data, length, rows in itertools.product(options.shape, options.data, options.seq_length, options.rows):
         workload = {"shape": shape, "data": data, "seq_length": length, "rows": rows}
@@ -80,8 +76,12 @@ def bench(options: argparse.Namespace) -> ExitCode:
     return ExitCode.FAILURE if failed else ExitCode.OK
 
 
-def _check_gpus(options: argparse.Namespace) -> None:
-    """Raise ConfigError for trainers that would run nowhere, and say where others do not run."""
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise ConfigError for options without effect and trainers that would run nowhere; say where others do not run."""
+    if options.fp8_experts and "fp8" not in options.precision:
+        raise ConfigError("--fp8-experts needs --precision fp8")
+    if options.recompute_layers is not None and "full" not in options.recompute:
+        raise ConfigError("--recompute-layers needs --recompute full")
     several = [str(gpus) for gpus in options.gpus if gpus > 1]
     alone = [name for name in options.vs if name not in _ON_SEVERAL]
     if not several or not alone:

@@ -51,6 +51,7 @@ def rate_problems(optimizer: OptimizerSpec, lora: LoraSpec, architecture: Archit
     """Return patterns that name nothing that is trained, or never come first, and those that divide a parameter."""
     trained = _trained(lora, architecture)
     every = [name for names in trained.values() for name in names]
+    chosen = {name: _pattern(optimizer, name) for name in every}
     problems = [
         f"{_KEY}: {pattern!r} matches no trained parameter; their names are like {every[0]}"
         for pattern in optimizer.lr_by_name
@@ -59,13 +60,13 @@ def rate_problems(optimizer: OptimizerSpec, lora: LoraSpec, architecture: Archit
     problems += [
         f"{_KEY}: {pattern!r} stands behind patterns that match all of its parameters, and the first that matches "
         "counts; write it before them"
-        for pattern in sorted(set(optimizer.lr_by_name) - {_pattern(optimizer, name) for name in every})
+        for pattern in sorted(set(optimizer.lr_by_name) - set(chosen.values()))
         if fnmatch.filter(every, pattern)
     ]
-    if all(float(optimizer.lr_by_name.get(_pattern(optimizer, name) or "", optimizer.lr)) == 0 for name in every):
+    if all(float(optimizer.lr_by_name.get(pattern or "", optimizer.lr)) == 0 for pattern in chosen.values()):
         problems.append(f"{_KEY}: every trained parameter has rate 0, so that nothing would be trained")
     for names in trained.values():
-        patterns = {name: _pattern(optimizer, name) for name in names}
+        patterns = {name: chosen[name] for name in names}
         if len(set(patterns.values())) > 1:
             shown = ", ".join(
                 f"{name} {optimizer.lr_by_name.get(found or '', 'lr')}" for name, found in patterns.items()

@@ -82,13 +82,18 @@ def test_a_contender_sees_its_own_gpus_alone(gpus: int, visible: str | None, exp
     assert contender_variables(gpus, "dp", environ)["CUDA_VISIBLE_DEVICES"] == expected
 
 
+def contenders_that(do: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes of contenders do something else, and fail."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\n{do}\nexit 3\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr("sft.commands.bench.sys.executable", str(interpreter))
+
+
 def test_the_processes_of_a_contender_have_these_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interpreter = tmp_path / "python"
-    interpreter.write_text('#!/bin/sh\necho "rank $RANK of $WORLD_SIZE sees $CUDA_VISIBLE_DEVICES"\nexit 3\n')
-    interpreter.chmod(0o755)
-    monkeypatch.setattr("sft.commands.bench.sys.executable", str(interpreter))
+    contenders_that('echo "rank $RANK of $WORLD_SIZE sees $CUDA_VISIBLE_DEVICES"', tmp_path, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
     assert main(["bench", "--vs", "trl", "--gpus", "1", "2", "--vs-parallel", "ddp"]) == ExitCode.FAILURE
     told = [line for line in capsys.readouterr().out.splitlines() if " sees " in line]
@@ -99,10 +104,7 @@ def test_other_trainers_get_their_own_choices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """CUDA graphs are a choice of torchtitan's alone, which also runs on several GPUs; unsloth runs on one."""
-    interpreter = tmp_path / "python"
-    interpreter.write_text('#!/bin/sh\necho "request on $WORLD_SIZE:" $(cat "$3")\nexit 3\n')
-    interpreter.chmod(0o755)
-    monkeypatch.setattr("sft.commands.bench.sys.executable", str(interpreter))
+    contenders_that('echo "request on $WORLD_SIZE:" $(cat "$3")', tmp_path, monkeypatch)
     peers = ["--vs", "torchtitan", "unsloth", "--vs-cuda-graphs", "never", "always"]
     assert main(["bench", *peers, "--gpus", "1", "2"]) == ExitCode.FAILURE
     told = [line.split(":", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("request on ")]
