@@ -77,7 +77,10 @@ def bench(options: argparse.Namespace) -> ExitCode:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Raise ConfigError for options without effect and trainers that would run nowhere; say where others do not run."""
+    """Raise ConfigError for options without effect and trainers that would run nowhere.
+
+    Of trainers that run on some of the numbers of GPUs, print where they do not.
+    """
     if options.fp8_experts and "fp8" not in options.precision:
         raise ConfigError("--fp8-experts needs --precision fp8")
     if options.recompute_layers is not None and "full" not in options.recompute:
