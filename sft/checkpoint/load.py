@@ -16,7 +16,7 @@ from launcher.contract.versions import parse_version
 from sft.checkpoint.contents import SHARDED, TrainerState, optimizer_form
 from sft.checkpoint.files import changed_bytes, damage
 from sft.checkpoint.pickles import refuse_code
-from sft.checkpoint.same_model import check_model
+from sft.checkpoint.same_model import check_base_weights, check_model
 from sft.hf.checks import trained_adapters
 from sft.hf.learning_rates import rate_groups
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
@@ -73,6 +73,8 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     _check_data(source, trainer, data_key)
     check_model(source, trainer, numerics(module.architecture))
     _check_adapters(source, trainer, trained_adapters(module.spec.model.lora, module.architecture))
+    if module.spec.model.lora.rank is not None:
+        check_base_weights(source, trainer, str(module.model_chunks[0].module.base_weights))
     _check_version(source, trainer)
     refuse_code(source / SHARDED)
     _check_optimizer(source, trainer, optimizer_form(module.spec.train))

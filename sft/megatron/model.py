@@ -219,7 +219,7 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: Mapping[str, object] | None = None
     ) -> dict[str, object]:
-        """Return Megatron-core's state, for an adapted model only what is trained of it and what that was trained on.
+        """Return Megatron-core's state, for an adapted model only what is trained of it.
 
         Layers that differ have keys of their own; equal ones are stacked.
         """
@@ -228,14 +228,15 @@ class SFTGPTModel(GPTModel):  # type: ignore[misc]
         if not self.adapted:
             return state
         trained = {f"{prefix}{name}" for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {key: value for key, value in state.items() if key in trained} | {_BASE: self.base_weights}
+        return {key: value for key, value in state.items() if key in trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> object:
         """Load as torch does. An adapted model must find its adapters, of its own frozen weights, and nothing else."""
         if not (self.adapted and strict):
             return super().load_state_dict(state_dict, strict, assign)
         adapters = dict(state_dict)
-        if adapters.pop(_BASE, None) != self.base_weights:
+        # Earlier checkpoints name them here, by chunk; later ones in trainer.json, as another layout has other chunks.
+        if adapters.pop(_BASE, self.base_weights) != self.base_weights:
             raise ConfigError(
                 "the checkpoint's adapters were trained on other weights than those in model.path; put model.path back"
             )

@@ -270,8 +270,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, chat: Path) 
 
 @pytest.mark.parametrize(
     ("ranks", "topology"),
-    [(4, {"tensor_parallel": 2, "sequence_parallel": True}), (1, {}), (2, {"pipeline_parallel": 2})],
-    ids=["same", "tp1", "pp2"],
+    [
+        (4, {"tensor_parallel": 2, "sequence_parallel": True}),
+        (1, {}),
+        (2, {"pipeline_parallel": 2}),
+        (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),  # was refused as of other weights
+    ],
+    ids=["same", "tp1", "pp2", "pp2_vpp2"],
 )
 def test_resume(
     ranks: int, topology: dict[str, Any], tmp_path: Path, model: Path, chat: Path, finished: RunPaths
