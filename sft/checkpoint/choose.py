@@ -19,7 +19,7 @@ from pathlib import Path
 from launcher.contract.errors import CheckpointError, RunStateError
 from launcher.contract.rundir import RunPaths, checkpoint_step
 from launcher.contract.spec import RunSpec
-from sft.checkpoint.contents import RankedStep, TrainerState
+from sft.checkpoint.contents import BestSteps, TrainerState
 from sft.checkpoint.files import changed_bytes, damage
 
 _READERS = 8
@@ -66,23 +66,27 @@ def _as_asked(complete: list[Path], step: int) -> Iterator[Choice]:
 def _by_rank(complete: list[Path], spec: RunSpec) -> Iterator[Choice]:
     """Yield the best checkpoints, best first, then all others from the newest to the oldest."""
     by_step = {checkpoint_step(path): path for path in complete}
-    ranked = _ranked(complete) if spec.checkpoint.export_step == "best" else ()
+    ranking = spec.checkpoint_ranking
+    metric = ranking.best_metric
+    known = _ranked(complete)
+    # The run may have been given another metric since, by which nothing was ranked yet.
+    counts = ranking.export_step == "best" and known.compares(metric, ranking.best_mode)
+    ranked = known.best if counts else ()
     for best in ranked:
         if best.step in by_step:
-            metric = spec.checkpoint_ranking.best_metric
             yield Choice(by_step.pop(best.step), f"the best {metric}, {best.value:.4f}")
     for step in reversed(by_step):
         yield Choice(by_step[step], "the newest" if not ranked else "the newest of those that are not among the best")
 
 
-def _ranked(complete: list[Path]) -> tuple[RankedStep, ...]:
-    """Return the best evaluations as the newest checkpoint that can be read knows them, best first."""
+def _ranked(complete: list[Path]) -> BestSteps:
+    """Return the best evaluations as the newest checkpoint that can be read knows them."""
     for path in reversed(complete):
         if damage(path) is not None:
             continue
         with contextlib.suppress(CheckpointError, ValueError):  # the checksums tell, if this one is to be exported
             return TrainerState.read(path).best
-    return ()
+    return BestSteps("", ())
 
 
 def _changed(path: Path) -> str | None:

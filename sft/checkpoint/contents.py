@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
@@ -48,17 +48,26 @@ class BestSteps:
     run: str
     """Directory of the run that they belong to."""
     best: tuple[RankedStep, ...]
+    metric: str | None = None
+    """What was compared, and whether it is better "min" or "max"; None in earlier checkpoints."""
+    mode: str | None = None
+    measured_on: str | None = None
+    """The files that it was measured on; None in earlier checkpoints."""
 
     def to_json(self) -> dict[str, object]:
         """Return the form in which trainer.json has it."""
-        return {"run": self.run, "best": [dataclasses.asdict(ranked) for ranked in self.best]}
+        return dataclasses.asdict(self) | {"best": [dataclasses.asdict(ranked) for ranked in self.best]}
 
     @classmethod
     def from_json(cls, values: Json) -> BestSteps:
         """Read what `to_json` gave. ValueError where it is something else."""
         best = _checked(values, "best", list)
         ranked = (RankedStep(_checked(item, "step", int), _checked(item, "value", float)) for item in best)
-        return cls(_checked(values, "run", str), tuple(ranked))
+        return cls(_checked(values, "run", str), tuple(ranked), *_compared(values))
+
+    def compares(self, metric: str, mode: str) -> bool:
+        """Return whether this metric was compared, in this direction, as far as is known."""
+        return self.metric in (None, metric) and self.mode in (None, mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +95,8 @@ class EarlyStoppingState:
     def from_json(cls, values: Json) -> EarlyStoppingState:
         """Read what `to_json` gave. ValueError where it is something else."""
         best = None if values.get("best") is None else _checked(values, "best", float)
-        metric, mode, measured_on = (
-            None if values.get(name) is None else _checked(values, name, str)
-            for name in ("metric", "mode", "measured_on")
-        )
         step, waited = _checked(values, "best_step", int), _checked(values, "waited", int)
-        return cls(best, step, waited, metric, mode, measured_on)
+        return cls(best, step, waited, *_compared(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +213,10 @@ class TrainerState:
         return EarlyStoppingState() if values is None else EarlyStoppingState.from_json(values)
 
     @property
-    def best(self) -> tuple[RankedStep, ...]:
-        """The best evaluations of the run, best first."""
+    def best(self) -> BestSteps:
+        """The best evaluations of the run, of which there may be none."""
         values = self._callback(BestSteps.KEY)
-        return () if values is None else BestSteps.from_json(values).best
+        return BestSteps("", ()) if values is None else BestSteps.from_json(values)
 
     def _callback(self, key: str) -> Json | None:
         callbacks = self.lightning.get("callbacks", {})
@@ -225,6 +230,12 @@ def optimizer_form(train: TrainSpec) -> dict[str, object]:
     # Without sharding, master weights are stored where there are some, and have no place to be loaded into elsewhere.
     precision = "fp32" if train.precision == "fp32" else "bf16 or fp8"
     return {"train.optimizer.distributed": False, "train.precision": precision}
+
+
+def _compared(values: Json) -> Iterator[str | None]:
+    """Yield metric, mode and measured_on of a callback's state, None where an earlier version did not write them."""
+    for name in ("metric", "mode", "measured_on"):
+        yield None if values.get(name) is None else _checked(values, name, str)
 
 
 def _checked(values: object, name: str, kind: type[T]) -> T:

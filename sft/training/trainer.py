@@ -170,7 +170,7 @@ def _train(
     progress = ProgressCallback(log, data.schedule.consumed_examples)
     # Their order matters at each step boundary: each uses the results of those before it.
     deadline = Deadline.from_environ(spec.resources.signal_seconds)
-    saves = CheckpointCallback(spec.checkpoint_ranking, stop, deadline, lease, evaluation, guard, log)
+    saves = CheckpointCallback(spec, stop, deadline, lease, evaluation, guard, log)
     callbacks = [StartupCallback(clock, log, env.attempt), progress, guard, evaluation, saves]
     if spec.checkpoint.copy_every is not None:
         callbacks.append(CopyCallback(spec.checkpoint, env.attempt, log))

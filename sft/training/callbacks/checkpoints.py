@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import cast
 
 from launcher.contract.errors import RunStateError
 from launcher.contract.lease import Keeper
 from launcher.contract.rundir import checkpoint_step
-from launcher.contract.spec import CheckpointSpec
+from launcher.contract.spec import RunSpec
 from sft.checkpoint import files as checkpoint_files
 from sft.checkpoint.contents import BestSteps, RankedStep
 from sft.metrics.run_log import RunLog
@@ -17,7 +16,7 @@ from sft.runtime import lightning as pl
 from sft.runtime.deadline import Deadline
 from sft.runtime.stop import StopFlag
 from sft.training.callbacks.bad_steps import GuardCallback
-from sft.training.callbacks.early_stopping import is_better
+from sft.training.callbacks.early_stopping import is_better, measured_on
 from sft.training.callbacks.evaluation import EvaluationCallback
 from sft.training.strategy import MegatronStrategy
 
@@ -25,8 +24,9 @@ from sft.training.strategy import MegatronStrategy
 class BestCheckpoints:
     """The best `keep_best` evaluations of a run so far."""
 
-    def __init__(self, spec: CheckpointSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: RunSpec) -> None:
+        self._spec = spec.checkpoint_ranking
+        self._measured_on = measured_on(spec, self._spec.best_metric)
         self._ranked: list[RankedStep] = []
 
     @property
@@ -45,13 +45,17 @@ class BestCheckpoints:
         self._ranked = [*better, RankedStep(step, value), *worse][: self._spec.keep_best]
         return True
 
-    def state(self) -> tuple[RankedStep, ...]:
-        """Return the steps and values, best first."""
-        return tuple(self._ranked)
+    def state(self, run: str) -> BestSteps:
+        """Return what a checkpoint of the run in directory `run` keeps."""
+        compared = (self._spec.best_metric, self._spec.best_mode, self._measured_on)
+        return BestSteps(run, tuple(self._ranked), *compared)
 
-    def restore(self, state: Sequence[RankedStep]) -> None:
-        """Go on from what `state` gave, with as many as are kept now."""
-        self._ranked = list(state)[: self._spec.keep_best]
+    def restore(self, state: BestSteps) -> None:
+        """Go on from what `state` gave, with as many as are kept now, unless something else was compared."""
+        # A run that goes on with other settings may have changed it: old values would be taken for those of the new.
+        same = state.measured_on in (None, self._measured_on)
+        if same and state.compares(self._spec.best_metric, self._spec.best_mode):
+            self._ranked = list(state.best)[: self._spec.keep_best]
 
 
 class CheckpointCallback(pl.Callback):
@@ -62,7 +66,7 @@ class CheckpointCallback(pl.Callback):
 
     def __init__(
         self,
-        spec: CheckpointSpec,
+        spec: RunSpec,
         stop: StopFlag,
         deadline: Deadline,
         lease: Keeper | None,
@@ -70,7 +74,7 @@ class CheckpointCallback(pl.Callback):
         guard: GuardCallback,
         log: RunLog,
     ) -> None:
-        self._spec = spec
+        self._spec = spec.checkpoint_ranking
         self._stop = stop
         self._deadline = deadline
         self._lease = lease
@@ -78,18 +82,20 @@ class CheckpointCallback(pl.Callback):
         self._guard = guard
         self._log = log
         self._best = BestCheckpoints(spec)
+        self._best_of_save: list[int] = []
+        """The best as the save in flight, or the last one, knows them."""
 
     @property
     def state_key(self) -> str:
         return BestSteps.KEY
 
     def state_dict(self) -> dict[str, object]:
-        return BestSteps(str(self._log.paths.root), self._best.state()).to_json()
+        return self._best.state(str(self._log.paths.root)).to_json()
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         state = BestSteps.from_json(state_dict)
         if state.run == str(self._log.paths.root):  # else they are another run's, and not ours to keep
-            self._best.restore(state.best)
+            self._best.restore(state)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop.install()
@@ -131,6 +137,7 @@ class CheckpointCallback(pl.Callback):
     def _save(self, trainer: pl.Trainer, strategy: MegatronStrategy, step: int, *, wait: bool) -> None:
         self._finish(strategy)  # at most one save in flight
         trainer.save_checkpoint(self._log.paths.checkpoint(step), weights_only=False)
+        self._best_of_save = self._best.steps
         if wait or not self._spec.asynchronous:
             self._finish(strategy)
 
@@ -139,6 +146,8 @@ class CheckpointCallback(pl.Callback):
         saved = strategy.saver.finish()
         if saved is None:
             return
+        # Not those of now: an evaluation since then may have found a better step, of which nothing is written yet.
+        best = self._best_of_save
         if self._log.is_writer:
             # Checkpoints of later steps are damaged ones: otherwise the run would have resumed from them.
             complete = [
@@ -146,10 +155,10 @@ class CheckpointCallback(pl.Callback):
                 for path in self._log.paths.complete_checkpoints()
                 if checkpoint_step(path) <= checkpoint_step(saved.path)
             ]
-            keep = complete[-self._spec.keep_last :] + [self._log.paths.checkpoint(best) for best in self._best.steps]
+            keep = complete[-self._spec.keep_last :] + [self._log.paths.checkpoint(step) for step in best]
             checkpoint_files.remove_all_but(complete, keep)
         strategy.control.barrier()
         self._deadline.saved(saved.seconds)
         self._log.checkpoint_saved(saved.path.name)
         seconds = round(saved.seconds, 3)
-        self._log.event("checkpoint_saved", step=checkpoint_step(saved.path), seconds=seconds, best=self._best.steps)
+        self._log.event("checkpoint_saved", step=checkpoint_step(saved.path), seconds=seconds, best=best)

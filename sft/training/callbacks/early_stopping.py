@@ -22,7 +22,7 @@ class EarlyStopping:
     def __init__(self, spec: RunSpec, state: EarlyStoppingState | None = None) -> None:
         self._spec = spec.train.early_stopping
         self.state = EarlyStoppingState(
-            metric=self._spec.metric, mode=self._spec.mode, measured_on=_measured_on(spec, self._spec.metric)
+            metric=self._spec.metric, mode=self._spec.mode, measured_on=measured_on(spec, self._spec.metric)
         )
         if state is not None:
             self.restore(state)
@@ -53,7 +53,7 @@ class EarlyStopping:
             self.state = dataclasses.replace(self.state, waited=self.state.waited + 1)
 
 
-def _measured_on(spec: RunSpec, metric: str) -> str:
+def measured_on(spec: RunSpec, metric: str) -> str:
     """Return the files that evaluations measure this metric on."""
     data = spec.data
     if metric.startswith("metric/"):

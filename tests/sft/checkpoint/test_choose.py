@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,12 +21,15 @@ RANKED = [{"step": 2, "value": 1.25}, {"step": 4, "value": 1.5}]
 SPEC = RunSpec(checkpoint=CheckpointSpec(keep_best=2))
 
 
-def checkpoint(paths: RunPaths, step: int, best: list[dict[str, Any]]) -> Path:
+def checkpoint(
+    paths: RunPaths, step: int, best: list[dict[str, Any]], compared: Mapping[str, str] = MappingProxyType({})
+) -> Path:
     """A sealed checkpoint that knows of these best evaluations."""
     directory = paths.checkpoint(step)
     (directory / "sharded").mkdir(parents=True)
     (directory / "sharded" / "__0_0.distcp").write_bytes(b"weights" * step)
-    state = TrainerState(lightning={"callbacks": {"checkpoints": {"run": "", "best": best}}}, topology={}, data_key={})
+    ranking = {"run": "", "best": best, **compared}
+    state = TrainerState(lightning={"callbacks": {"checkpoints": ranking}}, topology={}, data_key={})
     (directory / "trainer.json").write_text(state.to_json())
     seal(directory, {})
     return directory
@@ -85,6 +90,18 @@ def test_the_ranking_is_in_the_newest_readable_checkpoint(paths: RunPaths) -> No
 def test_a_best_checkpoint_that_was_removed_is_no_choice(paths: RunPaths) -> None:
     (paths.checkpoint(2) / "COMPLETE").unlink()
     assert choose(paths, SPEC).step == 4
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("eval_loss/other", "min"), ("eval_loss", "max")])
+def test_a_ranking_by_another_metric_counts_no_more(metric: str, mode: Any, tmp_path: Path) -> None:
+    """Seen to fail: step 2 was exported as the best by the metric that the config names now."""
+    paths = RunPaths(tmp_path / "run")
+    for step in (2, 6):
+        checkpoint(paths, step, RANKED[:1], {"metric": "eval_loss", "mode": "min", "measured_on": ""})
+    assert choose(paths, SPEC).step == 2
+    other = dataclasses.replace(SPEC.checkpoint, best_metric=metric, best_mode=mode)
+    choice = choose(paths, dataclasses.replace(SPEC, checkpoint=other))
+    assert (choice.step, choice.why) == (6, "the newest")
 
 
 def test_a_step_is_exported_as_asked(paths: RunPaths) -> None:

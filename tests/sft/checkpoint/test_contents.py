@@ -32,7 +32,7 @@ WRITTEN = {
 def test_files_of_earlier_runs_are_read_and_written_alike() -> None:
     text = json.dumps(WRITTEN, indent=1)
     state = TrainerState.from_json(text)
-    assert state.best == (RankedStep(2, 2.25), RankedStep(4, 3))
+    assert state.best.best == (RankedStep(2, 2.25), RankedStep(4, 3))
     assert state.early_stopping == EarlyStoppingState(2.25, 2, 1)
     assert state.to_json() == text
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_names_no_split_had_equal_stages() -> None:
 
 def test_callbacks_that_a_run_did_not_have() -> None:
     state = TrainerState(lightning={"global_step": 1}, topology={}, data_key={})
-    assert state.best == ()
+    assert state.best.best == ()
     assert state.early_stopping == EarlyStoppingState()
 
 

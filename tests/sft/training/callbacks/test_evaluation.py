@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -132,13 +133,36 @@ def test_nothing_is_better_than_nan_nor_nan_than_anything() -> None:
     ],
 )
 def test_best_checkpoints(mode: Any, values: list[float], offers: list[bool], best: list[int]) -> None:
-    ranking = BestCheckpoints(CheckpointSpec(keep_best=2, best_mode=mode))
+    ranking = BestCheckpoints(RunSpec(checkpoint=CheckpointSpec(keep_best=2, best_mode=mode)))
     assert [ranking.offer(step, value) for step, value in enumerate(values, start=1)] == offers
     assert ranking.steps == best
-    again = BestCheckpoints(CheckpointSpec(keep_best=1, best_mode=mode))
-    again.restore(BestSteps.from_json(json.loads(json.dumps(BestSteps("run", ranking.state()).to_json()))).best)
+    again = BestCheckpoints(RunSpec(checkpoint=CheckpointSpec(keep_best=1, best_mode=mode)))
+    again.restore(BestSteps.from_json(json.loads(json.dumps(ranking.state("run").to_json()))))
     assert again.steps == best[:1]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint": CheckpointSpec(keep_best=2, best_mode="max")},
+        {"checkpoint": CheckpointSpec(keep_best=2, best_metric="metric/exact")},
+        {"data": DataSpec(validation=["other.jsonl"])},
+    ],
+)
+def test_another_ranking_begins_anew(changes: dict[str, Any]) -> None:
+    """Seen to fail: a loss of 2.3 was the best of all shares of exact answers, for ever."""
+    spec = RunSpec(checkpoint=CheckpointSpec(keep_best=2), data=DataSpec(validation=["held_out.jsonl"]))
+    ranking = BestCheckpoints(spec)
+    ranking.offer(1, 2.3)
+    state = ranking.state("run")
+    for own, steps in ((spec, [1]), (dataclasses.replace(spec, **changes), [])):
+        again = BestCheckpoints(own)
+        again.restore(state)
+        assert again.steps == steps
+    earlier = BestSteps.from_json({"run": "run", "best": [{"step": 1, "value": 2.3}]})  # says nothing of a metric
+    again.restore(earlier)
+    assert again.steps == [1]
+
+
 def test_none_are_kept_unless_asked() -> None:
-    assert not BestCheckpoints(CheckpointSpec()).offer(1, 1.0)
+    assert not BestCheckpoints(RunSpec()).offer(1, 1.0)
