@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -185,8 +186,23 @@ def shard(model: Any, device: torch.device, world: int) -> Any:
         apply_compile(model, compile_config=CompileConfig(enable=True), parallel_dims=parallel)
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("fsdp",))
     types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    apply_fsdp_to_decoder(model, mesh, pp_enabled=False, **types)
+    with patch("torchtitan.distributed.fsdp.fully_shard", partial(_shard_apart, model.norm)):
+        apply_fsdp_to_decoder(model, mesh, pp_enabled=False, **types)
     return model
+
+
+def _shard_apart(norm: Any, modules: Any, **settings: Any) -> None:
+    """Shard modules as one unit, but the last norm as a unit of its own.
+
+    torchtitan puts it with the output layer, whose loss gives the weights back before the norm's backward pass. torch
+    2.13 gathers them once more, 2.11 does not.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if isinstance(modules, list) and norm in modules:
+        fully_shard(norm, **settings)
+        modules = [module for module in modules if module is not norm]
+    fully_shard(modules, **settings)
 
 
 def make_step(model: Any, device: torch.device, graphs: str) -> Step:

@@ -116,6 +116,25 @@ def test_a_named_shape_has_the_parameters_of_transformers(shape: str) -> None:
 
 
 @installed
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_under_fsdp_are_those_without_it(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    """It computes in bf16, and the loss takes the output layer's weights apart from all others."""
+    workload = workload_of(monkeypatch, tie_word_embeddings=tied)
+    found, whole = (torchtitan.build_model(workload, "sdpa", "fp32", CPU) for _ in range(2))
+    torchtitan._join(CPU)
+    try:
+        found = torchtitan.shard(found, CPU, 1)
+        tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(5))
+        for model in (found, whole):
+            torchtitan.make_step(model, CPU, "never")(tokens, tokens.roll(-1, 1), torch.tensor(64), {})
+        for (name, made), wanted in zip(found.named_parameters(), whole.parameters(), strict=True):
+            difference = (made.grad.full_tensor() - wanted.grad).norm() / wanted.grad.norm()
+            assert difference < 5e-2, name
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@installed
 def test_it_trains_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = workload_of(monkeypatch)
     try:
