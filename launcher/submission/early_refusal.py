@@ -1,30 +1,89 @@
 """Refuse before submission what `prepare` would refuse at the beginning of the job, as far as heads of files tell it.
 
-This is the one place where the launcher uses modules of `sft`: those that read models' configs and data files, which
-need neither torch nor transformers. So both refuse the same, in the same words.
+This is the one place where the launcher uses modules of `sft`: those that read models' configs, data files and what
+checkpoints record, which need neither torch nor transformers. So both refuse the same, in the same words.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launcher.contract.errors import ConfigError, ModelError
+from launcher.contract.errors import CheckpointError, ConfigError, ModelError
 from launcher.contract.hub.found import Fetch, fetch_now
 from launcher.contract.model_shape import read_model_shape
 from launcher.contract.nemo.checkpoint import is_checkpoint
+from launcher.contract.rundir import RunPaths, complete_checkpoints
 from launcher.contract.spec import RunSpec, TopologySpec
 
+if TYPE_CHECKING:
+    from sft.checkpoint.contents import TrainerState
 
-def check_early(spec: RunSpec) -> None:
-    """Raise ConfigError with everything that the model's config.json and the first rows of the data already tell."""
+
+def check_early(spec: RunSpec, fetches: Sequence[Fetch] = ()) -> None:
+    """Raise ConfigError with everything that the model's config.json and the first rows of the data already tell.
+
+    What a resumed run goes on with is compared with its checkpoint once all files are there, with no `fetches` left.
+    """
     from sft.data.reading.head import head_problems, prompt_problems
 
     problems = [*_model_problems(spec), *head_problems(spec.data, _vocab_size(spec))]
     problems += prompt_problems(spec.evaluation.prompts, spec.data)
     if problems:
         raise ConfigError(problems)
+    if spec.checkpoint.resume_from is not None and not fetches:
+        _check_resume(spec, Path(spec.checkpoint.resume_from))
+
+
+def check_goes_on(spec: RunSpec, paths: RunPaths) -> None:
+    """Raise ConfigError where files have changed under a run, so that its ranks would refuse its own checkpoints."""
+    from sft.checkpoint.same_run import data_problems
+
+    source = _newest(paths.checkpoints)
+    trainer = None if source is None else _trainer_state(source)
+    if source is None or trainer is None:
+        return
+    problems = data_problems(source, trainer, _expected_data_key(spec, trainer.data_key, same_settings=True))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_resume(spec: RunSpec, given: Path) -> None:
+    """Raise ConfigError where the ranks would refuse to go on from checkpoint.resume_from, as far as that is known."""
+    from sft.checkpoint.same_run import check_same_run
+    from sft.models.registry import read_architecture
+
+    source = _newest(given) or given
+    trainer = _trainer_state(source)
+    if trainer is None or not _is_readable(Path(spec.model.path)):
+        return
+    key = _expected_data_key(spec, trainer.data_key, same_settings=False)
+    with contextlib.suppress(ImportError):  # torch, as below
+        check_same_run(source, trainer, spec, read_architecture(Path(spec.model.path)), key)
+
+
+def _newest(folder: Path) -> Path | None:
+    return next(reversed(complete_checkpoints(folder)), None)
+
+
+def _trainer_state(source: Path) -> TrainerState | None:
+    """Return what a checkpoint records, or None where it is not there yet, or damaged: the ranks take an older one."""
+    from sft.checkpoint.contents import TrainerState
+
+    with contextlib.suppress(CheckpointError):
+        return TrainerState.read(source)
+    return None
+
+
+def _expected_data_key(spec: RunSpec, before: Mapping[str, object], *, same_settings: bool) -> Mapping[str, object]:
+    from sft.data.prepared.data_key import expected_data_key
+
+    directory = Path(spec.model.tokenizer or spec.model.path)
+    is_there = directory.is_dir() if spec.model.tokenizer else _is_readable(directory)
+    return expected_data_key(spec, before, directory if is_there else None, same_settings=same_settings)
 
 
 def check_model(spec: RunSpec) -> None:
@@ -36,8 +95,12 @@ def check_model(spec: RunSpec) -> None:
 
 def _vocab_size(spec: RunSpec) -> int | None:
     directory = Path(spec.model.path)
-    has_config = (directory / "config.json").is_file() and not is_checkpoint(directory)
-    return read_model_shape(directory).vocab_size if has_config else None
+    return read_model_shape(directory).vocab_size if _is_readable(directory) else None
+
+
+def _is_readable(model: Path) -> bool:
+    """Return whether a model can be read here. Otherwise it comes later, or is converted first."""
+    return (model / "config.json").is_file() and not is_checkpoint(model)
 
 
 def longest_row(model: Path) -> int | None:
@@ -48,7 +111,7 @@ def longest_row(model: Path) -> int | None:
     from sft.hf.checks import longest_row as of_architecture
     from sft.models.registry import read_architecture
 
-    if not (model / "config.json").is_file() or is_checkpoint(model):
+    if not _is_readable(model):
         return None
     try:
         return of_architecture(read_architecture(model))
@@ -68,8 +131,8 @@ def _model_problems(spec: RunSpec) -> tuple[str, ...]:
     from sft.models.registry import read_architecture
 
     directory = Path(spec.model.path)
-    if not (directory / "config.json").is_file() or is_checkpoint(directory):
-        return ()  # it comes later, or is converted first
+    if not _is_readable(directory):
+        return ()
     try:
         check_model_settings(spec, read_architecture(directory))
     except ModelError as error:

@@ -24,6 +24,7 @@ from launcher.contract.spec import RunSpec, read_resolved
 from launcher.runs.state import RunStatus, collect
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission.claim import claim
+from launcher.submission.early_refusal import check_goes_on
 from launcher.submission.names import free_name
 from launcher.submission.submission import Submission, make_submission
 from launcher.submission.submit import start
@@ -75,6 +76,7 @@ def same_run(paths: RunPaths) -> Job:
         spec = read_resolved(paths.config)
         _check_place(paths, spec)
         fetch_again(spec)
+        check_goes_on(spec, paths)
         job = start(paths, spec)
         if status.job_id is not None and status.job_id.text != job.id.text:
             _go_on_as(status.job_id, job.id)

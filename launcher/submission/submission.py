@@ -61,7 +61,7 @@ def make_submission(
         config = with_best_topology(config, shape, gpu)
     spec = config.spec
     topology = build_topology(spec, shape)
-    check_early(spec)
+    check_early(spec, config.fetches)
     prediction = None
     if gpu is not None:
         prediction = estimate(spec, topology, shape, gpu)

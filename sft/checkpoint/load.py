@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,20 +9,18 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 
-from launcher.contract.errors import CheckpointError, ConfigError
+from launcher.contract.errors import CheckpointError
 from launcher.contract.rundir import checkpoint_step, complete_checkpoints
 from launcher.contract.versions import parse_version
-from sft.checkpoint.contents import SHARDED, TrainerState, optimizer_form
+from sft.checkpoint.contents import SHARDED, TrainerState
 from sft.checkpoint.files import changed_bytes, damage
 from sft.checkpoint.pickles import refuse_code
-from sft.checkpoint.same_model import check_base_weights, check_model
-from sft.hf.checks import trained_adapters
-from sft.hf.learning_rates import rate_groups
+from sft.checkpoint.same_model import check_base_weights
+from sft.checkpoint.same_run import check_same_run
 from sft.megatron.core import ShardedObject, dist_checkpointing, parallel_state, tensor_parallel
 from sft.megatron.core import __version__ as megatron_version
 from sft.megatron.parallel.groups import ControlGroup
 from sft.megatron.patches import adamw_state
-from sft.models.numerics import numerics
 
 # From here on, what is no tensor is in the sharded files. Later versions read common.pt of earlier ones as well.
 _COMMON_MOVED_IN = "0.19"
@@ -70,15 +67,11 @@ def load_checkpoint(source: Path, module: SFTGPT, *, data_key: Mapping[str, obje
     ConfigError where the run has other data, adapters or another model than the one that wrote the checkpoint.
     """
     trainer = read_trainer_state(source)
-    _check_data(source, trainer, data_key)
-    check_model(source, trainer, numerics(module.architecture))
-    _check_adapters(source, trainer, trained_adapters(module.spec.model.lora, module.architecture))
+    check_same_run(source, trainer, module.spec, module.architecture, data_key)
     if module.spec.model.lora.rank is not None:
         check_base_weights(source, trainer, str(module.model_chunks[0].module.base_weights))
     _check_version(source, trainer)
     refuse_code(source / SHARDED)
-    _check_optimizer(source, trainer, optimizer_form(module.spec.train))
-    _check_rate_groups(source, trainer, rate_groups(module.spec.train.optimizer))
     same_topology = trainer.is_of(module.topology)
     hyperparameters = [dict(group) for group in module.megatron_optimizer.param_groups]
     wanted = sharded_state(module, loading=True, with_rng=same_topology)
@@ -102,81 +95,6 @@ def _check_version(source: Path, trainer: TrainerState) -> None:
             f"{source} was written with Megatron-core {writer}, and {megatron_version} cannot read it: the "
             f"files changed in {_COMMON_MOVED_IN}; install megatron-core>={_COMMON_MOVED_IN} for the ranks"
         )
-
-
-def _check_data(source: Path, trainer: TrainerState, data_key: Mapping[str, object]) -> None:
-    """Raise ConfigError where a checkpoint belongs to other data, or to another order of them."""
-    _check_same(source, trainer.data_key, data_key, "over other batches", "Going on would repeat or skip examples")
-
-
-def _check_adapters(source: Path, trainer: TrainerState, adapters: Mapping[str, object]) -> None:
-    """Raise ConfigError where a checkpoint holds other adapters than this run trains, or would scale otherwise."""
-    _check_same(
-        source,
-        trainer.adapters,
-        adapters,
-        "that trained something else",
-        "Going on would lose adapters, or change what they do",
-    )
-
-
-def _check_same(
-    source: Path, before: Mapping[str, object] | None, now: Mapping[str, object], differs: str, consequence: str
-) -> None:
-    """Raise ConfigError where a checkpoint records other values than this run's. Earlier ones record None."""
-    if before is not None and before != now:
-        raise ConfigError(
-            f"{source} was written by a run {differs}: {_differences(before, now)}. {consequence}. Put that back, or "
-            "start a new run with model.path set to the exported model"
-        )
-
-
-def _check_optimizer(source: Path, trainer: TrainerState, form: Mapping[str, object]) -> None:
-    """Raise ConfigError where the optimizer's states are stored in a form that this run's optimizer cannot read."""
-    _check_same(
-        source,
-        trainer.optimizer,
-        form,
-        "that stores the optimizer's states in another form",
-        "They cannot be read",
-    )
-
-
-def _check_rate_groups(source: Path, trainer: TrainerState, groups: list[str]) -> None:
-    """Raise ConfigError where the optimizer's states in a checkpoint are grouped in another way than in this run."""
-    before = list(trainer.rate_groups)
-    if before != groups:
-        was, now = (", ".join(names) or "no parameters" for names in (before, groups))
-        raise ConfigError(
-            f"{source} has learning rates of their own for {was}, and this run for {now} (train.optimizer.lr_by_name, "
-            "loraplus_ratio); the optimizer's states are stored by that. Rates may change on resume, these may not: "
-            "put them back, or start a new run with model.path set to the exported model"
-        )
-
-
-def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Return how two data keys differ, by the keys of the config."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    each = [f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}" for name in names]
-    return "; ".join(each) + (_WHAT_A_CACHE_DEPENDS_ON if any(_is_cache(now.get(name)) for name in names) else "")
-
-
-_WHAT_A_CACHE_DEPENDS_ON = (
-    " (the files, or what decides on their tokens: the tokenizer, data.chat_template, data.seq_length, data.loss_on, "
-    "data.validation_split and their like)"
-)
-
-
-def _is_cache(value: object) -> bool:
-    """Return whether a value of a data key is the hash of tokenized data."""
-    return isinstance(value, str) and value.startswith("sha256:")
-
-
-def _shown(value: object) -> str:
-    """Return a value for people, shortened if it is the hash of a cache."""
-    if _is_cache(value):
-        return str(value)[: len("sha256:") + 12]
-    return "unset" if value is None else json.dumps(value)
 
 
 def read_trainer_state(source: Path) -> TrainerState:

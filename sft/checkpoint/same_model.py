@@ -16,11 +16,19 @@ from sft.models.numerics import differences
 
 def check_model(source: Path, trainer: TrainerState, model: Mapping[str, object]) -> None:
     """Raise ConfigError where a checkpoint's weights belong to a model that computes something else."""
-    if trainer.model is not None and trainer.model != model:
-        raise ConfigError(
-            f"{source} was written by a run of another model: {'; '.join(differences(trainer.model, model))}. The same "
-            "weights would mean something else. Put config.json of model.path back, or start a new run"
-        )
+    problems = model_problems(source, trainer, model)
+    if problems:
+        raise ConfigError(problems)
+
+
+def model_problems(source: Path, trainer: TrainerState, model: Mapping[str, object]) -> list[str]:
+    """Return whether a checkpoint's weights belong to a model that computes something else."""
+    if trainer.model is None or trainer.model == model:
+        return []
+    return [
+        f"{source} was written by a run of another model: {'; '.join(differences(trainer.model, model))}. The same "
+        "weights would mean something else. Put config.json of model.path back, or start a new run"
+    ]
 
 
 def check_base_weights(source: Path, trainer: TrainerState, found: str) -> None:

@@ -18,6 +18,7 @@ from launcher.contract.topology import Topology
 from sft.data.batches.batch import RankShare, StepBatch, collate
 from sft.data.batches.sampler import EMPTY_SLOT, BatchSchedule
 from sft.data.cache.store import Examples
+from sft.data.prepared.data_key import data_key
 from sft.data.prepared.prepare import PreparedData
 from sft.data.prepared.schedule import batch_schedule, steps_of, training_schedule
 from sft.data.prepared.sources import Sources
@@ -96,18 +97,12 @@ class SFTDataModule(pl.LightningDataModule):
 
     @property
     def data_key(self) -> dict[str, object]:
-        """Identity of the sequence of global batches: the data, their order, how they are cut and laid into rows.
-
-        By the keys of the config, so that what differs can be named. Together with the step it is the whole state of
-        the data.
-        """
-        data, train = self._spec.data, self._data.train
-        rows = {"data.packing": data.packing, **({"data.seq_length": data.seq_length} if data.packing else {})}
+        """What identifies the sequence of global batches."""
+        train = self._data.train
         if not isinstance(train, Sources):
-            return {"data.train": f"sha256:{train.key}", **rows, **self.schedule.identity}
+            return data_key(self._spec, {"data.train": train.key})
         pairs = zip(train.shares, train.caches, strict=True)
-        contents = {f"data.sources.{share.name}": f"sha256:{cache.key}" for share, cache in pairs}
-        return {**contents, **rows, **self.schedule.identity}
+        return data_key(self._spec, {f"data.sources.{share.name}": cache.key for share, cache in pairs})
 
     def example_ids(self, step: int) -> list[int | str]:
         """Return the examples of `step` (from 0) as records name them: numbers in data.train, or `source:number`."""

@@ -25,9 +25,10 @@ from sft.data.batches.packing import best_fit_decreasing
 from sft.data.cache.store import TokenCache
 from sft.data.encoding.masking import Encoder
 from sft.data.encoding.tokenizer import load_tokenizer
+from sft.data.prepared.data_sets import DataSet, held_out_sets, training_sets
 from sft.data.prepared.prepare import open_or_build
 from sft.data.prepared.report import epoch_shares
-from sft.data.prepared.sources import DataSet, Sources, held_out_sets, training_sets
+from sft.data.prepared.sources import Sources
 from sft.data.reading.files import cut, expand, read_lines
 from sft.data.reading.formats import Example, parse_row, with_detected_form
 from sft.data.reading.row import Row

@@ -42,14 +42,6 @@ class BatchSchedule(Protocol):
         """Steps of the first epoch, and of all others unless a mixture varies. The last step may be short."""
         ...
 
-    @property
-    def identity(self) -> dict[str, object]:
-        """Everything but the data that decides the sequence of global batches, by config key.
-
-        Checkpoints keep it, so that a resumed run notices what was changed.
-        """
-        ...
-
     def steps_in(self, epochs: float) -> int:
         """Return the number of steps of the first `epochs` epochs, those of a part of an epoch rounded up."""
         ...
@@ -93,17 +85,6 @@ class ExampleSchedule:
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.epoch_size // self.global_batch_size)
-
-    @property
-    def identity(self) -> dict[str, object]:
-        return {
-            "train.global_batch_unit": "examples",
-            "train.global_batch_size": self.global_batch_size,
-            "train.seed": self.seed,
-            "data.shuffle": self.shuffle,
-            "data.group_by_length": self.group_lengths is not None,
-            **_mixed(self.mixture),
-        }
 
     def steps_in(self, epochs: float) -> int:
         return share_of_steps(epochs, self.steps_per_epoch)
@@ -162,17 +143,6 @@ class TokenSchedule:
     @property
     def steps_per_epoch(self) -> int:
         return self._steps_of(0)
-
-    @property
-    def identity(self) -> dict[str, object]:
-        return {
-            "train.global_batch_unit": "tokens",
-            "train.global_batch_size": self.rows_per_step * self.row_length,
-            "data.seq_length": self.row_length,
-            "train.seed": self.seed,
-            "data.shuffle": self.shuffle,
-            **_mixed(self.mixture),
-        }
 
     def steps_in(self, epochs: float) -> int:
         if not self._varies:
@@ -239,14 +209,6 @@ class CyclicSchedule:
     def steps_per_epoch(self) -> int:
         return self.max_steps
 
-    @property
-    def identity(self) -> dict[str, object]:
-        return {
-            "train.global_batch_size": self.global_batch_size,
-            "train.max_steps": self.max_steps,
-            "data.cyclic_seed": self.seed,
-        }
-
     def steps_in(self, epochs: float) -> int:
         return share_of_steps(epochs, self.max_steps)
 
@@ -298,13 +260,6 @@ def _epoch_order(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def _examples(mixture: Mixture | None, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the example ids at these places of an epoch."""
     return places if mixture is None else mixture.examples(epoch, places)
-
-
-def _mixed(mixture: Mixture | None) -> dict[str, object]:
-    """Return what of a mixture belongs to a schedule's identity."""
-    shares = () if mixture is None else mixture.shares
-    weights: dict[str, object] = {f"data.sources.{share.name}.weight": share.weight for share in shares}
-    return {**weights, "order of data.sources": [share.name for share in shares]} if shares else {}
 
 
 @lru_cache(maxsize=2)

@@ -6,7 +6,8 @@
       offsets.npy         int64    example i is ids[offsets[i]:offsets[i + 1]]
       target_weights.npy  float64  sum of an example's target weights
       supervised.npy      int64    number of an example's targets with a weight other than 0
-      manifest.json       key, format version, counts, and the checksums of each array and of itself; written last
+      manifest.json       key and what it was made from, format version, counts, and the checksums of each array and of
+                          itself; written last
 
 Workers write parts, `assemble` joins them in a temporary directory, `publish` renames that. Several jobs may build the
 same key at once: the first rename wins, and the others use that cache, which holds the same bytes.
@@ -36,10 +37,8 @@ from numpy.typing import NDArray
 from launcher.contract.checksum import crc32
 from launcher.contract.errors import DataError
 from launcher.contract.rundir import sync_path, write_json
+from sft.data.cache.key import FORMAT_VERSION, MANIFEST
 
-FORMAT_VERSION = 3
-"""2 has checksums and the ends of answers in the manifest; 3 has the keys that nothing reads, and its own digest."""
-MANIFEST = "manifest.json"
 _MOST_UNREAD = 50
 """How many of the keys that nothing reads are kept; a file can have a key of its own in each row."""
 _ARRAYS = {"ids": "<i4", "weights": "<f4", "offsets": "<i8", "target_weights": "<f8", "supervised": "<i8"}

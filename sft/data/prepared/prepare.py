@@ -12,32 +12,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from launcher.contract.errors import DataError
-from launcher.contract.named_templates import NONE, TOKENIZER, template_bytes
 from launcher.contract.spec import DataSpec, RunSpec
 from sft.data.cache.build import Job, write_parts
-from sft.data.cache.store import FORMAT_VERSION, TokenCache, assemble, publish
-from sft.data.encoding.tokenizer import class_hints, tokenizer_files
+from sft.data.cache.key import MadeFrom, cache_folder, code_versions, key_of, made_from
+from sft.data.cache.store import TokenCache, assemble, publish
+from sft.data.prepared.data_sets import DataSet, held_out_sets, training_sets
 from sft.data.prepared.report import check_columns_found, check_counts, check_ends, check_lost, epoch_report, report
-from sft.data.prepared.sources import DataSet, Sources, held_out_sets, joined, training_sets
-from sft.data.reading.files import digest, expand, file_identity, sha256_of
+from sft.data.prepared.sources import Sources, joined
+from sft.data.reading.files import digest, expand, file_identity
 from sft.data.reading.formats import check_columns, check_columns_read, read_first_row, with_detected_form
 from sft.data.reading.policies import policy_problems
-from sft.data.reading.split import Side, split_of
-
-CODE_VERSION = 5
-"""Increase it with every change that gives the same rows other tokens or weights."""
+from sft.data.reading.split import split_of
 
 CHECKS = 4
 """Increase it with every change that refuses rows which were accepted. The rows of a cache that was made before are
@@ -46,9 +40,6 @@ read once more, and the cache stays if none of them is refused."""
 WAIT_SECONDS = 6 * 3600.0
 _POLL_SECONDS = 1.0
 _STALE_SECONDS = 2 * 86400.0
-_POLICIES = ("columns", "chat_template_kwargs", "loss_on", "on_mismatch", "seq_length", "length_policy")
-_ONLY_REFUSE = {"ignore_keys": [], "require_end_tokens": True}
-"""Settings that decide whether rows are refused, and not what is made of them. Keys have these values for all runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +69,7 @@ class _Source:
     files: tuple[Path, ...]
     data: DataSpec
     """With the format and the columns of the rows."""
+    made_from: MadeFrom
     key: str
     directory: Path
 
@@ -171,56 +163,13 @@ def _source(spec: RunSpec, data_set: DataSet, tokenizer_dir: Path, *, write_note
     data = with_detected_form(files, data_set.data, data_set.key)
     notes = spec.cache_dir / "digests"
     content = [digest(path, notes, write=write_notes) for path in files]
+    code = code_versions()
     # Earlier versions had all settings in the key. Checkpoints name it, so such a cache keeps it.
-    keys = [cache_key(data, content, tokenizer_dir, data_set.side, earlier=earlier) for earlier in (True, False)]
-    folder = spec.cache_dir / "tokens"
-    key = next((key for key in keys if (folder / key[:40]).is_dir()), keys[-1])
-    return _Source(of=data_set, files=files, data=data, key=key, directory=folder / key[:40])
-
-
-def cache_key(
-    data: DataSpec, content: list[str], tokenizer_dir: Path, side: Side | None, *, earlier: bool = False
-) -> str:
-    """Return the SHA-256 of everything that decides the cache's bytes, with `earlier` as earlier versions took it."""
-    template = template_bytes(data.chat_template)
-    made_from = {
-        "code": [CODE_VERSION, FORMAT_VERSION, version("transformers"), version("tokenizers")],
-        "data": content,
-        "format": data.format,
-        "tokenizer": {str(path.relative_to(tokenizer_dir)): sha256_of(path) for path in tokenizer_files(tokenizer_dir)},
-        "template": data.chat_template if template is None else hashlib.sha256(template).hexdigest(),
-        "policies": {name: getattr(data, name) for name in _POLICIES}
-        | {name: getattr(data, name) if earlier else value for name, value in _ONLY_REFUSE.items()},
-    }
-    if data.loss_on == "all" and data.format == "prompt_completion":
-        made_from["prompts"] = "trained"  # earlier versions left out those that are lists of messages
-    hints = class_hints(tokenizer_dir)
-    if hints:
-        made_from["tokenizer_class"] = hints
-    dotted = [name for name in ("tools", "labels", "loss_mask") if "." in data.columns.get(name, "")]
-    if dotted:
-        made_from["dotted"] = dotted  # earlier versions did not find these in nested values
-    if side is not None:
-        made_from["split"] = [data.validation_split, side]
-    if _asks_for_the_date(data, tokenizer_dir):
-        made_from["date"] = data.now.date().isoformat()
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-
-
-def _asks_for_the_date(data: DataSpec, tokenizer_dir: Path) -> bool:
-    """Return whether the chat template may write the date."""
-    # Only then does the date belong to the key: else every cache would be built again each day.
-    if data.chat_template == NONE:
-        return False
-    template = template_bytes(data.chat_template)
-    templates = [template] if template is not None else []
-    if data.chat_template == TOKENIZER:
-        templates = [
-            path.read_bytes()
-            for path in tokenizer_files(tokenizer_dir)
-            if path.suffix == ".jinja" or "config" in path.name
-        ]
-    return any(b"strftime_now" in template for template in templates)
+    made = [made_from(data, content, tokenizer_dir, data_set.side, code, earlier=earlier) for earlier in (True, False)]
+    found = [(each, key_of(each)) for each in made]
+    chosen, key = next((pair for pair in found if cache_folder(spec.cache_dir, pair[1]).is_dir()), found[-1])
+    directory = cache_folder(spec.cache_dir, key)
+    return _Source(of=data_set, files=files, data=data, made_from=chosen, key=key, directory=directory)
 
 
 def _open_or_make(spec: RunSpec, source: _Source, tokenizer_dir: Path, verify: bool) -> TokenCache:
@@ -272,11 +221,15 @@ def _build(spec: RunSpec, source: _Source, tokenizer_dir: Path, aside: Path) -> 
     if changed:
         raise DataError(f"{source.of.key}: {', '.join(changed)} changed while being read; start again")
     check_columns_found(parts, source.of)
-    files = [str(path) for path in source.files]
-    ignored = sorted(source.data.ignore_keys)
-    counts = assemble(
-        aside, source.key, parts, files=files, format=source.data.format, ignored_keys=ignored, checks=CHECKS
-    )
+    details = {
+        "files": [str(path) for path in source.files],
+        "bytes": [size for size, *_ in before],
+        "format": source.data.format,
+        "made_from": source.made_from,
+        "ignored_keys": sorted(source.data.ignore_keys),
+        "checks": CHECKS,
+    }
+    counts = assemble(aside, source.key, parts, **details)
     check_counts(counts, source.of.key, source.files)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
 from sft.data.cache.store import Counts, Part, TokenCache
-from sft.data.prepared.sources import DataSet, Sources
+from sft.data.prepared.data_sets import DataSet
+from sft.data.prepared.sources import Sources
 from sft.data.reading.formats import OPTIONAL_COLUMNS
 
 _SHOWN_KEYS, _LONGEST_KEY = 8, 40

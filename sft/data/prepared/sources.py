@@ -1,4 +1,4 @@
-"""The data sets that a config names, and several sources as one set of training data.
+"""Several sources as one set of training data.
 
 Each source has its own token cache, so it is tokenized once, whatever it is mixed with and in which proportions. All
 examples are numbered source after source. Only what schedules need to know about each example is joined in memory;
@@ -7,9 +7,7 @@ tokens stay in their caches.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,45 +17,7 @@ from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec
 from sft.data.batches.mixture import Share
 from sft.data.cache.store import TokenCache, TokenPair
-from sft.data.reading.split import Side
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSet:
-    """Files that are read in the same way and make one cache."""
-
-    name: str
-    key: str
-    """The config key that errors name."""
-    data: DataSpec
-    """How it is read. Its files are in `train`, whichever key of the config names them."""
-    own_columns: Mapping[str, str] = field(default_factory=dict)
-    """Columns that were named for these very files, so that each must be in them."""
-    side: Side | None = None
-    """The part of the rows that it has, where data.validation_split splits them."""
-
-
-def training_sets(data: DataSpec) -> list[DataSet]:
-    """Return the sources, or data.train as the only one, or raise DataError if there is neither."""
-    if data.sources:
-        return [
-            DataSet(name=name, key=f"data.sources.{name}", data=data.of_source(name), own_columns=source.columns)
-            for name, source in data.sources.items()
-        ]
-    if not data.train:
-        raise DataError("data.train: no files")
-    side: Side | None = "train" if data.validation_split else None
-    return [DataSet(name="train", key="data.train", data=data, own_columns=data.columns, side=side)]
-
-
-def held_out_sets(data: DataSpec) -> list[DataSet]:
-    """Return data.validation or the part that data.validation_split holds out as a data set, or nothing."""
-    if data.validation:
-        held_out = dataclasses.replace(data, train=data.validation, sources={})
-        return [DataSet(name="validation", key="data.validation", data=held_out)]
-    if data.validation_split:
-        return [DataSet(name="validation", key="data.validation_split", data=data, side="held_out")]
-    return []
+from sft.data.prepared.data_sets import DataSet
 
 
 @dataclass(frozen=True)

@@ -111,15 +111,29 @@ def remembered_digest(
 
     The identity holds sizes, and times in nanoseconds. With `write` a digest that had to be computed is stored.
     """
-    note = notes / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
-    known = _noted(note)
-    if known.get("identity") == list(identity) and _SHA256.fullmatch(str(known.get("sha256"))):
-        return str(known["sha256"])
+    known = _noted_digest(path, identity, notes)
+    if known is not None:
+        return known
     value = compute(path)
     if write and time.time() - max(identity) / 1e9 > _SETTLED_SECONDS:
         with contextlib.suppress(OSError):  # a shared cache may be read-only: the digest is computed again then
-            write_json(note, {"path": str(path), "identity": list(identity), "sha256": value})
+            write_json(_note(path, notes), {"path": str(path), "identity": list(identity), "sha256": value})
     return value
+
+
+def known_digest(path: Path, notes: Path) -> str | None:
+    """Return the SHA-256 of the file's bytes where directory `notes` has it, without reading the file."""
+    return _noted_digest(path, file_identity(path), notes)
+
+
+def _noted_digest(path: Path, identity: Sequence[int], notes: Path) -> str | None:
+    known = _noted(_note(path, notes))
+    is_known = known.get("identity") == list(identity) and _SHA256.fullmatch(str(known.get("sha256")))
+    return str(known["sha256"]) if is_known else None
+
+
+def _note(path: Path, notes: Path) -> Path:
+    return notes / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
 
 
 def _noted(note: Path) -> JsonObject:

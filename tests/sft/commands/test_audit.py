@@ -22,7 +22,7 @@ from sft.commands.audit import audit, coloured, read_config
 from sft.data.audit import audit as measures
 from sft.data.audit.audit import Sample, Segment, audit_data, summary
 from sft.data.audit.html import write_report
-from sft.data.prepared.sources import training_sets
+from sft.data.prepared.data_sets import training_sets
 from tests.hub_server import serve
 from tests.tiny_model import make_chat_rows, make_tiny_model, make_tokenizer, write_jsonl
 

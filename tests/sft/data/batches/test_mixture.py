@@ -150,9 +150,3 @@ def test_sources_draw_by_name_and_seed() -> None:
     assert rests[7] != rests[8]
     alone = Mixture(shares=two(0.5).shares[1:], seed=7, shuffle=True)
     assert (alone.examples(0, np.arange(4)) + 10).tolist() == rests[7]
-
-
-def test_identity_tells_mixtures_apart() -> None:
-    renamed = Mixture(shares=two().shares[::-1], seed=7, shuffle=True)
-    schedules = [schedule_of(mixture) for mixture in (two(), two(2.4), renamed)]
-    assert len({str(schedule.identity) for schedule in schedules}) == len(schedules)

@@ -196,18 +196,6 @@ def test_rows_and_groups_are_the_same_forever() -> None:
     assert [grouped.examples_at(step).tolist() for step in range(4)] == [[1, 0], [2, 6], [4, 7], [3, 5]]
 
 
-def test_identity_tells_schedules_apart() -> None:
-    schedules = [
-        schedule(),
-        schedule(seed=8),
-        schedule(shuffle=False),
-        grouped_schedule(21),
-        token_schedule(),
-        token_schedule(rows=5),
-    ]
-    assert len({str(each.identity) for each in schedules}) == len(schedules)
-
-
 def test_slots_are_completed_to_a_multiple() -> None:
     assert complete(np.array([4, 5, 6]), 4).tolist() == [4, 5, 6, EMPTY_SLOT]
     assert complete(np.array([4, 5]), 2).tolist() == [4, 5]
@@ -223,7 +211,6 @@ def test_the_cyclic_order_is_that_of_trlx() -> None:
     assert (cyclic.consumed_examples(3), cyclic.steps_per_epoch) == (12, 5)
     with pytest.raises(ValueError, match="step 5 is not in a run of 5 steps"):
         cyclic.examples_at(5)
-    assert cyclic.identity != CyclicSchedule(num_examples=7, global_batch_size=4, max_steps=6, seed=1000).identity
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2.5, 8), (0.5, 2), (0.01, 1), (1.1, 4), (3.0, 9)])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from launcher.contract.errors import DataError
-from sft.data.cache.store import MANIFEST, Counts, TokenCache, assemble, publish, write_part
+from sft.data.cache.key import MANIFEST
+from sft.data.cache.store import Counts, TokenCache, assemble, publish, write_part
 from tests.sft.caches_for_tests import make_cache, ragged_pairs
 
 

@@ -15,15 +15,32 @@ import pytest
 from launcher.contract.errors import DataError
 from launcher.contract.rundir import write_json
 from launcher.contract.spec import DataSpec, RunSpec, SourceSpec
-from sft.data.cache.store import FORMAT_VERSION, MANIFEST, _digest
+from sft.data.cache.key import (
+    _ONLY_REFUSE,
+    _POLICIES,
+    CODE_VERSION,
+    FORMAT_VERSION,
+    MANIFEST,
+    code_versions,
+    key_of,
+    made_from,
+)
+from sft.data.cache.store import _digest
 from sft.data.encoding.tokenizer import tokenizer_files
 from sft.data.prepared import prepare
-from sft.data.prepared.prepare import _ONLY_REFUSE, _POLICIES, CODE_VERSION, cache_key, open_or_build
+from sft.data.prepared.prepare import open_or_build
 from sft.data.reading import messages
 from sft.data.reading.files import sha256_of
+from sft.data.reading.split import Side
 from tests.sft.data.prepared.test_prepare import arrays_of, spec_of
 from tests.sft.tokenizers_for_tests import sentencepiece_like
 from tests.tiny_model import CHAT_TEMPLATE, make_chat_rows, make_tokenizer, write_jsonl
+
+
+def cache_key(
+    data: DataSpec, content: list[str], tokenizer_dir: Path, side: Side | None, *, earlier: bool = False
+) -> str:
+    return key_of(made_from(data, content, tokenizer_dir, side, code_versions(), earlier=earlier))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ import pytest
 from launcher.contract.errors import DataError, LauncherError
 from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec
 from sft.data.cache import build, progress
-from sft.data.cache.store import MANIFEST, TokenCache
+from sft.data.cache.key import MANIFEST
+from sft.data.cache.store import TokenCache
 from sft.data.prepared import prepare
 from sft.data.prepared.prepare import (
     check_vocabulary,

@@ -13,7 +13,7 @@ import pytest
 from launcher.contract.errors import DataError
 from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec, SourceSpec, TrainSpec
 from launcher.contract.topology import build_topology
-from sft.checkpoint.load import _differences
+from sft.checkpoint.same_run import differences
 from sft.data.audit.audit import audit_data, summary
 from sft.data.batches.batch import RankShare, collate
 from sft.data.batches.mixture import Share
@@ -204,13 +204,13 @@ def test_a_refused_resume_names_what_changed(tmp_path: Path, tokenizer_dir: Path
             spec_of(tmp_path, loss_on="all"),
         )
     )
-    assert _differences(before, before) == ""
-    assert _differences(before, weight) == "data.sources.math.weight was 2.5, is 0.5"
-    assert _differences(before, seed) == "train.seed was 1234, is 2"
+    assert differences(before, before) == ""
+    assert differences(before, weight) == "data.sources.math.weight was 2.5, is 0.5"
+    assert differences(before, seed) == "train.seed was 1234, is 2"
     key = before["data.sources.math"]
     other = single["data.sources.math"]
     told = f"data.sources.math was {key[:19]}, is {other[:19]} (the files, or what decides on their tokens: "
-    assert _differences(before, single).startswith(told)
-    assert "data.loss_on" in _differences(before, single)
+    assert differences(before, single).startswith(told)
+    assert "data.loss_on" in differences(before, single)
     without = {name: value for name, value in before.items() if name != "data.sources.math.weight"}
-    assert _differences(before, without) == "data.sources.math.weight was 2.5, is unset"
+    assert differences(before, without) == "data.sources.math.weight was 2.5, is unset"
