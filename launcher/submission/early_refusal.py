@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 def check_early(spec: RunSpec, fetches: Sequence[Fetch] = ()) -> None:
     """Raise ConfigError with everything that the model's config.json and the first rows of the data already tell.
 
-    What a resumed run goes on with is compared with its checkpoint once all files are there, with no `fetches` left.
+    What is known of a tokenizer's files, and of what a run resumes with, is known with no `fetches` left alone.
     """
     from sft.data.reading.head import head_problems, prompt_problems
 
-    problems = [*_model_problems(spec), *head_problems(spec.data, _vocab_size(spec))]
+    template = None if fetches else _template_problem(spec)
+    problems = [*_model_problems(spec), *head_problems(spec.data, _vocab_size(spec), template)]
     problems += prompt_problems(spec.evaluation.prompts, spec.data)
+    if template is not None and spec.evaluation.prompts is not None and template not in problems:
+        problems.append(template)
     if problems:
         raise ConfigError(problems)
     if spec.checkpoint.resume_from is not None and not fetches:
@@ -81,9 +84,21 @@ def _trainer_state(source: Path) -> TrainerState | None:
 def _expected_data_key(spec: RunSpec, before: Mapping[str, object], *, same_settings: bool) -> Mapping[str, object]:
     from sft.data.prepared.data_key import expected_data_key
 
+    return expected_data_key(spec, before, _tokenizer_directory(spec), same_settings=same_settings)
+
+
+def _tokenizer_directory(spec: RunSpec) -> Path | None:
+    """Return the tokenizer's directory, or None where it is not there yet."""
     directory = Path(spec.model.tokenizer or spec.model.path)
     is_there = directory.is_dir() if spec.model.tokenizer else _is_readable(directory)
-    return expected_data_key(spec, before, directory if is_there else None, same_settings=same_settings)
+    return directory if is_there else None
+
+
+def _template_problem(spec: RunSpec) -> str | None:
+    from sft.data.encoding.stored_template import template_problem
+
+    directory = _tokenizer_directory(spec)
+    return None if directory is None else template_problem(directory, spec.data)
 
 
 def check_model(spec: RunSpec) -> None:

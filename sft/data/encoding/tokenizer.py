@@ -135,7 +135,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> ChatTem
         return None
     content = template_bytes(spec.chat_template)
     if content is None:
-        return _own_templates(tokenizer.chat_template)
+        return own_templates(tokenizer.chat_template)
     try:
         template = "\n".join(content.decode().replace("\r\n", "\n").split("\r"))  # as files are read as text
     except UnicodeDecodeError as error:
@@ -145,7 +145,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> ChatTem
     return ChatTemplates(template)
 
 
-def _own_templates(templates: str | Mapping[str, str] | None) -> ChatTemplates:
+def own_templates(templates: str | Mapping[str, str] | None) -> ChatTemplates:
     """Return the templates of a tokenizer, which has one, several by name, or none."""
     if isinstance(templates, Mapping):
         named = dict(templates)

@@ -36,10 +36,11 @@ _WHOLE = 16 << 20
 """Bytes of the largest file that is read as a whole for its first rows."""
 
 
-def head_problems(data: DataSpec, vocab_size: int | None = None) -> list[str]:
+def head_problems(data: DataSpec, vocab_size: int | None = None, template_problem: str | None = None) -> list[str]:
     """Return what is wrong with the first rows of the first files of each data set, one problem a file.
 
-    `vocab_size` is the model's, where it is known: ids in rows must be below it.
+    `vocab_size` is the model's, where it is known: ids in rows must be below it. `template_problem` is why no
+    conversation could be written, if so.
     """
     problems: dict[str, None] = {}
     columns = {f"data.sources.{name}.columns": source.columns for name, source in data.sources.items()}
@@ -51,7 +52,7 @@ def head_problems(data: DataSpec, vocab_size: int | None = None) -> list[str]:
     formats: dict[str, str] = {}
     sets = list(_data_sets(data))
     for key, part in sets:
-        problems |= dict.fromkeys(_set_problems(part, key, vocab_size, formats))
+        problems |= dict.fromkeys(_set_problems(part, key, vocab_size, template_problem, formats))
     if not problems and len(formats) == len(sets):
         problems |= dict.fromkeys((*policy_problems(data, formats), *_column_problems(data, formats)))
     return list(problems)
@@ -94,7 +95,9 @@ def _data_sets(data: DataSpec) -> Iterator[tuple[str, DataSpec]]:
         yield f"data.validation_sets.{name}", dataclasses.replace(alone, train=[pattern])
 
 
-def _set_problems(data: DataSpec, key: str, vocab_size: int | None, formats: dict[str, str]) -> Iterator[str]:
+def _set_problems(
+    data: DataSpec, key: str, vocab_size: int | None, template_problem: str | None, formats: dict[str, str]
+) -> Iterator[str]:
     """Yield the problems of one data set, and put the format of its rows into `formats` where it can be known here."""
     if not all(Path(pattern).exists() for pattern in data.train):
         return  # a glob of held-out files, or what is still on the hub
@@ -113,6 +116,8 @@ def _set_problems(data: DataSpec, key: str, vocab_size: int | None, formats: dic
                 _check_ids(example, vocab_size)
                 if example.messages and data.chat_template == NONE:
                     raise DataError(NEEDS_TEMPLATE)
+                if template_problem is not None and (example.messages or example.completion is not None):
+                    raise DataError(template_problem)
         except DataError as error:
             yield error.problems[0]
 

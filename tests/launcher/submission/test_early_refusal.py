@@ -13,6 +13,7 @@ import pytest
 from launcher.contract.errors import ConfigError
 from launcher.submission.submission import make_submission
 from tests.launcher.conftest import MODEL
+from tests.tiny_model import make_tokenizer
 
 WITHOUT_TORCH = """
 import sys
@@ -170,3 +171,36 @@ def test_a_source_has_its_own_settings_read(workdir: Path) -> None:
     make_submission(Path("cfg.yaml"), [*sources, "data.loss_on=last_assistant"])
     found = problems(*sources, "data.sources.ids.loss_on=last_assistant")
     assert "data.sources.ids.loss_on: last_assistant is not read in rows of format tokens" in found
+
+
+PAIR = {"prompt": "a", "completion": "b"}
+HAS_NONE = "data.chat_template: the tokenizer has no chat template; choose one of ours (alpaca, chatml, "
+
+
+@pytest.mark.parametrize(
+    ("row", "overrides", "is_refused"),
+    [
+        (CHAT, (), True),
+        (PAIR, (), True),
+        (TOKENS, (), False),
+        ({"text": "a"}, (), False),
+        (TOKENS, ("evaluation.prompts=prompts.json",), True),
+        (CHAT, ("data.chat_template=zephyr",), False),
+        (PAIR, ("data.chat_template=none",), False),
+        (CHAT, ("model.tokenizer=other",), False),
+    ],
+)
+def test_a_tokenizer_without_a_chat_template(
+    workdir: Path, row: object, overrides: tuple[str, ...], is_refused: bool
+) -> None:
+    """Seen to be queued, and refused by prepare."""
+    write_rows(row)
+    write_rows({"prompt": "?"}, name="prompts.json")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained("other")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained("model")
+    if is_refused:
+        assert problems(*overrides).startswith(HAS_NONE)
+    else:
+        make_submission(Path("cfg.yaml"), overrides)

@@ -28,7 +28,7 @@ ROW = b'{"prompt": "a", "completion": "b"}\n'
 MODEL_FILES = {
     "config.json": json.dumps(MODEL).encode(),
     "tokenizer.json": b"{}",
-    "tokenizer_config.json": b"{}",
+    "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}',
     "model.safetensors": WEIGHTS,
     "pytorch_model.bin": b"pickle",
     "modeling_own.py": b"raise SystemExit",
@@ -189,11 +189,17 @@ def test_the_tokenizer_of_another_repository_is_fetched_on_another_machine(
     from launcher.submission.submission import make_submission
     from launcher.submission.submit import prepare
 
-    hub.model("org/words", {"tokenizer.json": b'{"first": 1}', "tokenizer_config.json": b"{}"})
+    hub.model(
+        "org/words",
+        {"tokenizer.json": b'{"first": 1}', "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}'},
+    )
     submission = make_submission(Path("cfg.yaml"), ["model.tokenizer=org/words"])
     prepare(submission, ["launcher"], group="g")
     assert "/models--org--words/snapshots/" in str(submission.spec.model.tokenizer)
-    hub.model("org/words", {"tokenizer.json": b'{"second": 2}', "tokenizer_config.json": b"{}"})
+    hub.model(
+        "org/words",
+        {"tokenizer.json": b'{"second": 2}', "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}'},
+    )
     (tmp_path / "hf").rename(tmp_path / "gone")
     listing_of.cache_clear()
     fetch_again(read_resolved(submission.paths.config))  # in the cache that the run's config names
@@ -259,7 +265,7 @@ def test_pickled_weights_are_refused(hub: HubServer) -> None:
 
 def test_shards_are_those_of_the_index(hub: HubServer) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    files = {name: MODEL_FILES[name] for name in ("config.json", "tokenizer.json")}
+    files = {name: MODEL_FILES[name] for name in ("config.json", "tokenizer.json", "tokenizer_config.json")}
     files["model.safetensors.index.json"] = json.dumps(index).encode()
     hub.model("org/big", {**files, "model-00001-of-00002.safetensors": b"1", "model-00002-of-00002.safetensors": b"2"})
     assert main(["prepare", "cfg.yaml", "model.path=org/big"]) == 0
