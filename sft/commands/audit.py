@@ -18,6 +18,7 @@ from launcher.contract.spec.fields import path_fields
 from sft.data.audit.audit import Sample, audit_data, summary
 from sft.data.audit.html import write_report
 from sft.data.encoding.same_split import unlike_its_file
+from sft.data.prepared.ignored_keys import check_ignored_keys
 from sft.data.prepared.report import check_lost, report
 from sft.model_source import resolve_model_dir
 
@@ -28,7 +29,7 @@ _PRINTED_CHARACTERS = 1500
 def audit(config: Path, output: Path | None = None) -> ExitCode:
     """Print a summary and examples, write the HTML report to `output` or beside the config, and check the limits.
 
-    Raise DataError if the data lose more than data.max_lost_percent.
+    Raise DataError if the data lose more than data.max_lost_percent, or have no key that data.ignore_keys names.
     """
     spec = read_config(config)
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else resolve_model_dir(spec, convert=True)
@@ -47,6 +48,8 @@ def audit(config: Path, output: Path | None = None) -> ExitCode:
     print(f"report: {target}", flush=True)
     for each in audits:
         check_lost(each.cache.counts, each.key, spec.data)
+    if not spec.data.validation_sets:  # these are not audited, and may have keys of their own
+        check_ignored_keys(spec, [each.cache for each in audits])
     return ExitCode.OK
 
 

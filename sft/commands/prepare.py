@@ -12,6 +12,7 @@ from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.topology import build_topology
 from sft.data.encoding.same_split import check_split_of_export
 from sft.data.prepared.held_out import open_validation_sets
+from sft.data.prepared.ignored_keys import check_ignored_keys
 from sft.data.prepared.prepare import check_vocabulary, prepare_data
 from sft.data.prepared.report import report
 from sft.data.prepared.schedule import check_schedule
@@ -51,10 +52,13 @@ def prepare(config: Path) -> ExitCode:
     check_vocabulary(data, architecture.shape.vocab_size)
     record_stop_tokens(paths, data.stop_tokens)
     record_template(paths, spec)
+    caches = data.caches
     for name, prepared in open_validation_sets(spec, tokenizer_dir, build=True):
         check_vocabulary(prepared, architecture.shape.vocab_size)
         if prepared.validation is not None:
             print(report(name, prepared.validation))
+            caches += (prepared.validation,)
+    check_ignored_keys(spec, caches)
     check_prompts(spec, tokenizer_dir, model_dir, architecture.shape.vocab_size)
     if answers_wanted(spec):
         record_answers(paths, spec, model_dir, "before")

@@ -39,7 +39,7 @@ from launcher.contract.errors import DataError
 from launcher.contract.rundir import sync_path, write_json
 from sft.data.cache.key import FORMAT_VERSION, MANIFEST
 
-_MOST_UNREAD = 50
+MOST_UNREAD = 50
 """How many of the keys that nothing reads are kept; a file can have a key of its own in each row."""
 _ARRAYS = {"ids": "<i4", "weights": "<f4", "offsets": "<i8", "target_weights": "<f8", "supervised": "<i8"}
 _PART_ARRAYS = ("ids", "weights", "lengths", "target_weights", "supervised")
@@ -279,7 +279,7 @@ def assemble(directory: Path, key: str, parts: Sequence[Part], **details: object
         "crc32": {name: crc32(directory / f"{name}.npy") for name in _ARRAYS},
         "answer_ends": {str(token): count for token, count in sorted(tallies.answer_ends.items())},
         # Sorted by name first: rows of one count would else come in the order of the workers.
-        "unread": dict(Counter(dict(sorted(tallies.unread.items()))).most_common(_MOST_UNREAD)),
+        "unread": dict(Counter(dict(sorted(tallies.unread.items()))).most_common(MOST_UNREAD)),
         **details,
     }
     # Last: a directory with a manifest is complete.

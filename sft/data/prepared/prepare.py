@@ -56,6 +56,11 @@ class PreparedData:
         return self.train.caches if isinstance(self.train, Sources) else (self.train,)
 
     @property
+    def caches(self) -> tuple[TokenCache, ...]:
+        """All caches, that of validation data last."""
+        return self.training_caches if self.validation is None else (*self.training_caches, self.validation)
+
+    @property
     def stop_tokens(self) -> set[int]:
         """The tokens that end answers in the training data: what the model learns to stop with."""
         return {token for cache in self.training_caches for token in cache.answer_ends}

@@ -14,7 +14,7 @@ from launcher.contract.named_templates import NONE
 from launcher.contract.spec import DataSpec
 from sft.data.reading.formats import after_system
 from sft.data.reading.messages import Message, Tool, read_messages, read_tools
-from sft.data.reading.row import load
+from sft.data.reading.row import Row, load
 from sft.data.reading.token_rows import parse_ids
 from sft.data.reading.tool_results import check_results
 from sft.data.reading.unread import refuse_in_prompt
@@ -33,19 +33,27 @@ class PromptRow:
 
 def read_prompt_rows(path: Path, data: DataSpec) -> Iterator[tuple[str, PromptRow]]:
     """Yield place and prompt of each line of a jsonl file that is not blank. Raise DataError where one is wrong."""
+    yield from ((where, _prompt_row(row, where, data)) for where, row in _rows(path))
+
+
+def prompt_keys(path: Path) -> set[str]:
+    """Return the keys of all rows. Raise DataError where one is no object of JSON."""
+    return {key for _, row in _rows(path) for key in row}
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         with path.open("rb") as lines:  # bytes end at line feeds alone, and JSON texts may hold what else ends a line
             for number, line in enumerate(lines, start=1):
                 where = f"evaluation.prompts: {path}:{number}"
                 if line.strip():
-                    yield where, _prompt_row(line, where, data)
+                    yield where, load(line, where)
     except OSError as error:
         raise DataError(f"evaluation.prompts: {path} cannot be read: {error}") from error
 
 
-def _prompt_row(line: bytes, where: str, data: DataSpec) -> PromptRow:
-    """Return the prompt in a line of JSON, or raise DataError where it has none, or more than would be asked."""
-    row = load(line, where)
+def _prompt_row(row: Row, where: str, data: DataSpec) -> PromptRow:
+    """Return the prompt in a row, or raise DataError where it has none, or more than would be asked."""
     question = row.get("prompt")
     if not isinstance(question, str) and "messages" not in row:
         raise DataError(f"{where}: a row has prompt (a text) or messages")

@@ -196,6 +196,9 @@ def test_limits_refuse_once_the_report_is_written(tmp_path: Path, capsys: pytest
     assert main(["audit", str(config), "--output", str(report)]) == ExitCode.BAD_INPUT
     assert "data.max_lost_percent 1 allows no more" in capsys.readouterr().err
     assert report.is_file()
+    config = written_config(tmp_path, seq_length=512, ignore_keys=["contxt"])
+    assert main(["audit", str(config)]) == ExitCode.BAD_INPUT
+    assert "data.ignore_keys: no row has a key 'contxt'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"cannot be written: .*; name another file with --output"):
         audit(config, tmp_path / "no" / "folder.html")
 

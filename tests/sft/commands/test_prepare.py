@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.contract.errors import ConfigError
+from launcher.contract.errors import ConfigError, DataError
 from launcher.contract.spec import DataSpec, ModelSpec, OptimizerSpec, RunSpec, TrainSpec, to_yaml
 from sft.commands.prepare import prepare
 from tests.tiny_model import CHAT_TEMPLATE, make_material
@@ -54,3 +54,24 @@ def test_the_template_of_the_data_is_kept(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(spec))
     prepare(tmp_path / "config.yaml")
     assert (tmp_path / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_an_ignored_key_of_one_held_out_set_alone(tmp_path: Path) -> None:
+    model, rows = make_material(tmp_path, 10)
+    held = tmp_path / "held.jsonl"
+    held.write_text(rows.read_text().replace('{"messages"', '{"context": "c", "messages"'))
+
+    def prepare_with(*ignored: str) -> None:
+        data = {"train": [str(rows)], "validation_sets": {"held": str(held)}, "ignore_keys": list(ignored)}
+        spec = RunSpec(
+            name="run",
+            model=ModelSpec(path=str(model), init="random"),
+            data=DataSpec(**data, seq_length=128, workers=1),
+            train=TrainSpec(max_steps=1, global_batch_size=4),
+        )
+        (tmp_path / "config.yaml").write_text(to_yaml(spec))
+        prepare(tmp_path / "config.yaml")
+
+    prepare_with("context")
+    with pytest.raises(DataError, match=r"data\.ignore_keys: no row has a key 'contxt' .*; did you mean 'context'"):
+        prepare_with("context", "contxt")

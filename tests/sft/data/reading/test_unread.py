@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from launcher.contract.errors import DataError
-from launcher.contract.spec import DataSpec, LoggingSpec, RunSpec, SourceSpec
+from launcher.contract.spec import DataSpec, EvaluationSpec, LoggingSpec, RunSpec, SourceSpec
+from sft.data.cache.store import MOST_UNREAD
+from sft.data.prepared.ignored_keys import check_ignored_keys
 from sft.data.prepared.prepare import open_or_build, prepare_data
 from sft.data.reading.formats import parse_row
 from tests.tiny_model import CHAT_TEMPLATE, make_tokenizer, write_jsonl
@@ -169,6 +171,38 @@ def test_a_column_that_no_row_has_is_refused(tmp_path: Path, tokenizer_dir: Path
     assert len(found.train) == 3
     with pytest.raises(DataError, match="reads input from 'moer', which none of 3 rows has"):
         open_or_build(spec_of(tmp_path, rows, columns={"input": "moer"}), tokenizer_dir, build=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("context", None),
+        ("score", None),  # of a turn
+        ("held", None),
+        ("history", None),  # of the prompts to answer
+        ("contxt", "take it out, or write it as the rows do; did you mean 'context'"),
+        ("empty", "no row has a key 'empty' with a value"),
+        ("completion", "no row has a key 'completion' with a value that nothing reads"),
+    ],
+)
+def test_an_ignored_key_that_no_row_has_is_refused(
+    name: str, problem: str | None, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """Seen to say nothing; of several data sets each may have its own keys."""
+    rows = [{**PAIR, "context": "c", "empty": None}, {"prompt": CHAT[:1], "completion": [{**CHAT[1], "score": 1}]}]
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", [{**PAIR, "held": 1}])
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "?", "history": ["h"]}])
+    settings = {"validation": [str(held_out)], "require_end_tokens": False}
+    spec = spec_of(tmp_path, rows, ignore_keys=["context", name], **settings)
+    spec = dataclasses.replace(spec, evaluation=EvaluationSpec(prompts=str(prompts)))
+    caches = open_or_build(spec, tokenizer_dir, build=True).caches
+    if problem is None:
+        check_ignored_keys(spec, caches)
+        return
+    with pytest.raises(DataError, match=f"data.ignore_keys: .*{problem}"):
+        check_ignored_keys(spec, caches)
+    many = [dataclasses.replace(caches[0], unread={str(n): 1 for n in range(MOST_UNREAD)}), *caches[1:]]
+    check_ignored_keys(spec, many)
 
 
 @pytest.mark.parametrize(
