@@ -60,8 +60,9 @@ def export_run(run_root: Path, step: int | None = None, *, out_dir: Path | None 
     choice = choose(paths, spec, step)
     stop_tokens = recorded_stop_tokens(paths)
     print(f"exporting {choice.path.name}: {choice.why}", flush=True)
-    _write(choice.path, spec, out_dir or paths.export, recorded_template(paths, spec))
-    add_stop_tokens(out_dir or paths.export, stop_tokens)
+    model_dir, target = resolve_model_dir(spec, convert=False), out_dir or paths.export
+    _write(choice.path, spec, model_dir, target, recorded_template(paths, spec))
+    add_stop_tokens(target, model_dir, stop_tokens)
     return choice
 
 
@@ -72,8 +73,7 @@ def _spec_of(paths: RunPaths, shown: Path) -> RunSpec:
     return read_resolved(paths.config)
 
 
-def _write(checkpoint: Path, spec: RunSpec, out_dir: Path, template: bytes | None) -> None:
-    model_dir = resolve_model_dir(spec, convert=False)
+def _write(checkpoint: Path, spec: RunSpec, model_dir: Path, out_dir: Path, template: bytes | None) -> None:
     tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else None
     _check_trained_with(checkpoint, model_dir)
     sharded = checkpoint / SHARDED

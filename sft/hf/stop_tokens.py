@@ -33,13 +33,13 @@ def recorded_stop_tokens(paths: RunPaths) -> list[int]:
     return trained
 
 
-def add_stop_tokens(directory: Path, trained: Collection[int]) -> None:
-    """Add `trained` to the end tokens in `directory`/generation_config.json, behind those that are there.
+def add_stop_tokens(directory: Path, source: Path, trained: Collection[int]) -> None:
+    """Let `directory`/generation_config.json name the end tokens of the model in `source`, and `trained` behind them.
 
-    A directory without that file gets one that also has the end tokens of its config.json, which it replaces as what
-    `generate` reads.
+    A directory without that file gets one where there is something to add. It replaces what `generate` would read: the
+    config.json beside it, or of an adapter that of the model that it belongs to.
     """
-    ends = end_tokens(directory)
+    ends = end_tokens(source)
     missing = [token for token in sorted(trained) if token not in ends]
     if missing:
         write_json(directory / _FILE, {**(read_json(directory / _FILE) or {}), _KEY: [*ends, *missing]})

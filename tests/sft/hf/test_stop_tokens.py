@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,19 @@ def test_the_end_of_the_turns_is_known_whatever_the_tokenizer_calls_its_end(tmp_
 def test_trained_ends_come_behind_those_of_the_source(
     settings: Any, config: Any, expected: Any, tmp_path: Path
 ) -> None:
+    """Those of an adapter's model were seen to be missing, where that has no generation_config.json."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     file = tmp_path / "generation_config.json"
     if settings is not None:
         file.write_text(json.dumps(settings))
-    add_stop_tokens(tmp_path, {7})
-    assert (json.loads(file.read_text()) if file.exists() else None) == expected
+    adapter = tmp_path / "adapter"  # has no config.json
+    adapter.mkdir()
+    if settings is not None:
+        shutil.copy(file, adapter)
+    for directory in (adapter, tmp_path):
+        add_stop_tokens(directory, tmp_path, {7})
+        written = directory / file.name
+        assert (json.loads(written.read_text()) if written.exists() else None) == expected, directory
 
 
 def test_the_record_of_a_run(tmp_path: Path) -> None:
