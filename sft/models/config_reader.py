@@ -68,6 +68,14 @@ class ConfigReader:
         self.refuse(f"{key} {value:g} is not above 0")
         return default
 
+    def not_negative(self, key: str, default: float) -> float:
+        """Return the number under `key`, which may be 0: an epsilon below it makes roots of negative numbers."""
+        value = self.number(key, default)
+        if value >= 0:
+            return value
+        self.refuse(f"{key} {value:g} is below 0")
+        return default
+
     def count(self, key: str, default: int) -> int:
         """Return the whole number under `key`, which must be above 0."""
         value = self.positive(key, default)

@@ -37,6 +37,12 @@ _OPTIONAL = {
     "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
 }
 """Numbers that a kind may leave out."""
+_DIVISORS = {
+    "linear": ("factor",),
+    "llama3": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""Numbers that a kind divides by, or takes the logarithm of: with 0 and less it would give NaN, or mean nothing."""
 _OF_ORIGINAL_POSITIONS = ("llama3", "longrope", "yarn")
 """Kinds for which `original_max_position_embeddings` at the top of a config comes before that among the settings."""
 _OF_SINGLE_FAMILIES = ("alpha", "llama_4_scaling_beta", "mrope_section", "xdrope_section")
@@ -226,6 +232,8 @@ def _problems(rope: Settings, partial: bool, understood: Collection[str]) -> lis
         problems.append(f"partial_rotary_factor {fraction} is not supported; only 1.0")
     if not _is_number(rope["rope_theta"]) or any(isinstance(value, dict) for value in rope.values()):
         problems.append("RoPE settings that differ between layers are not supported")
+    elif _number(rope, "rope_theta") <= 0:
+        problems.append(f"rope_theta {rope['rope_theta']} is not above 0: there would be no frequencies")
     for key in _OF_SINGLE_FAMILIES:
         if rope.get(key) is not None and key not in understood:
             problems.append(f"the RoPE setting {key} {rope[key]} is not supported for this model type")
@@ -241,10 +249,19 @@ def _problems_of_kind(kind: str, rope: Settings) -> list[str]:
     missing += [key for key in _OPTIONAL.get(kind, ()) if rope.get(key) is not None and not _is_number(rope[key])]
     if missing:
         return [f"rope_type {kind!r} without a number for {', '.join(missing)}"]
+    unfit = [key for key in _DIVISORS.get(kind, ()) if rope.get(key) is not None and _number(rope, key) <= 0]
+    if unfit:
+        return [f"rope_type {kind!r} with {key} {rope[key]}, which is not above 0" for key in unfit]
     if kind == "longrope" and not _numbers(rope, "short_factor"):
         return ["rope_type 'longrope' without a list of numbers for short_factor"]
+    if kind == "longrope" and min(_numbers(rope, "short_factor")) <= 0:
+        return ["rope_type 'longrope' with a number in short_factor that is not above 0"]
     if kind == "longrope" and _number(rope, "original_max_position_embeddings") <= 1:
         return ["rope_type 'longrope' with original_max_position_embeddings of 1 or less"]
+    if kind == "yarn" and _number(rope, "rope_theta") == 1:
+        return ["rope_type 'yarn' with rope_theta 1, in whose logarithms it measures"]
+    if kind == "yarn" and min(_number(rope, "beta_fast"), _number(rope, "beta_slow")) < 0:
+        return ["rope_type 'yarn' with a beta_fast or beta_slow below 0"]
     if kind == "yarn" and _attention_factor(rope, 1.0) < 1:
         return [f"rope_type 'yarn' with an attention factor of {_attention_factor(rope, 1.0):.4g}, below 1"]
     if kind == "llama3" and not 0 < _number(rope, "low_freq_factor") < _number(rope, "high_freq_factor"):

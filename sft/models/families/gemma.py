@@ -21,7 +21,7 @@ def _read(config: ConfigReader) -> Architecture:
         shape=shape,
         layers=(layer,) * shape.num_layers,
         weights=weight_map(shape, llama_layer),
-        layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
+        layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-6),
         rope=rope_of(config),
         norm="zero_centered_rms",
         embedding_multiplier=shape.hidden_size**0.5,

@@ -50,7 +50,7 @@ def _read(config: ConfigReader) -> Architecture:
             dense=_with_attention(attention, llama_layer),
             carried=tuple(f"model.layers.{shape.num_layers + index}." for index in range(further)),
         ),
-        layernorm_epsilon=config.number("rms_norm_eps", 1e-5),
+        layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-5),
         rope=rope_of(config, partial=True, default_fraction=0.5),
     )
 

@@ -41,7 +41,7 @@ def _read(config: ConfigReader) -> Architecture:
         shape=shape,
         layers=(layer,) * shape.num_layers,
         weights=_weight_map(shape),
-        layernorm_epsilon=config.number("layer_norm_epsilon", 1e-5),
+        layernorm_epsilon=config.not_negative("layer_norm_epsilon", 1e-5),
         rope=None,
         norm="layer",
     )

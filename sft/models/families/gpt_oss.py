@@ -35,7 +35,7 @@ def _read(config: ConfigReader) -> Architecture:
         shape=shape,
         layers=layers,
         weights=replace(weights, mxfp4=_matrices(weights)) if _is_mxfp4(config) else weights,
-        layernorm_epsilon=config.number("rms_norm_eps", 1e-5),
+        layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-5),
         rope=rope_of(config, default_theta=_THETA),
         norm="late_rounded_rms",
     )

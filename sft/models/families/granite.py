@@ -19,7 +19,7 @@ def _read(config: ConfigReader) -> Architecture:
         attention=Attention(
             qkv_bias=biases.attention,
             output_bias=biases.attention,
-            softmax_scale=config.number("attention_multiplier", 1.0),
+            softmax_scale=config.positive("attention_multiplier", 1.0),
         ),
         mlp=DenseMLP(width=shape.ffn_hidden_size, activation=activation, bias=biases.mlp),
         residual_multiplier=config.number("residual_multiplier", 1.0),
@@ -28,10 +28,10 @@ def _read(config: ConfigReader) -> Architecture:
         shape=shape,
         layers=(layer,) * shape.num_layers,
         weights=weight_map(shape, partial(llama_layer, biases=biases)),
-        layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
+        layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-6),
         rope=rope_of(config),
         embedding_multiplier=config.number("embedding_multiplier", 1.0),
-        logits_scaling=config.number("logits_scaling", 1.0),
+        logits_scaling=config.positive("logits_scaling", 1.0),
     )
 
 

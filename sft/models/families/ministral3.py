@@ -29,7 +29,7 @@ def _read(config: ConfigReader) -> Architecture:
         shape=shape,
         layers=(layer,) * shape.num_layers,
         weights=weight_map(shape, llama_layer),
-        layernorm_epsilon=config.number("rms_norm_eps", 1e-5),
+        layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-5),
         rope=rope_of(config, understood=(_GROWTH,)),
     )
 

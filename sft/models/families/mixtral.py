@@ -37,7 +37,7 @@ def _read(config: ConfigReader) -> Architecture:
         shape=shape,
         layers=(layer,) * shape.num_layers,
         weights=weight_map(shape, _layer),
-        layernorm_epsilon=config.number("rms_norm_eps", 1e-5),
+        layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-5),
         rope=rope_of(config, default_theta=1000000.0),
     )
 

@@ -16,6 +16,8 @@ def _read(config: ConfigReader) -> Architecture:
     if not shape.num_experts:
         config.refuse("no num_experts (transformers 5 also writes num_local_experts), which an olmoe config must state")
     config.refuse_true("attention_bias", "mlp_bias", "sliding_window")
+    if config.values.get("clip_qkv") == 0:  # it clips for transformers, too; other bounds are refused in all families
+        config.refuse("clip_qkv 0 is not supported")
     experts = Experts(
         count=shape.num_experts,
         chosen=shape.experts_per_token,
@@ -27,7 +29,7 @@ def _read(config: ConfigReader) -> Architecture:
         shape=shape,
         layers=(DecoderLayer(attention=Attention(width_norm=True), mlp=experts),) * shape.num_layers,
         weights=weight_map(shape, _layer),
-        layernorm_epsilon=config.number("rms_norm_eps", 1e-5),
+        layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-5),
         rope=rope_of(config),
     )
 

@@ -34,7 +34,7 @@ def _read(config: ConfigReader) -> Architecture:
         shape=shape,
         layers=tuple(layers),
         weights=weight_map(shape, _layer),
-        layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
+        layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-6),
         rope=rope_of(config),
     )
 

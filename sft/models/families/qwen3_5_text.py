@@ -21,7 +21,7 @@ def _read(config: ConfigReader) -> Architecture:
             hybrid_layers(shape, [dense_mlp] * shape.num_layers, joined=False),
             carried=("mtp.",),
         ),
-        layernorm_epsilon=config.number("rms_norm_eps", 1e-6),
+        layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-6),
         rope=hybrid_rope(config),
         norm="zero_centered_rms",
     )

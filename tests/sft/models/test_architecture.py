@@ -255,6 +255,31 @@ def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) 
             {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"] * 2},
             "2 of 4 layers have a sliding window, and sliding_window is None",
         ),
+        ({"model_type": "granite", "attention_multiplier": 0}, "attention_multiplier 0 is not above 0"),
+        ({"model_type": "granite", "attention_multiplier": -0.5}, "attention_multiplier -0.5 is not above 0"),
+        ({"model_type": "granite", "logits_scaling": 0.0}, "logits_scaling 0 is not above 0"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps -1e-06 is below 0"),
+        ({"rope_theta": 0}, "rope_theta 0 is not above 0: there would be no frequencies"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.0}},
+            "rope_type 'linear' with factor 0.0, which is not above 0",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0}},
+            "rope_type 'yarn' with original_max_position_embeddings 0, which is not above 0",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "rope_theta": 1}},
+            "rope_type 'yarn' with rope_theta 1, in whose logarithms it measures",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_slow": -1}},
+            "rope_type 'yarn' with a beta_fast or beta_slow below 0",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 9, "short_factor": [0.0, 1.0]}},
+            "rope_type 'longrope' with a number in short_factor that is not above 0",
+        ),
     ],
 )
 def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -411,6 +436,7 @@ def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: lis
             "n_shared_experts 0 is not supported: layers with experts have a shared one",
         ),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported for model type olmoe"),
+        ("olmoe", {"clip_qkv": 0}, "clip_qkv 0 is not supported"),
         ("olmoe", {"attention_bias": True}, "attention_bias true is not supported"),
         ("qwen2_moe", {"qkv_bias": False}, "qkv_bias false is not supported"),
         (
