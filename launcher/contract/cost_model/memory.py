@@ -16,6 +16,7 @@ from launcher.contract.cost_model.layer_kinds import KindCounts, LayerKind, coun
 from launcher.contract.cost_model.workload import (
     Layout,
     Workload,
+    expert_layer_parameters,
     stage_expert_parameters,
     stage_parameters,
     trained_parameters,
@@ -99,7 +100,8 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
         weights=held * workload.width / GIB,
         gradients=trained * layout.gradient_width / GIB,
         optimizer=state / GIB,
-        activations=_activation_bytes(workload, layout, implementation, stage) / GIB,
+        activations=(_activation_bytes(workload, layout, implementation, stage) + _rounded(workload, topology, stage))
+        / GIB,
         logits=_logit_bytes(workload, topology, implementation) / GIB if last else 0.0,
         overhead=CUDA_CONTEXT_GIB + COMMUNICATOR_GIB * _communicators(topology),
     )
@@ -204,6 +206,18 @@ def _activation_bytes(workload: Workload, layout: Layout, implementation: Implem
     # the inputs of recomputed layers, what the others keep, and the one layer that is being recomputed
     others = sum((layers - recomputed.get(kind, 0)) * kept[kind] for kind, layers in counts.items())
     return in_flight * (sum(recomputed.values()) * inputs + others) + max(kept[kind] for kind in recomputed)
+
+
+def _rounded(workload: Workload, topology: Topology, stage: int) -> float:
+    """Return the bytes of the matrices of experts that are in fp8 at a time: those of one product of one layer.
+
+    Each product rounds the matrices of all of a rank's experts and frees them at once. Of its two, the first has the
+    larger ones: gate and up projection. Those of dense linears are small beside what a layer keeps.
+    """
+    kinds = counts_by_stage(workload.kinds, topology.layers_per_stage, topology.pipeline_parallel)[stage]
+    if not workload.fp8.experts or not any(kind.fp8 and not kind.dense for kind in kinds):
+        return 0.0
+    return expert_layer_parameters(workload.shape, topology) * 2 / 3
 
 
 def _recomputed(workload: Workload, layout: Layout) -> tuple[KindCounts, ...]:

@@ -82,6 +82,31 @@ def test_experts_in_fp8_pay_where_each_rank_has_few_and_wide_ones() -> None:
     assert half == pytest.approx(gain("mixtral-8x7b", 8) / 2, rel=0.05)
 
 
+def test_matrices_of_experts_in_fp8_need_memory_for_those_of_one_product() -> None:
+    """Each product rounds all of a rank's matrices, gate and up projections together, and frees them at once."""
+    shape = named_model_shape("mixtral-8x7b")
+
+    def memory(**fp8: object) -> float:
+        spec = dataclasses.replace(run(**fp8), topology=TopologySpec(expert_parallel=4))
+        return predicted(spec, shape).memory.allocated
+
+    rounded = 8 // 4 * 2 * 14336 * 4096 / 2**30
+    assert memory(experts=True) - memory() == pytest.approx(rounded)
+    assert memory(experts=True, bf16_first_layers=31) - memory(bf16_first_layers=31) == pytest.approx(rounded)
+
+
+def test_a_stage_without_layers_in_fp8_has_no_matrices_in_it() -> None:
+    shape = named_model_shape("mixtral-8x7b")
+    spec = run(experts=True, pipeline=4, bf16_last_layers=24)
+    workload, topology = workload_of(spec, shape), build_topology(spec, shape)
+    layout = layout_of(spec, topology, "none")
+    in_bf16 = dataclasses.replace(workload, fp8=Fp8Spec(bf16_last_layers=24))
+    stages = zip(*(pipeline_memory(each, layout, CURRENT) for each in (workload, in_bf16)), strict=True)
+    more = [with_experts.activations > without.activations for with_experts, without in stages]
+    assert more[0]
+    assert not any(more[2:])
+
+
 def test_stages_of_layers_with_experts_in_fp8_are_balanced_so() -> None:
     """The last stage has the output layer, which is never in fp8."""
     shape = named_model_shape("30b-a3b")
