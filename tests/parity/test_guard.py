@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 import sft.engine.module
 import sft.megatron.optim.optimizer
 from launcher.contract.exit_codes import ExitCode
-from launcher.contract.rundir import RunPaths, read_lines
+from launcher.contract.rundir import RunPaths, checkpoint_step, read_lines
 from launcher.contract.spec import read_resolved
 from sft.__main__ import main
 from sft.data.batches.sampler import ExampleSchedule
 from sft.data.prepared.prepare import open_or_build
 from tests.parity.runs import curve, make_run, run_training
-from tests.ranks import run_ranks
+from tests.ranks import RankFailure, run_ranks
 from tests.tiny_model import make_material
 
 pytestmark = pytest.mark.parity
@@ -128,6 +129,35 @@ def test_rewind_takes_back_the_weights_and_not_the_data(tmp_path: Path, material
         assert states[6] != states[5]
     assert [(event["step"], event["checkpoint"]) for event in events(paths, "rewound")] == [(5, "step-00000002")]
     assert [record["step"] for record in read_lines(paths.metrics)] == list(range(1, 8))
+
+
+def test_a_restart_goes_on_from_the_weights_of_a_rewind(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """Seen to fail: killed after the rewind at step 5, the run went on from the checkpoint of step 4, and from what the
+    rewind had taken back."""
+    settings: dict[str, Any] = {"on_bad_step": "rewind", "every": 2, "keep_last": 9, "max_steps": 7}
+    whole = make_run(tmp_path, *material, ranks=1, name="whole", **settings)
+    run_ranks(1, train_with_bad_steps, whole.config, float("nan"), 4, 4)
+    paths = make_run(tmp_path, *material, ranks=1, **settings)
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_ranks(1, train_until_killed, paths.config, 4, 6)
+    assert [checkpoint_step(path) for path in paths.complete_checkpoints()] == [2, 4, 5]
+    run_training(paths, 1)
+    ends = [[(line["step"], line["loss"]) for line in read_lines(run.metrics)][5:] for run in (whole, paths)]
+    assert ends[0] == ends[1]
+    assert [step for step, _ in ends[0]] == [6, 7]
+
+
+def train_until_killed(config: Path, bad: int, killed: int) -> None:
+    """Runs on a rank: a step with NaN, and the end of the process as the other one begins."""
+    training_step = sft.engine.module.SFTGPT.training_step
+
+    def dying(self: sft.engine.module.SFTGPT, batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 == killed:
+            os._exit(1)
+        training_step(self, batch, batch_idx)
+
+    sft.engine.module.SFTGPT.training_step = dying  # type: ignore[method-assign]
+    train_with_bad_steps(config, float("nan"), bad, bad)
 
 
 def test_rewind_without_a_checkpoint_leaves_the_step_out(tmp_path: Path, material: tuple[Path, Path]) -> None:

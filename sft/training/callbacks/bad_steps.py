@@ -75,6 +75,8 @@ class GuardCallback(pl.Callback):
         self._in_a_row = 0
         self.failure: str | None = None
         """Why training must end, once it must."""
+        self.rewound = False
+        """Whether weights were taken back at this step. Newer checkpoints than theirs hold what was taken back."""
 
     @property
     def state_key(self) -> str:
@@ -93,6 +95,7 @@ class GuardCallback(pl.Callback):
         result = self._module.last_step
         if result is None:
             raise RuntimeError("a batch ended without a step")
+        self.rewound = False
         before, self._pending = self._pending, _Pending.of(result)
         first_bad = before.step if before is not None and self._examine(before) else None
         if first_bad is not None or result.step == self._log.max_steps:
@@ -144,6 +147,7 @@ class GuardCallback(pl.Callback):
             self._log.say(f"step {step}: there is no checkpoint from before step {first_bad} to go back to")
             return
         source, _ = strategy.load_weights(earlier[-1])
+        self.rewound = True
         self._log.say(f"step {step}: weights and optimizer are those of {source.name} again; the data go on")
         self._log.event("rewound", step=step, checkpoint=source.name)
 

@@ -59,7 +59,7 @@ class BestCheckpoints:
 
 
 class CheckpointCallback(pl.Callback):
-    """Saves every `checkpoint.every` steps, after a good evaluation, at the end, and when training has to stop.
+    """Saves every `checkpoint.every` steps, after a good evaluation or a rewind, at the end, and before a stop.
 
     It is the last of the callbacks, so that the checkpoint has the states of the others after this step.
     """
@@ -118,7 +118,9 @@ class CheckpointCallback(pl.Callback):
         is_good = self._best.offer(step, value)
         ends = asked or late or self._guard.failure is not None or self._evaluation.early_stopping.is_due
         last = ends or step == self._log.max_steps
-        if last or is_good or (self._spec.every and step % self._spec.every == 0):
+        due = self._spec.every is not None and step % self._spec.every == 0
+        # After a rewind, because a restart would go on from the newest checkpoint, with what was taken back.
+        if last or is_good or due or self._guard.rewound:
             self._save(trainer, strategy, step, wait=last)
         if ends:
             trainer.should_stop = True
