@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,31 @@ def test_a_restart_goes_on_from_the_weights_of_a_rewind(tmp_path: Path, material
     ends = [[(line["step"], line["loss"]) for line in read_lines(run.metrics)][5:] for run in (whole, paths)]
     assert ends[0] == ends[1]
     assert [step for step, _ in ends[0]] == [6, 7]
+
+
+@pytest.mark.parametrize(("policy", "ends"), [("stop", ExitCode.FAILURE), ("rewind", ExitCode.REQUEUE)])
+def test_a_bad_step_that_is_the_last_before_a_stop_is_followed_by_the_policy(
+    policy: str, ends: ExitCode, tmp_path: Path, material: tuple[Path, Path]
+) -> None:
+    """Seen to fail: with either policy the attempt asked to go on as another one, after the bad step."""
+    paths = make_run(tmp_path, *material, ranks=1, on_bad_step=policy, every=2, max_steps=6)
+    assert run_ranks(1, train_until_asked, paths.config, 3) == [ends]
+    assert paths.complete_checkpoints()[-1] == paths.checkpoint(3)
+    assert [event["step"] for event in events(paths, "rewound")] == [3] * (policy == "rewind")
+
+
+def train_until_asked(config: Path, step: int) -> int:
+    """Runs on a rank: a step with NaN, during which the rank is asked to stop."""
+    training_step = sft.engine.module.SFTGPT.training_step
+
+    def asked(self: sft.engine.module.SFTGPT, batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 == step:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        training_step(self, batch, batch_idx)
+
+    sft.engine.module.SFTGPT.training_step = asked  # type: ignore[method-assign]
+    code, _ = train_with_bad_steps(config, float("nan"), step, step)
+    return code
 
 
 def train_until_killed(config: Path, bad: int, killed: int) -> None:

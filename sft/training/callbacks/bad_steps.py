@@ -102,17 +102,25 @@ class GuardCallback(pl.Callback):
             # Check the step just done as well: a rewind would discard its weights, or it is the last of the run.
             bad = self._examine_rest()
             first_bad = result.step if first_bad is None and bad else first_bad
-        if first_bad is None:
-            return
+        if first_bad is not None:
+            self._follow(cast(MegatronStrategy, trainer.strategy), result.step, first_bad)
+
+    def settle(self, strategy: MegatronStrategy, step: int) -> None:
+        """Check the step just done at once, because training ends with it: no later step would see the verdict."""
+        if self._examine_rest():
+            self._follow(strategy, step, step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._examine_rest()
+
+    def _follow(self, strategy: MegatronStrategy, step: int, first_bad: int) -> None:
+        """Do after `step` what the policy says of bad steps from `first_bad` on."""
         if self._in_a_row >= MAX_IN_A_ROW:
             self.failure = f"{self._in_a_row} bad steps in a row"
         elif self._policy == "stop":
             self.failure = "a bad step, and train.on_bad_step is stop"
         elif self._policy == "rewind":
-            self._rewind(cast(MegatronStrategy, trainer.strategy), result.step, first_bad)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._examine_rest()
+            self._rewind(strategy, step, first_bad)
 
     def _examine_rest(self) -> bool:
         pending, self._pending = self._pending, None

@@ -117,6 +117,8 @@ class CheckpointCallback(pl.Callback):
         value = self._evaluation.metrics_at(step).get(self._spec.best_metric, math.nan)
         is_good = self._best.offer(step, value)
         ends = asked or late or self._guard.failure is not None or self._evaluation.early_stopping.is_due
+        if ends:
+            self._guard.settle(strategy, step)
         last = ends or step == self._log.max_steps
         due = self._spec.every is not None and step % self._spec.every == 0
         # After a rewind, because a restart would go on from the newest checkpoint, with what was taken back.

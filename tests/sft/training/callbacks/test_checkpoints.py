@@ -45,7 +45,7 @@ def test_the_best_is_kept_until_a_better_one_is_written(tmp_path: Path) -> None:
     evaluation: Any = SimpleNamespace(
         metrics_at=lambda step: values.get(step, {}), early_stopping=SimpleNamespace(is_due=False)
     )
-    guard: Any = SimpleNamespace(failure=None, rewound=False)
+    guard: Any = SimpleNamespace(failure=None, rewound=False, settle=lambda *_: None)
     callback = CheckpointCallback(spec, StopFlag(), Deadline(None, 0.0), None, evaluation, guard, log)
     saver = SlowSaver()
     control = SimpleNamespace(any_of=list, barrier=lambda: None)
