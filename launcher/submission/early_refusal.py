@@ -21,6 +21,7 @@ from launcher.contract.spec import RunSpec, TopologySpec
 
 if TYPE_CHECKING:
     from sft.checkpoint.contents import TrainerState
+    from sft.models.architecture import Architecture
 
 
 def check_early(spec: RunSpec, fetches: Sequence[Fetch] = ()) -> None:
@@ -42,10 +43,11 @@ def check_early(spec: RunSpec, fetches: Sequence[Fetch] = ()) -> None:
 
 
 def check_goes_on(spec: RunSpec, paths: RunPaths) -> None:
-    """Raise ConfigError where files have changed under a run, so that its ranks would refuse its own checkpoints."""
+    """Raise ConfigError where files have changed under a run, so that its ranks would refuse what they go on from."""
     from sft.checkpoint.same_run import data_problems
 
-    source = _newest(paths.checkpoints)
+    given = spec.checkpoint.resume_from
+    source = _newest(paths.checkpoints) or (None if given is None else _newest(Path(given)) or Path(given))
     trainer = None if source is None else _trainer_state(source)
     if source is None or trainer is None:
         return
@@ -56,16 +58,25 @@ def check_goes_on(spec: RunSpec, paths: RunPaths) -> None:
 
 def _check_resume(spec: RunSpec, given: Path) -> None:
     """Raise ConfigError where the ranks would refuse to go on from checkpoint.resume_from, as far as that is known."""
-    from sft.checkpoint.same_run import check_same_run
-    from sft.models.registry import read_architecture
+    from sft.checkpoint.same_run import run_problems
 
     source = _newest(given) or given
     trainer = _trainer_state(source)
-    if trainer is None or not _is_readable(Path(spec.model.path)):
+    if trainer is None:
         return
     key = _expected_data_key(spec, trainer.data_key, same_settings=False)
-    with contextlib.suppress(ImportError):  # torch, as below
-        check_same_run(source, trainer, spec, read_architecture(Path(spec.model.path)), key)
+    problems = run_problems(source, trainer, spec, _architecture(Path(spec.model.path)), key)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _architecture(model: Path) -> Architecture | None:
+    """Return a model's architecture, or None where it cannot be read here. Raise ModelError where it is not covered."""
+    from sft.models.registry import read_architecture
+
+    with contextlib.suppress(ImportError):  # torch, which compares tensors of some multimodal checkpoints
+        return read_architecture(model) if _is_readable(model) else None
+    return None
 
 
 def _newest(folder: Path) -> Path | None:
@@ -124,14 +135,9 @@ def longest_row(model: Path) -> int | None:
     Raise ModelError for a model that is not covered.
     """
     from sft.hf.checks import longest_row as of_architecture
-    from sft.models.registry import read_architecture
 
-    if not _is_readable(model):
-        return None
-    try:
-        return of_architecture(read_architecture(model))
-    except ImportError:  # torch, as below: the checks of the finished config say what remains
-        return None
+    architecture = _architecture(model)  # without one, the checks of the finished config say what remains
+    return None if architecture is None else of_architecture(architecture)
 
 
 def fetch_and_check(spec: RunSpec, fetches: Sequence[Fetch]) -> None:
@@ -143,15 +149,11 @@ def fetch_and_check(spec: RunSpec, fetches: Sequence[Fetch]) -> None:
 
 def _model_problems(spec: RunSpec) -> tuple[str, ...]:
     from sft.hf.checks import check_model_settings
-    from sft.models.registry import read_architecture
 
-    directory = Path(spec.model.path)
-    if not _is_readable(directory):
-        return ()
     try:
-        check_model_settings(spec, read_architecture(directory))
+        architecture = _architecture(Path(spec.model.path))
+        if architecture is not None:
+            check_model_settings(spec, architecture)
     except ModelError as error:
         return error.problems
-    except ImportError:  # torch, which compares tensors of some multimodal checkpoints: left to prepare
-        return ()
     return ()

@@ -34,15 +34,25 @@ def check_same_run(
 
     The same where its optimizer's states are in a form that this run's optimizer cannot read.
     """
-    problems = [
-        *data_problems(source, trainer, data_key),
-        *model_problems(source, trainer, numerics(architecture)),
-        *adapter_problems(source, trainer, trained_adapters(spec.model.lora, architecture)),
-        *_optimizer_problems(source, trainer, optimizer_form(spec.train)),
-        *_rate_problems(source, trainer, rate_groups(spec.train.optimizer)),
-    ]
+    problems = run_problems(source, trainer, spec, architecture, data_key)
     if problems:
         raise ConfigError(problems)
+
+
+def run_problems(
+    source: Path,
+    trainer: TrainerState,
+    spec: RunSpec,
+    architecture: Architecture | None,
+    data_key: Mapping[str, object],
+) -> list[str]:
+    """Return what `check_same_run` says, of a model that is not there yet (None) only what does not depend on it."""
+    problems = data_problems(source, trainer, data_key)
+    if architecture is not None:
+        problems += model_problems(source, trainer, numerics(architecture))
+        problems += adapter_problems(source, trainer, trained_adapters(spec.model.lora, architecture))
+    problems += _optimizer_problems(source, trainer, optimizer_form(spec.train))
+    return problems + _rate_problems(source, trainer, rate_groups(spec.train.optimizer))
 
 
 def data_problems(source: Path, trainer: TrainerState, data_key: Mapping[str, object]) -> list[str]:
