@@ -189,9 +189,11 @@ MATMUL_EXPOSED_TRAFFIC = 0.6
 """Part of a product's reads and writes that its arithmetic does not hide: small products are slower than the peak
 product. From a profile (docs/explanation/planning.md)."""
 
-EXPERT_PRODUCTS_RATE = 0.65
-"""Rate of experts' grouped products over that of large dense ones. From a profile of Qwen3-30B-A3B's width: 510 to 605
-TFLOP/s forward and for inputs, 340 to 460 for weights."""
+EXPERT_PRODUCTS_RATE = 0.85
+EXPERT_ROWS_FOR_HALF_RATE = 300
+"""Rate of experts' grouped products over that of large dense ones where an expert meets very many rows, and the rows
+with which half of it is reached. From profiles of Mixtral (4,096 rows: 722 TFLOP/s forward and for inputs, 455 for
+weights) and of Qwen3-30B-A3B's width (1,024 rows: 595 and 319)."""
 
 PAIR_RATE = 0.6
 """Rate of collectives of two ranks within a node over that of more. From tp2 beside tp4, of 3B and 8B."""

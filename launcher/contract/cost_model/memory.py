@@ -95,14 +95,16 @@ def stage_memory(workload: Workload, layout: Layout, implementation: Implementat
     # 8 bytes of moments, and 4 of a master copy unless the weights are fp32 themselves
     state = updated * (8 if workload.precision == "fp32" else 12)
     last = stage == topology.pipeline_parallel - 1
+    logits = _logit_bytes(workload, topology, implementation) if last else 0.0
+    activations = _activation_bytes(workload, layout, implementation, stage)
+    activations += max(0.0, _used_by_experts(workload, topology, stage) - logits)  # logits are gone by then
     return StageMemory(
         stage=stage,
         weights=held * workload.width / GIB,
         gradients=trained * layout.gradient_width / GIB,
         optimizer=state / GIB,
-        activations=(_activation_bytes(workload, layout, implementation, stage) + _rounded(workload, topology, stage))
-        / GIB,
-        logits=_logit_bytes(workload, topology, implementation) / GIB if last else 0.0,
+        activations=activations / GIB,
+        logits=logits / GIB,
         overhead=CUDA_CONTEXT_GIB + COMMUNICATOR_GIB * _communicators(topology),
     )
 
@@ -208,16 +210,26 @@ def _activation_bytes(workload: Workload, layout: Layout, implementation: Implem
     return in_flight * (sum(recomputed.values()) * inputs + others) + max(kept[kind] for kind in recomputed)
 
 
-def _rounded(workload: Workload, topology: Topology, stage: int) -> float:
-    """Return the bytes of the matrices of experts that are in fp8 at a time: those of one product of one layer.
+def _used_by_experts(workload: Workload, topology: Topology, stage: int) -> float:
+    """Return the bytes that the backward pass of a layer's experts needs beside what the layer keeps, at its peak.
 
-    Each product rounds the matrices of all of a rank's experts and frees them at once. Of its two, the first has the
-    larger ones: gate and up projection. Those of dense linears are small beside what a layer keeps.
+    That is where the gradient of the second products' inputs and these inputs, computed again, are both there, beside
+    the gradients of both products' rows. In fp8 it is later, where the first products have their outputs' gradient and
+    all of the rank's gate and up projections in fp8. Those of dense linears are small beside what a layer keeps.
     """
     kinds = counts_by_stage(workload.kinds, topology.layers_per_stage, topology.pipeline_parallel)[stage]
-    if not workload.fp8.experts or not any(kind.fp8 and not kind.dense for kind in kinds):
+    shape = workload.shape
+    routed = [kind for kind in kinds if shape.num_experts and not kind.dense]
+    if not routed:
         return 0.0
-    return expert_layer_parameters(workload.shape, topology) * 2 / 3
+    rows = micro_batch_tokens(workload, topology) * shape.experts_per_token * busiest_rank(topology)
+    rows /= topology.tensor_parallel
+    around, unit = 2 * shape.hidden_size, shape.expert_ffn_hidden_size
+    most = rows * (around + 2 * unit) * workload.width
+    if workload.fp8.experts and any(kind.fp8 for kind in routed):
+        rounded = rows * 2 * unit + expert_layer_parameters(shape, topology) * 2 / 3
+        most = max(most, rows * around * workload.width + rounded)
+    return most
 
 
 def _recomputed(workload: Workload, layout: Layout) -> tuple[KindCounts, ...]:

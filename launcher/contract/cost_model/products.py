@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from launcher.contract.adapters import adapted_places, expert_adapters
-from launcher.contract.cost_model.implementation import EXPERT_PRODUCTS_RATE, MATMUL_EXPOSED_TRAFFIC, Implementation
+from launcher.contract.cost_model.implementation import (
+    EXPERT_PRODUCTS_RATE,
+    EXPERT_ROWS_FOR_HALF_RATE,
+    MATMUL_EXPOSED_TRAFFIC,
+    Implementation,
+)
 from launcher.contract.cost_model.layer_kinds import LayerKind
-from launcher.contract.cost_model.memory import busiest_rank
+from launcher.contract.cost_model.memory import busiest_rank, micro_batch_tokens
 from launcher.contract.cost_model.workload import Workload, expert_layer_parameters
 from launcher.contract.flops import active_expert_parameters, router_parameters
 from launcher.contract.hardware import GpuKind
@@ -24,7 +29,9 @@ from launcher.contract.topology import Topology
 FP32_RATE = 0.5
 """fp32 products run as TF32, by NVIDIA's data sheets at half the bf16 rate."""
 ROUNDING_BYTES = 3
-"""Read and written for each weight that is rounded from bf16 to fp8. For dense linears the rate of products has it."""
+"""Read and written for each number that is rounded from bf16 to fp8. For dense linears the rate of products has it."""
+PEAKS_BYTES = 2
+"""Read of each weight for the largest value of its column, by which gradients of inputs round it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,10 +85,11 @@ def product_seconds(
     numbers, operations = tokens * product.outer + product.read, 2 * product.weights * tokens
     fp8 = fp8 and (workload.fp8.experts if product.experts else product.place is not None)
     found = []
-    for low in _forms(workload, implementation, product, fp8=fp8):
+    for index, low in enumerate(_forms(workload, implementation, product, fp8=fp8)):
         traffic = MATMUL_EXPOSED_TRAFFIC * numbers * (1 if low else workload.width)
         if low and product.experts:  # a token meets few of the matrices, and all of them are rounded
-            traffic += ROUNDING_BYTES * product.read
+            rows = tokens * product.outer / 2  # forward of inputs, then of outputs
+            traffic += ROUNDING_BYTES * (product.read + rows) + (PEAKS_BYTES * product.read if index else 0)
         rate = product.rate * _rate(workload, gpu, implementation, fp8=low)
         found.append(operations / rate + traffic / memory_rate(gpu))
     return found
@@ -132,11 +140,12 @@ def _experts(workload: Workload, topology: Topology) -> Product:
     busiest = busiest_rank(topology)
     rows = shape.experts_per_token * busiest * cut / tensor
     numbers = 2 * shape.hidden_size + (3 if shape.gated_mlp else 2) * shape.expert_ffn_hidden_size / cut
+    met = micro_batch_tokens(workload, topology) * rows * topology.expert_parallel / shape.num_experts
     return Product(
         weights=busiest * active_expert_parameters(shape) / tensor + router_parameters(shape) / tensor,
         read=expert_layer_parameters(shape, topology),
         outer=rows * numbers,
         experts=True,
-        rate=EXPERT_PRODUCTS_RATE,
+        rate=EXPERT_PRODUCTS_RATE * met / (met + EXPERT_ROWS_FOR_HALF_RATE),
         adapted=workload.adapted and expert_adapters(shape, workload.lora) > 0,
     )
