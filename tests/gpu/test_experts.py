@@ -82,7 +82,8 @@ def test_experts_in_fp8(tokens: int) -> None:
             outputs.append((F.silu(gate) * other * weight.unsqueeze(-1)) @ second.t())
         return torch.cat(outputs)
 
-    assert_equal(at_once, by_expert, [rows, by_row, up, down], tolerance=1e-1)
+    tolerance = 0.1 if tokens > 1 else 0.2  # the gradient of four weights is four sums, not thousands
+    assert_equal(at_once, by_expert, [rows, by_row, up, down], tolerance=tolerance)
 
 
 def test_each_expert_in_fp8_is_a_linear_in_fp8() -> None:
