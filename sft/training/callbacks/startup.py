@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -62,3 +64,15 @@ class StartupCallback(pl.Callback):
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._phases.items() if seconds >= _SHORTEST)
         more = f" ({warm_up['warm_up']:.1f} more than the second)" if later else ""
         self._log.say(f"first step done {total:.1f} s after submission: {parts}{more}")
+        if lacks_bytecode(torch):
+            packages = Path(torch.__file__).parent.parent
+            self._log.say(
+                f"each process compiles the Python modules that it imports, since {packages} has no bytecode: unset "
+                f"PYTHONDONTWRITEBYTECODE where it is set, or run python -m compileall -q {packages} once"
+            )
+
+
+def lacks_bytecode(module: ModuleType) -> bool:
+    """Return whether Python has not found or kept bytecode of a module that it imported from source."""
+    cached = None if module.__spec__ is None else module.__spec__.cached
+    return cached is not None and not Path(cached).is_file()
