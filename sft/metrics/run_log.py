@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import torch
@@ -19,7 +20,15 @@ import torch
 from launcher.contract.prometheus_file import Standing, newest_losses, write_prometheus
 from launcher.contract.records import read_events, read_metrics
 from launcher.contract.restart_cost import restart_cost
-from launcher.contract.rundir import JsonObject, RunPaths, append_event, append_line, write_atomic, write_json
+from launcher.contract.rundir import (
+    JsonObject,
+    RunPaths,
+    append_event,
+    append_line,
+    record_in,
+    write_atomic,
+    write_json,
+)
 from launcher.contract.spec import RunSpec
 from sft.engine.results import StepResult
 from sft.engine.routing import AUX_LOSS, NUMBERS
@@ -96,12 +105,16 @@ class RunLog:
         return time.monotonic() - self._began
 
     def begin(self, step: int, source: str) -> None:
-        """Note that training begins after `step` steps, from `source`, and remove metrics of later steps."""
+        """Note that training begins after `step` steps, from `source`, and remove what is written of later steps."""
         self._began = time.monotonic()
         if self.is_writer:
             self._confirm(0.0)
-            # An earlier attempt may have gone further than its last checkpoint: those steps are done again now.
-            kept = [record for record in read_metrics(self.paths) if record["step"] <= step]
+            # An earlier attempt may have gone further than its last checkpoint: those steps are done again now. At the
+            # start so is the evaluation before the first one.
+            done = step or -1
+            for path in (self.paths.generations, self.paths.bad_steps):
+                _drop_later(path, done)
+            kept = [record for record in read_metrics(self.paths) if record["step"] <= done]
             self._tell_of_lost_metrics(kept, step)
             self._held_out = newest_losses(kept)
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
@@ -230,6 +243,18 @@ class RunLog:
         except OSError as error:
             self._dashboard_due = float("inf")
             self.say(f"metrics.prometheus: {error}; the file is no longer written")
+
+
+def _drop_later(path: Path, step: int) -> None:
+    """Remove the lines of steps after `step`, and those that a crash has torn."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = list(file)
+    steps = [None if (record := record_in(line)) is None else record.get("step") for line in lines]
+    kept = [line for line, at in zip(lines, steps, strict=True) if isinstance(at, int) and at <= step]
+    if len(kept) < len(lines):
+        write_atomic(path, "".join(kept))
 
 
 def _read(result: StepResult) -> tuple[float, float, dict[str, float]]:

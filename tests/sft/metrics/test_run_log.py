@@ -12,7 +12,7 @@ import torch
 from launcher.contract.errors import RunStateError
 from launcher.contract.lease import Keeper, Owner, take
 from launcher.contract.records import read_events, read_metrics
-from launcher.contract.rundir import RunPaths, append_event
+from launcher.contract.rundir import RunPaths, append_event, append_line, read_lines
 from launcher.contract.spec import LoggingSpec, MetricsSpec, RunSpec
 from launcher.views.why import explain
 from sft.engine.results import StepResult
@@ -61,6 +61,24 @@ def test_lines_that_are_gone_are_told(
     assert ("has no line for steps" in said) == bool(gaps)
     assert ("metrics.jsonl has no line for steps" in explain(paths)) == bool(gaps)
     assert all(line["step"] <= 22 for line in read_metrics(paths))
+
+
+@pytest.mark.parametrize(("step", "kept"), [(4, [0, 4]), (0, [])])
+def test_what_is_done_again_is_written_once(step: int, kept: list[int], tmp_path: Path) -> None:
+    """Seen to fail: answers of a step twice, after a restart from an older checkpoint, and those before the first one
+    twice, with their evaluation, where no checkpoint had been saved."""
+    paths = RunPaths(tmp_path)
+    for at in (0, 4, 8):
+        append_line(paths.metrics, {"step": at, "eval_loss": 1.0})
+        append_line(paths.generations, {"step": at, "prompt": "a\u2028b", "output": "\ud83d"})
+        append_line(paths.bad_steps, {"step": at, "reason": "spike"})
+    with paths.generations.open("a") as file:
+        file.write('{"step": 9, "pro')
+    written = paths.generations.read_text()
+    resumed(paths, step)
+    for path in (paths.metrics, paths.generations, paths.bad_steps):
+        assert [record["step"] for record in read_lines(path)] == kept
+    assert written.startswith(paths.generations.read_text())
 
 
 def test_a_run_that_begins_with_another_ones_checkpoint_has_lost_nothing(tmp_path: Path) -> None:
