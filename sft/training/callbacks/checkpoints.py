@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import cast
 
 from launcher.contract.errors import RunStateError
@@ -57,6 +58,10 @@ class BestCheckpoints:
         if same and state.compares(self._spec.best_metric, self._spec.best_mode):
             self._ranked = list(state.best)[: self._spec.keep_best]
 
+    def keep_only(self, steps: Collection[int]) -> None:
+        """Forget all others: without its checkpoint a step would only keep worse ones from being kept."""
+        self._ranked = [ranked for ranked in self._ranked if ranked.step in steps]
+
 
 class CheckpointCallback(pl.Callback):
     """Saves every `checkpoint.every` steps, after a good evaluation or a rewind, at the end, and before a stop.
@@ -99,8 +104,12 @@ class CheckpointCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop.install()
+        strategy = cast(MegatronStrategy, trainer.strategy)
+        complete = [checkpoint_step(path) for path in self._log.paths.complete_checkpoints()]
+        # As the leader sees them: what is kept decides when to save, which all ranks do together.
+        self._best.keep_only(strategy.control.from_leader(complete))
         if self._lease is not None:
-            cast(MegatronStrategy, trainer.strategy).saver.may_write = self._lease.confirm
+            strategy.saver.may_write = self._lease.confirm
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         strategy = cast(MegatronStrategy, trainer.strategy)
