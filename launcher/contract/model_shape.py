@@ -138,6 +138,13 @@ class ModelShape:
         missing = [key for key in needed if not isinstance(config.get(key), int)]
         if missing:
             raise ModelError(f"{where}: no integer {', '.join(missing)}; is this a decoder-only model's config?")
+        for key in needed:
+            if config[key] < 1:
+                raise ModelError(f"{where}: {key} {config[key]} is not above 0")
+        experts = _expert_sizes(config)
+        if experts and not 1 <= experts["experts_per_token"] <= experts["num_experts"]:
+            count, chosen = experts["num_experts"], experts["experts_per_token"]
+            raise ModelError(f"{where}: num_experts_per_tok {chosen} is not from 1 to the number of experts, {count}")
         heads: int = config["num_attention_heads"]
         window, windowed = _windows(config, model_type)
         return cls(
@@ -159,7 +166,7 @@ class ModelShape:
             **read_linear_layers(config, model_type, config["num_hidden_layers"], where),
             window=window,
             windowed_layers=windowed,
-            **_expert_sizes(config),
+            **experts,
             weighted_shared_expert="shared_expert_intermediate_size" in config,
             dense_layers=_dense_layers(config),
             joined_experts=model_type in _JOINED_EXPERTS,

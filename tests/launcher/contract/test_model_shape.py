@@ -89,6 +89,7 @@ def test_a_multimodal_config_has_the_sizes_of_its_language_model(
             json.dumps({**MODEL, "hidden_size": "64", "vocab_size": None}),
             r"config\.json: no integer hidden_size, vocab_size; is this a decoder-only model's config\?$",
         ),
+        (json.dumps({**MODEL, "num_attention_heads": 0}), r"config\.json: num_attention_heads 0 is not above 0$"),
     ],
 )
 def test_config_json_that_cannot_be_used(tmp_path: Path, text: str | None, message: str) -> None:
@@ -169,3 +170,9 @@ def test_layers_without_experts(keys: dict[str, object], dense: tuple[int, ...])
     assert (shape.num_layers, shape.dense_layers, shape.shared_expert_size) == (4, dense, 48)
     assert shape.active_ffn_size == 3 * 24 + 48
     assert ModelShape.from_config({**MODEL, **keys}, "here").dense_layers == ()
+
+
+@pytest.mark.parametrize("chosen", [0, 9])
+def test_a_token_goes_to_some_of_the_experts(chosen: int) -> None:
+    with pytest.raises(ModelError, match=f"num_experts_per_tok {chosen} is not from 1 to the number of experts, 8$"):
+        ModelShape.from_config({**MODEL, **GLM, "num_experts_per_tok": chosen}, "here")
