@@ -21,6 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+import submitit  # noqa: F401  # Its import closes all handlers of logs, and absl's then close pytest's captured output.
 from hypothesis import settings
 
 from launcher.commands import arguments
