@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def check_early(spec: RunSpec, fetches: Sequence[Fetch] = ()) -> None:
     """Raise ConfigError with everything that the model's config.json and the first rows of the data already tell.
 
-    What is known of a tokenizer's files, and of what a run resumes with, is known with no `fetches` left alone.
+    While something is still to be fetched, neither the tokenizer nor what a run resumes with is looked at: `submit`
+    does so again once everything is there.
     """
     from sft.data.reading.head import head_problems, prompt_problems
 
