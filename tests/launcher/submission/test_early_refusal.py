@@ -13,7 +13,6 @@ import pytest
 from launcher.contract.errors import ConfigError
 from launcher.submission.submission import make_submission
 from tests.launcher.conftest import MODEL
-from tests.tiny_model import make_tokenizer
 
 WITHOUT_TORCH = """
 import sys
@@ -196,10 +195,10 @@ def test_a_tokenizer_without_a_chat_template(
     """Seen to be queued, and refused by prepare."""
     write_rows(row)
     write_rows({"prompt": "?"}, name="prompts.json")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained("other")
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained("model")
+    for folder, more in (("other", {"chat_template": "{{ messages }}"}), ("model", {})):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "tokenizer.json").write_text("{}")
+        Path(folder, "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"} | more))
     if is_refused:
         assert problems(*overrides).startswith(HAS_NONE)
     else:
