@@ -14,6 +14,7 @@ from launcher.contract.errors import ConfigError
 from launcher.contract.spec import RunSpec
 from sft.checkpoint.contents import TrainerState, optimizer_form
 from sft.checkpoint.same_model import model_problems
+from sft.data.prepared.data_key import HASH
 from sft.hf.checks import trained_adapters
 from sft.hf.learning_rates import rate_groups
 from sft.models.architecture import Architecture
@@ -106,11 +107,11 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
 
 def _is_cache(value: object) -> bool:
     """Return whether a value of a data key is the hash of tokenized data."""
-    return isinstance(value, str) and value.startswith("sha256:")
+    return isinstance(value, str) and value.startswith(HASH)
 
 
 def _shown(value: object) -> str:
     """Return a value for people, shortened if it is the hash of a cache."""
     if _is_cache(value):
-        return str(value)[: len("sha256:") + _DIGITS]
+        return str(value)[: len(HASH) + _DIGITS]
     return "unset" if value is None else json.dumps(value)

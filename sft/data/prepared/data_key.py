@@ -27,8 +27,9 @@ from sft.data.prepared.data_sets import DataSet, training_sets
 from sft.data.reading.files import expand, known_digest, sha256_of
 from sft.data.reading.formats import with_detected_form
 
-_HASH = "sha256:"
-NOT_READ = f"{_HASH}(not read)"
+HASH = "sha256:"
+"""Stands before the keys of caches."""
+NOT_READ = "(not read)"
 """Stands for tokens that differ from those of a checkpoint where it would take too long to say what they are."""
 _WHOLE = 64 << 20
 """Bytes of the largest file that is read as a whole here: a login node is no place to read terabytes."""
@@ -45,7 +46,7 @@ def data_key(spec: RunSpec, contents: Mapping[str, str]) -> dict[str, object]:
     """
     data = spec.data
     rows = {"data.packing": data.packing, **({"data.seq_length": data.seq_length} if data.packing else {})}
-    return {**{name: f"{_HASH}{key}" for name, key in contents.items()}, **rows, **order_key(spec)}
+    return {**{name: f"{HASH}{key}" for name, key in contents.items()}, **rows, **order_key(spec)}
 
 
 def order_key(spec: RunSpec) -> dict[str, object]:
@@ -82,7 +83,7 @@ def expected_data_key(spec: RunSpec, before: DataKey, tokenizer_dir: Path | None
     contents = {}
     for data_set in training_sets(spec.data):
         was = before.get(data_set.key)
-        known = was.removeprefix(_HASH) if isinstance(was, str) else None
+        known = was.removeprefix(HASH) if isinstance(was, str) else None
         contents[data_set.key] = _expected_content(spec, data_set, known, tokenizer_dir, same_settings)
     return data_key(spec, contents)
 
@@ -92,7 +93,7 @@ def _expected_content(
 ) -> str:
     """Return the key of a data set's cache, which is `known` where nothing says that it is another one."""
     if known is None:
-        return NOT_READ.removeprefix(_HASH)  # that there was none suffices to tell
+        return NOT_READ  # that there was none suffices to tell
     folder = cache_folder(spec.cache_dir, known)
     then = recorded(folder, known)
     if then is None or tokenizer_dir is None:
@@ -112,7 +113,7 @@ def _now_made_from(
     data = with_detected_form(files, data_set.data, data_set.key)
     content = _content(files, spec.cache_dir / "digests", then, sizes)
     if content is None:
-        return [NOT_READ.removeprefix(_HASH)]
+        return [NOT_READ]
     code = then["code"]
     assert isinstance(code, list), "its digest is that of the record"
     ours = code if same_settings else [CODE_VERSION, FORMAT_VERSION, *code[2:]]
