@@ -13,8 +13,10 @@ from launcher.contract.model_shape import ModelShape
 Place = Literal["qkv", "proj", "fc1", "fc2"]
 """Which of the four products of a layer: attention's input and output projection, the MLP's first and second."""
 
-_FUSED = ("phi3",)
-"""Model types whose files have Q, K and V in one matrix, and gate and up projection in another."""
+_JOINED_QKV = ("phi3",)
+"""Model types whose files have Q, K and V in one matrix."""
+_JOINED_GATE_AND_UP = ("glm", "glm4", "phi3")
+"""Model types whose files have gate and up projection in one matrix."""
 _JOINED = ("qwen3_next",)
 """Model types whose files have the projection of linear attention in two matrices, others in four."""
 
@@ -46,7 +48,7 @@ def attention_linears(shape: ModelShape, *, linear: bool = False) -> tuple[Linea
     hidden = shape.hidden_size
     queries, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     output = Linear("o_proj", "proj", queries, hidden)
-    if shape.model_type in _FUSED:
+    if shape.model_type in _JOINED_QKV:
         return (Linear("qkv_proj", "qkv", hidden, queries + 2 * groups), output)
     return (
         Linear("q_proj", "qkv", hidden, 2 * queries if shape.output_gate else queries),
@@ -58,7 +60,7 @@ def attention_linears(shape: ModelShape, *, linear: bool = False) -> tuple[Linea
 
 def mlp_linears(shape: ModelShape, width: int) -> tuple[Linear, ...]:
     """Return the linear layers of an MLP of this width: a dense one, or the shared expert."""
-    if shape.model_type in _FUSED:
+    if shape.model_type in _JOINED_GATE_AND_UP:
         hidden = shape.hidden_size
         joined = Linear("gate_up_proj", "fc1", hidden, 2 * width)
         return (joined, Linear("down_proj", "fc2", width, hidden))

@@ -41,7 +41,7 @@ _LANGUAGE_MODELS: dict[str, HfConfig] = {
 
 _JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
 """Model types whose published files have the matrices of all experts in one tensor."""
-_FOUR_NORMS = ("gemma2", "gemma3_text")
+_FOUR_NORMS = ("gemma2", "gemma3_text", "glm4")
 _NORMS_BEHIND = ("olmo2", "olmo3")
 _QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe", *HYBRID)
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")

@@ -22,6 +22,8 @@ SUPPORTED = (
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "glm",
+    "glm4",
     "glm4_moe",
     "gpt2",
     "gpt_oss",

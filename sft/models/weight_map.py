@@ -12,8 +12,8 @@ How the parameters are laid out on Megatron-core's side:
 * experts: the matrices of all experts, one below the other, in blocks of each expert's rows. An expert parallel rank
   holds a contiguous part of the experts, whose blocks are split as those of a dense layer are.
 
-RoPE is not interleaved on either side, so that no row inside a head moves. How the files of a family are laid out is
-that family's matter (`sft.models.families`).
+RoPE is not interleaved on Megatron-core's side; where files have it so, rows move inside a head
+(`sft.models.neighbour_pairs`). How the files of a family are laid out is that family's matter (`sft.models.families`).
 
 Rejected: a converter that builds the full state dict of one side and renames it (needs the whole model in memory,
 and the rules twice, once for each direction).

@@ -30,13 +30,13 @@ OF_TEXT = [name for name in SUPPORTED if not family(name).multimodal]
 """Families but multimodal ones, whose layers are those of another family: what most grids run by default."""
 
 
-LIKE_LLAMA = {"gemma", "granite", "mistral", "olmo2", "olmoe", "qwen2", "qwen2_moe", "qwen3"}
+LIKE_LLAMA = {"gemma", "glm", "granite", "mistral", "olmo2", "olmoe", "qwen2", "qwen2_moe", "qwen3"}
 """Families with nothing of their own in what documents, answers and adapters do to a layer."""
 LIKE_QWEN3_5 = {"qwen3_5_moe_text", "qwen3_next"}
 """The same, beside the dense one with linear attention: they have experts, as others have."""
 DISTINCT = [name for name in OF_TEXT if name not in LIKE_LLAMA | LIKE_QWEN3_5]
 """What such grids run by default; a new family is among them."""
-ON_STAGES = [name for name in DISTINCT if name not in {"gemma2", "ministral3", "mixtral", "olmo3", "smollm3"}]
+ON_STAGES = [name for name in DISTINCT if name not in {"gemma2", "glm4", "ministral3", "mixtral", "olmo3", "smollm3"}]
 """What those do by default that are about pipeline stages. Stages split the layers of the others as they do these."""
 
 

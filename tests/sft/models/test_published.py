@@ -149,6 +149,23 @@ GLM_45_AIR = {
     "use_qk_norm": False,
     "vocab_size": 151552,
 }
+GLM4_9B = {
+    "model_type": "glm4",
+    "attention_bias": True,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 151552,
+}
 OLMOE_1B_7B = {
     "model_type": "olmoe",
     "attention_bias": False,
@@ -306,6 +323,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_next": QWEN3_NEXT_80B,
     "gpt_oss": GPT_OSS_20B,
     "gpt_oss 120b": GPT_OSS_120B,
+    "glm4": GLM4_9B,
     "glm4_moe": GLM_45_AIR,
     "olmoe": OLMOE_1B_7B,
     "qwen2_moe": QWEN15_MOE,
