@@ -27,8 +27,8 @@ class _Parallel(Protocol):
 
 def uses_cuda_graphs(spec: RunSpec, shape: ModelShape) -> bool:
     """Return whether the layers of this run are launched as graphs, on GPUs and where layers are fused."""
-    choice, length, adapted = spec.train.cuda_graphs, spec.data.seq_length, spec.model.lora.rank is not None
-    wanted = graphs_pay(choice, shape, length, spec.train.micro_batch_size * length, adapted=adapted)
+    length = spec.data.seq_length
+    wanted = graphs_pay(spec.train.cuda_graphs, shape, length, spec.train.micro_batch_size * length)
     return wanted and no_graphs_because(spec, shape) is None
 
 
@@ -77,8 +77,7 @@ def layout_without_graphs(topology: _Parallel, precision: str, recompute: str, s
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def graphs_pay(choice: GraphChoice, shape: ModelShape, seq_length: int, tokens: float, *, adapted: bool) -> bool:
+def graphs_pay(choice: GraphChoice, shape: ModelShape, seq_length: int, tokens: float) -> bool:
     """Return whether graphs are wanted for micro-batches of so many tokens, by the config and by what they save."""
     few = tokens * max(layer_operations(shape, seq_length)) < _FEW_OPERATIONS
-    # Those of layers with adapters have not run on a GPU yet.
-    return choice == "always" or (choice == "auto" and few and not adapted)
+    return choice == "always" or (choice == "auto" and few)

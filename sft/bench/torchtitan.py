@@ -9,6 +9,7 @@ by complex numbers, does not, and it is not in the order of transformers' weight
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.attention import flex_attention
 
 from sft.bench.plain_loop import PackedBatch, padded_batches, train_in_a_loop
 from sft.bench.result import Result, StepClock
@@ -47,6 +49,11 @@ def run_torchtitan(
         raise ValueError(f"torchtitan is run with an attention of its own here, not {attention}: leave --vs-attention")
     kernel = "sdpa" if workload.data == "full" else "flex"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kernel == "flex" and not masks_documents():
+        raise ValueError(
+            f"torchtitan's packed rows need masks that torch {torch.__version__} cannot make (create_block_mask takes "
+            "no separate_full_blocks): use --data full, or a newer torch"
+        )
     if kernel == "flex" and device.type == "cpu":
         raise ValueError("torchtitan's packed rows need flex attention, whose backward pass needs a GPU")
     rank, world = _join(device)
@@ -82,6 +89,11 @@ def run_torchtitan(
 def is_installed() -> bool:
     """Return whether torchtitan can be imported."""
     return find_spec("torchtitan") is not None
+
+
+def masks_documents() -> bool:
+    """Return whether torch makes the masks of documents that torchtitan 0.3 asks for. 2.13 does, 2.11 does not."""
+    return "separate_full_blocks" in inspect.signature(flex_attention.create_block_mask).parameters
 
 
 def refuse(workload: Workload) -> None:

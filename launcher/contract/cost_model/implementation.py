@@ -43,6 +43,8 @@ class Implementation:
     """Seconds of a step in which no kernel runs: logging, the loop."""
     layer_launches: float = 0.0
     """Seconds in which the host launches the kernels of a layer, forward and backward: a micro-batch takes no less."""
+    adapted_layer_launches: float = 0.0
+    """The same of a layer with adapters, but not of experts."""
     adapted_expert_launches: float = 0.0
     """The same of a layer whose experts have adapters."""
     graphs: GraphChoice = "never"
@@ -140,6 +142,7 @@ CURRENT = dataclasses.replace(
     gradient_bytes=8,
     step_overhead=0.004,
     layer_launches=0.0035,
+    adapted_layer_launches=0.0058,
     adapted_expert_launches=0.0108,
     hidden_collectives_cost=0.6,
     exchange_overhead=0.003,
@@ -150,7 +153,7 @@ CURRENT = dataclasses.replace(
 )
 """What `sft` runs with flash-attn-4: SwiGLU's output computed again where the MLP is one operation, weights gathered
 behind forward, the update in one pass. Attention from profiles of rows of 1,437 (mean) to 131,072 tokens; launches from
-a step of 0.5B with 4,096 tokens and from LoRA of Qwen3-30B-A3B: they depend on the host's processor."""
+steps of 0.5B with 4,096 tokens, full and LoRA, and from LoRA of Qwen3-30B-A3B: they depend on the host's processor."""
 
 CURRENT_WITH_FLASH2 = dataclasses.replace(CURRENT, name="sft-flash2", attention_efficiencies={64: 0.29, 128: 0.36})
 """The same with the attention in torch that takes offsets, from profiles of rows of 1,437 (mean) tokens."""
@@ -177,6 +180,10 @@ read the input again and write a second output, which is then added. Counted, no
 LORA_PASSES_IN_PRODUCTS = 4
 """The same where the frozen product adds the adapter: the output is read and written once more by it, and so is the
 gradient of the input. Counted; a run of 8B is predicted to 3 % with it (docs/explanation/planning.md)."""
+
+ADAPTED_PLACE_SECONDS = 55e-6
+"""Seconds of a layer and micro-batch, forward and backward, that the small products of adapters on the same inputs take
+however few tokens there are. From a step of 0.5B with 4,096 tokens, whose layers are CUDA graphs."""
 
 LINEAR_ATTENTION_EFFICIENCY = 0.03
 """Part of the bf16 peak that flash-linear-attention's gated delta rule reaches, as `launcher.contract.flops` counts it.

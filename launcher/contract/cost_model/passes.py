@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.contract.cost_model.implementation import (
+    ADAPTED_PLACE_SECONDS,
     LINEAR_ATTENTION_EFFICIENCY,
     LINEAR_ATTENTION_PASSES,
     LORA_PASSES,
@@ -82,7 +83,7 @@ def layer_pass(
         matmul=sum(sum(each) for each in seconds),
         matmul_forward=sum(each[0] for each in seconds),
         attention=(_linear_attention if kind.linear else _attention)(workload, topology, gpu, implementation, kind),
-        elementwise=moved * workload.width * tokens / memory_rate(gpu),
+        elementwise=moved * workload.width * tokens / memory_rate(gpu) + _small_products(products),
         tensor_parallel=collectives * workload.width * exposed,
         context_parallel=_gathered_rows(workload, topology, gpu, kind),
         expert_parallel=0.0 if kind.dense else _exchanged_rows(workload, topology, gpu),
@@ -114,6 +115,11 @@ def _moved(
             if product.adapted
         )
     return moved
+
+
+def _small_products(products: list[Product]) -> float:
+    """Return the seconds that a layer's adapters, but not those of experts, take however few tokens there are."""
+    return ADAPTED_PLACE_SECONDS * sum(product.adapted and product.place is not None for product in products)
 
 
 def _attention(

@@ -204,13 +204,15 @@ def _launches(workload: Workload, layout: Layout, implementation: Implementation
     """Return the seconds per micro-batch in which the host launches the kernels of so many layers one by one."""
     topology, shape = layout.topology, workload.shape
     tokens = micro_batch_tokens(workload, topology)
-    wanted = graphs_pay(implementation.graphs, shape, workload.seq_length, tokens, adapted=workload.adapted)
+    wanted = graphs_pay(implementation.graphs, shape, workload.seq_length, tokens)
     if wanted and layout_without_graphs(topology, workload.precision, layout.recompute, shape) is None:
         return 0.0
-    layers, adapted = sum(counts.values()), 0
-    if shape.num_experts and workload.adapted and expert_adapters(shape, workload.lora):
-        adapted = sum(count for kind, count in counts.items() if not kind.dense)
-    return (layers - adapted) * implementation.layer_launches + adapted * implementation.adapted_expert_launches
+    layers, routed = sum(counts.values()), 0
+    if not workload.adapted:
+        return layers * implementation.layer_launches
+    if shape.num_experts and expert_adapters(shape, workload.lora):
+        routed = sum(count for kind, count in counts.items() if not kind.dense)
+    return (layers - routed) * implementation.adapted_layer_launches + routed * implementation.adapted_expert_launches
 
 
 def _stage(

@@ -148,9 +148,9 @@ class TrainSpec:
     off."""
     cuda_graphs: Literal["auto", "never", "always"] = "auto"
     """Whether the layers' kernels are launched as CUDA graphs on a GPU, with fused kernels, in bf16, for packed rows of
-    dense models without recomputation, dropout, `deterministic` and model parallelism. auto: where a micro-batch is so
-    small that the GPU would wait for the host, and not with adapters, with which they have not run on a GPU yet;
-    always: also with adapters and in large micro-batches; a run that cannot have them is refused."""
+    dense models without recomputation, dropout, `deterministic` and model parallelism, with and without adapters.
+    auto: where a micro-batch is so small that the GPU would wait for the host; always: also in large micro-batches; a
+    run that cannot have them is refused."""
     recompute: Literal["none", "norms", "selective", "full", "offload"] = "none"
     """Activations that are computed again in the backward pass. norms: outputs of norms, a sixth of what layers keep,
     for under 1 % of the time; selective: attention's core; full: whole layers, which keep their inputs; offload: whole

@@ -57,10 +57,10 @@ def test_small_micro_batches_have_them(choice: GraphChoice, rows: int, used: boo
     assert uses_cuda_graphs(changed(choice, micro_batch_size=rows), named_model_shape("0.5b")) == used
 
 
-def test_adapters_have_them_where_they_are_asked_for() -> None:
-    for choice, used in (("auto", False), ("always", True)):
-        adapted = dataclasses.replace(changed(choice), model=ModelSpec(lora=LoraSpec(rank=8)))  # type: ignore[arg-type]
-        assert uses_cuda_graphs(adapted, named_model_shape("0.5b")) == used
+@pytest.mark.parametrize(("choice", "rows", "used"), [("auto", 1, True), ("auto", 16, False), ("never", 1, False)])
+def test_adapters_have_them_as_whole_models_have(choice: GraphChoice, rows: int, used: bool) -> None:
+    adapted = dataclasses.replace(changed(choice, micro_batch_size=rows), model=ModelSpec(lora=LoraSpec(rank=8)))
+    assert uses_cuda_graphs(adapted, named_model_shape("0.5b")) == used
 
 
 def planned_overhead(spec: RunSpec, shape: ModelShape) -> float:

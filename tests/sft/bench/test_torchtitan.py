@@ -169,3 +169,11 @@ def test_lora_and_attention_kernels_of_others_are_refused() -> None:
     for workload, attention, message in ((adapted, "auto", "without LoRA"), (whole, "flash4", "not flash4")):
         with pytest.raises(ValueError, match=message):
             torchtitan.run_torchtitan(workload, weights="fp32", attention=attention, micro_batches=1, warmup=0, steps=1)
+
+
+def test_packed_rows_are_refused_where_torch_cannot_mask_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11, whose create_block_mask lacks the argument."""
+    monkeypatch.setattr(torchtitan.flex_attention, "create_block_mask", lambda mask_mod, B, H, Q_LEN, KV_LEN: None)
+    workload = Workload(shape="1b", data="ragged", seq_length=64, rows=1)
+    with pytest.raises(ValueError, match=r"no separate_full_blocks.*use --data full"):
+        torchtitan.run_torchtitan(workload, weights="fp32", attention="auto", micro_batches=1, warmup=0, steps=1)
