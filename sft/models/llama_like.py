@@ -55,6 +55,7 @@ LayerMap = Callable[[ModelShape, str], Layer]
 
 QKV = "self_attention.linear_qkv.weight"
 QKV_BIAS = "self_attention.linear_qkv.bias"
+OUTPUT_BIAS = "self_attention.linear_proj.bias"
 FC1 = "mlp.linear_fc1.weight"
 
 
@@ -210,7 +211,7 @@ def llama_layer(shape: ModelShape, prefix: str, biases: Biases = NO_BIASES) -> L
     if biases.attention:
         maps |= {
             QKV_BIAS: ParameterMap(blocks=(separate_qkv(shape, attention, "bias"),)),
-            "self_attention.linear_proj.bias": vector(f"{attention}o_proj.bias", hidden),
+            OUTPUT_BIAS: vector(f"{attention}o_proj.bias", hidden),
         }
     if biases.mlp:
         maps |= {

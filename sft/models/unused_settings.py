@@ -11,7 +11,10 @@ from launcher.contract.spec import ModelSpec, RunSpec
 
 _OF_ATTENTION = ("attention_dropout", "attn_pdrop")
 _OF_BRANCHES = ("resid_pdrop", "hidden_dropout", "residual_dropout", "embd_pdrop")
-_LEFT_OUT: dict[str, HfConfig] = {"gpt2": dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.1)}
+_LEFT_OUT: dict[str, HfConfig] = {
+    "gpt2": dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.1),
+    "seed_oss": dict.fromkeys(("attention_dropout", "residual_dropout"), 0.1),
+}
 """By model type: dropouts that transformers has where the config does not state them."""
 
 
