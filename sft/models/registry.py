@@ -46,6 +46,7 @@ SUPPORTED = (
     "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
+    "seed_oss",
     "smollm3",
 )
 """The model types that are covered; each is a module of `sft.models.families`."""
