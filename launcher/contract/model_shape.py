@@ -42,14 +42,14 @@ _LANGUAGE_MODELS: dict[str, HfConfig] = {
 _JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
 """Model types whose published files have the matrices of all experts in one tensor."""
 _FOUR_NORMS = ("gemma2", "gemma3_text", "glm4")
-_NORMS_BEHIND = ("olmo2", "olmo3")
-_QK_NORM = ("gemma3_text", "qwen3", "qwen3_moe", *HYBRID)
+_NORMS_BEHIND = ("exaone4", "olmo2", "olmo3")
+_QK_NORM = ("exaone4", "gemma3_text", "qwen3", "qwen3_moe", *HYBRID)
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)
 """Model types whose layers all have it where `use_sliding_window` is true, and none otherwise."""
 _WIDTH_NORM = ("olmo2", "olmo3", "olmoe")
-_WINDOW_IN_ALL_BUT_EACH = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
+_WINDOW_IN_ALL_BUT_EACH = {"exaone4": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
 """Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""
 
 GPT2_KEYS = {
@@ -203,6 +203,7 @@ def _windows(config: HfConfig, model_type: str) -> tuple[int | None, tuple[int, 
         found = [layer for layer in layers if used and layer < bound and layer % 2 == 0]
     elif interval:
         each = config.get("sliding_window_pattern") or interval
+        each = each if isinstance(each, int) else interval  # families that read it refuse anything else
         found = [layer for layer in layers if (layer + 1) % each]
     else:
         found = [layer for layer in layers if used and layer >= bound]

@@ -8,7 +8,7 @@ from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.llama_like import ACTIVATIONS, SMALL, Biases, Layer, llama_layer, rope_of, weight_map
+from sft.models.llama_like import ACTIVATIONS, NO_BIASES, SMALL, Biases, Layer, llama_layer, rope_of, weight_map
 from sft.models.weight_map import vector, whole
 
 
@@ -34,12 +34,18 @@ def _read(config: ConfigReader) -> Architecture:
 
 def olmo_layer(shape: ModelShape, prefix: str, *, attention_bias: bool) -> Layer:
     """Return the maps of a layer."""
-    maps = llama_layer(shape, prefix, Biases(attention=attention_bias))
+    biases = Biases(attention=attention_bias)
+    return layer_with_norms_behind(shape, prefix, biases) | width_norms(shape, prefix)
+
+
+def layer_with_norms_behind(shape: ModelShape, prefix: str, biases: Biases = NO_BIASES) -> Layer:
+    """Return the maps of a layer of Llama's with norms behind attention and MLP in place of those before."""
+    maps = llama_layer(shape, prefix, biases)
     for name in ("input_layernorm.weight", "pre_mlp_layernorm.weight"):
         del maps[name]
     for ours, theirs in (("attention", "attention"), ("mlp", "feedforward")):
         maps[f"post_{ours}_layernorm.weight"] = vector(f"{prefix}post_{theirs}_layernorm.weight", shape.hidden_size)
-    return maps | width_norms(shape, prefix)
+    return maps
 
 
 def width_norms(shape: ModelShape, prefix: str) -> Layer:
