@@ -71,7 +71,18 @@ rounding: one of qwen3_5_moe_text is 2e-7 on one rank and -3e-9 on two, and move
 
 ADAPTABLE = [name for name in SUPPORTED if name != "gpt2"]
 """Families that take adapters. GPT-2's files hold transposed matrices."""
-SLOW_FAMILIES = {"gemma2", "gemma3_text", "glm4_moe", "llama", "ministral3", "mixtral", "olmo3", "qwen3_moe", "smollm3"}
+SLOW_FAMILIES = {
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
+    "glm4_moe",
+    "llama",
+    "ministral3",
+    "mixtral",
+    "olmo3",
+    "qwen3_moe",
+    "smollm3",
+}
 LORA_BY_DEFAULT = [name for name in ADAPTABLE if name in DISTINCT and name not in SLOW_FAMILIES]
 
 

@@ -36,7 +36,9 @@ LIKE_QWEN3_5 = {"qwen3_5_moe_text", "qwen3_next"}
 """The same, beside the dense one with linear attention: they have experts, as others have."""
 DISTINCT = [name for name in OF_TEXT if name not in LIKE_LLAMA | LIKE_QWEN3_5]
 """What such grids run by default; a new family is among them."""
-ON_STAGES = [name for name in DISTINCT if name not in {"gemma2", "glm4", "ministral3", "mixtral", "olmo3", "smollm3"}]
+ON_STAGES = [
+    name for name in DISTINCT if name not in {"exaone4", "gemma2", "glm4", "ministral3", "mixtral", "olmo3", "smollm3"}
+]
 """What those do by default that are about pipeline stages. Stages split the layers of the others as they do these."""
 
 

@@ -455,6 +455,27 @@ def test_refusals_of_models_with_experts(name: str, changes: dict[str, Any], mes
     assert refusal(tmp_path, **{**family(name).small_config, "model_type": name, **changes}) == [message]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sliding_window": None},
+            "sliding_window null without layer_types, by which transformers divides by 0; state both",
+        ),
+        ({"sliding_window_pattern": "LLLG"}, "sliding_window_pattern 'LLLG' is not a number"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern 0 is not above 0"),
+    ],
+)
+def test_exaone4_without_layer_types(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """The published configs have the pattern in letters, which transformers does not read, beside a list of layers."""
+    small = {**family("exaone4").small_config, "model_type": "exaone4", **changes}
+    assert refusal(tmp_path, **small) == [message]
+    layers = ["full_attention"] * 4
+    found = read_architecture(write_config(tmp_path, **{**small, "layer_types": layers}))
+    assert [attention.window for attention in found.attentions] == [None] * 4
+    assert {attention.rotary for attention in found.attentions} == {small["sliding_window"] is None}
+
+
 def test_gemma3_with_images_caps_no_logits(tmp_path: Path) -> None:
     """Seen to cap them; transformers' class with an image tower does not."""
     small: dict[str, Any] = dict(family("gemma3").small_config)

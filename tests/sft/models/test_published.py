@@ -187,6 +187,30 @@ SEED_OSS_36B = {
     "tie_word_embeddings": False,
     "vocab_size": 155136,
 }
+EXAONE4_32B = {
+    "model_type": "exaone4",
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "intermediate_size": 27392,
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 16.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 1000000,
+    "sliding_window": 4096,
+    "sliding_window_pattern": "LLLG",
+    "tie_word_embeddings": False,
+    "vocab_size": 102400,
+}
 OLMOE_1B_7B = {
     "model_type": "olmoe",
     "attention_bias": False,
@@ -346,6 +370,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_oss 120b": GPT_OSS_120B,
     "glm4": GLM4_9B,
     "glm4_moe": GLM_45_AIR,
+    "exaone4": EXAONE4_32B,
     "seed_oss": SEED_OSS_36B,
     "olmoe": OLMOE_1B_7B,
     "qwen2_moe": QWEN15_MOE,
