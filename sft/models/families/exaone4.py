@@ -43,6 +43,7 @@ def _sliding_layers(config: ConfigReader, *, hybrid: bool) -> list[bool]:
         return stated
     if not hybrid:
         config.refuse("sliding_window null without layer_types, by which transformers divides by 0; state both")
+        return [False] * config.shape.num_layers
     each = config.count("sliding_window_pattern", 4)
     return [(layer + 1) % each != 0 for layer in range(config.shape.num_layers)]
 
