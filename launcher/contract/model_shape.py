@@ -21,7 +21,7 @@ HfConfig = dict[str, Any]
 
 _NAMED = "model_shapes.yaml"
 
-_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "smollm3")
+_TIED_BY_DEFAULT = ("ernie4_5", "gemma", "gemma2", "gemma3_text", "gpt2", "smollm3")
 """Model types for which an absent `tie_word_embeddings` means true."""
 
 _LANGUAGE_MODELS: dict[str, HfConfig] = {
