@@ -18,6 +18,7 @@ from sft.models.multimodal import find_language_model, inside, with_nested_names
 from sft.models.stored_names import with_stored_names
 
 SUPPORTED = (
+    "ernie4_5",
     "exaone4",
     "gemma",
     "gemma2",

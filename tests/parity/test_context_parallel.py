@@ -59,7 +59,20 @@ DEFAULT = {
     "cp2_dp2": ("packed",),
 }
 KINDS_OF_POSITIONS = ["qwen2_yarn", "phi3_partial_rope", "llama_llama3_rope_other_numbers", *SUPPORTED]
-PLAIN_ROPE = {"exaone4", "gemma", "glm", "glm4", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss"}
+PLAIN_ROPE = {
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "glm",
+    "glm4",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+}
 """Families that add nothing to what Llama's layouts and forms above show of positions."""
 SAVED: dict[str, Any] = {"max_steps": 6, "every": 2, "keep_last": 9, "packing": True, "lr": 1e-3}
 CELLS = [

@@ -30,7 +30,19 @@ OF_TEXT = [name for name in SUPPORTED if not family(name).multimodal]
 """Families but multimodal ones, whose layers are those of another family: what most grids run by default."""
 
 
-LIKE_LLAMA = {"gemma", "glm", "granite", "mistral", "olmo2", "olmoe", "qwen2", "qwen2_moe", "qwen3", "seed_oss"}
+LIKE_LLAMA = {
+    "ernie4_5",
+    "gemma",
+    "glm",
+    "granite",
+    "mistral",
+    "olmo2",
+    "olmoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "seed_oss",
+}
 """Families with nothing of their own in what documents, answers and adapters do to a layer."""
 LIKE_QWEN3_5 = {"qwen3_5_moe_text", "qwen3_next"}
 """The same, beside the dense one with linear attention: they have experts, as others have."""

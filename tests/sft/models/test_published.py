@@ -211,6 +211,22 @@ EXAONE4_32B = {
     "tie_word_embeddings": False,
     "vocab_size": 102400,
 }
+ERNIE_03B = {
+    "model_type": "ernie4_5",
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000,
+    "tie_word_embeddings": True,
+    "use_bias": False,
+    "vocab_size": 103424,
+}
 OLMOE_1B_7B = {
     "model_type": "olmoe",
     "attention_bias": False,
@@ -371,6 +387,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4": GLM4_9B,
     "glm4_moe": GLM_45_AIR,
     "exaone4": EXAONE4_32B,
+    "ernie4_5": ERNIE_03B,
     "seed_oss": SEED_OSS_36B,
     "olmoe": OLMOE_1B_7B,
     "qwen2_moe": QWEN15_MOE,
