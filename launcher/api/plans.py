@@ -150,7 +150,7 @@ def plan(
     from launcher.planning.choice import kept_keys, own_layout, plan_layouts
     from launcher.planning.run_plan import gpu_of, unknown_gpu
     from launcher.planning.search import with_gpus
-    from launcher.submission.early_refusal import check_model
+    from launcher.submission.early_model import check_model
     from launcher.submission.submission import model_shape_of
 
     loaded = load_config(Path(config), overrides, cluster)

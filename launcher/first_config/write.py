@@ -13,7 +13,7 @@ from launcher.first_config.answers import Answers
 from launcher.first_config.survey import Survey, survey_data, template_for
 from launcher.first_config.text import config_text
 from launcher.planning.run_plan import gpu_of
-from launcher.submission.early_refusal import longest_row
+from launcher.submission.early_model import longest_row
 from launcher.submission.submission import Submission, make_submission, model_shape_of
 
 _MOST_DATA = 1_000_000_000

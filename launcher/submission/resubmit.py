@@ -24,7 +24,7 @@ from launcher.contract.spec import RunSpec, read_resolved
 from launcher.runs.state import RunStatus, collect
 from launcher.scheduler.factory import scheduler_of
 from launcher.submission.claim import claim
-from launcher.submission.early_refusal import check_goes_on
+from launcher.submission.early_resume import check_goes_on
 from launcher.submission.names import free_name
 from launcher.submission.submission import Submission, make_submission
 from launcher.submission.submit import start

@@ -18,7 +18,7 @@ from launcher.contract.errors import ConfigError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.rundir import COMPLETE, RunPaths
 from launcher.contract.spec import ModelSpec, read_resolved
-from launcher.submission import early_refusal
+from launcher.submission import early_resume
 from sft.checkpoint.contents import TrainerState, optimizer_form
 from sft.data.prepared.data_key import data_key
 from sft.data.prepared.prepare import open_or_build
@@ -134,10 +134,10 @@ def test_none_of_it_needs_torch(run: RunPaths) -> None:
 def test_a_model_that_is_converted_first(run: RunPaths) -> None:
     """It has no config.json yet: what does not depend on it is told all the same."""
     spec = dataclasses.replace(read_resolved(run.config), model=ModelSpec(path="model.gguf"))
-    early_refusal._check_resume(spec, run.checkpoints)
+    early_resume.check_resume_from(spec, run.checkpoints)
     other = dataclasses.replace(spec, train=dataclasses.replace(spec.train, seed=7))
     with pytest.raises(ConfigError, match=r"over other batches: train\.seed was 1234, is 7"):
-        early_refusal._check_resume(other, run.checkpoints)
+        early_resume.check_resume_from(other, run.checkpoints)
 
 
 def test_a_child_that_has_no_checkpoint_of_its_own_yet(run: RunPaths) -> None:
@@ -146,4 +146,4 @@ def test_a_child_that_has_no_checkpoint_of_its_own_yet(run: RunPaths) -> None:
     wait_for(lambda: state(child).terminal)
     write_jsonl(Path("a.jsonl"), make_chat_rows(12, 3))
     with pytest.raises(ConfigError, match=r"over other batches: data\.train was sha256:"):
-        early_refusal.check_goes_on(read_resolved(child.config), child)
+        early_resume.check_goes_on(read_resolved(child.config), child)
