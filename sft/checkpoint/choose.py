@@ -19,7 +19,7 @@ from pathlib import Path
 from launcher.contract.errors import CheckpointError, RunStateError
 from launcher.contract.rundir import RunPaths, checkpoint_step
 from launcher.contract.spec import RunSpec
-from sft.checkpoint.contents import BestSteps, TrainerState
+from sft.checkpoint.contents import BestSteps, Comparison, TrainerState
 from sft.checkpoint.files import changed_bytes, damage
 
 _READERS = 8
@@ -70,7 +70,7 @@ def _by_rank(complete: list[Path], spec: RunSpec) -> Iterator[Choice]:
     metric = ranking.best_metric
     known = _ranked(complete)
     # The run may have been given another metric since, by which nothing was ranked yet.
-    counts = ranking.export_step == "best" and known.compares(metric, ranking.best_mode)
+    counts = ranking.export_step == "best" and known.compared.agrees(Comparison(metric, ranking.best_mode))
     ranked = known.best if counts else ()
     for best in ranked:
         if best.step in by_step:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
@@ -32,6 +32,28 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """By what evaluations are compared. Earlier checkpoints do not say it: None there."""
+
+    metric: str | None = None
+    mode: str | None = None
+    """Whether it is better "min" or "max"."""
+    measured_on: str | None = None
+    """The files that it was measured on."""
+
+    @classmethod
+    def from_json(cls, values: Json) -> Comparison:
+        """Read its fields from a callback's state. ValueError where they are something else."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(None if values.get(name) is None else _checked(values, name, str) for name in names))
+
+    def agrees(self, other: Comparison) -> bool:
+        """Return whether values of both can be compared, as far as both say."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
+@dataclass(frozen=True, slots=True)
 class RankedStep:
     """An evaluation that is among the best of its run."""
 
@@ -48,26 +70,19 @@ class BestSteps:
     run: str
     """Directory of the run that they belong to."""
     best: tuple[RankedStep, ...]
-    metric: str | None = None
-    """What was compared, and whether it is better "min" or "max"; None in earlier checkpoints."""
-    mode: str | None = None
-    measured_on: str | None = None
-    """The files that it was measured on; None in earlier checkpoints."""
+    compared: Comparison = Comparison()
 
     def to_json(self) -> dict[str, object]:
         """Return the form in which trainer.json has it."""
-        return dataclasses.asdict(self) | {"best": [dataclasses.asdict(ranked) for ranked in self.best]}
+        best = [dataclasses.asdict(ranked) for ranked in self.best]
+        return {"run": self.run, "best": best} | dataclasses.asdict(self.compared)
 
     @classmethod
     def from_json(cls, values: Json) -> BestSteps:
         """Read what `to_json` gave. ValueError where it is something else."""
         best = _checked(values, "best", list)
         ranked = (RankedStep(_checked(item, "step", int), _checked(item, "value", float)) for item in best)
-        return cls(_checked(values, "run", str), tuple(ranked), *_compared(values))
-
-    def compares(self, metric: str, mode: str) -> bool:
-        """Return whether this metric was compared, in this direction, as far as is known."""
-        return self.metric in (None, metric) and self.mode in (None, mode)
+        return cls(_checked(values, "run", str), tuple(ranked), Comparison.from_json(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +96,19 @@ class EarlyStoppingState:
     best_step: int = 0
     waited: int = 0
     """Evaluations since then."""
-    metric: str | None = None
-    """What was compared, and whether it is better "min" or "max"; None in earlier checkpoints."""
-    mode: str | None = None
-    measured_on: str | None = None
-    """The files that it was measured on; None in earlier checkpoints."""
+    compared: Comparison = Comparison()
 
     def to_json(self) -> dict[str, object]:
         """Return the form in which trainer.json has it."""
-        return dataclasses.asdict(self)
+        seen = {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+        return seen | dataclasses.asdict(self.compared)
 
     @classmethod
     def from_json(cls, values: Json) -> EarlyStoppingState:
         """Read what `to_json` gave. ValueError where it is something else."""
         best = None if values.get("best") is None else _checked(values, "best", float)
         step, waited = _checked(values, "best_step", int), _checked(values, "waited", int)
-        return cls(best, step, waited, *_compared(values))
+        return cls(best, step, waited, Comparison.from_json(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +242,6 @@ def optimizer_form(train: TrainSpec) -> dict[str, object]:
     # Without sharding, master weights are stored where there are some, and have no place to be loaded into elsewhere.
     precision = "fp32" if train.precision == "fp32" else "bf16 or fp8"
     return {"train.optimizer.distributed": False, "train.precision": precision}
-
-
-def _compared(values: Json) -> Iterator[str | None]:
-    """Yield metric, mode and measured_on of a callback's state, None where an earlier version did not write them."""
-    for name in ("metric", "mode", "measured_on"):
-        yield None if values.get(name) is None else _checked(values, name, str)
 
 
 def _checked(values: object, name: str, kind: type[T]) -> T:

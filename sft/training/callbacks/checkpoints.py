@@ -11,7 +11,7 @@ from launcher.contract.lease import Keeper
 from launcher.contract.rundir import checkpoint_step
 from launcher.contract.spec import RunSpec
 from sft.checkpoint import files as checkpoint_files
-from sft.checkpoint.contents import BestSteps, RankedStep
+from sft.checkpoint.contents import BestSteps, Comparison, RankedStep
 from sft.metrics.run_log import RunLog
 from sft.runtime import lightning as pl
 from sft.runtime.deadline import Deadline
@@ -27,7 +27,8 @@ class BestCheckpoints:
 
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec.checkpoint_ranking
-        self._measured_on = measured_on(spec, self._spec.best_metric)
+        metric = self._spec.best_metric
+        self._compared = Comparison(metric, self._spec.best_mode, measured_on(spec, metric))
         self._ranked: list[RankedStep] = []
 
     @property
@@ -48,14 +49,12 @@ class BestCheckpoints:
 
     def state(self, run: str) -> BestSteps:
         """Return what a checkpoint of the run in directory `run` keeps."""
-        compared = (self._spec.best_metric, self._spec.best_mode, self._measured_on)
-        return BestSteps(run, tuple(self._ranked), *compared)
+        return BestSteps(run, tuple(self._ranked), self._compared)
 
     def restore(self, state: BestSteps) -> None:
         """Go on from what `state` gave, with as many as are kept now, unless something else was compared."""
         # A run that goes on with other settings may have changed it: old values would be taken for those of the new.
-        same = state.measured_on in (None, self._measured_on)
-        if same and state.compares(self._spec.best_metric, self._spec.best_mode):
+        if state.compared.agrees(self._compared):
             self._ranked = list(state.best)[: self._spec.keep_best]
 
     def keep_only(self, steps: Collection[int]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from launcher.contract.spec import RunSpec
-from sft.checkpoint.contents import EarlyStoppingState
+from sft.checkpoint.contents import Comparison, EarlyStoppingState
 
 
 def is_better(value: float, than: float, mode: Literal["min", "max"], min_delta: float = 0.0) -> bool:
@@ -21,19 +21,16 @@ class EarlyStopping:
 
     def __init__(self, spec: RunSpec, state: EarlyStoppingState | None = None) -> None:
         self._spec = spec.train.early_stopping
-        self.state = EarlyStoppingState(
-            metric=self._spec.metric, mode=self._spec.mode, measured_on=measured_on(spec, self._spec.metric)
-        )
+        compared = Comparison(self._spec.metric, self._spec.mode, measured_on(spec, self._spec.metric))
+        self.state = EarlyStoppingState(compared=compared)
         if state is not None:
             self.restore(state)
 
     def restore(self, state: EarlyStoppingState) -> None:
         """Count on from what a checkpoint has seen, unless that was something else: its best says nothing here."""
-        # A run that goes on with other settings may have changed it. Earlier checkpoints do not say what it was.
-        names = ("metric", "mode", "measured_on")
-        own = {name: getattr(self.state, name) for name in names}
-        if all(getattr(state, name) in (None, own[name]) for name in names):
-            self.state = dataclasses.replace(state, **own)
+        own = self.state.compared  # a run that goes on with other settings may have changed it
+        if state.compared.agrees(own):
+            self.state = dataclasses.replace(state, compared=own)
 
     @property
     def is_due(self) -> bool:
