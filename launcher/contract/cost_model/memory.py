@@ -122,8 +122,8 @@ def layer_activation_bytes(
     per_token += (_kept_by_linear_attention if kind.linear else _kept_by_attention)(shape, layout)
     mlp = _kept_by_mlp(workload, topology, implementation, kind)
     if shape.num_experts and not kind.dense:
-        rows = busiest_rank(topology) * _kept_by_experts(workload, implementation)
-        per_token += (mlp * shape.shared_expert_size + rows) / tensor
+        rows = expert_rows(shape, topology) * _kept_by_experts(workload, topology, implementation)
+        per_token += mlp * shape.shared_expert_size / tensor + rows
     else:
         per_token += mlp * shape.ffn_hidden_size / tensor
     return per_token * workload.width * micro_batch_tokens(workload, topology)
@@ -138,12 +138,12 @@ def _kept_by_mlp(workload: Workload, topology: Topology, implementation: Impleme
     return implementation.saved_mlp - (implementation.spares_mlp_output and whole)
 
 
-def _kept_by_experts(workload: Workload, implementation: Implementation) -> float:
-    """Return how many numbers a token's experts keep for it: their inputs, and of the unit between their products."""
+def _kept_by_experts(workload: Workload, topology: Topology, implementation: Implementation) -> float:
+    """Return how many numbers an expert keeps for a row: its input, and of the unit between its products."""
     shape = workload.shape
     adapted = workload.adapted and expert_adapters(shape, workload.lora) > 0
     unit = implementation.saved_mlp - (implementation.spares_mlp_output and not adapted)
-    return shape.experts_per_token * (shape.hidden_size + unit * shape.expert_ffn_hidden_size)
+    return shape.hidden_size + unit * shape.expert_ffn_hidden_size / topology.expert_tensor_parallel
 
 
 def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
@@ -177,6 +177,16 @@ def _kept_by_linear_attention(shape: ModelShape, layout: Layout) -> float:
 def busiest_rank(topology: Topology) -> float:
     """Return how many times the mean number of tokens the busiest of the ranks that share experts gets."""
     return min(EXPERT_IMBALANCE, topology.expert_parallel)
+
+
+def expert_rows(shape: ModelShape, topology: Topology) -> float:
+    """Return how many rows the experts of the busiest rank get for each token of a rank's micro-batch.
+
+    Of tensor parallel ranks that share tokens, those with whole experts send each its own part of these there; those
+    that share experts send them together, and each gets all of the rows.
+    """
+    shares = topology.tensor_parallel / topology.expert_tensor_parallel
+    return shape.experts_per_token * busiest_rank(topology) / shares
 
 
 def chunks_in_flight(topology: Topology, micro_batches: int, stage: int) -> int:
@@ -222,9 +232,8 @@ def _used_by_experts(workload: Workload, topology: Topology, stage: int) -> floa
     routed = [kind for kind in kinds if shape.num_experts and not kind.dense]
     if not routed:
         return 0.0
-    rows = micro_batch_tokens(workload, topology) * shape.experts_per_token * busiest_rank(topology)
-    rows /= topology.tensor_parallel
-    around, unit = 2 * shape.hidden_size, shape.expert_ffn_hidden_size
+    rows = micro_batch_tokens(workload, topology) * expert_rows(shape, topology)
+    around, unit = 2 * shape.hidden_size, shape.expert_ffn_hidden_size / topology.expert_tensor_parallel
     most = rows * (around + 2 * unit) * workload.width
     if workload.fp8.experts and any(kind.fp8 for kind in routed):
         rounded = rows * 2 * unit + expert_layer_parameters(shape, topology) * 2 / 3

@@ -18,7 +18,7 @@ from launcher.contract.cost_model.implementation import (
     Implementation,
 )
 from launcher.contract.cost_model.layer_kinds import LayerKind
-from launcher.contract.cost_model.memory import busiest_rank, micro_batch_tokens
+from launcher.contract.cost_model.memory import expert_rows, micro_batch_tokens
 from launcher.contract.cost_model.products import (
     Product,
     layer_products,
@@ -105,8 +105,7 @@ def _moved(
     moved = implementation.passes_hidden * shape.hidden_size / (tensor if topology.sequence_parallel else 1)
     moved += implementation.passes_ffn * width / tensor
     if shape.num_experts and not kind.dense:
-        rows = shape.experts_per_token * busiest_rank(topology) * topology.expert_tensor_parallel / tensor
-        moved += implementation.passes_expert_rows * rows * shape.hidden_size
+        moved += implementation.passes_expert_rows * expert_rows(shape, topology) * shape.hidden_size
     if workload.adapted:
         one = tensor == 1 and implementation.adds_adapters_in_products and workload.adds_adapters_in_products
         moved += sum(
@@ -168,10 +167,7 @@ def _exchanged_rows(workload: Workload, topology: Topology, gpu: GpuKind) -> flo
     if topology.expert_parallel == 1:
         return 0.0
     shape = workload.shape
-    # Tensor parallel ranks with a part of every expert all send all tokens; others send those of their own part.
-    senders = topology.tensor_parallel // topology.expert_tensor_parallel
-    tokens = micro_batch_tokens(workload, topology) / senders
-    rows = tokens * shape.experts_per_token * busiest_rank(topology) * ring(topology.expert_parallel)
+    rows = micro_batch_tokens(workload, topology) * expert_rows(shape, topology) * ring(topology.expert_parallel)
     span = topology.expert_parallel * topology.expert_tensor_parallel
     rate = link_rate(gpu, topology.expert_parallel, crosses=span > topology.ranks_per_node)
     return 4 * rows * shape.hidden_size * workload.width / rate

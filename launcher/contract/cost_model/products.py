@@ -18,7 +18,7 @@ from launcher.contract.cost_model.implementation import (
     Implementation,
 )
 from launcher.contract.cost_model.layer_kinds import LayerKind
-from launcher.contract.cost_model.memory import busiest_rank, micro_batch_tokens
+from launcher.contract.cost_model.memory import busiest_rank, expert_rows, micro_batch_tokens
 from launcher.contract.cost_model.workload import Workload, expert_layer_parameters
 from launcher.contract.flops import active_expert_parameters, router_parameters
 from launcher.contract.hardware import GpuKind
@@ -132,17 +132,13 @@ def _dense(topology: Topology, place: Place, linears: tuple[Linear, ...], *, rep
 
 
 def _experts(workload: Workload, topology: Topology) -> Product:
-    """Return the products of the busiest rank's experts, for which the others wait, and of the router.
-
-    Where tensor parallel ranks have whole experts, each of them sends its own part of the tokens there.
-    """
+    """Return the products of the busiest rank's experts, for which the others wait, and of the router."""
     shape, tensor, cut = workload.shape, topology.tensor_parallel, topology.expert_tensor_parallel
-    busiest = busiest_rank(topology)
-    rows = shape.experts_per_token * busiest * cut / tensor
+    rows = expert_rows(shape, topology)
     numbers = 2 * shape.hidden_size + (3 if shape.gated_mlp else 2) * shape.expert_ffn_hidden_size / cut
     met = micro_batch_tokens(workload, topology) * rows * topology.expert_parallel / shape.num_experts
     return Product(
-        weights=busiest * active_expert_parameters(shape) / tensor + router_parameters(shape) / tensor,
+        weights=busiest_rank(topology) * active_expert_parameters(shape) / tensor + router_parameters(shape) / tensor,
         read=expert_layer_parameters(shape, topology),
         outer=rows * numbers,
         experts=True,

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from launcher.__main__ import main
 from launcher.contract.cost_model.assumptions import implementation_of, workload_of
 from launcher.contract.cost_model.implementation import CURRENT, FUSED, PAIR_RATE, PLAIN
-from launcher.contract.cost_model.memory import chunks_in_flight, largest_stage, layer_activation_bytes, pipeline_memory
+from launcher.contract.cost_model.memory import (
+    EXPERT_IMBALANCE,
+    chunks_in_flight,
+    largest_stage,
+    layer_activation_bytes,
+    pipeline_memory,
+)
 from launcher.contract.cost_model.predict import Candidate, evaluate
 from launcher.contract.cost_model.step_time import StepTime
 from launcher.contract.cost_model.workload import (
@@ -220,6 +226,21 @@ def test_the_first_layers_are_recomputed_and_not_average_ones() -> None:
     assert kept[0] < kept[1]
     # Its inputs stay, and when it is recomputed it is there as it was.
     assert after - before == pytest.approx(inputs)
+
+
+def test_ranks_that_share_experts_keep_the_inputs_of_all_rows() -> None:
+    """With whole experts, each tensor parallel rank sends its own half of the tokens away, and gets as many."""
+    shape, spec = named_model_shape("30b-a3b"), run(nodes=1, gpus=2, batch=2)
+    workload = workload_of(spec, shape)
+    shared = layout(layers=48, tensor=2)
+    whole = dataclasses.replace(shared, expert_parallel=2, expert_tensor_parallel=1)
+    rows = 8 * 4096
+    inputs, unit = shape.hidden_size, FUSED.saved_mlp * shape.expert_ffn_hidden_size
+    kept = [
+        layer_activation_bytes(workload, Layout(topology=each), FUSED, workload.kinds[0]) for each in (shared, whole)
+    ]
+    expected = [rows * (inputs + unit / 2), EXPERT_IMBALANCE * rows / 2 * (inputs + unit)]
+    assert kept[0] - kept[1] == pytest.approx(2 * (expected[0] - expected[1]))
 
 
 def test_stages_with_the_same_layers_in_other_chunks_recompute_others() -> None:
