@@ -166,7 +166,7 @@ def _train(
         stops = prepared.stop_tokens
         answers = PromptAnswers(spec, tokenizer_dir, model_dir, log, trained_stops=stops, metric=metric)
     evaluation = EvaluationCallback(spec, held_out, answers, log)
-    guard = GuardCallback(spec.train, log, data.example_ids)
+    guard = GuardCallback(spec, log, data.example_ids)
     progress = ProgressCallback(log, data.schedule.consumed_examples)
     # Their order matters at each step boundary: each uses the results of those before it.
     deadline = Deadline.from_environ(spec.resources.signal_seconds)

@@ -121,27 +121,37 @@ def test_bad_last_step_is_seen(tmp_path: Path, material: tuple[Path, Path]) -> N
 
 
 def test_rewind_takes_back_the_weights_and_not_the_data(tmp_path: Path, material: tuple[Path, Path]) -> None:
-    """Steps 3 to 5 are left out: weights before step 6 are those of the checkpoint of step 2."""
-    settings = {"on_bad_step": "rewind", "every": 2, "keep_last": 9, "max_steps": 7}
+    """The verdict on step 4 is read after step 5: both are left out, and step 6 begins with the weights of step 3."""
+    settings = {"on_bad_step": "rewind", "every": 3, "keep_last": 9, "max_steps": 7}
     paths = make_run(tmp_path, *material, ranks=2, topology={"tensor_parallel": 2}, **settings)
     for code, states in run_ranks(2, train_with_bad_steps, paths.config, float("nan"), 4, 4):
         assert code == ExitCode.OK
-        assert states[5] == states[2]
+        assert states[5] == states[3]
         assert states[6] != states[5]
-    assert [(event["step"], event["checkpoint"]) for event in events(paths, "rewound")] == [(5, "step-00000002")]
+    assert [(event["step"], event["checkpoint"]) for event in events(paths, "rewound")] == [(5, "step-00000003")]
     assert [record["step"] for record in read_lines(paths.metrics)] == list(range(1, 8))
 
 
+def test_a_save_waits_for_the_verdict_on_its_step(tmp_path: Path, material: tuple[Path, Path]) -> None:
+    """Seen to fail: step 4 was saved before it was known to be bad, and step 2, the only one before it, removed."""
+    settings = {"on_bad_step": "rewind", "every": 2, "keep_last": 1, "max_steps": 5}
+    paths = make_run(tmp_path, *material, ranks=1, **settings)
+    ((code, states),) = run_ranks(1, train_with_bad_steps, paths.config, float("nan"), 4, 4)
+    assert code == ExitCode.OK
+    assert states[4] == states[2] != states[3]
+    assert [(event["step"], event["checkpoint"]) for event in events(paths, "rewound")] == [(4, "step-00000002")]
+
+
 def test_a_restart_goes_on_from_the_weights_of_a_rewind(tmp_path: Path, material: tuple[Path, Path]) -> None:
-    """Seen to fail: killed after the rewind at step 5, the run went on from the checkpoint of step 4, and from what the
-    rewind had taken back."""
-    settings: dict[str, Any] = {"on_bad_step": "rewind", "every": 2, "keep_last": 9, "max_steps": 7}
+    """Seen to fail: killed after the rewind at step 5, the run went on from the checkpoint of step 3, with examples
+    that the rewind had left out."""
+    settings: dict[str, Any] = {"on_bad_step": "rewind", "every": 3, "keep_last": 9, "max_steps": 7}
     whole = make_run(tmp_path, *material, ranks=1, name="whole", **settings)
     run_ranks(1, train_with_bad_steps, whole.config, float("nan"), 4, 4)
     paths = make_run(tmp_path, *material, ranks=1, **settings)
     with pytest.raises(RankFailure, match="died without a word"):
         run_ranks(1, train_until_killed, paths.config, 4, 6)
-    assert [checkpoint_step(path) for path in paths.complete_checkpoints()] == [2, 4, 5]
+    assert [checkpoint_step(path) for path in paths.complete_checkpoints()] == [3, 5]
     run_training(paths, 1)
     ends = [[(line["step"], line["loss"]) for line in read_lines(run.metrics)][5:] for run in (whole, paths)]
     assert ends[0] == ends[1]

@@ -2,8 +2,9 @@
 
 The device decides whether a step is bad and keeps the optimizer from applying it (sft.megatron.optim.optimizer), so a
 bad update never happens, whatever the policy. The host learns of it one step later, by an asynchronous copy: it never
-waits, and one more step is done by then. `train.on_bad_step` decides what follows. All ranks decide alike, since loss
-and norm are the same on all.
+waits, and one more step is done by then, unless what the step left is to be saved or evaluated: then it waits, so that
+no checkpoint holds what a rewind takes back. `train.on_bad_step` decides what follows. All ranks decide alike, since
+loss and norm are the same on all.
 
 `rewind` takes back the weights and not the step count. A spike tends to come from the updates before it, and the same
 examples from the same weights would give the same spike again. So the examples between the checkpoint and now are left
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from launcher.contract.rundir import append_line, checkpoint_step
-from launcher.contract.spec import TrainSpec
+from launcher.contract.spec import RunSpec
 from sft.checkpoint.contents import BadStepState
 from sft.engine.module import SFTGPT
 from sft.engine.results import StepResult
@@ -67,8 +68,9 @@ class _Pending:
 class GuardCallback(pl.Callback):
     """Checks each step one step late, records the examples of bad steps, and applies the policy."""
 
-    def __init__(self, spec: TrainSpec, log: RunLog, example_ids: Callable[[int], Sequence[int | str]]) -> None:
-        self._policy = spec.on_bad_step
+    def __init__(self, spec: RunSpec, log: RunLog, example_ids: Callable[[int], Sequence[int | str]]) -> None:
+        self._policy = spec.train.on_bad_step
+        self._kept_every = [every for every in (spec.checkpoint.every, spec.train.eval_every) if every]
         self._log = log
         self._example_ids = example_ids
         self._pending: _Pending | None = None
@@ -98,8 +100,8 @@ class GuardCallback(pl.Callback):
         self.rewound = False
         before, self._pending = self._pending, _Pending.of(result)
         first_bad = before.step if before is not None and self._examine(before) else None
-        if first_bad is not None or result.step == self._log.max_steps:
-            # Check the step just done as well: a rewind would discard its weights, or it is the last of the run.
+        if first_bad is not None or self._is_kept(result.step):
+            # Check the step just done as well: a rewind would discard its weights.
             bad = self._examine_rest()
             first_bad = result.step if first_bad is None and bad else first_bad
         if first_bad is not None:
@@ -112,6 +114,10 @@ class GuardCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._examine_rest()
+
+    def _is_kept(self, step: int) -> bool:
+        """Return whether what this step left is saved or evaluated, as after the last one."""
+        return step == self._log.max_steps or any(step % every == 0 for every in self._kept_every)
 
     def _follow(self, strategy: MegatronStrategy, step: int, first_bad: int) -> None:
         """Do after `step` what the policy says of bad steps from `first_bad` on."""
