@@ -21,7 +21,7 @@ HfConfig = dict[str, Any]
 
 _NAMED = "model_shapes.yaml"
 
-_TIED_BY_DEFAULT = ("ernie4_5", "gemma", "gemma2", "gemma3_text", "gpt2", "smollm3")
+_TIED_BY_DEFAULT = ("ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "smollm3")
 """Model types for which an absent `tie_word_embeddings` means true."""
 
 _LANGUAGE_MODELS: dict[str, HfConfig] = {
@@ -60,6 +60,8 @@ GPT2_KEYS = {
     "max_position_embeddings": "n_positions",
 }
 """The names of the sizes in GPT-2's config."""
+ERNIE_KEYS = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
+"""The names of the numbers of experts in ERNIE's config."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +134,8 @@ class ModelShape:
             named = {ours: config.get(theirs, config.get(ours)) for ours, theirs in GPT2_KEYS.items()}
             config = config | named | {"num_key_value_heads": None, "head_dim": None}  # GPT-2 reads neither
             config["intermediate_size"] = config.get("intermediate_size") or 4 * (config.get("hidden_size") or 0)
+        if model_type == "ernie4_5_moe":
+            config = config | _of_ernie(config)
         if model_type == "qwen3_5_moe_text":  # none of its layers is dense
             config = {"intermediate_size": config.get("moe_intermediate_size"), **config}
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -181,6 +185,18 @@ def language_model_config(config: HfConfig) -> HfConfig:
         return config
     above = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
     return {**_LANGUAGE_MODELS.get(str(config.get("model_type")), {}), **text, **above}
+
+
+def _of_ernie(config: HfConfig) -> HfConfig:
+    """Return what the config of an ERNIE with experts means, by the names that others have."""
+    named = {ours: config.get(theirs) for ours, theirs in ERNIE_KEYS.items()}
+    shared = config.get("moe_num_shared_experts", 2)
+    keys = {"num_hidden_layers": 0, "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1}
+    stated = [config.get(key, default) for key, default in keys.items()]
+    layers, start, end, interval = (number if isinstance(number, int) else 0 for number in stated)
+    last = layers - 1 if end == -1 else end
+    dense = [layer for layer in range(layers) if (layer + 1) % (interval or 1) or not start <= layer <= last]
+    return {**named, "n_shared_experts": shared, "mlp_only_layers": dense}
 
 
 def _windows(config: HfConfig, model_type: str) -> tuple[int | None, tuple[int, ...]]:

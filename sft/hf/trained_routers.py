@@ -11,7 +11,7 @@ from sft.models.architecture import Architecture
 
 _TRAINED = ("mlp.router.weight", "mlp.router.logit_bias")
 _BIAS = "mlp.router.bias"
-_MODULES = {".block_sparse_moe.": ".mlp."}
+_MODULES = {".block_sparse_moe.": ".mlp.", ".mlp.moe_statics.": ".mlp.gate.moe_statics."}
 """Where transformers keeps routers and experts under another name than the files of their family do."""
 
 

@@ -101,6 +101,8 @@ class Experts:
     """Of each expert."""
     normalized: bool
     """Whether the scores of the chosen experts are divided by their sum."""
+    smallest_sum: float | None = None
+    """What they are divided by if their sum is less; None for no bound."""
     scores: Scores = "softmax"
     """What the router makes of its logits."""
     selection_bias: bool = False

@@ -50,7 +50,7 @@ class Router(nn.Module):
         chosen = choose(scores.detach(), self.bias, self.experts)
         weights = scores.gather(-1, chosen)
         if self.experts.normalized:
-            weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
+            weights = weights / self._divisor(weights.sum(-1, keepdim=True))
         if self.experts.scaling != 1.0:
             weights = weights * self.experts.scaling
         # A layer that is recomputed comes here twice, the first time without gradients.
@@ -60,6 +60,10 @@ class Router(nn.Module):
         if self.documents.step.recorded:
             self.record.add(logits.detach(), scores.detach(), chosen, self.documents, loss)
         return weights, chosen
+
+    def _divisor(self, total: Tensor) -> Tensor:
+        bound = self.experts.smallest_sum
+        return total + _TINY if bound is None else total.clamp(min=bound)
 
 
 def choose(scores: Tensor, bias: Tensor | None, experts: Experts) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, cast
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Glm4MoeConfig
+from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
 from sft.megatron.core import TransformerConfig
@@ -65,6 +66,27 @@ def test_sigmoid_scores_by_groups_and_bias(groups: int, chosen_groups: int, norm
     factors = torch.randn(50, CHOSEN)
     (gradient,) = torch.autograd.grad((weights.gather(-1, order) * factors).sum(), tokens)
     (wanted,) = torch.autograd.grad((expected.gather(-1, expected_order) * factors).sum(), tokens)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bound", [1e-12, 0.4])
+def test_sums_that_are_bounded_below(bound: float) -> None:
+    """ERNIE's: about half of these sums are below 0.4, and their tokens' weights then depend on one score each."""
+    ours = router(selection_bias=True, smallest_sum=bound)
+    config = Ernie4_5_MoeConfig(hidden_size=HIDDEN, moe_num_experts=EXPERTS, moe_k=CHOSEN, moe_norm_min=bound)
+    theirs = Ernie4_5_MoeTopKRouter(config)
+    assert ours.bias is not None
+    bias = ours.bias.view(1, -1)
+    theirs.load_state_dict({"weight": ours.weight.detach(), "moe_statics.e_score_correction_bias": bias})
+    tokens = torch.randn(50, HIDDEN, requires_grad=True)
+    weights, chosen = ours(tokens)
+    _, expected, expected_chosen = theirs(tokens)
+    assert torch.equal(chosen, expected_chosen)
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-8)
+    assert bool((weights.sum(-1) < 0.99).any()) == (bound == 0.4)
+    factors = torch.randn(50, CHOSEN)
+    (gradient,) = torch.autograd.grad((weights * factors).sum(), tokens)
+    (wanted,) = torch.autograd.grad((expected * factors).sum(), tokens)
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
 
 
