@@ -19,6 +19,7 @@ from sft.models.stored_names import with_stored_names
 
 SUPPORTED = (
     "ernie4_5",
+    "ernie4_5_moe",
     "exaone4",
     "gemma",
     "gemma2",

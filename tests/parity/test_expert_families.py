@@ -36,7 +36,11 @@ from tests.tiny_model import make_chat_rows, write_jsonl
 
 pytestmark = pytest.mark.parity
 
-ROUTERS = {"gpt_oss": ("mlp.router.weight", "mlp.router.bias"), "mixtral": ("block_sparse_moe.gate.weight",)}
+ROUTERS = {
+    "ernie4_5_moe": ("mlp.gate.weight",),
+    "gpt_oss": ("mlp.router.weight", "mlp.router.bias"),
+    "mixtral": ("block_sparse_moe.gate.weight",),
+}
 """What the files of families with names of their own call routers' tensors."""
 BIAS = "model.layers.2.mlp.gate.e_score_correction_bias"
 

@@ -49,7 +49,9 @@ LIKE_QWEN3_5 = {"qwen3_5_moe_text", "qwen3_next"}
 DISTINCT = [name for name in OF_TEXT if name not in LIKE_LLAMA | LIKE_QWEN3_5]
 """What such grids run by default; a new family is among them."""
 ON_STAGES = [
-    name for name in DISTINCT if name not in {"exaone4", "gemma2", "glm4", "ministral3", "mixtral", "olmo3", "smollm3"}
+    name
+    for name in DISTINCT
+    if name not in {"ernie4_5_moe", "exaone4", "gemma2", "glm4", "ministral3", "mixtral", "olmo3", "smollm3"}
 ]
 """What those do by default that are about pipeline stages. Stages split the layers of the others as they do these."""
 

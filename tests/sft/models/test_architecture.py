@@ -435,6 +435,17 @@ def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: lis
             {"n_shared_experts": 0},
             "n_shared_experts 0 is not supported: layers with experts have a shared one",
         ),
+        (
+            "ernie4_5_moe",
+            {"num_experts": 9},
+            "num_experts is another name of moe_num_experts in transformers; state moe_num_experts alone",
+        ),
+        (
+            "ernie4_5_moe",
+            {"moe_layer_start_index": 4},
+            "moe_layer_start_index, moe_layer_end_index and moe_layer_interval leave no layer with experts",
+        ),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias true is not supported"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported for model type olmoe"),
         ("olmoe", {"clip_qkv": 0}, "clip_qkv 0 is not supported"),
         ("olmoe", {"attention_bias": True}, "attention_bias true is not supported"),

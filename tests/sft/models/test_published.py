@@ -227,6 +227,30 @@ ERNIE_03B = {
     "use_bias": False,
     "vocab_size": 103424,
 }
+ERNIE_21B_A3B = {
+    "model_type": "ernie4_5_moe",
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": 1536,
+    "moe_k": 6,
+    "moe_layer_end_index": 27,
+    "moe_layer_interval": 1,
+    "moe_layer_start_index": 1,
+    "moe_num_experts": 64,
+    "moe_num_shared_experts": 2,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "use_bias": False,
+    "vocab_size": 103424,
+}
 OLMOE_1B_7B = {
     "model_type": "olmoe",
     "attention_bias": False,
@@ -388,6 +412,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4_moe": GLM_45_AIR,
     "exaone4": EXAONE4_32B,
     "ernie4_5": ERNIE_03B,
+    "ernie4_5_moe": ERNIE_21B_A3B,
     "seed_oss": SEED_OSS_36B,
     "olmoe": OLMOE_1B_7B,
     "qwen2_moe": QWEN15_MOE,
@@ -419,6 +444,7 @@ def test_published_configs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
+        ("ernie4_5_moe", 21.8),
         ("glm4_moe", 106.9),
         ("gpt_oss", 20.9),
         ("gpt_oss 120b", 116.8),
