@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from launcher.contract.copy_folder import remove_stale_copies
-from launcher.contract.errors import CheckpointError, ConfigError, TrainingError
+from launcher.contract.errors import ConfigError, TrainingError
 from launcher.contract.exit_codes import ExitCode
 from launcher.contract.lease import Keeper, held
-from launcher.contract.rundir import RunPaths, checkpoint_step, complete_checkpoints, step_folders
+from launcher.contract.rundir import RunPaths
 from launcher.contract.spec import RunSpec, read_resolved
 from launcher.contract.topology import Topology, build_topology, describe_batch
-from sft.checkpoint.files import damage
-from sft.checkpoint.load import newest_usable, read_trainer_state
 from sft.data.prepared.prepare import open_or_build
 from sft.engine.module import SFTGPT
 from sft.generation.answers import PromptAnswers
@@ -34,6 +33,7 @@ from sft.metrics.loss_plot import plot_loss
 from sft.metrics.mfu import utilization
 from sft.metrics.run_log import RunLog
 from sft.model_source import resolve_model_dir
+from sft.models.architecture import Architecture
 from sft.models.registry import read_architecture
 from sft.runtime import lightning as pl
 from sft.runtime.deadline import Deadline
@@ -43,14 +43,14 @@ from sft.runtime.stop import StopFlag
 from sft.training.callbacks.bad_steps import GuardCallback
 from sft.training.callbacks.checkpoints import CheckpointCallback
 from sft.training.callbacks.copies import CopyCallback
-from sft.training.callbacks.early_stopping import EarlyStopping
 from sft.training.callbacks.evaluation import EvaluationCallback, held_out_batches
 from sft.training.callbacks.progress import ProgressCallback
 from sft.training.callbacks.startup import StartupCallback
 from sft.training.callbacks.watchdog_marks import watched
 from sft.training.cluster_environment import RankClusterEnvironment
 from sft.training.copy_start import resume_point_with_copies
-from sft.training.datamodule import SFTDataModule
+from sft.training.datamodule import SFTDataModule, StepBatches
+from sft.training.resume_point import nothing_to_do, resume_point
 from sft.training.strategy import MegatronStrategy
 
 
@@ -119,79 +119,139 @@ def train_run(
     with holding as lease, watchdog, answering(paths.root, env, watchdog.place):
         if env.local_rank == 0:
             remove_stale_copies()
-        return _train(spec, paths, env, stop, lease, watchdog, metric, clock)
+        return _train(_Attempt(spec, paths, env, stop, lease, watchdog, metric, clock))
 
 
-def _train(
-    spec: RunSpec,
-    paths: RunPaths,
-    env: RankEnv,
-    stop: StopFlag,
-    lease: Keeper | None,
-    watchdog: Watchdog,
-    metric: Metric | None,
-    clock: StartClock,
-) -> ExitCode:
-    """Train while this attempt holds the run. `lease` is None on all ranks but the first."""
-    leader = env.rank == 0
-    model_dir = resolve_model_dir(spec, convert=False)
-    architecture = read_architecture(model_dir)
-    topology = build_topology(spec, architecture.shape)
-    tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
-    prepared = open_or_build(spec, tokenizer_dir, build=leader)
-    data = SFTDataModule(spec, topology, prepared)
-    held_out = held_out_batches(spec, topology, data, tokenizer_dir, build=leader)
-    mfu = utilization(spec, architecture.shape, topology.world_size)
-    log = RunLog(
-        paths,
-        spec,
-        attempt=env.attempt,
-        max_steps=data.max_steps,
-        is_writer=leader,
-        utilization=mfu,
-        may_write=lease.confirm if lease is not None else None,
-    )
-    resume = _resume_point(spec, paths)
-    done = _nothing_to_do(spec, resume, data.max_steps)
-    if done and resume is not None and resume.parent != paths.checkpoints:
-        raise ConfigError(
-            f"checkpoint.resume_from {resume}: {done}, so that this run would train nothing and have no checkpoint to "
-            "export; raise train.max_steps, train.epochs or train.early_stopping.patience"
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """An attempt that holds its run."""
+
+    spec: RunSpec
+    paths: RunPaths
+    env: RankEnv
+    stop: StopFlag
+    lease: Keeper | None
+    """None on all ranks but the first."""
+    watchdog: Watchdog
+    metric: Metric | None
+    clock: StartClock
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank builds and writes what all share."""
+        return self.env.rank == 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Inputs:
+    """Model and data of a run, as this rank has them."""
+
+    model_dir: Path
+    tokenizer_dir: Path
+    architecture: Architecture
+    topology: Topology
+    data: SFTDataModule
+    held_out: Mapping[str, StepBatches]
+    stop_tokens: Set[int]
+    """Tokens that end answers, as the data were encoded."""
+
+    @classmethod
+    def open(cls, spec: RunSpec, *, build: bool) -> _Inputs:
+        """Open them. `build` is for the rank that builds what `prepare` has not."""
+        model_dir = resolve_model_dir(spec, convert=False)
+        architecture = read_architecture(model_dir)
+        topology = build_topology(spec, architecture.shape)
+        tokenizer_dir = Path(spec.model.tokenizer) if spec.model.tokenizer else model_dir
+        prepared = open_or_build(spec, tokenizer_dir, build=build)
+        data = SFTDataModule(spec, topology, prepared)
+        return cls(
+            model_dir=model_dir,
+            tokenizer_dir=tokenizer_dir,
+            architecture=architecture,
+            topology=topology,
+            data=data,
+            held_out=held_out_batches(spec, topology, data, tokenizer_dir, build=build),
+            stop_tokens=prepared.stop_tokens,
         )
-    if done:
+
+
+def _train(attempt: _Attempt) -> ExitCode:
+    """Train while this attempt holds the run."""
+    spec, paths, clock = attempt.spec, attempt.paths, attempt.clock
+    inputs = _Inputs.open(spec, build=attempt.leads)
+    topology, steps = inputs.topology, inputs.data.max_steps
+    log = _run_log(attempt, inputs)
+    resume = resume_point(spec, paths)
+    done = nothing_to_do(spec, paths, resume, steps)
+    if done is not None:
         log.say(f"{done} ({resume}); nothing to train")
         return ExitCode.OK
-    answers = None
-    if spec.evaluation.prompts:
-        stops = prepared.stop_tokens
-        answers = PromptAnswers(spec, tokenizer_dir, model_dir, log, trained_stops=stops, metric=metric)
-    evaluation = EvaluationCallback(spec, held_out, answers, log)
-    guard = GuardCallback(spec, log, data.example_ids)
-    progress = ProgressCallback(log, data.schedule.consumed_examples)
-    # Their order matters at each step boundary: each uses the results of those before it.
-    deadline = Deadline.from_environ(spec.resources.signal_seconds)
-    saves = CheckpointCallback(spec, stop, deadline, lease, evaluation, guard, log)
-    callbacks = [StartupCallback(clock, log, env.attempt), progress, guard, evaluation, saves]
-    if spec.checkpoint.copy_every is not None:
-        callbacks.append(CopyCallback(spec.checkpoint, env.attempt, log))
-    steps, key = data.max_steps, data.data_key
+    evaluation = _evaluation(attempt, inputs, log)
+    guard = GuardCallback(spec, log, inputs.data.example_ids)
+    callbacks = watched(_callbacks(attempt, inputs, evaluation, guard, log), attempt.watchdog)
+    key = inputs.data.data_key
     trainer = megatron_trainer(
-        spec, topology, env, max_steps=steps, data_key=key, callbacks=watched(callbacks, watchdog), clock=clock
+        spec, topology, attempt.env, max_steps=steps, data_key=key, callbacks=callbacks, clock=clock
     )
     strategy = cast(MegatronStrategy, trainer.strategy)
     clock.end("data")
     if spec.checkpoint.copy_every is not None:
-        resume = resume_point_with_copies(strategy, resume, paths, env, architecture, log)
-    module = SFTGPT(spec, architecture, topology, model_dir, steps, resumes=resume is not None)
-    stages = f"; stages of {topology.describe_stages()}" if topology.pipeline_parallel > 1 else ""
-    log.say(f"{topology.describe()}{stages}; {describe_batch(spec, topology)}")
-    log.say(choose_kernels(spec, architecture, on_gpu=spec.resources.gpus_per_node > 0).describe())
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+        resume = resume_point_with_copies(strategy, resume, paths, attempt.env, inputs.architecture, log)
+    module = SFTGPT(spec, inputs.architecture, topology, inputs.model_dir, steps, resumes=resume is not None)
+    _say_how(spec, inputs, log)
+    trainer.fit(module, datamodule=inputs.data, ckpt_path=resume, weights_only=False)
     # srun ends all ranks when one exits with another code than 0: none may exit while another is still writing.
     strategy.control.barrier()
     if strategy.copies is not None:
         strategy.copies.remove()
     return _finish(trainer.global_step, guard, evaluation, spec, log)
+
+
+def _run_log(attempt: _Attempt, inputs: _Inputs) -> RunLog:
+    spec, lease = attempt.spec, attempt.lease
+    return RunLog(
+        attempt.paths,
+        spec,
+        attempt=attempt.env.attempt,
+        max_steps=inputs.data.max_steps,
+        is_writer=attempt.leads,
+        utilization=utilization(spec, inputs.architecture.shape, inputs.topology.world_size),
+        may_write=lease.confirm if lease is not None else None,
+    )
+
+
+def _evaluation(attempt: _Attempt, inputs: _Inputs, log: RunLog) -> EvaluationCallback:
+    spec, answers = attempt.spec, None
+    if spec.evaluation.prompts:
+        stops, metric = inputs.stop_tokens, attempt.metric
+        answers = PromptAnswers(spec, inputs.tokenizer_dir, inputs.model_dir, log, trained_stops=stops, metric=metric)
+    return EvaluationCallback(spec, inputs.held_out, answers, log)
+
+
+def _callbacks(
+    attempt: _Attempt, inputs: _Inputs, evaluation: EvaluationCallback, guard: GuardCallback, log: RunLog
+) -> list[pl.Callback]:
+    """Return the callbacks in the order that matters at each step boundary: each uses results of those before it."""
+    spec = attempt.spec
+    deadline = Deadline.from_environ(spec.resources.signal_seconds)
+    found: list[pl.Callback] = [
+        StartupCallback(attempt.clock, log, attempt.env.attempt),
+        ProgressCallback(log, inputs.data.schedule.consumed_examples),
+        guard,
+        evaluation,
+        CheckpointCallback(spec, attempt.stop, deadline, attempt.lease, evaluation, guard, log),
+    ]
+    if spec.checkpoint.copy_every is not None:
+        found.append(CopyCallback(spec.checkpoint, attempt.env.attempt, log))
+    return found
+
+
+def _say_how(spec: RunSpec, inputs: _Inputs, log: RunLog) -> None:
+    """Say how ranks share the model, what a step holds, and which kernels compute it."""
+    topology = inputs.topology
+    stages = f"; stages of {topology.describe_stages()}" if topology.pipeline_parallel > 1 else ""
+    log.say(f"{topology.describe()}{stages}; {describe_batch(spec, topology)}")
+    log.say(choose_kernels(spec, inputs.architecture, on_gpu=spec.resources.gpus_per_node > 0).describe())
 
 
 def _finish(step: int, guard: GuardCallback, evaluation: EvaluationCallback, spec: RunSpec, log: RunLog) -> ExitCode:
@@ -205,40 +265,3 @@ def _finish(step: int, guard: GuardCallback, evaluation: EvaluationCallback, spe
     if log.is_writer and spec.logging.plot:
         plot_loss(log.paths)
     return ExitCode.OK
-
-
-def _nothing_to_do(spec: RunSpec, resume: Path | None, max_steps: int) -> str | None:
-    """Return why there is nothing left to train after this checkpoint, or None.
-
-    Raise ConfigError for a number of steps that no config may have: earlier versions wrote no digest of config.yaml.
-    """
-    if max_steps < 1:
-        raise ConfigError(f"train.max_steps {max_steps} in {spec.name}'s config.yaml is below 1: the file is damaged")
-    if resume is None:
-        return None
-    if checkpoint_step(resume) >= max_steps:
-        return f"all {max_steps} steps are done"
-    try:
-        early = EarlyStopping(spec, read_trainer_state(resume).early_stopping)
-    except (CheckpointError, ValueError):  # the load looks at every byte, and says so or takes an older checkpoint
-        return None
-    return f"training ended early after step {checkpoint_step(resume)}" if early.is_due else None
-
-
-def _resume_point(spec: RunSpec, paths: RunPaths) -> Path | None:
-    """Return this run's newest usable checkpoint, else the one that checkpoint.resume_from names."""
-    own = newest_usable(paths.complete_checkpoints())
-    if own is None and (there := step_folders(paths.checkpoints)):
-        raise CheckpointError(
-            f"none of the {len(there)} checkpoints in {paths.checkpoints} can be used; of the newest, "
-            f"{damage(there[-1])}. Remove them to start again"
-        )
-    if own is not None or spec.checkpoint.resume_from is None:
-        return own
-    given = Path(spec.checkpoint.resume_from)
-    newest = newest_usable(complete_checkpoints(given))  # where a run's checkpoints folder is named
-    if newest is not None:
-        return newest
-    if given not in complete_checkpoints(given.parent):
-        raise CheckpointError(f"checkpoint.resume_from: {given} is not a complete checkpoint (no COMPLETE file in it)")
-    return given
