@@ -12,6 +12,9 @@ GraphChoice = Literal["auto", "never", "always"]
 _FEW_OPERATIONS = 1.5e12
 """Operations of a micro-batch in a layer, forward and backward, that a GPU of today computes in less time than a slow
 host needs to launch the layer's kernels: 3 ms at 500 TFLOP/s. With more, graphs would cost their memory for nothing."""
+_FEW_WITH_ADAPTERS = 3.75e12
+"""The same where weights are frozen and have adapters: the host needs 5 ms and more, and of these operations the GPU
+computes two thirds, since frozen weights have no gradients."""
 _CAPPED = ("gemma2",)
 """Model types whose attention reads the lengths of sequences on the host."""
 
@@ -27,8 +30,8 @@ class _Parallel(Protocol):
 
 def uses_cuda_graphs(spec: RunSpec, shape: ModelShape) -> bool:
     """Return whether the layers of this run are launched as graphs, on GPUs and where layers are fused."""
-    length = spec.data.seq_length
-    wanted = graphs_pay(spec.train.cuda_graphs, shape, length, spec.train.micro_batch_size * length)
+    choice, length, adapted = spec.train.cuda_graphs, spec.data.seq_length, spec.model.lora.rank is not None
+    wanted = graphs_pay(choice, shape, length, spec.train.micro_batch_size * length, adapted=adapted)
     return wanted and no_graphs_because(spec, shape) is None
 
 
@@ -77,7 +80,7 @@ def layout_without_graphs(topology: _Parallel, precision: str, recompute: str, s
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def graphs_pay(choice: GraphChoice, shape: ModelShape, seq_length: int, tokens: float) -> bool:
+def graphs_pay(choice: GraphChoice, shape: ModelShape, seq_length: int, tokens: float, *, adapted: bool) -> bool:
     """Return whether graphs are wanted for micro-batches of so many tokens, by the config and by what they save."""
-    few = tokens * max(layer_operations(shape, seq_length)) < _FEW_OPERATIONS
+    few = tokens * max(layer_operations(shape, seq_length)) < (_FEW_WITH_ADAPTERS if adapted else _FEW_OPERATIONS)
     return choice == "always" or (choice == "auto" and few)

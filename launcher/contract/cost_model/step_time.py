@@ -204,7 +204,7 @@ def _launches(workload: Workload, layout: Layout, implementation: Implementation
     """Return the seconds per micro-batch in which the host launches the kernels of so many layers one by one."""
     topology, shape = layout.topology, workload.shape
     tokens = micro_batch_tokens(workload, topology)
-    wanted = graphs_pay(implementation.graphs, shape, workload.seq_length, tokens)
+    wanted = graphs_pay(implementation.graphs, shape, workload.seq_length, tokens, adapted=workload.adapted)
     if wanted and layout_without_graphs(topology, workload.precision, layout.recompute, shape) is None:
         return 0.0
     layers, routed = sum(counts.values()), 0

@@ -57,10 +57,18 @@ def test_small_micro_batches_have_them(choice: GraphChoice, rows: int, used: boo
     assert uses_cuda_graphs(changed(choice, micro_batch_size=rows), named_model_shape("0.5b")) == used
 
 
-@pytest.mark.parametrize(("choice", "rows", "used"), [("auto", 1, True), ("auto", 16, False), ("never", 1, False)])
-def test_adapters_have_them_as_whole_models_have(choice: GraphChoice, rows: int, used: bool) -> None:
-    adapted = dataclasses.replace(changed(choice, micro_batch_size=rows), model=ModelSpec(lora=LoraSpec(rank=8)))
-    assert uses_cuda_graphs(adapted, named_model_shape("0.5b")) == used
+@pytest.mark.parametrize(
+    ("model", "rows", "whole", "adapted"),
+    [("0.5b", 1, True, True), ("0.5b", 16, False, False), ("3b", 1, False, True), ("3b", 2, False, False)],
+)
+def test_adapters_have_them_in_larger_micro_batches(model: str, rows: int, whole: bool, adapted: bool) -> None:
+    """The host launches more kernels for a layer with adapters, and the GPU computes less."""
+    spec = changed("auto", micro_batch_size=rows)
+    assert uses_cuda_graphs(spec, named_model_shape(model)) == whole
+    with_adapters = dataclasses.replace(spec, model=ModelSpec(lora=LoraSpec(rank=8)))
+    assert uses_cuda_graphs(with_adapters, named_model_shape(model)) == adapted
+    never = dataclasses.replace(with_adapters, train=dataclasses.replace(spec.train, cuda_graphs="never"))
+    assert not uses_cuda_graphs(never, named_model_shape(model))
 
 
 def planned_overhead(spec: RunSpec, shape: ModelShape) -> float:
