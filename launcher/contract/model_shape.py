@@ -43,7 +43,7 @@ _JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
 """Model types whose published files have the matrices of all experts in one tensor."""
 _FOUR_NORMS = ("gemma2", "gemma3_text", "glm4")
 _NORMS_BEHIND = ("exaone4", "olmo2", "olmo3")
-_QK_NORM = ("exaone4", "gemma3_text", "qwen3", "qwen3_moe", *HYBRID)
+_QK_NORM = ("exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3", "qwen3_moe", *HYBRID)
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)

@@ -54,7 +54,9 @@ class Attention:
     window: int | None = None
     """Number of positions that a token sees, itself included; None is all before it."""
     qk_norm: bool = False
-    """Whether each head of queries and keys is normed before RoPE."""
+    """Whether each head of queries and keys is normed before RoPE ..."""
+    norm_rotated: bool = False
+    """... or, of those that are normed, after it."""
     width_norm: bool = False
     """Whether all query heads are normed together before RoPE, and so are all key heads."""
     qkv_bias: bool = False

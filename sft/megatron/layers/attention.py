@@ -15,6 +15,7 @@ from sft.kernels.rope import of_tokens, rotate
 from sft.megatron.core import SelfAttention, StaticInferenceContext, TransformerConfig
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.query_scale import scaled_by_position
+from sft.megatron.layers.rotated_norms import norm_rotated
 from sft.megatron.parallel.documents import Rows
 from sft.models.architecture import QueryScale
 
@@ -70,6 +71,7 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         # The angles of shared rows are those of their tokens already, one after the other (`SFTGPTModel`).
         positions = packed.positions if isinstance(packed, PackedSequences) else None
         query, key, value, gate = self._heads(hidden_states, angles, positions)
+        query, key = norm_rotated(self.q_layernorm, query), norm_rotated(self.k_layernorm, key)
         if self._query_scale is not None:
             own = None if packed is None else packed.positions
             query = scaled_by_position(query, self._query_scale, own, begin)

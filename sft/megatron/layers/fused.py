@@ -26,6 +26,7 @@ from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear, fp8_gradients
 from sft.megatron.layers.lora import AdaptedColumn
 from sft.megatron.layers.norms import RMSNorm
 from sft.megatron.layers.packed_rows import PackedSequences
+from sft.megatron.layers.rotated_norms import AfterRotation
 from sft.megatron.layers.weights_in_use import await_weights
 
 _LINEARS_ALONE = (tensor_parallel.ColumnParallelLinear, Fp8ColumnParallelLinear)
@@ -85,6 +86,10 @@ class FusedRMSNorm(RMSNorm):
     def _epsilon(self) -> float:
         assert self.eps is not None
         return self.eps
+
+
+class FusedRotatedRMSNorm(AfterRotation, FusedRMSNorm):
+    """The same norm, of rotated heads."""
 
 
 class FusedMLP(MLP):  # type: ignore[misc]

@@ -36,6 +36,7 @@ from sft.megatron.layers.fused import (
     FusedGeGLUMLP,
     FusedMLP,
     FusedRMSNorm,
+    FusedRotatedRMSNorm,
     FusedSelfAttention,
     FusedTransformerLayer,
 )
@@ -45,6 +46,7 @@ from sft.megatron.layers.mixture_of_experts import ExpertMLP
 from sft.megatron.layers.norms import PLAIN_NORMS
 from sft.megatron.layers.post_norms import PostNormTransformerLayer
 from sft.megatron.layers.residual import residual_addition
+from sft.megatron.layers.rotated_norms import RotatedRMSNorm
 from sft.megatron.layers.shared_expert import SharedExpertMLP
 from sft.megatron.layers.width_norms import WidthRMSNorm
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts
@@ -155,7 +157,7 @@ def _attention_spec(
         own = {"sizes": attention, "linears": linears, "kernel": kernels.linear_attention}
         return ModuleSpec(module=GatedDeltaNet, params=own)
     fused = kernels.fused_layers
-    norm = (FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]) if attention.qk_norm else None
+    norm = _norm_of_heads(architecture, attention, fused=fused) if attention.qk_norm else None
     core = {
         "scale": attention.softmax_scale,
         "window": attention.window,
@@ -183,6 +185,14 @@ def _attention_spec(
             k_layernorm=norm,
         ),
     )
+
+
+def _norm_of_heads(architecture: Architecture, attention: Attention, *, fused: bool) -> type[nn.Module]:
+    """Return the norm of each head of queries and keys."""
+    if attention.norm_rotated:
+        assert architecture.norm == "rms"
+        return FusedRotatedRMSNorm if fused else RotatedRMSNorm
+    return FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]
 
 
 def _width_norms(architecture: Architecture) -> tuple[Norm, Norm]:
