@@ -31,6 +31,7 @@ SUPPORTED = (
     "gpt2",
     "gpt_oss",
     "granite",
+    "hunyuan_v1_dense",
     "llama",
     "ministral3",
     "mistral",

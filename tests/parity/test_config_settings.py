@@ -33,13 +33,15 @@ TOLERANCE = 2e-5
 """Logits are of size 1; twice what is seen of rounding. Settings that are not followed differ by 0.1 and more."""
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+STRETCHED = {"rope_type": "dynamic", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.3, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 ROPES: list[dict[str, object]] = [
     {"rope_type": "default", "rope_theta": 500.0},
     {"rope_type": "default", "partial_rotary_factor": 0.5},
     {"rope_type": "linear", "factor": 4.0},
-    {"rope_type": "dynamic", "factor": 4.0},
+    STRETCHED,
+    *({**STRETCHED, "alpha": alpha} for alpha in (8.0, 0.0)),
     {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     YARN,
     *({**YARN, **more} for more in ({"attention_factor": 1.5}, {"beta_fast": 8.0}, {"beta_slow": 3.0})),

@@ -66,6 +66,7 @@ PLAIN_ROPE = {
     "gemma",
     "glm",
     "glm4",
+    "hunyuan_v1_dense",
     "llama",
     "mistral",
     "olmo2",

@@ -77,6 +77,7 @@ SLOW_FAMILIES = {
     "gemma2",
     "gemma3_text",
     "glm4_moe",
+    "hunyuan_v1_dense",
     "llama",
     "ministral3",
     "mixtral",

@@ -51,7 +51,18 @@ DISTINCT = [name for name in OF_TEXT if name not in LIKE_LLAMA | LIKE_QWEN3_5]
 ON_STAGES = [
     name
     for name in DISTINCT
-    if name not in {"ernie4_5_moe", "exaone4", "gemma2", "glm4", "ministral3", "mixtral", "olmo3", "smollm3"}
+    if name
+    not in {
+        "ernie4_5_moe",
+        "exaone4",
+        "gemma2",
+        "glm4",
+        "hunyuan_v1_dense",
+        "ministral3",
+        "mixtral",
+        "olmo3",
+        "smollm3",
+    }
 ]
 """What those do by default that are about pipeline stages. Stages split the layers of the others as they do these."""
 

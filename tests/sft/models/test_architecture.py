@@ -469,6 +469,25 @@ def test_refusals_of_models_with_experts(name: str, changes: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"use_cla": True}, "use_cla true is not supported"),
+        (
+            {"num_experts": 4, "num_experts_per_tok": 2},
+            "num_experts 4 is not supported: transformers builds none for this model type",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "alpha": -1.0}},
+            "the RoPE setting alpha -1.0 with head_dim 16: they must be above 0 and above 2",
+        ),
+    ],
+)
+def test_refusals_of_hunyuan(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    small = {**family("hunyuan_v1_dense").small_config, "model_type": "hunyuan_v1_dense"}
+    assert refusal(tmp_path, **{**small, **changes}) == [message]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         (
             {"sliding_window": None},
             "sliding_window null without layer_types, by which transformers divides by 0; state both",
