@@ -38,6 +38,9 @@ def active_adapters(shape: ModelShape, lora: LoraSpec) -> int:
     """Return the number of trained parameters of all layers that one token uses: of experts, those that it goes to."""
     dense, linear = len(shape.dense_layers), len(shape.linear_layers)
     more = linear * (layer_adapters(shape, lora, linear=True) - layer_adapters(shape, lora)) if linear else 0
+    if shape.wide_heads is not None:
+        wide = layer_adapters(shape.for_layers(windowed=False), lora) - layer_adapters(shape, lora)
+        more += (shape.num_layers - len(shape.windowed_layers)) * wide
     usual = layer_adapters(shape, lora) + shape.experts_per_token * expert_adapters(shape, lora)
     return (shape.num_layers - dense) * usual + dense * layer_adapters(shape, lora, dense=True) + more
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 from launcher.contract.flops import layer_operations
+from launcher.contract.head_sizes import LARGEST_FLASH_HEAD
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import RunSpec
 
@@ -76,6 +77,8 @@ def layout_without_graphs(topology: _Parallel, precision: str, recompute: str, s
             "experts": bool(shape.num_experts),
             "linear attention": shape.linear is not None,
             "capped scores": shape.model_type in _CAPPED,
+            # Of these, too, sequences are computed one by one, by their lengths on the host.
+            f"heads of more than {LARGEST_FLASH_HEAD}": shape.largest_head > LARGEST_FLASH_HEAD,
         }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

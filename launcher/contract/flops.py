@@ -73,6 +73,11 @@ def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
     if linear:
         layers += linear * (attention_parameters(shape, linear=True) - attention_parameters(shape))
         layers += linear * layer_norm_parameters(shape, linear=True)
+    if shape.wide_heads is not None:
+        wide = shape.for_layers(windowed=False)
+        more = attention_parameters(wide) - attention_parameters(shape)
+        more += layer_norm_parameters(wide) - layer_norm_parameters(shape)
+        layers += (shape.num_layers - len(shape.windowed_layers)) * more
     return layers + shape.hidden_size
 
 
@@ -125,9 +130,10 @@ def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int, lora
         min(squared_lengths, round(tokens * attended_in_window(shape, squared_lengths / tokens))) if tokens else 0
     )
     linear, windowed = len(shape.linear_layers), len(shape.windowed_layers)
-    squares = (shape.num_layers - windowed - linear) * squared_lengths + windowed * in_window
+    whole = (shape.num_layers - windowed - linear) * squared_lengths
     products += linear * tokens * linear_attention_flops(shape)
-    return products + 6 * shape.num_attention_heads * shape.head_dim * squares
+    sizes = shape.for_layers(windowed=False).head_dim * whole + shape.head_dim * windowed * in_window
+    return products + 6 * shape.num_attention_heads * sizes
 
 
 @lru_cache(maxsize=64)
@@ -135,10 +141,13 @@ def layer_operations(shape: ModelShape, length: int) -> tuple[int, ...]:
     """Return each layer's operations per token, forward and backward, for examples of `length` tokens."""
     found = []
     for index in range(shape.num_layers):
-        linear, dense = index in shape.linear_layers, index in shape.dense_layers
-        attended = attended_in_window(shape, length) if index in shape.windowed_layers else length
-        attention = round(6 * shape.num_attention_heads * shape.head_dim * attended)
-        products = 6 * layer_matmul_parameters(shape, active=not dense, dense=dense, linear=linear)
+        linear, dense, windowed = (
+            index in layers for layers in (shape.linear_layers, shape.dense_layers, shape.windowed_layers)
+        )
+        own = shape.for_layers(windowed=windowed)
+        attended = attended_in_window(shape, length) if windowed else length
+        attention = round(6 * shape.num_attention_heads * own.head_dim * attended)
+        products = 6 * layer_matmul_parameters(own, active=not dense, dense=dense, linear=linear)
         found.append(products + (linear_attention_flops(shape) if linear else attention))
     return tuple(found)
 

@@ -42,7 +42,10 @@ class Linear(NamedTuple):
 
 
 def attention_linears(shape: ModelShape, *, linear: bool = False) -> tuple[Linear, ...]:
-    """Return the projections of attention, or of linear attention."""
+    """Return the projections of attention, or of linear attention.
+
+    Of a model whose layers have different heads, the shape is that of the layer (`ModelShape.for_layers`).
+    """
     if linear:
         return _linear_attention(shape)
     hidden = shape.hidden_size
@@ -53,7 +56,7 @@ def attention_linears(shape: ModelShape, *, linear: bool = False) -> tuple[Linea
     return (
         Linear("q_proj", "qkv", hidden, 2 * queries if shape.output_gate else queries),
         Linear("k_proj", "qkv", hidden, groups),
-        Linear("v_proj", "qkv", hidden, groups),
+        *(() if shape.keyed_values else (Linear("v_proj", "qkv", hidden, groups),)),
         output,
     )
 
@@ -70,7 +73,8 @@ def mlp_linears(shape: ModelShape, width: int) -> tuple[Linear, ...]:
 def layer_linears(shape: ModelShape, *, dense: bool = False, linear: bool = False) -> tuple[Linear, ...]:
     """Return the linear layers of a decoder layer outside its routed experts: attention, and MLP or shared expert.
 
-    `dense` is for a layer that has an MLP in a model with experts, `linear` for one with linear attention.
+    `dense` is for a layer that has an MLP in a model with experts, `linear` for one with linear attention. For `shape`
+    see `attention_linears`.
     """
     routed = bool(shape.num_experts) and not dense
     width = shape.shared_expert_size if routed else shape.ffn_hidden_size

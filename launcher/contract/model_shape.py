@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from launcher.contract.errors import ModelError, did_you_mean
+from launcher.contract.head_sizes import WIDE_HEADS, HeadSizes, read_wide_heads
 from launcher.contract.linear_attention import HYBRID, LinearAttention, read_linear_layers
 from launcher.contract.resources import packaged
 
@@ -21,7 +22,7 @@ HfConfig = dict[str, Any]
 
 _NAMED = "model_shapes.yaml"
 
-_TIED_BY_DEFAULT = ("ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "smollm3")
+_TIED_BY_DEFAULT = ("ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "smollm3", *WIDE_HEADS)
 """Model types for which an absent `tie_word_embeddings` means true."""
 
 _LANGUAGE_MODELS: dict[str, HfConfig] = {
@@ -33,6 +34,22 @@ _LANGUAGE_MODELS: dict[str, HfConfig] = {
         "vocab_size": 262208,
         "max_position_embeddings": 131072,
     },
+    "gemma4": {
+        "model_type": "gemma4_text",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262144,
+        "max_position_embeddings": 131072,
+    },
+    "gemma4_unified": {
+        "model_type": "gemma4_unified_text",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262144,
+        "max_position_embeddings": 262144,
+    },
     "mistral3": {"model_type": "mistral"},
     "qwen3_5": {"model_type": "qwen3_5_text"},
     "qwen3_5_moe": {"model_type": "qwen3_5_moe_text"},
@@ -41,16 +58,23 @@ _LANGUAGE_MODELS: dict[str, HfConfig] = {
 
 _JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
 """Model types whose published files have the matrices of all experts in one tensor."""
-_FOUR_NORMS = ("gemma2", "gemma3_text", "glm4")
+_FOUR_NORMS = ("gemma2", "gemma3_text", "glm4", *WIDE_HEADS)
 _NORMS_BEHIND = ("exaone4", "olmo2", "olmo3")
-_QK_NORM = ("exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3", "qwen3_moe", *HYBRID)
+_QK_NORM = ("exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3", "qwen3_moe", *HYBRID, *WIDE_HEADS)
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)
 """Model types whose layers all have it where `use_sliding_window` is true, and none otherwise."""
 _WIDTH_NORM = ("olmo2", "olmo3", "olmoe")
-_WINDOW_IN_ALL_BUT_EACH = {"exaone4": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
+_WINDOW_IN_ALL_BUT_EACH = {
+    **{"exaone4": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4},
+    **dict.fromkeys(WIDE_HEADS, 6),
+}
 """Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""
+_WINDOWS = {"gemma4_text": 512, "gemma4_unified_text": 1024}
+"""Their window where none is stated, if it is another than 4096."""
+_LAST_SEES_ALL = WIDE_HEADS
+"""Model types whose last layer has no window, whatever `layer_types` says; nor do they read another pattern."""
 
 GPT2_KEYS = {
     "num_hidden_layers": "n_layer",
@@ -112,6 +136,11 @@ class ModelShape:
     """Positions that a token sees in layers with a sliding window, itself included."""
     windowed_layers: tuple[int, ...] = ()
     """Layers that have the window, counted from 0."""
+    wide_heads: HeadSizes | None = None
+    """The heads of layers without the window, where they have sizes of their own."""
+    keyed_values: bool = False
+    """Whether values are the projected keys, so that there is no projection of values. Of all layers; for those with
+    `wide_heads` that says it."""
     learned_positions: int = 0
     """Positions that have a trained vector each."""
 
@@ -121,6 +150,35 @@ class ModelShape:
         if not self.num_experts:
             return self.ffn_hidden_size
         return self.experts_per_token * self.expert_ffn_hidden_size + self.shared_expert_size
+
+    def for_layers(self, *, windowed: bool) -> ModelShape:
+        """Return the shape with the heads of layers that have the window, or of those that do not."""
+        heads = self.wide_heads
+        if heads is None:
+            return self
+        if windowed:
+            return replace(self, wide_heads=None)
+        return replace(
+            self,
+            wide_heads=None,
+            head_dim=heads.head_dim,
+            num_query_groups=heads.query_groups,
+            keyed_values=heads.keyed_values,
+        )
+
+    @property
+    def head_kinds(self) -> tuple[ModelShape, ...]:
+        """The shape with each kind of heads that its layers have."""
+        if self.wide_heads is None:
+            return (self,)
+        windowed = len(self.windowed_layers)
+        kinds = {True: windowed > 0, False: windowed < self.num_layers}
+        return tuple(self.for_layers(windowed=kind) for kind, exists in kinds.items() if exists)
+
+    @property
+    def largest_head(self) -> int:
+        """The size of the largest heads of any layer."""
+        return max(kind.head_dim for kind in self.head_kinds)
 
     @classmethod
     def from_config(cls, config: HfConfig, where: str) -> ModelShape:
@@ -170,6 +228,8 @@ class ModelShape:
             **read_linear_layers(config, model_type, config["num_hidden_layers"], where),
             window=window,
             windowed_layers=windowed,
+            wide_heads=read_wide_heads(config, model_type, windowed, where),
+            keyed_values=False,
             **experts,
             weighted_shared_expert="shared_expert_intermediate_size" in config,
             dense_layers=_dense_layers(config),
@@ -203,7 +263,7 @@ def _windows(config: HfConfig, model_type: str) -> tuple[int | None, tuple[int, 
     """Return the window and which layers have it. None and () where no layer has one."""
     layers = range(config["num_hidden_layers"])
     interval = _WINDOW_IN_ALL_BUT_EACH.get(model_type)
-    window = config.get("sliding_window", 4096 if interval else None)
+    window = config.get("sliding_window", _WINDOWS.get(model_type, 4096) if interval else None)
     if not isinstance(window, int):
         return None, ()
     kinds, bound = config.get("layer_types"), config.get("max_window_layers", 28)
@@ -218,11 +278,13 @@ def _windows(config: HfConfig, model_type: str) -> tuple[int | None, tuple[int, 
     elif model_type == "qwen2_moe":
         found = [layer for layer in layers if used and layer < bound and layer % 2 == 0]
     elif interval:
-        each = config.get("sliding_window_pattern") or interval
-        each = each if isinstance(each, int) else interval  # families that read it refuse anything else
+        each = config.get("sliding_window_pattern") if model_type not in _LAST_SEES_ALL else None
+        each = each if each and isinstance(each, int) else interval  # families that read it refuse anything else
         found = [layer for layer in layers if (layer + 1) % each]
     else:
         found = [layer for layer in layers if used and layer >= bound]
+    if model_type in _LAST_SEES_ALL:
+        found = [layer for layer in found if layer != layers[-1]]
     return (window, tuple(found)) if found else (None, ())
 
 

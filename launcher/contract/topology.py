@@ -344,10 +344,11 @@ def _head_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
     if _heads_fit(shape, tensor):
         return
     valid = [size for size in divisors(shape.num_attention_heads) if _heads_fit(shape, size)]
+    groups = next((groups for groups in _kv_heads(shape) if not _groups_fit(groups, tensor)), shape.num_query_groups)
     what = (
         f"{shape.num_attention_heads} attention heads do not divide by tensor_parallel {tensor}"
         if shape.num_attention_heads % tensor
-        else f"{shape.num_query_groups} KV heads are neither a multiple nor a divisor of tensor_parallel {tensor}"
+        else f"{groups} KV heads are neither a multiple nor a divisor of tensor_parallel {tensor}"
     )
     yield f"{what}; valid here: {shown_numbers(valid)}"
 
@@ -428,17 +429,16 @@ def _expert_count_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
 
 def _fp8_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
     """Yield weights with a side that is no multiple of 16 on each rank, which fp8 products do not take."""
-    heads = (1 + shape.output_gate) * shape.num_attention_heads + 2 * max(shape.num_query_groups, tensor)
-    sizes = {
-        "hidden size": shape.hidden_size,
-        "feed-forward size": shape.ffn_hidden_size / tensor,
-        "query heads": shape.num_attention_heads * shape.head_dim / tensor,
-        "heads of Q, K and V": heads * shape.head_dim / tensor,
-    }
+    sizes = [("hidden size", shape.hidden_size), ("feed-forward size", shape.ffn_hidden_size / tensor)]
+    for kind in shape.head_kinds:
+        groups = (2 - kind.keyed_values) * max(kind.num_query_groups, tensor)
+        heads = (1 + kind.output_gate) * kind.num_attention_heads + groups
+        sizes.append(("query heads", kind.num_attention_heads * kind.head_dim / tensor))
+        sizes.append(("heads of Q, K and V", heads * kind.head_dim / tensor))
     if shape.linear is not None:
-        sizes["what linear attention projects"] = shape.linear.projected / tensor
-        sizes["values of linear attention"] = shape.linear.values / tensor
-    for what, size in sizes.items():
+        sizes.append(("what linear attention projects", shape.linear.projected / tensor))
+        sizes.append(("values of linear attention", shape.linear.values / tensor))
+    for what, size in sizes:
         if size % 16:
             yield (
                 f"train.precision fp8 needs multiples of 16, and {what} on a rank of tensor_parallel {tensor} is "
@@ -470,5 +470,13 @@ def _fp8_expert_problems(shape: ModelShape, fp8: Fp8Spec, topo: TopologySpec) ->
 
 
 def _heads_fit(shape: ModelShape, tensor: int) -> bool:
-    groups = shape.num_query_groups
-    return shape.num_attention_heads % tensor == 0 and (groups % tensor == 0 or tensor % groups == 0)
+    return shape.num_attention_heads % tensor == 0 and all(_groups_fit(groups, tensor) for groups in _kv_heads(shape))
+
+
+def _groups_fit(groups: int, tensor: int) -> bool:
+    return groups % tensor == 0 or tensor % groups == 0
+
+
+def _kv_heads(shape: ModelShape) -> list[int]:
+    """Return the numbers of KV heads that layers have."""
+    return [kind.num_query_groups for kind in shape.head_kinds]

@@ -186,7 +186,7 @@ def lora_problems(
         for name in lora.names
         if name not in every
     ]
-    groups = architecture.shape.num_query_groups
+    groups = min(kind.num_query_groups for kind in architecture.shape.head_kinds)
     uneven = [name for name in (lora.names or every) if name in ("q_proj", "k_proj", "v_proj")]
     if tensor_parallel > groups and uneven:
         problems.append(

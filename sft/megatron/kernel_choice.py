@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from launcher.contract.cuda_graphs import no_graphs, no_graphs_because, uses_cuda_graphs
 from launcher.contract.errors import ModelError
+from launcher.contract.head_sizes import LARGEST_FLASH_HEAD
 from launcher.contract.spec import RunSpec
 from sft.kernels import attention, gated_delta
 from sft.models.architecture import Architecture, DenseMLP, Experts
@@ -85,6 +86,8 @@ def choose_kernels(spec: RunSpec, architecture: Architecture, *, on_gpu: bool) -
         )
     broken = attention.broken_flash4() if by_kernel and spec.train.attention == "auto" else None
     text = f"{kernel} (flash-attn-4 cannot be imported: {broken})" if broken else kernel
+    if architecture.shape.largest_head > LARGEST_FLASH_HEAD:
+        text += f" (torch's for heads of {architecture.shape.largest_head})"
     graphs = _graphs(spec, architecture, on_gpu=on_gpu)
     return replace(common, attention=kernel, attention_text=text if by_kernel else "torch's", graphs=graphs)
 
@@ -124,17 +127,17 @@ def _precision(spec: RunSpec, architecture: Architecture) -> Iterator[str]:
 
 def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Kernel:
     """Return the kernel that train.attention means here, or raise ModelError if it cannot be used."""
-    chosen, head_dim = spec.train.attention, architecture.shape.head_dim
+    chosen, sizes = spec.train.attention, [kind.head_dim for kind in architecture.shape.head_kinds]
     if chosen == "flash4" and not attention.has_flash4():
         broken = attention.broken_flash4()
         why = f", which cannot be imported ({broken})" if broken else ""
         raise ModelError(
             f"train.attention flash4 needs the package flash-attn-4 in the ranks' Python{why}; set it to auto"
         )
-    if chosen == "flash4" and not attention.flash4_takes(head_dim):
+    if chosen == "flash4" and not all(attention.flash4_takes(size) for size in sizes):
         raise ModelError(
-            f"train.attention flash4 takes heads of 32, 64, 96 or 128; this model's are {head_dim}, whose gradients it "
-            "gets wrong on Hopper; set it to auto"
+            f"train.attention flash4 takes heads of 32, 64, 96 or 128; this model's are "
+            f"{' and '.join(map(str, sizes))}, whose gradients it gets wrong on Hopper; set it to auto"
         )
     lacking = _without_gradients(architecture)
     if chosen == "flash4" and lacking is not None:
@@ -143,7 +146,8 @@ def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Ker
             "4.0.0b36 or newer, or set it to auto"
         )
     if chosen == "auto":
-        return attention.fastest_kernel(head_dim) if lacking is None else "flash2"
+        fastest = {attention.fastest_kernel(size) for size in sizes}
+        return fastest.pop() if lacking is None and len(fastest) == 1 else "flash2"
     return chosen
 
 

@@ -283,7 +283,7 @@ def _build_chunk(
     )
     drop_absent_biases(chunk, architecture)
     if rope is not None:
-        use_whole_table(chunk, architecture.ropes, shape.head_dim)
+        use_whole_table(chunk, architecture.rotations)
     elif chunk.pre_process:
         # Megatron-core makes this table in fp32, and its sum with bf16 embeddings would be fp32.
         chunk.embedding.position_embeddings.to(config.params_dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.contract.head_sizes import HeadSizes
 from launcher.contract.linear_attention import LinearAttention
 from launcher.contract.model_shape import ModelShape
 from sft.models.rope import Rope
@@ -47,6 +48,8 @@ class ClampedUnit:
 class Attention:
     """Causal self-attention of one layer."""
 
+    heads: HeadSizes | None = None
+    """The heads of this layer; None is those of the model."""
     rotary: bool = True
     """Whether queries and keys are rotated by their positions."""
     rope: Rope | None = None
@@ -57,6 +60,8 @@ class Attention:
     """Whether each head of queries and keys is normed before RoPE ..."""
     norm_rotated: bool = False
     """... or, of those that are normed, after it."""
+    value_norm: bool = False
+    """Whether each head of values is normed, without a weight."""
     width_norm: bool = False
     """Whether all query heads are normed together before RoPE, and so are all key heads."""
     qkv_bias: bool = False
@@ -138,6 +143,8 @@ class DecoderLayer:
     """Whether `after` is a norm."""
     residual_multiplier: float = 1.0
     """m above."""
+    scaled: bool = False
+    """Whether the output is multiplied by a number that the files hold, which is never trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +182,17 @@ class Architecture:
     def rope_of(self, attention: Attention) -> Rope | None:
         """Return the rotary positions of a layer."""
         return attention.rope or self.rope
+
+    def head_dim_of(self, attention: Attention) -> int:
+        """Return the size of a layer's heads."""
+        return self.shape.head_dim if attention.heads is None else attention.heads.head_dim
+
+    @property
+    def rotations(self) -> tuple[tuple[Rope, int], ...]:
+        """The different rotary positions of the layers, each with the size of the heads, the model's first."""
+        own = [(self.rope_of(attention), self.head_dim_of(attention)) for attention in self.attentions]
+        every = [(self.rope, self.shape.head_dim), *own]
+        return tuple(dict.fromkeys((rope, size) for rope, size in every if rope is not None))
 
     @property
     def has_experts(self) -> bool:

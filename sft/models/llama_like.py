@@ -269,10 +269,13 @@ def shared_expert(shape: ModelShape, prefix: str, *, weight: str | None = None) 
 
 
 def separate_qkv(shape: ModelShape, prefix: str, kind: str) -> tuple[Piece, ...]:
-    """Return the rows of linear_qkv from three tensors: q_proj, k_proj and v_proj behind `prefix`."""
+    """Return the rows of linear_qkv from three tensors: q_proj, k_proj and v_proj behind `prefix`.
+
+    Without a projection of values there are two tensors.
+    """
     head = shape.head_dim
     queries = shape.num_attention_heads // shape.num_query_groups * head
-    widths = {"q": queries, "k": head, "v": head}
+    widths = {"q": queries, "k": head} | ({} if shape.keyed_values else {"v": head})
     return _by_group(shape, [(f"{prefix}{which}_proj.{kind}", 0, width) for which, width in widths.items()])
 
 

@@ -22,7 +22,9 @@ Settings = dict[str, object]
 """RoPE settings of a config, as they were read."""
 
 KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
-"""The values of `rope_type` that are covered."""
+"""The values of `rope_type` that any family may have."""
+PROPORTIONAL = "proportional"
+"""Another one, of families that ask for it."""
 
 _NEEDED = {
     "dynamic": ("factor",),
@@ -34,12 +36,14 @@ _NEEDED = {
 """Numbers without which a kind means nothing."""
 _OPTIONAL = {
     "longrope": ("factor", "attention_factor"),
+    PROPORTIONAL: ("factor",),
     "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
 }
 """Numbers that a kind may leave out."""
 _DIVISORS = {
     "linear": ("factor",),
     "llama3": ("factor",),
+    PROPORTIONAL: ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 """Numbers that a kind divides by, or takes the logarithm of: with 0 and less it would give NaN, or mean nothing."""
@@ -92,6 +96,9 @@ class Rope:
     theta: float
     fraction: float = 1.0
     """Part of each head that is rotated."""
+    proportional: bool = False
+    """Whether it is that part of the pairs, each half a head apart and as fast as if all were rotated; else the first
+    numbers of a head are rotated like a head of that size."""
     factor: float = 1.0
     """How much slower positions rotate."""
     pair_factors: tuple[float, ...] = ()
@@ -105,13 +112,17 @@ class Rope:
     """Tokens of the longest row for which transformers has these frequencies; None where they hold for any."""
 
     def pairs(self, head_dim: int) -> int:
-        """Return how many pairs of a head are rotated."""
+        """Return how many pairs of a head are rotated, those by an angle of 0 included."""
+        if self.proportional:
+            return head_dim // 2
         return len(range(0, int(head_dim * self.fraction), 2))
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
         """Return the radians per position of each rotated pair of a head."""
         import torch
 
+        if self.proportional:
+            return self._of_first_pairs(head_dim)
         dim = int(head_dim * self.fraction)
         pairs = self.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
         if self.pair_factors:
@@ -121,6 +132,15 @@ class Rope:
             kept = 1 - self.yarn.ramp(self.theta, dim)
             return 1.0 / (self.factor * pairs) * (1 - kept) + plain * kept
         return plain / self.factor if self.llama3 is None else self._by_wave(plain, self.llama3)
+
+    def _of_first_pairs(self, head_dim: int) -> torch.Tensor:
+        """Return the frequencies of which all but those of the first pairs are 0."""
+        import torch
+
+        rotated = int(self.fraction * head_dim // 2)
+        pairs = torch.arange(0, 2 * rotated, 2, dtype=torch.float32, device="cpu")
+        still = torch.zeros(head_dim // 2 - rotated, dtype=torch.float32, device="cpu")
+        return torch.cat([1.0 / self.theta ** (pairs / head_dim), still]) / self.factor
 
     def _by_wave(self, plain: torch.Tensor, llama3: Llama3Scaling) -> torch.Tensor:
         """Return frequencies of which Llama 3's scaling slows down those with long waves."""
@@ -160,8 +180,9 @@ def read_rope(
         Rope(
             theta=_number(settings, "rope_theta"),
             fraction=_number(settings, "partial_rotary_factor"),
+            proportional=kind == PROPORTIONAL,
             # Dynamic scaling begins beyond the longest row that is covered.
-            factor=_number(settings, "factor") if kind in ("linear", "llama3", "yarn") else 1.0,
+            factor=1.0 if kind in ("default", "dynamic", "longrope") else _number(settings, "factor", 1.0),
             pair_factors=_numbers(settings, "short_factor") if kind == "longrope" else (),
             llama3=_llama3(settings, original) if kind == "llama3" else None,
             yarn=_yarn(settings, original) if kind == "yarn" else None,
@@ -209,7 +230,7 @@ def _attention_factor(settings: Settings, stretch: float) -> float:
     `stretch` is the number of positions over the original one.
     """
     kind = settings["rope_type"]
-    if kind not in _OPTIONAL:
+    if kind not in _OPTIONAL or kind == PROPORTIONAL:
         return 1.0
     if settings.get("attention_factor") is not None:
         return _number(settings, "attention_factor")
@@ -230,6 +251,8 @@ def _problems(rope: Settings, partial: bool, understood: Collection[str]) -> lis
         problems.append(f"partial_rotary_factor {fraction} is not a number")
     elif not partial and fraction != 1.0:
         problems.append(f"partial_rotary_factor {fraction} is not supported; only 1.0")
+    elif rope["rope_type"] == PROPORTIONAL and not 0 <= _number(rope, "partial_rotary_factor") <= 1:
+        problems.append(f"partial_rotary_factor {fraction} is not from 0 to 1")
     if not _is_number(rope["rope_theta"]) or any(isinstance(value, dict) for value in rope.values()):
         problems.append("RoPE settings that differ between layers are not supported")
     elif _number(rope, "rope_theta") <= 0:
@@ -238,7 +261,7 @@ def _problems(rope: Settings, partial: bool, understood: Collection[str]) -> lis
         if rope.get(key) is not None and key not in understood:
             problems.append(f"the RoPE setting {key} {rope[key]} is not supported for this model type")
     kind = rope["rope_type"]
-    if kind not in KINDS:
+    if kind not in (*KINDS, PROPORTIONAL):
         return [*problems, f"rope_type {kind!r} is not supported; supported are {', '.join(map(repr, KINDS))}"]
     return [*problems, *_problems_of_kind(str(kind), rope)]
 

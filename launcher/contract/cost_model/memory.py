@@ -113,7 +113,7 @@ def layer_activation_bytes(
     workload: Workload, layout: Layout, implementation: Implementation, kind: LayerKind
 ) -> float:
     """Return the bytes that one layer keeps of one micro-batch, unless the whole layer is recomputed."""
-    shape, topology = workload.shape, layout.topology
+    shape, topology = workload.shape.for_layers(windowed=kind.windowed), layout.topology
     tensor = topology.tensor_parallel
     sequence = tensor if topology.sequence_parallel else 1
     norms = 2 if layout.recompute == "norms" else 4  # inputs and outputs of two norms

@@ -125,7 +125,7 @@ def _attention(
     workload: Workload, topology: Topology, gpu: GpuKind, implementation: Implementation, kind: LayerKind
 ) -> float:
     """Return the seconds per layer and micro-batch of attention's core."""
-    shape = workload.shape
+    shape = workload.shape.for_layers(windowed=kind.windowed)
     attended = attended_in_window(shape, workload.attended) if kind.windowed else workload.attended
     queries = shape.num_attention_heads * shape.head_dim / topology.tensor_parallel
     # with a causal mask 6 * s operations per token and head dimension, forward and backward together
@@ -150,7 +150,8 @@ def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind, kind: L
 
     Linear attention exchanges tokens for heads instead. No computation hides either.
     """
-    shape, tensor, context = workload.shape, topology.tensor_parallel, topology.context_parallel
+    shape = workload.shape.for_layers(windowed=kind.windowed)
+    tensor, context = topology.tensor_parallel, topology.context_parallel
     size = 2 * max(1, shape.num_query_groups / tensor) * shape.head_dim
     if kind.linear:
         assert shape.linear is not None

@@ -56,9 +56,10 @@ class Product:
 
 def layer_products(workload: Workload, topology: Topology, kind: LayerKind) -> list[Product]:
     """Return the products of a layer of this kind on one rank."""
-    shape = workload.shape
+    shape = workload.shape.for_layers(windowed=kind.windowed)
     routed = bool(shape.num_experts) and not kind.dense
-    repeated = 0 if kind.linear else 2 * max(0, topology.tensor_parallel - shape.num_query_groups) * shape.head_dim
+    heads = 0 if kind.linear else (2 - shape.keyed_values) * max(0, topology.tensor_parallel - shape.num_query_groups)
+    repeated = heads * shape.head_dim
     linears = layer_linears(shape, dense=kind.dense, linear=kind.linear)
     adapted = adapted_places(shape, workload.lora, dense=kind.dense, linear=kind.linear) if workload.adapted else ()
     found = [

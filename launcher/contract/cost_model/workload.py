@@ -129,7 +129,7 @@ def layer_parameters(shape: ModelShape, tensor_parallel: int, *, dense: bool = F
         return products // tensor_parallel + layer_norm_parameters(shape, linear=True)
     queries = shape.num_attention_heads * shape.head_dim
     groups = max(shape.num_query_groups, tensor_parallel)
-    repeated = 2 * (groups - shape.num_query_groups) * shape.head_dim * shape.hidden_size
+    repeated = (2 - shape.keyed_values) * (groups - shape.num_query_groups) * shape.head_dim * shape.hidden_size
     assert queries % tensor_parallel == 0
     return (products + repeated) // tensor_parallel + layer_norm_parameters(shape)
 
@@ -142,7 +142,8 @@ def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:
     tensor, stages = topology.tensor_parallel, topology.pipeline_parallel
     embedding = -(-shape.vocab_size // tensor) * shape.hidden_size
     count = sum(
-        layers * layer_parameters(shape, tensor, dense=kind.dense, linear=kind.linear)
+        layers
+        * layer_parameters(shape.for_layers(windowed=kind.windowed), tensor, dense=kind.dense, linear=kind.linear)
         for kind, layers in _stage_kinds(shape, topology, stage).items()
     )
     if stage == 0:
@@ -168,7 +169,7 @@ def trained_parameters(workload: Workload, topology: Topology, stage: int) -> tu
     if not workload.adapted:
         return stage_parameters(shape, topology, stage), stage_expert_parameters(shape, topology, stage)
     own = sum(
-        layers * layer_adapters(shape, lora, dense=kind.dense, linear=kind.linear)
+        layers * layer_adapters(shape.for_layers(windowed=kind.windowed), lora, dense=kind.dense, linear=kind.linear)
         for kind, layers in _stage_kinds(shape, topology, stage).items()
     )
     held = _layers_with_experts(shape, topology, stage) * shape.num_experts // topology.expert_parallel

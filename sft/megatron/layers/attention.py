@@ -5,14 +5,23 @@ Megatron-core's own has one RoPE for all layers, whose magnitude comes from a fo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launcher.contract.head_sizes import HeadSizes
 from sft.kernels.fp8 import WithRows
 from sft.kernels.rope import of_tokens, rotate
-from sft.megatron.core import SelfAttention, StaticInferenceContext, TransformerConfig
+from sft.megatron.core import (
+    SelfAttention,
+    SelfAttentionSubmodules,
+    StaticInferenceContext,
+    TransformerConfig,
+    tensor_parallel,
+)
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.query_scale import scaled_by_position
 from sft.megatron.layers.rotated_norms import norm_rotated
@@ -33,15 +42,24 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
 
     def __init__(
         self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
         *args: object,
         rotary: bool,
         angles: slice,
         magnitude: float = 1.0,
         query_scale: QueryScale | None = None,
         width_norms: tuple[Norm, Norm] | None = None,
+        heads: HeadSizes | None = None,
+        value_norm: bool = False,
         **kwargs: object,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        config = config if heads is None else _with_heads(config, heads)
+        super().__init__(config, submodules, *args, **kwargs)
+        self._keyed_values = heads is not None and heads.keyed_values
+        if self._keyed_values:
+            self.linear_qkv = self._queries_and_keys(submodules)
+        self._value_norm = value_norm
         if width_norms is not None:
             # Megatron-core 0.18 and later build norms of queries and keys where its `qk_layernorm` says that each rank
             # has them whole, and then add up gradients that are not partial ones.
@@ -106,6 +124,10 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
 
     def _projected(self, hidden_states: Tensor | WithRows) -> Heads:
         """Return query, key and value, [s, b, heads, dim], and the gate of the output if there is one."""
+        if self._keyed_values or self._value_norm:
+            split = self._split_without_values if self._keyed_values else self.get_query_key_value_tensors
+            query, key, value = split(hidden_states)
+            return query, key, self._normed(value) if self._value_norm else value, None
         if not self.config.attention_output_gate:
             return *self.get_query_key_value_tensors(hidden_states), None
         query, key, value, gate = self.get_query_key_value_tensors(hidden_states, output_gate=True)
@@ -114,6 +136,45 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
             rank = self.pg_collection.tp.rank() % (gate.size(2) // heads)
             gate = gate[:, :, rank * heads : (rank + 1) * heads]
         return query, key, value, gate
+
+    def _normed(self, value: Tensor) -> Tensor:
+        """Return the norm of each head of values, rounded at the end."""
+        return F.rms_norm(value.float(), value.shape[-1:], eps=self.config.layernorm_epsilon).to(value.dtype)
+
+    def _queries_and_keys(self, submodules: SelfAttentionSubmodules) -> nn.Module:
+        """Return the projection in place of Megatron-core's, which has rows for values."""
+        linear: nn.Module = submodules.linear_qkv(
+            self.config.hidden_size,
+            self.query_projection_size + self.kv_projection_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            gather_output=False,
+            bias=self.config.add_bias_linear or self.config.add_qkv_bias,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.pg_collection.tp,
+        )
+        return linear
+
+    def _split_without_values(self, hidden_states: Tensor | WithRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value, where the value is the key before its norm.
+
+        More ranks than KV heads have parts of a head's rows: all are gathered, and each takes its queries of them.
+        """
+        mixed, _ = self.linear_qkv(hidden_states)
+        ranks, groups, dim = self.world_size, self.config.num_query_groups, self.hidden_size_per_attention_head
+        shared = max(1, ranks // groups)
+        rank = self.pg_collection.tp.rank()
+        if shared > 1:
+            mixed = tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(mixed, self.pg_collection.tp)
+            mixed = mixed.chunk(groups, dim=-1)[rank // shared]
+        by_group = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, dim))
+        query, key = by_group[..., :-1, :].flatten(2, 3), by_group[..., -1, :]
+        if shared > 1:
+            query = query.chunk(shared, dim=2)[rank % shared]
+        normed = key if self.k_layernorm is None else self.k_layernorm(key)
+        return query if self.q_layernorm is None else self.q_layernorm(query), normed, key
 
     def _with_earlier(self, key: Tensor, value: Tensor, context: StaticInferenceContext) -> tuple[Tensor, Tensor]:
         """Put keys and values of new positions into the cache, and return those of all positions so far."""
@@ -126,3 +187,10 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         keys, values = memory[self.layer_number]
         keys[begin:end], values[begin:end] = key, value
         return keys[:end], values[:end]
+
+
+def _with_heads(config: TransformerConfig, heads: HeadSizes) -> TransformerConfig:
+    """Return the configuration of a layer with these heads: Megatron-core's has one size for all layers."""
+    own = copy.copy(config)
+    own.kv_channels, own.num_query_groups = heads.head_dim, heads.query_groups
+    return own

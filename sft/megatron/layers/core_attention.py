@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.contract.head_sizes import LARGEST_FLASH_HEAD
 from sft.data.batches.context_slice import ContextSlice
 from sft.kernels import attention
 from sft.kernels.masked_attention import attention_in_blocks, causal_mask, last_keys
@@ -110,8 +111,11 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return {"sinks": self.sinks, "softcap": self._softcap}
 
     def _has_kernel(self, query: Tensor) -> bool:
-        """Return whether a kernel for many sequences can be used: they need half precision and have no dropout."""
-        half = query.dtype in (torch.bfloat16, torch.float16)
+        """Return whether a kernel for many sequences can be used: they need half precision and have no dropout.
+
+        Nor do they take any size of heads.
+        """
+        half = query.dtype in (torch.bfloat16, torch.float16) and query.size(-1) <= LARGEST_FLASH_HEAD
         capped = self._softcap is not None and self._kernel != "flash4"
         return query.is_cuda and half and not (self.training and self._dropout) and not capped
 

@@ -162,7 +162,7 @@ class FusedSelfAttention(RotarySelfAttention):
             angles = torch.zeros_like(angles)
         magnitude = self._magnitude if self._rotary else 1.0
         groups = self.num_query_groups_per_partition
-        normed = not isinstance(self.q_layernorm, IdentityOp | None)
+        normed = not isinstance(self.q_layernorm, IdentityOp | None) or self._value_norm or self._keyed_values
         plain = not normed and not self.config.attention_output_gate
         if plain and self.config.num_query_groups >= self.world_size:
             mixed, _ = self.linear_qkv(hidden_states)

@@ -47,10 +47,10 @@ from sft.megatron.layers.norms import PLAIN_NORMS
 from sft.megatron.layers.post_norms import PostNormTransformerLayer
 from sft.megatron.layers.residual import residual_addition
 from sft.megatron.layers.rotated_norms import RotatedRMSNorm
+from sft.megatron.layers.scaled_output import ScaledFusedLayer, ScaledPostNormLayer
 from sft.megatron.layers.shared_expert import SharedExpertMLP
 from sft.megatron.layers.width_norms import WidthRMSNorm
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts
-from sft.models.rope import Rope
 
 _CHECKPOINT_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -112,11 +112,14 @@ def _layer_class(
     architecture: Architecture, layer: DecoderLayer, *, fused: bool
 ) -> tuple[type[TransformerLayer], dict[str, object]]:
     """Return the class of a layer and its own arguments."""
+    own: dict[str, object]
     if fused:
-        own: dict[str, object] = {"residual_multiplier": layer.residual_multiplier, "norm_after": layer.norm_after}
-        return FusedTransformerLayer, own
+        own = {"residual_multiplier": layer.residual_multiplier, "norm_after": layer.norm_after}
+        return ScaledFusedLayer if layer.scaled else FusedTransformerLayer, own
+    assert layer.norm_after or not layer.scaled
     if layer.norm_after:
-        return PostNormTransformerLayer, {"norm": PLAIN_NORMS[architecture.norm]}
+        own = {"norm": PLAIN_NORMS[architecture.norm]}
+        return ScaledPostNormLayer if layer.scaled else PostNormTransformerLayer, own
     return TransformerLayer, {}
 
 
@@ -171,7 +174,9 @@ def _attention_spec(
             "attn_mask_type": AttnMaskType.causal,
             "rotary": attention.rotary,
             "magnitude": 1.0 if rope is None else rope.attention_factor,
-            "angles": _columns_of_angles(architecture, rope),
+            "angles": _columns_of_angles(architecture, attention),
+            "heads": attention.heads,
+            "value_norm": attention.value_norm,
             "query_scale": attention.query_scale,
             "width_norms": _width_norms(architecture) if attention.width_norm else None,
         },
@@ -204,12 +209,13 @@ def _width_norms(architecture: Architecture) -> tuple[Norm, Norm]:
     return queries, keys
 
 
-def _columns_of_angles(architecture: Architecture, rope: Rope | None) -> slice:
-    """Return where the angles of `rope` are in the table that has those of all kinds of layers, side by side."""
+def _columns_of_angles(architecture: Architecture, attention: Attention) -> slice:
+    """Return where the angles of a layer are in the table that has those of all kinds of layers, side by side."""
+    own = architecture.rope_of(attention), architecture.head_dim_of(attention)
     begin = 0
-    for kind in architecture.ropes:
-        end = begin + kind.pairs(architecture.shape.head_dim)
-        if kind == rope:
+    for rope, head_dim in architecture.rotations:
+        end = begin + rope.pairs(head_dim)
+        if (rope, head_dim) == own:
             return slice(begin, end)
         begin = end
     return slice(0)

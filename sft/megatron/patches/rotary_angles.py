@@ -17,11 +17,14 @@ from sft.megatron.patches.patch import Patch
 from sft.models.rope import Rope
 
 
-def use_whole_table(model: GPTModel, ropes: Sequence[Rope], head_dim: int) -> None:
-    """Let the model's RoPE give the angles of all positions on every rank: those of each of `ropes`, side by side."""
+def use_whole_table(model: GPTModel, rotations: Sequence[tuple[Rope, int]]) -> None:
+    """Let the model's RoPE give the angles of all positions on every rank.
+
+    `rotations` are rotary positions with the size of their heads, whose angles are side by side.
+    """
     rotary = model.rotary_pos_emb
     rotary.cp_group = None
-    frequencies = torch.cat([rope.inverse_frequencies(head_dim) for rope in ropes])
+    frequencies = torch.cat([rope.inverse_frequencies(head_dim) for rope, head_dim in rotations])
     rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
 
 

@@ -52,6 +52,8 @@ def test_embeddings_tied_where_the_config_does_not_say(model_type: str, tied: bo
         ({"model_type": "gemma3_text"}, (0, 1, 2, 3)),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 2}, (0, 2)),
         ({"model_type": "gemma3_text", "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, (3,)),
+        ({"model_type": "gemma4_text", "sliding_window_pattern": 2}, (0, 1, 2)),
+        ({"model_type": "gemma4_text", "layer_types": ["sliding_attention"] * 4}, (0, 1, 2)),
         ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 3}, (3,)),
         ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False, "max_window_layers": 3}, ()),
     ],

@@ -76,7 +76,8 @@ def expect_same_sizes(architecture: Architecture, lora: LoraSpec, name: str) -> 
         dense = layer in shape.dense_layers
         linear = layer in shape.linear_layers
         own = of_layer(architecture, lora, layer)
-        assert layer_adapters(shape, lora, dense=dense, linear=linear) == own, name
+        heads = shape.for_layers(windowed=layer in shape.windowed_layers)
+        assert layer_adapters(heads, lora, dense=dense, linear=linear) == own, name
         active += own
         if shape.num_experts and not dense:
             of_one = of_expert(architecture, lora, layer)

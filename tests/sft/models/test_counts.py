@@ -27,11 +27,18 @@ def counted_operations(case: str) -> dict[str, int]:
     return {str(kind): count for kind, count in counter.get_flop_counts()["Global"].items()}
 
 
+def of_layer(shape: ModelShape, layer: int) -> ModelShape:
+    """The shape with the heads of one layer."""
+    return shape.for_layers(windowed=layer in shape.windowed_layers)
+
+
 def of_products(shape: ModelShape) -> int:
     """What is counted for the linear layers: two operations for each weight and token."""
     dense, linear = shape.dense_layers, shape.linear_layers
     weights = sum(
-        layer_matmul_parameters(shape, active=layer not in dense, dense=layer in dense, linear=layer in linear)
+        layer_matmul_parameters(
+            of_layer(shape, layer), active=layer not in dense, dense=layer in dense, linear=layer in linear
+        )
         for layer in range(shape.num_layers)
     )
     return TOKENS * (2 * weights + head_operations(shape) // 3)
@@ -44,7 +51,8 @@ def test_operations_of_every_family(case: str, tmp_path: Path) -> None:
     counted = counted_operations(case)
     assert counted["aten.mm"] + counted.get("aten.addmm", 0) == of_products(shape)
     if shape.linear is None:  # the rule of linear attention is made of the same products
-        assert counted["aten.bmm"] == shape.num_layers * 4 * TOKENS**2 * shape.num_attention_heads * shape.head_dim
+        sizes = sum(of_layer(shape, layer).head_dim for layer in range(shape.num_layers))
+        assert counted["aten.bmm"] == 4 * TOKENS**2 * shape.num_attention_heads * sizes
 
 
 @pytest.mark.parametrize("name", CONFIGS)
