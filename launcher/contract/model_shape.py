@@ -67,7 +67,11 @@ _WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)
 """Model types whose layers all have it where `use_sliding_window` is true, and none otherwise."""
 _WIDTH_NORM = ("olmo2", "olmo3", "olmoe")
 _WINDOW_IN_ALL_BUT_EACH = {
-    **{"exaone4": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4},
+    "exaone4": 4,
+    "gemma2": 2,
+    "gemma3_text": 6,
+    "gpt_oss": 2,
+    "olmo3": 4,
     **dict.fromkeys(WIDE_HEADS, 6),
 }
 """Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""

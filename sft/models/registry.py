@@ -25,6 +25,10 @@ SUPPORTED = (
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified",
+    "gemma4_unified_text",
     "glm",
     "glm4",
     "glm4_moe",
@@ -65,7 +69,6 @@ _NEVER_BUILT = (
     "add_cross_attention",
     "lm_head_bias",
     "scale_attn_by_inverse_layer_idx",
-    "use_bidirectional_attention",
 )
 """Settings that change every layer and that no family here builds."""
 
@@ -77,10 +80,14 @@ _OF_SINGLE_FAMILIES = (
     "attention_k_eq_v",
     "attn_logit_softcapping",
     "clip_qkv",
+    "enable_moe_block",
     "final_logit_softcapping",
+    "hidden_size_per_layer_input",
     "num_kv_shared_layers",
     "qk_layernorm",
+    "per_layer_config",
     "router_jitter_noise",
+    "use_bidirectional_attention",
     "use_double_wide_mlp",
     "use_qk_norm",
 )

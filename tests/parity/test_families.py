@@ -32,6 +32,7 @@ SIZES: dict[str, Any] = {
 """What two tensor parallel ranks divide."""
 MORE: dict[str, dict[str, Any]] = {
     "gemma_untied": {"num_key_value_heads": 2},
+    **{name: {"num_global_key_value_heads": 4} for name in SUPPORTED if name.startswith("gemma4")},
     "phi3_longrope": {
         "original_max_position_embeddings": 384,
         "rope_parameters": {
@@ -42,8 +43,9 @@ MORE: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Cases whose variant is about a size."""
+"""Cases with a size of their own."""
 VARIANTS = (
+    "gemma4_text_one_key_head",
     "gpt2_untied",
     "llama_biased",
     "llama_llama3_rope_other_numbers",

@@ -33,6 +33,7 @@ OF_TEXT = [name for name in SUPPORTED if not family(name).multimodal]
 LIKE_LLAMA = {
     "ernie4_5",
     "gemma",
+    "gemma4_unified_text",
     "glm",
     "granite",
     "mistral",
@@ -43,7 +44,7 @@ LIKE_LLAMA = {
     "qwen3",
     "seed_oss",
 }
-"""Families with nothing of their own in what documents, answers and adapters do to a layer."""
+"""Families with nothing of their own in what documents, answers and adapters do to a layer, and Gemma 4's twin."""
 LIKE_QWEN3_5 = {"qwen3_5_moe_text", "qwen3_next"}
 """The same, beside the dense one with linear attention: they have experts, as others have."""
 DISTINCT = [name for name in OF_TEXT if name not in LIKE_LLAMA | LIKE_QWEN3_5]
@@ -105,17 +106,23 @@ def save_hf_model(
 
 def randomize(model: Any) -> None:
     """Fill a model with random weights, biases and norms, none of which is what a fresh model has."""
+    # Scores that nothing else scales would be so large that rounding hides what is compared.
+    scaling = {f"{name}.q_norm.weight" for name, part in model.named_modules() if getattr(part, "scaling", 0) == 1.0}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name or ".ln_" in name
             from_zero = name.endswith("norm.weight") and not parameter.any()  # multiplies as 1 + weight
             mean = 1.0 if is_norm and not from_zero else 0.0
+            if name in scaling:
+                mean = 0.3
             if name.endswith("A_log"):  # a slow decay, with which what is not reset between documents shows
                 mean = -3.0
             parameter.normal_(mean, 1.0 if name.endswith("sinks") else 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):  # by which experts are chosen
                 buffer.normal_(0.0, 0.1)
+            if name.endswith("layer_scalar"):  # of a layer's output
+                buffer.uniform_(0.5, 1.5)
 
 
 def drop_prefix(directory: Path, prefix: str) -> None:

@@ -69,6 +69,8 @@ def test_logits_of_one_rank(case: str, tmp_path: Path) -> None:
         ("gemma_untied", 2, {"tensor_parallel": 2}),
         ("gemma2", 3, {"tensor_parallel": 3}),
         ("gemma3_text_capped", 2, {"tensor_parallel": 2}),
+        ("gemma4_text", 3, {"tensor_parallel": 3}),
+        ("gemma4_text_one_key_head", 3, {"tensor_parallel": 3}),
         ("phi3", 3, {"tensor_parallel": 3}),
         ("phi3_partial_rope", 2, {"tensor_parallel": 2}),
         ("llama_llama3_rope_other_numbers", 2, {"pipeline_parallel": 2}),

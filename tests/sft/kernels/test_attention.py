@@ -116,6 +116,21 @@ def test_capped_scores_go_to_flash4_or_to_no_kernel(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.usefixtures("hopper")
+def test_heads_that_no_kernel_takes_go_to_torchs(tmp_path: Path) -> None:
+    """By kind of layer. That reads lengths on the host, which CUDA graphs cannot."""
+    for size, text in ((128, "attention flash4,"), (512, "attention flash2 (torch's for heads of 512),")):
+        spec = run_spec(save_config("gemma4_text", tmp_path, head_dim=64, global_head_dim=size), 1, "bf16")
+        train = dataclasses.replace(spec.train, kernels="fused")
+        spec = dataclasses.replace(spec, train=train, data=dataclasses.replace(spec.data, packing=True))
+        kernels = choose_kernels(spec, read_architecture(tmp_path), on_gpu=True)
+        assert text in kernels.describe()
+        assert kernels.graphs is (size == 128)
+    by_name = dataclasses.replace(spec, train=dataclasses.replace(train, attention="flash4"))
+    with pytest.raises(ModelError, match="this model's are 64 and 512"):
+        attention_kernel(by_name, read_architecture(tmp_path))
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("length", "text"), [(25, "attention flash2"), (24, "attention torch's")])
 def test_padded_rows_longer_than_a_window_go_to_the_kernel(length: int, text: str, tmp_path: Path) -> None:
     spec = run_spec(save_config("mistral", tmp_path), 1)

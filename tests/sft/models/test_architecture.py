@@ -224,7 +224,7 @@ def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) 
         ),
         (
             {"model_type": "gemma", "head_dim": 16, "use_bidirectional_attention": True},
-            "use_bidirectional_attention true is not supported",
+            "use_bidirectional_attention True is not supported for model type gemma",
         ),
         ({"is_causal": False}, "is_causal false is not supported"),
         (
@@ -342,11 +342,11 @@ def test_small_configs_are_read_as_they_are(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_planner_counts_what_the_files_hold(case: str, tmp_path: Path) -> None:
-    """All weights but biases and sinks: those of experts, shared ones and dense layers among them,
+    """All weights but biases, sinks and scales of layers: those of experts, shared ones and dense layers among them,
     and of norms. And the layers that have a window."""
     found = read_architecture(save_config(case, tmp_path))
     tensors = found.weights.hf_shapes()
-    uncounted = {tensor for tensor in tensors if tensor.endswith(("bias", "sinks"))}
+    uncounted = {tensor for tensor in tensors if tensor.endswith(("bias", "sinks", "layer_scalar"))}
     weights = sum(math.prod(shape) for tensor, shape in tensors.items() if tensor not in uncounted)
     assert parameters(found.shape) == weights
     own = {layer: window for layer, window in enumerate(windows(found)) if window is not None}

@@ -82,7 +82,10 @@ def test_an_earlier_files_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention true is not supported"),
+        (
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention True is not supported for model type gemma3_text",
+        ),
         (
             {"attn_logit_softcapping": 50.0},
             "attn_logit_softcapping 50.0 is not supported for model type gemma3_text",

@@ -28,6 +28,29 @@ GEMMA3_4B = {
         "sliding_window": 1024,
     },
 }
+GEMMA4_31B = {
+    "model_type": "gemma4",
+    "text_config": {  # kinds of layers and their positions are transformers' defaults
+        "model_type": "gemma4_text",
+        "attention_k_eq_v": True,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 512,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 5376,
+        "hidden_size_per_layer_input": 0,
+        "intermediate_size": 21504,
+        "max_position_embeddings": 262144,
+        "num_attention_heads": 32,
+        "num_global_key_value_heads": 4,
+        "num_hidden_layers": 60,
+        "num_key_value_heads": 16,
+        "num_kv_shared_layers": 0,
+        "sliding_window": 1024,
+        "use_bidirectional_attention": "vision",
+        "vocab_size": 262144,
+    },
+}
 MISTRAL_SMALL = {
     "model_type": "mistral3",
     "text_config": {
@@ -447,6 +470,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": QWEN15_MOE,
     "qwen3_moe": QWEN3_30B_A3B,
     "gemma3": GEMMA3_4B,
+    "gemma4": GEMMA4_31B,
     "mistral3": MISTRAL_SMALL,
     "ministral3": MINISTRAL3_8B,
     "phi3": PHI4_MINI,
