@@ -6,12 +6,11 @@ Their files hold one more layer, which predicts a further token. It is not train
 from __future__ import annotations
 
 from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts, SharedExpert
+from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.llama_like import (
     QKV_BIAS,
-    SILU,
     SMALL,
     Layer,
     LayerMap,
@@ -19,19 +18,18 @@ from sft.models.llama_like import (
     head_norms,
     llama_layer,
     rope_of,
-    separate_experts,
     separate_qkv,
-    shared_expert,
     weight_map,
 )
-from sft.models.weight_map import ParameterMap, Piece
+from sft.models.sigmoid_experts import further_layers, sigmoid_expert_part, sigmoid_experts
+from sft.models.weight_map import ParameterMap
 
 
 def _read(config: ConfigReader) -> Architecture:
     shape = config.shape
     config.require("num_key_value_heads", "head_dim", "n_routed_experts", "num_experts_per_tok")
     config.require("moe_intermediate_size", "n_shared_experts", "first_k_dense_replace")
-    experts = _experts(config)
+    experts = sigmoid_experts(config)
     dense = DenseMLP(width=shape.ffn_hidden_size, activation=experts.activation)
     attention = Attention(
         qkv_bias=config.flag("attention_bias", default=False), qk_norm=config.flag("use_qk_norm", default=False)
@@ -40,52 +38,18 @@ def _read(config: ConfigReader) -> Architecture:
         DecoderLayer(attention=attention, mlp=dense if index in shape.dense_layers else experts)
         for index in range(shape.num_layers)
     )
-    further = int(config.number("num_nextn_predict_layers", config.number("num_mtp_layers", 1)))
     return Architecture(
         shape=shape,
         layers=layers,
         weights=weight_map(
             shape,
-            _with_attention(attention, _expert_part),
+            _with_attention(attention, sigmoid_expert_part),
             dense=_with_attention(attention, llama_layer),
-            carried=tuple(f"model.layers.{shape.num_layers + index}." for index in range(further)),
+            carried=further_layers(config),
         ),
         layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-5),
         rope=rope_of(config, partial=True, default_fraction=0.5),
     )
-
-
-def _experts(config: ConfigReader) -> Experts:
-    shape = config.shape
-    if not shape.shared_expert_size:
-        config.refuse("n_shared_experts 0 is not supported: layers with experts have a shared one")
-    experts = Experts(
-        count=shape.num_experts,
-        chosen=shape.experts_per_token,
-        width=shape.expert_ffn_hidden_size,
-        normalized=config.flag("norm_topk_prob", default=True),
-        scores="sigmoid",
-        selection_bias=True,
-        groups=int(config.number("n_group", 1)),
-        chosen_groups=int(config.number("topk_group", 1)),
-        scaling=config.number("routed_scaling_factor", 1.0),
-        shared=SharedExpert(width=shape.shared_expert_size, weighted=False),
-        activation=config.choice("hidden_act", SILU),
-    )
-    _check_groups(config, experts)
-    return experts
-
-
-def _check_groups(config: ConfigReader, experts: Experts) -> None:
-    """Refuse groups that are unequal, or from which a token cannot have all its experts."""
-    size, rest = divmod(experts.count, experts.groups) if experts.groups > 0 else (0, 1)
-    if rest or (experts.groups > 1 and size < 2):
-        config.refuse(f"n_group {experts.groups}: {experts.count} experts are no such number of equal groups")
-    elif not 1 <= experts.chosen_groups <= experts.groups or experts.chosen > experts.chosen_groups * size:
-        config.refuse(
-            f"topk_group {experts.chosen_groups}: the {experts.chosen} experts of a token must fit into that many of "
-            f"{experts.groups} groups of {size}"
-        )
 
 
 def _with_attention(attention: Attention, mlp: LayerMap) -> LayerMap:
@@ -100,16 +64,6 @@ def _with_attention(attention: Attention, mlp: LayerMap) -> LayerMap:
         return found
 
     return layer
-
-
-def _expert_part(shape: ModelShape, prefix: str) -> Layer:
-    mlp = f"{prefix}mlp."
-    bias = Piece(f"{mlp}gate.e_score_correction_bias", 0, shape.num_experts)
-    return {
-        **separate_experts(shape, f"{mlp}gate.weight", f"{mlp}experts.{{}}."),
-        "mlp.router.bias": ParameterMap(blocks=((bias,),), split=None, frozen=True),
-        **shared_expert(shape, f"{mlp}shared_experts."),
-    }
 
 
 FAMILY = Family(
