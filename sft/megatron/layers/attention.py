@@ -22,6 +22,7 @@ from sft.megatron.core import (
     TransformerConfig,
     tensor_parallel,
 )
+from sft.megatron.layers.earlier_keys import with_earlier
 from sft.megatron.layers.packed_rows import PackedSequences
 from sft.megatron.layers.query_scale import scaled_by_position
 from sft.megatron.layers.rotated_norms import norm_rotated
@@ -94,7 +95,7 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
             own = None if packed is None else packed.positions
             query = scaled_by_position(query, self._query_scale, own, begin)
         if inference_context is not None:
-            key, value = self._with_earlier(key, value, inference_context)
+            key, value = with_earlier(key, value, inference_context, self.layer_number)
         if isinstance(packed, PackedSequences):
             query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
         if self.checkpoint_core_attention and self.training:
@@ -175,18 +176,6 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
             query = query.chunk(shared, dim=2)[rank % shared]
         normed = key if self.k_layernorm is None else self.k_layernorm(key)
         return query if self.q_layernorm is None else self.q_layernorm(query), normed, key
-
-    def _with_earlier(self, key: Tensor, value: Tensor, context: StaticInferenceContext) -> tuple[Tensor, Tensor]:
-        """Put keys and values of new positions into the cache, and return those of all positions so far."""
-        memory = context.key_value_memory_dict
-        if self.layer_number not in memory:
-            size = (context.max_sequence_length, *key.shape[1:])
-            memory[self.layer_number] = key.new_empty(size), value.new_empty(size)
-        begin = context.sequence_len_offset
-        end = begin + key.shape[0]
-        keys, values = memory[self.layer_number]
-        keys[begin:end], values[begin:end] = key, value
-        return keys[:end], values[:end]
 
 
 def _with_heads(config: TransformerConfig, heads: HeadSizes) -> TransformerConfig:
