@@ -59,6 +59,11 @@ def router_parameters(shape: ModelShape) -> int:
     return (shape.num_experts + shape.weighted_shared_expert) * shape.hidden_size
 
 
+def whole_parameters(shape: ModelShape) -> int:
+    """Return the number of weights in one decoder layer's linears that every tensor parallel rank has whole."""
+    return sum(each.weights for each in attention_linears(shape) if each.place == "latents")
+
+
 def attention_parameters(shape: ModelShape, *, linear: bool = False) -> int:
     """Return the number of weights in one decoder layer's projections of attention, or of linear attention."""
     return sum(each.weights for each in attention_linears(shape, linear=linear))
@@ -87,7 +92,8 @@ def layer_norm_parameters(shape: ModelShape, *, linear: bool = False) -> int:
         assert shape.linear is not None
         return shape.layer_norms * shape.hidden_size + shape.linear.parameters
     heads = 2 * shape.qk_norm + (shape.num_attention_heads + shape.num_query_groups) * shape.width_norm
-    return shape.layer_norms * shape.hidden_size + heads * shape.head_dim
+    latents = 0 if shape.latent is None else shape.latent.normed
+    return shape.layer_norms * shape.hidden_size + heads * shape.head_dim + latents
 
 
 def embedding_parameters(shape: ModelShape) -> int:
@@ -132,8 +138,8 @@ def training_flops_of(shape: ModelShape, tokens: int, squared_lengths: int, lora
     linear, windowed = len(shape.linear_layers), len(shape.windowed_layers)
     whole = (shape.num_layers - windowed - linear) * squared_lengths
     products += linear * tokens * linear_attention_flops(shape)
-    sizes = shape.for_layers(windowed=False).head_dim * whole + shape.head_dim * windowed * in_window
-    return products + 6 * shape.num_attention_heads * sizes
+    widths = core_width(shape.for_layers(windowed=False)) * whole + core_width(shape) * windowed * in_window
+    return products + 3 * widths
 
 
 @lru_cache(maxsize=64)
@@ -146,10 +152,15 @@ def layer_operations(shape: ModelShape, length: int) -> tuple[int, ...]:
         )
         own = shape.for_layers(windowed=windowed)
         attended = attended_in_window(shape, length) if windowed else length
-        attention = round(6 * shape.num_attention_heads * own.head_dim * attended)
+        attention = round(3 * core_width(own) * attended)
         products = 6 * layer_matmul_parameters(own, active=not dense, dense=dense, linear=linear)
         found.append(products + (linear_attention_flops(shape) if linear else attention))
     return tuple(found)
+
+
+def core_width(shape: ModelShape) -> int:
+    """Return the width of all heads' queries and values together, whose products attention's core consists of."""
+    return shape.num_attention_heads * (shape.head_dim + shape.value_dim)
 
 
 def head_operations(shape: ModelShape) -> int:

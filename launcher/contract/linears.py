@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from launcher.contract.latent_attention import LatentAttention
 from launcher.contract.model_shape import ModelShape
 
-Place = Literal["qkv", "proj", "fc1", "fc2"]
-"""Which of the four products of a layer: attention's input and output projection, the MLP's first and second."""
+Place = Literal["qkv", "latents", "queries", "keys", "proj", "fc1", "fc2"]
+"""Which of the products of a layer: attention's input and output projection, the MLP's first and second.
+
+In latent attention the input projection is three: what makes latents, what makes queries, and what makes keys and
+values of theirs. The first one is whole on every tensor parallel rank.
+"""
 
 _JOINED_QKV = ("phi3",)
 """Model types whose files have Q, K and V in one matrix."""
@@ -48,6 +53,8 @@ def attention_linears(shape: ModelShape, *, linear: bool = False) -> tuple[Linea
     """
     if linear:
         return _linear_attention(shape)
+    if shape.latent is not None:
+        return _latent_attention(shape, shape.latent)
     hidden = shape.hidden_size
     queries, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     output = Linear("o_proj", "proj", queries, hidden)
@@ -95,6 +102,19 @@ def _gated(shape: ModelShape, width: int, names: tuple[str, str, str]) -> tuple[
     gate, up, down = names
     found = (Linear(up, "fc1", hidden, width), Linear(down, "fc2", width, hidden))
     return (Linear(gate, "fc1", hidden, width), *found) if shape.gated_mlp else found
+
+
+def _latent_attention(shape: ModelShape, sizes: LatentAttention) -> tuple[Linear, ...]:
+    hidden, heads, rank = shape.hidden_size, shape.num_attention_heads, sizes.query_rank
+    queries = heads * sizes.query_dim
+    of_keys = Linear("kv_a_proj_with_mqa", "latents", hidden, sizes.key_rank + sizes.rotary_dim)
+    rest = (
+        Linear("kv_b_proj", "keys", sizes.key_rank, heads * (sizes.plain_dim + sizes.value_dim)),
+        Linear("o_proj", "proj", heads * sizes.value_dim, hidden),
+    )
+    if rank is None:
+        return (of_keys, Linear("q_proj", "queries", hidden, queries), *rest)
+    return (Linear("q_a_proj", "latents", hidden, rank), of_keys, Linear("q_b_proj", "queries", rank, queries), *rest)
 
 
 def _linear_attention(shape: ModelShape) -> tuple[Linear, ...]:

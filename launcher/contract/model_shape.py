@@ -12,6 +12,7 @@ import yaml
 
 from launcher.contract.errors import ModelError, did_you_mean
 from launcher.contract.head_sizes import WIDE_HEADS, HeadSizes, read_wide_heads
+from launcher.contract.latent_attention import LatentAttention, read_latent_attention
 from launcher.contract.linear_attention import HYBRID, LinearAttention, read_linear_layers
 from launcher.contract.resources import packaged
 
@@ -104,6 +105,7 @@ class ModelShape:
     num_query_groups: int
     """KV heads."""
     head_dim: int
+    """Size of a head of queries or keys."""
     vocab_size: int
     max_position_embeddings: int
     tied_embeddings: bool
@@ -132,6 +134,8 @@ class ModelShape:
     """Whether each layer norms all query heads together, and all key heads, with a weight of all their sizes."""
     output_gate: bool = False
     """Whether attention has a gate for each of its outputs, which the projection of queries also makes."""
+    latent: LatentAttention | None = None
+    """The latent attention that all layers have."""
     linear: LinearAttention | None = None
     """The linear attention that some layers have."""
     linear_layers: tuple[int, ...] = ()
@@ -147,6 +151,21 @@ class ModelShape:
     `wide_heads` that says it."""
     learned_positions: int = 0
     """Positions that have a trained vector each."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """The part of a head of queries or keys that rotary positions know of."""
+        return self.head_dim if self.latent is None else self.latent.rotary_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The size of a head of values."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
+
+    @property
+    def core_dim(self) -> int:
+        """The size of all heads where scores and contexts are computed."""
+        return self.head_dim if self.latent is None else self.latent.core_dim
 
     @property
     def active_ffn_size(self) -> int:
@@ -182,7 +201,7 @@ class ModelShape:
     @property
     def largest_head(self) -> int:
         """The size of the largest heads of any layer."""
-        return max(kind.head_dim for kind in self.head_kinds)
+        return max(kind.core_dim for kind in self.head_kinds)
 
     @classmethod
     def from_config(cls, config: HfConfig, where: str) -> ModelShape:
@@ -213,6 +232,7 @@ class ModelShape:
             raise ModelError(f"{where}: num_experts_per_tok {chosen} is not from 1 to the number of experts, {count}")
         heads: int = config["num_attention_heads"]
         window, windowed = _windows(config, model_type)
+        latent = read_latent_attention(config, model_type, where)
         return cls(
             model_type=model_type,
             num_layers=config["num_hidden_layers"],
@@ -220,7 +240,7 @@ class ModelShape:
             ffn_hidden_size=config["intermediate_size"],
             num_attention_heads=heads,
             num_query_groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=latent.query_dim if latent else config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings") or 2**31,
             tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
@@ -229,6 +249,7 @@ class ModelShape:
             norms_first=model_type not in _NORMS_BEHIND,
             qk_norm=model_type in _QK_NORM or bool(config.get("use_qk_norm")),
             width_norm=model_type in _WIDTH_NORM,
+            latent=latent,
             **read_linear_layers(config, model_type, config["num_hidden_layers"], where),
             window=window,
             windowed_layers=windowed,

@@ -429,6 +429,12 @@ def _expert_count_problems(spec: RunSpec, shape: ModelShape) -> Iterator[str]:
 
 def _fp8_problems(shape: ModelShape, tensor: int) -> Iterator[str]:
     """Yield weights with a side that is no multiple of 16 on each rank, which fp8 products do not take."""
+    if shape.latent is not None:
+        yield (
+            f"train.precision fp8: a {shape.model_type} model's latent attention has no products in fp8 here; set "
+            "train.precision to bf16"
+        )
+        return
     sizes = [("hidden size", shape.hidden_size), ("feed-forward size", shape.ffn_hidden_size / tensor)]
     for kind in shape.head_kinds:
         groups = (2 - kind.keyed_values) * max(kind.num_query_groups, tensor)

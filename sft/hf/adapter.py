@@ -81,8 +81,13 @@ class AdapterTarget:
 
     @property
     def split_input(self) -> bool:
-        """Whether tensor-parallel ranks hold parts of its input. Otherwise they hold parts of its rows."""
+        """Whether tensor-parallel ranks hold parts of its input. Otherwise they hold parts of its rows, or all."""
         return self.parameter_map.split == 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every tensor-parallel rank has all of it."""
+        return self.parameter_map.split is None
 
     @property
     def block_rows(self) -> list[int]:

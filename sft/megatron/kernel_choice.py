@@ -127,7 +127,7 @@ def _precision(spec: RunSpec, architecture: Architecture) -> Iterator[str]:
 
 def attention_kernel(spec: RunSpec, architecture: Architecture) -> attention.Kernel:
     """Return the kernel that train.attention means here, or raise ModelError if it cannot be used."""
-    chosen, sizes = spec.train.attention, [kind.head_dim for kind in architecture.shape.head_kinds]
+    chosen, sizes = spec.train.attention, [kind.core_dim for kind in architecture.shape.head_kinds]
     if chosen == "flash4" and not attention.has_flash4():
         broken = attention.broken_flash4()
         why = f", which cannot be imported ({broken})" if broken else ""

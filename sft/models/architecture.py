@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.contract.head_sizes import HeadSizes
+from launcher.contract.latent_attention import LatentAttention
 from launcher.contract.linear_attention import LinearAttention
 from launcher.contract.model_shape import ModelShape
 from sft.models.rope import Rope
@@ -64,7 +65,13 @@ class Attention:
     """Whether each head of values is normed, without a weight."""
     width_norm: bool = False
     """Whether all query heads are normed together before RoPE, and so are all key heads."""
+    latent: LatentAttention | None = None
+    """Where keys and values of all heads are made of one small vector a token; None where of the hidden state."""
+    neighbour_pairs: bool = False
+    """Whether the config, of a family that lets it say so, has neighbouring rows of files turn together. The weight map
+    moves them apart; this is for a run's record, as frozen weights that are read in another order are other ones."""
     qkv_bias: bool = False
+    """Of the products with the hidden state; with latents those that make them."""
     output_bias: bool = False
     softmax_scale: float | None = None
     """Factor on the scores; None is 1 / sqrt(head_dim)."""
@@ -184,14 +191,14 @@ class Architecture:
         return attention.rope or self.rope
 
     def head_dim_of(self, attention: Attention) -> int:
-        """Return the size of a layer's heads."""
-        return self.shape.head_dim if attention.heads is None else attention.heads.head_dim
+        """Return the size of a layer's heads, as far as rotary positions know of them."""
+        return self.shape.rotary_dim if attention.heads is None else attention.heads.head_dim
 
     @property
     def rotations(self) -> tuple[tuple[Rope, int], ...]:
         """The different rotary positions of the layers, each with the size of the heads, the model's first."""
         own = [(self.rope_of(attention), self.head_dim_of(attention)) for attention in self.attentions]
-        every = [(self.rope, self.shape.head_dim), *own]
+        every = [(self.rope, self.shape.rotary_dim), *own]
         return tuple(dict.fromkeys((rope, size) for rope, size in every if rope is not None))
 
     @property

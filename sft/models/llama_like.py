@@ -90,8 +90,8 @@ def rope_of(
     kind = rope_settings(values)["rope_type"]
     if rope is not None and kind not in kinds:
         problems = [f"rope_type {kind!r} is not supported for {shape.model_type}; only {' or '.join(map(repr, kinds))}"]
-    if rope is not None and rope.pair_factors and len(rope.pair_factors) != rope.pairs(shape.head_dim):
-        found, needed = len(rope.pair_factors), rope.pairs(shape.head_dim)
+    if rope is not None and rope.pair_factors and len(rope.pair_factors) != rope.pairs(shape.rotary_dim):
+        found, needed = len(rope.pair_factors), rope.pairs(shape.rotary_dim)
         problems = [f"short_factor has {found} numbers; {needed} pairs of each head are rotated"]
     for problem in problems:
         config.refuse(problem)

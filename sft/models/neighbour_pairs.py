@@ -32,16 +32,19 @@ def _apart(joined: ParameterMap, shape: ModelShape, pairs: int) -> ParameterMap:
     found: list[Piece] = []
     for index, piece in enumerate(block):
         is_value = index % 3 == 2  # of each group its queries, its key, its value
-        found += [piece] if is_value else _heads_apart(piece, shape.head_dim, pairs)
+        found += [piece] if is_value else heads_apart(piece, shape.head_dim, pairs)
     return replace(joined, blocks=(tuple(found),))
 
 
-def _heads_apart(piece: Piece, head_dim: int, pairs: int) -> Iterator[Piece]:
-    """Yield the rows of several heads, each with its rotated pairs apart."""
+def heads_apart(piece: Piece, head_dim: int, pairs: int, before: int = 0) -> Iterator[Piece]:
+    """Yield the rows of several heads, each with its rotated pairs apart, which begin `before` rows behind its own."""
     for begin in range(piece.start, piece.stop, head_dim):
-        rotated, end = begin + 2 * pairs, begin + head_dim
+        first = begin + before
+        rotated, end = first + 2 * pairs, begin + head_dim
+        if before:
+            yield replace(piece, start=begin, stop=first)
         if pairs:
-            yield replace(piece, start=begin, stop=rotated, step=2)
-            yield replace(piece, start=begin + 1, stop=rotated, step=2)
+            yield replace(piece, start=first, stop=rotated, step=2)
+            yield replace(piece, start=first + 1, stop=rotated, step=2)
         if rotated < end:
             yield replace(piece, start=rotated, stop=end)

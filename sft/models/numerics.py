@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 
+from launcher.contract.latent_attention import LatentAttention
 from launcher.contract.linear_attention import LinearAttention
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts
 from sft.models.rope import Rope
@@ -29,7 +30,8 @@ _BY_LAYER = ("shape", "layers", "weights")
 _LIMITS = ("longest",)
 _KINDS: tuple[tuple[str, type], ...] = (
     *(("", Architecture), ("layer.", DecoderLayer), ("rope.", Rope), ("attention.rope.", Rope)),
-    *(("attention.", Attention), ("attention.", LinearAttention), ("mlp.", DenseMLP), ("mlp.", Experts)),
+    *(("attention.", Attention), ("attention.", LinearAttention), ("attention.latent.", LatentAttention)),
+    *(("mlp.", DenseMLP), ("mlp.", Experts)),
 )
 """What the names of fields begin with, by where they are."""
 _DIGITS = 12

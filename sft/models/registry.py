@@ -18,6 +18,7 @@ from sft.models.multimodal import find_language_model, inside, with_nested_names
 from sft.models.stored_names import with_stored_names
 
 SUPPORTED = (
+    "deepseek_v3",
     "ernie4_5",
     "ernie4_5_moe",
     "exaone4",
@@ -60,7 +61,7 @@ SUPPORTED = (
 """The model types that are covered; each is a module of `sft.models.families`."""
 
 _KNOWN_GAPS = {
-    "deepseek_v3": "its keys and values are made of one small vector a token",
+    "deepseek_v2": "its keys and values are made of one small vector a token, and its router has groups of its own",
     "glm4_moe_lite": "its keys and values are made of one small vector a token",
 }
 """Families that look covered and are not, and what is missing."""

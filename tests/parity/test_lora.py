@@ -72,6 +72,7 @@ rounding: one of qwen3_5_moe_text is 2e-7 on one rank and -3e-9 on two, and move
 ADAPTABLE = [name for name in SUPPORTED if name != "gpt2"]
 """Families that take adapters. GPT-2's files hold transposed matrices."""
 SLOW_FAMILIES = {
+    "deepseek_v3",
     "ernie4_5_moe",
     "exaone4",
     "gemma2",

@@ -78,7 +78,7 @@ def _kernels_of(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Implementatio
         return CURRENT_WITH_PLAIN_LAYERS
     if not _by_offsets(spec, shape):
         return CURRENT_WITH_TORCH_ATTENTION
-    sizes = [kind.head_dim for kind in shape.head_kinds]
+    sizes = [kind.core_dim for kind in shape.head_kinds]
     flash4 = gpu.name.startswith(_WITH_FLASH4) and all(size % 32 == 0 and size <= 128 for size in sizes)
     if spec.train.attention == "flash2" or spec.train.deterministic or not flash4:
         return CURRENT_WITH_FLASH2

@@ -185,6 +185,10 @@ ADAPTED_PLACE_SECONDS = 55e-6
 """Seconds of a layer and micro-batch, forward and backward, that the small products of adapters on the same inputs take
 however few tokens there are. From a step of 0.5B with 4,096 tokens, whose layers are CUDA graphs."""
 
+LATENT_PASSES = 16
+"""Reads and writes of a head of latent attention, forward and backward: queries, keys, values and contexts are each put
+together from parts, or cut, once. Counted, not measured."""
+
 LINEAR_ATTENTION_EFFICIENCY = 0.03
 """Part of the bf16 peak that flash-linear-attention's gated delta rule reaches, as `launcher.contract.flops` counts it.
 With the passes below from a step of Qwen3.5 4B, whose kernels of linear attention take 140 of 525 ms."""

@@ -21,6 +21,7 @@ from launcher.contract.cost_model.workload import (
     stage_parameters,
     trained_parameters,
 )
+from launcher.contract.latent_attention import LatentAttention
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.topology import Topology
 
@@ -148,6 +149,8 @@ def _kept_by_experts(workload: Workload, topology: Topology, implementation: Imp
 
 def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
     """Return how many numbers attention keeps per token between its projections."""
+    if shape.latent is not None:
+        return _kept_by_latent_attention(shape, shape.latent, layout)
     tensor = layout.topology.tensor_parallel
     queries = shape.num_attention_heads * shape.head_dim / tensor
     groups = max(1, shape.num_query_groups / tensor) * shape.head_dim
@@ -158,6 +161,17 @@ def _kept_by_attention(shape: ModelShape, layout: Layout) -> float:
     normed = shape.qk_norm or shape.width_norm
     before_norms = 2 * (queries + groups) if normed else 0  # the projection, of which values are a part, and inputs
     return before_norms + queries + 2 * groups * shared_rows + outputs * queries
+
+
+def _kept_by_latent_attention(shape: ModelShape, sizes: LatentAttention, layout: Layout) -> float:
+    """Return how many numbers latent attention keeps per token: the latents and their norms, then those of heads."""
+    topology = layout.topology
+    again = layout.recompute == "selective"
+    shared_rows = 1 if again else topology.context_parallel
+    latents = (2 * sizes.normed + sizes.rotary_dim) / (topology.tensor_parallel if topology.sequence_parallel else 1)
+    # queries, keys and values, then the kernel's output and what of it the output projection takes
+    core = shape.core_dim * (1 + 2 * shared_rows + (0 if again else 1))
+    return latents + shape.num_attention_heads * (core + sizes.value_dim) / topology.tensor_parallel
 
 
 def _kept_by_linear_attention(shape: ModelShape, layout: Layout) -> float:

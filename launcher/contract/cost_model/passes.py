@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from launcher.contract.cost_model.implementation import (
     ADAPTED_PLACE_SECONDS,
+    LATENT_PASSES,
     LINEAR_ATTENTION_EFFICIENCY,
     LINEAR_ATTENTION_PASSES,
     LORA_PASSES,
@@ -27,7 +28,7 @@ from launcher.contract.cost_model.products import (
     product_seconds,
 )
 from launcher.contract.cost_model.workload import Layout, Workload
-from launcher.contract.flops import attended_in_window, linear_attention_flops
+from launcher.contract.flops import attended_in_window, core_width, linear_attention_flops
 from launcher.contract.hardware import GpuKind
 from launcher.contract.topology import Topology
 
@@ -104,6 +105,8 @@ def _moved(
     width = shape.ffn_hidden_size if kind.dense else shape.active_ffn_size
     moved = implementation.passes_hidden * shape.hidden_size / (tensor if topology.sequence_parallel else 1)
     moved += implementation.passes_ffn * width / tensor
+    if shape.latent is not None:
+        moved += LATENT_PASSES * shape.num_attention_heads * shape.core_dim / tensor
     if shape.num_experts and not kind.dense:
         moved += implementation.passes_expert_rows * expert_rows(shape, topology) * shape.hidden_size
     if workload.adapted:
@@ -127,10 +130,10 @@ def _attention(
     """Return the seconds per layer and micro-batch of attention's core."""
     shape = workload.shape.for_layers(windowed=kind.windowed)
     attended = attended_in_window(shape, workload.attended) if kind.windowed else workload.attended
-    queries = shape.num_attention_heads * shape.head_dim / topology.tensor_parallel
+    width = core_width(shape) / topology.tensor_parallel
     # with a causal mask 6 * s operations per token and head dimension, forward and backward together
-    operations = 6 * queries * micro_batch_tokens(workload, topology) * attended
-    return operations / (gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.head_dim, attended))
+    operations = 3 * width * micro_batch_tokens(workload, topology) * attended
+    return operations / (gpu.bf16_tflops * 1e12 * implementation.attention_efficiency(shape.core_dim, attended))
 
 
 def _linear_attention(
@@ -152,7 +155,7 @@ def _gathered_rows(workload: Workload, topology: Topology, gpu: GpuKind, kind: L
     """
     shape = workload.shape.for_layers(windowed=kind.windowed)
     tensor, context = topology.tensor_parallel, topology.context_parallel
-    size = 2 * max(1, shape.num_query_groups / tensor) * shape.head_dim
+    size = 2 * max(1, shape.num_query_groups / tensor) * shape.core_dim
     if kind.linear:
         assert shape.linear is not None
         size = (shape.linear.convolved + 2 * shape.linear.value_heads + shape.linear.values) / tensor / context

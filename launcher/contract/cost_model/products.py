@@ -125,6 +125,10 @@ def _dense(topology: Topology, place: Place, linears: tuple[Linear, ...], *, rep
     """
     tensor = topology.tensor_parallel
     inputs, outputs = linears[0].inputs, sum(each.outputs for each in linears)
+    if place == "latents":  # every rank has these weights, and with sequence parallelism its own part of the tokens
+        read, sequence = inputs * outputs, tensor if topology.sequence_parallel else 1
+        numbers = (inputs + outputs) / sequence
+        return Product(weights=read / sequence, read=read, outer=numbers, place=place, adapted=adapted)
     if place == "qkv":
         outputs += repeated
     weights = inputs * outputs / tensor

@@ -14,6 +14,7 @@ from launcher.contract.flops import (
     layer_norm_parameters,
     position_parameters,
     training_flops_of,
+    whole_parameters,
 )
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.spec import Fp8Spec, LoraSpec
@@ -131,7 +132,8 @@ def layer_parameters(shape: ModelShape, tensor_parallel: int, *, dense: bool = F
     groups = max(shape.num_query_groups, tensor_parallel)
     repeated = (2 - shape.keyed_values) * (groups - shape.num_query_groups) * shape.head_dim * shape.hidden_size
     assert queries % tensor_parallel == 0
-    return (products + repeated) // tensor_parallel + layer_norm_parameters(shape)
+    whole = whole_parameters(shape)
+    return (products - whole + repeated) // tensor_parallel + whole + layer_norm_parameters(shape)
 
 
 def stage_parameters(shape: ModelShape, topology: Topology, stage: int) -> int:

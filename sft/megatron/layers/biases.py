@@ -21,7 +21,8 @@ def drop_absent_biases(model_chunk: GPTModel, architecture: Architecture) -> Non
 def _biased(layer: DecoderLayer) -> dict[str, bool]:
     """Return by name which linear layers of a layer have a bias. Experts build their products themselves."""
     attention = {}
-    if isinstance(layer.attention, Attention):  # linear attention builds its products itself
+    # Linear and latent attention build their products themselves.
+    if isinstance(layer.attention, Attention) and layer.attention.latent is None:
         attention = {
             "self_attention.linear_qkv": layer.attention.qkv_bias,
             "self_attention.linear_proj": layer.attention.output_bias,

@@ -9,8 +9,9 @@ from torch import nn
 from launcher.contract.spec import Fp8Spec
 from sft.megatron.core import tensor_parallel
 from sft.megatron.layers.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, check_fp8_device
-from sft.megatron.layers.lora import AdaptedColumn, AdaptedRow
+from sft.megatron.layers.lora import AdaptedColumn, AdaptedRow, AdaptedWhole
 from sft.megatron.layers.mixture_of_experts import ExpertLinear, Fp8ExpertLinear
+from sft.megatron.layers.whole_linear import WholeLinear
 
 
 class LoraColumnParallelLinear(AdaptedColumn, tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
@@ -29,6 +30,10 @@ class LoraFp8RowParallelLinear(AdaptedRow, Fp8RowParallelLinear):
     """The frozen product in fp8, adapters in bf16."""
 
 
+class LoraWholeLinear(AdaptedWhole, WholeLinear):
+    """The one that is not split, with adapters."""
+
+
 @dataclass(frozen=True, slots=True)
 class Linears:
     """The classes of a layer's linears."""
@@ -39,6 +44,8 @@ class Linears:
     """Of linear_proj and linear_fc2."""
     experts: type[ExpertLinear]
     """Of both, where the MLP is experts."""
+    whole: type[WholeLinear]
+    """Of latents; never in fp8."""
 
 
 def choose_linears(*, fp8: Fp8Spec | None, adapted: bool) -> Linears:
@@ -54,4 +61,5 @@ def choose_linears(*, fp8: Fp8Spec | None, adapted: bool) -> Linears:
         (True, False): (Fp8ColumnParallelLinear, Fp8RowParallelLinear),
         (True, True): (LoraFp8ColumnParallelLinear, LoraFp8RowParallelLinear),
     }[fp8 is not None, adapted]
-    return Linears(column, row, Fp8ExpertLinear if fp8 is not None and fp8.experts else ExpertLinear)
+    experts = Fp8ExpertLinear if fp8 is not None and fp8.experts else ExpertLinear
+    return Linears(column, row, experts, LoraWholeLinear if adapted else WholeLinear)

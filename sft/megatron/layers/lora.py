@@ -5,7 +5,8 @@ every rank, B holds the rank's rows. Row-parallel (linear_proj, linear_fc2): A h
 Between A and B there are only `rank` numbers a token, so that is where ranks exchange: with sequence parallel a gather
 (or a reduce-scatter), without it an all-reduce (of the gradient, or of the sum). A part that is whole on every rank
 then gets a whole gradient on each without sequence parallel, and a partial one with it; those carry the mark by which
-Megatron-core adds them up.
+Megatron-core adds them up. Linears that every rank has whole (latents) have whole adapters, which see the rank's own
+part of the sequence alone.
 
 DoRA gives each row of the adapted weight W + scale * B A a length of its own: the output is multiplied by magnitude /
 norm of the row, and no gradient goes through the norm (sft.megatron.layers.dora).
@@ -58,7 +59,7 @@ class Adapter(nn.Module):
         assert lora.rank is not None
         rank = lora.rank
         self.target = target
-        size = parallel_state.get_tensor_model_parallel_world_size()
+        size = _ranks_that_share(target)
         columns, shares = (target.columns // size, 1) if target.split_input else (target.columns, size)
         self.lora_A = nn.Parameter(weight.new_empty(rank, columns))
         self.lora_B = nn.ParameterList(
@@ -70,6 +71,8 @@ class Adapter(nn.Module):
         """Of each row, in the blocks of B; empty without DoRA."""
         by_row = [*self.lora_B, *self.magnitude]
         split, whole = ([self.lora_A], by_row) if target.split_input else (by_row, [self.lora_A])
+        if target.is_whole:
+            split, whole = [], [self.lora_A, *by_row]
         for parameter in split:
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, int(target.split_input), 1)
         for parameter in whole:
@@ -87,6 +90,8 @@ class Adapter(nn.Module):
 
     def split_axes(self) -> dict[str, int]:
         """Return the parameters that are split over tensor-parallel ranks, each with its axis."""
+        if self.target.is_whole:
+            return {}
         if self.target.split_input:
             return {"lora_A": 1}
         own = {"lora_B": self.lora_B, "magnitude": self.magnitude}
@@ -209,7 +214,7 @@ class Adapters(nn.ModuleDict):
 
 
 class _Adapted:
-    """What both mixins below have: a place for adapters, and their part of a checkpoint."""
+    """What the mixins below have: a place for adapters, and their part of a checkpoint."""
 
     weight: Tensor
     bias: Tensor | None
@@ -296,6 +301,22 @@ class AdaptedRow(_Adapted):
         return self.lora.added(output, hidden, self.weight, self._added_bias), bias
 
 
+class AdaptedWhole(_Adapted):
+    """Goes over a linear that every rank has whole; adapters are there once `attach_adapters` has put them."""
+
+    sequence_parallel: bool
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return output and no bias."""
+        if self.adds_adapters:
+            return self._in_one(input_)
+        output, bias = super().forward(input_)  # type: ignore[misc]
+        if self.lora is None:
+            return output, bias
+        hidden = self.lora.down(input_, own_part=self.sequence_parallel)
+        return self.lora.added(output, hidden, self.weight, self._added_bias), bias
+
+
 def attach_adapters(
     model_chunk: GPTModel, lora: LoraSpec, architecture: Architecture, config: TransformerConfig
 ) -> None:
@@ -328,6 +349,11 @@ def reset_adapters(model_chunks: Sequence[nn.Module], seed: int) -> None:
                 module.reset(seed)
 
 
+def _ranks_that_share(target: AdapterTarget) -> int:
+    """Return how many tensor parallel ranks have parts of a target's linear."""
+    return 1 if target.is_whole else parallel_state.get_tensor_model_parallel_world_size()
+
+
 def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
     """Make the embedding require a gradient: recomputed layers get none for their adapters if no input does.
 
@@ -340,8 +366,8 @@ def _rows_of_targets(targets: Sequence[AdapterTarget], architecture: Architectur
     """Return for each of this rank's rows its index among the targets' rows, or their number where it has no target."""
     target = targets[0]
     parameter_map = architecture.weights.layers[target.layer][f"{target.linear}.weight"]
-    size = 1 if target.split_input else parallel_state.get_tensor_model_parallel_world_size()
-    rank = 0 if target.split_input else parallel_state.get_tensor_model_parallel_rank()
+    size = 1 if target.split_input else _ranks_that_share(target)
+    rank = 0 if size == 1 else parallel_state.get_tensor_model_parallel_rank()
     held = [piece.name for piece in rank_pieces(parameter_map, rank, size, rows) for _ in range(piece.rows)]
     order = torch.full((rows,), -1, device="cpu")
     taken = 0

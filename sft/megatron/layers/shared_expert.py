@@ -46,6 +46,7 @@ class SharedExpertMLP(ExpertMLP):
         # Megatron-core's MLP takes its width from the configuration, which has that of dense layers.
         own = copy.copy(config)
         own.ffn_hidden_size = experts.shared.width
+        own.add_bias_linear = False  # which it has where attention's output has a bias
         self.shared = mlp(
             own,
             MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row),

@@ -41,6 +41,7 @@ from sft.megatron.layers.fused import (
     FusedTransformerLayer,
 )
 from sft.megatron.layers.gated_delta import GatedDeltaNet
+from sft.megatron.layers.latent_attention import LatentSelfAttention
 from sft.megatron.layers.linears import Linears, choose_linears
 from sft.megatron.layers.mixture_of_experts import ExpertMLP
 from sft.megatron.layers.norms import PLAIN_NORMS
@@ -160,21 +161,22 @@ def _attention_spec(
         own = {"sizes": attention, "linears": linears, "kernel": kernels.linear_attention}
         return ModuleSpec(module=GatedDeltaNet, params=own)
     fused = kernels.fused_layers
-    norm = _norm_of_heads(architecture, attention, fused=fused) if attention.qk_norm else None
-    core = {
-        "scale": attention.softmax_scale,
-        "window": attention.window,
-        "softcap": attention.score_softcap,
-        "sinks": attention.sinks,
-    }
     rope = architecture.rope_of(attention)
+    rotation = {
+        "magnitude": 1.0 if rope is None else rope.attention_factor,
+        "angles": _columns_of_angles(architecture, attention),
+    }
+    if attention.latent is not None:
+        of_latents = FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]
+        parts = {"attention": attention, "linears": linears, "norm": of_latents, "core": _core_spec(attention, kernels)}
+        return ModuleSpec(module=LatentSelfAttention, params={**parts, **rotation})
+    norm = _norm_of_heads(architecture, attention, fused=fused) if attention.qk_norm else None
     return ModuleSpec(
         module=FusedSelfAttention if fused else RotarySelfAttention,
         params={
             "attn_mask_type": AttnMaskType.causal,
             "rotary": attention.rotary,
-            "magnitude": 1.0 if rope is None else rope.attention_factor,
-            "angles": _columns_of_angles(architecture, attention),
+            **rotation,
             "heads": attention.heads,
             "value_norm": attention.value_norm,
             "query_scale": attention.query_scale,
@@ -182,9 +184,7 @@ def _attention_spec(
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=linears.column,
-            core_attention=ModuleSpec(module=FusedCoreAttention, params={**core, "kernel": kernels.attention})
-            if fused
-            else ModuleSpec(module=CoreAttention, params=core),
+            core_attention=_core_spec(attention, kernels),
             linear_proj=linears.row,
             q_layernorm=norm,
             k_layernorm=norm,
@@ -198,6 +198,18 @@ def _norm_of_heads(architecture: Architecture, attention: Attention, *, fused: b
         assert architecture.norm == "rms"
         return FusedRotatedRMSNorm if fused else RotatedRMSNorm
     return FusedRMSNorm if fused else PLAIN_NORMS[architecture.norm]
+
+
+def _core_spec(attention: Attention, kernels: Kernels) -> ModuleSpec:
+    own = {
+        "scale": attention.softmax_scale,
+        "window": attention.window,
+        "softcap": attention.score_softcap,
+        "sinks": attention.sinks,
+    }
+    if kernels.fused_layers:
+        return ModuleSpec(module=FusedCoreAttention, params={**own, "kernel": kernels.attention})
+    return ModuleSpec(module=CoreAttention, params=own)
 
 
 def _width_norms(architecture: Architecture) -> tuple[Norm, Norm]:

@@ -178,3 +178,46 @@ def test_layers_without_experts(keys: dict[str, object], dense: tuple[int, ...])
 def test_a_token_goes_to_some_of_the_experts(chosen: int) -> None:
     with pytest.raises(ModelError, match=f"num_experts_per_tok {chosen} is not from 1 to the number of experts, 8$"):
         ModelShape.from_config({**MODEL, **GLM, "num_experts_per_tok": chosen}, "here")
+
+
+LATENT = {
+    "model_type": "deepseek_v3",
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+
+
+def test_heads_of_latent_attention() -> None:
+    """Those of queries and values differ; the scores are computed with heads of one size."""
+    shape = ModelShape.from_config({**MODEL, **LATENT, "head_dim": 8}, "here")
+    assert (shape.head_dim, shape.rotary_dim, shape.value_dim, shape.core_dim) == (18, 8, 12, 24)
+    plain = ModelShape.from_config({**MODEL, "head_dim": 12}, "here")
+    assert (plain.head_dim, plain.rotary_dim, plain.value_dim, plain.core_dim) == (12, 12, 12, 12)
+    without = ModelShape.from_config({**MODEL, **LATENT, "q_lora_rank": None, "v_head_dim": 32}, "here")
+    assert without.latent is not None
+    assert (without.latent.query_rank, without.latent.normed, without.core_dim) == (None, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"kv_lora_rank": 0}, "kv_lora_rank 0, qk_nope_head_dim 10, qk_rope_head_dim 8, v_head_dim 12; a deepseek_v3"),
+        ({"v_head_dim": None}, "v_head_dim None; a deepseek_v3 config must state these, as whole numbers above 0"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim 7 is odd; rotations take pairs"),
+        ({"q_lora_rank": 0}, "here: q_lora_rank 0; a deepseek_v3 config must state it"),
+        ({"q_lora_rank": 1.5}, "here: q_lora_rank 1.5; a deepseek_v3 config must state it"),
+    ],
+)
+def test_sizes_of_latents_must_be_stated(changes: dict[str, object], problem: str) -> None:
+    with pytest.raises(ModelError, match=problem):
+        ModelShape.from_config({**MODEL, **LATENT, **changes}, "here")
+
+
+def test_whether_queries_have_a_latent_must_be_stated() -> None:
+    """transformers takes 1536 where it is left out."""
+    stated = {key: value for key, value in LATENT.items() if key != "q_lora_rank"}
+    with pytest.raises(ModelError, match="no q_lora_rank; a deepseek_v3 config must state it, as a whole"):
+        ModelShape.from_config({**MODEL, **stated}, "here")

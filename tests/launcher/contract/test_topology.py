@@ -239,6 +239,18 @@ def test_fp8_needs_sides_of_sixteens() -> None:
     ]
 
 
+def test_latent_attention_is_not_in_fp8() -> None:
+    spec, shape = make(tasks=1), named_model_shape("16b-a3b")
+    assert build_topology(spec, shape).world_size == 1
+    spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, precision="fp8"))
+    with pytest.raises(TopologyError) as caught:
+        build_topology(spec, shape)
+    assert list(caught.value.problems) == [
+        "train.precision fp8: a deepseek_v3 model's latent attention has no products in fp8 here; set train.precision "
+        "to bf16"
+    ]
+
+
 def test_experts_in_fp8_need_some_of_sides_of_sixteens() -> None:
     spec = make(tasks=2, tensor_parallel=2)
     train = dataclasses.replace(spec.train, precision="fp8", fp8=Fp8Spec(experts=True))

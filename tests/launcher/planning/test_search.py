@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from launcher.__main__ import main
 from launcher.contract.cost_model.assumptions import implementation_of, workload_of
 from launcher.contract.cost_model.implementation import CURRENT, FUSED, PAIR_RATE, PLAIN
+from launcher.contract.cost_model.layer_kinds import LayerKind
 from launcher.contract.cost_model.memory import (
     EXPERT_IMBALANCE,
     chunks_in_flight,
@@ -22,6 +23,7 @@ from launcher.contract.cost_model.memory import (
     pipeline_memory,
 )
 from launcher.contract.cost_model.predict import Candidate, evaluate
+from launcher.contract.cost_model.products import layer_products
 from launcher.contract.cost_model.step_time import StepTime
 from launcher.contract.cost_model.workload import (
     Layout,
@@ -97,6 +99,32 @@ def test_stages_whose_layers_differ_hold_the_whole_model(pipeline: int, virtual:
     assert held == parameters(shape) == pytest.approx(106.9e9, rel=1e-3)
     assert experts[0] == (46 // pipeline - 1) * expert_parameters(shape)
     assert experts[1:] == [46 // pipeline * expert_parameters(shape)] * (pipeline - 1)
+
+
+@pytest.mark.parametrize("name", ["16b-a3b", "671b-a37b"])
+def test_tensor_parallel_ranks_have_what_makes_latents_whole(name: str) -> None:
+    from launcher.contract.flops import expert_parameters, parameters
+
+    shape, tensor = named_model_shape(name), 4
+    assert shape.latent is not None
+    held = tensor * stage_parameters(shape, layout(tensor=tensor, layers=shape.num_layers), 0)
+    made = (shape.latent.normed + shape.latent.rotary_dim) * shape.hidden_size
+    whole = shape.num_layers * (made + shape.latent.normed + 2 * shape.hidden_size) + shape.hidden_size
+    experts = (shape.num_layers - len(shape.dense_layers)) * expert_parameters(shape)
+    assert held == parameters(shape) - experts + (tensor - 1) * whole
+
+
+def test_a_rank_multiplies_its_part_of_the_sequence_by_what_makes_latents() -> None:
+    shape = named_model_shape("671b-a37b")
+    workload = Workload(shape=shape, seq_length=4096, rows=8, attended=4096)
+    one, apart = layout(layers=61), layout(tensor=4, layers=61)
+    plain = dataclasses.replace(apart, sequence_parallel=False)
+    found = [
+        next(each for each in layer_products(workload, topology, LayerKind()) if each.place == "latents")
+        for topology in (one, plain, apart)
+    ]
+    assert [product.read for product in found] == [found[0].read] * 3
+    assert [found[0].weights / product.weights for product in found] == [1, 1, 4]
 
 
 def layout(

@@ -134,9 +134,9 @@ def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) -> None:
-    assert refusal(tmp_path, model_type="glm4_moe_lite") == [
-        "model_type 'glm4_moe_lite' is not supported (its keys and values are made of one small vector a token); "
-        "supported are " + ", ".join(SUPPORTED)
+    assert refusal(tmp_path, model_type="deepseek_v2") == [
+        "model_type 'deepseek_v2' is not supported (its keys and values are made of one small vector a token, and its "
+        "router has groups of its own); supported are " + ", ".join(SUPPORTED)
     ]
 
 
@@ -446,6 +446,33 @@ def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: lis
             "moe_layer_start_index, moe_layer_end_index and moe_layer_interval leave no layer with experts",
         ),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias true is not supported"),
+        (
+            "deepseek_v3",
+            {"num_key_value_heads": 2},
+            "num_key_value_heads 2 is not supported: latents make keys and values for each of the 6 heads",
+        ),
+        ("deepseek_v3", {"head_dim": 4}, "head_dim 4 is not supported; transformers takes it for qk_rope_head_dim"),
+        (
+            "deepseek_v3",
+            {"scoring_func": "softmax"},
+            "scoring_func 'softmax' is not supported; transformers would compute as for 'sigmoid'",
+        ),
+        (
+            "deepseek_v3",
+            {"moe_layer_freq": 2},
+            "moe_layer_freq 2 is not supported; transformers would compute as for 1",
+        ),
+        (
+            "deepseek_v3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "mscale_all_dim": "1"}},
+            "mscale_all_dim '1' and factor 4.0 of a scaled RoPE are not both numbers, and the softmax scale is made of "
+            "them",
+        ),
+        (
+            "deepseek_v3",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config: quantized weights are not supported; use the unquantized model",
+        ),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported for model type olmoe"),
         ("olmoe", {"clip_qkv": 0}, "clip_qkv 0 is not supported"),
         ("olmoe", {"attention_bias": True}, "attention_bias true is not supported"),

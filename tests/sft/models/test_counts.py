@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.contract.flops import head_operations, layer_matmul_parameters, parameters
+from launcher.contract.flops import core_width, head_operations, layer_matmul_parameters, parameters
 from launcher.contract.model_shape import ModelShape
 from sft.models.registry import read_architecture
 from tests.sft.hf_cases import OF_TEXT, VOCAB_SIZE, auto_class, hf_config, save_config
@@ -51,8 +51,8 @@ def test_operations_of_every_family(case: str, tmp_path: Path) -> None:
     counted = counted_operations(case)
     assert counted["aten.mm"] + counted.get("aten.addmm", 0) == of_products(shape)
     if shape.linear is None:  # the rule of linear attention is made of the same products
-        sizes = sum(of_layer(shape, layer).head_dim for layer in range(shape.num_layers))
-        assert counted["aten.bmm"] == 4 * TOKENS**2 * shape.num_attention_heads * sizes
+        widths = sum(core_width(of_layer(shape, layer)) for layer in range(shape.num_layers))
+        assert counted["aten.bmm"] == 2 * TOKENS**2 * widths
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -454,6 +454,17 @@ QWEN3_5_35B_A3B = {
     "tie_word_embeddings": False,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        **named_model_config("671b-a37b"),
+        "aux_loss_alpha": 0.001,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "moe_layer_freq": 1,
+        "rms_norm_eps": 1e-06,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    },
+    "deepseek_v3 of 16b": {**named_model_config("16b-a3b"), "hidden_act": "silu", "seq_aux": True},
     "qwen3_5": {"model_type": "qwen3_5", "text_config": named_model_config("qwen3.5-9b")},
     "qwen3_5_moe": QWEN3_5_35B_A3B,
     "qwen3_next": QWEN3_NEXT_80B,
@@ -497,6 +508,8 @@ def test_published_configs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
+        ("deepseek_v3", 671.0),
+        ("deepseek_v3 of 16b", 15.96),
         ("ernie4_5_moe", 21.8),
         ("glm4_moe", 106.9),
         ("gpt_oss", 20.9),
@@ -547,6 +560,20 @@ def test_positions_rotate_as_in_transformers(tmp_path: Path) -> None:
         expect_rotation(architecture.rope, rotary.full_attention_inv_freq, rotary.full_attention_attention_scaling)
         in_window = architecture.attentions[0].rope
         expect_rotation(in_window, rotary.sliding_attention_inv_freq, rotary.sliding_attention_attention_scaling)
+
+
+def test_latents_rotate_and_scale_as_in_transformers(tmp_path: Path) -> None:
+    """YaRN's frequencies are those of the rotated part of a head, and its softmax scale is of the whole head."""
+    from transformers import AutoConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+
+    for name in ("deepseek_v3", "deepseek_v3 of 16b"):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+        architecture, config = read_architecture(tmp_path), AutoConfig.from_pretrained(tmp_path)
+        rotary = DeepseekV3RotaryEmbedding(config)
+        expect_rotation(architecture.rope, rotary.inv_freq, rotary.attention_scaling, architecture.shape.rotary_dim)
+        with torch.device("meta"):
+            assert architecture.attentions[0].softmax_scale == DeepseekV3Attention(config, 0).scaling
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe", "qwen3_next"])

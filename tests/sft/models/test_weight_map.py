@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.contract.latent_attention import LATENT, LatentAttention
 from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Architecture
 from sft.models.config_reader import ConfigReader
@@ -26,6 +27,8 @@ from sft.models.weight_map import (
     rank_pieces,
     split_parameter,
 )
+
+LATENTS = LatentAttention(query_rank=5, key_rank=3, plain_dim=2, rotary_dim=2, value_dim=3)
 
 
 def architecture(family: str = "qwen2", heads: int = 6, groups: int = 3, tied: bool = False) -> Architecture:
@@ -47,6 +50,7 @@ def architecture(family: str = "qwen2", heads: int = 6, groups: int = 3, tied: b
         num_experts=4,
         experts_per_token=2,
         expert_ffn_hidden_size=6,
+        latent=LATENTS if family in LATENT else None,
     )
     return families(family).read(ConfigReader({}, shape))
 
