@@ -25,7 +25,7 @@ _JOINED_GATE_AND_UP = ("glm", "glm4", "phi3")
 _JOINED = ("qwen3_next",)
 """Model types whose files have the projection of linear attention in two matrices, others in four."""
 
-EXPERT_NAMES = {"mixtral": ("w1", "w3", "w2")}
+EXPERT_NAMES = dict.fromkeys(("minimax_m2", "mixtral"), ("w1", "w3", "w2"))
 """By model type, what files call gate, up and down projection of an expert; others call them as those of an MLP."""
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 JOINED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")

@@ -66,7 +66,7 @@ _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)
 """Model types whose layers all have it where `use_sliding_window` is true, and none otherwise."""
-_WIDTH_NORM = ("olmo2", "olmo3", "olmoe")
+_WIDTH_NORM = ("minimax_m2", "olmo2", "olmo3", "olmoe")
 _WINDOW_IN_ALL_BUT_EACH = {
     "exaone4": 4,
     "gemma2": 2,
@@ -247,7 +247,7 @@ class ModelShape:
             gated_mlp=model_type != "gpt2",
             layer_norms=4 if model_type in _FOUR_NORMS else 2,
             norms_first=model_type not in _NORMS_BEHIND,
-            qk_norm=model_type in _QK_NORM or bool(config.get("use_qk_norm")),
+            qk_norm=model_type in _QK_NORM or (bool(config.get("use_qk_norm")) and model_type not in _WIDTH_NORM),
             width_norm=model_type in _WIDTH_NORM,
             latent=latent,
             **read_linear_layers(config, model_type, config["num_hidden_layers"], where),

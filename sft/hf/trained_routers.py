@@ -31,7 +31,10 @@ def frozen_parts(architecture: Architecture, lora: LoraSpec) -> list[str]:
     """Return the tensors of the same modules that are not trained: the biases by which experts are chosen."""
     if not lora.router:
         return []
-    return [layer[_BIAS].pieces[0].name for layer in architecture.weights.layers if _BIAS in layer]
+    modules = modules_to_save(architecture, lora) or ()
+    biases = [layer[_BIAS].pieces[0].name for layer in architecture.weights.layers if _BIAS in layer]
+    # MiniMax' are those of the whole block in transformers.
+    return [bias for bias in biases if name_in_memory(architecture, bias).startswith(tuple(f"{m}." for m in modules))]
 
 
 def name_in_memory(architecture: Architecture, tensor: str) -> str:
