@@ -38,6 +38,7 @@ SUPPORTED = (
     "granite",
     "hunyuan_v1_dense",
     "llama",
+    "minimax_m2",
     "ministral3",
     "mistral",
     "mistral3",

@@ -128,11 +128,11 @@ def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             copy = type(model)(model.config)
             for parameter, own in zip(model.parameters(), copy.parameters(), strict=True):
                 own.copy_(torch.full_like(own, torch.nan) if parameter.grad is None else parameter.grad)
+            for buffer in copy.buffers():  # not trained either, and files may have other names for them
+                buffer.fill_(torch.nan)
             copy.save_pretrained(directory)
-            buffers = {name for name, _ in model.named_buffers()}
             saved = load_file(Path(directory) / "model.safetensors")
-            trained = {name: gradient for name, gradient in saved.items() if not gradient.isnan().all()}
-            return {name: gradient for name, gradient in trained.items() if name not in buffers}
+            return {name: gradient for name, gradient in saved.items() if not gradient.isnan().all()}
     found = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

@@ -68,6 +68,7 @@ PLAIN_ROPE = {
     "glm4",
     "hunyuan_v1_dense",
     "llama",
+    "minimax_m2",
     "mistral",
     "olmo2",
     "phi3",

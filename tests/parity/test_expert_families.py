@@ -39,6 +39,7 @@ pytestmark = pytest.mark.parity
 ROUTERS = {
     "ernie4_5_moe": ("mlp.gate.weight",),
     "gpt_oss": ("mlp.router.weight", "mlp.router.bias"),
+    "minimax_m2": ("block_sparse_moe.gate.weight",),
     "mixtral": ("block_sparse_moe.gate.weight",),
 }
 """What the files of families with names of their own call routers' tensors."""
@@ -210,7 +211,7 @@ def test_routers_are_trained_beside_adapters_where_asked_for(family: str, tmp_pa
     export_run(paths.root)
     found, source = weights(paths.export), weights(model)
     routers = {name for name in source if name.endswith(ROUTERS.get(family, ("mlp.gate.weight",)))}
-    assert len(routers) == (8 if family == "gpt_oss" else 4 if family == "mixtral" else 3)
+    assert len(routers) == (8 if family == "gpt_oss" else 4 if family in ("minimax_m2", "mixtral") else 3)
     assert {name for name in source if not torch.equal(found[name], source[name])} == routers | {
         f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(4)
     }

@@ -80,6 +80,7 @@ SLOW_FAMILIES = {
     "glm4_moe",
     "hunyuan_v1_dense",
     "llama",
+    "minimax_m2",
     "ministral3",
     "mixtral",
     "olmo3",

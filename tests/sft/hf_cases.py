@@ -59,6 +59,7 @@ ON_STAGES = [
         "gemma2",
         "glm4",
         "hunyuan_v1_dense",
+        "minimax_m2",
         "ministral3",
         "mixtral",
         "olmo3",

@@ -445,6 +445,16 @@ def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: lis
             {"moe_layer_start_index": 4},
             "moe_layer_start_index, moe_layer_end_index and moe_layer_interval leave no layer with experts",
         ),
+        (
+            "minimax_m2",
+            {"num_experts": 8},
+            "num_experts is not supported for model type minimax_m2; state num_local_experts alone",
+        ),
+        (
+            "minimax_m2",
+            {"n_shared_experts": 1},
+            "shared experts are not supported: transformers builds none for this model type",
+        ),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias true is not supported"),
         (
             "deepseek_v3",
