@@ -59,6 +59,8 @@ _LANGUAGE_MODELS: dict[str, HfConfig] = {
 
 _JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
 """Model types whose published files have the matrices of all experts in one tensor."""
+_DENSE_BY_KIND = ("glm4_moe_lite",)
+"""Model types that say by `mlp_layer_types` alone which layers of a mixture of experts have none."""
 _FOUR_NORMS = ("gemma2", "gemma3_text", "glm4", *WIDE_HEADS)
 _NORMS_BEHIND = ("exaone4", "olmo2", "olmo3")
 _QK_NORM = ("exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3", "qwen3_moe", *HYBRID, *WIDE_HEADS)
@@ -333,6 +335,10 @@ def _dense_layers(config: HfConfig) -> tuple[int, ...]:
     """Return the layers of a mixture of experts that have none, by any of the keys that say so."""
     if not _expert_sizes(config):
         return ()
+    if config.get("model_type") in _DENSE_BY_KIND:
+        kinds = config.get("mlp_layer_types")
+        kinds = kinds if isinstance(kinds, list) else ["dense"] + ["sparse"] * (config["num_hidden_layers"] - 1)
+        return tuple(layer for layer, kind in enumerate(kinds[: config["num_hidden_layers"]]) if kind != "sparse")
     first = config.get("first_k_dense_replace")
     first = first if isinstance(first, int) else 0
     step = config.get("decoder_sparse_step")
