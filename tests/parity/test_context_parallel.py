@@ -25,7 +25,7 @@ from tests.parity.test_families import family_model
 from tests.parity.test_grid import RATE, STEPS, assert_gradients_equal
 from tests.parity.test_packing import first_steps, trace
 from tests.ranks import RankFailure
-from tests.sft.hf_cases import LIKE_QWEN3_5, OF_TEXT
+from tests.sft.hf_cases import LIKE_DEEPSEEK, LIKE_QWEN3_5, OF_TEXT
 from tests.tiers import thinned
 from tests.tiny_model import make_chat_rows, make_material, write_jsonl
 
@@ -196,7 +196,7 @@ def test_a_sequence_that_crosses_chunks_has_its_losses(tmp_path: Path, material:
 
 @pytest.mark.parametrize(
     "name",
-    thinned(KINDS_OF_POSITIONS, "qwen2_yarn", *(set(OF_TEXT) - PLAIN_ROPE - LIKE_QWEN3_5)),
+    thinned(KINDS_OF_POSITIONS, "qwen2_yarn", *(set(OF_TEXT) - PLAIN_ROPE - LIKE_QWEN3_5 - LIKE_DEEPSEEK)),
 )
 def test_positions_of_every_kind(name: str, tmp_path: Path) -> None:
     """Learned ones, scaled and partial RoPE."""

@@ -33,6 +33,8 @@ SIZES: dict[str, Any] = {
 MORE: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"num_key_value_heads": 4},
     "deepseek_v3_no_query_latent": {"num_key_value_heads": 4},
+    "glm4_moe_lite": {"num_key_value_heads": 4},
+    "glm4_moe_lite_alternating": {"num_key_value_heads": 4},
     "gemma_untied": {"num_key_value_heads": 2},
     **{name: {"num_global_key_value_heads": 4} for name in SUPPORTED if name.startswith("gemma4")},
     "phi3_longrope": {

@@ -461,6 +461,17 @@ def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: lis
             {"num_key_value_heads": 2},
             "num_key_value_heads 2 is not supported: latents make keys and values for each of the 6 heads",
         ),
+        (
+            "glm4_moe_lite",
+            {"first_k_dense_replace": 2},
+            "first_k_dense_replace 2: transformers reads mlp_layer_types alone in this family, by which dense layers "
+            "are 0; leave it out, or let both say the same",
+        ),
+        (
+            "glm4_moe_lite",
+            {"mlp_layer_types": ["dense", "moe", "sparse", "sparse"]},
+            "mlp_layer_types has 'moe'; only dense and sparse are supported",
+        ),
         ("deepseek_v3", {"head_dim": 4}, "head_dim 4 is not supported; transformers takes it for qk_rope_head_dim"),
         (
             "deepseek_v3",

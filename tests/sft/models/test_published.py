@@ -487,6 +487,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
     },
+    "glm4_moe_lite": {**named_model_config("30b-a3b-flash"), "hidden_act": "silu", "attention_bias": False},
     "deepseek_v3 of 16b": {**named_model_config("16b-a3b"), "hidden_act": "silu", "seq_aux": True},
     "qwen3_5": {"model_type": "qwen3_5", "text_config": named_model_config("qwen3.5-9b")},
     "qwen3_5_moe": QWEN3_5_35B_A3B,
@@ -534,6 +535,7 @@ def test_published_configs(name: str, tmp_path: Path) -> None:
     [
         ("deepseek_v3", 671.0),
         ("deepseek_v3 of 16b", 15.96),
+        ("glm4_moe_lite", 29.9),
         ("ernie4_5_moe", 21.8),
         ("glm4_moe", 106.9),
         ("minimax_m2", 228.7),
@@ -592,7 +594,7 @@ def test_latents_rotate_and_scale_as_in_transformers(tmp_path: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-    for name in ("deepseek_v3", "deepseek_v3 of 16b"):
+    for name in ("deepseek_v3", "deepseek_v3 of 16b", "glm4_moe_lite"):
         (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
         architecture, config = read_architecture(tmp_path), AutoConfig.from_pretrained(tmp_path)
         rotary = DeepseekV3RotaryEmbedding(config)
