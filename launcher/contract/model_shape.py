@@ -63,7 +63,7 @@ _DENSE_BY_KIND = ("glm4_moe_lite",)
 """Model types that say by `mlp_layer_types` alone which layers of a mixture of experts have none."""
 _FOUR_NORMS = ("gemma2", "gemma3_text", "glm4", *WIDE_HEADS)
 _NORMS_BEHIND = ("exaone4", "olmo2", "olmo3")
-_QK_NORM = ("exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3", "qwen3_moe", *HYBRID, *WIDE_HEADS)
+_QK_NORM = ("dots1", "exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3", "qwen3_moe", *HYBRID, *WIDE_HEADS)
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)

@@ -1,4 +1,4 @@
-"""What GLM-4.5 and DeepSeek-V3 share: experts chosen by sigmoids and a bias that is not trained.
+"""What GLM-4.5, DeepSeek-V3 and dots.llm1 share: experts chosen by sigmoids and a bias that is not trained.
 
 Their files hold further layers, which predict further tokens. They are not trained; exports have them as they were.
 """
