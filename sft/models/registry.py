@@ -19,6 +19,7 @@ from sft.models.stored_names import with_stored_names
 
 SUPPORTED = (
     "deepseek_v3",
+    "dots1",
     "ernie4_5",
     "ernie4_5_moe",
     "exaone4",

@@ -73,6 +73,7 @@ ADAPTABLE = [name for name in SUPPORTED if name != "gpt2"]
 """Families that take adapters. GPT-2's files hold transposed matrices."""
 SLOW_FAMILIES = {
     "deepseek_v3",
+    "dots1",
     "ernie4_5_moe",
     "exaone4",
     "gemma2",

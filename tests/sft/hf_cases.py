@@ -56,6 +56,7 @@ ON_STAGES = [
     for name in DISTINCT
     if name
     not in {
+        "dots1",
         "ernie4_5_moe",
         "exaone4",
         "gemma2",

@@ -446,6 +446,16 @@ def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: lis
             "moe_layer_start_index, moe_layer_end_index and moe_layer_interval leave no layer with experts",
         ),
         (
+            "dots1",
+            {"sliding_window": 9, "max_window_layers": 2},
+            "sliding_window is not supported for model type dots1; set it to null, without sliding layers",
+        ),
+        (
+            "dots1",
+            {"num_local_experts": 16},
+            "another number of experts than n_routed_experts is stated, 16; leave it out",
+        ),
+        (
             "minimax_m2",
             {"num_experts": 8},
             "num_experts is not supported for model type minimax_m2; state num_local_experts alone",
