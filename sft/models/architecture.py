@@ -126,7 +126,9 @@ class Experts:
     groups: int = 1
     """Experts are in equal groups ..."""
     chosen_groups: int = 1
-    """... and a token's are chosen from this many, those with the highest sum of their two best scores."""
+    """... and a token's are chosen from this many, those with the highest sum of their best scores."""
+    best_of_group: int = 2
+    """How many scores of each group that sum has."""
     scaling: float = 1.0
     """Factor on the weights of a token's experts."""
     shared: SharedExpert | None = None

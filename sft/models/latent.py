@@ -41,7 +41,7 @@ def latent_attention(config: ConfigReader) -> Attention:
         )
     stated = config.values.get("head_dim")
     if stated is not None and stated != sizes.rotary_dim:
-        config.refuse(f"head_dim {stated} is not supported; transformers takes it for qk_rope_head_dim")
+        config.refuse(f"head_dim {stated} is not supported; only that of qk_rope_head_dim, {sizes.rotary_dim}, is")
     bias = config.flag("attention_bias", default=False)
     return Attention(
         latent=sizes,
@@ -50,6 +50,13 @@ def latent_attention(config: ConfigReader) -> Attention:
         output_bias=bias,
         softmax_scale=_softmax_scale(config, sizes.query_dim),
     )
+
+
+def refuse_other_than(config: ConfigReader, **values: object) -> None:
+    """Refuse other values than these of settings that published code knows and transformers does not."""
+    for key, value in values.items():
+        if config.values.get(key, value) != value:
+            config.refuse(f"{key} {config.values[key]!r} is not supported; transformers would compute as for {value!r}")
 
 
 def _softmax_scale(config: ConfigReader, query_dim: int) -> float:

@@ -30,14 +30,14 @@ def sigmoid_experts(config: ConfigReader) -> Experts:
         shared=SharedExpert(width=shape.shared_expert_size, weighted=False),
         activation=config.choice("hidden_act", SILU),
     )
-    _check_groups(config, experts)
+    check_groups(config, experts)
     return experts
 
 
-def _check_groups(config: ConfigReader, experts: Experts) -> None:
+def check_groups(config: ConfigReader, experts: Experts) -> None:
     """Refuse groups that are unequal, or from which a token cannot have all its experts."""
     size, rest = divmod(experts.count, experts.groups) if experts.groups > 0 else (0, 1)
-    if rest or (experts.groups > 1 and size < 2):
+    if rest or (experts.groups > 1 and size < experts.best_of_group):
         config.refuse(f"n_group {experts.groups}: {experts.count} experts are no such number of equal groups")
     elif not 1 <= experts.chosen_groups <= experts.groups or experts.chosen > experts.chosen_groups * size:
         config.refuse(

@@ -78,7 +78,7 @@ class RouterWatch:
     """Sees what the routers of a model choose. An example's last token is a target alone, and left out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._sigmoid = model.config.model_type.startswith("glm4")
+        self._sigmoid = model.config.model_type.startswith(("deepseek_v3", "glm4"))
         self._margin = math.inf
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]

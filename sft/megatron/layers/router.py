@@ -71,7 +71,7 @@ def choose(scores: Tensor, bias: Tensor | None, experts: Experts) -> Tensor:
     preferred = scores if bias is None else scores + bias
     if experts.chosen_groups < experts.groups:
         by_group = preferred.view(*preferred.shape[:-1], experts.groups, -1)
-        best = by_group.topk(2, dim=-1).values.sum(-1).topk(experts.chosen_groups, dim=-1).indices
+        best = by_group.topk(experts.best_of_group, dim=-1).values.sum(-1).topk(experts.chosen_groups, dim=-1).indices
         is_open = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best, True)
         preferred = by_group.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(-2)
     return preferred.topk(experts.chosen, dim=-1).indices

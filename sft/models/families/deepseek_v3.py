@@ -1,27 +1,20 @@
-"""DeepSeek-V3 and R1, and Moonlight: latent attention, and experts behind dense first layers, chosen by sigmoids.
-
-Some keys of their configs are for code that transformers does not have: it takes one value of each for granted.
-"""
+"""DeepSeek-V3 and R1, and Moonlight: latent attention, and experts behind dense first layers, chosen by sigmoids."""
 
 from __future__ import annotations
 
 from sft.models.architecture import Architecture, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
-from sft.models.latent import SMALL_LATENT, latent_attention, with_latents
+from sft.models.latent import SMALL_LATENT, latent_attention, refuse_other_than, with_latents
 from sft.models.llama_like import SMALL, llama_layer, rope_of, weight_map
 from sft.models.sigmoid_experts import further_layers, sigmoid_expert_part, sigmoid_experts
-
-_TAKEN_FOR_GRANTED = {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 def _read(config: ConfigReader) -> Architecture:
     shape = config.shape
     config.require("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")
     config.require("n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace")
-    for key, value in _TAKEN_FOR_GRANTED.items():
-        if config.values.get(key, value) != value:
-            config.refuse(f"{key} {config.values[key]!r} is not supported; transformers would compute as for {value!r}")
+    refuse_other_than(config, moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc")
     experts, attention = sigmoid_experts(config), latent_attention(config)
     dense = DenseMLP(width=shape.ffn_hidden_size, activation=experts.activation)
     return Architecture(

@@ -8,7 +8,8 @@ from typing import Any, cast
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig
+from transformers import DeepseekV2Config, Ernie4_5_MoeConfig, Glm4MoeConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
@@ -67,6 +68,31 @@ def test_sigmoid_scores_by_groups_and_bias(groups: int, chosen_groups: int, norm
     (gradient,) = torch.autograd.grad((weights.gather(-1, order) * factors).sum(), tokens)
     (wanted,) = torch.autograd.grad((expected.gather(-1, expected_order) * factors).sum(), tokens)
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("groups", "chosen_groups"), [(4, 2), (12, 5), (3, 1)])
+def test_groups_by_their_best_expert(groups: int, chosen_groups: int) -> None:
+    """DeepSeek-V2's; seen to fail with groups ranked by their two best."""
+    ours = router(normalized=False, groups=groups, chosen_groups=chosen_groups, best_of_group=1, scaling=2.5)
+    theirs = DeepseekV2TopkRouter(
+        DeepseekV2Config(
+            hidden_size=HIDDEN,
+            num_attention_heads=2,
+            n_routed_experts=EXPERTS,
+            num_experts_per_tok=CHOSEN,
+            topk_method="group_limited_greedy",
+            n_group=groups,
+            topk_group=chosen_groups,
+            routed_scaling_factor=2.5,
+        )
+    )
+    theirs.load_state_dict({"weight": ours.weight.detach()})
+    tokens = torch.randn(50, HIDDEN)
+    weights, chosen = ours(tokens)
+    _, expected, expected_chosen = theirs(tokens)
+    order, expected_order = chosen.argsort(-1), expected_chosen.argsort(-1)
+    assert torch.equal(chosen.gather(-1, order), expected_chosen.gather(-1, expected_order))
+    torch.testing.assert_close(weights.gather(-1, order), expected.gather(-1, expected_order))
 
 
 @pytest.mark.parametrize("bound", [1e-12, 0.4])
