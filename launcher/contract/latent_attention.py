@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from launcher.contract.divisors import rounded_up
 from launcher.contract.errors import ModelError
 
-LATENT = ("deepseek_v3", "glm4_moe_lite")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Model types whose layers all have it."""
 
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

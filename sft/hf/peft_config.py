@@ -19,7 +19,7 @@ from sft.hf.trained_routers import modules_to_save
 from sft.models.architecture import Architecture
 
 _CONVERTED = (
-    *("deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite"),
+    *("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite"),
     *("minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next"),
 )
 """Model types of which PEFT takes the names of experts' layers for their tensors."""
