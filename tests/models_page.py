@@ -56,7 +56,7 @@ Tokens per second that were measured are in [benchmarks](../benchmarks/README.md
   `max_position_embeddings`, or `original_max_position_embeddings`. Longer rows are refused.
 * Norms over all heads (Olmo) need `topology.tensor_parallel` to be at most the number of KV heads.
 * Adapters of experts need whole experts on a rank ([LoRA](how-to/lora.md)).
-* Latent attention (DeepSeek-V3, GLM-4.7-Flash) has no products in fp8 (`train.precision`). Where answers are generated
+* Latent attention (DeepSeek, GLM-4.7-Flash) has no products in fp8 (`train.precision`). Where answers are generated
   during training, the cache holds the keys and values of all heads, and not the latents. It has not run on a GPU yet.
 * Linear attention (Qwen3.5, Qwen3-Next) needs key heads that `topology.tensor_parallel` x `context_parallel` divides.
   Where only some layers have a layer that `model.lora.targets` names, each pipeline stage needs one.

@@ -18,6 +18,7 @@ from sft.models.multimodal import find_language_model, inside, with_nested_names
 from sft.models.stored_names import with_stored_names
 
 SUPPORTED = (
+    "deepseek_v2",
     "deepseek_v3",
     "dots1",
     "ernie4_5",
@@ -64,7 +65,7 @@ SUPPORTED = (
 """The model types that are covered; each is a module of `sft.models.families`."""
 
 _KNOWN_GAPS = {
-    "deepseek_v2": "its keys and values are made of one small vector a token, and its router has groups of its own",
+    "deepseek_v32": "each token sees few of those before it, which a part of its attention chooses",
 }
 """Families that look covered and are not, and what is missing."""
 

@@ -46,7 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 BY_EXPERT = ["qwen3_moe", "mixtral", "olmoe", "glm4_moe", "qwen3_next", "qwen3_moe_dense_layers", "qwen2_moe"]
-BY_EXPERT += ["deepseek_v3", "dots1", "glm4_moe_lite"]
+BY_EXPERT += ["deepseek_v2", "deepseek_v3", "dots1", "glm4_moe_lite"]
 BY_EXPERT += ["ernie4_5_moe", "minimax_m2", "qwen3_5_moe_text"]  # in the form that transformers writes
 """Cases whose files have a tensor for each matrix of each expert."""
 WITH_RSLORA = [f"{case} with rsLoRA" for case in ("mixtral", "qwen2_moe", "qwen3_5_moe_text")]

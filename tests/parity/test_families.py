@@ -31,6 +31,8 @@ SIZES: dict[str, Any] = {
 }
 """What two tensor parallel ranks divide."""
 MORE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_key_value_heads": 4},
+    "deepseek_v2_lite": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
     "deepseek_v3_no_query_latent": {"num_key_value_heads": 4},
     "glm4_moe_lite": {"num_key_value_heads": 4},

@@ -47,7 +47,7 @@ LIKE_LLAMA = {
 """Families with nothing of their own in what documents, answers and adapters do to a layer, and Gemma 4's twin."""
 LIKE_QWEN3_5 = {"qwen3_5_moe_text", "qwen3_next"}
 """The same, beside the dense one with linear attention: they have experts, as others have."""
-LIKE_DEEPSEEK = {"glm4_moe_lite"}
+LIKE_DEEPSEEK = {"deepseek_v2", "glm4_moe_lite"}
 """The same, beside DeepSeek-V3 with latent attention."""
 DISTINCT = [name for name in OF_TEXT if name not in LIKE_LLAMA | LIKE_QWEN3_5 | LIKE_DEEPSEEK]
 """What such grids run by default; a new family is among them."""

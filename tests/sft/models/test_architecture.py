@@ -134,9 +134,9 @@ def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) -> None:
-    assert refusal(tmp_path, model_type="deepseek_v2") == [
-        "model_type 'deepseek_v2' is not supported (its keys and values are made of one small vector a token, and its "
-        "router has groups of its own); supported are " + ", ".join(SUPPORTED)
+    assert refusal(tmp_path, model_type="deepseek_v32") == [
+        "model_type 'deepseek_v32' is not supported (each token sees few of those before it, which a part of its "
+        "attention chooses); supported are " + ", ".join(SUPPORTED)
     ]
 
 
@@ -472,6 +472,22 @@ def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: lis
             "num_key_value_heads 2 is not supported: latents make keys and values for each of the 6 heads",
         ),
         (
+            "deepseek_v2",
+            {"norm_topk_prob": True},
+            "norm_topk_prob True is not supported; transformers would compute as for False",
+        ),
+        (
+            "deepseek_v2",
+            {"topk_method": "noaux_tc"},
+            "topk_method 'noaux_tc' is not supported; only 'greedy' or 'group_limited_greedy'",
+        ),
+        (
+            "deepseek_v2",
+            {"topk_group": 1, "num_experts_per_tok": 4},
+            "topk_group 1: the 4 experts of a token must fit into that many of 4 groups of 2",
+        ),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias true is not supported"),
+        (
             "glm4_moe_lite",
             {"first_k_dense_replace": 2},
             "first_k_dense_replace 2: transformers reads mlp_layer_types alone in this family, by which dense layers "
@@ -482,7 +498,7 @@ def test_windows_of_qwen3_moe_are_in_all_layers_or_none(used: bool, windows: lis
             {"mlp_layer_types": ["dense", "moe", "sparse", "sparse"]},
             "mlp_layer_types has 'moe'; only dense and sparse are supported",
         ),
-        ("deepseek_v3", {"head_dim": 4}, "head_dim 4 is not supported; transformers takes it for qk_rope_head_dim"),
+        ("deepseek_v3", {"head_dim": 4}, "head_dim 4 is not supported; only that of qk_rope_head_dim, 8, is"),
         (
             "deepseek_v3",
             {"scoring_func": "softmax"},
