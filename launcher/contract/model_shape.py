@@ -64,6 +64,8 @@ _DENSE_BY_KIND = ("glm4_moe_lite",)
 _FOUR_NORMS = ("gemma2", "gemma3_text", "glm4", *WIDE_HEADS)
 _NORMS_BEHIND = ("exaone4", "olmo2", "olmo3")
 _QK_NORM = ("dots1", "exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3", "qwen3_moe", *HYBRID, *WIDE_HEADS)
+_WITHOUT_GATE = ("arcee", "gpt2")
+"""Model types whose MLPs have no gate beside the up projection."""
 _WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)
@@ -246,7 +248,7 @@ class ModelShape:
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings") or 2**31,
             tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
-            gated_mlp=model_type != "gpt2",
+            gated_mlp=model_type not in _WITHOUT_GATE,
             layer_norms=4 if model_type in _FOUR_NORMS else 2,
             norms_first=model_type not in _NORMS_BEHIND,
             qk_norm=model_type in _QK_NORM or (bool(config.get("use_qk_norm")) and model_type not in _WIDTH_NORM),

@@ -24,10 +24,17 @@ from sft.models.architecture import Activation, Architecture, DecoderLayer, Dens
 
 T = TypeVar("T")
 
+
+def squared_relu(x: Tensor) -> Tensor:
+    """Return the square of ReLU."""
+    return F.relu(x).square()
+
+
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
+    "relu2": squared_relu,
 }
 
 

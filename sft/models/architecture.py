@@ -19,7 +19,8 @@ from launcher.contract.model_shape import ModelShape
 from sft.models.rope import Rope
 from sft.models.weight_map import WeightMap
 
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
+"""relu2 is the square of ReLU."""
 Scores = Literal["softmax", "sigmoid"]
 Norm = Literal["rms", "late_rounded_rms", "zero_centered_rms", "layer"]
 """RMSNorm, RMSNorm that is rounded after its product with the weight, RMSNorm that multiplies by 1 + weight, and
