@@ -18,6 +18,7 @@ from sft.models.multimodal import find_language_model, inside, with_nested_names
 from sft.models.stored_names import with_stored_names
 
 SUPPORTED = (
+    "arcee",
     "deepseek_v2",
     "deepseek_v3",
     "dots1",

@@ -60,6 +60,7 @@ DEFAULT = {
 }
 KINDS_OF_POSITIONS = ["qwen2_yarn", "phi3_partial_rope", "llama_llama3_rope_other_numbers", *SUPPORTED]
 PLAIN_ROPE = {
+    "arcee",
     "dots1",
     "ernie4_5",
     "ernie4_5_moe",

@@ -31,6 +31,7 @@ OF_TEXT = [name for name in SUPPORTED if not family(name).multimodal]
 
 
 LIKE_LLAMA = {
+    "arcee",
     "ernie4_5",
     "gemma",
     "gemma4_unified_text",
