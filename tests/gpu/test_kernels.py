@@ -19,6 +19,8 @@ from sft.kernels.loss_form import LossForm
 from sft.kernels.masked_attention import attention_in_blocks, causal_mask
 from sft.kernels.products import add_product
 from sft.kernels.rope import rotate_heads, split_and_rotate
+from sft.megatron.core import TransformerConfig
+from sft.megatron.layers.core_attention import CoreAttention
 from tests.sft.kernels.test_adamw import adamw_rows
 
 pytestmark = [
@@ -388,3 +390,28 @@ def test_mlp_in_fp8(gate: Gate, width: int, form: GradientForm) -> None:
         return gated_mlp(x, up, down, gate, fp8_gradients=(form, form))
 
     assert_equal(in_fp8, plain_mlp(gate), inputs, tolerance=2e-1 if form == "e5m2" else 1e-1)
+
+
+@pytest.mark.parametrize("length", [64, 3000])
+def test_large_heads_need_no_matrix_of_scores(length: int) -> None:
+    """Of heads that FlashAttention does not take: scores alone would be 8 * 3000^2 numbers of 2 bytes, 137 MiB."""
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=8)
+    module = CoreAttention(config, 1, None, "self", scale=0.05)
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+        return (
+            F.scaled_dot_product_attention(*parts, is_causal=True, scale=0.05, enable_gqa=True)
+            .permute(2, 0, 1, 3)
+            .flatten(2)
+        )
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        found: Tensor = module(query, key, value, None)
+        if query.dtype == torch.bfloat16:
+            assert torch.cuda.max_memory_allocated() - before < 4 * 8 * length * 512 * 2 + 2**20
+        return found
+
+    assert_equal(kernel, plain, [drawn(length, 1, heads, 512, seed=seed) for seed, heads in enumerate((8, 2, 2))])
