@@ -87,13 +87,17 @@ def non_embedding_parameters(shape: ModelShape, *, active: bool = False) -> int:
 
 
 def layer_norm_parameters(shape: ModelShape, *, linear: bool = False) -> int:
-    """Return the number of weights in one decoder layer's norms. Linear attention has a convolution and a few more."""
+    """Return the number of weights in one decoder layer's norms, and of scales in its router.
+
+    Linear attention has a convolution and a few more.
+    """
     if linear:
         assert shape.linear is not None
         return shape.layer_norms * shape.hidden_size + shape.linear.parameters
+    scales = shape.hidden_size + shape.num_experts if shape.experts_beside_mlp else 0
     heads = 2 * shape.qk_norm + (shape.num_attention_heads + shape.num_query_groups) * shape.width_norm
     latents = 0 if shape.latent is None else shape.latent.normed
-    return shape.layer_norms * shape.hidden_size + heads * shape.head_dim + latents
+    return shape.layer_norms * shape.hidden_size + heads * shape.head_dim + latents + scales
 
 
 def embedding_parameters(shape: ModelShape) -> int:

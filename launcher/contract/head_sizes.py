@@ -1,4 +1,4 @@
-"""Attention heads of layers without a window, where they have sizes of their own (Gemma 4)."""
+"""What Gemma 4's layers have of their own: heads of another size without a window, and experts beside the MLP."""
 
 from __future__ import annotations
 
@@ -50,6 +50,16 @@ def read_wide_heads(
     assert isinstance(size, int)
     assert isinstance(groups, int)
     return HeadSizes(head_dim=size, query_groups=groups, keyed_values=keyed)
+
+
+def experts_beside_mlp(config: Mapping[str, object]) -> dict[str, object]:
+    """Return, by the names that other families have for them, the experts of a config with experts beside the MLP."""
+    if not config.get("enable_moe_block"):
+        return {"num_experts": None}
+    return {
+        "num_experts_per_tok": config.get("top_k_experts"),
+        "shared_expert_intermediate_size": config.get("intermediate_size"),
+    }
 
 
 def _of_each_layer(config: Mapping[str, object], windowed: Sequence[int], where: str) -> dict[str, object]:

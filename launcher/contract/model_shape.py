@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from launcher.contract.errors import ModelError, did_you_mean
-from launcher.contract.head_sizes import WIDE_HEADS, HeadSizes, read_wide_heads
+from launcher.contract.head_sizes import WIDE_HEADS, HeadSizes, experts_beside_mlp, read_wide_heads
 from launcher.contract.latent_attention import LatentAttention, read_latent_attention
 from launcher.contract.linear_attention import HYBRID, LinearAttention, read_linear_layers
 from launcher.contract.resources import packaged
@@ -57,7 +57,7 @@ _LANGUAGE_MODELS: dict[str, HfConfig] = {
 }
 """Multimodal model types, and what their `text_config` means where it leaves out the language model's type or sizes."""
 
-_JOINED_EXPERTS = ("gpt_oss", "qwen3_5_moe_text")
+_JOINED_EXPERTS = ("gemma4_text", "gpt_oss", "qwen3_5_moe_text")
 """Model types whose published files have the matrices of all experts in one tensor."""
 _DENSE_BY_KIND = ("glm4_moe_lite",)
 """Model types that say by `mlp_layer_types` alone which layers of a mixture of experts have none."""
@@ -124,6 +124,9 @@ class ModelShape:
     """Width of the MLP that every token meets beside its experts; 0 for none."""
     weighted_shared_expert: bool = False
     """Whether each token weights the output of that MLP."""
+    experts_beside_mlp: bool = False
+    """Whether that MLP is a layer's dense one, with norms of its own as the experts have, and the router scales tokens
+    and the weights of experts by trained numbers."""
     joined_experts: bool = False
     """Whether the files have the matrices of all experts in one tensor, gate and up projection in one matrix."""
     dense_layers: tuple[int, ...] = ()
@@ -221,6 +224,8 @@ class ModelShape:
             config["intermediate_size"] = config.get("intermediate_size") or 4 * (config.get("hidden_size") or 0)
         if model_type == "ernie4_5_moe":
             config = config | _of_ernie(config)
+        if model_type in WIDE_HEADS:
+            config = config | experts_beside_mlp(config)
         if model_type == "qwen3_5_moe_text":  # none of its layers is dense
             config = {"intermediate_size": config.get("moe_intermediate_size"), **config}
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -249,7 +254,8 @@ class ModelShape:
             max_position_embeddings=config.get("max_position_embeddings") or 2**31,
             tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
             gated_mlp=model_type not in _WITHOUT_GATE,
-            layer_norms=4 if model_type in _FOUR_NORMS else 2,
+            # Experts beside an MLP have norms of their own: one before them, and one behind either.
+            layer_norms=(7 if experts and model_type in WIDE_HEADS else 4) if model_type in _FOUR_NORMS else 2,
             norms_first=model_type not in _NORMS_BEHIND,
             qk_norm=model_type in _QK_NORM or (bool(config.get("use_qk_norm")) and model_type not in _WIDTH_NORM),
             width_norm=model_type in _WIDTH_NORM,
@@ -260,9 +266,10 @@ class ModelShape:
             wide_heads=read_wide_heads(config, model_type, windowed, where),
             keyed_values=False,
             **experts,
-            weighted_shared_expert="shared_expert_intermediate_size" in config,
+            weighted_shared_expert="shared_expert_intermediate_size" in config and model_type not in WIDE_HEADS,
+            experts_beside_mlp=bool(experts) and model_type in WIDE_HEADS,
             dense_layers=_dense_layers(config),
-            joined_experts=model_type in _JOINED_EXPERTS,
+            joined_experts=bool(experts) and model_type in _JOINED_EXPERTS,
             learned_positions=config.get("max_position_embeddings") or 0 if model_type == "gpt2" else 0,
         )
 

@@ -80,7 +80,8 @@ def merged_tensor(
 def is_wrapper(module: str, parameters: Sequence[str]) -> bool:
     """Return whether a module of an adapter's files is a wrapper for a tensor of experts in its `target_parameters`."""
     owners = {parameter.rpartition(".")[0] for parameter in parameters}
-    return module.partition(_WRAPPED)[0].endswith(tuple(owner for owner in owners if owner.endswith(".experts")))
+    of_experts = tuple(f".{owner}" for owner in owners if owner.rpartition(".")[2] == "experts")
+    return module.partition(_WRAPPED)[0].endswith(of_experts)
 
 
 def add_joined(

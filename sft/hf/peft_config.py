@@ -96,8 +96,13 @@ def _of_tensors(
         twice = {"rank_pattern": {_GATE_UP: 2 * rank}, "alpha_pattern": {_GATE_UP: _whole(2 * alpha)}}
         of_all = {"target_parameters": [f"mlp.experts.{name}" for name in joined]}
         return {**of_all, **(twice if _GATE_UP in joined else {})}
-    parameters = list(dict.fromkeys(f"mlp.{target.name}" for target in of_experts))
+    parameters = list(dict.fromkeys(_within_layer(str(target.tensor)) for target in of_experts))
     return {"target_parameters": parameters} if parameters else {}
+
+
+def _within_layer(tensor: str) -> str:
+    """Return the name of a tensor without that of its layer."""
+    return tensor.rpartition(".layers.")[2].partition(".")[2]
 
 
 def _is_converted(architecture: Architecture) -> bool:

@@ -7,7 +7,7 @@ not trained are among them.
 from __future__ import annotations
 
 from launcher.contract.spec import LoraSpec
-from sft.models.architecture import Architecture
+from sft.models.architecture import Architecture, Experts
 
 _TRAINED = ("mlp.router.weight", "mlp.router.logit_bias")
 _BIAS = "mlp.router.bias"
@@ -57,6 +57,11 @@ def modules_to_save(architecture: Architecture, lora: LoraSpec) -> list[str] | N
 
 def router_problems(lora: LoraSpec, architecture: Architecture) -> list[str]:
     """Return why routers cannot be trained in this model."""
+    if lora.router and any(isinstance(layer.mlp, Experts) and layer.mlp.scaled_router for layer in architecture.layers):
+        return [
+            f"model.lora.router: routers of a {architecture.shape.model_type} model have further weights, which nobody "
+            "would train; leave it out"
+        ]
     if not lora.router or architecture.has_experts:
         return []
     return [f"model.lora.router: a {architecture.shape.model_type} model has no routers; leave it out"]

@@ -8,34 +8,20 @@ bf16 stays off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 from sft.megatron.core import TransformerConfig
 from sft.megatron.kernel_choice import Kernels
-from sft.models.architecture import Activation, Architecture, DecoderLayer, DenseMLP
+from sft.megatron.layers.activations import ACTIVATIONS
+from sft.models.architecture import Architecture, DecoderLayer, DenseMLP
 
 T = TypeVar("T")
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """Return the square of ReLU."""
-    return F.relu(x).square()
-
-
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu2": squared_relu,
-}
 
 
 def transformer_config(
@@ -54,7 +40,7 @@ def transformer_config(
         normalization="LayerNorm" if architecture.norm == "layer" else "RMSNorm",
         layernorm_epsilon=architecture.layernorm_epsilon,
         gated_linear_unit=_same(layer.mlp.gated for layer in layers),
-        activation_func=_ACTIVATIONS[_same(layer.mlp.activation for layer in layers)],
+        activation_func=ACTIVATIONS[_same(layer.mlp.activation for layer in layers)],
         layernorm_zero_centered_gamma=architecture.norm == "zero_centered_rms",
         # One switch each; `drop_absent_biases` takes off what a layer does not have.
         add_bias_linear=any(

@@ -210,6 +210,8 @@ def _unfused_part(spec: RunSpec, architecture: Architecture) -> str | None:
         return "learned positions"
     if not all(layer.norm_before for layer in architecture.layers):
         return "no norms before attention and MLP"
+    if any(isinstance(layer.mlp, Experts) and layer.mlp.beside_mlp for layer in architecture.layers):
+        return "experts beside an MLP"
     if not all(_has_fused_mlp(layer.mlp) for layer in architecture.layers):
         return "MLPs other than SwiGLU and GeGLU without biases"
     return None if spec.model.hidden_dropout == 0 else "model.hidden_dropout"

@@ -133,6 +133,12 @@ class Experts:
     scaling: float = 1.0
     """Factor on the weights of a token's experts."""
     shared: SharedExpert | None = None
+    beside_mlp: bool = False
+    """Whether the shared expert is an MLP beside them: each of both has norms of its own before and behind it, and the
+    router takes tokens as they come into the layer's feed-forward part. The layer then norms nothing before it."""
+    scaled_router: bool = False
+    """Whether the router norms tokens, without a weight, and multiplies them by trained numbers over the root of the
+    hidden size; and each expert's weight by a trained number of its own."""
     activation: Activation = "silu"
     gated: bool = True
     clamped: ClampedUnit | None = None

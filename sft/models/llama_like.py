@@ -254,6 +254,25 @@ def separate_experts(shape: ModelShape, router: str, expert: str, names: tuple[s
     }
 
 
+def joined_experts(shape: ModelShape, router: str, prefix: str) -> Layer:
+    """Return the maps of experts of which two tensors hold all: first gate, then up rows, and the down projections.
+
+    `router` is the name of the router's weight, `prefix` what the names of both tensors begin with.
+    """
+    hidden, width, count = shape.hidden_size, shape.expert_ffn_hidden_size, shape.num_experts
+    halves = tuple(
+        (Piece(f"{prefix}gate_up_proj", first, first + width, expert),)
+        for expert in range(count)
+        for first in (0, width)
+    )
+    outputs = tuple((Piece(f"{prefix}down_proj", 0, hidden, expert),) for expert in range(count))
+    return {
+        "mlp.router.weight": whole(router, count, hidden, None),
+        FC1: ParameterMap(blocks=halves, columns=hidden, experts=count),
+        "mlp.linear_fc2.weight": ParameterMap(blocks=outputs, columns=width, split=1, experts=count),
+    }
+
+
 def shared_expert(shape: ModelShape, prefix: str, *, weight: str | None = None) -> Layer:
     """Return the maps of the MLP that every token meets, and of the vector that weights its output if there is one.
 

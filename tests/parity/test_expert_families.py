@@ -67,7 +67,8 @@ def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _cells() -> list[Any]:
     """By default one, with biases that some ranks add for others: test_families.py trains every case under two more."""
-    cells = [(case, layout) for case in ("glm4_moe", "gpt_oss", "qwen3_moe_dense_layers") for layout in LAYOUTS]
+    cases = ("gemma4_text_experts", "glm4_moe", "gpt_oss", "qwen3_moe_dense_layers")
+    cells = [(case, layout) for case in cases for layout in LAYOUTS]
     by_default = ("gpt_oss", "ep2_tp2_sp_etp1")
     return [cell if cell == by_default else pytest.param(*cell, marks=pytest.mark.slow) for cell in cells]
 

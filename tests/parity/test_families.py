@@ -38,7 +38,11 @@ MORE: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"num_key_value_heads": 4},
     "glm4_moe_lite_alternating": {"num_key_value_heads": 4},
     "gemma_untied": {"num_key_value_heads": 2},
-    **{name: {"num_global_key_value_heads": 4} for name in SUPPORTED if name.startswith("gemma4")},
+    **{
+        case: {"num_global_key_value_heads": 4}
+        for case in CASES
+        if case.startswith("gemma4") and case != "gemma4_text_one_key_head"
+    },
     "phi3_longrope": {
         "original_max_position_embeddings": 384,
         "rope_parameters": {
@@ -51,6 +55,7 @@ MORE: dict[str, dict[str, Any]] = {
 }
 """Cases with a size of their own."""
 VARIANTS = (
+    "gemma4_text_experts",
     "gemma4_text_one_key_head",
     "gpt2_untied",
     "llama_biased",

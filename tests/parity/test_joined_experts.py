@@ -41,9 +41,9 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.parity
 
 LORA = LoraSpec(rank=4, alpha=6.0)
-CASES = ("gpt_oss", "qwen3_5_moe_text")
-PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-"""What users give PEFT as `target_parameters`."""
+CASES = ("gemma4_text_experts", "gpt_oss", "qwen3_5_moe_text")
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+"""What users may give PEFT as `target_parameters`."""
 
 
 def peft_model(directory: Path, seed: int, rank: int = 4) -> Any:
@@ -188,7 +188,9 @@ def test_peft_loads_and_merges_what_is_exported(
     expect_curve(paths, expected[case].curve)
     export_run(paths.root)
     adapter = paths.export / "adapter"
-    assert json.loads((adapter / "adapter_config.json").read_text())["target_parameters"] == PARAMETERS
+    assert json.loads((adapter / "adapter_config.json").read_text())["target_parameters"] == [
+        name if case.startswith("gemma4") else f"mlp.{name}" for name in PARAMETERS
+    ]
     base = load_transformers_model(models[case], torch.float32, attn_implementation="eager")
     loaded, ids = peft.PeftModel.from_pretrained(base, adapter).eval(), example_ids(vocab=331)
     tensors, trained = load_file(adapter / "adapter_model.safetensors"), expected[case].trained

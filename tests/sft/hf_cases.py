@@ -117,12 +117,13 @@ def randomize(model: Any) -> None:
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name or ".ln_" in name
             from_zero = name.endswith("norm.weight") and not parameter.any()  # multiplies as 1 + weight
-            mean = 1.0 if is_norm and not from_zero else 0.0
+            mean = 1.0 if (is_norm and not from_zero) or name.endswith("scale") else 0.0
             if name in scaling:
                 mean = 0.3
             if name.endswith("A_log"):  # a slow decay, with which what is not reset between documents shows
                 mean = -3.0
-            parameter.normal_(mean, 1.0 if name.endswith("sinks") else 0.1)
+            # A router of normed tokens has logits of the size of its weights.
+            parameter.normal_(mean, 1.0 if name.endswith(("sinks", "router.proj.weight")) else 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):  # by which experts are chosen
                 buffer.normal_(0.0, 0.1)

@@ -74,7 +74,7 @@ def implementation_of(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Impleme
 def _kernels_of(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Implementation:
     if spec.train.kernels == "plain":
         return PLAIN
-    if shape.model_type in _PLAIN_LAYERS or spec.model.hidden_dropout:
+    if shape.model_type in _PLAIN_LAYERS or shape.experts_beside_mlp or spec.model.hidden_dropout:
         return CURRENT_WITH_PLAIN_LAYERS
     if not _by_offsets(spec, shape):
         return CURRENT_WITH_TORCH_ATTENTION

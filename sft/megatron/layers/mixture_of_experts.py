@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.contract.spec import LoraSpec
@@ -43,6 +42,7 @@ from sft.megatron.core import (
     parallel_state,
     tensor_parallel,
 )
+from sft.megatron.layers.activations import ACTIVATIONS
 from sft.megatron.layers.expert_lora import ExpertAdapters
 from sft.megatron.layers.fp8 import Fp8Linear, fp8_gradients
 from sft.megatron.layers.router import Router
@@ -130,9 +130,14 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         """Return the output, [s, b, h] as the input is, and no bias."""
         return self._routed(hidden_states), None
 
-    def _routed(self, hidden_states: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
-        """Return what the chosen experts make of each token. `meanwhile` is called while tokens are on their way."""
-        weights, chosen = self.router(hidden_states)
+    def _routed(
+        self, hidden_states: Tensor, meanwhile: Callable[[], None] | None = None, *, chosen_by: Tensor | None = None
+    ) -> Tensor:
+        """Return what the chosen experts make of each token. `meanwhile` is called while tokens are on their way.
+
+        The router takes `chosen_by`, or the tokens themselves.
+        """
+        weights, chosen = self.router(hidden_states if chosen_by is None else chosen_by)
         tokens, weights, chosen = self._shared(hidden_states), self._shared(weights), self._gathered(chosen)
         assignment = assign(chosen.flatten(0, 1), self._count)
         rows, weights = to_experts(tokens.flatten(0, 1), assignment), sort_rows(weights.flatten(), assignment)
@@ -185,7 +190,7 @@ class ExpertMLP(MegatronModule):  # type: ignore[misc]
         if self._unit is not None:
             return clamped_unit(mixed, self._unit)
         gate, up = mixed.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return ACTIVATIONS[self.router.experts.activation](gate) * up
 
     def _shared(self, own: Tensor) -> Tensor:
         """Return the values of all tokens on every rank of the group, whose gradients are summed over its ranks."""

@@ -35,6 +35,16 @@ class Router(nn.Module):
         if experts.router_bias:
             self.logit_bias = nn.Parameter(torch.empty(experts.count, dtype=config.params_dtype))
             self.logit_bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.scale: nn.Parameter | None = None
+        self.expert_scale: nn.Parameter | None = None
+        self._epsilon: float = config.layernorm_epsilon
+        if experts.scaled_router:
+            self.scale, self.expert_scale = (
+                nn.Parameter(torch.empty(size, dtype=config.params_dtype))
+                for size in (config.hidden_size, experts.count)
+            )
+            for parameter in (self.scale, self.expert_scale):
+                parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.bias: Tensor | None
         # In fp32 always: its steps are smaller than what bf16 can tell apart at its size.
         self.register_buffer("bias", torch.zeros(experts.count) if experts.selection_bias else None)
@@ -45,7 +55,7 @@ class Router(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's weights in fp32 and its experts, both [..., chosen]."""
         bias = None if self.logit_bias is None else self.logit_bias.float()
-        logits = F.linear(tokens.float(), self.weight.float(), bias)
+        logits = F.linear(self._scaled(tokens.float()), self.weight.float(), bias)
         scores = logits.sigmoid() if self.experts.scores == "sigmoid" else torch.softmax(logits, dim=-1)
         chosen = choose(scores.detach(), self.bias, self.experts)
         weights = scores.gather(-1, chosen)
@@ -53,6 +63,8 @@ class Router(nn.Module):
             weights = weights / self._divisor(weights.sum(-1, keepdim=True))
         if self.experts.scaling != 1.0:
             weights = weights * self.experts.scaling
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale.float()[chosen]
         # A layer that is recomputed comes here twice, the first time without gradients.
         if self.documents is None or not (self.training and torch.is_grad_enabled()):
             return weights, chosen
@@ -60,6 +72,13 @@ class Router(nn.Module):
         if self.documents.step.recorded:
             self.record.add(logits.detach(), scores.detach(), chosen, self.documents, loss)
         return weights, chosen
+
+    def _scaled(self, tokens: Tensor) -> Tensor:
+        if self.scale is None:
+            return tokens
+        hidden = tokens.size(-1)
+        normed: Tensor = F.rms_norm(tokens, (hidden,), eps=self._epsilon)
+        return normed * self.scale.float() * float(hidden**-0.5)
 
     def _divisor(self, total: Tensor) -> Tensor:
         bound = self.experts.smallest_sum

@@ -73,3 +73,23 @@ class SharedExpertMLP(ExpertMLP):
         experts = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         shared: dict[str, Any] = self.shared.sharded_state_dict(f"{prefix}shared.", sharded_offsets, metadata)
         return experts | shared
+
+
+class ExpertsBesideMLP(SharedExpertMLP):
+    """Experts and an MLP that take the same tokens, each with norms of its own before and behind it (Gemma 4)."""
+
+    def __init__(self, config: TransformerConfig, *, norm: type[nn.Module], **options: Any) -> None:
+        super().__init__(config, **options)
+        self.norm_before_shared, self.norm_before_experts, self.norm_after_shared, self.norm_after_experts = (
+            norm(config, config.hidden_size, eps=config.layernorm_epsilon) for _ in range(4)
+        )
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        """Return the output, [s, b, h] as the input is, and no bias. The router sees tokens that are not normed."""
+        shared: list[Tensor] = []
+        routed = self._routed(
+            self.norm_before_experts(hidden_states),
+            lambda: shared.append(self._of_all(self.norm_before_shared(hidden_states))),
+            chosen_by=hidden_states,
+        )
+        return self.norm_after_shared(shared[0]) + self.norm_after_experts(routed), None

@@ -49,7 +49,7 @@ from sft.megatron.layers.post_norms import PostNormTransformerLayer
 from sft.megatron.layers.residual import residual_addition
 from sft.megatron.layers.rotated_norms import RotatedRMSNorm
 from sft.megatron.layers.scaled_output import ScaledFusedLayer, ScaledPostNormLayer
-from sft.megatron.layers.shared_expert import SharedExpertMLP
+from sft.megatron.layers.shared_expert import ExpertsBesideMLP, SharedExpertMLP
 from sft.megatron.layers.width_norms import WidthRMSNorm
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts
 
@@ -99,7 +99,7 @@ def layer_spec(architecture: Architecture, options: LayerOptions, layer_number: 
         # Fused layers add residuals themselves.
         self_attn_bda=residual_addition(layer.residual_multiplier),
         pre_mlp_layernorm=before_mlp,
-        mlp=_experts_spec(layer.mlp, linears, fused=fused)
+        mlp=_experts_spec(layer.mlp, linears, PLAIN_NORMS[architecture.norm], fused=fused)
         if isinstance(layer.mlp, Experts)
         else _mlp_spec(layer.mlp, linears, fused=fused),
         mlp_bda=residual_addition(layer.residual_multiplier),
@@ -138,6 +138,8 @@ def _norms_before(architecture: Architecture, layer: DecoderLayer, options: Laye
     if not layer.norm_before:
         return IdentityOp, IdentityOp
     experts = isinstance(layer.mlp, Experts)
+    if isinstance(layer.mlp, Experts) and layer.mlp.beside_mlp:
+        return _norm_before_product(architecture, options), IdentityOp
     return _norm_before_product(architecture, options), _norm_before_product(architecture, options, experts=experts)
 
 
@@ -243,12 +245,17 @@ def _mlp_spec(mlp: DenseMLP, linears: Linears, *, fused: bool) -> object:
     return _MLPSpec(module=module, submodules=submodules)
 
 
-def _experts_spec(experts: Experts, linears: Linears, *, fused: bool) -> object:
+def _experts_spec(experts: Experts, linears: Linears, norm: type[nn.Module], *, fused: bool) -> object:
     module: type[nn.Module] = ExpertMLP
     params: dict[str, object] = {"experts": experts, "linear": linears.experts, "fused": fused}
     if experts.shared is not None:
         module = SharedExpertMLP
         params |= {"mlp": FusedMLP if fused else MLP, "linears": linears}
+    if experts.beside_mlp:
+        assert experts.shared is not None
+        assert not fused
+        module = ExpertsBesideMLP
+        params["norm"] = norm
     if hasattr(MLP, "as_mlp_submodule"):
         return partial(module, **params)
     return _MLPSpec(module=module, submodules=None, params=params)

@@ -1,4 +1,4 @@
-"""Gemma 4 31B: the text model with towers for images and sound before it."""
+"""Gemma 4 (26B-A4B, 31B): the text model with towers for images and sound before it."""
 
 from __future__ import annotations
 

@@ -9,13 +9,31 @@ from __future__ import annotations
 from functools import partial
 
 from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
+from sft.models.architecture import (
+    Activation,
+    Architecture,
+    Attention,
+    DecoderLayer,
+    DenseMLP,
+    Experts,
+    SharedExpert,
+)
 from sft.models.config_reader import ConfigReader
 from sft.models.families.gemma2 import GELU_TANH, layer_with_four_norms
 from sft.models.family import Config, Family
-from sft.models.llama_like import SMALL, Layer, head_norms, rope_of, sliding_layers, weight_map_of, windows_of
+from sft.models.llama_like import (
+    SMALL,
+    Layer,
+    head_norms,
+    joined_experts,
+    rope_of,
+    shared_expert,
+    sliding_layers,
+    weight_map_of,
+    windows_of,
+)
 from sft.models.rope import PROPORTIONAL, Rope
-from sft.models.weight_map import ParameterMap, Piece
+from sft.models.weight_map import ParameterMap, Piece, vector
 
 _KINDS = ("full_attention", "sliding_attention")
 _ROPES: dict[str, Config] = {
@@ -35,7 +53,7 @@ def read_two_kinds(config: ConfigReader, *, window: int, layer_inputs: int) -> A
     """Return the architecture. `window` and the width of embeddings of each layer are what is meant by none stated."""
     shape = config.shape
     _refuse_other_parts(config, layer_inputs)
-    mlp = DenseMLP(width=shape.ffn_hidden_size, activation=config.choice("hidden_activation", GELU_TANH))
+    mlp = _feed_forward(config, config.choice("hidden_activation", GELU_TANH))
     windows = _windows(config, window)
     everywhere, in_window = (_rope(config, kind) for kind in _KINDS)
     layers = [
@@ -57,7 +75,7 @@ def read_two_kinds(config: ConfigReader, *, window: int, layer_inputs: int) -> A
     return Architecture(
         shape=shape,
         layers=tuple(layers),
-        weights=weight_map_of(shape, [partial(_layer, window is not None) for window in windows]),
+        weights=weight_map_of(shape, [partial(_layer, mlp, window is not None) for window in windows]),
         layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-6),
         rope=in_window,
         norm="late_rounded_rms",
@@ -67,10 +85,28 @@ def read_two_kinds(config: ConfigReader, *, window: int, layer_inputs: int) -> A
     )
 
 
+def _feed_forward(config: ConfigReader, activation: Activation) -> DenseMLP | Experts:
+    shape = config.shape
+    if not config.flag("enable_moe_block", default=False):
+        return DenseMLP(width=shape.ffn_hidden_size, activation=activation)
+    for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        config.count(key, 0)
+    return Experts(
+        count=shape.num_experts,
+        chosen=shape.experts_per_token,
+        width=shape.expert_ffn_hidden_size,
+        normalized=True,
+        shared=SharedExpert(width=shape.shared_expert_size, weighted=False),
+        beside_mlp=True,
+        scaled_router=True,
+        activation=activation,
+    )
+
+
 def _refuse_other_parts(config: ConfigReader, layer_inputs: int) -> None:
     """Refuse what is not built of the family."""
     config.require("num_key_value_heads", "head_dim")
-    config.refuse_true("attention_bias", "enable_moe_block")
+    config.refuse_true("attention_bias")
     shared = config.number("num_kv_shared_layers", 0)
     if shared:
         config.refuse(f"num_kv_shared_layers {shared:g} is not supported: no layer takes the keys of another; only 0")
@@ -117,11 +153,36 @@ def _rope(config: ConfigReader, kind: str) -> Rope | None:
     return rope_of(config, kinds=("default", PROPORTIONAL), partial=part, values={"rope_parameters": own})
 
 
-def _layer(windowed: bool, shape: ModelShape, prefix: str) -> Layer:
+def _layer(mlp: DenseMLP | Experts, windowed: bool, shape: ModelShape, prefix: str) -> Layer:
     """Return the maps of a layer."""
     own = shape.for_layers(windowed=windowed)
     scale = ParameterMap(blocks=((Piece(f"{prefix}layer_scalar", 0, 1),),), split=None, frozen=True)
-    return layer_with_four_norms(own, prefix) | head_norms(own, prefix) | {"output_scale": scale}
+    found = layer_with_four_norms(own, prefix) | head_norms(own, prefix) | {"output_scale": scale}
+    if isinstance(mlp, DenseMLP):
+        return found
+    before = ("pre_mlp_layernorm.", "mlp.")
+    kept = {name: part for name, part in found.items() if not name.startswith(before)}
+    return kept | _experts_beside_mlp(shape, prefix)
+
+
+def _experts_beside_mlp(shape: ModelShape, prefix: str) -> Layer:
+    """Return the maps of a layer's MLP, its experts, and the norms before and behind either."""
+    norms = {
+        "norm_before_shared": "pre_feedforward_layernorm",
+        "norm_before_experts": "pre_feedforward_layernorm_2",
+        "norm_after_shared": "post_feedforward_layernorm_1",
+        "norm_after_experts": "post_feedforward_layernorm_2",
+    }
+    return {
+        **joined_experts(shape, f"{prefix}router.proj.weight", f"{prefix}experts."),
+        "mlp.router.scale": vector(f"{prefix}router.scale", shape.hidden_size),
+        "mlp.router.expert_scale": vector(f"{prefix}router.per_expert_scale", shape.num_experts),
+        **shared_expert(shape, f"{prefix}mlp."),
+        **{
+            f"mlp.{ours}.weight": vector(f"{prefix}{theirs}.weight", shape.hidden_size)
+            for ours, theirs in norms.items()
+        },
+    }
 
 
 FAMILY = Family(
@@ -145,6 +206,7 @@ FAMILY = Family(
     },
     variants={
         "one_key_head": {"num_global_key_value_heads": 1},
+        "experts": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 24},
         "separate_values": {
             "attention_k_eq_v": False,
             "final_logit_softcapping": None,

@@ -11,8 +11,7 @@ from sft.models.config_reader import ConfigReader
 from sft.models.families import qwen3_5_text
 from sft.models.family import Family
 from sft.models.hybrid import hybrid_attention, hybrid_layers, hybrid_rope, weighted_experts
-from sft.models.llama_like import FC1, SILU, Layer, shared_expert, weight_map_of
-from sft.models.weight_map import ParameterMap, Piece, whole
+from sft.models.llama_like import SILU, Layer, joined_experts, shared_expert, weight_map_of
 
 
 def _read(config: ConfigReader) -> Architecture:
@@ -39,19 +38,10 @@ def _read(config: ConfigReader) -> Architecture:
 
 
 def _joined(shape: ModelShape, prefix: str) -> Layer:
-    """Return the maps of experts of which two tensors hold all: first gate, then up rows, and the down projections."""
+    """Return the maps of experts of which two tensors hold all, and of a shared one that each token weights."""
     mlp = f"{prefix}mlp."
-    hidden, width, count = shape.hidden_size, shape.expert_ffn_hidden_size, shape.num_experts
-    halves = tuple(
-        (Piece(f"{mlp}experts.gate_up_proj", first, first + width, expert),)
-        for expert in range(count)
-        for first in (0, width)
-    )
-    outputs = tuple((Piece(f"{mlp}experts.down_proj", 0, hidden, expert),) for expert in range(count))
     return {
-        "mlp.router.weight": whole(f"{mlp}gate.weight", count, hidden, None),
-        FC1: ParameterMap(blocks=halves, columns=hidden, experts=count),
-        "mlp.linear_fc2.weight": ParameterMap(blocks=outputs, columns=width, split=1, experts=count),
+        **joined_experts(shape, f"{mlp}gate.weight", f"{mlp}experts."),
         **shared_expert(shape, f"{mlp}shared_expert.", weight=f"{mlp}shared_expert_gate.weight"),
     }
 

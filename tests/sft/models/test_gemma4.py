@@ -12,7 +12,9 @@ import torch
 from launcher.contract.errors import ModelError
 from launcher.contract.head_sizes import HeadSizes
 from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Attention
+from launcher.contract.spec import LoraSpec
+from sft.hf.trained_routers import router_problems
+from sft.models.architecture import Attention, Experts, SharedExpert
 from sft.models.registry import read_architecture
 from sft.models.rope import PROPORTIONAL, Rope
 from tests.sft.models.test_architecture import refusal, windows, write_config
@@ -179,6 +181,34 @@ def test_embeddings_of_each_layer_are_the_default(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="hidden_size_per_layer_input 256 is not supported"):
         read_architecture(tmp_path)
+
+
+EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 24}
+
+
+def test_experts_beside_the_mlp(tmp_path: Path) -> None:
+    found = read_architecture(write_config(tmp_path, **GEMMA4, **EXPERTS))
+    (mlp,) = {layer.mlp for layer in found.layers}
+    assert mlp == Experts(
+        count=8, chosen=3, width=24, normalized=True, shared=SharedExpert(width=96, weighted=False), beside_mlp=True,
+        scaled_router=True, activation="gelu_tanh",
+    )  # fmt: skip
+    assert found.shape.joined_experts
+    assert found.shape.layer_norms == 7
+    switched_off = {**EXPERTS, "enable_moe_block": False}
+    assert read_architecture(write_config(tmp_path, **GEMMA4, **switched_off)).shape.num_experts == 0
+
+
+@pytest.mark.parametrize("key", ["num_experts", "top_k_experts", "moe_intermediate_size"])
+def test_experts_without_a_size(key: str, tmp_path: Path) -> None:
+    message = f"{key} None is not a number"
+    assert message in refusal(tmp_path, **{**GEMMA4, **EXPERTS, key: None})
+
+
+def test_their_routers_are_not_trained_beside_adapters(tmp_path: Path) -> None:
+    found = read_architecture(write_config(tmp_path, **GEMMA4, **EXPERTS))
+    (problem,) = router_problems(LoraSpec(rank=4, router=True), found)
+    assert problem.startswith("model.lora.router: routers of a gemma4_text model have further weights")
 
 
 def test_tokens_of_images_do_not_matter_here(tmp_path: Path) -> None:
