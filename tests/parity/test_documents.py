@@ -51,7 +51,8 @@ def test_a_document_does_not_change_its_neighbours(case: str, tmp_path: Path) ->
     for place in (slice(first), slice(last, None)):
         difference = np.abs(packed[place] - changed[place]).max()
         if read_architecture(tmp_path).shape.num_experts:
-            assert difference < 1e-6  # how a product rounds depends on how many tokens an expert has
+            # How a product rounds depends on how many tokens an expert has: up to 1.1e-6 was seen of logits up to 2.4.
+            assert difference < 2e-6
         else:
             assert difference == 0.0
     assert np.abs(packed[first:last] - changed[first:last]).max() > 0.01

@@ -136,7 +136,8 @@ class LatentSelfAttention(MegatronModule):  # type: ignore[misc]
 
     def _filled(self, heads: Tensor) -> Tensor:
         """Return heads with zeros behind them, up to the size of the core's."""
-        return F.pad(heads, (0, self._sizes.core_dim - heads.size(-1)))
+        missing = self._sizes.core_dim - heads.size(-1)
+        return F.pad(heads, (0, missing)) if missing else heads
 
     def _of_all_tokens(self, turned: Tensor) -> Tensor:
         """Return the part of the keys that all heads share, [s, b, dim]. Its gradient is the sum over ranks' heads."""

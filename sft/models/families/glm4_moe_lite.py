@@ -58,7 +58,8 @@ FAMILY = Family(
     small_config={
         **SMALL,
         **SMALL_LATENT,
-        "v_head_dim": 18,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 24,  # queries and values of one size, as those of the published model
         "n_routed_experts": 8,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
