@@ -28,6 +28,8 @@ _JOINED = ("qwen3_next",)
 EXPERT_NAMES = dict.fromkeys(("minimax_m2", "mixtral"), ("w1", "w3", "w2"))
 """By model type, what files call gate, up and down projection of an expert; others call them as those of an MLP."""
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
+MLP_NAMES_OF = {"starcoder2": ("", "c_fc", "c_proj")}
+"""Those of model types that call them otherwise; without a gate there is no name for it."""
 JOINED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 """What adapters of experts are called that the files hold in one tensor: gate and up projection together, then down."""
 
@@ -74,7 +76,7 @@ def mlp_linears(shape: ModelShape, width: int) -> tuple[Linear, ...]:
         hidden = shape.hidden_size
         joined = Linear("gate_up_proj", "fc1", hidden, 2 * width)
         return (joined, Linear("down_proj", "fc2", width, hidden))
-    return _gated(shape, width, MLP_NAMES)
+    return _gated(shape, width, MLP_NAMES_OF.get(shape.model_type, MLP_NAMES))
 
 
 def layer_linears(shape: ModelShape, *, dense: bool = False, linear: bool = False) -> tuple[Linear, ...]:

@@ -23,7 +23,17 @@ HfConfig = dict[str, Any]
 
 _NAMED = "model_shapes.yaml"
 
-_TIED_BY_DEFAULT = ("ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "smollm3", *WIDE_HEADS)
+_TIED_BY_DEFAULT = (
+    "ernie4_5",
+    "ernie4_5_moe",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "smollm3",
+    "starcoder2",
+    *WIDE_HEADS,
+)
 """Model types for which an absent `tie_word_embeddings` means true."""
 
 _LANGUAGE_MODELS: dict[str, HfConfig] = {
@@ -64,9 +74,9 @@ _DENSE_BY_KIND = ("glm4_moe_lite",)
 _FOUR_NORMS = ("gemma2", "gemma3_text", "glm4", *WIDE_HEADS)
 _NORMS_BEHIND = ("exaone4", "olmo2", "olmo3")
 _QK_NORM = ("dots1", "exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3", "qwen3_moe", *HYBRID, *WIDE_HEADS)
-_WITHOUT_GATE = ("arcee", "gpt2")
+_WITHOUT_GATE = ("arcee", "gpt2", "starcoder2")
 """Model types whose MLPs have no gate beside the up projection."""
-_WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3")
+_WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3", "starcoder2")
 """Model types whose `sliding_window`, where there is one, is that of every layer."""
 _WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)
 """Model types whose layers all have it where `use_sliding_window` is true, and none otherwise."""

@@ -10,7 +10,7 @@ from launcher.contract.model_shape import HfConfig, language_model_config
 from launcher.contract.spec import ModelSpec, RunSpec
 
 _OF_ATTENTION = ("attention_dropout", "attn_pdrop")
-_OF_BRANCHES = ("resid_pdrop", "hidden_dropout", "residual_dropout", "embd_pdrop")
+_OF_BRANCHES = ("resid_pdrop", "hidden_dropout", "residual_dropout", "embd_pdrop", "embedding_dropout")
 _LEFT_OUT: dict[str, HfConfig] = {
     "gpt2": dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.1),
     "seed_oss": dict.fromkeys(("attention_dropout", "residual_dropout"), 0.1),

@@ -21,7 +21,7 @@ from launcher.contract.topology import Topology
 
 _WITH_FLASH4 = ("h100", "h200", "gh200", "b200")
 """What names of GPUs begin with for which flash-attn-4 has kernels: Hopper and Blackwell."""
-_PLAIN_LAYERS = ("arcee", "exaone4", "gpt2", "olmo2", "olmo3")
+_PLAIN_LAYERS = ("arcee", "exaone4", "gpt2", "olmo2", "olmo3", "starcoder2")
 """Model types whose layers no fused kernel computes."""
 _OFFSETS_ALWAYS = ("gemma2", "gpt_oss")
 """Model types whose scores torch's own attention cannot compute: capped ones, and those with sinks."""
