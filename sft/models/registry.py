@@ -62,6 +62,7 @@ SUPPORTED = (
     "qwen3_next",
     "seed_oss",
     "smollm3",
+    "starcoder2",
 )
 """The model types that are covered; each is a module of `sft.models.families`."""
 

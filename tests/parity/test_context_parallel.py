@@ -77,6 +77,7 @@ PLAIN_ROPE = {
     "qwen2",
     "qwen3",
     "seed_oss",
+    "starcoder2",
 }
 """Families that add nothing to what Llama's layouts and forms above show of positions."""
 SAVED: dict[str, Any] = {"max_steps": 6, "every": 2, "keep_last": 9, "packing": True, "lr": 1e-3}

@@ -44,6 +44,7 @@ LIKE_LLAMA = {
     "qwen2_moe",
     "qwen3",
     "seed_oss",
+    "starcoder2",
 }
 """Families with nothing of their own in what documents, answers and adapters do to a layer, and Gemma 4's twin."""
 LIKE_QWEN3_5 = {"qwen3_5_moe_text", "qwen3_next"}

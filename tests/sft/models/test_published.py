@@ -377,6 +377,24 @@ AFM_45B = {
     "tie_word_embeddings": False,
     "vocab_size": 128004,
 }
+STARCODER2_7B = {
+    "model_type": "starcoder2",
+    "attention_dropout": 0.1,
+    "embedding_dropout": 0.1,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 4608,
+    "intermediate_size": 18432,
+    "max_position_embeddings": 16384,
+    "norm_epsilon": 1e-05,
+    "num_attention_heads": 36,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+    "residual_dropout": 0.1,
+    "rope_theta": 1000000,
+    "sliding_window": 4096,
+    "use_bias": True,
+    "vocab_size": 49152,
+}
 OLMOE_1B_7B = {
     "model_type": "olmoe",
     "attention_bias": False,
@@ -565,6 +583,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "minimax_m2": MINIMAX_M2,
     "dots1": DOTS_LLM1,
     "arcee": AFM_45B,
+    "starcoder2": STARCODER2_7B,
     "seed_oss": SEED_OSS_36B,
     "olmoe": OLMOE_1B_7B,
     "qwen2_moe": QWEN15_MOE,
