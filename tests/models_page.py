@@ -54,7 +54,7 @@ Tokens per second that were measured are in [benchmarks](../benchmarks/README.md
   use the unquantized ones.
 * RoPE of type `dynamic` or `longrope` is covered up to the length from which it depends on the batch:
   `max_position_embeddings`, or `original_max_position_embeddings`. Longer rows are refused.
-* Norms over all heads (Olmo) need `topology.tensor_parallel` to be at most the number of KV heads.
+* Norms over all heads (Olmo, MiniMax-M2) need `topology.tensor_parallel` to be at most the number of KV heads.
 * Adapters of experts need whole experts on a rank ([LoRA](how-to/lora.md)).
 * Latent attention (DeepSeek, GLM-4.7-Flash) has no products in fp8 (`train.precision`). Where answers are generated
   during training, the cache holds the keys and values of all heads, and not the latents. It has not run on a GPU yet.
