@@ -23,7 +23,9 @@ READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.defa
 
 
 def router(**values: Any) -> Router:
-    config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=torch.float32, sequence_parallel=False)
+    config = SimpleNamespace(
+        hidden_size=HIDDEN, params_dtype=torch.float32, sequence_parallel=False, layernorm_epsilon=1e-6
+    )
     torch.manual_seed(1)
     experts = Experts(**{"count": EXPERTS, "chosen": CHOSEN, "width": 8, "normalized": True, **values})
     made = Router(cast(TransformerConfig, config), experts)
