@@ -395,7 +395,7 @@ def test_mlp_in_fp8(gate: Gate, width: int, form: GradientForm) -> None:
 @pytest.mark.parametrize("length", [64, 3000])
 def test_large_heads_need_no_matrix_of_scores(length: int) -> None:
     """Of heads that FlashAttention does not take: scores alone would be 8 * 3000^2 numbers of 2 bytes, 137 MiB."""
-    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=8)
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=8, attention_dropout=0.0)
     module = CoreAttention(config, 1, None, "self", scale=0.05)
 
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

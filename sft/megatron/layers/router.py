@@ -37,8 +37,8 @@ class Router(nn.Module):
             self.logit_bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.scale: nn.Parameter | None = None
         self.expert_scale: nn.Parameter | None = None
-        self._epsilon: float = config.layernorm_epsilon
         if experts.scaled_router:
+            self._epsilon: float = config.layernorm_epsilon
             self.scale, self.expert_scale = (
                 nn.Parameter(torch.empty(size, dtype=config.params_dtype))
                 for size in (config.hidden_size, experts.count)
