@@ -411,7 +411,7 @@ def test_large_heads_need_no_matrix_of_scores(length: int) -> None:
         torch.cuda.reset_peak_memory_stats()
         found: Tensor = module(query, key, value, None)
         if query.dtype == torch.bfloat16:
-            assert torch.cuda.max_memory_allocated() - before < 4 * 8 * length * 512 * 2 + 2**20
+            assert torch.cuda.max_memory_allocated() - before < 5 * 8 * length * 512 * 2 + 2**20
         return found
 
     assert_equal(kernel, plain, [drawn(length, 1, heads, 512, seed=seed) for seed, heads in enumerate((8, 2, 2))])
