@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from launcher.contract.flops import layer_operations
 from launcher.contract.head_sizes import LARGEST_FLASH_HEAD
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_types import facts_of
 from launcher.contract.spec import RunSpec
 
 GraphChoice = Literal["auto", "never", "always"]
@@ -16,8 +17,6 @@ host needs to launch the layer's kernels: 3 ms at 500 TFLOP/s. With more, graphs
 _FEW_WITH_ADAPTERS = 3.75e12
 """The same where weights are frozen and have adapters: the host needs 5 ms and more, and of these operations the GPU
 computes two thirds, since frozen weights have no gradients."""
-_CAPPED = ("gemma2",)
-"""Model types whose attention reads the lengths of sequences on the host."""
 
 
 class _Parallel(Protocol):
@@ -76,7 +75,8 @@ def layout_without_graphs(topology: _Parallel, precision: str, recompute: str, s
         reasons |= {
             "experts": bool(shape.num_experts),
             "linear attention": shape.linear is not None,
-            "capped scores": shape.model_type in _CAPPED,
+            # capped ones are computed by a kernel that reads the lengths of sequences on the host
+            "capped scores": facts_of(shape.model_type).scores == "capped",
             # Of these, too, sequences are computed one by one, by their lengths on the host.
             f"heads of more than {LARGEST_FLASH_HEAD}": shape.largest_head > LARGEST_FLASH_HEAD,
         }

@@ -1,4 +1,4 @@
-"""What Gemma 4's layers have of their own: heads of another size without a window, and experts beside the MLP."""
+"""Attention heads of layers without a window, where they have sizes of their own (Gemma 4)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from launcher.contract.errors import ModelError
 
-WIDE_HEADS = ("gemma4_text", "gemma4_unified_text")
-"""Model types whose layers without a window have such heads."""
 LARGEST_FLASH_HEAD = 256
 """Numbers of the largest head that FlashAttention-2 takes. Sequences with larger ones are computed by torch's own
 attention, one by one."""
@@ -26,15 +24,11 @@ class HeadSizes:
     """Whether values are the projected keys, so that there is no projection of values."""
 
 
-def read_wide_heads(
-    config: Mapping[str, object], model_type: str, windowed: Sequence[int], where: str
-) -> HeadSizes | None:
+def read_wide_heads(config: Mapping[str, object], windowed: Sequence[int], where: str) -> HeadSizes:
     """Return the heads of the layers that are not `windowed`, or raise ModelError. `where` names the file.
 
     Published files state them for all these layers at once; transformers writes them for each layer.
     """
-    if model_type not in WIDE_HEADS:
-        return None
     keyed = bool(config.get("attention_k_eq_v"))
     usual = {"head_dim": config.get("head_dim", 256), "num_key_value_heads": config.get("num_key_value_heads", 4)}
     if "per_layer_config" in config:
@@ -50,16 +44,6 @@ def read_wide_heads(
     assert isinstance(size, int)
     assert isinstance(groups, int)
     return HeadSizes(head_dim=size, query_groups=groups, keyed_values=keyed)
-
-
-def experts_beside_mlp(config: Mapping[str, object]) -> dict[str, object]:
-    """Return, by the names that other families have for them, the experts of a config with experts beside the MLP."""
-    if not config.get("enable_moe_block"):
-        return {"num_experts": None}
-    return {
-        "num_experts_per_tok": config.get("top_k_experts"),
-        "shared_expert_intermediate_size": config.get("intermediate_size"),
-    }
 
 
 def _of_each_layer(config: Mapping[str, object], windowed: Sequence[int], where: str) -> dict[str, object]:

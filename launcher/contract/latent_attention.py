@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from launcher.contract.divisors import rounded_up
 from launcher.contract.errors import ModelError
 
-LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
-"""Model types whose layers all have it."""
-
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 """Keys of whole numbers. What transformers takes where they are absent differs between families."""
 
@@ -50,13 +47,8 @@ class LatentAttention:
         return (self.query_rank or 0) + self.key_rank
 
 
-def read_latent_attention(config: Mapping[str, object], model_type: str, where: str) -> LatentAttention | None:
-    """Return the latent attention of a config, None for a model without, or raise ModelError.
-
-    `where` names the file.
-    """
-    if model_type not in LATENT:
-        return None
+def read_latent_attention(config: Mapping[str, object], model_type: str, where: str) -> LatentAttention:
+    """Return the latent attention of a config, or raise ModelError. `where` names the file."""
     rank, plain, rotary, value = (_size(config.get(key)) for key in _SIZES)
     if not all((rank, plain, rotary, value)):
         stated = ", ".join(f"{key} {config.get(key)!r}" for key in _SIZES)

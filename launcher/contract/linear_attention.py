@@ -8,9 +8,6 @@ from typing import TypedDict
 
 from launcher.contract.errors import ModelError
 
-HYBRID = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
-"""Model types that have it in some layers. The attention of the others has a gate on its output."""
-
 _SIZES = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
@@ -68,10 +65,11 @@ class LinearLayers(TypedDict, total=False):
     output_gate: bool
 
 
-def read_linear_layers(config: Mapping[str, object], model_type: str, layers: int, where: str) -> LinearLayers:
-    """Return the linear attention of a config of `layers` layers, or raise ModelError. `where` names the file."""
-    if model_type not in HYBRID:
-        return {}
+def read_linear_layers(config: Mapping[str, object], layers: int, where: str) -> LinearLayers:
+    """Return the linear attention of a config of `layers` layers, or raise ModelError. `where` names the file.
+
+    The attention of the other layers has a gate on its output.
+    """
     sizes = {key: config.get(key, default) for key, default in _SIZES.items()}
     key_heads, value_heads, key_dim, value_dim, kernel = (
         size if isinstance(size, int) and size > 0 else 0 for size in sizes.values()

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from launcher.contract.latent_attention import LatentAttention
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_types import facts_of
 
 Place = Literal["qkv", "latents", "queries", "keys", "proj", "fc1", "fc2"]
 """Which of the products of a layer: attention's input and output projection, the MLP's first and second.
@@ -18,18 +19,6 @@ In latent attention the input projection is three: what makes latents, what make
 values of theirs. The first one is whole on every tensor parallel rank.
 """
 
-_JOINED_QKV = ("phi3",)
-"""Model types whose files have Q, K and V in one matrix."""
-_JOINED_GATE_AND_UP = ("glm", "glm4", "phi3")
-"""Model types whose files have gate and up projection in one matrix."""
-_JOINED = ("qwen3_next",)
-"""Model types whose files have the projection of linear attention in two matrices, others in four."""
-
-EXPERT_NAMES = dict.fromkeys(("minimax_m2", "mixtral"), ("w1", "w3", "w2"))
-"""By model type, what files call gate, up and down projection of an expert; others call them as those of an MLP."""
-MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
-MLP_NAMES_OF = {"starcoder2": ("", "c_fc", "c_proj")}
-"""Those of model types that call them otherwise; without a gate there is no name for it."""
 JOINED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 """What adapters of experts are called that the files hold in one tensor: gate and up projection together, then down."""
 
@@ -60,7 +49,7 @@ def attention_linears(shape: ModelShape, *, linear: bool = False) -> tuple[Linea
     hidden = shape.hidden_size
     queries, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     output = Linear("o_proj", "proj", queries, hidden)
-    if shape.model_type in _JOINED_QKV:
+    if facts_of(shape.model_type).joined_qkv:
         return (Linear("qkv_proj", "qkv", hidden, queries + 2 * groups), output)
     return (
         Linear("q_proj", "qkv", hidden, 2 * queries if shape.output_gate else queries),
@@ -72,11 +61,11 @@ def attention_linears(shape: ModelShape, *, linear: bool = False) -> tuple[Linea
 
 def mlp_linears(shape: ModelShape, width: int) -> tuple[Linear, ...]:
     """Return the linear layers of an MLP of this width: a dense one, or the shared expert."""
-    if shape.model_type in _JOINED_GATE_AND_UP:
+    if facts_of(shape.model_type).joined_gate_and_up:
         hidden = shape.hidden_size
         joined = Linear("gate_up_proj", "fc1", hidden, 2 * width)
         return (joined, Linear("down_proj", "fc2", width, hidden))
-    return _gated(shape, width, MLP_NAMES_OF.get(shape.model_type, MLP_NAMES))
+    return _gated(shape, width, facts_of(shape.model_type).mlp_names)
 
 
 def layer_linears(shape: ModelShape, *, dense: bool = False, linear: bool = False) -> tuple[Linear, ...]:
@@ -96,7 +85,7 @@ def expert_linears(shape: ModelShape) -> tuple[Linear, ...]:
         hidden, width = shape.hidden_size, shape.expert_ffn_hidden_size
         gate_up, down = JOINED_EXPERTS
         return (Linear(gate_up, "fc1", hidden, 2 * width), Linear(down, "fc2", width, hidden))
-    return _gated(shape, shape.expert_ffn_hidden_size, EXPERT_NAMES.get(shape.model_type, MLP_NAMES))
+    return _gated(shape, shape.expert_ffn_hidden_size, facts_of(shape.model_type).expert_names)
 
 
 def _gated(shape: ModelShape, width: int, names: tuple[str, str, str]) -> tuple[Linear, ...]:
@@ -123,7 +112,7 @@ def _linear_attention(shape: ModelShape) -> tuple[Linear, ...]:
     hidden, sizes = shape.hidden_size, shape.linear
     assert sizes is not None
     output = Linear("out_proj", "proj", sizes.values, hidden)
-    if shape.model_type in _JOINED:
+    if facts_of(shape.model_type).joined_linear_attention:
         heads = 2 * sizes.value_heads
         return (
             Linear("in_proj_qkvz", "qkv", hidden, sizes.projected - heads),

@@ -6,105 +6,22 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from launcher.contract.errors import ModelError, did_you_mean
-from launcher.contract.head_sizes import WIDE_HEADS, HeadSizes, experts_beside_mlp, read_wide_heads
+from launcher.contract.expert_sizes import read_dense_layers, read_expert_sizes
+from launcher.contract.head_sizes import HeadSizes, read_wide_heads
 from launcher.contract.latent_attention import LatentAttention, read_latent_attention
-from launcher.contract.linear_attention import HYBRID, LinearAttention, read_linear_layers
+from launcher.contract.linear_attention import LinearAttention, read_linear_layers
+from launcher.contract.model_types import facts_of
 from launcher.contract.resources import packaged
+from launcher.contract.usual_keys import HfConfig, language_model_config, with_usual_keys
+from launcher.contract.windows import read_windows
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file by which PEFT and transformers know an adapter."""
-HfConfig = dict[str, Any]
-"""A config.json as it was read. Its values are whatever the file holds: check them where they are used."""
-
 _NAMED = "model_shapes.yaml"
-
-_TIED_BY_DEFAULT = (
-    "ernie4_5",
-    "ernie4_5_moe",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "smollm3",
-    "starcoder2",
-    *WIDE_HEADS,
-)
-"""Model types for which an absent `tie_word_embeddings` means true."""
-
-_LANGUAGE_MODELS: dict[str, HfConfig] = {
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "vocab_size": 262208,
-        "max_position_embeddings": 131072,
-    },
-    "gemma4": {
-        "model_type": "gemma4_text",
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "vocab_size": 262144,
-        "max_position_embeddings": 131072,
-    },
-    "gemma4_unified": {
-        "model_type": "gemma4_unified_text",
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "vocab_size": 262144,
-        "max_position_embeddings": 262144,
-    },
-    "mistral3": {"model_type": "mistral"},
-    "qwen3_5": {"model_type": "qwen3_5_text"},
-    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text"},
-}
-"""Multimodal model types, and what their `text_config` means where it leaves out the language model's type or sizes."""
-
-_JOINED_EXPERTS = ("gemma4_text", "gpt_oss", "qwen3_5_moe_text")
-"""Model types whose published files have the matrices of all experts in one tensor."""
-_DENSE_BY_KIND = ("glm4_moe_lite",)
-"""Model types that say by `mlp_layer_types` alone which layers of a mixture of experts have none."""
-_FOUR_NORMS = ("gemma2", "gemma3_text", "glm4", *WIDE_HEADS)
-_NORMS_BEHIND = ("exaone4", "olmo2", "olmo3")
-_QK_NORM = ("dots1", "exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3", "qwen3_moe", *HYBRID, *WIDE_HEADS)
-_WITHOUT_GATE = ("arcee", "gpt2", "starcoder2")
-"""Model types whose MLPs have no gate beside the up projection."""
-_WINDOW_IN_ALL = ("ministral3", "mistral", "mixtral", "phi3", "starcoder2")
-"""Model types whose `sliding_window`, where there is one, is that of every layer."""
-_WINDOW_IN_ALL_OR_NONE = ("qwen3_moe",)
-"""Model types whose layers all have it where `use_sliding_window` is true, and none otherwise."""
-_WIDTH_NORM = ("minimax_m2", "olmo2", "olmo3", "olmoe")
-_WINDOW_IN_ALL_BUT_EACH = {
-    "exaone4": 4,
-    "gemma2": 2,
-    "gemma3_text": 6,
-    "gpt_oss": 2,
-    "olmo3": 4,
-    **dict.fromkeys(WIDE_HEADS, 6),
-}
-"""Model types whose layers, if no `layer_types` says otherwise, have a window in all but each second (or so) layer."""
-_WINDOWS = {"gemma4_text": 512, "gemma4_unified_text": 1024}
-"""Their window where none is stated, if it is another than 4096."""
-_LAST_SEES_ALL = WIDE_HEADS
-"""Model types whose last layer has no window, whatever `layer_types` says; nor do they read another pattern."""
-
-GPT2_KEYS = {
-    "num_hidden_layers": "n_layer",
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-}
-"""The names of the sizes in GPT-2's config."""
-ERNIE_KEYS = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
-"""The names of the numbers of experts in ERNIE's config."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,16 +145,8 @@ class ModelShape:
         """
         config = language_model_config(config)
         model_type = str(config.get("model_type", ""))
-        if model_type == "gpt2":
-            named = {ours: config.get(theirs, config.get(ours)) for ours, theirs in GPT2_KEYS.items()}
-            config = config | named | {"num_key_value_heads": None, "head_dim": None}  # GPT-2 reads neither
-            config["intermediate_size"] = config.get("intermediate_size") or 4 * (config.get("hidden_size") or 0)
-        if model_type == "ernie4_5_moe":
-            config = config | _of_ernie(config)
-        if model_type in WIDE_HEADS:
-            config = config | experts_beside_mlp(config)
-        if model_type == "qwen3_5_moe_text":  # none of its layers is dense
-            config = {"intermediate_size": config.get("moe_intermediate_size"), **config}
+        facts = facts_of(model_type)
+        config = with_usual_keys(config, model_type)
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         missing = [key for key in needed if not isinstance(config.get(key), int)]
         if missing:
@@ -245,16 +154,21 @@ class ModelShape:
         for key in needed:
             if config[key] < 1:
                 raise ModelError(f"{where}: {key} {config[key]} is not above 0")
-        experts = _expert_sizes(config)
+        experts = read_expert_sizes(config)
         if experts and not 1 <= experts["experts_per_token"] <= experts["num_experts"]:
             count, chosen = experts["num_experts"], experts["experts_per_token"]
             raise ModelError(f"{where}: num_experts_per_tok {chosen} is not from 1 to the number of experts, {count}")
         heads: int = config["num_attention_heads"]
-        window, windowed = _windows(config, model_type)
-        latent = read_latent_attention(config, model_type, where)
+        layers: int = config["num_hidden_layers"]
+        window, windowed = read_windows(config, layers, facts.window)
+        latent = read_latent_attention(config, model_type, where) if facts.attention == "latent" else None
+        hybrid = read_linear_layers(config, layers, where) if facts.attention == "hybrid" else {}
+        wide = read_wide_heads(config, windowed, where) if facts.attention == "wide_heads" else None
+        # Experts beside an MLP have norms of their own: one before them, and one behind either.
+        beside = bool(experts) and facts.experts_beside_mlp
         return cls(
             model_type=model_type,
-            num_layers=config["num_hidden_layers"],
+            num_layers=layers,
             hidden_size=config["hidden_size"],
             ffn_hidden_size=config["intermediate_size"],
             num_attention_heads=heads,
@@ -262,109 +176,24 @@ class ModelShape:
             head_dim=latent.query_dim if latent else config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings") or 2**31,
-            tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
-            gated_mlp=model_type not in _WITHOUT_GATE,
-            # Experts beside an MLP have norms of their own: one before them, and one behind either.
-            layer_norms=(7 if experts and model_type in WIDE_HEADS else 4) if model_type in _FOUR_NORMS else 2,
-            norms_first=model_type not in _NORMS_BEHIND,
-            qk_norm=model_type in _QK_NORM or (bool(config.get("use_qk_norm")) and model_type not in _WIDTH_NORM),
-            width_norm=model_type in _WIDTH_NORM,
+            tied_embeddings=bool(config.get("tie_word_embeddings", facts.tied)),
+            gated_mlp=facts.gated_mlp,
+            layer_norms={"before": 2, "behind": 2, "around": 7 if beside else 4}[facts.norms],
+            norms_first=facts.norms != "behind",
+            qk_norm=facts.normed_heads or (bool(config.get("use_qk_norm")) and not facts.normed_width),
+            width_norm=facts.normed_width,
             latent=latent,
-            **read_linear_layers(config, model_type, config["num_hidden_layers"], where),
+            **hybrid,
             window=window,
             windowed_layers=windowed,
-            wide_heads=read_wide_heads(config, model_type, windowed, where),
-            keyed_values=False,
+            wide_heads=wide,
             **experts,
-            weighted_shared_expert="shared_expert_intermediate_size" in config and model_type not in WIDE_HEADS,
-            experts_beside_mlp=bool(experts) and model_type in WIDE_HEADS,
-            dense_layers=_dense_layers(config),
-            joined_experts=bool(experts) and model_type in _JOINED_EXPERTS,
-            learned_positions=config.get("max_position_embeddings") or 0 if model_type == "gpt2" else 0,
+            weighted_shared_expert="shared_expert_intermediate_size" in config and not beside,
+            experts_beside_mlp=beside,
+            dense_layers=read_dense_layers(config, by_kind=facts.dense_by_kind) if experts else (),
+            joined_experts=bool(experts) and facts.joined_experts,
+            learned_positions=config.get("max_position_embeddings") or 0 if facts.learned_positions else 0,
         )
-
-
-def language_model_config(config: HfConfig) -> HfConfig:
-    """Return the config of the language model: `config` itself, or what a multimodal one has in `text_config`."""
-    text = config.get("text_config")
-    if not isinstance(text, dict):
-        return config
-    above = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
-    return {**_LANGUAGE_MODELS.get(str(config.get("model_type")), {}), **text, **above}
-
-
-def _of_ernie(config: HfConfig) -> HfConfig:
-    """Return what the config of an ERNIE with experts means, by the names that others have."""
-    named = {ours: config.get(theirs) for ours, theirs in ERNIE_KEYS.items()}
-    shared = config.get("moe_num_shared_experts", 2)
-    keys = {"num_hidden_layers": 0, "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1}
-    stated = [config.get(key, default) for key, default in keys.items()]
-    layers, start, end, interval = (number if isinstance(number, int) else 0 for number in stated)
-    last = layers - 1 if end == -1 else end
-    dense = [layer for layer in range(layers) if (layer + 1) % (interval or 1) or not start <= layer <= last]
-    return {**named, "n_shared_experts": shared, "mlp_only_layers": dense}
-
-
-def _windows(config: HfConfig, model_type: str) -> tuple[int | None, tuple[int, ...]]:
-    """Return the window and which layers have it. None and () where no layer has one."""
-    layers = range(config["num_hidden_layers"])
-    interval = _WINDOW_IN_ALL_BUT_EACH.get(model_type)
-    window = config.get("sliding_window", _WINDOWS.get(model_type, 4096) if interval else None)
-    if not isinstance(window, int):
-        return None, ()
-    kinds, bound = config.get("layer_types"), config.get("max_window_layers", 28)
-    bound = bound if isinstance(bound, int) else 28  # families that read it refuse anything else
-    used = bool(config.get("use_sliding_window"))
-    if model_type in _WINDOW_IN_ALL:
-        found = list(layers)
-    elif model_type in _WINDOW_IN_ALL_OR_NONE:
-        found = list(layers) if used else []
-    elif isinstance(kinds, list):
-        found = [layer for layer, kind in zip(layers, kinds, strict=False) if kind == "sliding_attention"]
-    elif model_type == "qwen2_moe":
-        found = [layer for layer in layers if used and layer < bound and layer % 2 == 0]
-    elif interval:
-        each = config.get("sliding_window_pattern") if model_type not in _LAST_SEES_ALL else None
-        each = each if each and isinstance(each, int) else interval  # families that read it refuse anything else
-        found = [layer for layer in layers if (layer + 1) % each]
-    else:
-        found = [layer for layer in layers if used and layer >= bound]
-    if model_type in _LAST_SEES_ALL:
-        found = [layer for layer in found if layer != layers[-1]]
-    return (window, tuple(found)) if found else (None, ())
-
-
-def _expert_sizes(config: HfConfig) -> dict[str, int]:
-    """Return the sizes of a mixture of experts, or nothing for a dense model."""
-    count = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
-    chosen = config.get("num_experts_per_tok")
-    width = config.get("moe_intermediate_size") or config["intermediate_size"]
-    if not all(isinstance(size, int) for size in (count, chosen, width)):
-        return {}
-    shared = config.get("shared_expert_intermediate_size") or width * (config.get("n_shared_experts") or 0)
-    return {
-        "num_experts": count,
-        "experts_per_token": chosen,
-        "expert_ffn_hidden_size": width,
-        "shared_expert_size": shared,
-    }
-
-
-def _dense_layers(config: HfConfig) -> tuple[int, ...]:
-    """Return the layers of a mixture of experts that have none, by any of the keys that say so."""
-    if not _expert_sizes(config):
-        return ()
-    if config.get("model_type") in _DENSE_BY_KIND:
-        kinds = config.get("mlp_layer_types")
-        kinds = kinds if isinstance(kinds, list) else ["dense"] + ["sparse"] * (config["num_hidden_layers"] - 1)
-        return tuple(layer for layer, kind in enumerate(kinds[: config["num_hidden_layers"]]) if kind != "sparse")
-    first = config.get("first_k_dense_replace")
-    first = first if isinstance(first, int) else 0
-    step = config.get("decoder_sparse_step")
-    step = step if isinstance(step, int) and step > 0 else 1
-    named = config.get("mlp_only_layers") or ()
-    layers = range(config["num_hidden_layers"])
-    return tuple(layer for layer in layers if layer < first or layer in named or (layer + 1) % step)
 
 
 def read_model_shape(model_dir: Path) -> ModelShape:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.contract.linears import EXPERT_NAMES, MLP_NAMES
+from launcher.contract.model_types import MIXTRAL_NAMES, MLP_NAMES
 from launcher.contract.spec import LoraSpec
 from sft.hf.adapter import MARK, AdapterTensors, CheckpointTensors, initial_a
 from sft.hf.joined_experts import JOINED
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # settings are checked without torch
 
 _WEIGHT = ".weight"
 _EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
-_GATES, _UPS, _DOWNS = zip(MLP_NAMES, *EXPERT_NAMES.values(), strict=True)
+_GATES, _UPS, _DOWNS = zip(MLP_NAMES, MIXTRAL_NAMES, strict=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

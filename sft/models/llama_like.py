@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.contract.linears import MLP_NAMES
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_types import MLP_NAMES
 from sft.models.architecture import Activation
 from sft.models.config_reader import ConfigReader
 from sft.models.rope import KINDS, Rope, read_rope, rope_settings

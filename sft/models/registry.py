@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.contract.errors import ModelError
-from launcher.contract.model_shape import language_model_config, read_model_shape
+from launcher.contract.model_shape import read_model_shape
+from launcher.contract.usual_keys import language_model_config
 from sft.models.architecture import Architecture
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.contract.model_shape import HfConfig, language_model_config
 from launcher.contract.spec import ModelSpec, RunSpec
+from launcher.contract.usual_keys import HfConfig, language_model_config
 
 _OF_ATTENTION = ("attention_dropout", "attn_pdrop")
 _OF_BRANCHES = ("resid_pdrop", "hidden_dropout", "residual_dropout", "embd_pdrop", "embedding_dropout")

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from launcher.contract.errors import ConfigError
-from launcher.contract.model_shape import language_model_config, read_model_shape
+from launcher.contract.model_shape import read_model_shape
 from launcher.contract.spec import RunSpec
+from launcher.contract.usual_keys import language_model_config
 from sft.hf.checks import check_model_settings
 from sft.models.registry import SUPPORTED, family, read_architecture
 from sft.models.unused_settings import unused_settings

@@ -16,15 +16,12 @@ from launcher.contract.cost_model.workload import Layout, Recompute, Workload
 from launcher.contract.cuda_graphs import takes_graphs
 from launcher.contract.hardware import GpuKind
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_types import facts_of
 from launcher.contract.spec import RunSpec
 from launcher.contract.topology import Topology
 
 _WITH_FLASH4 = ("h100", "h200", "gh200", "b200")
 """What names of GPUs begin with for which flash-attn-4 has kernels: Hopper and Blackwell."""
-_PLAIN_LAYERS = ("arcee", "exaone4", "gpt2", "olmo2", "olmo3", "starcoder2")
-"""Model types whose layers no fused kernel computes."""
-_OFFSETS_ALWAYS = ("gemma2", "gpt_oss")
-"""Model types whose scores torch's own attention cannot compute: capped ones, and those with sinks."""
 
 
 def rows_of(spec: RunSpec) -> int:
@@ -74,7 +71,7 @@ def implementation_of(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Impleme
 def _kernels_of(spec: RunSpec, shape: ModelShape, gpu: GpuKind) -> Implementation:
     if spec.train.kernels == "plain":
         return PLAIN
-    if shape.model_type in _PLAIN_LAYERS or shape.experts_beside_mlp or spec.model.hidden_dropout:
+    if facts_of(shape.model_type).plain_layers or shape.experts_beside_mlp or spec.model.hidden_dropout:
         return CURRENT_WITH_PLAIN_LAYERS
     if not _by_offsets(spec, shape):
         return CURRENT_WITH_TORCH_ATTENTION
@@ -92,5 +89,5 @@ def _by_offsets(spec: RunSpec, shape: ModelShape) -> bool:
         spec.data.packing
         or spec.topology.context_parallel > 1
         or hidden_positions
-        or shape.model_type in _OFFSETS_ALWAYS
+        or facts_of(shape.model_type).scores != "usual"  # which torch's own attention cannot compute
     )

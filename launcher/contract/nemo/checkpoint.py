@@ -16,9 +16,10 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 from launcher.contract.errors import ConfigError, ModelError
-from launcher.contract.model_shape import HfConfig, ModelShape
+from launcher.contract.model_shape import ModelShape
 from launcher.contract.nemo.context import CONTEXT, context_config
 from launcher.contract.nemo.entries import Entry
+from launcher.contract.usual_keys import HfConfig
 
 CONFIG = "model_config.yaml"
 SUFFIX = ".nemo"

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from launcher.contract.errors import ModelError
-from launcher.contract.model_shape import HfConfig
+from launcher.contract.usual_keys import HfConfig
 
 CONTEXT = Path("context", "model.yaml")
 

@@ -9,12 +9,12 @@ import yaml
 
 from launcher.contract.errors import ConfigError, did_you_mean
 from launcher.contract.leaves import Leaf, Leaves
-from launcher.contract.model_shape import HfConfig
 from launcher.contract.nemo.document import read_document
 from launcher.contract.nemo.entries import Entries, Entry, value_of
 from launcher.contract.nemo.model_config import KEYS, describes_model, model_config
 from launcher.contract.nemo.rule import Refused, Translation
 from launcher.contract.nemo.rules import RULES, rule_of
+from launcher.contract.usual_keys import HfConfig
 
 _ABSENT: dict[str, tuple[dict[str, object], str]] = {
     "trainer.precision": ({"train.precision": "fp32"}, "32"),

@@ -7,8 +7,8 @@ Two of NeMo's GPT models have a counterpart there: GPT-2 (LayerNorm, learned pos
 from __future__ import annotations
 
 from launcher.contract.errors import ConfigError
-from launcher.contract.model_shape import HfConfig
 from launcher.contract.nemo.entries import Entries, Entry, number_of, value_of, whole_number_of
+from launcher.contract.usual_keys import HfConfig
 
 KEYS = {
     f"model.{name}"

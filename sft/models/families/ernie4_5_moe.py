@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from launcher.contract.model_shape import ERNIE_KEYS, ModelShape
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.usual_keys import ERNIE_KEYS
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts, SharedExpert
 from sft.models.config_reader import ConfigReader
 from sft.models.families.ernie4_5 import THETA

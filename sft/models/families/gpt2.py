@@ -5,7 +5,8 @@ The files hold matrices as [input, output], and query, key and value in one tens
 
 from __future__ import annotations
 
-from launcher.contract.model_shape import GPT2_KEYS, ModelShape
+from launcher.contract.model_shape import ModelShape
+from launcher.contract.usual_keys import GPT2_KEYS
 from sft.models.architecture import Activation, Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family

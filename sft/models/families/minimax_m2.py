@@ -5,8 +5,8 @@ The published weights are in fp8, which is refused: a copy in bf16 trains.
 
 from __future__ import annotations
 
-from launcher.contract.linears import EXPERT_NAMES
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_types import MIXTRAL_NAMES
 from sft.models.architecture import Architecture, Attention, DecoderLayer, Experts
 from sft.models.config_reader import ConfigReader
 from sft.models.families.olmo2 import width_norms
@@ -58,7 +58,7 @@ def _layer(shape: ModelShape, prefix: str) -> Layer:
     return {
         **attention_part(shape, prefix),
         **width_norms(shape, prefix),
-        **separate_experts(shape, f"{block}gate.weight", f"{block}experts.{{}}.", EXPERT_NAMES["minimax_m2"]),
+        **separate_experts(shape, f"{block}gate.weight", f"{block}experts.{{}}.", MIXTRAL_NAMES),
         "mlp.router.bias": ParameterMap(blocks=((bias,),), split=None, frozen=True),
     }
 

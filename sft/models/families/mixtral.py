@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launcher.contract.linears import EXPERT_NAMES
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_types import MIXTRAL_NAMES
 from sft.models.architecture import Architecture, Attention, DecoderLayer, Experts
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
@@ -44,7 +44,7 @@ def _read(config: ConfigReader) -> Architecture:
 
 def _layer(shape: ModelShape, prefix: str) -> Layer:
     block = f"{prefix}block_sparse_moe."
-    experts = separate_experts(shape, f"{block}gate.weight", f"{block}experts.{{}}.", EXPERT_NAMES["mixtral"])
+    experts = separate_experts(shape, f"{block}gate.weight", f"{block}experts.{{}}.", MIXTRAL_NAMES)
     return attention_part(shape, prefix) | experts
 
 

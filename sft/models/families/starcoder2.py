@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from launcher.contract.linears import MLP_NAMES_OF
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_types import facts_of
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
@@ -23,7 +23,7 @@ from sft.models.llama_like import (
 )
 from sft.models.weight_map import FINAL_NORM_BIAS, WeightMap, vector, whole
 
-_, _UP, _DOWN = MLP_NAMES_OF["starcoder2"]
+_, _UP, _DOWN = facts_of("starcoder2").mlp_names
 _ACTIVATIONS = {"gelu_pytorch_tanh": ACTIVATIONS["gelu_pytorch_tanh"], **ACTIVATIONS}
 
 

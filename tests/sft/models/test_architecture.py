@@ -12,7 +12,7 @@ import pytest
 
 from launcher.contract.errors import ModelError
 from launcher.contract.flops import parameters
-from launcher.contract.model_shape import language_model_config
+from launcher.contract.usual_keys import language_model_config
 from sft.models import families
 from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
 from sft.models.registry import SUPPORTED, family, read_architecture

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.contract.latent_attention import LATENT, LatentAttention
+from launcher.contract.latent_attention import LatentAttention
 from launcher.contract.model_shape import ModelShape
+from launcher.contract.model_types import facts_of
 from sft.models.architecture import Architecture
 from sft.models.config_reader import ConfigReader
 from sft.models.registry import SUPPORTED
@@ -50,7 +51,7 @@ def architecture(family: str = "qwen2", heads: int = 6, groups: int = 3, tied: b
         num_experts=4,
         experts_per_token=2,
         expert_ffn_hidden_size=6,
-        latent=LATENTS if family in LATENT else None,
+        latent=LATENTS if facts_of(family).attention == "latent" else None,
     )
     return families(family).read(ConfigReader({}, shape))
 
