@@ -81,15 +81,21 @@ class RouterWatch:
         self._sigmoid = model.config.model_type.startswith(("deepseek_v3", "glm4"))
         self._margin = math.inf
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]
+        routers = [name for name, module in model.named_modules() if type(module).__name__.endswith("Router")]
         self.layers = len(routers)
-        for router in routers:
-            router.register_forward_hook(lambda _, __, output: self._seen.append((output[0][:-1], output[2][:-1])))
+        for name in routers:
+            bias = _choice_bias(model, name)
+            model.get_submodule(name).register_forward_hook(
+                lambda _, __, output, bias=bias: self._see(output[0][:-1], output[2][:-1], bias)
+            )
+
+    def _see(self, logits: torch.Tensor, chosen: torch.Tensor, bias: torch.Tensor | float) -> None:
+        self._seen.append((logits, chosen))
+        self._margin = min(self._margin, _margin(logits.detach(), chosen, bias))
 
     def take(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Return logits, probabilities and chosen experts of the example that was last computed, by layer."""
         seen, self._seen[:] = list(self._seen), []
-        self._margin = min([self._margin, *(_margin(logits.detach(), chosen) for logits, chosen in seen)])
         scores = [logits.sigmoid() if self._sigmoid else logits.softmax(-1) for logits, _ in seen]
         return [
             (logits, score / score.sum(-1, keepdim=True), chosen)
@@ -97,10 +103,9 @@ class RouterWatch:
         ]
 
     def take_margin(self) -> float:
-        """Return the smallest margin of a choice since the last call: infinite with sigmoids, where a bias counts."""
-        self.take()
+        """Return the smallest margin of a choice since the last call: infinite where choices are made in groups."""
         found, self._margin = self._margin, math.inf
-        return math.inf if self._sigmoid else found
+        return found
 
     def loss(self) -> torch.Tensor:
         """Return E * sum of f * P (share, mean probability) of the example last computed, summed over layers."""
@@ -112,10 +117,26 @@ class RouterWatch:
         return found
 
 
-def _margin(logits: torch.Tensor, chosen: torch.Tensor) -> float:
-    """Return the smallest step in any token's logits [tokens, experts] from a chosen expert down to one that is not."""
-    best = logits.topk(chosen.size(-1) + 1).values
-    return float((best[:, -2] - best[:, -1]).min())
+def _choice_bias(model: PreTrainedModel, router: str) -> torch.Tensor | float:
+    """Return what is added to scores when experts are chosen, which is in the router or beside it; 0.0 for nothing."""
+    beside = router.rpartition(".")[0]
+    tensors = [*model.named_buffers(), *model.named_parameters()]
+    found = [tensor for name, tensor in tensors if name.startswith(f"{beside}.") and "correction_bias" in name]
+    return found[0].detach().flatten() if found else 0.0
+
+
+def _margin(logits: torch.Tensor, chosen: torch.Tensor, bias: torch.Tensor | float) -> float:
+    """Return the smallest step in any token's scores [tokens, experts] from a chosen expert down to one that is not.
+
+    Scores are logits, or whichever of their sigmoids or softmax, with the bias, have led to the choice.
+    """
+    count = chosen.size(-1)
+    forms = [logits] if isinstance(bias, float) else [logits.sigmoid() + bias, logits.softmax(-1) + bias]
+    for scores in forms:
+        best = scores.topk(count + 1)
+        if torch.equal(best.indices[:, :count].sort(-1).values, chosen.sort(-1).values):
+            return float((best.values[:, -2] - best.values[:, -1]).min())
+    return math.inf
 
 
 def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -271,7 +271,7 @@ def test_random_kills(on: Bench, request: pytest.FixtureRequest) -> None:
     reference = on.bench.submit("reference", *TWO_RANKS, LONG)
     wait_for_end(on.bench, reference)
     chance = random.Random(SEED)
-    run = on.bench.submit("random", *IN_PLACE, *NO_BUDGET, LONG)
+    run = on.bench.submit("random", *IN_PLACE, *NO_BUDGET, LONG, "resources.time=60")  # a busy machine needs it
     done = 0
     while done < KILLS and not events(run, "training_finished"):
         wait_until(lambda: bool(_process(run, 0)), "ranks", timeout=PATIENCE, interval=0.05)
