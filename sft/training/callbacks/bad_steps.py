@@ -2,9 +2,9 @@
 
 The device decides whether a step is bad and keeps the optimizer from applying it (sft.megatron.optim.optimizer), so a
 bad update never happens, whatever the policy. The host learns of it one step later, by an asynchronous copy: it never
-waits, and one more step is done by then, unless what the step left is to be saved or evaluated: then it waits, so that
-no checkpoint holds what a rewind takes back. `train.on_bad_step` decides what follows. All ranks decide alike, since
-loss and norm are the same on all.
+waits, and one more step is done by then, unless what the step left is to be saved, copied or evaluated: then it waits,
+so that no checkpoint holds what a rewind takes back, and no restart goes on from a copy behind a step whose verdict was
+lost. `train.on_bad_step` decides what follows. All ranks decide alike, since loss and norm are the same on all.
 
 `rewind` takes back the weights and not the step count. A spike tends to come from the updates before it, and the same
 examples from the same weights would give the same spike again. So the examples between the checkpoint and now are left
@@ -70,7 +70,8 @@ class GuardCallback(pl.Callback):
 
     def __init__(self, spec: RunSpec, log: RunLog, example_ids: Callable[[int], Sequence[int | str]]) -> None:
         self._policy = spec.train.on_bad_step
-        self._kept_every = [every for every in (spec.checkpoint.every, spec.train.eval_every) if every]
+        kept = spec.checkpoint.every, spec.checkpoint.copy_every, spec.train.eval_every
+        self._kept_every = [every for every in kept if every]
         self._log = log
         self._example_ids = example_ids
         self._pending: _Pending | None = None
@@ -116,7 +117,7 @@ class GuardCallback(pl.Callback):
         self._examine_rest()
 
     def _is_kept(self, step: int) -> bool:
-        """Return whether what this step left is saved or evaluated, as after the last one."""
+        """Return whether what this step left is saved, copied or evaluated, as after the last one."""
         return step == self._log.max_steps or any(step % every == 0 for every in self._kept_every)
 
     def _follow(self, strategy: MegatronStrategy, step: int, first_bad: int) -> None:
