@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+from launcher.contract.model_types import DenseBy
+
 
 class ExpertSizes(TypedDict, total=False):
     """What a model's shape has of experts; nothing for a dense model."""
@@ -31,19 +33,17 @@ def read_expert_sizes(config: Mapping[str, Any]) -> ExpertSizes:
     }
 
 
-def read_dense_layers(config: Mapping[str, Any], *, by_kind: bool) -> tuple[int, ...]:
-    """Return the layers of a mixture of experts that have none, by any of the keys that say so.
-
-    With `by_kind` it is `mlp_layer_types` alone.
-    """
-    count = config["num_hidden_layers"]
-    if by_kind:
-        kinds = config.get("mlp_layer_types")
-        kinds = kinds if isinstance(kinds, list) else ["dense"] + ["sparse"] * (count - 1)
-        return tuple(layer for layer, kind in enumerate(kinds[:count]) if kind != "sparse")
-    first = config.get("first_k_dense_replace")
-    first = first if isinstance(first, int) else 0
-    step = config.get("decoder_sparse_step")
-    step = step if isinstance(step, int) and step > 0 else 1
-    named = config.get("mlp_only_layers") or ()
-    return tuple(layer for layer in range(count) if layer < first or layer in named or (layer + 1) % step)
+def read_dense_layers(config: Mapping[str, Any], by: DenseBy) -> tuple[int, ...]:
+    """Return the layers of a mixture of experts that have none, by the key that says so."""
+    layers = range(config["num_hidden_layers"])
+    stated = config.get(by) if by else None
+    if by == "mlp_layer_types":
+        kinds = stated if isinstance(stated, list) else ["dense"] + ["sparse"] * (len(layers) - 1)
+        return tuple(layer for layer, kind in zip(layers, kinds, strict=False) if kind != "sparse")
+    if by == "first_k_dense_replace":
+        return tuple(layers[: max(0, stated) if isinstance(stated, int) else 0])
+    if by == "mlp_only_layers":
+        step = config.get("decoder_sparse_step")
+        step = step if isinstance(step, int) and step > 0 else 1
+        return tuple(layer for layer in layers if layer in (stated or ()) or (layer + 1) % step)
+    return ()

@@ -190,7 +190,7 @@ class ModelShape:
             **experts,
             weighted_shared_expert="shared_expert_intermediate_size" in config and not beside,
             experts_beside_mlp=beside,
-            dense_layers=read_dense_layers(config, by_kind=facts.dense_by_kind) if experts else (),
+            dense_layers=read_dense_layers(config, facts.dense_by) if experts else (),
             joined_experts=bool(experts) and facts.joined_experts,
             learned_positions=config.get("max_position_embeddings") or 0 if facts.learned_positions else 0,
         )

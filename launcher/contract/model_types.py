@@ -14,6 +14,9 @@ MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 MIXTRAL_NAMES = ("w1", "w3", "w2")
 """What those of Mixtral call them of an expert."""
 
+DenseBy = Literal["first_k_dense_replace", "mlp_only_layers", "mlp_layer_types", None]
+"""The key of a config that says which layers have no experts. Beside the second one `decoder_sparse_step` does."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowRule:
@@ -62,8 +65,8 @@ class ModelType:
     """What files call gate, up and down projection of an MLP. Without a gate there is no name for it."""
     expert_names: tuple[str, str, str] = MLP_NAMES
     """What files call gate, up and down projection of an expert."""
-    dense_by_kind: bool = False
-    """Whether `mlp_layer_types` alone says which layers of a mixture of experts have none."""
+    dense_by: DenseBy = None
+    """What says which layers of a mixture of experts have none; the same keys of other types' configs say nothing."""
     plain_layers: bool = False
     """Whether no fused kernel computes its layers."""
 
@@ -90,11 +93,11 @@ def _gemma4(window: int) -> ModelType:
 
 MODEL_TYPES: dict[str, ModelType] = {
     "arcee": ModelType(gated_mlp=False, plain_layers=True),
-    "deepseek_v2": ModelType(attention="latent"),
-    "deepseek_v3": ModelType(attention="latent"),
-    "dots1": ModelType(normed_heads=True),
+    "deepseek_v2": ModelType(attention="latent", dense_by="first_k_dense_replace"),
+    "deepseek_v3": ModelType(attention="latent", dense_by="first_k_dense_replace"),
+    "dots1": ModelType(normed_heads=True, dense_by="first_k_dense_replace"),
     "ernie4_5": ModelType(tied=True),
-    "ernie4_5_moe": ModelType(tied=True),
+    "ernie4_5_moe": ModelType(tied=True, dense_by="mlp_only_layers"),
     "exaone4": ModelType(window=_all_but_each(4), norms="behind", normed_heads=True, plain_layers=True),
     "gemma": ModelType(tied=True),
     "gemma2": ModelType(scores="capped", window=_all_but_each(2), norms="around", tied=True),
@@ -103,7 +106,8 @@ MODEL_TYPES: dict[str, ModelType] = {
     "gemma4_unified_text": _gemma4(window=1024),
     "glm": ModelType(joined_gate_and_up=True),
     "glm4": ModelType(norms="around", joined_gate_and_up=True),
-    "glm4_moe_lite": ModelType(attention="latent", dense_by_kind=True),
+    "glm4_moe": ModelType(dense_by="first_k_dense_replace"),
+    "glm4_moe_lite": ModelType(attention="latent", dense_by="mlp_layer_types"),
     "gpt2": ModelType(gated_mlp=False, learned_positions=True, tied=True, plain_layers=True),
     "gpt_oss": ModelType(scores="with_sinks", window=_all_but_each(2), joined_experts=True),
     "hunyuan_v1_dense": ModelType(normed_heads=True),
@@ -115,12 +119,14 @@ MODEL_TYPES: dict[str, ModelType] = {
     "olmo3": ModelType(window=_all_but_each(4), norms="behind", normed_width=True, plain_layers=True),
     "olmoe": ModelType(normed_width=True),
     "phi3": ModelType(window=_IN_ALL, joined_qkv=True, joined_gate_and_up=True),
-    "qwen2_moe": ModelType(window=WindowRule(layers="even_below_bound")),
+    "qwen2_moe": ModelType(window=WindowRule(layers="even_below_bound"), dense_by="mlp_only_layers"),
     "qwen3": ModelType(normed_heads=True),
     "qwen3_5_moe_text": ModelType(attention="hybrid", normed_heads=True, joined_experts=True),
     "qwen3_5_text": ModelType(attention="hybrid", normed_heads=True),
-    "qwen3_moe": ModelType(window=WindowRule(layers="all_or_none"), normed_heads=True),
-    "qwen3_next": ModelType(attention="hybrid", normed_heads=True, joined_linear_attention=True),
+    "qwen3_moe": ModelType(window=WindowRule(layers="all_or_none"), normed_heads=True, dense_by="mlp_only_layers"),
+    "qwen3_next": ModelType(
+        attention="hybrid", normed_heads=True, joined_linear_attention=True, dense_by="mlp_only_layers"
+    ),
     "smollm3": ModelType(tied=True),
     "starcoder2": ModelType(
         window=_IN_ALL, gated_mlp=False, tied=True, mlp_names=("", "c_fc", "c_proj"), plain_layers=True

@@ -89,7 +89,7 @@ def _of_ernie(config: HfConfig) -> HfConfig:
     layers, start, end, interval = (number if isinstance(number, int) else 0 for number in stated)
     last = layers - 1 if end == -1 else end
     dense = [layer for layer in range(layers) if (layer + 1) % (interval or 1) or not start <= layer <= last]
-    return {**named, "n_shared_experts": shared, "mlp_only_layers": dense}
+    return {**named, "n_shared_experts": shared, "mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
 def _experts_beside_mlp(config: HfConfig) -> HfConfig:

@@ -158,17 +158,24 @@ GLM = {
 
 
 @pytest.mark.parametrize(
-    ("keys", "dense"),
+    ("model_type", "keys", "dense"),
     [
-        ({"first_k_dense_replace": 1}, (0,)),
-        ({"mlp_only_layers": [2]}, (2,)),
-        ({"decoder_sparse_step": 2}, (0, 2)),
-        ({"mlp_only_layers": [3], "decoder_sparse_step": 2}, (0, 2, 3)),
-        ({"first_k_dense_replace": 0, "mlp_only_layers": None, "decoder_sparse_step": 1}, ()),
+        ("glm4_moe", {"first_k_dense_replace": 1}, (0,)),
+        ("glm4_moe", {"first_k_dense_replace": 0}, ()),
+        ("glm4_moe", {"first_k_dense_replace": -1}, ()),
+        ("glm4_moe", {"first_k_dense_replace": 1, "mlp_only_layers": [2], "decoder_sparse_step": 2}, (0,)),
+        ("qwen3_moe", {"mlp_only_layers": [2]}, (2,)),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, (0, 2)),
+        ("qwen3_moe", {"mlp_only_layers": [3], "decoder_sparse_step": 2, "first_k_dense_replace": 3}, (0, 2, 3)),
+        ("qwen3_moe", {"mlp_only_layers": None, "decoder_sparse_step": 1}, ()),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]}, (1,)),
+        ("mixtral", {"mlp_only_layers": [3], "decoder_sparse_step": 2, "first_k_dense_replace": 1}, ()),
     ],
 )
-def test_layers_without_experts(keys: dict[str, object], dense: tuple[int, ...]) -> None:
-    shape = ModelShape.from_config({**MODEL, **GLM, **keys}, "here")
+def test_layers_without_experts(model_type: str, keys: dict[str, object], dense: tuple[int, ...]) -> None:
+    """By the key that transformers reads in this type alone."""
+    latent = LATENT if model_type == "glm4_moe_lite" else {}
+    shape = ModelShape.from_config({**MODEL, **GLM, **latent, **keys, "model_type": model_type}, "here")
     assert (shape.num_layers, shape.dense_layers, shape.shared_expert_size) == (4, dense, 48)
     assert shape.active_ffn_size == 3 * 24 + 48
     assert ModelShape.from_config({**MODEL, **keys}, "here").dense_layers == ()
