@@ -81,7 +81,7 @@ def rope_of(
     shape, values = config.shape, config.values if values is None else values
     rope, problems = read_rope(
         values,
-        max_position_embeddings=shape.max_position_embeddings,
+        max_position_embeddings=shape.max_position_embeddings if config.values.get("max_position_embeddings") else None,
         partial=partial,
         default_theta=default_theta,
         default_fraction=default_fraction,

@@ -31,7 +31,7 @@ _NEEDED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("original_max_position_embeddings",),
-    "yarn": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 """Numbers without which a kind means nothing."""
 _OPTIONAL = {
@@ -49,6 +49,8 @@ _DIVISORS = {
 """Numbers that a kind divides by, or takes the logarithm of: with 0 and less it would give NaN, or mean nothing."""
 _OF_ORIGINAL_POSITIONS = ("llama3", "longrope", "yarn")
 """Kinds for which `original_max_position_embeddings` at the top of a config comes before that among the settings."""
+_OF_ALL_POSITIONS = ("dynamic", "longrope")
+"""Kinds that `max_position_embeddings` changes even where the original positions are stated."""
 _OF_SINGLE_FAMILIES = ("alpha", "llama_4_scaling_beta", "mrope_section", "xdrope_section")
 """Settings that change queries and keys in those families whose code reads them."""
 
@@ -157,7 +159,7 @@ class Rope:
 def read_rope(
     config: Mapping[str, object],
     *,
-    max_position_embeddings: int,
+    max_position_embeddings: int | None,
     partial: bool,
     default_theta: float = 10000.0,
     default_fraction: float = 1.0,
@@ -165,6 +167,7 @@ def read_rope(
 ) -> tuple[Rope | None, list[str]]:
     """Return the rotary positions of a config, or None and what of them is not covered.
 
+    `max_position_embeddings` is None where the config states none. What is meant then differs between families.
     `partial` says that the family reads `partial_rotary_factor`; `default_theta` and `default_fraction` are its theta
     and the rotated part of its heads where none is stated; `understood` are settings of single families that this one
     reads by itself.
@@ -172,10 +175,13 @@ def read_rope(
     stated = rope_settings(config, default_theta, default_fraction)
     settings = {"original_max_position_embeddings": max_position_embeddings, **stated}
     problems = _problems(settings, partial, understood)
+    kind = settings["rope_type"]
+    if max_position_embeddings is None and kind in _OF_ALL_POSITIONS:
+        problems.append(f"rope_type {kind!r} without max_position_embeddings, which it depends on; state it")
     if problems:
         return None, problems
-    kind = settings["rope_type"]
-    original = int(_number(settings, "original_max_position_embeddings", max_position_embeddings))
+    positions = max_position_embeddings or 0  # of no kind that it changes
+    original = int(_number(settings, "original_max_position_embeddings", positions))
     return (
         Rope(
             theta=_number(settings, "rope_theta"),
@@ -186,8 +192,8 @@ def read_rope(
             pair_factors=_numbers(settings, "short_factor") if kind == "longrope" else (),
             llama3=_llama3(settings, original) if kind == "llama3" else None,
             yarn=_yarn(settings, original) if kind == "yarn" else None,
-            attention_factor=_attention_factor(settings, max_position_embeddings / max(original, 1)),
-            longest={"dynamic": max_position_embeddings, "longrope": original}.get(str(kind)),
+            attention_factor=_attention_factor(settings, positions / max(original, 1)),
+            longest={"dynamic": positions, "longrope": original}.get(str(kind)),
         ),
         [],
     )

@@ -280,10 +280,32 @@ def test_a_family_that_looks_covered_is_refused_with_the_reason(tmp_path: Path) 
             {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 9, "short_factor": [0.0, 1.0]}},
             "rope_type 'longrope' with a number in short_factor that is not above 0",
         ),
+        # What transformers takes for an absent number of positions differs between families.
+        (
+            {"max_position_embeddings": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_type 'yarn' without a number for original_max_position_embeddings",
+        ),
+        (
+            {"max_position_embeddings": None, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "rope_type 'dynamic' without max_position_embeddings, which it depends on; state it",
+        ),
+        (
+            {
+                "max_position_embeddings": None,
+                "rope_scaling": {**LONGROPE, "original_max_position_embeddings": 64},
+            },
+            "rope_type 'longrope' without max_position_embeddings, which it depends on; state it",
+        ),
     ],
 )
 def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     assert refusal(tmp_path, **changes) == [message]
+
+
+def test_positions_that_yarn_does_not_need(tmp_path: Path) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    stated = read_architecture(write_config(tmp_path, rope_scaling=yarn)).rope
+    assert read_architecture(write_config(tmp_path, rope_scaling=yarn, max_position_embeddings=None)).rope == stated
 
 
 @pytest.mark.parametrize(
