@@ -9,6 +9,7 @@ from sft.models.family import Family
 
 
 def _read(config: ConfigReader) -> Architecture:
+    config.refuse_true("enable_moe_block")  # transformers does not read it in this type, and builds no experts
     return gemma4_text.read_two_kinds(config, window=1024, layer_inputs=0)
 
 

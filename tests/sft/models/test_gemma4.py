@@ -199,6 +199,13 @@ def test_experts_beside_the_mlp(tmp_path: Path) -> None:
     assert read_architecture(write_config(tmp_path, **GEMMA4, **switched_off)).shape.num_experts == 0
 
 
+def test_the_model_without_towers_has_no_experts(tmp_path: Path) -> None:
+    """Nor has transformers', whatever its config says. Seen to build them."""
+    unified = {**GEMMA4, **EXPERTS, "model_type": "gemma4_unified_text"}
+    assert refusal(tmp_path, **unified) == ["enable_moe_block true is not supported"]
+    read_architecture(write_config(tmp_path, **{**unified, "enable_moe_block": False}))
+
+
 @pytest.mark.parametrize("key", ["num_experts", "top_k_experts", "moe_intermediate_size"])
 def test_experts_without_a_size(key: str, tmp_path: Path) -> None:
     message = f"{key} None is not a number"
