@@ -94,14 +94,14 @@ def test_no_space_says_how_much(tmp_path: Path) -> None:
 
 def test_folder_of_checkpoints_gives_its_newest_whole_one(tmp_path: Path) -> None:
     """What a run that starts after another resumes from: the step is not known when it is submitted."""
-    from sft.training.trainer import _resume_point
+    from sft.training.resume_point import resume_point
 
     for step in (3, 12, 9):
         make(tmp_path / "before" / "checkpoints" / f"step-{step:08d}")
     (tmp_path / "before" / "checkpoints" / "step-00000012" / "trainer.json").write_text("longer")
     spec = RunSpec(checkpoint=CheckpointSpec(resume_from=str(tmp_path / "before" / "checkpoints")))
     with pytest.warns(UserWarning, match="damaged and skipped"):
-        found = _resume_point(spec, RunPaths(tmp_path / "behind"))
+        found = resume_point(spec, RunPaths(tmp_path / "behind"))
     assert found == tmp_path / "before" / "checkpoints" / "step-00000009"
 
 
