@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.model_types import MLP_NAMES
-from sft.models.architecture import Activation
+from sft.models.architecture import Activation, Attention, DecoderLayer, DenseMLP, Experts
 from sft.models.config_reader import ConfigReader
 from sft.models.rope import KINDS, Rope, read_rope, rope_settings
 from sft.models.weight_map import (
@@ -164,6 +164,15 @@ def windows_of(config: ConfigReader, sliding: list[bool], default: int | None = 
         count = f"{sum(sliding)} of {len(sliding)}"
         config.refuse(f"{count} layers have a sliding window, and sliding_window is {window}")
     return [window if slides and isinstance(window, int) else None for slides in sliding]
+
+
+def expert_layers(shape: ModelShape, attention: Attention, experts: Experts) -> tuple[DecoderLayer, ...]:
+    """Return layers with this attention, and with experts or, where the shape says so, a dense MLP in their place."""
+    dense = DenseMLP(width=shape.ffn_hidden_size, activation=experts.activation)
+    return tuple(
+        DecoderLayer(attention=attention, mlp=dense if index in shape.dense_layers else experts)
+        for index in range(shape.num_layers)
+    )
 
 
 # Mapping weights -----------------------------------------------------------------------------------------------------

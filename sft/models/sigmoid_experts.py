@@ -9,7 +9,7 @@ from launcher.contract.model_shape import ModelShape
 from sft.models.architecture import Experts, SharedExpert
 from sft.models.config_reader import ConfigReader
 from sft.models.llama_like import SILU, Layer, separate_experts, shared_expert
-from sft.models.weight_map import ParameterMap, Piece
+from sft.models.weight_map import frozen_vector
 
 
 def sigmoid_experts(config: ConfigReader) -> Experts:
@@ -49,10 +49,9 @@ def check_groups(config: ConfigReader, experts: Experts) -> None:
 def sigmoid_expert_part(shape: ModelShape, prefix: str) -> Layer:
     """Return the maps of a layer's router, experts and shared expert."""
     mlp = f"{prefix}mlp."
-    bias = Piece(f"{mlp}gate.e_score_correction_bias", 0, shape.num_experts)
     return {
         **separate_experts(shape, f"{mlp}gate.weight", f"{mlp}experts.{{}}."),
-        "mlp.router.bias": ParameterMap(blocks=((bias,),), split=None, frozen=True),
+        "mlp.router.bias": frozen_vector(f"{mlp}gate.e_score_correction_bias", shape.num_experts),
         **shared_expert(shape, f"{mlp}shared_experts."),
     }
 

@@ -334,6 +334,11 @@ def vector(name: str, rows: int) -> ParameterMap:
     return whole(name, rows, None, None)
 
 
+def frozen_vector(name: str, rows: int) -> ParameterMap:
+    """Return the map of a vector that every rank holds whole and that is never trained."""
+    return replace(vector(name, rows), frozen=True)
+
+
 def vocabulary(name: str, rows: int, columns: int) -> ParameterMap:
     """Return the map of an embedding or output layer, which Megatron-core pads."""
     return ParameterMap(blocks=((Piece(name, 0, rows),),), columns=columns, padded=True)

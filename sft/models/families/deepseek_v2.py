@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Architecture, DecoderLayer, DenseMLP, Experts, SharedExpert
+from sft.models.architecture import Architecture, Experts, SharedExpert
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.latent import SMALL_LATENT, latent_attention, refuse_other_than, with_latents
@@ -11,6 +11,7 @@ from sft.models.llama_like import (
     SILU,
     SMALL,
     Layer,
+    expert_layers,
     llama_layer,
     rope_of,
     separate_experts,
@@ -30,13 +31,9 @@ def _read(config: ConfigReader) -> Architecture:
     # transformers reads none of these; published code divides the weights of a token's experts by their sum if so told.
     refuse_other_than(config, moe_layer_freq=1, norm_topk_prob=False, rope_interleave=True, scoring_func="softmax")
     experts, attention = _experts(config), latent_attention(config)
-    dense = DenseMLP(width=shape.ffn_hidden_size, activation=experts.activation)
     return Architecture(
         shape=shape,
-        layers=tuple(
-            DecoderLayer(attention=attention, mlp=dense if index in shape.dense_layers else experts)
-            for index in range(shape.num_layers)
-        ),
+        layers=expert_layers(shape, attention, experts),
         weights=weight_map(shape, with_latents(attention, _expert_part), dense=with_latents(attention, llama_layer)),
         layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-6),
         rope=rope_of(config),

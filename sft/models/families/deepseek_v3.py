@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sft.models.architecture import Architecture, DecoderLayer, DenseMLP
+from sft.models.architecture import Architecture
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.latent import SMALL_LATENT, latent_attention, refuse_other_than, with_latents
-from sft.models.llama_like import SMALL, llama_layer, rope_of, weight_map
+from sft.models.llama_like import SMALL, expert_layers, llama_layer, rope_of, weight_map
 from sft.models.sigmoid_experts import further_layers, sigmoid_expert_part, sigmoid_experts
 
 
@@ -16,13 +16,9 @@ def _read(config: ConfigReader) -> Architecture:
     config.require("n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace")
     refuse_other_than(config, moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc")
     experts, attention = sigmoid_experts(config), latent_attention(config)
-    dense = DenseMLP(width=shape.ffn_hidden_size, activation=experts.activation)
     return Architecture(
         shape=shape,
-        layers=tuple(
-            DecoderLayer(attention=attention, mlp=dense if index in shape.dense_layers else experts)
-            for index in range(shape.num_layers)
-        ),
+        layers=expert_layers(shape, attention, experts),
         weights=weight_map(
             shape,
             with_latents(attention, sigmoid_expert_part),

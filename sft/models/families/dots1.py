@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
+from sft.models.architecture import Architecture, Attention
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.llama_like import (
@@ -14,6 +14,7 @@ from sft.models.llama_like import (
     Layer,
     LayerMap,
     attention_part,
+    expert_layers,
     head_norms,
     llama_layer,
     rope_of,
@@ -32,16 +33,11 @@ def _read(config: ConfigReader) -> Architecture:
         config.refuse(f"another number of experts than n_routed_experts is stated, {shape.num_experts}; leave it out")
     _refuse_windows(config)
     experts = sigmoid_experts(config)
-    dense = DenseMLP(width=shape.ffn_hidden_size, activation=experts.activation)
     biased = config.flag("attention_bias", default=False)
     attention = Attention(qk_norm=True, qkv_bias=biased, output_bias=biased)
-    layers = tuple(
-        DecoderLayer(attention=attention, mlp=dense if index in shape.dense_layers else experts)
-        for index in range(shape.num_layers)
-    )
     return Architecture(
         shape=shape,
-        layers=layers,
+        layers=expert_layers(shape, attention, experts),
         weights=weight_map(
             shape,
             partial(_layer, mlp=sigmoid_expert_part, biased=biased),

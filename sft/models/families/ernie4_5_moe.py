@@ -9,7 +9,7 @@ from functools import partial
 
 from launcher.contract.model_shape import ModelShape
 from launcher.contract.usual_keys import ERNIE_KEYS
-from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts, SharedExpert
+from sft.models.architecture import Architecture, Attention, Experts, SharedExpert
 from sft.models.config_reader import ConfigReader
 from sft.models.families.ernie4_5 import THETA
 from sft.models.family import Family
@@ -18,6 +18,7 @@ from sft.models.llama_like import (
     SMALL,
     Layer,
     attention_part,
+    expert_layers,
     llama_layer,
     rope_of,
     separate_experts,
@@ -36,17 +37,12 @@ def _read(config: ConfigReader) -> Architecture:
     config.count("moe_layer_interval", 1)
     _refuse_other_names(config)
     experts = _experts(config)
-    dense = DenseMLP(width=shape.ffn_hidden_size, activation=experts.activation)
     if len(shape.dense_layers) == shape.num_layers:
         config.refuse("moe_layer_start_index, moe_layer_end_index and moe_layer_interval leave no layer with experts")
     rope = rope_of(config, default_theta=THETA)
-    layers = tuple(
-        DecoderLayer(attention=Attention(), mlp=dense if index in shape.dense_layers else experts)
-        for index in range(shape.num_layers)
-    )
     return Architecture(
         shape=shape,
-        layers=layers,
+        layers=expert_layers(shape, Attention(), experts),
         weights=weight_map(
             shape, partial(_layer, rope=rope), dense=partial(_dense_layer, rope=rope), carried=("model.mtp_",)
         ),

@@ -33,7 +33,7 @@ from sft.models.llama_like import (
     windows_of,
 )
 from sft.models.rope import PROPORTIONAL, Rope
-from sft.models.weight_map import ParameterMap, Piece, vector
+from sft.models.weight_map import frozen_vector, vector
 
 _KINDS = ("full_attention", "sliding_attention")
 _ROPES: dict[str, Config] = {
@@ -156,7 +156,7 @@ def _rope(config: ConfigReader, kind: str) -> Rope | None:
 def _layer(mlp: DenseMLP | Experts, windowed: bool, shape: ModelShape, prefix: str) -> Layer:
     """Return the maps of a layer."""
     own = shape.for_layers(windowed=windowed)
-    scale = ParameterMap(blocks=((Piece(f"{prefix}layer_scalar", 0, 1),),), split=None, frozen=True)
+    scale = frozen_vector(f"{prefix}layer_scalar", 1)
     found = layer_with_four_norms(own, prefix) | head_norms(own, prefix) | {"output_scale": scale}
     if isinstance(mlp, DenseMLP):
         return found

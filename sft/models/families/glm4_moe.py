@@ -6,7 +6,7 @@ Their files hold one more layer, which predicts a further token. It is not train
 from __future__ import annotations
 
 from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP
+from sft.models.architecture import Architecture, Attention
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.llama_like import (
@@ -15,6 +15,7 @@ from sft.models.llama_like import (
     Layer,
     LayerMap,
     attention_part,
+    expert_layers,
     head_norms,
     llama_layer,
     rope_of,
@@ -30,17 +31,12 @@ def _read(config: ConfigReader) -> Architecture:
     config.require("num_key_value_heads", "head_dim", "n_routed_experts", "num_experts_per_tok")
     config.require("moe_intermediate_size", "n_shared_experts", "first_k_dense_replace")
     experts = sigmoid_experts(config)
-    dense = DenseMLP(width=shape.ffn_hidden_size, activation=experts.activation)
     attention = Attention(
         qkv_bias=config.flag("attention_bias", default=False), qk_norm=config.flag("use_qk_norm", default=False)
     )
-    layers = tuple(
-        DecoderLayer(attention=attention, mlp=dense if index in shape.dense_layers else experts)
-        for index in range(shape.num_layers)
-    )
     return Architecture(
         shape=shape,
-        layers=layers,
+        layers=expert_layers(shape, attention, experts),
         weights=weight_map(
             shape,
             _with_attention(attention, sigmoid_expert_part),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sft.models.architecture import Architecture, DecoderLayer, DenseMLP
+from sft.models.architecture import Architecture
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.latent import SMALL_LATENT, latent_attention, with_latents
-from sft.models.llama_like import SMALL, llama_layer, rope_of, weight_map
+from sft.models.llama_like import SMALL, expert_layers, llama_layer, rope_of, weight_map
 from sft.models.sigmoid_experts import further_layers, sigmoid_expert_part, sigmoid_experts
 
 _DENSE, _SPARSE = "dense", "sparse"
@@ -18,13 +18,9 @@ def _read(config: ConfigReader) -> Architecture:
     config.require("routed_scaling_factor")
     _check_dense_layers(config)
     experts, attention = sigmoid_experts(config), latent_attention(config)
-    dense = DenseMLP(width=shape.ffn_hidden_size, activation=experts.activation)
     return Architecture(
         shape=shape,
-        layers=tuple(
-            DecoderLayer(attention=attention, mlp=dense if index in shape.dense_layers else experts)
-            for index in range(shape.num_layers)
-        ),
+        layers=expert_layers(shape, attention, experts),
         weights=weight_map(
             shape,
             with_latents(attention, sigmoid_expert_part),

@@ -12,7 +12,7 @@ from sft.models.config_reader import ConfigReader
 from sft.models.families.olmo2 import width_norms
 from sft.models.family import Family
 from sft.models.llama_like import SILU, SMALL, Layer, attention_part, rope_of, separate_experts, weight_map
-from sft.models.weight_map import ParameterMap, Piece
+from sft.models.weight_map import frozen_vector
 
 
 def _read(config: ConfigReader) -> Architecture:
@@ -54,12 +54,11 @@ def _refuse_other_sizes(config: ConfigReader) -> None:
 
 def _layer(shape: ModelShape, prefix: str) -> Layer:
     block = f"{prefix}block_sparse_moe."
-    bias = Piece(f"{block}e_score_correction_bias", 0, shape.num_experts)
     return {
         **attention_part(shape, prefix),
         **width_norms(shape, prefix),
         **separate_experts(shape, f"{block}gate.weight", f"{block}experts.{{}}.", MIXTRAL_NAMES),
-        "mlp.router.bias": ParameterMap(blocks=((bias,),), split=None, frozen=True),
+        "mlp.router.bias": frozen_vector(f"{block}e_score_correction_bias", shape.num_experts),
     }
 
 

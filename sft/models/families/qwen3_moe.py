@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.contract.model_shape import ModelShape
-from sft.models.architecture import Architecture, Attention, DecoderLayer, DenseMLP, Experts
+from sft.models.architecture import Architecture, Attention, Experts
 from sft.models.config_reader import ConfigReader
 from sft.models.family import Family
 from sft.models.llama_like import (
@@ -11,6 +11,7 @@ from sft.models.llama_like import (
     SMALL,
     Layer,
     attention_part,
+    expert_layers,
     head_norms,
     llama_layer,
     rope_of,
@@ -37,18 +38,12 @@ def _read(config: ConfigReader) -> Architecture:
         normalized=config.flag("norm_topk_prob", default=False),
         activation=activation,
     )
-    dense = DenseMLP(width=shape.ffn_hidden_size, activation=activation)
     # Unlike Qwen 3's: of all layers, whatever max_window_layers and layer_types say.
     window = window_of_every_layer(config) if config.flag("use_sliding_window", default=False) else None
-    layers = [
-        DecoderLayer(
-            attention=Attention(window=window, qk_norm=True), mlp=dense if index in shape.dense_layers else experts
-        )
-        for index in range(shape.num_layers)
-    ]
+    attention = Attention(window=window, qk_norm=True)
     return Architecture(
         shape=shape,
-        layers=tuple(layers),
+        layers=expert_layers(shape, attention, experts),
         weights=weight_map(shape, _layer, dense=_dense_layer),
         layernorm_epsilon=config.not_negative("rms_norm_eps", 1e-6),
         rope=rope_of(config),
